@@ -1,0 +1,23 @@
+"""ccella_fast: training and sampling of report-conditioned 3D latent diffusion (CCELLA, arXiv 2506.10230)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ccella_fast.checkpoint import load_checkpoint
+    from ccella_fast.config import load_config
+    from ccella_fast.models import build_model
+
+__version__ = "0.1.0"
+__all__ = ["build_model", "load_checkpoint", "load_config"]
+
+# Imported on first use: `ccella-fast --help` must answer before torch is loaded.
+_HOMES = {"build_model": "models", "load_checkpoint": "checkpoint", "load_config": "config"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

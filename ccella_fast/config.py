@@ -1,0 +1,313 @@
+"""Every setting, its default and its check, in one place; the readers of both file forms.
+
+Our form is one JSON file with the sections of `Config`; a section or key left out keeps its default. The reference's form is
+three JSON files (env, config, def), read unchanged by `load_config([env, config, def])`. Config files are data: `_target_` must
+be on the list of targets that we implement, `$` expressions are refused, nothing is imported or run.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ccella_fast import reference_config
+from ccella_fast.errors import ConfigError, did_you_mean
+from ccella_fast.storage import read_json
+from ccella_fast.variants import VARIANTS, get_variant
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, int) else value)
+SEQUENCES = ("t2w", "hbv", "adc")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Adapter and U-Net. Key names are those of the reference's `diffusion_unet_def` where it has one."""
+
+    variant: str = "CCELLA"
+    latent_channels: Annotated[list[Positive], OneOrMore] = [4]  # one entry a sequence; their sum enters the U-Net
+    num_channels: list[Positive] = [64, 128, 256, 512]
+    attention_levels: list[bool] = [False, False, True, True]
+    num_head_channels: list[Count] = [0, 0, 32, 32]
+    num_res_blocks: Positive = 2
+    norm_num_groups: Positive = 32
+    norm_eps: PositiveFloat = 1e-6
+    cross_attention_dim: Positive = 768  # width of the adapter and of the context it gives
+    input_dim: Positive = 4096  # width of the text features
+    num_latents: Positive = 256  # context tokens
+    adapter_blocks: Positive = 6
+    adapter_heads: Positive = 8
+    adapter_time_dim: Positive = 320
+    num_classes: Positive = 2
+    class_head_dim: Positive = 256
+
+    @field_validator("variant")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in VARIANTS:
+            raise ValueError(f"there is no variant '{name}'; {did_you_mean(name, VARIANTS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        levels = len(self.num_channels)
+        for name in ("attention_levels", "num_head_channels"):
+            if len(getattr(self, name)) != levels:
+                raise ValueError(f"{name} needs one entry a level ({levels}, as num_channels)")
+        for width, attends, head in zip(self.num_channels, self.attention_levels, self.num_head_channels, strict=True):
+            if width % self.norm_num_groups:
+                raise ValueError(f"num_channels {width} is not divisible by norm_num_groups {self.norm_num_groups}")
+            if attends and (head == 0 or width % head):
+                raise ValueError(f"num_channels {width} is not divisible by its num_head_channels {head}")
+        if self.cross_attention_dim % self.adapter_heads:
+            raise ValueError(f"cross_attention_dim {self.cross_attention_dim} % adapter_heads {self.adapter_heads} is not 0")
+        return self
+
+    @property
+    def divisor(self) -> int:
+        """Each latent axis must be a multiple of this: every level but the last halves the grid."""
+        return 2 ** (len(self.num_channels) - 1)
+
+
+class AutoencoderConfig(Section):
+    """MAISI `AutoencoderKlMaisi`: each level but the last halves the grid."""
+
+    in_channels: Positive = 1
+    out_channels: Positive = 1
+    latent_channels: Positive = 4
+    num_channels: list[Positive] = [64, 128, 256]
+    num_res_blocks: list[Positive] = [2, 2, 2]
+    norm_num_groups: Positive = 32
+    norm_eps: PositiveFloat = 1e-6
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AutoencoderConfig:
+        if len(self.num_res_blocks) != len(self.num_channels):
+            raise ValueError("num_res_blocks needs one entry a level, as num_channels")
+        for width in self.num_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(f"num_channels {width} is not divisible by norm_num_groups {self.norm_num_groups}")
+        return self
+
+    @property
+    def factor(self) -> int:
+        """Voxels per latent voxel, along each axis."""
+        return 2 ** (len(self.num_channels) - 1)
+
+
+class SchedulerConfig(Section):
+    """The noise schedule of the reference (section 3)."""
+
+    num_train_timesteps: Positive = 1000
+    beta_start: PositiveFloat = 0.0015
+    beta_end: PositiveFloat = 0.0195
+    schedule: Literal["scaled_linear_beta"] = "scaled_linear_beta"
+    clip_sample: Literal[False] = False
+
+
+class DataConfig(Section):
+    """The grid that every study is brought to, and the sequences that are kept."""
+
+    sequences: list[Literal["t2w", "hbv", "adc"]] = ["t2w"]
+    spacing: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [0.5, 0.5, 0.5625]  # mm, axes R, A, S
+    dim: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [256, 256, 128]  # voxels, axes R, A, S
+
+    @field_validator("sequences")
+    @classmethod
+    def _once(cls, names: list[str]) -> list[str]:
+        if not names or len(set(names)) != len(names):
+            raise ValueError("give at least one sequence, each once")
+        return names
+
+
+class TextConfig(Section):
+    """The report encoder: a hub id, a local folder, or `package:NAME` for one that arrives as a Python package."""
+
+    encoder: str = "google/flan-t5-xxl"
+    revision: str | None = None
+    max_length: Positive = 512  # tokens; longer reports lose their beginning, shorter ones are padded and keep all positions
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    batch_size: Positive = 8
+
+
+class VaeTrainingConfig(Section):
+    """`ccella-fast train-vae`: L1 + KL on random patches."""
+
+    max_train_steps: Positive = 20000
+    batch_size: Positive = 1
+    patch: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [64, 64, 64]
+    lr: PositiveFloat = 1e-4
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-6
+    seed: Count = 0
+
+
+class TrainingConfig(Section):
+    """The diffusion model's training (section 3). Batch sizes are per process."""
+
+    batch_size: Positive = 8
+    gradient_accumulation_steps: Positive = 1
+    lr: PositiveFloat = 1e-4
+    n_epochs: Positive = 400
+    max_train_steps: Positive | None = None  # optimizer steps; None: n_epochs over the training set
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    max_grad_norm: PositiveFloat = 1.0
+    text_class_pred_weight: Annotated[float, Field(ge=0)] | None = None  # None: the variant's
+    ema_decay: Fraction = 0.9999  # 0: no EMA
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    activation_checkpointing: bool = False
+    checkpointing_steps: Positive = 500
+    checkpoints_total_limit: Annotated[int, Field(ge=2)] = 2
+    logging_steps: Positive = 1  # steps between host reads of the loss
+    seed: Count = 0
+
+
+class SamplingConfig(Section):
+    solver: Literal["ddpm", "ddim"] = "ddpm"
+    num_inference_steps: Positive = 1000
+    random_seed: Count = 0
+    batch_size: Positive = 1
+
+
+class PathsConfig(Section):
+    """The reference's env file. Unused by the single-file form, whose commands take paths as arguments."""
+
+    data_base_dir: str | None = None
+    embedding_base_dir: str | None = None
+    train_json: str | None = None
+    test_json: str | None = None
+    model_dir: str | None = None
+    model_filename: str | None = None
+    output_dir: str | None = None
+    trained_autoencoder_path: str | None = None
+    existing_ckpt_filepath: str | None = None
+
+
+class Config(Section):
+    """Everything. `dump()` is what is stored with a run; `load_config` of that file gives the same object."""
+
+    name: str = "ccella"
+    model: ModelConfig = ModelConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    vae_training: VaeTrainingConfig = VaeTrainingConfig()
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    paths: PathsConfig = PathsConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if len(self.model.latent_channels) != len(self.data.sequences):
+            raise ValueError(
+                f"model.latent_channels {self.model.latent_channels} needs one entry a sequence (data.sequences "
+                f"{self.data.sequences})"
+            )
+        if any(channels != self.autoencoder.latent_channels for channels in self.model.latent_channels):
+            raise ValueError("model.latent_channels must each equal autoencoder.latent_channels")
+        return self
+
+    @property
+    def class_loss_weight(self) -> float:
+        """The configured weight w. The class target is scaled by 100, so the effective weight is 100 w (section 3)."""
+        given = self.training.text_class_pred_weight
+        return get_variant(self.model.variant).class_loss_weight if given is None else given
+
+    def dump(self) -> dict[str, Any]:
+        """Plain JSON values, every default spelt out."""
+        return self.model_dump(mode="json")
+
+    def check_grid(self) -> list[int]:
+        """The latent grid [X, Y, Z] of `data.dim`; ConfigError naming the nearest valid sizes when it does not divide."""
+        step = self.autoencoder.factor * self.model.divisor
+        if any(size % step for size in self.data.dim):
+            down = [max(step, size // step * step) for size in self.data.dim]
+            up = [-(-size // step) * step for size in self.data.dim]
+            raise ConfigError(
+                f"the grid {self.data.dim} is not divisible by {step} (autoencoder {self.autoencoder.factor} x U-Net "
+                f"{self.model.divisor})",
+                field="data.dim",
+                fix=f"use {down} or {up}",
+            )
+        return [size // self.autoencoder.factor for size in self.data.dim]
+
+
+def load_config(source: str | Path | Sequence[str | Path], overrides: Mapping[str, Any] | Sequence[str] = ()) -> Config:
+    """Read our single file, or the reference's `[env.json, config.json, def.json]` (in any order).
+
+    overrides: `{"training.lr": 1e-3}` or `["training.lr=1e-3"]` (values in JSON; a bare word is a string). They win over the
+    file. Raises ConfigError naming file, field and fix."""
+    if isinstance(source, (str, Path)):
+        values, origin = read_json(source, error=ConfigError), source
+        if isinstance(values, dict) and reference_config.KEYS & values.keys() and "model" not in values:
+            values = reference_config.convert([(source, values)])
+    else:
+        files = [(path, read_json(path, error=ConfigError)) for path in source]
+        values, origin = reference_config.convert(files), ", ".join(Path(path).name for path, _ in files)
+    if not isinstance(values, dict):
+        raise ConfigError("a configuration is one JSON object", path=origin, fix="start the file with {")
+    return _validate(_override(values, overrides), origin)
+
+
+def make_config(overrides: Mapping[str, Any] | Sequence[str] = (), *, base: Config | None = None) -> Config:
+    """The defaults (or `base`) with overrides, checked as a file would be."""
+    return _validate(_override(base.dump() if base else {}, overrides), None)
+
+
+def _override(values: dict[str, Any], overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    pairs = overrides.items() if isinstance(overrides, Mapping) else (_split(text) for text in overrides)
+    for dotted, value in pairs:
+        *parents, last = dotted.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"'{parent}' is a value, not a section", field=dotted, fix="check the dotted name")
+        section[last] = value
+    return values
+
+
+def _split(text: str) -> tuple[str, Any]:
+    import json
+
+    dotted, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"override '{text}' has no value", field=dotted, fix="write it as section.key=value")
+    try:
+        return dotted, json.loads(value)
+    except json.JSONDecodeError:
+        return dotted, value
+
+
+def _validate(values: dict[str, Any], origin: object) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as bad:
+        first = bad.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(first["loc"][:-1])
+            fix = did_you_mean(str(first["loc"][-1]), known)
+            raise ConfigError(f"unknown key '{first['loc'][-1]}'", path=origin, field=field, fix=fix) from None
+        why = first["msg"].removeprefix("Value error, ")
+        fix = f"this is {first['input']!r:.80}; see CONFIGURATION in README.md" if field else "mend these keys together"
+        raise ConfigError(why, path=origin, field=field or None, fix=fix) from None
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        section = typing.get_type_hints(section)[str(part)]
+    return list(section.model_fields)

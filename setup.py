@@ -1,0 +1,51 @@
+"""Package, extras and the `ccella-fast` command. Tool settings are in pyproject.toml."""
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    name="ccella-fast",
+    version="0.1.0",
+    description="Fast, dependable training of report-conditioned latent diffusion for 3D prostate MRI (CCELLA)",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    # kernels/ at the top level is ccella_fast.kernels through the symlink ccella_fast/kernels. It has no __init__.py:
+    # transformers and diffusers import any regular package called `kernels` that they find on the path.
+    packages=find_namespace_packages(include=["ccella_fast", "ccella_fast.*"]),
+    install_requires=[
+        "torch>=2.11,<2.14",  # 2.10 closes CVE-2026-24747; 2.14 is untested
+        "deepspeed>=0.19.5,<0.20",
+        "monai>=1.6.1,<1.7",
+        "transformers>=5.17,<6",
+        "numpy>=1.26",
+        "pydantic>=2.12,<3",
+        "safetensors>=0.8.0,<0.9",
+        "nibabel>=5.4,<6",
+        "SimpleITK>=2.5,<3",  # DICOM series, MHA/NRRD, resampling
+        "matplotlib>=3.9,<4",
+        "jinja2>=3.1.6,<4",
+        "tensorboard>=2.20,<3",
+    ],
+    extras_require={
+        # Pinned so that a machine without a GPU takes the small CPU build and not several GB of CUDA packages.
+        "cpu": ["torch==2.13.0"],
+        "gpu": [
+            "triton>=3.6",
+            "xformers>=0.0.35",
+            "nvidia-dali-cuda130>=2.4,<3",
+            "nvidia-ml-py>=12",  # the module is called pynvml
+        ],
+        "t5": ["sentencepiece>=0.2", "protobuf>=5"],  # tokenizer of FLAN-T5
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "diffusers>=0.40,<0.43",  # independent truth for solvers
+            "sentencepiece>=0.2",
+            "protobuf>=5",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+        ],
+    },
+    entry_points={"console_scripts": ["ccella-fast=ccella_fast.cli:main"]},
+)
