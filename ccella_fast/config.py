@@ -24,7 +24,6 @@ Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, int) else value)
-SEQUENCES = ("t2w", "hbv", "adc")
 
 
 class Section(BaseModel):
@@ -121,6 +120,7 @@ class DataConfig(Section):
     sequences: list[Literal["t2w", "hbv", "adc"]] = ["t2w"]
     spacing: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [0.5, 0.5, 0.5625]  # mm, axes R, A, S
     dim: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [256, 256, 128]  # voxels, axes R, A, S
+    dataset: str | None = None  # train only on studies with this tag (the manifest's `dataset`)
 
     @field_validator("sequences")
     @classmethod

@@ -46,7 +46,7 @@ _TOP = {"text_class_pred_weight": "training.text_class_pred_weight"}
 _DROPPED = {
     "env": {"tfevent_path", "output_prefix", "imkey"},
     "def": {
-        "spatial_dims", "image_channels", "latent_channels", "autoencoder_latent_channels", "base_maisi", "institute1",
+        "spatial_dims", "image_channels", "latent_channels", "autoencoder_latent_channels", "base_maisi",
         "use_text_conditioning", "use_text_class_pred", "use_pretrained_unet", "freeze_unet",
         "mask_generation_latent_shape", "mask_generation_autoencoder_def", "mask_generation_diffusion_def",
         "mask_generation_scale_factor", "mask_generation_noise_scheduler", "controlnet_def",
@@ -111,10 +111,12 @@ def _convert_key(result: dict[str, Any], path: Any, values: dict[str, Any], key:
         _set(result, _PATHS.get(key) or _TOP[key], value)
     elif key == "exp_name":
         _set(result, "name", value)
+    elif key == "institute1":  # CCELLA++: train on this institution only
+        _set(result, "data.dataset", "Institute1" if value else None)
     elif key in _DROPPED["env"] | _DROPPED["def"]:
         _require(path, key, value)
     else:
-        known = [*sections, *_PATHS, *_TOP, "exp_name", *_DROPPED["env"], *_DROPPED["def"]]
+        known = [*sections, *_PATHS, *_TOP, "exp_name", "institute1", *_DROPPED["env"], *_DROPPED["def"]]
         raise ConfigError(f"unknown key '{key}'", path=path, field=key, fix=did_you_mean(key, known))
     if key == "imkey":
         if value not in _SEQUENCE_NAMES:
@@ -147,6 +149,8 @@ def _convert_section(result: dict[str, Any], path: Any, values: dict[str, Any], 
             why = f"{channels} latent channels are no multiple of the autoencoder's {each}"
             raise ConfigError(why, path=path, field="latent_channels", fix="check autoencoder_latent_channels")
         _set(result, "model.latent_channels", [each] * (channels // each))
+        if channels // each == len(_SEQUENCE_NAMES["multi"]):
+            _set(result, "data.sequences", _SEQUENCE_NAMES["multi"])
 
 
 def _variant(path: Any, values: dict[str, Any]) -> str:
