@@ -69,7 +69,9 @@ class ModelConfig(Section):
             if attends and (head == 0 or width % head):
                 raise ValueError(f"num_channels {width} is not divisible by its num_head_channels {head}")
         if self.cross_attention_dim % self.adapter_heads:
-            raise ValueError(f"cross_attention_dim {self.cross_attention_dim} % adapter_heads {self.adapter_heads} is not 0")
+            raise ValueError(
+                f"cross_attention_dim {self.cross_attention_dim} % adapter_heads {self.adapter_heads} is not 0"
+            )
         return self
 
     @property
@@ -135,7 +137,9 @@ class TextConfig(Section):
 
     encoder: str = "google/flan-t5-xxl"
     revision: str | None = None
-    max_length: Positive = 512  # tokens; longer reports lose their beginning, shorter ones are padded and keep all positions
+    max_length: Positive = (
+        512  # tokens; longer reports lose their beginning, shorter ones are padded and keep all positions
+    )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch_size: Positive = 8
 

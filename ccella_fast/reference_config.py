@@ -37,9 +37,7 @@ _AUTOENCODER = {
     key: f"autoencoder.{key}"
     for key in "in_channels out_channels latent_channels num_channels num_res_blocks norm_num_groups norm_eps".split()
 }
-_SCHEDULER = {
-    key: f"scheduler.{key}" for key in "num_train_timesteps beta_start beta_end schedule clip_sample".split()
-}
+_SCHEDULER = {key: f"scheduler.{key}" for key in "num_train_timesteps beta_start beta_end schedule clip_sample".split()}
 _TOP = {"text_class_pred_weight": "training.text_class_pred_weight"}
 
 # Known to the reference's files, without an effect on what we build. num_class_hidden never reached the heads (section 2.3).
@@ -120,11 +118,15 @@ def _convert_key(result: dict[str, Any], path: Any, values: dict[str, Any], key:
         raise ConfigError(f"unknown key '{key}'", path=path, field=key, fix=did_you_mean(key, known))
     if key == "imkey":
         if value not in _SEQUENCE_NAMES:
-            raise ConfigError(f"unknown image key '{value}'", path=path, field=key, fix=did_you_mean(value, _SEQUENCE_NAMES))
+            raise ConfigError(
+                f"unknown image key '{value}'", path=path, field=key, fix=did_you_mean(value, _SEQUENCE_NAMES)
+            )
         _set(result, "data.sequences", _SEQUENCE_NAMES[value])
 
 
-def _convert_section(result: dict[str, Any], path: Any, values: dict[str, Any], section: str, table: dict[str, str]) -> None:
+def _convert_section(
+    result: dict[str, Any], path: Any, values: dict[str, Any], section: str, table: dict[str, str]
+) -> None:
     body = values[section]
     if not isinstance(body, dict):
         raise ConfigError("this section is a JSON object", path=path, field=section, fix="write it as {...}")
@@ -193,12 +195,18 @@ def _resolve(path: Any, field: str, value: Any, values: dict[str, Any]) -> Any:
 
 def _refuse_expression(path: Any, field: str, value: Any) -> None:
     if isinstance(value, str) and value.startswith("$"):
-        raise ConfigError("expressions are not run from a config file", path=path, field=field, fix="write the plain value")
+        raise ConfigError(
+            "expressions are not run from a config file", path=path, field=field, fix="write the plain value"
+        )
 
 
 def _require(path: Any, field: str, value: Any) -> None:
     needed = _REQUIRED.get(field, value)
-    same = all(not entry for entry in value) if field.endswith("attention_levels") and isinstance(value, list) else value == needed
+    same = (
+        all(not entry for entry in value)
+        if field.endswith("attention_levels") and isinstance(value, list)
+        else value == needed
+    )
     if not same:
         raise ConfigError(f"{value!r} is not supported", path=path, field=field, fix=f"set it to {needed!r}")
 

@@ -124,8 +124,12 @@ def disk_error(error: OSError, path: Path) -> DiskError:
     """The OSError in the user's words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(_existing_parent(path)).free
-        return DiskError(f"no room left ({free / 1e6:.1f} MB free)", path=path, fix="free space or choose another folder")
-    return DiskError(f"cannot write: {os.strerror(error.errno or 0)}", path=path, fix="choose a folder you can write to")
+        return DiskError(
+            f"no room left ({free / 1e6:.1f} MB free)", path=path, fix="free space or choose another folder"
+        )
+    return DiskError(
+        f"cannot write: {os.strerror(error.errno or 0)}", path=path, fix="choose a folder you can write to"
+    )
 
 
 def _existing_parent(path: Path) -> Path:
