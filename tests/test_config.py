@@ -1,0 +1,122 @@
+"""Configuration: both file forms, refusals, overrides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ccella_fast import load_config
+from ccella_fast.config import Config
+from ccella_fast.errors import ConfigError
+from ccella_fast.variants import VARIANTS
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def reference_files(variant: str) -> list[Path]:
+    return [CONFIGS / f"{variant}_{part}.json" for part in ("env", "config", "def")]
+
+
+def write(folder: Path, values: object) -> Path:
+    path = folder / "config.json"
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reference_files_of_every_variant(variant):
+    config = load_config(reference_files(variant))
+    assert config.model.variant == variant and config.name == variant
+    assert config.training.batch_size == 8 and config.training.lr == 1e-4 and config.training.n_epochs == 400
+    assert config.data.dim == [256, 256, 128] and config.check_grid() == [64, 64, 32]
+    assert config.class_loss_weight == VARIANTS[variant].class_loss_weight
+    assert config.paths.model_filename == f"{variant}.pt" and config.sampling.num_inference_steps == 1000
+
+
+def test_ccella_plus_plus_definition(tmp_path):
+    values = json.loads((CONFIGS / "CCELLA_def.json").read_text())
+    values |= {"latent_channels": 12, "autoencoder_latent_channels": 4}
+    values["autoencoder_def"]["latent_channels"] = "@autoencoder_latent_channels"
+    config = load_config([write(tmp_path, values)])
+    assert config.model.latent_channels == [4, 4, 4] and config.autoencoder.latent_channels == 4
+    assert config.data.sequences == ["t2w", "hbv", "adc"]
+
+
+def test_dump_reads_back_equal(tmp_path):
+    config = load_config(reference_files("SHARED"), ["training.lr=3e-4", "data.dim=[96,96,32]"])
+    assert load_config(write(tmp_path, config.dump())) == config
+    assert load_config(write(tmp_path, config.dump()), {"training.lr": 1e-3}) != config
+
+
+def test_single_file_keeps_defaults(tmp_path):
+    config = load_config(write(tmp_path, {"training": {"lr": 0.5}}))
+    assert config.training.lr == 0.5 and config.model == Config().model
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "words"),
+    [
+        ({"trainin": {}}, "trainin", "did you mean 'training'?"),
+        ({"training": {"batchsize": 2}}, "training.batchsize", "did you mean 'batch_size'?"),
+        ({"training": {"lr": -1}}, "training.lr", "greater than 0"),
+        ({"training": {"lr": float("nan")}}, "training.lr", ""),
+        ({"model": {"variant": "CCELA"}}, "model.variant", "did you mean 'CCELLA'?"),
+        ({"model": {"num_channels": [60, 64, 64, 64]}}, "model", "not divisible by norm_num_groups"),
+        ({"model": {"attention_levels": [True]}}, "model", "one entry a level"),
+        ({"data": {"sequences": ["t2w", "adc"]}}, None, "one entry a sequence"),
+        ({"data": {"sequences": ["t2"]}}, "data.sequences.0", "t2w"),
+        ({"sampling": {"solver": "dpm"}}, "sampling.solver", "ddim"),
+    ],
+)
+def test_refusals_name_field_and_fix(tmp_path, change, field, words):
+    path = write(tmp_path, change)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert caught.value.field == field and str(path) in message and words in message and "fix:" in message
+    assert len(message.splitlines()) <= 5
+
+
+def test_malformed_json_names_line_and_column(tmp_path):
+    with pytest.raises(ConfigError, match="line 2, column 3"):
+        load_config(write(tmp_path, "{\n  training: 1}"))
+    with pytest.raises(ConfigError, match="'a' appears twice"):
+        load_config(write(tmp_path, '{"a": 1, "a": 2}'))
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load_config(write(tmp_path, "[" * 200_000))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("diffusion_unet_def", "_target_", "os.system", "not allowed"),
+        ("diffusion_unet_def", "num_res_blocks", "$__import__('os').system('true')", "not run"),
+        ("diffusion_unet_def", "num_chanels", [64], "did you mean 'num_channels'?"),
+        ("diffusion_unet_def", "in_channels", "@nothing", "refers to nothing"),
+        ("autoencoder_def", "use_convtranspose", True, "not supported"),
+        ("autoencoder_def", "attention_levels", [False, True, False], "not supported"),
+        ("noise_scheduler", "_target_", "monai.networks.schedulers.pndm.PNDMScheduler", "allowed: DDPMScheduler"),
+    ],
+)
+def test_reference_files_run_nothing_and_drop_nothing(tmp_path, section, key, value, words):
+    values = json.loads((CONFIGS / "CCELLA_def.json").read_text())
+    values[section][key] = value
+    with pytest.raises(ConfigError) as caught:
+        load_config([write(tmp_path, values)])
+    assert words in str(caught.value) and caught.value.field == f"{section}.{key}"
+
+
+def test_grid_that_does_not_divide_is_refused_with_near_sizes():
+    config = load_config(reference_files("CCELLA"), {"data.dim": [256, 250, 128]})
+    with pytest.raises(ConfigError, match=r"\[256, 224, 128\] or \[256, 256, 128\]"):
+        config.check_grid()
+
+
+def test_overrides_need_a_value_and_a_section(tmp_path):
+    path = write(tmp_path, {"training": {"lr": 0.5}})
+    with pytest.raises(ConfigError, match="has no value"):
+        load_config(path, ["training.lr"])
+    with pytest.raises(ConfigError, match="not a section"):
+        load_config(path, ["training.lr.x=1"])

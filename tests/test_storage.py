@@ -1,0 +1,98 @@
+"""The writer: a final name never holds a partial file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ccella_fast import storage
+from ccella_fast.errors import DataError, DiskError
+
+
+def test_atomic_path_keeps_the_old_file_on_failure(tmp_path):
+    target = tmp_path / "a.json"
+    storage.write_json(target, {"old": 1})
+    with pytest.raises(RuntimeError), storage.atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert storage.read_json(target) == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_atomic_folder_publishes_all_or_nothing(tmp_path):
+    with pytest.raises(RuntimeError), storage.atomic_folder(tmp_path / "f") as temporary:
+        (temporary / "x").write_text("half")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    with storage.atomic_folder(tmp_path / "f") as temporary:
+        (temporary / "x").write_text("whole")
+        assert not (tmp_path / "f").exists()
+    assert (tmp_path / "f" / "x").read_text() == "whole" and os.listdir(tmp_path) == ["f"]
+
+
+WRITER = """
+import sys
+from ccella_fast.storage import atomic_path
+while True:
+    for byte in (b"a", b"b"):
+        with atomic_path(sys.argv[1]) as temporary:
+            temporary.write_bytes(byte * 3_000_000)
+"""
+
+
+def test_killed_writer_leaves_a_whole_file(tmp_path):
+    target = tmp_path / "a.bin"
+    for wait in (0.0, 0.03, 0.07):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(target)])
+        while not target.exists():
+            time.sleep(0.005)
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+        content = target.read_bytes()
+        assert len(content) == 3_000_000 and len(set(content)) == 1
+    storage.sweep(tmp_path)
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_full_disk_is_named_and_loses_nothing(tmp_path):
+    """RLIMIT_FSIZE stands in for a full disk: the write fails half-way with an errno."""
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from ccella_fast.storage import atomic_path; from ccella_fast.errors import DiskError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        "    with atomic_path(sys.argv[1]) as t: t.write_bytes(b'x' * 5000)\n"
+        "except DiskError as e: print(e)\n"
+    )
+    target = tmp_path / "a.bin"
+    target.write_text("old")
+    done = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True, text=True, check=True)
+    assert "no room left" in done.stdout and str(target) in done.stdout
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_unwritable_folder_is_a_disk_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="cannot write"):
+        storage.write_json(tmp_path / "file" / "a.json", {})
+
+
+@pytest.mark.parametrize("entry", ["/etc/passwd", "../x", "a/../../x", "", "a\0b", "link/x"])
+def test_paths_stay_inside(tmp_path, entry):
+    (tmp_path / "link").symlink_to("/")
+    with pytest.raises(DataError, match="leaves the data folder"):
+        storage.inside(tmp_path, entry, path="manifest.json", field="[0].axt2")
+    assert storage.inside(tmp_path, "a/b.nii.gz") == tmp_path / "a" / "b.nii.gz"
+
+
+def test_json_has_no_nan_and_errors_cross_processes(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        storage.write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert os.listdir(tmp_path) == []
+    error = DataError("why", path=tmp_path, field="f", fix="x")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)  # noqa: S301 (our own bytes)
