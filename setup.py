@@ -43,6 +43,7 @@ setup(
             "diffusers>=0.40,<0.43",  # independent truth for solvers
             "sentencepiece>=0.2",
             "protobuf>=5",
+            "setuptools>=77",  # a test builds the wheel
             "ruff==0.17.6",
             "mypy==2.4.1",
         ],
