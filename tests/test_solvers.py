@@ -1,0 +1,211 @@
+"""Whole trajectories against diffusers and MONAI, single steps against the golden file."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ccella_fast.config import SchedulerConfig
+from ccella_fast.diffusion import loop
+from ccella_fast.diffusion.noise import generator
+from ccella_fast.diffusion.schedule import Schedule
+from ccella_fast.diffusion.solvers import SOLVERS, Ddim, Ddpm, Step, get_solver
+from ccella_fast.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = (2, 6, 4, 3)
+SEEDS = [3, 4]
+SAME_SCHEDULE = {"beta_start": 0.0015, "beta_end": 0.0195, "clip_sample": False}
+
+
+@pytest.fixture(scope="module")
+def schedule() -> Schedule:
+    return Schedule.from_config(SchedulerConfig())
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    folder = Path(os.environ.get("CCELLA_TEST_SPEC", ROOT.parent / "shared" / "spec"))
+    if not (folder / "reference-golden.json").is_file():
+        pytest.skip(f"no golden file at {folder}; set CCELLA_TEST_SPEC")
+    return json.loads((folder / "reference-golden.json").read_text())["values"]["SCHEDULER"]
+
+
+def fake_denoiser(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Plausible (x keeps unit size down to t = 0) and non-linear, so that a wrong coefficient anywhere moves the end."""
+    phase = (t.to(x.dtype) / 1000).view(-1, *[1] * (x.ndim - 1))
+    return torch.sqrt(phase) * x + 0.05 * torch.cos(2 * x + 4 * phase)
+
+
+def ours(schedule, solver, num_steps, denoise=fake_denoiser, seeds=SEEDS) -> list[torch.Tensor]:
+    """Every x that the network saw, and the result."""
+    seen = []
+
+    def watched(x, t):
+        seen.append(x)
+        return denoise(x, t)
+
+    result = loop.sample(
+        watched, SHAPE, solver=solver, schedule=schedule, seeds=seeds, num_steps=num_steps, progress=False
+    )
+    return [*seen, result]
+
+
+def start_and_noises(num_steps: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The numbers that the loop draws, drawn again here one sample at a time."""
+    start = torch.stack([torch.randn(SHAPE, generator=generator(seed, "start")) for seed in SEEDS])
+    sources = [generator(seed, "step") for seed in SEEDS]
+    return start, [torch.stack([torch.randn(SHAPE, generator=g) for g in sources]) for _ in range(num_steps)]
+
+
+def diffusers_trajectory(name: str, num_steps: int, dtype=torch.float32, **settings) -> list[torch.Tensor]:
+    import diffusers
+    from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
+
+    step = {"eta": settings.pop("eta")} if "eta" in settings else {}
+    truth = getattr(diffusers, name)(
+        beta_schedule="scaled_linear", **{"timestep_spacing": "trailing", **SAME_SCHEDULE, **settings}
+    )
+    truth.alphas_cumprod = torch.cumprod(1 - torch.linspace(0.0015**0.5, 0.0195**0.5, 1000).double() ** 2, 0)
+    truth.set_timesteps(num_steps)
+    x, noises = start_and_noises(num_steps)
+    x = x.to(dtype)
+    trajectory = [x]
+    with pytest.MonkeyPatch.context() as patch:
+        for i, t in enumerate(truth.timesteps):
+            for module in (scheduling_ddim, scheduling_ddpm):
+                patch.setattr(module, "randn_tensor", lambda *_, now=noises[i], **__: now.to(dtype))
+            x = truth.step(fake_denoiser(x, t.expand(len(x))), t, x, **step).prev_sample
+            trajectory.append(x)
+    return trajectory
+
+
+def assert_same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(got) == len(expected)
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5, msg=lambda text, i=i: f"x at step {i}: {text}")
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 16, 50, 333, 1000])
+def test_ddpm_trajectory_equals_diffusers(schedule, num_steps):
+    expected = diffusers_trajectory("DDPMScheduler", num_steps, torch.float64, variance_type="fixed_small")
+    assert_same(ours(schedule, Ddpm(), num_steps), expected)
+
+
+# diffusers takes t - T // N as the next DDIM timestep, which is the next one of its own list only where N divides T.
+@pytest.mark.parametrize("num_steps", [1, 2, 8, 20, 50, 250, 1000])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_trajectory_equals_diffusers(schedule, num_steps, eta):
+    truth = diffusers_trajectory("DDIMScheduler", num_steps, torch.float64, eta=eta, set_alpha_to_one=True)
+    assert_same(ours(schedule, Ddim(eta), num_steps), truth)
+
+
+@pytest.mark.parametrize("num_steps", [7, 16, 333])
+def test_ddim_with_eta_1_is_the_respaced_ddpm(schedule, num_steps):
+    """An identity of the method that joins the step counts left out above to DDPM's, which diffusers checks."""
+    assert_same(ours(schedule, Ddim(eta=1.0), num_steps), ours(schedule, Ddpm(), num_steps))
+
+
+def monai_trajectory(num_steps: int) -> list[torch.Tensor]:
+    from monai.networks.schedulers.ddpm import DDPMScheduler
+
+    truth = DDPMScheduler(schedule="scaled_linear_beta", **SAME_SCHEDULE)
+    truth.set_timesteps(num_steps)
+    x, noises = start_and_noises(num_steps)
+    trajectory = [x]
+    with pytest.MonkeyPatch.context() as patch:
+        for i, t in enumerate(truth.timesteps):
+            patch.setattr(torch, "randn", lambda *_, now=noises[i], **__: now)
+            x, _ = truth.step(fake_denoiser(x, t.expand(len(x))), t, x)
+            trajectory.append(x)
+    return trajectory
+
+
+def test_ddpm_equals_monai_at_1000_steps_and_not_at_50(schedule):
+    # MONAI's tables are fp32: a cumulative product of 1000 factors is off by up to 2e-5.
+    torch.testing.assert_close(ours(schedule, Ddpm(), 1000)[-1], monai_trajectory(1000)[-1], rtol=1e-4, atol=1e-4)
+    # Its 50 steps stride the timesteps and keep single-step posteriors (reference-method, C15): most noise stays.
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(ours(schedule, Ddpm(), 50)[-1], monai_trajectory(50)[-1], rtol=0.3, atol=0.3)
+
+
+@pytest.mark.parametrize("t", [999, 500, 1, 0])
+def test_ddpm_step_equals_golden(schedule, golden, t):
+    expected = golden[f"step_mean_t{t}"]
+    x, eps = (
+        torch.from_numpy(
+            np.random.RandomState(zlib.crc32(f"input:{name}".encode()))
+            .standard_normal(size=(1, 4, 4, 4, 4))
+            .astype(np.float32)
+        )
+        for name in ("xt", "eps")
+    )
+    plan = Ddpm().plan(schedule, 1000)
+    assert plan.timesteps[999 - t] == t
+    row = plan.coefficients[999 - t]
+    got = Ddpm().step(x, eps, torch.tensor(row, dtype=torch.float32), None, None)
+    for value, truth in ((got.x, expected["prev"]), (got.x0, expected["x0"])):
+        samples = value.flatten()[:: truth["samples_stride"]][:16].double().numpy()
+        np.testing.assert_allclose(samples, truth["samples"], rtol=1e-3, atol=1e-4)
+        assert abs(value.double().std(correction=0).item() / truth["std"] - 1) < 1e-3
+    np.testing.assert_allclose(row[-1] ** 2, expected["posterior_var"], rtol=1e-4, atol=1e-19)
+
+
+def test_an_exact_gaussian_comes_out_with_its_mean_and_width(schedule):
+    """The noise of data N(2, 0.5^2) is known in closed form, so the samples' law is known too."""
+    alphas = torch.tensor(schedule.alphas_cumprod)
+
+    def exact(x, t):
+        abar = alphas[t].view(-1, 1, 1, 1, 1)
+        return (1 - abar).sqrt() * (x - 2 * abar.sqrt()) / (abar * 0.25 + 1 - abar)
+
+    for solver, num_steps in ((Ddpm(), 1000), (Ddim(), 50)):
+        values = ours(schedule, solver, num_steps, denoise=exact, seeds=list(range(40)))[-1]
+        assert abs(values.mean() - 2) < 0.02, solver
+        assert abs(values.std() - 0.5) < 0.02, solver
+
+
+@pytest.mark.parametrize("solver", [Ddpm(), Ddim(), Ddim(eta=0.5)])
+def test_a_sample_does_not_depend_on_its_batch(schedule, solver):
+    def simple(x, t):  # vectorised tanh and cos differ in the last bit with the position in memory
+        return 0.5 * x
+
+    batch = ours(schedule, solver, 10, simple, seeds=[5, 6, 7])
+    alone = ours(schedule, solver, 10, simple, seeds=[6])
+    for a, b in zip(batch, alone, strict=True):
+        assert torch.equal(a[1], b[0])
+    assert not torch.equal(batch[-1][0], batch[-1][1])
+
+
+def test_state_is_handed_from_step_to_step(schedule):
+    """What a multi-step solver needs: None first, then whatever the last step returned."""
+
+    class Remembers(Ddim):
+        def step(self, x, eps, row, noise, state):
+            done = super().step(x, eps, row, noise, None)
+            states.append(state)
+            return Step(done.x, done.x0, (state or 0) + 1)
+
+    states: list = []
+    ours(schedule, Remembers(), 4)
+    assert states == [None, 1, 2, 3]
+
+
+def test_low_precision_networks_do_not_lower_the_sample(schedule):
+    result = ours(schedule, Ddpm(), 5, lambda x, t: (0.5 * x).bfloat16())
+    assert all(x.dtype == torch.float32 for x in result)
+
+
+def test_wrong_names_and_counts_are_refused(schedule):
+    assert {name: type(get_solver(name)) for name in SOLVERS} == SOLVERS
+    with pytest.raises(ConfigError, match="did you mean 'ddim'"):
+        get_solver("dimm")
+    for count in (0, 1001):
+        with pytest.raises(ConfigError, match="use 1 to 1000"):
+            Ddpm().plan(schedule, count)
