@@ -1,0 +1,38 @@
+"""Networks. `build_model` is the way in; `vae` holds the autoencoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from ccella_fast.config import Config, ModelConfig
+from ccella_fast.errors import ConfigError, did_you_mean
+from ccella_fast.models.ldm import Denoiser, ModelOutput, TextFreeModel, TextModel
+from ccella_fast.models.unet3d import Conditioning
+from ccella_fast.variants import get_variant
+
+__all__ = ["Conditioning", "Denoiser", "ModelOutput", "build_model"]
+
+
+def build_model(source: str | ModelConfig | Config, **overrides: Any) -> Denoiser:
+    """A freshly initialised model: `build_model("CCELLA", input_dim=384)`.
+
+    source: a variant's name (its sizes are the reference's), a `ModelConfig`, or a whole `Config`. overrides: fields of
+    `ModelConfig`. Raises ConfigError. Random numbers come from torch's global generator; `with torch.device(...)` says where
+    the parameters go ("meta" for names and shapes alone)."""
+    if isinstance(source, str):
+        base = {"variant": get_variant(source).name}
+    else:
+        base = (source.model if isinstance(source, Config) else source).model_dump()
+    for name in overrides:
+        if name not in ModelConfig.model_fields:
+            fix = did_you_mean(name, ModelConfig.model_fields)
+            raise ConfigError(f"there is no model setting '{name}'", field=f"model.{name}", fix=fix)
+    try:
+        config = ModelConfig.model_validate({**base, **overrides})
+    except ValidationError as bad:
+        first = bad.errors()[0]
+        field = ".".join(["model", *map(str, first["loc"])])
+        raise ConfigError(first["msg"].removeprefix("Value error, "), field=field, fix="change this value") from None
+    return TextModel(config) if get_variant(config.variant).text else TextFreeModel(config)

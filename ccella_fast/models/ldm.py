@@ -1,0 +1,129 @@
+"""The whole denoiser: what depends on the prompt (`condition`), what depends on x (`denoise`), and both (`forward`).
+
+Reference-method, sections 2 and 7. The text-free variants are a bare U-Net, so that their parameters have no `unet.` prefix.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ccella_fast.config import ModelConfig
+from ccella_fast.models.adapter import Adapter, ClassHead
+from ccella_fast.models.blocks import Runner, Stack, run
+from ccella_fast.models.unet3d import Conditioning, UNet3d
+from ccella_fast.variants import Variant, get_variant
+
+CLASS_SCALE = 100.0  # the reference feeds classes and spacings times 100
+
+
+class ModelOutput(NamedTuple):
+    noise: Tensor  # (B, C, X, Y, Z)
+    class_logits: Tensor | None  # (B, num_classes); None where no class is predicted
+
+
+class Denoiser(nn.Module):
+    """What every variant offers. `variant` is its row of the table, `config` its sizes."""
+
+    config: ModelConfig
+    variant: Variant
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, *, spacing: Tensor, text: Tensor | None = None, pirads: Tensor | None = None
+    ) -> ModelOutput:
+        """x (B, C, X, Y, Z) noisy latent; timesteps (B,) integer or float; spacing (B, 3) in mm x 100; text (B, L, input_dim),
+        for variants with a report; pirads (B, num_classes) one-hot x 100, for variants whose class is given.
+
+        Raises ValueError when an input is missing, not wanted, or of a wrong shape."""
+        conditioning = self.condition(timesteps, spacing=spacing, text=text, pirads=pirads)
+        return ModelOutput(self.denoise(x, conditioning), conditioning.class_logits)
+
+    def condition(
+        self, timesteps: Tensor, *, spacing: Tensor, text: Tensor | None = None, pirads: Tensor | None = None
+    ) -> Conditioning:
+        """Everything that does not depend on x; arguments as in `forward`."""
+        raise NotImplementedError
+
+    def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """The predicted noise at the timesteps of `conditioning`."""
+        raise NotImplementedError
+
+    def set_activation_checkpointing(self, function: Runner | None) -> None:
+        """Call every residual, attention and adapter block as `function(module, *tensors)`; None calls them plainly.
+
+        For instance `functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)`."""
+        for module in self.modules():
+            if isinstance(module, Stack):
+                module.run = run if function is None else function
+
+    def _check_inputs(self, spacing: Tensor, text: Tensor | None, pirads: Tensor | None) -> None:
+        name, config = self.variant.name, self.config
+        if (text is not None) != self.variant.text:
+            raise ValueError(
+                f"text is {'missing: ' if text is None else 'given, but '}{name} {_takes(text is None)} text"
+            )
+        # A variant without any class ignores one, as the reference's forward does.
+        if (pirads is not None) != (self.variant.class_input == "given") and self.variant.class_input != "none":
+            wants = _takes(pirads is None)
+            raise ValueError(f"pirads is {'missing: ' if pirads is None else 'given, but '}{name} {wants} a class")
+        if spacing.ndim != 2 or spacing.shape[1] != 3:
+            raise ValueError(f"spacing has shape {tuple(spacing.shape)}; (B, 3) is expected")
+        if text is not None and (text.ndim != 3 or text.shape[2] != config.input_dim):
+            raise ValueError(f"text has shape {tuple(text.shape)}; this model takes (B, L, {config.input_dim})")
+        if pirads is not None and (pirads.ndim != 2 or pirads.shape[1] != config.num_classes):
+            raise ValueError(f"pirads has shape {tuple(pirads.shape)}; this model takes (B, {config.num_classes})")
+
+
+class TextFreeModel(Denoiser, UNet3d):
+    """RADMAISI and MAISI."""
+
+    def __init__(self, config: ModelConfig):
+        UNet3d.__init__(self, config)
+
+    def condition(
+        self, timesteps: Tensor, *, spacing: Tensor, text: Tensor | None = None, pirads: Tensor | None = None
+    ) -> Conditioning:
+        self._check_inputs(spacing, text, pirads)
+        return Conditioning(self.embed(timesteps, spacing, pirads), None, None)
+
+    def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        return UNet3d.denoise(self, x, conditioning)
+
+
+class TextModel(Denoiser):
+    """The variants with a report: adapter, U-Net and, for some, a last classifier."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config, self.variant = config, get_variant(config.variant)
+        self.unet = UNet3d(config)
+        self.ella = Adapter(config)
+        if self.variant.head in ("cascade", "shared"):
+            self.classifier: nn.Module = nn.Linear(config.adapter_blocks * config.num_classes, config.num_classes)
+        elif self.variant.head == "last":
+            self.classifier = ClassHead(config)
+
+    def condition(
+        self, timesteps: Tensor, *, spacing: Tensor, text: Tensor | None = None, pirads: Tensor | None = None
+    ) -> Conditioning:
+        self._check_inputs(spacing, text, pirads)
+        context, heads = self.ella(text, timesteps)
+        logits = self._class_logits(context, heads)
+        # Not detached: the diffusion loss trains the heads too.
+        class_vector = pirads if logits is None else CLASS_SCALE * logits.float().softmax(dim=1)
+        return Conditioning(self.unet.embed(timesteps, spacing, class_vector), context, logits)
+
+    def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.unet.denoise(x, conditioning)
+
+    def _class_logits(self, context: Tensor, heads: Tensor | None) -> Tensor | None:
+        if self.variant.head in ("cascade", "shared"):
+            return self.classifier(heads)
+        if self.variant.head == "last":
+            return self.classifier(context)
+        return heads
+
+
+def _takes(wanted: bool) -> str:
+    return "needs" if wanted else "takes no"

@@ -1,0 +1,187 @@
+"""The 3D U-Net that predicts the noise: MAISI's (Guo et al. 2024) with a class vector in place of its body-region inputs.
+
+Reference-method, section 2.4. One class for all variants: with a report its attention is a transformer that also attends to the
+context, without one it is plain self-attention; `pirads_layer` exists where a class vector is used.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ccella_fast.config import ModelConfig
+from ccella_fast.models.blocks import (
+    GroupNormSiLU,
+    ResidualBlock,
+    SpatialSelfAttention,
+    SpatialTransformer,
+    Stack,
+    UpsampleConv3d,
+    conv3d,
+    named,
+    zeroed,
+)
+from ccella_fast.models.embeddings import perceptron, sinusoidal
+from ccella_fast.variants import get_variant
+
+
+class Conditioning(NamedTuple):
+    """All that the U-Net needs besides x, and all that can be computed once for a prompt and a timestep."""
+
+    embedding: Tensor  # (B, 512 or 768 at full size): time, class, spacing
+    context: Tensor | None  # (B, num_latents, cross_attention_dim); None in the text-free variants
+    class_logits: Tensor | None  # (B, num_classes); None where no class is predicted
+
+
+class Level(Stack):
+    """The residual blocks of one resolution, each followed by attention where the level has it."""
+
+    def __init__(self, config: ModelConfig, level: int, inputs: list[int], *, attentions_first: bool):
+        super().__init__()
+        text = get_variant(config.variant).text
+        count = len(inputs) if config.attention_levels[level] else 0
+        attentions = nn.ModuleList(_attention(config, level, text) for _ in range(count))
+        if attentions_first:
+            self.attentions = attentions
+        self.resnets = nn.ModuleList(_residual(config, width, config.num_channels[level]) for width in inputs)
+        if not attentions_first:
+            self.attentions = attentions
+
+    def block(self, index: int, h: Tensor, embedding: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        h = self.run(self.resnets[index], h, embedding)
+        return self.run(self.attentions[index], h, *context) if self.attentions else h
+
+
+class DownBlock(Level):
+    def __init__(self, config: ModelConfig, level: int, inputs: list[int], *, resample: bool):
+        super().__init__(config, level, inputs, attentions_first=True)
+        channels = config.num_channels[level]
+        self.downsampler = conv3d(channels, channels, 3, stride=2, names=("op", "conv")) if resample else None
+
+    def forward(self, h: Tensor, embedding: Tensor, context: tuple[Tensor, ...]) -> list[Tensor]:
+        """Every output of the level, the last one being what goes on: all of them are skips."""
+        outputs = []
+        for index in range(len(self.resnets)):
+            h = self.block(index, h, embedding, context)
+            outputs.append(h)
+        return outputs if self.downsampler is None else [*outputs, self.downsampler(h)]
+
+
+class MiddleBlock(Stack):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        channels = config.num_channels[-1]
+        self.resnet_1 = _residual(config, channels, channels)
+        self.attention = _attention(config, -1, get_variant(config.variant).text)
+        self.resnet_2 = _residual(config, channels, channels)
+
+    def forward(self, h: Tensor, embedding: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        h = self.run(self.resnet_1, h, embedding)
+        h = self.run(self.attention, h, *context)
+        return self.run(self.resnet_2, h, embedding)
+
+
+class UpBlock(Level):
+    def __init__(self, config: ModelConfig, level: int, inputs: list[int], *, resample: bool):
+        super().__init__(config, level, inputs, attentions_first=get_variant(config.variant).text)
+        self.upsampler = named(UpsampleConv3d(config.num_channels[level]), "postconv", "conv") if resample else None
+
+    def forward(self, h: Tensor, skips: list[Tensor], embedding: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """Takes its skips from the end of `skips`."""
+        for index in range(len(self.resnets)):
+            h = self.block(index, torch.cat([h, skips.pop()], dim=1), embedding, context)
+        return h if self.upsampler is None else self.upsampler(h)
+
+
+class UNet3d(nn.Module):
+    """x (B, C, X, Y, Z) and a `Conditioning` -> predicted noise (B, C, X, Y, Z)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config, self.variant = config, get_variant(config.variant)
+        widths, levels = config.num_channels, range(len(config.num_channels))
+        latent, first, last = sum(config.latent_channels), widths[0], levels[-1]
+        has_class = self.variant.class_input != "none"
+
+        self.conv_in = conv3d(latent, first, 3)
+        self.time_embed = perceptron(first, 4 * first)
+        self.pirads_layer = perceptron(config.num_classes, 4 * first) if has_class else None
+        self.spacing_layer = perceptron(3, 4 * first)
+
+        self.down_blocks = nn.ModuleList()
+        h, skips = first, [first]  # channel counts: of what flows on, of what the up path will take from the end
+        for level in levels:
+            inputs = [h] + [widths[level]] * (config.num_res_blocks - 1)
+            self.down_blocks.append(DownBlock(config, level, inputs, resample=level != last))
+            h = widths[level]
+            skips += [h] * (config.num_res_blocks + (level != last))
+
+        self.middle_block = MiddleBlock(config)
+
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(levels):
+            inputs = []
+            for _ in range(config.num_res_blocks + 1):
+                inputs.append(h + skips.pop())
+                h = widths[level]
+            self.up_blocks.append(UpBlock(config, level, inputs, resample=level != 0))
+
+        norm = GroupNormSiLU(config.norm_num_groups, first, config.norm_eps)
+        self.out = nn.Sequential(OrderedDict({"0": norm, "2": zeroed(conv3d(first, latent, 3))}))
+
+    def embed(self, timesteps: Tensor, spacing: Tensor, class_vector: Tensor | None) -> Tensor:
+        """timesteps (B,), spacing (B, 3) in mm x 100, class vector (B, num_classes) x 100 -> (B, embedding width)."""
+        dtype = _dtype(self)
+        parts = [self.time_embed(sinusoidal(timesteps, self.config.num_channels[0]).to(dtype))]
+        if self.pirads_layer is not None:
+            assert class_vector is not None
+            parts.append(self.pirads_layer(class_vector.to(dtype)))
+        parts.append(self.spacing_layer(spacing.to(dtype)))
+        return torch.cat(parts, dim=1)
+
+    def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """The predicted noise, in the dtype of the weights (under autocast: of its convolutions).
+
+        Raises ValueError when x has other channels than the model, or a grid that the levels cannot halve."""
+        self._check(x)
+        embedding = F.silu(conditioning.embedding)
+        context = () if conditioning.context is None else (conditioning.context,)
+        h = self.conv_in(x.to(_dtype(self)))
+        skips = [h]
+        for down in self.down_blocks:
+            skips += down(skips[-1], embedding, context)
+        h = self.middle_block(skips[-1], embedding, context)
+        for up in self.up_blocks:
+            h = up(h, skips, embedding, context)
+        return self.out(h)
+
+    def _check(self, x: Tensor) -> None:
+        channels, divisor = sum(self.config.latent_channels), self.config.divisor
+        if x.ndim != 5 or x.shape[1] != channels:
+            raise ValueError(f"x has shape {tuple(x.shape)}; this model takes (B, {channels}, X, Y, Z)")
+        if any(size % divisor for size in x.shape[2:]):
+            raise ValueError(
+                f"the latent grid {tuple(x.shape[2:])} does not fit: each axis must be a multiple of {divisor} "
+                f"(2 ** (levels - 1), {len(self.config.num_channels)} levels)"
+            )
+
+
+def _residual(config: ModelConfig, inputs: int, outputs: int) -> ResidualBlock:
+    parts = 2 if get_variant(config.variant).class_input == "none" else 3
+    embedding = parts * 4 * config.num_channels[0]
+    return ResidualBlock(inputs, outputs, embedding, config.norm_num_groups, config.norm_eps)
+
+
+def _attention(config: ModelConfig, level: int, text: bool) -> nn.Module:
+    channels, head = config.num_channels[level], config.num_head_channels[level]
+    if text:
+        return SpatialTransformer(channels, head, config.cross_attention_dim, config.norm_num_groups, config.norm_eps)
+    return SpatialSelfAttention(channels, head, config.norm_num_groups, config.norm_eps)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
