@@ -1,0 +1,196 @@
+"""Checkpoint folders: what makes one valid, which is the newest, and loading one for sampling.
+
+RUN/checkpoints/step-00000400/ is published by a rename after its manifest.json, with the SHA-256 of every other file, has been
+written last. Nothing else counts: no marker file, no newest name. Training writes them (`training.saving`).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ccella_fast.config import Config, load_config, make_config
+from ccella_fast.errors import CheckpointError
+from ccella_fast.storage import publish_folder, read_json, sha256, write_json
+
+LOG = logging.getLogger("ccella_fast")
+FORMAT, VERSION = "ccella_fast.checkpoint", 1
+_FIX = "use another checkpoint, or train again"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in evaluation mode and what sampling needs beside it. `scale_factor`: one entry a sequence. `weights`: "ema" or
+    "raw". `autoencoder`: folder for `load_autoencoder`, None where the checkpoint has none (a reference .pt)."""
+
+    model: Any
+    variant: str
+    scale_factor: list[float]
+    config: Config
+    step: int
+    intensity_scale: dict[str, float]
+    weights: str
+    autoencoder: Path | None
+    path: Path
+
+
+def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any = "cpu") -> Checkpoint:
+    """path: a run folder (its newest valid step), a step folder, or a reference .pt file.
+
+    weights: "ema", "raw", or None for the averaged ones where there are any. Every hash is checked before use. Raises
+    CheckpointError naming the file."""
+    path = Path(path)
+    if weights not in ("ema", "raw", None):
+        raise ValueError(f"weights is 'ema', 'raw' or None, not {weights!r}")
+    if path.is_file():
+        return _load_reference(path, weights, device)
+    folder = path if (path / "manifest.json").is_file() else newest(path)
+    if folder is None:
+        raise CheckpointError("there is no checkpoint here", path=path, fix="give a run folder, a step folder or a .pt file")
+    verify(folder)
+    from safetensors.torch import load_file
+
+    if weights is None:
+        weights = "ema" if (folder / "ema.safetensors").is_file() else "raw"
+    file = folder / ("ema.safetensors" if weights == "ema" else "model.safetensors")
+    if not file.is_file():
+        raise CheckpointError("this run kept no averaged weights", path=file, fix="load the raw weights")
+    config, state = load_config(folder / "config.json"), read_state(folder)
+    model = _build(config, load_file(file), file, device)
+    vae = folder / "vae"
+    return Checkpoint(
+        model, config.model.variant, state["scale_factor"], config, state["step"], state["intensity_scale"], weights,
+        vae if vae.is_dir() else None, folder,
+    )  # fmt: skip
+
+
+def export_reference(path: str | Path, out: str | Path, *, weights: str | None = None) -> None:
+    """Write a checkpoint in the reference's layout: one .pt that `torch.load(weights_only=True)` reads."""
+    from ccella_fast.reference_checkpoint import write_reference
+
+    loaded = load_checkpoint(path, weights=weights)
+    write_reference(
+        out,
+        state_dict=loaded.model.state_dict(),
+        scale_factor=loaded.scale_factor,
+        num_train_timesteps=loaded.config.scheduler.num_train_timesteps,
+    )
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def step_folders(run: Path) -> list[Path]:
+    """Published checkpoints of a run, newest first; not verified."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted((folder for folder in found if folder.is_dir()), reverse=True)
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint whose hashes are right; a corrupt one is named in a warning and passed over. None: there is none.
+
+    Raises CheckpointError when there are checkpoints and all are corrupt."""
+    folders = step_folders(run)
+    for folder in folders:
+        try:
+            verify(folder)
+            return folder
+        except CheckpointError as error:
+            LOG.warning("%s is passed over: %s", error.path or folder, error.why)
+    if folders:
+        raise CheckpointError("no checkpoint of this run is intact", path=run / "checkpoints", fix=_FIX)
+    return None
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    """Hash every file of `folder` into its manifest.json."""
+    files = {
+        file.relative_to(folder).as_posix(): {"sha256": sha256(file), "bytes": file.stat().st_size}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    write_json(folder / "manifest.json", {"format": FORMAT, "version": VERSION, **facts, "files": files})
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Compare every file with the manifest; returns the manifest. CheckpointError names the first file that differs."""
+    path = folder / "manifest.json"
+    manifest = read_json(path, error=CheckpointError)
+    try:
+        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            raise CheckpointError(f"this is not a {FORMAT} of version {VERSION}", path=path, fix=_FIX)
+        for name, entry in manifest["files"].items():
+            file = folder / name
+            if not file.resolve().is_relative_to(folder.resolve()):
+                raise CheckpointError(f"the entry {name!r} leaves the folder", path=path, fix=_FIX)
+            if not file.is_file():
+                raise CheckpointError("this file is missing", path=file, fix=_FIX)
+            if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
+                raise CheckpointError("this file is damaged (its SHA-256 differs)", path=file, fix=_FIX)
+    except (KeyError, TypeError, AttributeError) as bad:
+        raise CheckpointError(f"a malformed manifest ({bad})", path=path, fix=_FIX) from None
+    return manifest
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """training_state.json: step, scale factor and what else a resumed run takes over."""
+    return read_json(folder / "training_state.json", error=CheckpointError)
+
+
+def publish(partial: Path, final: Path, *, keep: int) -> None:
+    """Give a complete folder its name, then remove all but the newest `keep` checkpoints."""
+    if final.exists():  # a corrupt one that was passed over
+        _remove(final)
+    publish_folder(partial, final)
+    for old in step_folders(final.parent.parent)[keep:]:
+        _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first, so that a kill in between never leaves half a checkpoint under a valid name.
+    doomed = folder.rename(folder.with_name(f".partial-old-{folder.name}"))
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _build(config: Config, state: dict[str, Any], file: Path, device: Any) -> Any:
+    import torch
+
+    from ccella_fast.models import build_model
+
+    with torch.device("meta"):
+        model = build_model(config)
+    _compare(state, model.state_dict(), config.model.variant, file)
+    model.load_state_dict(state, assign=True)
+    return model.to(device).eval()
+
+
+def _compare(state: dict[str, Any], expected: dict[str, Any], variant: str, file: Path) -> None:
+    """A checkpoint of another variant or size is refused with the first name that tells."""
+    for name in [*expected, *state]:
+        have, want = (tuple(side[name].shape) if name in side else None for side in (state, expected))
+        if have != want:
+            why = f"these weights do not fit the configured {variant}: {name} is {have or 'absent'}, not {want or 'absent'}"
+            raise CheckpointError(why, path=file, field="model", fix="load them with the configuration they were trained with")
+
+
+def _load_reference(path: Path, weights: str | None, device: Any) -> Checkpoint:
+    from ccella_fast.reference_checkpoint import read_reference
+
+    if weights == "ema":
+        raise CheckpointError("a reference checkpoint has no averaged weights", path=path, fix="load the raw weights")
+    found = read_reference(path)
+    latents = found.config.latent_channels
+    overrides = {
+        "model": found.config.model_dump(mode="json"),
+        "scheduler.num_train_timesteps": found.num_train_timesteps,
+        "data.sequences": ["t2w"] if len(latents) == 1 else ["t2w", "hbv", "adc"],
+    }
+    config = make_config(overrides)
+    model = _build(config, found.state_dict, path, device)
+    return Checkpoint(model, found.variant, found.scale_factor, config, found.epoch, {}, "raw", None, path)
+
+

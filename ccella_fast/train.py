@@ -1,0 +1,94 @@
+"""The door to training: `deepspeed ccella_fast/train.py`, `torchrun ccella_fast/train.py`, `python ccella_fast/train.py`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from ccella_fast.errors import CcellaError, ConfigError
+
+EXAMPLE = """example:
+  deepspeed ccella_fast/train.py --config configs/demo.json --data out/demo/prepared --output_dir out/demo/model --resume
+  deepspeed --num_gpus 2 ccella_fast/train.py ... --deepspeed configs/deepspeed/zero2.json
+exit codes: 0 ok, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss, 130/143 stopped by a signal
+(the checkpoint is saved first). A launcher may hide them; OUTPUT_DIR/run_status.json does not."""
+
+
+def main() -> int:
+    """Parse, train, and say what went wrong in one message; the return value is the exit code."""
+    arguments = _parser().parse_args()
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(levelname)s %(message)s")
+    try:
+        return _run(arguments)
+    except CcellaError as error:
+        if arguments.debug:
+            raise
+        if first:
+            print(error, file=sys.stderr)
+        else:
+            time.sleep(2)  # launchers kill all when one ends: let the first process say what is wrong
+        return error.exit_code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ccella_fast.config import load_config
+
+    three = [arguments.env_config, arguments.model_config, arguments.model_def]
+    if (arguments.config is None) == (None in three):
+        raise ConfigError("no configuration", fix="give --config FILE, or --env_config, --model_config and --model_def")
+    overrides = list(arguments.set)
+    if arguments.max_train_steps is not None:
+        overrides.append(f"training.max_train_steps={arguments.max_train_steps}")
+    if arguments.seed is not None:
+        overrides.append(f"training.seed={arguments.seed}")
+    config = load_config(arguments.config or three, overrides)
+    data, run = arguments.data or config.paths.embedding_base_dir, arguments.output_dir or config.paths.model_dir
+    if data is None or run is None:
+        raise ConfigError("no folders", fix="give --data PREPARED_FOLDER and --output_dir FOLDER")
+    files = [file for file in (arguments.deepspeed, arguments.deepspeed_config) if file not in (None, True)]
+    if len(files) > 1:
+        raise ConfigError("two DeepSpeed files", field="--deepspeed", fix="give one of them")
+    settings = {"data": Path(data), "run": Path(run), "deepspeed_file": Path(files[0]) if files else None}
+    if arguments.dry_run:
+        from ccella_fast.training.estimate import describe
+
+        print(describe(config, **settings))
+        return 0
+    from ccella_fast.training.run import train
+
+    return train(config, resume=arguments.resume, **settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train the diffusion model on a prepared folder.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="our single configuration file")
+    add("--env_config", type=Path, metavar="FILE", help="the reference's three files instead: env,")
+    add("--model_config", type=Path, metavar="FILE", help="config")
+    add("--model_def", type=Path, metavar="FILE", help="and def")
+    add("--data", type=Path, metavar="FOLDER", help="prepared folder (default: embedding_base_dir of --env_config)")
+    add("--output_dir", type=Path, metavar="FOLDER", help="where the run is written (default: model_dir of --env_config)")
+    add("--resume", nargs="?", const="latest", metavar="STEP_FOLDER", help="go on from the newest checkpoint, if any, or this one")
+    add("--max_train_steps", type=int, metavar="N", help="length of the run in optimizer steps; fixed once it has started")
+    add("--seed", type=int, metavar="N", help="data order, noise and initial weights follow from it")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated")
+    add("--deepspeed", nargs="?", const=True, metavar="FILE", help="a DeepSpeed file (its values win), or a bare flag")
+    add("--deepspeed_config", metavar="FILE", help="the same, under DeepSpeed's own name")
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it; LOCAL_RANK says the same
+    add("--dry-run", "--dry_run", action="store_true", help="show resolved settings, parameters, memory and disk; write nothing")
+    add("--debug", action="store_true", help="show a traceback instead of one message")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What a run tells: a bar on rank 0, metrics.jsonl, TensorBoard (or whatever DeepSpeed's monitor is set to), run_status.json."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from ccella_fast.storage import atomic_path, write_json
+
+
+class Progress(NamedTuple):
+    """One logged step; `step` counts finished optimizer steps."""
+
+    step: int
+    epoch: int
+    loss: float
+    loss_l1: float
+    loss_class: float
+    lr: float
+    grad_norm: float
+
+
+class Telemetry:
+    """Used as a context on rank 0; `None` stands for it elsewhere."""
+
+    def __init__(self, run: Path, engine: Any, *, first: int, total: int, global_batch: int):
+        self.path, self.monitor, self.global_batch = run / "metrics.jsonl", engine.monitor, global_batch
+        # The engine would read the loss back from the GPU at every micro-step for its own events; ours carry the same names.
+        self.monitor.enabled = False
+        self.last = (first, time.perf_counter())
+        _forget_after(self.path, first)
+        self.bar = tqdm(total=total, initial=first, desc="train", unit="step", mininterval=1, smoothing=0.05)
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def log(self, progress: Progress) -> None:
+        step, then = self.last
+        self.last = now = (progress.step, time.perf_counter())
+        seconds = (now[1] - then) / (progress.step - step)
+        rate = self.global_batch / seconds
+        line = {**progress._asdict(), "seconds_per_step": round(seconds, 4), "samples_per_second": round(rate, 3)}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        samples = progress.step * self.global_batch
+        names = {"train_loss": "loss", "loss_l1": "loss_l1", "loss_class": "loss_class", "lr": "lr", "grad_norm": "grad_norm"}
+        self.monitor.write_events([(f"Train/Samples/{name}", line[key], samples) for name, key in names.items()])
+        self.bar.set_postfix(loss=f"{progress.loss:.4f}", lr=f"{progress.lr:.2e}", samples_s=f"{rate:.2f}", refresh=False)
+
+
+def write_status(run: Path, state: str, *, step: int, total_steps: int, exit_code: int | None = None, why: str | None = None) -> None:
+    """run_status.json: running, finished, terminated or failed. Launchers hide exit codes; this file does not."""
+    status = {"state": state, "step": step, "total_steps": total_steps, "exit_code": exit_code, "why": why}
+    write_json(run / "run_status.json", status)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop what a killed run logged after the checkpoint that this one goes on from."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # half a line: the kill fell into the write
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
