@@ -1,4 +1,4 @@
-"""Parity with the reference: every variant, the autoencoder and the class loss against recorded outputs (reference-golden.json).
+"""Parity with the reference: every variant, the autoencoder and the class loss against outputs in reference-golden.json.
 
 Weights and inputs come from the file's recipe: a random generator seeded with the CRC of each tensor's name. Full-size models.
 """

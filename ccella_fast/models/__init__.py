@@ -12,15 +12,21 @@ from ccella_fast.models.ldm import Denoiser, ModelOutput, TextFreeModel, TextMod
 from ccella_fast.models.unet3d import Conditioning
 from ccella_fast.variants import get_variant
 
-__all__ = ["Conditioning", "Denoiser", "ModelOutput", "build_model"]
+__all__ = ["Conditioning", "Denoiser", "ModelOutput", "build_model", "model_config"]
 
 
 def build_model(source: str | ModelConfig | Config, **overrides: Any) -> Denoiser:
-    """A freshly initialised model: `build_model("CCELLA", input_dim=384)`.
+    """A freshly initialised model: `build_model("CCELLA", input_dim=384)`. Arguments as `model_config`.
 
-    source: a variant's name (its sizes are the reference's), a `ModelConfig`, or a whole `Config`. overrides: fields of
-    `ModelConfig`. Raises ConfigError. Random numbers come from torch's global generator; `with torch.device(...)` says where
-    the parameters go ("meta" for names and shapes alone)."""
+    Random numbers come from torch's global generator; `with torch.device(...)` says where the parameters go ("meta" for names
+    and shapes alone)."""
+    config = model_config(source, **overrides)
+    return TextModel(config) if get_variant(config.variant).text else TextFreeModel(config)
+
+
+def model_config(source: str | ModelConfig | Config, **overrides: Any) -> ModelConfig:
+    """source: a variant's name (its sizes are the reference's), a `ModelConfig`, or a whole `Config`. overrides: fields of
+    `ModelConfig`, which win. Raises ConfigError that names the field."""
     if isinstance(source, str):
         base = {"variant": get_variant(source).name}
     else:
@@ -30,9 +36,8 @@ def build_model(source: str | ModelConfig | Config, **overrides: Any) -> Denoise
             fix = did_you_mean(name, ModelConfig.model_fields)
             raise ConfigError(f"there is no model setting '{name}'", field=f"model.{name}", fix=fix)
     try:
-        config = ModelConfig.model_validate({**base, **overrides})
+        return ModelConfig.model_validate({**base, **overrides})
     except ValidationError as bad:
         first = bad.errors()[0]
         field = ".".join(["model", *map(str, first["loc"])])
         raise ConfigError(first["msg"].removeprefix("Value error, "), field=field, fix="change this value") from None
-    return TextModel(config) if get_variant(config.variant).text else TextFreeModel(config)

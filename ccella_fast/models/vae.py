@@ -6,9 +6,7 @@ flushes are left out: they change nothing but time and memory.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +17,7 @@ from torch.nn import functional as F
 from ccella_fast.config import AutoencoderConfig
 from ccella_fast.errors import CheckpointError
 from ccella_fast.models.blocks import GroupNormSiLU, conv3d, named
-from ccella_fast.models.weights import load_weights
+from ccella_fast.models.weights import load_weights, plain_tensors, read_pt
 from ccella_fast.storage import atomic_path, read_json, sha256, write_json
 
 FORMAT = {"format": "ccella_fast.autoencoder", "version": 1}
@@ -153,7 +151,7 @@ def load_autoencoder(path: str | Path, config: AutoencoderConfig | None = None) 
         )
     if path.is_file():
         config = config or AutoencoderConfig()
-        tensors = _read_pt(path)
+        tensors = plain_tensors(read_pt(path), path=path)
     else:
         path = path / "vae" if (path / "vae").is_dir() else path
         config = _stored_config(path, config)
@@ -194,16 +192,3 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError as bad:
         raise CheckpointError(f"not a readable safetensors file: {bad}", path=file, fix="copy it again") from None
-
-
-def _read_pt(file: Path) -> dict[str, Tensor]:
-    try:
-        values: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as bad:
-        first = str(bad).strip().splitlines()[:1]
-        why = f"not a readable weight file: {''.join(first)[:200]}"
-        raise CheckpointError(why, path=file, fix="give a state dict saved by torch") from None
-    if not isinstance(values, dict) or not all(isinstance(tensor, Tensor) for tensor in values.values()):
-        fix = "give MAISI's autoencoder file, which is a bare state dict"
-        raise CheckpointError("this file does not hold a plain dictionary of tensors", path=file, fix=fix)
-    return values

@@ -1,0 +1,188 @@
+"""The reference's checkpoint files, read and written: one `torch.save` dictionary (reference-method, section 2.7).
+
+The file does not say which variant it holds: names and shapes do. They do not show the head widths, the number of norm groups
+and the norm's epsilon: those are the reference's unless a configuration is given.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccella_fast.config import ModelConfig
+from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.models import build_model, model_config
+from ccella_fast.models.weights import first_difference, plain, plain_tensors, read_pt
+from ccella_fast.storage import atomic_path
+from ccella_fast.variants import VARIANTS, Variant, get_variant
+
+
+@dataclass(frozen=True)
+class ReferenceCheckpoint:
+    """What a reference file holds, in plain tensors and numbers."""
+
+    state_dict: dict[str, Tensor]
+    scale_factor: list[float]  # one a sequence; latents are multiplied by it before the network sees them
+    epoch: int  # finished epochs
+    num_train_timesteps: int
+    variant: str
+    config: ModelConfig
+
+
+def read_reference(
+    path: str | Path, *, variant: str | None = None, config: ModelConfig | None = None
+) -> ReferenceCheckpoint:
+    """Read a reference `.pt`, without running anything in it; tensors are on the CPU.
+
+    variant: tells CCELLA from L1ONLY, whose tensors are alike (default: the first row of the table that fits).
+    config: the exact architecture, for sizes that shapes do not show. Raises CheckpointError when the file is unsafe, damaged,
+    incomplete, or holds another variant or other tensors."""
+    values = read_pt(path)
+    if not isinstance(values, dict) or "unet_state_dict" not in values:
+        fix = "give a checkpoint of the reference's training, such as CCELLA.pt"
+        raise CheckpointError("this file has no 'unet_state_dict'", path=path, field="unet_state_dict", fix=fix)
+    tensors = plain_tensors(values["unet_state_dict"], path=path, field="unet_state_dict")
+    scale_factor = _scale_factor(values.get("scale_factor"), path)
+    wanted = config.variant if config else variant
+    row = _find_variant(tensors, wanted, path)
+    found = config or _find_config(tensors, row, len(scale_factor), path)
+    with torch.device("meta"):
+        difference = first_difference(build_model(found).state_dict(), tensors)
+    if difference is not None:
+        fix = "give the matching configuration, or another file"
+        raise CheckpointError(f"not a {row.name} checkpoint: {difference}", path=path, fix=fix)
+    epoch, timesteps = (_count(values, key, path) for key in ("epoch", "num_train_timesteps"))
+    return ReferenceCheckpoint(tensors, scale_factor, epoch, timesteps, row.name, found)
+
+
+def write_reference(
+    path: str | Path,
+    state_dict: Mapping[str, Tensor],
+    scale_factor: Sequence[float],
+    epoch: int = 0,
+    loss: float = math.nan,
+    num_train_timesteps: int = 1000,
+    optimizer: dict[str, Any] | None = None,
+    scheduler: dict[str, Any] | None = None,
+) -> None:
+    """Write what the reference's own scripts load: state dict of the whole module, scale factor (a 0-d tensor; several
+    sequences: a tuple of them), finished epochs, mean loss of the last one. Optimizer and scheduler state when given."""
+    factors = tuple(torch.tensor(factor, dtype=torch.float64) for factor in scale_factor)
+    values = {
+        "epoch": epoch,
+        "loss": loss,
+        "num_train_timesteps": num_train_timesteps,
+        "scale_factor": factors[0] if len(factors) == 1 else factors,
+        # Cloned: torch.save would write the whole storage behind a view.
+        "unet_state_dict": {
+            name: plain(tensor).cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in state_dict.items()
+        },
+        **({} if optimizer is None else {"optimizer": optimizer}),
+        **({} if scheduler is None else {"scheduler": scheduler}),
+    }
+    with atomic_path(path) as temporary:
+        torch.save(values, temporary)
+
+
+def _scale_factor(value: Any, path: str | Path) -> list[float]:
+    """A number, a 0-d tensor of any class, or several of them."""
+    entries = list(value) if isinstance(value, (list, tuple)) else [value]
+    numbers = [
+        isinstance(entry, (int, float)) or (isinstance(entry, Tensor) and entry.numel() == 1) for entry in entries
+    ]
+    factors = [float(entry) for entry in entries] if entries and all(numbers) else [math.nan]
+    if not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        why = "the scale factor is missing or not a positive number"
+        raise CheckpointError(why, path=path, field="scale_factor", fix="give the file that training wrote")
+    return factors
+
+
+def _count(values: dict[Any, Any], key: str, path: str | Path) -> int:
+    value = values.get(key)
+    if not isinstance(value, int) or value < 0:
+        raise CheckpointError(f"'{key}' is missing or no whole number", path=path, field=key, fix="give another file")
+    return value
+
+
+def _find_variant(tensors: Mapping[str, Tensor], wanted: str | None, path: str | Path) -> Variant:
+    """The row of the table that the names belong to."""
+    text = any(name.startswith("unet.") for name in tensors)
+    if any(name.startswith("ella.connector.cascade_blocks.") for name in tensors):
+        head = "cascade"
+    elif "ella.connector.classifier.fc1.weight" in tensors:
+        head = "shared" if "classifier.weight" in tensors else "first"
+    else:
+        head = "last" if "classifier.fc1.weight" in tensors else "none"
+    if f"{'unet.' if text else ''}pirads_layer.0.weight" not in tensors:
+        source = "none"
+    else:
+        source = "given" if head == "none" else "predicted"
+    fitting = [row for row in VARIANTS.values() if (row.text, row.head, row.class_input) == (text, head, source)]
+    if wanted is None and fitting:
+        return fitting[0]
+    names = " or ".join(row.name for row in fitting) or "none of the variants"
+    if wanted is None or get_variant(wanted) not in fitting:
+        what = f"not a {wanted} checkpoint" if wanted else "not a checkpoint of the reference"
+        raise CheckpointError(
+            f"{what}: its tensors are those of {names}", path=path, fix="choose the variant that fits"
+        )
+    return get_variant(wanted)
+
+
+def _find_config(tensors: Mapping[str, Tensor], row: Variant, sequences: int, path: str | Path) -> ModelConfig:
+    """Every size that shapes show; the others keep the reference's values."""
+    unet = "unet." if row.text else ""
+    try:
+        levels = _count_children(tensors, f"{unet}down_blocks.")
+        channels = tensors[f"{unet}conv_in.conv.weight"].shape[1]
+        if channels % sequences:
+            why = f"{channels} latent channels and {sequences} scale factors do not go together"
+            raise CheckpointError(why, path=path, field="scale_factor", fix="give another file")
+        attends = [f"{unet}down_blocks.{level}.attentions.0.norm.weight" in tensors for level in range(levels)]
+        sizes: dict[str, Any] = {
+            "latent_channels": [channels // sequences] * sequences,
+            "num_channels": [
+                tensors[f"{unet}down_blocks.{level}.resnets.0.conv1.conv.weight"].shape[0] for level in range(levels)
+            ],
+            "attention_levels": attends,
+            "num_head_channels": [32 if attention else 0 for attention in attends],
+            "num_res_blocks": _count_children(tensors, f"{unet}down_blocks.0.resnets."),
+        }
+        if row.class_input != "none":
+            sizes["num_classes"] = tensors[f"{unet}pirads_layer.0.weight"].shape[1]
+        if row.text:
+            sizes |= _adapter_sizes(tensors, row)
+        return model_config(row.name, **sizes)
+    except (KeyError, ConfigError) as bad:
+        why = bad.why if isinstance(bad, ConfigError) else f"'{bad.args[0]}' is missing"
+        raise CheckpointError(f"not a {row.name} checkpoint: {why}", path=path, fix="give another file") from None
+
+
+def _adapter_sizes(tensors: Mapping[str, Tensor], row: Variant) -> dict[str, int]:
+    num_latents, width = tensors["ella.connector.latents"].shape
+    sizes = {
+        "num_latents": num_latents,
+        "cross_attention_dim": width,
+        "input_dim": tensors["ella.connector.proj_in.weight"].shape[1],
+        "adapter_blocks": _count_children(tensors, "ella.connector.perceiver_blocks."),
+        "adapter_time_dim": tensors["ella.time_embedding.linear_1.weight"].shape[1],
+    }
+    if row.head != "none":
+        home = {"cascade": "ella.connector.cascade_blocks.0", "last": "classifier"}.get(
+            row.head, "ella.connector.classifier"
+        )
+        sizes["class_head_dim"] = tensors[f"{home}.fc1.weight"].shape[0]
+    return sizes
+
+
+def _count_children(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return len({match.group(1) for match in map(pattern.match, tensors) if match})
