@@ -49,7 +49,9 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
         return _load_reference(path, weights, device)
     folder = path if (path / "manifest.json").is_file() else newest(path)
     if folder is None:
-        raise CheckpointError("there is no checkpoint here", path=path, fix="give a run folder, a step folder or a .pt file")
+        raise CheckpointError(
+            "there is no checkpoint here", path=path, fix="give a run folder, a step folder or a .pt file"
+        )
     verify(folder)
     from safetensors.torch import load_file
 
@@ -160,21 +162,18 @@ def _build(config: Config, state: dict[str, Any], file: Path, device: Any) -> An
     import torch
 
     from ccella_fast.models import build_model
+    from ccella_fast.models.weights import first_difference
 
     with torch.device("meta"):
         model = build_model(config)
-    _compare(state, model.state_dict(), config.model.variant, file)
+    difference = first_difference(model.state_dict(), state)
+    if difference is not None:
+        why = f"these weights are not those of the configured {config.model.variant}: {difference}"
+        raise CheckpointError(
+            why, path=file, field="model", fix="load them with the configuration they were trained with"
+        )
     model.load_state_dict(state, assign=True)
     return model.to(device).eval()
-
-
-def _compare(state: dict[str, Any], expected: dict[str, Any], variant: str, file: Path) -> None:
-    """A checkpoint of another variant or size is refused with the first name that tells."""
-    for name in [*expected, *state]:
-        have, want = (tuple(side[name].shape) if name in side else None for side in (state, expected))
-        if have != want:
-            why = f"these weights do not fit the configured {variant}: {name} is {have or 'absent'}, not {want or 'absent'}"
-            raise CheckpointError(why, path=file, field="model", fix="load them with the configuration they were trained with")
 
 
 def _load_reference(path: Path, weights: str | None, device: Any) -> Checkpoint:
@@ -192,5 +191,3 @@ def _load_reference(path: Path, weights: str | None, device: Any) -> Checkpoint:
     config = make_config(overrides)
     model = _build(config, found.state_dict, path, device)
     return Checkpoint(model, found.variant, found.scale_factor, config, found.epoch, {}, "raw", None, path)
-
-

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ccella_fast.errors import CcellaError, ConfigError
 
@@ -53,7 +54,11 @@ def _run(arguments: argparse.Namespace) -> int:
     files = [file for file in (arguments.deepspeed, arguments.deepspeed_config) if file not in (None, True)]
     if len(files) > 1:
         raise ConfigError("two DeepSpeed files", field="--deepspeed", fix="give one of them")
-    settings = {"data": Path(data), "run": Path(run), "deepspeed_file": Path(files[0]) if files else None}
+    settings: dict[str, Any] = {
+        "data": Path(data),
+        "run": Path(run),
+        "deepspeed_file": Path(files[0]) if files else None,
+    }
     if arguments.dry_run:
         from ccella_fast.training.estimate import describe
 
@@ -77,15 +82,36 @@ def _parser() -> argparse.ArgumentParser:
     add("--model_config", type=Path, metavar="FILE", help="config")
     add("--model_def", type=Path, metavar="FILE", help="and def")
     add("--data", type=Path, metavar="FOLDER", help="prepared folder (default: embedding_base_dir of --env_config)")
-    add("--output_dir", type=Path, metavar="FOLDER", help="where the run is written (default: model_dir of --env_config)")
-    add("--resume", nargs="?", const="latest", metavar="STEP_FOLDER", help="go on from the newest checkpoint, if any, or this one")
-    add("--max_train_steps", type=int, metavar="N", help="length of the run in optimizer steps; fixed once it has started")
+    add(
+        "--output_dir",
+        type=Path,
+        metavar="FOLDER",
+        help="where the run is written (default: model_dir of --env_config)",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="STEP_FOLDER",
+        help="go on from the newest checkpoint, if any, or this one",
+    )
+    add(
+        "--max_train_steps",
+        type=int,
+        metavar="N",
+        help="length of the run in optimizer steps; fixed once it has started",
+    )
     add("--seed", type=int, metavar="N", help="data order, noise and initial weights follow from it")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated")
     add("--deepspeed", nargs="?", const=True, metavar="FILE", help="a DeepSpeed file (its values win), or a bare flag")
     add("--deepspeed_config", metavar="FILE", help="the same, under DeepSpeed's own name")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it; LOCAL_RANK says the same
-    add("--dry-run", "--dry_run", action="store_true", help="show resolved settings, parameters, memory and disk; write nothing")
+    add(
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="show resolved settings, parameters, memory and disk; write nothing",
+    )
     add("--debug", action="store_true", help="show a traceback instead of one message")
     return parser
 

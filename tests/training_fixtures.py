@@ -78,7 +78,14 @@ def write_prepared(folder: Path, *, cases: int = 5, nan_in: str | None = None) -
         "format": "ccella_fast.prepared",
         "version": 1,
         "data": {"sequences": ["t2w"], "spacing": [0.5, 0.5, 0.5625], "dim": [32, 32, 16], "dataset": None},
-        "text": {"encoder": "test", "revision": None, "max_length": TOKENS, "dtype": "float32", "batch_size": 8, "width": WIDTH},
+        "text": {
+            "encoder": "test",
+            "revision": None,
+            "max_length": TOKENS,
+            "dtype": "float32",
+            "width": WIDTH,
+            "fingerprint": "test",
+        },
         "vae": {"sha256": "0" * 64},
         "scale_factor": [0.97],
         "intensity_scale": {"t2w": 712.0},
@@ -97,7 +104,11 @@ def write_config(path: Path, **training: Any) -> Path:
 
 def environment(**extra: str) -> dict[str, str]:
     """One thread, no rank variables, our interpreter's commands first."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**clean, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path, **extra}
 
@@ -106,7 +117,12 @@ def start(*arguments: Any, launcher: tuple[str, ...] = (sys.executable,), **extr
     """`LAUNCHER train.py ARGUMENTS` in its own session, output captured."""
     command = [*launcher, str(DOOR), *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 

@@ -31,12 +31,12 @@ TAKEN = frozenset(
 )
 # Known to DeepSpeed, without a meaning or a test here. Refused by name, because ignoring them would be silent.
 REFUSED = frozenset(
-    "amp autotuning compile compression_training curriculum_learning data_efficiency dataloader_drop_last "
-    "datastates_ckpt eigenvalue elasticity expert_parallel expert_parallel_size graph_harvesting hybrid_engine "
-    "load_from_fp32_weights "
+    "amp autotuning compile compression_training curriculum_learning data_efficiency dataloader_drop_last datastates_ckpt "
+    "eigenvalue elasticity expert_parallel expert_parallel_size graph_harvesting hybrid_engine load_from_fp32_weights "
     "managed_gradient_accumulation nebula pipeline pld progressive_layer_drop quantize_training "
-    "seq_parallel_communication_data_type sequence_parallel_size sparse_attention sparse_gradients tensor_parallel torch_autocast "
-    "use_data_before_expert_parallelism vocabulary_size weight_quantization zero_quantized_gradients zenflow".split()
+    "seq_parallel_communication_data_type sequence_parallel_size sparse_attention sparse_gradients tensor_parallel "
+    "torch_autocast use_data_before_expert_parallelism vocabulary_size weight_quantization zero_quantized_gradients "
+    "zenflow".split()
 )
 _OPTIMIZER = {"type", "params"}
 _OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam", "bias_correction"}
@@ -53,7 +53,9 @@ _PLAIN_SECTIONS = {  # DeepSpeed reads these by name and ignores the rest
 _ADAM_EPS = 1e-8
 
 
-def merge(config: Config, path: str | Path | None, *, world_size: int, output_dir: Path) -> tuple[Config, dict[str, Any]]:
+def merge(
+    config: Config, path: str | Path | None, *, world_size: int, output_dir: Path
+) -> tuple[Config, dict[str, Any]]:
     """Our configuration and the file `path` (JSON or HJSON, comments allowed; None: no file) for `world_size` processes.
 
     Raises ConfigError naming file, field and fix."""
@@ -110,9 +112,13 @@ def checked(values: dict[str, Any], build: Callable[[dict[str, Any]], Any], path
     except ValidationError as bad:
         first = bad.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{bad.title}: {first['msg']}", path=path, field=field, fix="see deepspeed.ai, config-json") from None
+        raise ConfigError(
+            f"{bad.title}: {first['msg']}", path=path, field=field, fix="see deepspeed.ai, config-json"
+        ) from None
     except (AssertionError, ValueError, TypeError) as bad:
-        raise ConfigError(f"DeepSpeed refuses this: {str(bad).splitlines()[0]:.200}", path=path, fix="mend it") from None
+        raise ConfigError(
+            f"DeepSpeed refuses this: {str(bad).splitlines()[0]:.200}", path=path, fix="mend it"
+        ) from None
 
 
 def _batch(values: dict[str, Any], config: Config, world_size: int, path: object) -> dict[str, Any]:
@@ -156,7 +162,9 @@ def _optimizer(values: dict[str, Any], path: object) -> dict[str, Any]:
     scheduler = _section(values, "scheduler", path)
     if scheduler:
         why = f"the scheduler '{scheduler.get('type')}' is not supported: the rate is lr (1 - k/T)^2"
-        raise ConfigError(why, path=path, field="scheduler", fix="remove the section; set training.lr and max_train_steps")
+        raise ConfigError(
+            why, path=path, field="scheduler", fix="remove the section; set training.lr and max_train_steps"
+        )
     section = _section(values, "optimizer", path)
     if not section:
         return {}

@@ -40,7 +40,9 @@ class GuardedAdamW(torch.optim.AdamW):
             super().step()
 
 
-def build_engine(config: Config, deepspeed_values: dict[str, Any], *, total_steps: int, device: torch.device, path: Any) -> Any:
+def build_engine(
+    config: Config, deepspeed_values: dict[str, Any], *, total_steps: int, device: torch.device, path: Any
+) -> Any:
     """A `DeepSpeedEngine` around the configured model, initialised from `training.seed`.
 
     path: the user's DeepSpeed file, for messages. Raises ConfigError when DeepSpeed refuses its values."""
@@ -54,7 +56,12 @@ def build_engine(config: Config, deepspeed_values: dict[str, Any], *, total_step
         model = build_model(config)
     if training.activation_checkpointing:
         model.set_activation_checkpointing(_checkpointing(deepspeed_values.get("activation_checkpointing")))
-    settings = {"lr": training.lr, "betas": training.adam_betas, "weight_decay": training.weight_decay, "fused": True}
+    settings: dict[str, Any] = {
+        "lr": training.lr,
+        "betas": training.adam_betas,
+        "weight_decay": training.weight_decay,
+        "fused": True,  # one pass, on the CPU too
+    }
     if training.precision == "fp32" and training.zero_stage == 0:
         optimizer: torch.optim.AdamW = GuardedAdamW(model.parameters(), max_norm=training.max_grad_norm, **settings)
     else:

@@ -14,9 +14,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from ccella_fast.data.dataset import PreparedDataset, collate
 from torch import Tensor
 
-from ccella_fast.data.dataset import PreparedDataset, collate
 from ccella_fast.diffusion.noise import generator
 
 
@@ -37,7 +37,12 @@ class Samples(NamedTuple):
     def to(self, device: torch.device) -> Samples:
         if device.type == "cpu":
             return self
-        return Samples(*[v.pin_memory().to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in self])
+        moved = {
+            name: value.pin_memory().to(device, non_blocking=True)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor)
+        }
+        return self._replace(**moved)
 
 
 @lru_cache(maxsize=8)
@@ -84,12 +89,22 @@ class Feed:
         batch = collate([self.dataset[self.index(position)] for position in positions])
         draws = [self._draw(position, batch.latent_mean[i].shape) for i, position in enumerate(positions)]
         posterior, noise, timesteps = (torch.stack(part) for part in zip(*draws, strict=True))
-        latents = batch.latent_mean if batch.latent_sigma is None else batch.latent_mean + batch.latent_sigma * posterior
+        latents = (
+            batch.latent_mean if batch.latent_sigma is None else batch.latent_mean + batch.latent_sigma * posterior
+        )
         has_class = batch.has_class.bool() & ~batch.text_isnull.bool()
         in_all = sum(self.dataset.has_class[self.index(start + i)] for i in range(self.global_batch))
         share = int(has_class.sum()) * self.accumulation * self.world_size / max(1, in_all)
         return Samples(
-            list(batch.ids), latents * self.scale, noise, timesteps, batch.text, batch.pirads, batch.spacing, has_class, share
+            list(batch.ids),
+            latents * self.scale,
+            noise,
+            timesteps,
+            batch.text,
+            batch.pirads,
+            batch.spacing,
+            has_class,
+            share,
         )
 
     def _draw(self, position: int, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:

@@ -114,9 +114,11 @@ def _mean(losses: list[Losses]) -> list[float]:
 
 
 def _report_non_finite(done: int, in_a_row: int, seen: list[tuple[list[str], Losses]], control: Control) -> None:
-    mine = [case for ids, losses in seen for case, finite in zip(ids, losses.finite.tolist(), strict=True) if not finite]
+    mine = [
+        case for ids, losses in seen for case, finite in zip(ids, losses.finite.tolist(), strict=True) if not finite
+    ]
     everybodys = [case for ids, _ in seen for case in ids]
-    named, all_of_it = (sum(control.gathered(part), []) for part in (mine, everybodys))
+    named, all_of_it = ([case for part in control.gathered(own) for case in part] for own in (mine, everybodys))
     cases = ", ".join(sorted(set(named or all_of_it)))
     why = f"step {done}: loss or gradient is not finite; step skipped ({in_a_row} in a row); cases: {cases:.400}"
     LOG.warning("%s", why)

@@ -70,13 +70,19 @@ class StopRequest:
     """Remembers SIGTERM and SIGINT until the step is over, and notices when the launcher has gone.
 
     SIGTERM to the `deepspeed` command kills that command alone; its launcher and our processes live on as orphans and nobody
-    tells them. So under a launcher the ancestors are watched as well. `signal` is 0 while nothing was asked."""
+    tells them. So, inside the `with` block and under a launcher the ancestors are watched as well. `signal` is 0 while nothing was asked."""
 
     def __init__(self) -> None:
         self._signal = 0
         self._ancestors = _launchers()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     @property
     def signal(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,25 @@ _FREE = {
 }  # fmt: skip
 
 
-def train(config: Config, *, data: Path, run: Path, resume: str | None = None, deepspeed_file: Path | None = None) -> int:
-    """Train on the prepared folder `data`, write to `run`; returns the exit code (0, or 128 + signal when asked to stop).
+@dataclass(frozen=True)
+class Plan:
+    """A checked run. `facts` go into every checkpoint's training_state.json; `start` is the step folder to go on from."""
 
-    resume: None (a run that is already there is refused), "latest", or a step folder. Raises CcellaError."""
+    config: Config
+    engine_values: dict[str, Any]  # for deepspeed.initialize
+    deepspeed_file: Path | None
+    data: Path
+    run: Path
+    facts: dict[str, Any]
+    start: Path | None = None
+
+    @property
+    def total_steps(self) -> int:
+        return self.facts["total_steps"]
+
+
+def make_plan(config: Config, *, data: Path, run: Path, deepspeed_file: Path | None) -> Plan:
+    """Settings, data and length of a run that starts fresh. Reads only; neither torch nor DeepSpeed is imported."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config, engine_values = merge(config, deepspeed_file, world_size=world_size, output_dir=run)
     prepared = check_data(config, data)
@@ -40,15 +57,26 @@ def train(config: Config, *, data: Path, run: Path, resume: str | None = None, d
         "scale_factor": prepared.scale_factor,
         "intensity_scale": prepared.intensity_scale,
     }
+    return Plan(config, engine_values, deepspeed_file, data, run, facts)
+
+
+def train(
+    config: Config, *, data: Path, run: Path, resume: str | None = None, deepspeed_file: Path | None = None
+) -> int:
+    """Train on the prepared folder `data`, write to `run`; returns the exit code (0, or 128 + signal when asked to stop).
+
+    resume: None (a run that is already there is refused), "latest", or a step folder. Raises CcellaError."""
+    plan = make_plan(config, data=data, run=run, deepspeed_file=deepspeed_file)
     start = find_start(run, resume)
     if start is not None:
         state = read_state(start)
-        check_same(config, facts, start, state)
-        if state["step"] >= facts["total_steps"]:
-            LOG.info("this run has done its %d steps", facts["total_steps"])
+        check_same(plan, start, state)
+        if state["step"] >= plan.total_steps:
+            LOG.info("this run has done its %d steps", plan.total_steps)
             return 0
-        facts |= {"scale_factor": state["scale_factor"], "intensity_scale": state["intensity_scale"]}
-    return _train(config, engine_values, data, run, start, facts, deepspeed_file)
+        kept = {name: state[name] for name in ("scale_factor", "intensity_scale")}
+        plan = replace(plan, start=start, facts=plan.facts | kept)
+    return _train(plan)
 
 
 def check_data(config: Config, data: Path) -> Prepared:
@@ -56,7 +84,9 @@ def check_data(config: Config, data: Path) -> Prepared:
     prepared = load_manifest(data)
     path, fix = data / "manifest.json", "prepare the data with this configuration"
     if prepared.scale_factor is None:
-        raise DataError("this folder holds no latents yet", path=path, field="scale_factor", fix="run prepare with --vae")
+        raise DataError(
+            "this folder holds no latents yet", path=path, field="scale_factor", fix="run prepare with --vae"
+        )
     if prepared.data.sequences != config.data.sequences:
         why = f"prepared for {prepared.data.sequences}, configured are {config.data.sequences}"
         raise DataError(why, path=path, field="data.sequences", fix=fix)
@@ -70,14 +100,18 @@ def count_steps(config: Config, prepared: Prepared, world_size: int) -> int:
         return training.max_train_steps
     tag = config.data.dataset
     cases = sum(case.split == "train" and tag in (None, case.dataset) for case in prepared.cases)
-    return math.ceil(training.n_epochs * cases / (training.batch_size * training.gradient_accumulation_steps * world_size))
+    return math.ceil(
+        training.n_epochs * cases / (training.batch_size * training.gradient_accumulation_steps * world_size)
+    )
 
 
 def find_start(run: Path, resume: str | None) -> Path | None:
     """The step folder to go on from; None: start fresh."""
     if resume is None:
         if (run / "checkpoints").exists() or (run / "config.json").exists():
-            raise ConfigError("this folder already holds a run", path=run, fix="add --resume, or choose another --output_dir")
+            raise ConfigError(
+                "this folder already holds a run", path=run, fix="add --resume, or choose another --output_dir"
+            )
         return None
     if resume == LATEST:
         found = newest(run)
@@ -85,7 +119,9 @@ def find_start(run: Path, resume: str | None) -> Path | None:
         return found
     folder = Path(resume)
     if not (folder / "manifest.json").is_file():
-        raise CheckpointError("there is no checkpoint here", path=folder, fix="name a step folder, or give --resume alone")
+        raise CheckpointError(
+            "there is no checkpoint here", path=folder, fix="name a step folder, or give --resume alone"
+        )
     verify(folder)
     if folder.resolve().parent.parent != run.resolve():
         why = "a run goes on in its own folder"
@@ -93,11 +129,11 @@ def find_start(run: Path, resume: str | None) -> Path | None:
     return folder
 
 
-def check_same(config: Config, facts: dict[str, Any], start: Path, state: dict[str, Any]) -> None:
+def check_same(plan: Plan, start: Path, state: dict[str, Any]) -> None:
     """Refuse to go on with anything that shapes the run changed; the message names the first key."""
-    before, now = (_flat(values.dump()) for values in (load_config(start / "config.json"), config))
+    before, now = (_flat(values.dump()) for values in (load_config(start / "config.json"), plan.config))
     before |= {key: state[key] for key in ("world_size", "total_steps", "data_sha256")}
-    now |= {key: facts[key] for key in ("world_size", "total_steps", "data_sha256")}
+    now |= {key: plan.facts[key] for key in ("world_size", "total_steps", "data_sha256")}
     for key, value in now.items():
         if before.get(key) != value and not any(key == free or key.startswith(free + ".") for free in _FREE):
             raise ConfigError(
@@ -108,9 +144,8 @@ def check_same(config: Config, facts: dict[str, Any], start: Path, state: dict[s
             )
 
 
-def _train(
-    config: Config, engine_values: dict[str, Any], data: Path, run: Path, start: Path | None, facts: dict[str, Any], file: Any
-) -> int:
+def _train(plan: Plan) -> int:
+    """Train, and leave run_status.json with the ending, whatever it is."""
     from ccella_fast.training import processes
 
     device = processes.initialise()  # before anything imports DeepSpeed
@@ -120,90 +155,78 @@ def _train(
     from ccella_fast.environment import recorded
     from ccella_fast.training.telemetry import write_status
 
-    main, total = dist.get_rank() == 0, facts["total_steps"]
-    state = {"step": read_state(start)["step"] if start else 0}
-    code, ending, why = 1, "failed", None
+    main = dist.get_rank() == 0
+    saved = {"step": read_state(plan.start)["step"] if plan.start else 0}
+    ending: dict[str, Any] = {"state": "failed", "exit_code": 1}
     try:
-        if main:
-            with recorded(run, "train", world_size=facts["world_size"], total_steps=total):
-                code = _steps(config, engine_values, data, run, start, facts, file, device, state)
-        else:
-            code = _steps(config, engine_values, data, run, start, facts, file, device, state)
-        ending = "terminated" if code else "finished"
+        facts = {"world_size": plan.facts["world_size"], "total_steps": plan.total_steps}
+        with recorded(plan.run, "train", **facts) if main else contextlib.nullcontext():
+            code = _steps(plan, device, saved)
+        ending = {"state": "terminated" if code else "finished", "exit_code": code}
         return code
+    except CcellaError as error:
+        ending |= {"exit_code": error.exit_code, "why": error.why}
+        raise
     except BaseException as error:
-        code, why = getattr(error, "exit_code", 1), str(error) if isinstance(error, CcellaError) else type(error).__name__
+        ending["why"] = type(error).__name__
         raise
     finally:
-        if main and run.is_dir():
-            write_status(run, ending, step=state["step"], total_steps=total, exit_code=code, why=why)
+        if main and plan.run.is_dir():
+            write_status(plan.run, step=saved["step"], total_steps=plan.total_steps, **ending)
 
 
-def _steps(
-    config: Config,
-    engine_values: dict[str, Any],
-    data: Path,
-    run: Path,
-    start: Path | None,
-    facts: dict[str, Any],
-    file: Any,
-    device: Any,
-    progress: dict[str, int],
-) -> int:
-    import contextlib
-
+def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
+    """Build everything, restore, loop. `saved["step"]` follows the newest checkpoint."""
     import torch
     import torch.distributed as dist
-
     from ccella_fast.data.dataset import PreparedDataset
+
     from ccella_fast.diffusion.schedule import Schedule
     from ccella_fast.training import processes, saving
     from ccella_fast.training.ema import Ema
     from ccella_fast.training.engine import build_engine
     from ccella_fast.training.feed import Feed
     from ccella_fast.training.loop import train_loop
-    from ccella_fast.training.telemetry import Telemetry, write_status
+    from ccella_fast.training.telemetry import Telemetry
 
-    control, training, total, main = processes.Control(), config.training, facts["total_steps"], dist.get_rank() == 0
-    channels = torch.tensor(config.model.latent_channels)
+    config, training, total, first = plan.config, plan.config.training, plan.total_steps, saved["step"]
+    control, main = processes.Control(), dist.get_rank() == 0
     feed = Feed(
-        PreparedDataset(data, config, "train"),
+        PreparedDataset(plan.data, config, "train"),
         seed=training.seed,
         batch_size=training.batch_size,
         accumulation=training.gradient_accumulation_steps,
         rank=dist.get_rank(),
-        world_size=facts["world_size"],
-        scale=torch.tensor(facts["scale_factor"]).repeat_interleave(channels),
+        world_size=plan.facts["world_size"],
+        scale=torch.tensor(plan.facts["scale_factor"]).repeat_interleave(torch.tensor(config.model.latent_channels)),
         num_timesteps=config.scheduler.num_train_timesteps,
     )
     if main:
-        _open_run(run, config, total)
-    engine = build_engine(config, engine_values, total_steps=total, device=device, path=file)
+        _open_run(plan)
+    engine = build_engine(config, plan.engine_values, total_steps=total, device=device, path=plan.deepspeed_file)
     ema = Ema(engine, training.ema_decay) if training.ema_decay else None
     bad_in_a_row = 0
-    if start:
-        state = read_state(start)
-        saving.restore(start, engine, ema, state)
+    if plan.start:
+        state = read_state(plan.start)
+        saving.restore(plan.start, engine, ema, state)
         bad_in_a_row = state["bad_in_a_row"]
-    vae = data / "vae" if (data / "vae").is_dir() else None
+    vae = plan.data / "vae" if (plan.data / "vae").is_dir() else None
 
     def save(done: int, bad: int) -> None:
-        progress["step"] = done
-        updates = {"step": done, "ema_updates": ema.updates if ema else 0, "bad_in_a_row": bad}
-        saving.save(run, done, engine, ema, config, facts | updates, vae, control)
+        progress = {"step": done, "ema_updates": ema.updates if ema else 0, "bad_in_a_row": bad}
+        saving.save(plan.run, done, engine, ema, config, plan.facts | progress, vae, control)
+        saved["step"] = done
 
     stop = processes.StopRequest()
-    with contextlib.ExitStack() as stack:
-        telemetry = None
-        if main:
-            first = progress["step"]
-            telemetry = stack.enter_context(Telemetry(run, engine, first=first, total=total, global_batch=feed.global_batch))
+    with (
+        Telemetry(plan.run, engine, first, total, feed.global_batch) if main else contextlib.nullcontext() as telemetry
+    ):
         done, number = train_loop(
             engine,
             feed,
             Schedule.from_config(config.scheduler),
             ema,
-            first=progress["step"],
+            first=first,
             total=total,
             weight=config.class_loss_weight,
             logging_steps=training.logging_steps,
@@ -215,20 +238,20 @@ def _steps(
             telemetry=telemetry,
         )
     if number:
-        LOG.warning("stopped by signal %d after step %d; its checkpoint is %s", number, done, step_folder(run, done))
+        LOG.warning("stopped by signal %d after step %d; saved as %s", number, done, step_folder(plan.run, done))
     return 128 + number if number else 0
 
 
-def _open_run(run: Path, config: Config, total: int) -> None:
+def _open_run(plan: Plan) -> None:
     from ccella_fast.training.telemetry import write_status
 
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        plan.run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise disk_error(error, run) from error
-    sweep(run)
-    write_json(run / "config.json", config.dump())
-    write_status(run, "running", step=0, total_steps=total)
+        raise disk_error(error, plan.run) from error
+    sweep(plan.run)
+    write_json(plan.run / "config.json", plan.config.dump())
+    write_status(plan.run, "running", step=0, total_steps=plan.total_steps)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -59,7 +59,14 @@ class SafeShards(TorchCheckpointEngine):
 
 
 def save(
-    run: Path, step: int, engine: Any, ema: Ema | None, config: Config, state: dict[str, Any], vae: Path | None, control: Control
+    run: Path,
+    step: int,
+    engine: Any,
+    ema: Ema | None,
+    config: Config,
+    state: dict[str, Any],
+    vae: Path | None,
+    control: Control,
 ) -> Path:
     """Publish RUN/checkpoints/step-XXXXXXXX. All processes call it. state: for training_state.json. Raises DiskError."""
     final = step_folder(run, step)

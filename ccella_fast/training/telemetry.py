@@ -1,4 +1,4 @@
-"""What a run tells: a bar on rank 0, metrics.jsonl, TensorBoard (or whatever DeepSpeed's monitor is set to), run_status.json."""
+"""What a run tells: a bar on rank 0, metrics.jsonl, TensorBoard through DeepSpeed's monitor, run_status.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Progress(NamedTuple):
 class Telemetry:
     """Used as a context on rank 0; `None` stands for it elsewhere."""
 
-    def __init__(self, run: Path, engine: Any, *, first: int, total: int, global_batch: int):
+    def __init__(self, run: Path, engine: Any, first: int, total: int, global_batch: int):
         self.path, self.monitor, self.global_batch = run / "metrics.jsonl", engine.monitor, global_batch
         # The engine would read the loss back from the GPU at every micro-step for its own events; ours carry the same names.
         self.monitor.enabled = False
@@ -50,12 +50,22 @@ class Telemetry:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         samples = progress.step * self.global_batch
-        names = {"train_loss": "loss", "loss_l1": "loss_l1", "loss_class": "loss_class", "lr": "lr", "grad_norm": "grad_norm"}
+        names = {
+            "train_loss": "loss",
+            "loss_l1": "loss_l1",
+            "loss_class": "loss_class",
+            "lr": "lr",
+            "grad_norm": "grad_norm",
+        }
         self.monitor.write_events([(f"Train/Samples/{name}", line[key], samples) for name, key in names.items()])
-        self.bar.set_postfix(loss=f"{progress.loss:.4f}", lr=f"{progress.lr:.2e}", samples_s=f"{rate:.2f}", refresh=False)
+        self.bar.set_postfix(
+            loss=f"{progress.loss:.4f}", lr=f"{progress.lr:.2e}", samples_s=f"{rate:.2f}", refresh=False
+        )
 
 
-def write_status(run: Path, state: str, *, step: int, total_steps: int, exit_code: int | None = None, why: str | None = None) -> None:
+def write_status(
+    run: Path, state: str, *, step: int, total_steps: int, exit_code: int | None = None, why: str | None = None
+) -> None:
     """run_status.json: running, finished, terminated or failed. Launchers hide exit codes; this file does not."""
     status = {"state": state, "step": step, "total_steps": total_steps, "exit_code": exit_code, "why": why}
     write_json(run / "run_status.json", status)
