@@ -1,0 +1,43 @@
+"""`train.py --dry-run`: what a run would be, without starting it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from ccella_fast.config import Config
+from ccella_fast.models import build_model
+from ccella_fast.training.run import make_plan
+
+_FP32 = 4
+
+
+def describe(config: Config, *, data: Path, run: Path, deepspeed_file: Path | None) -> str:
+    """Resolved configuration, DeepSpeed values, parameters, memory a process (activations not counted) and disk, as text."""
+    plan = make_plan(config, data=data, run=run, deepspeed_file=deepspeed_file)
+    with torch.device("meta"):
+        model = build_model(plan.config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    memory = parameters * bytes_per_parameter(plan.config, plan.facts["world_size"])
+    training = plan.config.training
+    shards = parameters * (4 * _FP32 if training.precision == "fp32" else 2 + 3 * _FP32)
+    checkpoint = shards + parameters * _FP32 * (2 if training.ema_decay else 1)
+    lines = [
+        json.dumps({"config": plan.config.dump(), "deepspeed": plan.engine_values}, indent=2),
+        f"variant {plan.config.model.variant}, {parameters:,} parameters, {plan.total_steps} steps",
+        f"memory a process: {memory / 2**30:.2f} GiB for weights, gradients, optimizer and averages; activations come on top",
+        f"disk: {checkpoint / 2**30:.2f} GiB a checkpoint, {training.checkpoints_total_limit + 1} of them at most",
+    ]
+    return "\n".join(lines)
+
+
+def bytes_per_parameter(config: Config, world_size: int) -> float:
+    """Of one process: ZeRO 1 divides optimizer state and averages by the processes, 2 gradients too, 3 weights too."""
+    training = config.training
+    low = _FP32 if training.precision == "fp32" else 2
+    masters = 0 if training.precision == "fp32" and training.zero_stage == 0 else _FP32
+    states = masters + 2 * _FP32 + (_FP32 if training.ema_decay else 0)
+    shares = [world_size if training.zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    return states / shares[0] + low / shares[1] + low / shares[2]
