@@ -23,8 +23,8 @@ from ccella_fast.storage import atomic_path
 SIZE = (192, 192, 20)  # voxels to the left, to the back, to the head
 DESCRIPTION = b"ccella_fast phantom (synthetic)"
 COLUMNS = [
-    "case", "split", "pirads", "report", "synthetic", "lesion_x_mm", "lesion_y_mm", "lesion_z_mm", "lesion_size_mm", "zone", "side",
-    "level", "prostate_ml", "psa",
+    "case", "split", "pirads", "report", "synthetic", "prostate_ml", "psa",
+    "lesion_x_mm", "lesion_y_mm", "lesion_z_mm", "lesion_size_mm", "zone", "side", "level",
 ]  # fmt: skip
 _README = """SYNTHETIC DATA: drawn by `ccella-fast phantom`, not measured. No patient stands behind any of it.
 
@@ -300,7 +300,7 @@ def _draw_lesion(c: Canvas, patient: Patient) -> None:
 
 
 def _smooth(rng: np.random.Generator, scale: float) -> np.ndarray:
-    """Noise of about unit variance and a grain of `scale` mm: a lattice of normal values under cubic B-splines. float32, SIZE."""
+    """Noise (float32, SIZE) of about unit variance and a grain of `scale` mm: a random lattice under cubic B-splines."""
     cells = [max(2, round(n * step / scale)) for n, step in zip(SIZE, (0.75, 0.75, 3.0), strict=True)]
     values = rng.standard_normal([n + 3 for n in cells], dtype=np.float32)
     for axis, (count, length) in enumerate(zip(cells, SIZE, strict=True)):
@@ -308,7 +308,7 @@ def _smooth(rng: np.random.Generator, scale: float) -> np.ndarray:
         low = position.astype(int)
         t = (position - low).astype(np.float32).reshape([-1 if n == axis else 1 for n in range(3)])
         weights = ((1 - t) ** 3 / 6, (3 * t**3 - 6 * t**2 + 4) / 6, (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6, t**3 / 6)
-        values = sum((values.take(low + k, axis) * weight for k, weight in enumerate(weights)), np.float32(0))
+        values = np.add.reduce([values.take(low + k, axis) * weight for k, weight in enumerate(weights)])
     return values * np.float32(3)  # the splines shrink the standard deviation to about a third
 
 
@@ -326,8 +326,8 @@ def _write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
     import nibabel
 
     image = nibabel.Nifti1Image(voxels, affine)
-    image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
+    image.set_sform(image.get_qform(), code=1)  # a qform cannot hold every rotation to the last bit
     image.header["descrip"] = DESCRIPTION
     image.header.set_xyzt_units("mm")
     with atomic_path(path) as temporary:

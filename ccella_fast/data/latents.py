@@ -1,0 +1,90 @@
+"""Images to latents: the posterior's mean and sigma, and the scale factor over the whole training set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ccella_fast.config import AutoencoderConfig, Config
+from ccella_fast.data.volume import read_nifti_array
+from ccella_fast.errors import DataError
+from ccella_fast.storage import sha256
+
+
+class LatentEncoder:
+    """`encode(image)` with the weights at `vae` (a VAE folder or a reference `.pt`); sha256: of these weights.
+
+    Float32 on the CPU, bf16 autocast on the GPU. Activations of a whole volume at its full resolution are held: 256 x 256 x 128
+    voxels at MAISI's width take tens of GB."""
+
+    def __init__(self, vae: str | Path, config: AutoencoderConfig):
+        import torch
+
+        from ccella_fast.models.vae import load_autoencoder
+
+        self._torch = torch
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._vae = load_autoencoder(vae, config).to(self._device)
+        folder = Path(vae)
+        if folder.is_dir():
+            folder = folder / "vae" if (folder / "vae").is_dir() else folder
+        self.sha256 = sha256(folder if folder.is_file() else folder / "model.safetensors")
+
+    def encode(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(X, Y, Z) float32 in [0, 1] -> mean, sigma (C, X', Y', Z') float32."""
+        torch = self._torch
+        volume = torch.from_numpy(np.array(image))[None, None].to(self._device)
+        with torch.inference_mode(), torch.autocast(self._device, torch.bfloat16, enabled=self._device == "cuda"):
+            mean, sigma = self._vae.encode(volume)
+        result = tuple(part[0].float().cpu().numpy() for part in (mean, sigma))
+        if not all(np.isfinite(part).all() for part in result):
+            raise DataError("the autoencoder gives values that are not finite", field="vae", fix="train it again")
+        return result[0], result[1]
+
+    @property
+    def peak_memory_mib(self) -> int | None:
+        return round(self._torch.cuda.max_memory_allocated() / 2**20) if self._device == "cuda" else None
+
+
+def import_latent(path: Path, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """The reference's `_emb.nii.gz`, axes (X, Y, Z, C), as (C, X, Y, Z) float32, and the image's affine that it carries."""
+    array, affine = read_nifti_array(path, dimensions=4)
+    latent = np.ascontiguousarray(np.moveaxis(array, -1, 0))
+    expected = (config.autoencoder.latent_channels, *config.check_grid())
+    if latent.shape != expected:
+        why = f"the latent is {latent.shape}, data.dim and the autoencoder give {expected}"
+        raise DataError(why, path=path, field="dim", fix="set data.dim to the images' grid")
+    if not np.isfinite(latent).all():
+        raise DataError("the latent is not finite", path=path, field="voxels", fix="encode the image again")
+    return latent, affine
+
+
+def moments(mean: np.ndarray, sigma: np.ndarray | None) -> dict[str, float]:
+    """What `combine_moments` needs of one study, in float64: count, mean, sum of squared deviations, sum of sigma squared."""
+    values = mean.astype(np.float64)
+    centre = float(values.mean())
+    noise = 0.0 if sigma is None else float(np.square(sigma.astype(np.float64)).sum())
+    return {"count": values.size, "mean": centre, "m2": float(np.square(values - centre).sum()), "sigma2": noise}
+
+
+def combine_moments(parts: Iterable[dict[str, Any]]) -> float:
+    """The variance of all latents as they are drawn, mean + sigma * noise: the unbiased variance of the means over all elements
+    plus the mean of sigma squared (exactly the expectation of the drawn sample's unbiased variance). Chan et al. 1979."""
+    count, centre, m2, noise = 0, 0.0, 0.0, 0.0
+    for part in parts:
+        total = count + part["count"]
+        delta = part["mean"] - centre
+        m2 += part["m2"] + delta**2 * count * part["count"] / total
+        centre += delta * part["count"] / total
+        noise += part["sigma2"]
+        count = total
+    variance = m2 / (count - 1) + noise / count
+    if not (math.isfinite(variance) and variance > 0):
+        raise DataError(
+            f"the latents have variance {variance}", field="scale_factor", fix="train the autoencoder again"
+        )
+    return variance

@@ -1,0 +1,76 @@
+"""What is done: one JSON record a case, written when a stage of it is complete. It is what makes `prepare` resumable.
+
+`cases/<id>.json` holds for each stage (image, text, latent) a digest of everything that its result depends on, the files with
+their SHA-256, and a few facts for the manifest. A stage whose digest or files differ is done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ccella_fast.errors import DataError
+from ccella_fast.storage import atomic_path, read_json, sha256, write_json
+
+
+class Records:
+    """The records below `out/cases`."""
+
+    def __init__(self, out: Path):
+        self.out = out
+
+    def get(self, case: str, stage: str) -> dict[str, Any]:
+        """{"inputs", "files", "facts"} of a finished stage, or {}."""
+        return self._read(case).get(stage, {})
+
+    def is_done(self, case: str, stage: str, inputs: str) -> bool:
+        """Is the stage finished with these inputs, and are its files as they were written?"""
+        record = self.get(case, stage)
+        return record.get("inputs") == inputs and all(map(self._intact, record["files"].values()))
+
+    def put(self, case: str, stage: str, inputs: str, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+        record = self._read(case)
+        record[stage] = {"inputs": inputs, "files": files, "facts": facts}
+        write_json(self._path(case), {name: record[name] for name in sorted(record)})
+
+    def write_array(self, relative: str, array: np.ndarray) -> dict[str, Any]:
+        """Write `.npy` (version 1, C order, float32) and return its file entry."""
+        path = self.out / relative
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.lib.format.write_array(file, np.ascontiguousarray(array, np.float32), version=(1, 0), allow_pickle=False)
+        return {"path": relative, "sha256": sha256(path), "bytes": path.stat().st_size}
+
+    def _intact(self, entry: dict[str, Any]) -> bool:
+        path = self.out / entry["path"]
+        return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
+
+    def _path(self, case: str) -> Path:
+        return self.out / "cases" / f"{case}.json"
+
+    def _read(self, case: str) -> dict[str, Any]:
+        try:
+            record = read_json(self._path(case)) if self._path(case).is_file() else {}
+        except DataError:
+            return {}  # damaged: as if it were not done
+        sound = isinstance(record, dict) and all(
+            isinstance(stage, dict) and stage.keys() == {"inputs", "files", "facts"} for stage in record.values()
+        )
+        return record if sound else {}
+
+
+def digest(values: Any) -> str:
+    """SHA-256 of plain JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def fingerprint(path: Path) -> list[Any]:
+    """[name, size, SHA-256] of a file; of a folder, those of the files directly in it."""
+    if path.is_dir():
+        return [
+            fingerprint(file) for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")
+        ]
+    return [path.name, path.stat().st_size, sha256(path)]
