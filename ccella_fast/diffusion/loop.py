@@ -25,6 +25,7 @@ def sample(
     seeds: Sequence[int],  # one a sample; they alone decide its noise
     num_steps: int,
     device: torch.device | str = "cpu",
+    description: str = "sampling",
     progress: bool = True,
 ) -> Tensor:
     """Draw x_0, fp32 (B, *shape) on `device`, with B = len(seeds).
@@ -39,7 +40,7 @@ def sample(
     x = randn_per_sample(shape, [generator(seed, "start") for seed in seeds], device=device)
     state: Any = None
     last = len(rows) - 1
-    bar = tqdm(range(len(rows)), desc="sampling", unit="step", disable=not progress, mininterval=_interval())
+    bar = tqdm(range(len(rows)), desc=description, unit="step", disable=not progress, mininterval=_interval())
     for i in bar:
         eps = denoise(x, timesteps[i]).float()
         # No noise is added on arrival at x_0; a plan without noise never draws any.

@@ -1,0 +1,174 @@
+"""Pictures as PNG bytes: three-plane montages, curves, histograms. Equal input gives equal bytes.
+
+Volumes have axes X, Y, Z that grow to the patient's right, front and head (RAS+). Slices are shown as a radiologist sees them:
+axial and coronal with the patient's right on the left side, sagittal from the patient's left, in true proportions.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+COLUMNS = 4  # volumes side by side in a montage
+_LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
+_COLOURS = ["#1f6fb4", "#c2571a", "#3a8a4d", "#7a4fa3"]
+
+
+class Panel(NamedTuple):
+    """volume: (X, Y, Z), any real dtype. spacing: mm along X, Y, Z."""
+
+    volume: np.ndarray
+    spacing: Sequence[float]
+    title: str
+
+
+class Slice(NamedTuple):
+    """pixels: (rows, columns), first row on top. size: width and height in mm. letters: left, right, top, bottom."""
+
+    pixels: np.ndarray
+    size: tuple[float, float]
+    letters: str
+
+
+def cut(volume: np.ndarray, spacing: Sequence[float], plane: str) -> Slice:
+    """The middle slice of `plane` ("axial", "coronal" or "sagittal"), turned to the radiological view."""
+    x, y, z = (size // 2 for size in volume.shape)
+    width, depth, height = (size * step for size, step in zip(volume.shape, spacing, strict=True))
+    if plane == "axial":
+        pixels, size = volume[::-1, ::-1, z], (width, depth)
+    elif plane == "coronal":
+        pixels, size = volume[::-1, y, ::-1], (width, height)
+    else:
+        pixels, size = volume[x, ::-1, ::-1], (depth, height)
+    return Slice(pixels.T, size, _LETTERS[plane])
+
+
+def montage(panels: Sequence[Panel], *, window: tuple[float, float], caption: str = "") -> bytes:
+    """A PNG with one column per volume and one row per plane, all at one scale and in one grey window."""
+    from matplotlib.figure import Figure
+
+    blocks = [list(panels[i : i + COLUMNS]) for i in range(0, len(panels), COLUMNS)]
+    slices = [[[cut(p.volume, p.spacing, plane) for p in block] for plane in _LETTERS] for block in blocks]
+    widths = [max(row[c].size[0] for rows in slices for row in rows if c < len(row)) for c in range(len(slices[0][0]))]
+    heights = [max(part.size[1] for part in row) for rows in slices for row in rows]
+    gap, title, note = 0.06, 0.28, 0.30 if caption else 0.0  # inches
+    scale = 2.2 / max(widths)  # inches per mm
+    figure_size = (
+        sum(widths) * scale + gap * (len(widths) + 1),
+        sum(heights) * scale + gap * (len(heights) + 1) + title * len(blocks) + note,
+    )
+    figure = Figure(figsize=figure_size, dpi=120, facecolor="black")
+    top = figure_size[1]
+    for rows, block in zip(slices, blocks, strict=True):
+        left = gap
+        for width, panel in zip(widths, block, strict=False):
+            _text(figure, left + width * scale / 2, top - title / 2 - 0.02, panel.title, figure_size)
+            left += width * scale + gap
+        top -= title
+        for row in rows:
+            height = max(part.size[1] for part in row) * scale
+            top -= height + gap
+            left = gap
+            for width, part in zip(widths, row, strict=False):
+                box = (left, top, width * scale, height)
+                _draw(figure, part, box, figure_size, window, bar=row is rows[0])
+                left += width * scale + gap
+    if caption:
+        _text(figure, figure_size[0] / 2, note / 2, caption, figure_size, colour="#b8b8b8", size=7)
+    return _png(figure)
+
+
+def curves(groups: Sequence[Mapping[str, Any]]) -> bytes:
+    """One small chart per group: {"title", "unit", "log", "lines": {name: (steps, values)}}. Long series are smoothed."""
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(4.6 * columns, 2.7 * rows), dpi=110, facecolor="white", layout="constrained")
+    for place, group in enumerate(groups, start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        for colour, (name, (steps, values)) in zip(_COLOURS, group["lines"].items(), strict=False):
+            raw = np.asarray(values, dtype=float)
+            smooth = _smooth(raw)
+            if smooth is not raw:
+                axes.plot(steps, raw, color=colour, alpha=0.22, linewidth=0.8)
+            axes.plot(steps, smooth, color=colour, linewidth=1.6, label=name)
+        if group.get("log"):
+            axes.set_yscale("log")
+        axes.set_title(group["title"], fontsize=10, loc="left")
+        axes.set_xlabel("step", fontsize=9)
+        axes.set_ylabel(group.get("unit", ""), fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(group["lines"]) > 1:
+            axes.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def histogram(samples: Mapping[str, np.ndarray], *, window: tuple[float, float], unit: str) -> bytes:
+    """Share of voxels per intensity, one line a group; intensities outside the window go into its outermost bins."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 2.8), dpi=110, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    edges = np.linspace(*window, 65)
+    for colour, (name, values) in zip(_COLOURS, samples.items(), strict=False):
+        counts, _ = np.histogram(np.clip(values, *window), bins=edges)
+        axes.stairs(100 * counts / max(1, counts.sum()), edges, color=colour, linewidth=1.6, label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel(unit, fontsize=9)
+    axes.set_ylabel("voxels, %", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def _draw(figure: Any, part: Slice, box: tuple, figure_size: tuple, window: tuple[float, float], *, bar: bool) -> None:
+    left, bottom, width, height = box
+    axes = figure.add_axes(
+        (left / figure_size[0], bottom / figure_size[1], width / figure_size[0], height / figure_size[1])
+    )
+    axes.imshow(
+        part.pixels, cmap="gray", vmin=window[0], vmax=window[1], extent=(0, part.size[0], part.size[1], 0),
+        interpolation="bilinear", aspect="equal",
+    )  # fmt: skip
+    axes.set_axis_off()
+    for letter, (x, y) in zip(part.letters, [(0.035, 0.5), (0.965, 0.5), (0.5, 0.95), (0.5, 0.05)], strict=True):
+        # Letters keep their distance in points from the border, whatever the height of the slice.
+        y = 0.5 if y == 0.5 else (1 - 0.085 / height if y > 0.5 else 0.085 / height)
+        axes.text(x, y, letter, transform=axes.transAxes, ha="center", va="center", **_outlined(8))
+    if bar:
+        start = part.size[0] * 0.06
+        axes.plot([start, start + 20], [part.size[1] * 0.955] * 2, color="white", linewidth=1.6, solid_capstyle="butt")
+        axes.text(start, part.size[1] * 0.935, "20 mm", ha="left", va="bottom", **_outlined(6))
+
+
+def _text(figure: Any, x: float, y: float, text: str, figure_size: tuple, *, colour="white", size=8) -> None:
+    figure.text(x / figure_size[0], y / figure_size[1], text, color=colour, fontsize=size, ha="center", va="center")
+
+
+def _outlined(size: float) -> dict[str, Any]:
+    from matplotlib.patheffects import withStroke
+
+    return {"color": "#ffe9a8", "fontsize": size, "path_effects": [withStroke(linewidth=1.6, foreground="black")]}
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A running mean over 3 % of a long series, with the ends averaged over what there is."""
+    width = len(values) // 33
+    if width < 2:
+        return values
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None}, facecolor=figure.get_facecolor())
+    return buffer.getvalue()
