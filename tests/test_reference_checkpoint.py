@@ -1,4 +1,4 @@
-"""Reference `.pt` files: read whatever class their scale factor has, refuse what is unsafe or does not fit, write the layout."""
+"""Reference `.pt` files: any class of scale factor is read, what is unsafe or does not fit is refused, the layout is written."""
 
 from __future__ import annotations
 
