@@ -72,6 +72,11 @@ def build_engine(
         lr_scheduler=functools.partial(polynomial_decay, total_steps=total_steps),
         config=deepspeed_values,
     )
+    if training.precision == "bf16" and training.zero_stage == 0:
+        # This wrapper has taken an optimizer step on zero gradients to allocate its state: Adam's bias correction would be one
+        # step off and the weights have decayed once.
+        engine.basic_optimizer.state.clear()
+        engine.optimizer.refresh_fp32_params()
     return engine
 
 

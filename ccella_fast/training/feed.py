@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from ccella_fast.data.dataset import PreparedDataset, collate
@@ -37,7 +37,7 @@ class Samples(NamedTuple):
     def to(self, device: torch.device) -> Samples:
         if device.type == "cpu":
             return self
-        moved = {
+        moved: dict[str, Any] = {
             name: value.pin_memory().to(device, non_blocking=True)
             for name, value in self._asdict().items()
             if isinstance(value, Tensor)

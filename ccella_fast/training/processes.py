@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import warnings
 from datetime import timedelta
 
 import torch
@@ -27,6 +28,8 @@ def initialise() -> torch.device:
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    # Notes from torch to DeepSpeed about names that will go; the reader of a training log can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     import deepspeed.ops
 
@@ -70,7 +73,8 @@ class StopRequest:
     """Remembers SIGTERM and SIGINT until the step is over, and notices when the launcher has gone.
 
     SIGTERM to the `deepspeed` command kills that command alone; its launcher and our processes live on as orphans and nobody
-    tells them. So, inside the `with` block and under a launcher the ancestors are watched as well. `signal` is 0 while nothing was asked."""
+    tells them. So under a launcher the ancestors are watched as well. Used as a context; `signal` is 0 while nothing was
+    asked."""
 
     def __init__(self) -> None:
         self._signal = 0
