@@ -1,0 +1,296 @@
+"""`report.html`: what was run in a folder, with pictures, as one page that needs no network.
+
+It only reads what the commands left behind; what is not there yet is said to be missing. No report text and no case id is
+copied: studies are numbered.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ccella_fast.data.manifest import Case, Prepared, load_manifest, open_array
+from ccella_fast.environment import describe
+from ccella_fast.errors import DataError
+from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage
+from ccella_fast.report.page import TEMPLATE
+from ccella_fast.storage import atomic_path, read_json
+
+WINDOW = (0.0, 1.0)
+_SYNTHETIC = "Generated images are synthetic. Nothing on this page is for diagnosis."
+
+
+class Sample(NamedTuple):
+    """One generated volume as `ccella-fast sample` wrote it: its sidecar and, scaled to [0, 1], its volumes."""
+
+    sidecar: dict[str, Any]
+    volumes: dict[str, np.ndarray]
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `folder/report.html` from `prepared/`, `vae/`, `model/` and `samples/` in it; returns its path.
+
+    Raises DataError when none of them is there or a file that is there is damaged."""
+    import jinja2
+
+    folder = Path(folder)
+    if not any((folder / name).is_dir() for name in ("prepared", "vae", "model", "samples")):
+        fix = "give the folder that holds prepared/, vae/, model/ and samples/"
+        raise DataError("there is nothing to report on", path=folder, fix=fix)
+    prepared = load_manifest(folder / "prepared") if (folder / "prepared" / "manifest.json").is_file() else None
+    config = _read(folder / "model" / "config.json") or {}
+    samples = _samples(folder / "samples")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = environment.from_string(TEMPLATE).render(
+        title=f"ccella_fast: {config.get('name', 'results')}",
+        subtitle="Report-conditioned latent diffusion of 3D prostate MRI",
+        notices=_notices(prepared),
+        facts=_facts(prepared, config, folder, samples),
+        pictures=_pictures(prepared, folder, samples),
+        charts=[_vae_chart(folder / "vae"), _model_chart(folder / "model")],
+        samples=[_sample_row(number, sample) for number, sample in enumerate(samples, start=1)],
+        no_samples="There are no generated volumes yet: run `ccella-fast sample`.",
+        timings=[_timing(folder / name, command) for name, command in _COMMANDS],
+        environment=_environment(folder),
+    )
+    with atomic_path(folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return folder / "report.html"
+
+
+_COMMANDS = [("prepared", "prepare"), ("vae", "train-vae"), ("model", "train"), ("samples", "sample")]
+
+
+def _samples(folder: Path) -> list[Sample]:
+    import nibabel
+
+    found = []
+    for path in sorted(folder.glob("sample-*.json")):
+        sidecar = read_json(path)
+        files = {sequence: folder / name for sequence, name in sidecar["files"].items()}
+        if all(file.is_file() for file in files.values()):
+            scale = sidecar["intensity_scale"]
+            volumes = {
+                sequence: nibabel.Nifti1Image.from_filename(file).get_fdata(dtype=np.float32) / scale[sequence]
+                for sequence, file in files.items()
+            }
+            found.append(Sample(sidecar, volumes))
+    return found
+
+
+def _notices(prepared: Prepared | None) -> list[str]:
+    if prepared is not None and any(_is_phantom(case) for case in prepared.cases):
+        return [
+            "The studies are synthetic too: phantoms drawn by `ccella-fast phantom`, not patients. "
+            "What is called real below stands for them.",
+            _SYNTHETIC,
+        ]
+    return [_SYNTHETIC]
+
+
+def _is_phantom(case: Case) -> bool:
+    return case.id.startswith("phantom-")
+
+
+def _facts(
+    prepared: Prepared | None, config: dict[str, Any], folder: Path, samples: list[Sample]
+) -> list[tuple[str, str]]:
+    facts = []
+    if prepared:
+        train = [case for case in prepared.cases if case.split == "train"]
+        count = f"{len(train)} train, {len(prepared.cases) - len(train)} test"
+        classes = [sum(case.pirads == one_hot for case in prepared.cases) for one_hot in ([1, 0], [0, 1])]
+        without = sum(case.text_isnull for case in prepared.cases)
+        facts += [
+            ("Phantom studies (synthetic)" if all(map(_is_phantom, prepared.cases)) else "Studies", count),
+            ("PI-RADS 1-2 / 3-5 / unknown", f"{classes[0]} / {classes[1]} / {len(prepared.cases) - sum(classes)}"),
+            ("Without a report", str(without)),
+            ("Sequences", ", ".join(prepared.data.sequences)),
+            ("Grid", f"{_times(prepared.data.dim)} voxels of {_times(prepared.data.spacing)} mm"),
+        ]
+    if config:
+        model, training = config["model"], config["training"]
+        facts += [
+            ("Variant", model["variant"]),
+            ("U-Net channels", ", ".join(map(str, model["num_channels"]))),
+            ("Batch, precision", f"{training['batch_size']} per process, {training['precision']}"),
+        ]
+    status = _read(folder / "model" / "run_status.json")
+    if status:
+        facts.append(("Training", f"{status['state']}, step {status['step']} of {status['total_steps']}"))
+    test = (_read(folder / "vae" / "run_record.json") or {}).get("test")
+    if test:
+        facts.append(("Autoencoder, test split", f"L1 {test['l1']:.4f}, PSNR {test['psnr']:.1f} dB"))
+    if samples:
+        facts.append(("Generated volumes (synthetic)", str(len(samples))))
+    return facts
+
+
+def _pictures(prepared: Prepared | None, folder: Path, samples: list[Sample]) -> list[dict[str, Any]]:
+    """Real, reconstructed and generated montages, then their intensities."""
+    cases = _shown(prepared)
+    word = "Phantom" if prepared and all(map(_is_phantom, prepared.cases)) else "Real"
+    real = [
+        Panel(prepared.array(case, f"image/{sequence}"), case.spacing, _title(f"{word} {n}, {case.split}", sequence, prepared))
+        for n, case in enumerate(cases, start=1)
+        for sequence in (prepared.data.sequences if prepared else ())
+        if prepared and f"image/{sequence}" in case.files
+    ]  # fmt: skip
+    reconstructed = [
+        Panel(open_array(file), case.spacing, _title(f"Reconstructed {n}, {case.split}", sequence, prepared))
+        for n, case in enumerate(cases, start=1)
+        for sequence in (prepared.data.sequences if prepared else ())
+        if (file := folder / "vae" / "reconstructions" / case.id / f"{sequence}.npy").is_file()
+    ]
+    generated = [
+        Panel(volume, sample.sidecar["spacing"], _title(f"Generated {n}, seed {sample.sidecar['seed']}", sequence, prepared))
+        for n, sample in enumerate(samples, start=1)
+        for sequence, volume in sample.volumes.items()
+    ]  # fmt: skip
+    caption = f"{word} studies" + (" (synthetic)" if word == "Phantom" else "") + " as prepared."
+    return [
+        _montage(real, caption, "There are no prepared images: run `ccella-fast prepare`."),
+        _montage(
+            reconstructed,
+            "The same studies after the autoencoder (encoded to the posterior mean, decoded).",
+            "There are no reconstructions: the autoencoder was not trained here, or not to its end.",
+        ),
+        _montage(
+            generated, "Generated volumes (synthetic).", "There are no generated volumes: run `ccella-fast sample`."
+        ),
+        _histogram(real, generated, word),
+    ]
+
+
+def _shown(prepared: Prepared | None) -> list[Case]:
+    """A row of studies: test first, in the manifest's order, as train-vae reconstructs them."""
+    if prepared is None:
+        return []
+    return sorted(prepared.cases, key=lambda case: case.split != "test")[
+        : max(1, COLUMNS // len(prepared.data.sequences))
+    ]
+
+
+def _title(text: str, sequence: str, prepared: Prepared | None) -> str:
+    return text if prepared and len(prepared.data.sequences) == 1 else f"{text}, {sequence}"
+
+
+def _montage(panels: Sequence[Panel], caption: str, missing: str) -> dict[str, Any]:
+    image = montage(panels[: 2 * COLUMNS], window=WINDOW) if panels else None
+    return _figure(image, caption, missing)
+
+
+def _histogram(real: Sequence[Panel], generated: Sequence[Panel], word: str) -> dict[str, Any]:
+    missing = "Intensities are compared once there are prepared images and generated volumes."
+    if not (real and generated):
+        return _figure(None, "", missing)
+    groups = {name: np.concatenate([panel.volume.ravel() for panel in panels])
+              for name, panels in ((word.lower(), real), ("generated", generated))}  # fmt: skip
+    image = histogram(groups, window=WINDOW, unit="normalised intensity")
+    caption = "Intensities of the volumes shown above, all voxels; the last bin holds what is clipped."
+    return _figure(image, caption, missing, narrow=True)
+
+
+def _vae_chart(folder: Path) -> dict[str, Any]:
+    lines = _metrics(folder / "metrics.jsonl")
+    missing = "There is no autoencoder training to show: run `ccella-fast train-vae`."
+    if not lines:
+        return _figure(None, "", missing)
+    groups = [
+        {"title": "autoencoder: L1 on training patches", "unit": "L1", "log": True, "lines": _series(lines, {"L1": "loss_l1"})},
+        {"title": "autoencoder: KL", "unit": "nats a patch", "log": True, "lines": _series(lines, {"KL": "loss_kl"})},
+    ]  # fmt: skip
+    return _figure(curves(groups), f"Autoencoder, {lines[-1]['step']} steps.", missing)
+
+
+def _model_chart(folder: Path) -> dict[str, Any]:
+    lines = _metrics(folder / "metrics.jsonl")
+    missing = "There is no diffusion training to show: run `deepspeed ccella_fast/train.py`."
+    if not lines:
+        return _figure(None, "", missing)
+    groups = [
+        {"title": "diffusion: loss", "lines": _series(lines, {"total": "loss", "L1 on noise": "loss_l1"})},
+        {"title": "diffusion: class loss, before its weight", "lines": _series(lines, {"class": "loss_class"})},
+        {"title": "learning rate", "lines": _series(lines, {"lr": "lr"})},
+        {"title": "throughput", "unit": "samples/s", "lines": _series(lines, {"samples/s": "samples_per_second"})},
+    ]
+    caption = f"Diffusion model, {lines[-1]['step']} steps. Faint: each logged step; bold: running mean."
+    return _figure(curves(groups), caption, missing)
+
+
+def _series(lines: list[dict[str, Any]], names: dict[str, str]) -> dict[str, tuple[list, list]]:
+    steps = [line["step"] for line in lines]
+    return {label: (steps, [line.get(key, np.nan) for line in lines]) for label, key in names.items()}
+
+
+def _figure(image: bytes | None, caption: str, missing: str, *, narrow: bool = False) -> dict[str, Any]:
+    encoded = base64.b64encode(image).decode() if image else None
+    return {"image": encoded, "caption": caption, "alt": caption, "missing": missing, "narrow": narrow}
+
+
+def _sample_row(number: int, sample: Sample) -> dict[str, Any]:
+    side = sample.sidecar
+    probabilities = side["class_probabilities"] or {}
+    neg, pos = (f"{probabilities[name]:.3f}" if name in probabilities else "-" for name in ("neg", "pos"))
+    return {
+        "number": number, "report": side["report"] + 1, "seed": side["seed"], "solver": side["solver"],
+        "steps": side["num_inference_steps"], "given": side["class_given"] or "-", "neg": neg, "pos": pos,
+    }  # fmt: skip
+
+
+def _timing(folder: Path, command: str) -> dict[str, Any]:
+    record = _read(folder / "run_record.json")
+    if record is None:
+        return {"command": command, "seconds": None, "memory": None, "remarks": "not run, or not to its end"}
+    names = {
+        "studies": "studies",
+        "images": "images",
+        "volumes": "volumes",
+        "world_size": "processes",
+        "total_steps": "steps",
+    }
+    remarks = [f"{record[key]} {word}" for key, word in names.items() if key in record]
+    return {
+        "command": command, "seconds": record["seconds"], "memory": record["peak_memory_mib"], "remarks": ", ".join(remarks),
+    }  # fmt: skip
+
+
+def _environment(folder: Path) -> list[tuple[str, str]]:
+    """Of the training run, or of this machine where there was none."""
+    record = _read(folder / "model" / "run_record.json")
+    found = record["environment"] if record else describe()
+    cpu, gpus = found["cpu"], found["gpu"]
+    instructions = ", ".join(cpu["instructions"]) or "no AVX2"
+    packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
+    return [
+        ("Recorded by", "the training run" if record else "this report: there is no finished training run"),
+        ("ccella_fast", found["ccella_fast"] or "not installed"),
+        ("Python, system", f"{found['python']}, {found['system']}"),
+        ("CPU", f"{cpu['cores']} cores, {cpu['torch_threads']} threads, {cpu['memory_gib']} GiB, {instructions}"),
+        ("GPU", ", ".join(f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in gpus) or "none"),
+        ("Packages", ", ".join(packages)),
+    ]
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut off by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def _read(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None
+
+
+def _times(values: Sequence[float]) -> str:
+    return " x ".join(f"{value:g}" for value in values)

@@ -1,0 +1,115 @@
+"""The page of `report.html` as a jinja2 template: one file, no script, nothing loaded from anywhere."""
+
+TEMPLATE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+:root {
+  --ink: #1b1f24; --soft: #59636e; --line: #d8dee4; --paper: #ffffff; --card: #f6f8fa; --mark: #8a5a00;
+  color-scheme: light dark;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ed; --soft: #9aa4af; --line: #323a43; --paper: #12161b; --card: #1a2027; --mark: #e3b341; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 70rem; margin: 0 auto; padding: 1.2rem 1rem 3rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0.6rem 0 0.2rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 0.6rem; border-bottom: 1px solid var(--line); padding-bottom: 0.25rem; }
+p { margin: 0.4rem 0; }
+.soft { color: var(--soft); }
+.notice { border-left: 4px solid var(--mark); background: var(--card); padding: 0.6rem 0.9rem; margin: 0.9rem 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 0.6rem; margin: 1rem 0; }
+.facts div { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 0.5rem 0.7rem; }
+.facts span { display: block; color: var(--soft); font-size: 0.8rem; }
+.facts b { font-weight: 600; overflow-wrap: anywhere; }
+figure { margin: 0.8rem 0 1.2rem; break-inside: avoid; }
+figure img { width: 100%; height: auto; display: block; border-radius: 6px; border: 1px solid var(--line); }
+figure.narrow img { max-width: 44rem; }
+figcaption { color: var(--soft); font-size: 0.88rem; margin-top: 0.35rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.92rem; width: 100%; }
+th, td { text-align: left; padding: 0.3rem 0.7rem 0.3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+@media print { body { font-size: 11pt; } main { max-width: none; padding: 0; } h2 { break-after: avoid; } }
+</style>
+</head>
+<body>
+<main>
+<h1>{{ title }}</h1>
+<p class="soft">{{ subtitle }}</p>
+{% for notice in notices %}<p class="notice">{{ notice }}</p>
+{% endfor %}
+<div class="facts">
+{% for name, value in facts %}<div><span>{{ name }}</span><b>{{ value }}</b></div>
+{% endfor %}
+</div>
+
+<h2>Images</h2>
+<p class="soft">Middle slices in three planes, one grey window (0 to 1 of each volume's normalised intensity), true proportions.
+R, L: the patient's right and left; A, P: front and back; S, I: head and feet. The patient's right is on the left side.</p>
+{% for picture in pictures %}
+{% if picture.image %}
+<figure{% if picture.narrow %} class="narrow"{% endif %}>
+<img alt="{{ picture.alt }}" src="data:image/png;base64,{{ picture.image }}">
+<figcaption>{{ picture.caption }}</figcaption>
+</figure>
+{% else %}
+<p class="notice">{{ picture.missing }}</p>
+{% endif %}
+{% endfor %}
+
+<h2>Training</h2>
+{% for picture in charts %}
+{% if picture.image %}
+<figure>
+<img alt="{{ picture.alt }}" src="data:image/png;base64,{{ picture.image }}">
+<figcaption>{{ picture.caption }}</figcaption>
+</figure>
+{% else %}
+<p class="notice">{{ picture.missing }}</p>
+{% endif %}
+{% endfor %}
+
+<h2>Generated volumes</h2>
+{% if samples %}
+<div class="scroll"><table>
+<tr><th>volume</th><th class="number">report</th><th class="number">seed</th><th>solver</th><th class="number">steps</th>
+<th>class given</th><th class="number">P(PI-RADS 1-2)</th><th class="number">P(PI-RADS 3-5)</th></tr>
+{% for row in samples %}
+<tr><td>{{ row.number }}</td><td class="number">{{ row.report }}</td><td class="number">{{ row.seed }}</td>
+<td>{{ row.solver }}</td><td class="number">{{ row.steps }}</td><td>{{ row.given }}</td>
+<td class="number">{{ row.neg }}</td><td class="number">{{ row.pos }}</td></tr>
+{% endfor %}
+</table></div>
+<p class="soft">Reports are numbered in the order in which they were given; their text is not kept. P: the class that the model
+read from the report at the last step.</p>
+{% else %}
+<p class="notice">{{ no_samples }}</p>
+{% endif %}
+
+<h2>Time and memory</h2>
+<div class="scroll"><table>
+<tr><th>command</th><th class="number">seconds</th><th class="number">peak memory, MiB</th><th>remarks</th></tr>
+{% for row in timings %}
+<tr><td>{{ row.command }}</td>
+{% if row.seconds is none %}<td class="number">-</td><td class="number">-</td>{% else %}
+<td class="number">{{ "%.1f" | format(row.seconds) }}</td><td class="number">{{ row.memory }}</td>{% endif %}
+<td>{{ row.remarks }}</td></tr>
+{% endfor %}
+</table></div>
+<p class="soft">The last run of each command. Peak memory is that of its largest process.</p>
+
+<h2>Environment</h2>
+<div class="scroll"><table>
+{% for name, value in environment %}
+<tr><th>{{ name }}</th><td>{{ value }}</td></tr>
+{% endfor %}
+</table></div>
+</main>
+</body>
+</html>
+"""
