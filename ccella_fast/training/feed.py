@@ -28,7 +28,7 @@ class Samples(NamedTuple):
     latents: Tensor  # (B, C, X, Y, Z) float32, times the scale factor: x0
     noise: Tensor  # like latents
     timesteps: Tensor  # (B,) int64
-    text: Tensor  # (B, L, E)
+    text: Tensor | None  # (B, L, E); None: a variant without text
     pirads: Tensor  # (B, 2) one-hot x 100
     spacing: Tensor  # (B, 3) mm x 100
     has_class: Tensor  # (B,) bool: a report and a class
@@ -94,18 +94,9 @@ class Feed:
         )
         has_class = batch.has_class.bool() & ~batch.text_isnull.bool()
         in_all = sum(self.dataset.has_class[self.index(start + i)] for i in range(self.global_batch))
-        share = int(has_class.sum()) * self.accumulation * self.world_size / max(1, in_all)
-        return Samples(
-            list(batch.ids),
-            latents * self.scale,
-            noise,
-            timesteps,
-            batch.text,
-            batch.pirads,
-            batch.spacing,
-            has_class,
-            share,
-        )
+        share = int(batch.has_class.sum()) * self.accumulation * self.world_size / max(1, in_all)
+        known = batch.text, batch.pirads, batch.spacing, batch.has_class
+        return Samples(batch.ids, latents, noise, timesteps, *known, class_share=share)
 
     def _draw(self, position: int, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         source = generator(self.seed, "sample", position)

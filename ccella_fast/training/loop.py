@@ -37,7 +37,7 @@ def joint_loss(model: Any, samples: Samples, schedule: Schedule, weight: float) 
     variant, dtype = network.variant, next(network.parameters()).dtype
     noisy = schedule.add_noise(samples.latents, samples.noise, samples.timesteps)
     inputs: dict[str, Tensor] = {"spacing": samples.spacing}
-    if variant.text:
+    if samples.text is not None:
         inputs["text"] = samples.text.to(dtype)
     if variant.class_input == "given":
         inputs["pirads"] = samples.pirads
