@@ -78,18 +78,22 @@ def covers_centre(volume: Volume, grid: Grid) -> bool:
     return bool((index >= -0.5).all() and (index <= np.array(volume.array.shape) - 0.5).all())
 
 
-def normalise(values: np.ndarray, sequence: str, grid: Grid) -> tuple[np.ndarray, tuple[float, float]]:
+def normalise(
+    values: np.ndarray, sequence: str, grid: Grid, *, path: object = None
+) -> tuple[np.ndarray, tuple[float, float]]:
     """(voxels of the whole grid in [0, 1], float32, padding 0; the window that was mapped to [0, 1]).
 
     T2 and high b: the 0th to the 99.5th percentile of the voxels that are not padding, as the reference measured it on images
-    already on their grid. ADC: 0 to 3000. Raises DataError where the window is empty."""
+    already on their grid. ADC: 0 to 3000. Raises DataError, naming `path`, where the window is empty."""
     low, high = ADC_WINDOW
     if sequence != "adc":
         low, high = (float(value) for value in np.percentile(values.astype(np.float64), PERCENTILES))
         if not high > low:
-            raise DataError(
-                f"{sequence} has no contrast inside the grid", field="data.dim", fix="check spacing and position"
+            why, fix = (
+                f"{sequence} has no contrast inside the grid",
+                "check data.spacing, data.dim and the series' position",
             )
+            raise DataError(why, path=path, field="voxels", fix=fix)
     image = np.zeros(grid.shape, np.float32)
     image[grid.inner] = np.clip((values.astype(np.float64) - low) / (high - low), 0, 1)
     return image, (low, high)

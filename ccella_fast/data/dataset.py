@@ -1,0 +1,138 @@
+"""Prepared studies as training samples (section 1.5). Which study comes when is the trainer's business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ccella_fast.config import Config
+from ccella_fast.data.manifest import NAME, Case, load_manifest
+from ccella_fast.errors import DataError, did_you_mean
+from ccella_fast.variants import get_variant
+
+
+class Item(NamedTuple):
+    """One study. Latents of several sequences lie one after the other on the channel axis. latent_sigma is 0 where only the
+    mean is known. pirads is one-hot x 100, zeros where not known. has_class: there is a class and a report to read it from."""
+
+    id: str
+    latent_mean: Tensor  # (C, X, Y, Z) float32
+    latent_sigma: Tensor  # (C, X, Y, Z) float32
+    text: Tensor | None  # (L, E) float32; None: a variant without text
+    pirads: Tensor  # (2,) float32
+    spacing: Tensor  # (3,) float32, mm x 100
+    text_isnull: bool
+    has_class: bool
+
+
+class Batch(NamedTuple):
+    """Items stacked: the same fields, with B in front; `text_isnull` and `has_class` are (B,) bool."""
+
+    ids: list[str]
+    latent_mean: Tensor
+    latent_sigma: Tensor
+    text: Tensor | None
+    pirads: Tensor
+    spacing: Tensor
+    text_isnull: Tensor
+    has_class: Tensor
+
+
+class PreparedDataset:
+    """The studies of one split of a prepared folder, for the variant and the grid of `config`.
+
+    Opening compares every file with the manifest's SHA-256 and every shape with the configuration, once; after that files
+    are read through memory maps. `ids` and `has_class` are lists over the studies. Raises DataError, which names the study."""
+
+    def __init__(self, folder: str | Path, config: Config, split: Literal["train", "test"] = "train"):
+        self.prepared = load_manifest(folder)
+        self.config = config
+        self._listed = self.prepared.folder / NAME
+        self.variant = get_variant(config.model.variant)
+        self.cases = self._select(split)
+        self.ids = [case.id for case in self.cases]
+        self.has_class = [case.pirads is not None and not case.text_isnull for case in self.cases]
+        self._check_classes()
+        for case in tqdm(self.cases, desc="checking prepared files", unit="study", mininterval=1):
+            self._check(case)
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> Item:
+        case = self.cases[index]
+        means, sigmas = [], []
+        for sequence in self.config.data.sequences:
+            means.append(self._tensor(case, f"latent_mean/{sequence}"))
+            has_sigma = f"latent_sigma/{sequence}" in case.files
+            sigmas.append(self._tensor(case, f"latent_sigma/{sequence}") if has_sigma else torch.zeros_like(means[-1]))
+        return Item(
+            case.id,
+            torch.cat(means),
+            torch.cat(sigmas),
+            self._tensor(case, "text") if self.variant.text else None,
+            100 * torch.tensor(case.pirads or [0, 0], dtype=torch.float32),
+            100 * torch.tensor(case.spacing, dtype=torch.float32),
+            bool(case.text_isnull),
+            self.has_class[index],
+        )
+
+    def _tensor(self, case: Case, key: str) -> Tensor:
+        return torch.from_numpy(np.array(self.prepared.array(case, key)))
+
+    def _select(self, split: str) -> list[Case]:
+        tag = self.config.data.dataset
+        cases = [case for case in self.prepared.cases if case.split == split and tag in (None, case.dataset)]
+        if not cases:
+            tags = {case.dataset for case in self.prepared.cases if case.dataset}
+            why = f"no study in the split '{split}'" + (f" with the dataset '{tag}'" if tag else "")
+            fix = did_you_mean(tag, tags) if tag and tags else "prepare studies with this split"
+            raise DataError(why, path=self._listed, field="cases", fix=fix)
+        return cases
+
+    def _check_classes(self) -> None:
+        unknown = [case.id for case in self.cases if case.pirads is None]
+        if self.variant.class_input == "given" and unknown:
+            shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            why = f"{self.variant.name} is given the class of every study, but it is not known for {shown}"
+            raise DataError(
+                why, path=self._listed, field=f"{unknown[0]}.pirads", fix="add the class, or leave these studies out"
+            )
+
+    def _check(self, case: Case) -> None:
+        latent = (self.config.autoencoder.latent_channels, *self.config.check_grid())
+        for sequence in self.config.data.sequences:
+            self._check_shape(case, f"latent_mean/{sequence}", latent, "data.dim and the autoencoder")
+            if f"latent_sigma/{sequence}" in case.files:
+                self._check_shape(case, f"latent_sigma/{sequence}", latent, "data.dim and the autoencoder")
+        if self.variant.text:
+            length = self.prepared.text.max_length if self.prepared.text else self.config.text.max_length
+            self._check_shape(case, "text", (length, self.config.model.input_dim), "the encoder and model.input_dim")
+
+    def _check_shape(self, case: Case, key: str, expected: tuple[int, ...], source: str) -> None:
+        found = self.prepared.array(case, key, verify=True).shape
+        if found != expected:
+            path, field = self.prepared.folder / case.files[key].path, f"{case.id}.files.{key}"
+            why, fix = f"its shape is {found}, {source} give {expected}", "prepare with this configuration"
+            raise DataError(why, path=path, field=field, fix=fix)
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Stack items into a batch, on the CPU."""
+    texts = [item.text for item in items if item.text is not None]
+    return Batch(
+        ids=[item.id for item in items],
+        latent_mean=torch.stack([item.latent_mean for item in items]),
+        latent_sigma=torch.stack([item.latent_sigma for item in items]),
+        text=torch.stack(texts) if texts else None,
+        pirads=torch.stack([item.pirads for item in items]),
+        spacing=torch.stack([item.spacing for item in items]),
+        text_isnull=torch.tensor([item.text_isnull for item in items]),
+        has_class=torch.tensor([item.has_class for item in items]),
+    )

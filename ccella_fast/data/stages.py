@@ -1,0 +1,212 @@
+"""The stages of preparation: images, text, latents; and the import of text and latents that the reference's scripts made.
+
+A stage says what its result for a study depends on (`inputs`), reads it once before anything is written (`check`), and does
+what is missing (`run`), one study or one batch at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+from tqdm import tqdm
+
+from ccella_fast.config import Config
+from ccella_fast.data.grid import covers_centre, make_grid, normalise, resample
+from ccella_fast.data.latents import LatentEncoder, import_latent, moments
+from ccella_fast.data.manifest import open_array
+from ccella_fast.data.records import Records, digest
+from ccella_fast.data.sources import Study
+from ccella_fast.data.text import TextEncoder
+from ccella_fast.data.volume import Volume, check_axial, read_volume
+from ccella_fast.errors import DataError
+
+_RECIPE = 1  # part of every digest; raise it when the same inputs give other results
+
+
+class Stage:
+    """`name` is the key of the records; see the module for the methods."""
+
+    name: ClassVar[str]
+
+    def __init__(self, records: Records, studies: list[Study], config: Config):
+        self.records, self.studies, self.config = records, studies, config
+        self.sequences = config.data.sequences
+
+    def inputs(self, study: Study) -> str:
+        raise NotImplementedError
+
+    def check(self, study: Study) -> None:
+        """Raises DataError."""
+
+    def run(self, todo: list[Study]) -> None:
+        raise NotImplementedError
+
+    def stale(self) -> list[Study]:
+        """The studies for which this stage is not done, or was done with other inputs."""
+        return [study for study in self.studies if not self.records.is_done(study.id, self.name, self.inputs(study))]
+
+
+class Images(Stage):
+    """Series to one grid and [0, 1]."""
+
+    name = "image"
+
+    def inputs(self, study: Study) -> str:
+        series = {sequence: self.records.fingerprint(study.files[sequence]) for sequence in self.sequences}
+        return digest([_RECIPE, series, self.config.data.model_dump(include={"sequences", "spacing", "dim"})])
+
+    def check(self, study: Study) -> None:
+        self._read(study)
+
+    def run(self, todo: list[Study]) -> None:
+        for study in bar(todo, "images"):
+            series = self._read(study)
+            grid = make_grid(series[self._leading], self.config.data.spacing, self.config.data.dim)
+            files, windows = {}, {}
+            for sequence in self.sequences:
+                values = resample(series[sequence], grid)
+                image, windows[sequence] = normalise(values, sequence, grid, path=study.files[sequence])
+                files[f"image/{sequence}"] = self.records.write_array(f"images/{study.id}/{sequence}.npy", image)
+            facts = {"affine": grid.affine.tolist(), "spacing": list(self.config.data.spacing), "window": windows}
+            self.records.put(study.id, self.name, self.inputs(study), files, facts)
+
+    @property
+    def _leading(self) -> str:
+        """The sequence that the grid is laid over."""
+        return "t2w" if "t2w" in self.sequences else self.sequences[0]
+
+    def _read(self, study: Study) -> dict[str, Volume]:
+        series: dict[str, Volume] = {}
+        for sequence in self.sequences:
+            series[sequence] = read_volume(study.files[sequence])
+            check_axial(series[sequence], study.files[sequence])
+        grid = make_grid(series[self._leading], self.config.data.spacing, self.config.data.dim)
+        for sequence in self.sequences:
+            if not covers_centre(series[sequence], grid):
+                why, fix = f"does not lie where the {self._leading} series lies", "give series of one examination"
+                raise DataError(why, path=study.files[sequence], field="origin", fix=fix)
+        return series
+
+
+class Text(Stage):
+    """Reports to features. Each different report is encoded once, and always in the same batch, so that an interruption
+    changes no bit."""
+
+    name = "text"
+
+    def __init__(self, records: Records, studies: list[Study], config: Config, encoder: TextEncoder):
+        super().__init__(records, studies, config)
+        self.encoder = encoder
+
+    def inputs(self, study: Study) -> str:
+        return digest([_RECIPE, self.encoder.identity, study.report or ""])
+
+    def run(self, todo: list[Study]) -> None:
+        wanted: dict[str, list[str]] = {}
+        for study in todo:
+            wanted.setdefault(self.inputs(study), []).append(study.id)
+        reports = sorted({self.inputs(study): study.report or "" for study in self.studies}.items())
+        size = self.config.text.batch_size
+        batches = [reports[start : start + size] for start in range(0, len(reports), size)]
+        batches = [batch for batch in batches if wanted.keys() & dict(batch).keys()]
+        for batch in bar(batches, "reports", unit="batch"):
+            encoded = self.encoder.encode([report for _, report in batch])
+            for (key, _), features, truncated in zip(batch, encoded.features, encoded.truncated, strict=True):
+                if key in wanted:
+                    entry = self.records.write_array(f"text/{key}.npy", features)
+                    for case in wanted[key]:
+                        self.records.put(case, self.name, key, {"text": entry}, {"truncated": truncated})
+
+
+class ImportedText(Stage):
+    """The reference's `text.npy`, (text.max_length, model.input_dim) float32."""
+
+    name = "text"
+
+    def inputs(self, study: Study) -> str:
+        assert study.text_file is not None
+        return digest([_RECIPE, "imported", self.records.fingerprint(study.text_file)])
+
+    def check(self, study: Study) -> None:
+        self._read(study)
+
+    def run(self, todo: list[Study]) -> None:
+        for study in bar(todo, "reports"):
+            entry = self.records.write_array(f"text/{self.inputs(study)}.npy", self._read(study))
+            self.records.put(study.id, self.name, self.inputs(study), {"text": entry}, {"truncated": False})
+
+    def _read(self, study: Study) -> np.ndarray:
+        assert study.text_file is not None
+        features, path = open_array(study.text_file, field=f"{study.field}.text"), study.text_file
+        expected = (self.config.text.max_length, self.config.model.input_dim)
+        if features.shape != expected:
+            why = f"text features are {features.shape}; (text.max_length, model.input_dim) is {expected}"
+            raise DataError(why, path=path, field=f"{study.field}.text", fix="set both to what the features are")
+        if not np.isfinite(features).all():
+            why, fix = "text features are not finite", "encode the report again"
+            raise DataError(why, path=path, field=f"{study.field}.text", fix=fix)
+        return features
+
+
+class Latents(Stage):
+    """Images through the autoencoder's encoder: the posterior's mean and sigma."""
+
+    name = "latent"
+
+    def __init__(self, records: Records, studies: list[Study], config: Config, vae: LatentEncoder):
+        super().__init__(records, studies, config)
+        self.vae = vae
+
+    def inputs(self, study: Study) -> str:
+        return latent_digest(self.records, study, self.vae.sha256)
+
+    def run(self, todo: list[Study]) -> None:
+        for study in bar(todo, "latents"):
+            files, parts = {}, {}
+            for sequence in self.sequences:
+                entry = self.records.get(study.id, "image")["files"][f"image/{sequence}"]
+                mean, sigma = self.vae.encode(open_array(self.records.out / entry["path"]))
+                parts[sequence] = moments(mean, sigma)
+                for name, array in (("mean", mean), ("sigma", sigma)):
+                    target = f"latents/{study.id}/{sequence}_{name}.npy"
+                    files[f"latent_{name}/{sequence}"] = self.records.write_array(target, array)
+            facts = {"vae": self.vae.sha256, "moments": parts}
+            self.records.put(study.id, self.name, self.inputs(study), files, facts)
+
+
+class ImportedLatents(Stage):
+    """The reference's `_emb.nii.gz`: one drawn sample, taken as the mean."""
+
+    name = "latent"
+
+    def inputs(self, study: Study) -> str:
+        sources = {sequence: self.records.fingerprint(study.latent_files[sequence]) for sequence in self.sequences}
+        return digest([_RECIPE, "imported", sources])
+
+    def check(self, study: Study) -> None:
+        for sequence in self.sequences:
+            import_latent(study.latent_files[sequence], self.config)
+
+    def run(self, todo: list[Study]) -> None:
+        for study in bar(todo, "latents"):
+            files, parts = {}, {}
+            for sequence in self.sequences:
+                mean, affine = import_latent(study.latent_files[sequence], self.config)
+                target = f"latents/{study.id}/{sequence}_mean.npy"
+                files[f"latent_mean/{sequence}"] = self.records.write_array(target, mean)
+                parts[sequence] = moments(mean, None)
+            spacing = study.spacing or np.linalg.norm(affine[:3, :3], axis=0).tolist()
+            facts = {"vae": None, "moments": parts, "affine": affine.tolist(), "spacing": spacing, "window": {}}
+            self.records.put(study.id, self.name, self.inputs(study), files, facts)
+
+
+def latent_digest(records: Records, study: Study, vae: str) -> str:
+    """What latents made by the autoencoder with this SHA-256 depend on: it, and the prepared images."""
+    images = records.get(study.id, "image").get("files", {})
+    return digest([_RECIPE, vae, {key: entry["sha256"] for key, entry in sorted(images.items())}])
+
+
+def bar(items: list[Any], what: str, unit: str = "study") -> Any:
+    """A progress bar over `items`; none where there is nothing to do."""
+    return tqdm(items, desc=what, unit=unit, mininterval=1, disable=not items)
