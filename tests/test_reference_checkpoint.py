@@ -1,8 +1,9 @@
-"""Reference `.pt` files: any class of scale factor is read, what is unsafe or does not fit is refused, the layout is written."""
+"""Reference `.pt` files: any class of scale factor is read, what is unsafe or does not fit is refused, the layout written."""
 
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import torch
 from ccella_fast.config import ModelConfig
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.models import build_model
+from ccella_fast.models.weights import read_pt
 from ccella_fast.reference_checkpoint import read_reference, write_reference
 from ccella_fast.variants import VARIANTS
 
@@ -95,7 +97,8 @@ def test_scale_factor_as_monai_tensor(ccella, tmp_path):
     torch.save(values(ccella, scale_factor=factor), tmp_path / "one.pt")
     torch.save(values(ccella, scale_factor=(factor, factor)), tmp_path / "two.pt")
     code = (
-        "import sys; from ccella_fast.reference_checkpoint import read_reference; "
+        "import sys; from ccella_fast.models.weights import read_pt
+from ccella_fast.reference_checkpoint import read_reference; "
         "print(*[read_reference(path).scale_factor for path in sys.argv[1:]]); assert 'monai' not in sys.modules"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "one.pt"), str(tmp_path / "two.pt")]
@@ -137,6 +140,22 @@ def test_unreadable_file(damage, ccella, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         read_reference(file)
     assert caught.value.path == str(file) and len(str(caught.value).splitlines()) <= 5
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_bytes_give_our_error_or_a_value(zipped, tmp_path):
+    file, generator, refused = tmp_path / "a.pt", random.Random(0), 0
+    torch.save({"a": torch.ones(3), "b": [1, "two"]}, file, _use_new_zipfile_serialization=zipped)
+    whole = file.read_bytes()
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            read_pt(file)
+        except CheckpointError:
+            refused += 1
+    assert refused > 10
 
 
 def test_missing_file_is_named(tmp_path):

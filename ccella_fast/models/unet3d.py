@@ -91,9 +91,9 @@ class UpBlock(Level):
         self.upsampler = named(UpsampleConv3d(config.num_channels[level]), "postconv", "conv") if resample else None
 
     def forward(self, h: Tensor, skips: list[Tensor], embedding: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """Takes its skips from the end of `skips`."""
-        for index in range(len(self.resnets)):
-            h = self.block(index, torch.cat([h, skips.pop()], dim=1), embedding, context)
+        """skips: one a residual block, the last one is used first. Not changed: ZeRO-3 hands a module copies of lists."""
+        for index, skip in enumerate(reversed(skips)):
+            h = self.block(index, torch.cat([h, skip], dim=1), embedding, context)
         return h if self.upsampler is None else self.upsampler(h)
 
 
@@ -155,8 +155,10 @@ class UNet3d(nn.Module):
         for down in self.down_blocks:
             skips += down(skips[-1], embedding, context)
         h = self.middle_block(skips[-1], embedding, context)
+        each = self.config.num_res_blocks + 1
         for up in self.up_blocks:
-            h = up(h, skips, embedding, context)
+            h = up(h, skips[-each:], embedding, context)
+            del skips[-each:]
         return self.out(h)
 
     def _check(self, x: Tensor) -> None:
