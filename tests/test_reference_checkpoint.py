@@ -97,8 +97,7 @@ def test_scale_factor_as_monai_tensor(ccella, tmp_path):
     torch.save(values(ccella, scale_factor=factor), tmp_path / "one.pt")
     torch.save(values(ccella, scale_factor=(factor, factor)), tmp_path / "two.pt")
     code = (
-        "import sys; from ccella_fast.models.weights import read_pt
-from ccella_fast.reference_checkpoint import read_reference; "
+        "import sys; from ccella_fast.reference_checkpoint import read_reference; "
         "print(*[read_reference(path).scale_factor for path in sys.argv[1:]]); assert 'monai' not in sys.modules"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "one.pt"), str(tmp_path / "two.pt")]
