@@ -35,7 +35,8 @@ class Denoiser(nn.Module):
         """x (B, C, X, Y, Z) noisy latent; timesteps (B,) integer or float; spacing (B, 3) in mm x 100; text (B, L, input_dim),
         for variants with a report; pirads (B, num_classes) one-hot x 100, for variants whose class is given.
 
-        Raises ValueError when an input is missing, not wanted, or of a wrong shape."""
+        An input that the variant does not use is ignored, so that one batch serves all nine. Raises ValueError when one is
+        missing or of a wrong shape."""
         conditioning = self.condition(timesteps, spacing=spacing, text=text, pirads=pirads)
         return ModelOutput(self.denoise(x, conditioning), conditioning.class_logits)
 
@@ -59,20 +60,18 @@ class Denoiser(nn.Module):
 
     def _check_inputs(self, spacing: Tensor, text: Tensor | None, pirads: Tensor | None) -> None:
         name, config = self.variant.name, self.config
-        if (text is not None) != self.variant.text:
-            raise ValueError(
-                f"text is {'missing: ' if text is None else 'given, but '}{name} {_takes(text is None)} text"
-            )
-        # A variant without any class ignores one, as the reference's forward does.
-        if (pirads is not None) != (self.variant.class_input == "given") and self.variant.class_input != "none":
-            wants = _takes(pirads is None)
-            raise ValueError(f"pirads is {'missing: ' if pirads is None else 'given, but '}{name} {wants} a class")
         if spacing.ndim != 2 or spacing.shape[1] != 3:
             raise ValueError(f"spacing has shape {tuple(spacing.shape)}; (B, 3) is expected")
-        if text is not None and (text.ndim != 3 or text.shape[2] != config.input_dim):
-            raise ValueError(f"text has shape {tuple(text.shape)}; this model takes (B, L, {config.input_dim})")
-        if pirads is not None and (pirads.ndim != 2 or pirads.shape[1] != config.num_classes):
-            raise ValueError(f"pirads has shape {tuple(pirads.shape)}; this model takes (B, {config.num_classes})")
+        if self.variant.text:
+            if text is None:
+                raise ValueError(f"text is missing: {name} needs a report")
+            if text.ndim != 3 or text.shape[2] != config.input_dim:
+                raise ValueError(f"text has shape {tuple(text.shape)}; this model takes (B, L, {config.input_dim})")
+        if self.variant.class_input == "given":
+            if pirads is None:
+                raise ValueError(f"pirads is missing: {name} needs a class")
+            if pirads.ndim != 2 or pirads.shape[1] != config.num_classes:
+                raise ValueError(f"pirads has shape {tuple(pirads.shape)}; this model takes (B, {config.num_classes})")
 
 
 class TextFreeModel(Denoiser, UNet3d):
@@ -123,7 +122,3 @@ class TextModel(Denoiser):
         if self.variant.head == "last":
             return self.classifier(context)
         return heads
-
-
-def _takes(wanted: bool) -> str:
-    return "needs" if wanted else "takes no"
