@@ -14,9 +14,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from ccella_fast.data.dataset import PreparedDataset, collate
 from torch import Tensor
 
+from ccella_fast.data.dataset import PreparedDataset, collate
 from ccella_fast.diffusion.noise import generator
 
 
@@ -89,10 +89,7 @@ class Feed:
         batch = collate([self.dataset[self.index(position)] for position in positions])
         draws = [self._draw(position, batch.latent_mean[i].shape) for i, position in enumerate(positions)]
         posterior, noise, timesteps = (torch.stack(part) for part in zip(*draws, strict=True))
-        latents = (
-            batch.latent_mean if batch.latent_sigma is None else batch.latent_mean + batch.latent_sigma * posterior
-        )
-        has_class = batch.has_class.bool() & ~batch.text_isnull.bool()
+        latents = (batch.latent_mean + batch.latent_sigma * posterior) * self.scale
         in_all = sum(self.dataset.has_class[self.index(start + i)] for i in range(self.global_batch))
         share = int(batch.has_class.sum()) * self.accumulation * self.world_size / max(1, in_all)
         known = batch.text, batch.pirads, batch.spacing, batch.has_class
