@@ -79,6 +79,7 @@ def export_reference(path: str | Path, out: str | Path, *, weights: str | None =
         state_dict=loaded.model.state_dict(),
         scale_factor=loaded.scale_factor,
         num_train_timesteps=loaded.config.scheduler.num_train_timesteps,
+        config=loaded.config.model,
     )
 
 

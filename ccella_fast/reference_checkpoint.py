@@ -1,7 +1,8 @@
 """The reference's checkpoint files, read and written: one `torch.save` dictionary (reference-method, section 2.7).
 
-The file does not say which variant it holds: names and shapes do. They do not show the head widths, the number of norm groups
-and the norm's epsilon: those are the reference's unless a configuration is given.
+The reference's files do not say which variant they hold: names and shapes do. They do not show the head widths, the number of
+norm groups and the norm's epsilon: those are the reference's unless a configuration is given. Our own exports carry the
+configuration under a key that the reference never reads.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from ccella_fast.models import build_model, model_config
 from ccella_fast.models.weights import first_difference, plain, plain_tensors, read_pt
 from ccella_fast.storage import atomic_path
 from ccella_fast.variants import VARIANTS, Variant, get_variant
+
+_OURS = "ccella_fast_model"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ def read_reference(
         raise CheckpointError("this file has no 'unet_state_dict'", path=path, field="unet_state_dict", fix=fix)
     tensors = plain_tensors(values["unet_state_dict"], path=path, field="unet_state_dict")
     scale_factor = _scale_factor(values.get("scale_factor"), path)
+    if config is None and variant is None and _OURS in values:
+        config = _stored_config(values[_OURS], path)
     wanted = config.variant if config else variant
     row = _find_variant(tensors, wanted, path)
     found = config or _find_config(tensors, row, len(scale_factor), path)
@@ -71,9 +76,11 @@ def write_reference(
     num_train_timesteps: int = 1000,
     optimizer: dict[str, Any] | None = None,
     scheduler: dict[str, Any] | None = None,
+    config: ModelConfig | None = None,
 ) -> None:
     """Write what the reference's own scripts load: state dict of the whole module, scale factor (a 0-d tensor; several
-    sequences: a tuple of them), finished epochs, mean loss of the last one. Optimizer and scheduler state when given."""
+    sequences: a tuple of them), finished epochs, mean loss of the last one. Optimizer and scheduler state when given; with
+    config, also the sizes that shapes do not show."""
     factors = tuple(torch.tensor(factor, dtype=torch.float64) for factor in scale_factor)
     values = {
         "epoch": epoch,
@@ -87,9 +94,18 @@ def write_reference(
         },
         **({} if optimizer is None else {"optimizer": optimizer}),
         **({} if scheduler is None else {"scheduler": scheduler}),
+        **({} if config is None else {_OURS: config.model_dump(mode="json")}),
     }
     with atomic_path(path) as temporary:
         torch.save(values, temporary)
+
+
+def _stored_config(value: Any, path: str | Path) -> ModelConfig:
+    try:
+        return model_config(value["variant"], **value)
+    except (ConfigError, KeyError, TypeError) as bad:
+        why = f"the stored model configuration is malformed ({str(bad).splitlines()[0]:.100})"
+        raise CheckpointError(why, path=path, field=_OURS, fix="export the checkpoint again") from None
 
 
 def _scale_factor(value: Any, path: str | Path) -> list[float]:

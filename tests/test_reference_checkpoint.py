@@ -203,3 +203,14 @@ def test_sizes_that_shapes_hide_come_from_the_configuration(tmp_path):
     assert read_reference(tmp_path / "a.pt", config=narrow.config).config == narrow.config
     with pytest.raises(CheckpointError, match="not a MAISI checkpoint"):
         read_reference(tmp_path / "a.pt", config=build_model("MAISI", **TINY | {"num_res_blocks": 2}).config)
+
+
+def test_our_exports_carry_what_shapes_do_not_show(tmp_path):
+    model = build_model("L1ONLY", **TINY | {"num_head_channels": [0, 16], "norm_num_groups": 16})
+    write_reference(tmp_path / "with.pt", model.state_dict(), [1.0], config=model.config)
+    write_reference(tmp_path / "without.pt", model.state_dict(), [1.0])
+    assert read_reference(tmp_path / "with.pt").config == model.config
+    assert read_reference(tmp_path / "without.pt").config != model.config
+    torch.save(values(model, ccella_fast_model={"variant": "L1ONLY", "widths": 3}), tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match="stored model configuration is malformed"):
+        read_reference(tmp_path / "bad.pt")
