@@ -1,0 +1,247 @@
+"""From a checkpoint folder to volumes: the whole path against diffusers, and what is written, kept and refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ccella_fast import sampler
+from ccella_fast.checkpoint import load_checkpoint, write_manifest
+from ccella_fast.config import make_config
+from ccella_fast.diffusion.noise import generator
+from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.models import build_model
+from ccella_fast.models.vae import Autoencoder, load_autoencoder, save_autoencoder
+from ccella_fast.sampler import generate, sample_to_folder
+from ccella_fast.storage import write_json
+
+CANARY = "Patient Zebedee, 14 mm focus in the left peripheral zone"
+TOKENS, WIDTH = 6, 16
+TINY: dict[str, Any] = {
+    "model.num_channels": [8, 16], "model.attention_levels": [False, True], "model.num_head_channels": [0, 8],
+    "model.num_res_blocks": 1, "model.norm_num_groups": 8, "model.cross_attention_dim": 16, "model.input_dim": WIDTH,
+    "model.num_latents": 4, "model.adapter_blocks": 2, "model.adapter_heads": 2, "model.adapter_time_dim": 16,
+    "model.class_head_dim": 8, "autoencoder.num_channels": [8, 8], "autoencoder.num_res_blocks": [1, 1],
+    "autoencoder.norm_num_groups": 4, "data.dim": [16, 12, 8], "data.spacing": [1.5, 1.5, 3.0],
+    "sampling.solver": "ddim", "sampling.num_inference_steps": 5, "sampling.batch_size": 2,
+}  # fmt: skip
+THREE = {"data.sequences": ["t2w", "hbv", "adc"], "model.latent_channels": [4, 4, 4]}
+
+
+class FakeEncoder:
+    """Features that depend on the report. The null report is all zeros."""
+
+    identity = {"encoder": "fake"}
+
+    def encode(self, reports):
+        rows = [
+            np.random.default_rng(len(text)).standard_normal((TOKENS, WIDTH)) * min(1, len(text)) for text in reports
+        ]
+        return SimpleNamespace(features=np.stack(rows).astype(np.float32), truncated=[False] * len(rows))
+
+
+def scrambled(module: torch.nn.Module) -> torch.nn.Module:
+    """Fresh networks predict zero; these do not."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, 0.15) if parameter.ndim > 1 else parameter.normal_(1, 0.1)
+    return module
+
+
+def write_checkpoint(folder: Path, variant: str = "CCELLA", *, with_vae: bool = True, **overrides: Any) -> Path:
+    config = make_config(TINY | {"model.variant": variant} | overrides)
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", config.dump())
+    save_file(scrambled(build_model(config)).state_dict(), folder / "model.safetensors")
+    count = len(config.data.sequences)
+    state = {"step": 12, "scale_factor": [1.0 + 0.5 * k for k in range(count)], "intensity_scale": {"t2w": 700.0}}
+    write_json(folder / "training_state.json", state)
+    if with_vae:
+        save_autoencoder(scrambled(Autoencoder(config.autoencoder)), folder / "vae")
+    write_manifest(folder, step=12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "step")
+
+
+def draw(checkpoint, out, **changes) -> None:
+    wanted = {"reports": [CANARY, "No focus"], "num_samples": 2, "seed": 3, "text_encoder": FakeEncoder()}
+    sample_to_folder(checkpoint, out, **(wanted | changes))
+
+
+def voxels(path: Path) -> np.ndarray:
+    return np.asarray(nibabel.load(path).dataobj)
+
+
+def names(folder: Path, pattern: str = "*") -> list[str]:
+    return sorted(path.name for path in folder.glob(pattern))
+
+
+def test_the_whole_path_equals_diffusers_and_plain_calls(checkpoint):
+    """DDIM by diffusers around the same network, then the reference's decode rules by hand."""
+    from diffusers import DDIMScheduler
+
+    loaded = load_checkpoint(checkpoint)
+    text = torch.from_numpy(FakeEncoder().encode(["abc"]).features)
+    vae = load_autoencoder(checkpoint)
+    (got,) = generate(loaded, vae, [11], text=text, num_inference_steps=28)
+    truth = DDIMScheduler(
+        beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="linspace"
+    )  # fmt: skip
+    truth.set_timesteps(28)  # 999 = 27 x 37: a step of 37 each time
+    truth.num_inference_steps = Fraction(1000, 37)
+    x = torch.randn(1, 4, 8, 6, 4, generator=generator(11, "start"))
+    with torch.no_grad():
+        for t in truth.timesteps:
+            predicted = loaded.model(x, t[None], spacing=torch.tensor([[150.0, 150.0, 300.0]]), text=text)
+            x = truth.step(predicted.noise, t, x).prev_sample
+        image = vae.decode(x / loaded.scale_factor[0])[0, 0].clamp(0, 1).numpy()
+    assert image.std() > 0.05  # something to compare
+    np.testing.assert_allclose(got.volumes["t2w"], image, atol=2e-3)
+    np.testing.assert_allclose(got.class_probabilities, predicted.class_logits.softmax(1)[0].tolist(), atol=1e-4)
+    with pytest.raises(AssertionError):  # another spacing is another condition
+        (other,) = generate(loaded, vae, [11], text=text, num_inference_steps=28, spacing=[9, 9, 9])
+        np.testing.assert_allclose(other.volumes["t2w"], image, atol=2e-3)
+
+
+def test_a_volume_does_not_depend_on_its_batch(checkpoint, tmp_path):
+    for size, out in ((1, "one"), (3, "three")):
+        draw(checkpoint, tmp_path / out, batch_size=size)
+    files = names(tmp_path / "one", "*.nii.gz")
+    assert files == [f"sample-{k:03d}_seed{seed}.nii.gz" for k, seed in enumerate([3, 4, 3, 4])]
+    for name in files:
+        np.testing.assert_allclose(voxels(tmp_path / "one" / name), voxels(tmp_path / "three" / name), atol=0.05)
+    first = voxels(tmp_path / "one" / files[0])
+    assert np.abs(first - voxels(tmp_path / "one" / files[1])).max() > 5  # another seed
+    assert np.abs(first - voxels(tmp_path / "one" / files[2])).max() > 5  # another report
+
+
+def test_written_files(checkpoint, tmp_path):
+    draw(checkpoint, tmp_path)
+    sidecar = json.loads((tmp_path / "sample-001_seed4.json").read_text())
+    assert {key: sidecar[key] for key in ("synthetic", "variant", "step", "seed", "report", "solver")} == {
+        "synthetic": True, "variant": "CCELLA", "step": 12, "seed": 4, "report": 0, "solver": "ddim",
+    }  # fmt: skip
+    assert sum(sidecar["class_probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    image = nibabel.load(tmp_path / "sample-001_seed4.nii.gz")
+    assert image.shape == (16, 12, 8)
+    assert image.header.get_zooms() == (1.5, 1.5, 3.0)
+    loaded = load_checkpoint(checkpoint)
+    text = FakeEncoder().encode([CANARY]).features
+    (again,) = generate(loaded, load_autoencoder(checkpoint), [4], text=text)
+    np.testing.assert_allclose(voxels(tmp_path / "sample-001_seed4.nii.gz"), again.volumes["t2w"] * 700, atol=0.05)
+    assert (tmp_path / "montage.png").read_bytes().startswith(b"\x89PNG")
+    for path in tmp_path.iterdir():
+        assert b"Zebedee" not in path.read_bytes(), path
+
+
+def test_an_equal_request_is_reused_and_another_refused(checkpoint, tmp_path, monkeypatch):
+    draw(checkpoint, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    draw(checkpoint, tmp_path)
+    for change in ({"seed": 4}, {"reports": [CANARY, "no focus"]}, {"num_samples": 1}, {"num_inference_steps": 6}):
+        with pytest.raises(ConfigError, match="another request"):
+            draw(checkpoint, tmp_path, **change)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    draw(checkpoint, tmp_path, num_samples=1, seed=9, overwrite=True)
+    assert names(tmp_path, "*.nii.gz") == ["sample-000_seed9.nii.gz", "sample-001_seed9.nii.gz"]
+
+
+def test_a_stopped_request_goes_on(checkpoint, tmp_path, monkeypatch):
+    draw(checkpoint, tmp_path / "whole")
+    write = sampler._write
+
+    def dies(out, job, *rest):
+        if job["name"] == "sample-002_seed3":
+            raise KeyboardInterrupt
+        write(out, job, *rest)
+
+    monkeypatch.setattr(sampler, "_write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        draw(checkpoint, tmp_path / "parts")
+    assert len(names(tmp_path / "parts", "*.nii.gz")) == 2
+    monkeypatch.setattr(sampler, "_write", write)
+    draw(checkpoint, tmp_path / "parts")
+    for name in names(tmp_path / "whole", "sample-*"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_null_report_is_said_and_used(checkpoint, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "ccella_fast"):
+        draw(checkpoint, tmp_path / "none", reports=None, num_samples=1)
+    assert "null report" in caplog.text
+    draw(checkpoint, tmp_path / "empty", reports=[""], num_samples=1)
+    name = "sample-000_seed3.nii.gz"
+    assert (tmp_path / "none" / name).read_bytes() == (tmp_path / "empty" / name).read_bytes()
+
+
+def test_given_class_is_needed_and_acts(tmp_path):
+    folder = write_checkpoint(tmp_path / "step", "RADMAISI")
+    with pytest.raises(ConfigError, match="needs the class"):
+        draw(folder, tmp_path / "out", reports=None)
+    with pytest.raises(ConfigError, match="takes no report"):
+        draw(folder, tmp_path / "out", pirads="pos")
+    assert not (tmp_path / "out").exists()
+    for pirads in ("neg", "pos"):
+        draw(folder, tmp_path / pirads, reports=None, num_samples=1, pirads=pirads)
+    neg, pos = (voxels(tmp_path / pirads / "sample-000_seed3.nii.gz") for pirads in ("neg", "pos"))
+    assert np.abs(neg - pos).max() > 1
+    assert json.loads((tmp_path / "pos" / "sample-000_seed3.json").read_text())["class_probabilities"] is None
+
+
+def test_three_sequences_are_split_scaled_and_named(tmp_path):
+    folder = write_checkpoint(tmp_path / "step", **THREE)
+    draw(folder, tmp_path / "out", reports=["abc"], num_samples=1)
+    assert names(tmp_path / "out", "*.nii.gz") == [
+        f"sample-000_seed3_seq-{name}.nii.gz" for name in ("adc", "hbv", "t2w")
+    ]
+    loaded, vae = load_checkpoint(folder), load_autoencoder(folder)
+    seen = []
+    real = sampler.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "decode", lambda c, v, latent: seen.append(latent) or real(c, v, latent))
+        list(generate(loaded, vae, [3], text=FakeEncoder().encode(["abc"]).features))
+    # the second sequence: channels 4 to 7, its own factor, the reference's constant (the checkpoint stores none)
+    with torch.no_grad():
+        image = vae.decode(seen[0][None, 4:8] / 1.5)[0, 0].clamp(0, 1).numpy() * 117
+    np.testing.assert_allclose(voxels(tmp_path / "out" / "sample-000_seed3_seq-hbv.nii.gz"), image, atol=0.02)
+    draw(folder, tmp_path / "out", reports=["abc"], num_samples=1)  # reused, not refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"solver": "euler"}, "no solver 'euler'"),
+        ({"num_inference_steps": 1001}, "1001 steps"),
+        ({"num_samples": 0}, "1 or more"),
+        ({"spacing": [1.0, 0.0, 1.0]}, "spacing"),
+        ({"pirads": "pos"}, "predicts the class"),
+    ],
+)
+def test_impossible_requests_write_nothing(checkpoint, tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        draw(checkpoint, tmp_path / "out", **change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_autoencoder_is_an_error_with_a_remedy(tmp_path):
+    folder = write_checkpoint(tmp_path / "step", with_vae=False)
+    with pytest.raises(CheckpointError, match="--vae"):
+        draw(folder, tmp_path / "out")
+    save_autoencoder(scrambled(Autoencoder(load_checkpoint(folder).config.autoencoder)), tmp_path / "vae")
+    draw(folder, tmp_path / "out", vae=tmp_path / "vae", num_samples=1)
+    assert len(names(tmp_path / "out", "*.nii.gz")) == 2
