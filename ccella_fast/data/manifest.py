@@ -40,7 +40,7 @@ class Case(_Model):
     split: Literal["train", "test"]
     dataset: str | None
     spacing: Annotated[list[PositiveFinite], Field(min_length=3, max_length=3)]
-    pirads: Literal[None] | Annotated[list[Literal[0, 1]], Field(min_length=2, max_length=2)]
+    pirads: Annotated[list[Literal[0, 1]], Field(min_length=2, max_length=2)] | None
     text_isnull: Literal[0, 1]
     affine: Annotated[
         list[Annotated[list[Finite], Field(min_length=4, max_length=4)]], Field(min_length=4, max_length=4)

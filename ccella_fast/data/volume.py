@@ -86,12 +86,11 @@ def read_nifti_array(path: Path, dimensions: int = 3) -> tuple[np.ndarray, np.nd
             head += file.read(cls.header_class.sizeof_hdr + 4 - len(head)) if cls is nibabel.Nifti2Image else b""
             size = _check_nifti_header(cls.header_class, head, path, dimensions)
             raw = head + file.read(size - len(head))
-            left_over = file.read(2**20)
-            if len(left_over) == 2**20:
+            if file.read(1):
                 raise DataError(
-                    "holds far more than its header says", path=path, field="dim", fix="export the series again"
+                    "holds more than its header says", path=path, field="dim", fix="export the series again"
                 )
-            # read() has now reached the end of the stream, so that gzip has compared its CRC.
+            # That read reached the end of the stream, so that gzip has compared its CRC.
     except (EOFError, gzip.BadGzipFile, zlib.error) as bad:
         why = (
             "cut off: the gzip stream has no end"
@@ -104,7 +103,8 @@ def read_nifti_array(path: Path, dimensions: int = 3) -> tuple[np.ndarray, np.nd
         raise DataError(why, path=path, field="dim", fix="copy or export it again")
     try:
         image = cls.from_bytes(raw)
-        return np.asarray(image.dataobj, dtype=np.float32), _nifti_affine(image.header, path)
+        with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
+            return np.asarray(image.dataobj, dtype=np.float32), _nifti_affine(image.header, path)
     except (
         nibabel.spatialimages.HeaderDataError,
         nibabel.filebasedimages.ImageFileError,
@@ -238,7 +238,7 @@ def _check_stream(path: Path, start: int, limit: int) -> None:
         why = "this file is damaged: its checksum does not agree"
         raise DataError(why, path=path, field="voxels", fix="copy or export it again") from None
     if total > limit:
-        raise DataError("holds far more than its header says", path=path, field="sizes", fix="export the series again")
+        raise DataError("holds more than its header says", path=path, field="sizes", fix="export the series again")
 
 
 def _read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
