@@ -146,3 +146,16 @@ def test_a_changed_file_is_refused_at_the_start(folder: Path):
     with pytest.raises(DataError, match="SHA-256") as caught:
         PreparedDataset(folder, settings())
     assert caught.value.path == str(path) and "case3" in caught.value.field
+
+
+def test_reports_must_have_been_encoded_as_configured(folder: Path):
+    """Training on one encoder and sampling with another would go unseen."""
+    text = {"encoder": "some/encoder", "max_length": 8, "dtype": "float32", "fingerprint": "abc"}
+    edit(folder, lambda manifest: manifest["text"].update(text))
+    right = {"text__encoder": "some/encoder", "text__max_length": 8, "text__dtype": "float32"}
+    assert len(PreparedDataset(folder, settings(**right))) == 5
+    for key, value in {"text__encoder": "other", "text__max_length": 16, "text__dtype": "bfloat16"}.items():
+        with pytest.raises(DataError, match="reports were encoded with") as caught:
+            PreparedDataset(folder, settings(**right | {key: value}))
+        assert caught.value.field == key.replace("__", ".")
+    assert len(PreparedDataset(folder, settings(model__variant="MAISI"))) == 5

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ccella_fast.config import Config
-from ccella_fast.data.manifest import NAME, Case, load_manifest
+from ccella_fast.data.manifest import IMPORTED, NAME, Case, load_manifest
 from ccella_fast.errors import DataError, did_you_mean
 from ccella_fast.variants import get_variant
 
@@ -59,6 +59,7 @@ class PreparedDataset:
         self.ids = [case.id for case in self.cases]
         self.has_class = [case.pirads is not None and not case.text_isnull for case in self.cases]
         self._check_classes()
+        self._check_encoder()
         for case in tqdm(self.cases, desc="checking prepared files", unit="study", mininterval=1):
             self._check(case)
 
@@ -104,6 +105,17 @@ class PreparedDataset:
             raise DataError(
                 why, path=self._listed, field=f"{unknown[0]}.pirads", fix="add the class, or leave these studies out"
             )
+
+    def _check_encoder(self) -> None:
+        """New reports are encoded as configured, so the prepared ones must have been too. Imported ones do not say."""
+        text = self.prepared.text
+        if not self.variant.text or text is None or text.fingerprint == IMPORTED:
+            return
+        for key in ("encoder", "revision", "max_length", "dtype"):
+            found, wanted = getattr(text, key), getattr(self.config.text, key)
+            if found != wanted:
+                why = f"reports were encoded with {key} {found!r}, configured is {wanted!r}"
+                raise DataError(why, path=self._listed, field=f"text.{key}", fix="prepare with this configuration")
 
     def _check(self, case: Case) -> None:
         latent = (self.config.autoencoder.latent_channels, *self.config.check_grid())

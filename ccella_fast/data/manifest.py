@@ -13,6 +13,7 @@ from ccella_fast.errors import DataError
 from ccella_fast.storage import inside, read_json, sha256
 
 NAME = "manifest.json"
+IMPORTED = "imported"  # in place of the fingerprint of an encoder
 FORMAT: Literal["ccella_fast.prepared"] = "ccella_fast.prepared"
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -57,7 +58,7 @@ class Case(_Model):
 
 
 class TextInfo(_Model):
-    """How the reports were encoded. fingerprint: of the encoder's files; `imported`: features came with the studies."""
+    """How the reports were encoded. fingerprint: of the encoder's files, or IMPORTED."""
 
     encoder: str
     revision: str | None

@@ -120,7 +120,7 @@ def _draw_patient(rng: np.random.Generator, *, positive: bool) -> Patient:
 
 def _scan(rng: np.random.Generator, patient: Patient) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Place an oblique grid over the patient, draw, add coil shading and noise. Voxels, RAS affine, lesion in RAS mm."""
-    spacing = np.array([rng.uniform(0.72, 0.78)] * 2 + [rng.uniform(2.9, 3.1)])
+    spacing = np.array([rng.uniform(0.755, 0.8)] * 2 + [rng.uniform(2.9, 3.1)])
     tilt, twist, misfit = np.deg2rad([rng.uniform(5, 18), rng.uniform(-2, 2), rng.uniform(-3, 3)])
     shift = np.array([rng.uniform(-3, 3), rng.uniform(-4, 2), rng.uniform(-3, 3)])  # grid centre in the patient frame
     left, back, head = ((np.arange(n) - (n - 1) / 2) * step for n, step in zip(SIZE, spacing, strict=True))

@@ -20,7 +20,7 @@ import numpy as np
 from ccella_fast.config import Config
 from ccella_fast.data.grid import ADC_WINDOW
 from ccella_fast.data.latents import LatentEncoder, combine_moments
-from ccella_fast.data.manifest import FORMAT, NAME, Prepared
+from ccella_fast.data.manifest import FORMAT, IMPORTED, NAME, Prepared
 from ccella_fast.data.records import Records
 from ccella_fast.data.sources import Defects, Study, find_studies
 from ccella_fast.data.stages import Images, ImportedLatents, ImportedText, Latents, Stage, Text, bar, latent_digest
@@ -215,7 +215,7 @@ class _Manifest:
         if stage is None or isinstance(stage, Text):
             return stage.encoder.identity if stage else None
         text = self.config.text.model_dump(include={"encoder", "revision", "max_length", "dtype"})
-        return {**text, "width": self.config.model.input_dim, "fingerprint": "imported"}
+        return {**text, "width": self.config.model.input_dim, "fingerprint": IMPORTED}
 
     def _intensity_scale(self, sequence: str, train: list[Study]) -> float:
         """What a generated volume in [0, 1] is multiplied by; 1 where the intensities are not known (imported latents)."""
