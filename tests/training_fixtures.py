@@ -34,6 +34,7 @@ CONFIG: dict[str, Any] = {
         "class_head_dim": 16,
     },
     "data": {"dim": [32, 32, 16]},
+    "text": {"encoder": "test", "max_length": TOKENS, "dtype": "float32"},
     "training": {
         "batch_size": 2,
         "lr": 2e-3,
@@ -84,7 +85,7 @@ def write_prepared(folder: Path, *, cases: int = 5, nan_in: str | None = None) -
             "max_length": TOKENS,
             "dtype": "float32",
             "width": WIDTH,
-            "fingerprint": "test",
+            "fingerprint": "imported",
         },
         "vae": {"sha256": "0" * 64},
         "scale_factor": [0.97],
@@ -100,6 +101,31 @@ def write_config(path: Path, **training: Any) -> Path:
     """CONFIG with some training settings changed."""
     write_json(path, {**CONFIG, "training": {**CONFIG["training"], **training}})
     return path
+
+
+def train_here(
+    folder: Path, data: Path, *, resume: str | None = None, deepspeed_file: Path | None = None, **training: Any
+) -> int:
+    """Train in this process, a world of one; dotted names of other sections are given as `model__variant="MAISI"`."""
+    from ccella_fast.config import load_config
+    from ccella_fast.training.run import train
+
+    names = {key.replace("__", ".") if "__" in key else f"training.{key}": value for key, value in training.items()}
+    write_json(folder.parent / "config.json", CONFIG)
+    config = load_config(folder.parent / "config.json", names)
+    before = dict(os.environ)
+    try:
+        return train(config, data=data, run=folder, resume=resume, deepspeed_file=deepspeed_file)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def weights(folder: Path, step: int, name: str = "model") -> dict[str, Any]:
+    """Tensors of a published checkpoint."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -1,0 +1,180 @@
+"""What counts as a checkpoint, what is refused, and what survives a failed write."""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_fixtures import CONFIG, train_here, weights, write_prepared
+
+import ccella_fast
+from ccella_fast.checkpoint import export_reference, load_checkpoint, newest, step_folders, verify, write_manifest
+from ccella_fast.errors import CheckpointError, DiskError
+from ccella_fast.storage import read_json, write_json
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_prepared(tmp_path_factory.mktemp("checkpoint") / "prepared")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("run") / "model"
+    train_here(folder, data, checkpointing_steps=2, zero_stage=1)
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "model"))
+
+
+def step(run, number):
+    return run / "checkpoints" / f"step-{number:08d}"
+
+
+def test_the_newest_are_kept_and_nothing_half_done(run):
+    assert [folder.name for folder in step_folders(run)] == ["step-00000006", "step-00000004"]
+    assert not list(run.rglob(".partial*"))
+
+
+def test_a_run_folder_and_a_step_folder_load(run):
+    loaded = ccella_fast.load_checkpoint(run)
+    assert (loaded.step, loaded.variant, loaded.weights) == (6, "CCELLA", "ema")
+    assert loaded.scale_factor == [0.97] and loaded.intensity_scale == {"t2w": 712.0}
+    assert not loaded.model.training
+    for name, value in load_file(step(run, 6) / "ema.safetensors").items():
+        assert torch.equal(loaded.model.state_dict()[name], value)
+    raw = load_checkpoint(step(run, 4), weights="raw")
+    assert raw.step == 4
+    name = "unet.conv_in.conv.weight"
+    assert torch.equal(raw.model.state_dict()[name], weights(run, 4)[name])
+    assert not torch.equal(raw.model.state_dict()[name], loaded.model.state_dict()[name])
+
+
+def test_one_flipped_bit_anywhere_is_found_and_named(run):
+    source = random.Random(5)
+    files = [file for file in step(run, 6).rglob("*") if file.is_file() and file.name != "manifest.json"]
+    assert len(files) >= 6
+    for number in range(60):
+        file = files[number % len(files)]
+        content = bytearray(file.read_bytes())
+        place, bit = source.randrange(len(content)), 1 << source.randrange(8)
+        content[place] ^= bit
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="damaged") as caught:
+            verify(step(run, 6))
+        assert caught.value.path == str(file)
+        content[place] ^= bit
+        file.write_bytes(content)
+    verify(step(run, 6))
+
+
+def test_a_corrupt_newest_checkpoint_is_passed_over_with_a_warning(run, caplog):
+    (step(run, 6) / "model.safetensors").write_bytes(b"")
+    assert newest(run) == step(run, 4)
+    assert "model.safetensors" in caplog.text and "passed over" in caplog.text
+    (step(run, 4) / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint of this run is intact"):
+        newest(run)
+
+
+def test_an_empty_folder_and_a_file_outside_are_refused(run, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        load_checkpoint(tmp_path)
+    manifest = read_json(step(run, 6) / "manifest.json")
+    manifest["files"]["../../../outside"] = manifest["files"]["model.safetensors"]
+    write_json(step(run, 6) / "manifest.json", manifest)
+    with pytest.raises(CheckpointError, match="leaves the folder"):
+        verify(step(run, 6))
+
+
+def test_a_checkpoint_of_another_variant_is_refused(run):
+    folder = step(run, 6)
+    config = read_json(folder / "config.json")
+    config["model"]["variant"] = "LAST"
+    write_json(folder / "config.json", config)
+    remade(folder)
+    with pytest.raises(CheckpointError, match="not those of the configured LAST"):
+        load_checkpoint(folder)
+
+
+def remade(folder):
+    """A manifest that is right for what the folder holds now, as an attacker would write it."""
+    manifest = read_json(folder / "manifest.json")
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, **{key: manifest[key] for key in ("step", "world_size", "versions")})
+
+
+class Hostile:
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+def test_a_hostile_shard_is_refused_and_not_run(run, data, tmp_path):
+    canary = tmp_path / "executed"
+    shard = next((step(run, 6) / "deepspeed").rglob("*optim_states.pt"))
+    torch.save({"optimizer_state_dict": Hostile(canary)}, shard)
+    remade(step(run, 6))
+    with pytest.raises(CheckpointError, match="read safely") as caught:
+        _resume(run, data)
+    assert caught.value.path == str(shard) and not canary.exists()
+    pickle.loads(pickle.dumps(Hostile(canary)))  # noqa: S301  the control: unsafe loading does run it
+    assert canary.exists()
+
+
+def _resume(run, data):
+    """Make step 6 an unfinished run, so that its shards are loaded."""
+    folder = step(run, 6)
+    state = read_json(folder / "training_state.json")
+    state["step"] = 5
+    write_json(folder / "training_state.json", state)
+    remade(folder)
+    train_here(run, data, checkpointing_steps=2, zero_stage=1, resume="latest")
+
+
+def test_export_to_the_reference_layout_loads_back(run, tmp_path):
+    export_reference(run, tmp_path / "CCELLA.pt", weights="raw")
+    values = torch.load(tmp_path / "CCELLA.pt", weights_only=True)
+    assert float(values["scale_factor"]) == 0.97
+    for name, value in weights(run, 6).items():
+        assert torch.equal(values["unet_state_dict"][name], value)
+
+
+@pytest.mark.parametrize("where", ["shards", "weights", "publish"])
+def test_a_full_disk_leaves_the_previous_checkpoint(run, data, monkeypatch, where):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shutil.rmtree(step(run, 6))
+    hashes = verify(step(run, 4))
+    target = {"shards": "torch.save", "weights": "ccella_fast.training.saving.save_file"}
+    import ccella_fast.training.saving  # noqa: F401
+
+    monkeypatch.setattr(target.get(where, "ccella_fast.training.saving.publish"), full)
+    with pytest.raises(DiskError, match="No space left.*bytes written.*bytes free"):
+        train_here(run, data, checkpointing_steps=2, zero_stage=1, resume="latest")
+    assert verify(step(run, 4)) == hashes
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    status = json.loads((run / "run_status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 5, 4)
+    monkeypatch.undo()
+    assert train_here(run, data, checkpointing_steps=2, zero_stage=1, resume="latest") == 0
+
+
+def test_config_of_a_checkpoint_is_the_configuration_of_the_run(run):
+    from ccella_fast.config import load_config
+
+    config = load_config(step(run, 6) / "config.json")
+    assert config.model.num_channels == CONFIG["model"]["num_channels"] and config.training.zero_stage == 1

@@ -1,0 +1,200 @@
+"""Ways to start the door, two processes, and what the user is told."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_fixtures import (
+    CONFIG,
+    DOOR,
+    ROOT,
+    environment,
+    losses,
+    run,
+    start,
+    train_here,
+    write_config,
+    write_prepared,
+)
+
+from ccella_fast.storage import write_json
+
+BIN = Path(sys.executable).parent
+TORCHRUN = (str(BIN / "torchrun"), "--nproc-per-node", "2")
+STAGES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def deepspeed(processes: int) -> tuple[str, ...]:
+    return (str(BIN / "deepspeed"), "--master_port", free_port(), "--num_gpus", str(processes))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_prepared(tmp_path_factory.mktemp("launch") / "prepared")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, data):
+    """Every stage and precision on two processes, plus a resumed run, in one launch: {name: run folder}."""
+    folder = tmp_path_factory.mktemp("two")
+    write_json(folder / "config.json", CONFIG)
+    common = {"config": str(folder / "config.json"), "data": str(data)}
+    jobs = []
+    for stage, precision in STAGES:
+        settings = {"zero_stage": stage, "precision": precision, "batch_size": 1, "max_train_steps": 4}
+        values = [f"training.{key}={value}" for key, value in settings.items()]
+        jobs.append(
+            {**common, "run": str(folder / f"{stage}{precision}"), "set": [*values, "training.checkpointing_steps=2"]}
+        )
+    write_json(folder / "jobs.json", jobs)
+    command = [*TORCHRUN, "--master-port", free_port(), str(ROOT / "tests" / "two_ranks.py"), str(folder / "jobs.json")]
+    subprocess.run(command, env=environment(), check=True, timeout=600, capture_output=True, text=True)
+    return {(stage, precision): folder / f"{stage}{precision}" for stage, precision in STAGES}
+
+
+@pytest.mark.parametrize(("stage", "precision"), STAGES)
+def test_two_processes_equal_one_with_the_same_global_batch(two_ranks, tmp_path_factory, data, stage, precision):
+    folder = tmp_path_factory.getbasetemp() / "one-process"
+    if not folder.exists():
+        folder.mkdir()
+        train_here(folder / "run", data, batch_size=2, max_train_steps=4)
+    alone, together = np.array(losses(folder / "run")), np.array(losses(two_ranks[stage, precision]))
+    np.testing.assert_allclose(together, alone, rtol=1e-5 if precision == "fp32" else 5e-3)
+    assert not np.allclose(alone[1:, 1], alone[:-1, 1], rtol=5e-3)  # the control: steps differ by more than that
+
+
+def test_two_processes_resume_like_one(two_ranks, data, tmp_path):
+    """ZeRO 2 in bf16: remove the last checkpoint, go on, and compare to the bit."""
+    import shutil
+
+    from ccella_fast.checkpoint import load_checkpoint
+
+    source = two_ranks[2, "bf16"]
+    folder = Path(shutil.copytree(source, tmp_path / "run"))
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    arguments = ["--config", folder / "config.json", "--data", data, "--output_dir", folder, "--resume"]
+    run(*arguments, launcher=(*TORCHRUN, "--master-port", free_port()))
+    assert losses(folder) == losses(source)
+    first, second = (load_checkpoint(path, weights="raw").model.state_dict() for path in (source, folder))
+    assert all((first[name] == second[name]).all() for name in first)
+    # Another number of processes is refused before DeepSpeed is started.
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    assert "world_size is 1; this run was started with 2" in run(*arguments, code=2)
+
+
+def test_help_answers_without_torch_and_shows_an_example():
+    output = subprocess.run(
+        [sys.executable, "-X", "importtime", str(DOOR), "--help"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "deepspeed ccella_fast/train.py --config configs/demo.json" in output.stdout
+    modules = {line.rsplit("|", 1)[-1].strip() for line in output.stderr.splitlines()}
+    assert "argparse" in modules and not modules & {"torch", "deepspeed", "pydantic"}
+
+
+def test_dry_run_tells_sizes_and_writes_nothing(tmp_path, data):
+    config = write_config(tmp_path / "config.json")
+    before = sorted(tmp_path.rglob("*"))
+    output = run("--config", config, "--data", data, "--output_dir", tmp_path / "run", "--dry-run")
+    import torch
+
+    from ccella_fast.config import load_config
+    from ccella_fast.models import build_model
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_model(load_config(config)).parameters())
+    assert f"{parameters:,} parameters" in output and "GiB" in output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--set", "training.lrr=1"], 2, "did you mean 'lr'?"),
+        (["--deepspeed", "absent.json"], 2, "does not exist"),
+        (["--resume", "absent"], 4, "there is no checkpoint here"),
+        (["--max_train_stepss", "3"], 2, "unrecognized arguments"),
+        (["--data", "absent"], 3, "not prepared"),
+    ],
+)
+def test_a_mistake_is_one_message_and_a_code(tmp_path, data, arguments, code, words):
+    config = write_config(tmp_path / "config.json")
+    output = run("--config", config, "--data", data, "--output_dir", tmp_path / "run", *arguments, code=code)
+    assert words in output and "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_deepspeed_command_with_its_users_flags(tmp_path, data):
+    config = write_config(tmp_path / "config.json", max_train_steps=2, batch_size=1)
+    file = ROOT / "configs" / "deepspeed" / "zero2.json"
+    arguments = [
+        "--config",
+        config,
+        "--data",
+        data,
+        "--output_dir",
+        tmp_path / "run",
+        "--deepspeed",
+        "--deepspeed_config",
+        file,
+    ]
+    output = run(*arguments, launcher=deepspeed(2))
+    assert "training.zero_stage is 2" in output and "built successfully" not in output
+    assert json.loads((tmp_path / "run" / "run_status.json").read_text())["state"] == "finished"
+
+
+def test_one_message_from_two_processes(tmp_path, data):
+    config = write_config(tmp_path / "config.json")
+    arguments = ["--config", config, "--data", data, "--output_dir", tmp_path / "run", "--set", "training.seed=-1"]
+    output = run(*arguments, launcher=deepspeed(2), code=2)
+    assert output.count("error:") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_deepspeed_file_trains(tmp_path, data, file):
+    config = write_config(tmp_path / "config.json", max_train_steps=3, batch_size=1)
+    run(
+        "--config", config, "--data", data, "--output_dir", tmp_path / "run", "--deepspeed", file, launcher=deepspeed(2)
+    )
+    assert len(losses(tmp_path / "run")) == 3
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_deepspeed_command_reaches_its_orphans(tmp_path, data):
+    """It kills that command alone; our processes must notice, save and go."""
+    import psutil
+
+    config = write_config(tmp_path / "config.json", max_train_steps=500, batch_size=1, checkpointing_steps=1000)
+    folder = tmp_path / "run"
+    process = start("--config", config, "--data", data, "--output_dir", folder, launcher=deepspeed(2))
+    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 3
+    process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=35)
+    for left in alive:
+        left.kill()
+    process.communicate()
+    assert not alive
+    status = json.loads((folder / "run_status.json").read_text())
+    assert status["state"] == "terminated"
+    assert (folder / "checkpoints" / f"step-{status['step']:08d}" / "manifest.json").is_file()
