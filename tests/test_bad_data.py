@@ -240,3 +240,45 @@ def test_report_text_never_shows(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert secret not in caplog.text + captured.out + captured.err
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert written and not any(secret.encode() in path.read_bytes() for path in written)
+
+
+def _mutate(content: bytes, reach: int, rng: np.random.Generator) -> bytes:
+    mutant = bytearray(content)
+    for _ in range(int(rng.integers(1, 4))):
+        at = int(rng.integers(reach))
+        patches = [
+            bytes([mutant[at] ^ (1 << int(rng.integers(8)))]),
+            bytes(4),
+            b"\xff" * 4,
+            b"\0\0\xc0\x7f",
+            rng.bytes(4),
+        ]
+        patch = patches[int(rng.integers(len(patches)))]
+        mutant[at : at + len(patch)] = patch
+    return bytes(mutant)
+
+
+def test_mutants_raise_nothing_but_data_errors(tmp_path: Path):
+    """Headers, tables and manifests with random damage: read, or refused in at most five lines; never another exception."""
+    from ccella_fast.data.sources import find_studies
+    from ccella_fast.data.volume import read_volume
+
+    studies = write_studies(tmp_path / "studies", 2)
+    volume = write_nifti(tmp_path / "t2w.nii", voxels((10, 9, 6)))
+    subjects = [
+        (volume, 352, lambda: read_volume(volume)),
+        (studies / "studies.csv", 60, lambda: find_studies(studies)),
+        (_json(studies), 150, lambda: find_studies(studies / "train.json")),
+    ]
+    rng = np.random.default_rng(0)
+    for path, reach, read in subjects:
+        content, refusals = path.read_bytes(), 0
+        for _ in range(400):
+            path.write_bytes(_mutate(content, reach, rng))
+            try:
+                read()
+            except DataError as error:
+                refusals += 1
+                assert len(str(error).splitlines()) <= 5, str(error)
+        assert 100 < refusals <= 400, path  # control: mutants do reach the checks
+        path.write_bytes(content)

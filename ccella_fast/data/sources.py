@@ -191,7 +191,7 @@ def _join(studies: list[Study], table: Path, defects: Defects) -> list[Study]:
         case = (row.get("case") or "").strip()
         if case not in by_id:
             fix = did_you_mean(case, by_id) if len(by_id) < 20 else "check the case ids against the folders"
-            defects.add(DataError(f"no study is called '{case}'", path=table, field=field, fix=fix))
+            defects.add(DataError(f"no study is called '{_shown(case)}'", path=table, field=field, fix=fix))
         elif case in seen:
             why = f"the case '{case}' is already on line {seen[case]}"
             defects.add(DataError(why, path=table, field=field, fix="keep one of the lines"))
@@ -213,7 +213,7 @@ def _read_csv(table: Path) -> list[tuple[int, dict[str, str]]]:
                 "there is no column 'case'", path=table, field="line 1", fix=did_you_mean("case", columns or [""])
             )
         for column in set(columns) - _CSV_COLUMNS:
-            _refuse_near_miss(column, _CSV_COLUMNS, path=table, field=f"line 1, {column}")
+            _refuse_near_miss(column, _CSV_COLUMNS, path=table, field=f"line 1, {_shown(column)}")
         if len(set(columns)) != len(columns):
             raise DataError("a column appears twice", path=table, field="line 1", fix="keep one of them")
         rows = []
@@ -234,11 +234,13 @@ def _read_csv(table: Path) -> list[tuple[int, dict[str, str]]]:
 def _csv_values(table: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
     split = (row.get("split") or "train").strip()
     if split not in ("train", "test"):
-        raise DataError(f"'{split}' is no split", path=table, field=f"line {line}, split", fix="write train or test")
+        raise DataError(
+            f"'{_shown(split)}' is no split", path=table, field=f"line {line}, split", fix="write train or test"
+        )
     score = (row.get("pirads") or "").strip().lower()
     if score not in _CLASSES:
         fix = "write the PI-RADS score 1 to 5, or neg, or pos, or leave it empty"
-        raise DataError(f"'{score[:20]}' is no class", path=table, field=f"line {line}, pirads", fix=fix)
+        raise DataError(f"'{_shown(score)}' is no class", path=table, field=f"line {line}, pirads", fix=fix)
     report = row.get("report") or ""
     name = (row.get("report_file") or "").strip()
     if name:
@@ -249,7 +251,9 @@ def _csv_values(table: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
             )
         file = inside(table.parent, name, path=table, field=field)
         if not file.is_file():
-            raise DataError(f"there is no report '{name}'", path=table, field=field, fix=f"put it below {table.parent}")
+            raise DataError(
+                f"there is no report '{_shown(name)}'", path=table, field=field, fix=f"put it below {table.parent}"
+            )
         report = read_text(file, limit=4 * _MAX_REPORT)
     return {
         "split": split,
@@ -287,7 +291,7 @@ def _json_study(path: Path, index: int, entry: Any, split: Split, images: Path, 
 
     check(isinstance(entry, dict), "", "an entry is an object", 'write {"folder": ..., "axt2": ..., ...}')
     for key in entry.keys() - _JSON_KEYS:
-        _refuse_near_miss(key, _JSON_KEYS, path=path, field=f"[{index}].{key}")
+        _refuse_near_miss(key, _JSON_KEYS, path=path, field=f"[{index}].{_shown(key)}")
     for key in ("folder", "axt2"):
         check(
             isinstance(entry.get(key), str) and entry[key] != "",
@@ -353,7 +357,7 @@ def _json_study(path: Path, index: int, entry: Any, split: Split, images: Path, 
             if entry.get(key)
         }
         text_file = inside(embeddings, _relative(text, embeddings), path=path, field=at("text"))
-        check(text_file.is_file(), "text", f"there is no file '{text}'", f"put it below {embeddings}")
+        check(text_file.is_file(), "text", f"there is no file '{_shown(text)}'", f"put it below {embeddings}")
         latents = {name: file for name, file in latents.items() if file.is_file()}
         return study._replace(text_file=text_file, text_isnull=is_null, latent_files=latents)
     blank = not text.strip()
@@ -410,8 +414,13 @@ def _checked_id(name: str, path: Path, field: str | None) -> str:
     return name
 
 
+def _shown(word: str) -> str:
+    """A stranger's word in a message: one line, not long."""
+    return "".join(letter if letter.isprintable() else "?" for letter in word)[:60]
+
+
 def _refuse_near_miss(word: str, known: set[str], *, path: Path, field: str) -> None:
     """Unknown words are someone else's and ignored, but not one that is nearly ours."""
     near = difflib.get_close_matches(word.lower().strip(), known, n=1, cutoff=0.72)
     if near:
-        raise DataError(f"unknown name '{word}'", path=path, field=field, fix=f"did you mean '{near[0]}'?")
+        raise DataError(f"unknown name '{_shown(word)}'", path=path, field=field, fix=f"did you mean '{near[0]}'?")
