@@ -13,7 +13,7 @@ from typing import Any
 from ccella_fast.checkpoint import newest, read_state, step_folder, verify
 from ccella_fast.config import Config, load_config
 from ccella_fast.data.manifest import Prepared, load_manifest
-from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError
+from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError
 from ccella_fast.storage import disk_error, sha256, sweep, write_json
 from ccella_fast.training.deepspeed_config import merge
 
@@ -171,16 +171,17 @@ def _train(plan: Plan) -> int:
         ending["why"] = type(error).__name__
         raise
     finally:
-        if main and plan.run.is_dir():
-            write_status(plan.run, step=saved["step"], total_steps=plan.total_steps, **ending)
+        with contextlib.suppress(DiskError):  # a full disk must not hide what ended the run
+            if main and plan.run.is_dir():
+                write_status(plan.run, step=saved["step"], total_steps=plan.total_steps, **ending)
 
 
 def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
     """Build everything, restore, loop. `saved["step"]` follows the newest checkpoint."""
     import torch
     import torch.distributed as dist
-    from ccella_fast.data.dataset import PreparedDataset
 
+    from ccella_fast.data.dataset import PreparedDataset
     from ccella_fast.diffusion.schedule import Schedule
     from ccella_fast.training import processes, saving
     from ccella_fast.training.ema import Ema
@@ -217,10 +218,8 @@ def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
         saving.save(plan.run, done, engine, ema, config, plan.facts | progress, vae, control)
         saved["step"] = done
 
-    stop = processes.StopRequest()
-    with (
-        Telemetry(plan.run, engine, first, total, feed.global_batch) if main else contextlib.nullcontext() as telemetry
-    ):
+    bar = Telemetry(plan.run, engine, first, total, feed.global_batch) if main else contextlib.nullcontext()
+    with processes.StopRequest() as stop, bar as telemetry:
         done, number = train_loop(
             engine,
             feed,
