@@ -45,6 +45,12 @@ class LatentEncoder:
             raise DataError("the autoencoder gives values that are not finite", field="vae", fix="train it again")
         return result[0], result[1]
 
+    def save(self, folder: Path) -> None:
+        """Keep these weights beside the latents that they made, so that training can put them into its checkpoints."""
+        from ccella_fast.models.vae import save_autoencoder
+
+        save_autoencoder(self._vae, folder)
+
     @property
     def peak_memory_mib(self) -> int | None:
         return round(self._torch.cuda.max_memory_allocated() / 2**20) if self._device == "cuda" else None

@@ -173,6 +173,7 @@ class Latents(Stage):
                     files[f"latent_{name}/{sequence}"] = self.records.write_array(target, array)
             facts = {"vae": self.vae.sha256, "moments": parts}
             self.records.put(study.id, self.name, self.inputs(study), files, facts)
+        self.vae.save(self.records.out / "vae")
 
 
 class ImportedLatents(Stage):
