@@ -168,12 +168,11 @@ def _pictures(prepared: Prepared | None, folder: Path, samples: list[Sample]) ->
 
 
 def _shown(prepared: Prepared | None) -> list[Case]:
-    """A row of studies: test first, in the manifest's order, as train-vae reconstructs them."""
+    """A row of studies: of the test split, in the manifest's order, as train-vae reconstructs them; else of the train split."""
     if prepared is None:
         return []
-    return sorted(prepared.cases, key=lambda case: case.split != "test")[
-        : max(1, COLUMNS // len(prepared.data.sequences))
-    ]
+    test = [case for case in prepared.cases if case.split == "test"]
+    return (test or prepared.cases)[: max(1, COLUMNS // len(prepared.data.sequences))]
 
 
 def _title(text: str, sequence: str, prepared: Prepared | None) -> str:
@@ -193,7 +192,7 @@ def _histogram(real: Sequence[Panel], generated: Sequence[Panel], word: str) -> 
               for name, panels in ((word.lower(), real), ("generated", generated))}  # fmt: skip
     image = histogram(groups, window=WINDOW, unit="normalised intensity")
     caption = "Intensities of the volumes shown above, all voxels; the last bin holds what is clipped."
-    return _figure(image, caption, missing, narrow=True)
+    return _figure(image, caption, missing)
 
 
 def _vae_chart(folder: Path) -> dict[str, Any]:
@@ -228,9 +227,9 @@ def _series(lines: list[dict[str, Any]], names: dict[str, str]) -> dict[str, tup
     return {label: (steps, [line.get(key, np.nan) for line in lines]) for label, key in names.items()}
 
 
-def _figure(image: bytes | None, caption: str, missing: str, *, narrow: bool = False) -> dict[str, Any]:
+def _figure(image: bytes | None, caption: str, missing: str) -> dict[str, Any]:
     encoded = base64.b64encode(image).decode() if image else None
-    return {"image": encoded, "caption": caption, "alt": caption, "missing": missing, "narrow": narrow}
+    return {"image": encoded, "caption": caption, "alt": caption, "missing": missing}
 
 
 def _sample_row(number: int, sample: Sample) -> dict[str, Any]:

@@ -22,18 +22,18 @@ h2 { font-size: 1.15rem; margin: 2.2rem 0 0.6rem; border-bottom: 1px solid var(-
 p { margin: 0.4rem 0; }
 .soft { color: var(--soft); }
 .notice { border-left: 4px solid var(--mark); background: var(--card); padding: 0.6rem 0.9rem; margin: 0.9rem 0; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 0.6rem; margin: 1rem 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 0.6rem; margin: 1rem 0; }
 .facts div { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 0.5rem 0.7rem; }
 .facts span { display: block; color: var(--soft); font-size: 0.8rem; }
 .facts b { font-weight: 600; overflow-wrap: anywhere; }
 figure { margin: 0.8rem 0 1.2rem; break-inside: avoid; }
-figure img { width: 100%; height: auto; display: block; border-radius: 6px; border: 1px solid var(--line); }
-figure.narrow img { max-width: 44rem; }
+figure img { max-width: 100%; height: auto; display: block; border-radius: 6px; border: 1px solid var(--line); }
 figcaption { color: var(--soft); font-size: 0.88rem; margin-top: 0.35rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.92rem; width: 100%; }
 th, td { text-align: left; padding: 0.3rem 0.7rem 0.3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+@media screen and (max-width: 40rem) { figure { overflow-x: auto; } figure img { max-width: none; width: 46rem; } }
 @media print { body { font-size: 11pt; } main { max-width: none; padding: 0; } h2 { break-after: avoid; } }
 </style>
 </head>
@@ -53,7 +53,7 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 R, L: the patient's right and left; A, P: front and back; S, I: head and feet. The patient's right is on the left side.</p>
 {% for picture in pictures %}
 {% if picture.image %}
-<figure{% if picture.narrow %} class="narrow"{% endif %}>
+<figure>
 <img alt="{{ picture.alt }}" src="data:image/png;base64,{{ picture.image }}">
 <figcaption>{{ picture.caption }}</figcaption>
 </figure>

@@ -35,7 +35,7 @@ logger = logging.getLogger("ccella_fast")
 
 _SAVE_SECONDS = 60.0
 _READ_EVERY = 10  # steps between host reads of the loss
-_SHOWN = 3  # reconstructions kept for the report
+_SHOWN = 4  # volumes whose reconstruction is kept for the report
 
 
 class Image(NamedTuple):
