@@ -16,11 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports point strictly downwards. A module belongs to the longest prefix here.
 LAYERS = {
-    "train": 6, "cli": 6,
-    "sampler": 5, "report": 5,
-    "training": 4, "data.prepare": 4,
-    "checkpoint": 3, "data": 3,
-    "models": 2, "diffusion": 2, "losses": 2, "reference_checkpoint": 2,
+    "train": 7, "cli": 7,
+    "sampler": 6,
+    "training": 5, "data.prepare": 5, "report": 5,
+    "checkpoint": 4,
+    "data": 3, "reference_checkpoint": 3,
+    "models": 2, "diffusion": 2, "losses": 2,
     "config": 1, "reference_config": 1,
     "variants": 0, "errors": 0, "storage": 0, "environment": 0, "kernels": 0,
 }  # fmt: skip
