@@ -162,7 +162,9 @@ def test_contradictions_and_unsupported_values_are_refused(file, word, tmp_path)
 
 def test_comments_and_trailing_commas_are_read(tmp_path):
     file = tmp_path / "ds.json"
-    file.write_text('{\n  // why\n  "zero_optimization": {"stage": 1,},  # here\n  /* and there */ "dump_state": true,\n}')
+    file.write_text(
+        '{\n  // why\n  "zero_optimization": {"stage": 1,},  # here\n  /* and there */ "dump_state": true,\n}'
+    )
     assert read(file)["zero_optimization"] == {"stage": 1}
 
 
