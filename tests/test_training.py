@@ -137,9 +137,11 @@ def test_class_loss_of_parts_is_that_of_the_whole(data):
     assert 0.0 in parts and whole != pytest.approx(sum(parts) / 4 / 5 * 4 + 1)
 
 
-def test_prefetched_steps_are_the_steps(data):
+@pytest.mark.parametrize("background", [False, True])
+def test_steps_come_in_order(data, background):
     stream = feed(data, batch_size=1, accumulation=2)
-    for step, batches in enumerate(stream.steps(3, 6), start=3):
+    for step, batches in enumerate(stream.steps(3, 6, background=background), start=3):
+        assert len(batches) == 2
         for micro, samples in enumerate(batches):
             assert torch.equal(samples.noise, stream.micro_batch(step, micro).noise)
     assert step == 5

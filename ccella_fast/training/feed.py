@@ -52,7 +52,7 @@ def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
 
 
 class Feed:
-    """`feed.micro_batch(step, micro)`, or `feed.steps(first, last)` with the next micro-batch made in the background.
+    """`feed.micro_batch(step, micro)`, or `feed.steps(first, last)` for whole steps in order.
 
     scale: one factor a channel. num_timesteps: T, the timesteps drawn are 0 ... T-1."""
 
@@ -101,17 +101,21 @@ class Feed:
         noise = torch.randn(shape, generator=source)
         return posterior, noise, torch.randint(self.num_timesteps, (), generator=source)
 
-    def steps(self, first: int, last: int) -> Iterator[list[Samples]]:
-        """The micro-batches of steps first ... last-1, a list a step; the next is prepared while one is used."""
+    def steps(self, first: int, last: int, *, background: bool) -> Iterator[list[Samples]]:
+        """The micro-batches of steps first ... last-1, a list a step. background: prepare the next while one is used.
+
+        Worth it beside a GPU only: on a CPU a second thread that computes makes OpenMP put the workers of the first to sleep after
+        every operation, which costs far more than the few milliseconds that it hides."""
         wanted = [(step, micro) for step in range(first, last) for micro in range(self.accumulation)]
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as background:
-            ahead = background.submit(self.micro_batch, *wanted[0]) if wanted else None
-            step_batches: list[Samples] = []
+        ready = self._ahead(wanted) if background else (self.micro_batch(*which) for which in wanted)
+        for _ in range(first, last):
+            yield [next(ready) for _ in range(self.accumulation)]
+
+    def _ahead(self, wanted: list[tuple[int, int]]) -> Iterator[Samples]:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
+            coming = pool.submit(self.micro_batch, *wanted[0]) if wanted else None
             for following in [*wanted[1:], None]:
-                assert ahead is not None
-                ready = ahead.result()
-                ahead = background.submit(self.micro_batch, *following) if following else None
-                step_batches.append(ready)
-                if len(step_batches) == self.accumulation:
-                    yield step_batches
-                    step_batches = []
+                assert coming is not None
+                ready = coming.result()
+                coming = pool.submit(self.micro_batch, *following) if following else None
+                yield ready

@@ -70,7 +70,8 @@ def train_loop(
     """Train to step `total` or until asked to stop; returns (steps done, signal or 0). The last step is always saved.
 
     Raises NonFiniteError after `PATIENCE` non-finite steps in a row."""
-    for step, micro_batches in enumerate(feed.steps(first, total), start=first):
+    on_gpu = engine.device.type == "cuda"
+    for step, micro_batches in enumerate(feed.steps(first, total, background=on_gpu), start=first):
         done, seen = step + 1, []
         lr = engine.lr_scheduler.get_last_lr()[0]
         for samples in micro_batches:
