@@ -19,6 +19,7 @@ def case(name: str, file: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": name,
         "split": "train",
+        "synthetic": True,
         "dataset": None,
         "spacing": [1.5, 1.5, 3.0],
         "pirads": [0, 1],
@@ -67,6 +68,7 @@ MISTAKES = [
     (("cases", 1, "pirads"), [2, -1], "cases[1].pirads[0]"),
     (("cases", 1, "split"), "val", "cases[1].split"),
     (("cases", 1, "id"), "c0", "cases[1].id"),
+    (("cases", 1, "id"), "../c1", "cases[1].id"),
     (("cases", 1, "spacing"), [1.5, 0, 3], "cases[1].spacing[1]"),
     (("cases", 1, "affine"), [[1, 0, 0, 0]], "cases[1].affine"),
     (("cases", 0, "text_isnull"), 2, "cases[0].text_isnull"),

@@ -27,7 +27,7 @@ def volume(number: int) -> np.ndarray:
     return np.random.default_rng(number).random(DIM).astype(np.float32)
 
 
-def write_prepared(folder: Path, ids: list[str]) -> None:
+def write_prepared(folder: Path, ids: list[str], synthetic: bool = False) -> None:
     cases = []
     for number, name in enumerate(ids):
         file = folder / "images" / name / "t2w.npy"
@@ -36,7 +36,8 @@ def write_prepared(folder: Path, ids: list[str]) -> None:
         entry = {"path": file.relative_to(folder).as_posix(), "sha256": sha256(file), "bytes": file.stat().st_size}
         cases.append({
             "id": name, "split": "train" if number else "test", "dataset": None, "spacing": SPACING, "pirads": [1, 0],
-            "text_isnull": 1, "affine": np.eye(4).tolist(), "window": {"t2w": [0.0, 1.0]}, "files": {"image/t2w": entry},
+            "synthetic": synthetic and name != "measured", "text_isnull": 1,
+            "affine": np.eye(4).tolist(), "window": {"t2w": [0.0, 1.0]}, "files": {"image/t2w": entry},
         })  # fmt: skip
     write_json(folder / "manifest.json", {
         "format": "ccella_fast.prepared", "version": 1,
@@ -47,9 +48,9 @@ def write_prepared(folder: Path, ids: list[str]) -> None:
         pass
 
 
-def write_run(out: Path, ids: list[str]) -> Path:
+def write_run(out: Path, ids: list[str], synthetic: bool = False) -> Path:
     """Everything that the commands leave behind, in small."""
-    write_prepared(out / "prepared", ids)
+    write_prepared(out / "prepared", ids, synthetic)
     reconstruction = out / "vae" / "reconstructions" / ids[0] / "t2w.npy"
     reconstruction.parent.mkdir(parents=True)
     np.save(reconstruction, volume(0) * 0.9)
@@ -153,10 +154,14 @@ def test_the_offline_check_sees_a_link():
 
 
 def test_phantoms_are_called_synthetic(tmp_path):
-    words = " ".join(read(write_report(write_run(tmp_path, ["phantom-0000", "phantom-0001"]))).words)
-    assert "Phantom studies (synthetic)" in words
-    assert "not patients" in words
-    assert "phantom-0000" not in words
+    def words(name: str, ids: list[str], synthetic: bool) -> str:
+        return " ".join(read(write_report(write_run(tmp_path / name, ids, synthetic))).words)
+
+    drawn = words("drawn", ["one", "two"], True)
+    assert "Phantom studies (synthetic)" in drawn and "All studies are synthetic" in drawn and "not patients" in drawn
+    mixed = words("mixed", ["measured", "two"], True)
+    assert "Phantom studies (synthetic)" not in mixed and "Some studies are synthetic" in mixed
+    assert "not patients" not in words("real", ["phantom-0000", "phantom-0001"], False)  # a name says nothing
 
 
 def test_what_is_missing_is_said(tmp_path):

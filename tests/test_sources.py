@@ -97,10 +97,11 @@ def test_csv_is_laid_over_the_studies(tmp_path: Path):
         ("case,pirads\na,1\na,2\n", "line 3, case", "already on line 2"),
         ("case,pirads\na,1,surplus\n", "line 2", "too many or too few"),
         ("case,case\na,a\n", "line 1", "twice"),
+        ("case,synthetic\na,perhaps\n", "line 2, synthetic", "neither yes nor no"),
         ("case,report,report_file\na,x,a.txt\n", "line 2, report_file", "both"),
         ("case,report_file\na,../secret.txt\n", "line 2, report_file", "leaves the data folder"),
         ("case,report_file\na,/etc/hostname\n", "line 2, report_file", "leaves the data folder"),
-        ("case,report_file\na,absent.txt\n", "line 2, report_file", "no report"),
+        ("case,report_file\na,absent.txt\n", "line 2, report_file", "no such report"),
         ('case,report\na,"open\n', "line", "malformed CSV"),
     ],
 )
@@ -111,6 +112,30 @@ def test_csv_mistakes(tmp_path: Path, table: str, field: str, words: str):
         find_studies(tmp_path)
     assert caught.value.path == str(tmp_path / "studies.csv") and caught.value.field.startswith(field)
     assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 5
+
+
+@pytest.mark.parametrize("column", ["case", "split", "pirads", "synthetic", "report_file"])
+@pytest.mark.parametrize("report", ["Zebedee has a focus.", "Zebedee has a focus. " * 20])
+def test_a_report_in_the_wrong_column_is_not_repeated(tmp_path: Path, column: str, report: str):
+    touch(tmp_path, "a/t2w.nii.gz")
+    columns = ["case", "dataset"] if column == "case" else ["case", column]
+    (tmp_path / "studies.csv").write_text(
+        f"{','.join(columns)}\n{f'{report},x' if column == 'case' else f'a,{report}'}\n"
+    )
+    with pytest.raises(DataError) as caught:
+        find_studies(tmp_path)
+    assert "Zebedee" not in str(caught.value) and caught.value.field == f"line 2, {column}"
+
+
+def test_synthetic_studies_are_marked(tmp_path: Path):
+    touch(tmp_path, *(f"{name}/t2w.nii.gz" for name in "abcd"))
+    (tmp_path / "studies.csv").write_text("case,synthetic\na,yes\nb,no\nc,\n")
+    assert {study.id: study.synthetic for study in find_studies(tmp_path)} == {
+        "a": True,
+        "b": False,
+        "c": False,
+        "d": False,
+    }
 
 
 @pytest.mark.parametrize(("content", "words"), [("é".encode("latin-1"), "not UTF-8"), ("é".encode("utf-16"), "UTF-16")])

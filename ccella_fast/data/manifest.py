@@ -14,6 +14,7 @@ from ccella_fast.storage import inside, read_json, sha256
 
 NAME = "manifest.json"
 IMPORTED = "imported"  # in place of the fingerprint of an encoder
+CASE_ID = r"^\w[\w .+@=-]{0,120}$"  # it becomes part of file names
 FORMAT: Literal["ccella_fast.prepared"] = "ccella_fast.prepared"
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -37,8 +38,9 @@ class Case(_Model):
     """One study. files: `image/t2w` (X, Y, Z), `latent_mean/t2w` and `latent_sigma/t2w` (C, X, Y, Z), `text` (L, E), all
     float32. Imported latents come without image and sigma. window: the intensities that were mapped to 0 and 1."""
 
-    id: str
+    id: Annotated[str, Field(pattern=CASE_ID)]
     split: Literal["train", "test"]
+    synthetic: bool = False  # drawn, not measured
     dataset: str | None
     spacing: Annotated[list[PositiveFinite], Field(min_length=3, max_length=3)]
     pirads: Annotated[list[Literal[0, 1]], Field(min_length=2, max_length=2)] | None

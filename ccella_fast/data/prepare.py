@@ -201,6 +201,7 @@ class _Manifest:
         return {
             "id": study.id,
             "split": study.split,
+            "synthetic": study.synthetic,
             "dataset": study.dataset,
             "spacing": place["spacing"],
             "pirads": study.pirads,

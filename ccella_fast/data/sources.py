@@ -6,7 +6,8 @@ files called `t2w` or `t2w-dicom`; the same with the other names of SERIES_NAMES
 name, or, where two folders share a name, its path with / written as _.
 
 The class is PI-RADS 1-2 -> [1, 0], 3-5 -> [0, 1] (section 1.1). In a CSV `pirads` is the score 1 to 5, `neg` or `pos`,
-or empty: not known. A report is text; blank means that there is none (`text_isnull` = 1): one rule everywhere.
+or empty: not known. A report is text; blank means that there is none (`text_isnull` = 1): one rule everywhere. `synthetic` is
+`yes` for a study that was drawn and not measured.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ccella_fast.data.manifest import CASE_ID
 from ccella_fast.errors import DataError, did_you_mean
 from ccella_fast.storage import inside, read_json
 
@@ -32,7 +34,7 @@ _SEQUENCE = {name: sequence for sequence, names in SERIES_NAMES.items() for name
 _SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
 _JSON_SEQUENCE = {"axt2": "t2w", "b1600": "hbv", "adc": "adc"}
 _JSON_KEYS = {*_JSON_SEQUENCE, "dataset", "folder", "pirads", "spacing", "text", "text_isnull"}
-_CSV_COLUMNS = {"case", "split", "pirads", "report", "report_file", "dataset"}
+_CSV_COLUMNS = {"case", "split", "pirads", "report", "report_file", "dataset", "synthetic"}
 _CLASSES = {"1": [1, 0], "2": [1, 0], "3": [0, 1], "4": [0, 1], "5": [0, 1], "neg": [1, 0], "pos": [0, 1], "": None}
 _MAX_LIST = 256 * 2**20  # bytes of a JSON or CSV list
 _MAX_REPORT = 2**20  # characters
@@ -49,6 +51,7 @@ class Study(NamedTuple):
     dataset: str | None = None
     pirads: list[int] | None = None
     report: str | None = None
+    synthetic: bool = False  # drawn, not measured
     spacing: list[float] | None = None  # as the reference's manifest states it
     text_file: Path | None = None
     text_isnull: int | None = None  # as stated; only beside `text_file`
@@ -191,7 +194,7 @@ def _join(studies: list[Study], table: Path, defects: Defects) -> list[Study]:
         case = (row.get("case") or "").strip()
         if case not in by_id:
             fix = did_you_mean(case, by_id) if len(by_id) < 20 else "check the case ids against the folders"
-            defects.add(DataError(f"no study is called '{_shown(case)}'", path=table, field=field, fix=fix))
+            defects.add(DataError(f"no study is called {_value(case)}", path=table, field=field, fix=fix))
         elif case in seen:
             why = f"the case '{case}' is already on line {seen[case]}"
             defects.add(DataError(why, path=table, field=field, fix="keep one of the lines"))
@@ -235,12 +238,16 @@ def _csv_values(table: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
     split = (row.get("split") or "train").strip()
     if split not in ("train", "test"):
         raise DataError(
-            f"'{_shown(split)}' is no split", path=table, field=f"line {line}, split", fix="write train or test"
+            f"{_value(split)} is no split", path=table, field=f"line {line}, split", fix="write train or test"
         )
+    synthetic = (row.get("synthetic") or "").strip().lower()
+    if synthetic not in ("yes", "no", ""):
+        why, fix = f"{_value(synthetic)} is neither yes nor no", "write yes, no, or leave it empty"
+        raise DataError(why, path=table, field=f"line {line}, synthetic", fix=fix)
     score = (row.get("pirads") or "").strip().lower()
     if score not in _CLASSES:
         fix = "write the PI-RADS score 1 to 5, or neg, or pos, or leave it empty"
-        raise DataError(f"'{_shown(score)}' is no class", path=table, field=f"line {line}, pirads", fix=fix)
+        raise DataError(f"{_value(score)} is no class", path=table, field=f"line {line}, pirads", fix=fix)
     report = row.get("report") or ""
     name = (row.get("report_file") or "").strip()
     if name:
@@ -249,16 +256,17 @@ def _csv_values(table: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
             raise DataError(
                 "report and report_file are both given", path=table, field=field, fix="leave one of them empty"
             )
+        if len(name) > 255 or not name.isprintable():  # a report in the wrong column; its words are not repeated
+            raise DataError("this is no file name", path=table, field=field, fix="move the text to the column report")
         file = inside(table.parent, name, path=table, field=field)
         if not file.is_file():
-            raise DataError(
-                f"there is no report '{_shown(name)}'", path=table, field=field, fix=f"put it below {table.parent}"
-            )
+            raise DataError("there is no such report", path=table, field=field, fix=f"put it below {table.parent}")
         report = read_text(file, limit=4 * _MAX_REPORT)
     return {
         "split": split,
         "pirads": _CLASSES[score],
         "report": _checked_report(report, table, f"line {line}, report"),
+        "synthetic": synthetic == "yes",
         "dataset": (row.get("dataset") or "").strip() or None,
         "listed_in": table,
         "field": f"line {line}",
@@ -408,7 +416,7 @@ def _checked_report(report: str, path: Path, field: str) -> str | None:
 
 
 def _checked_id(name: str, path: Path, field: str | None) -> str:
-    if not re.fullmatch(r"\w[\w .+@=-]{0,120}", name):
+    if not re.fullmatch(CASE_ID, name):
         fix = "use letters, digits, space and . _ - + (at most 120)"
         raise DataError(f"{name!r:.60} cannot name a study", path=path, field=field, fix=fix)
     return name
@@ -417,6 +425,11 @@ def _checked_id(name: str, path: Path, field: str | None) -> str:
 def _shown(word: str) -> str:
     """A stranger's word in a message: one line, not long."""
     return "".join(letter if letter.isprintable() else "?" for letter in word)[:60]
+
+
+def _value(word: str) -> str:
+    """A cell in a message. More than one word may be a report in the wrong column, and is not shown."""
+    return f"'{word}'" if re.fullmatch(r"[\w.+@=-]{1,40}", word) else f"a text of {len(word)} characters"
 
 
 def _refuse_near_miss(word: str, known: set[str], *, path: Path, field: str) -> None:

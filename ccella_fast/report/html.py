@@ -84,17 +84,17 @@ def _samples(folder: Path) -> list[Sample]:
 
 
 def _notices(prepared: Prepared | None) -> list[str]:
-    if prepared is not None and any(_is_phantom(case) for case in prepared.cases):
+    if prepared is not None and any(case.synthetic for case in prepared.cases):
         return [
-            "The studies are synthetic too: phantoms drawn by `ccella-fast phantom`, not patients. "
-            "What is called real below stands for them.",
+            f"{'All' if _all_synthetic(prepared) else 'Some'} studies are synthetic too: drawn by a program, not patients. "
+            "They are called phantoms below.",
             _SYNTHETIC,
         ]
     return [_SYNTHETIC]
 
 
-def _is_phantom(case: Case) -> bool:
-    return case.id.startswith("phantom-")
+def _all_synthetic(prepared: Prepared) -> bool:
+    return all(case.synthetic for case in prepared.cases)
 
 
 def _facts(
@@ -107,7 +107,7 @@ def _facts(
         classes = [sum(case.pirads == one_hot for case in prepared.cases) for one_hot in ([1, 0], [0, 1])]
         without = sum(case.text_isnull for case in prepared.cases)
         facts += [
-            ("Phantom studies (synthetic)" if all(map(_is_phantom, prepared.cases)) else "Studies", count),
+            ("Phantom studies (synthetic)" if _all_synthetic(prepared) else "Studies", count),
             ("PI-RADS 1-2 / 3-5 / unknown", f"{classes[0]} / {classes[1]} / {len(prepared.cases) - sum(classes)}"),
             ("Without a report", str(without)),
             ("Sequences", ", ".join(prepared.data.sequences)),
@@ -134,9 +134,9 @@ def _facts(
 def _pictures(prepared: Prepared | None, folder: Path, samples: list[Sample]) -> list[dict[str, Any]]:
     """Real, reconstructed and generated montages, then their intensities."""
     cases = _shown(prepared)
-    word = "Phantom" if prepared and all(map(_is_phantom, prepared.cases)) else "Real"
     real = [
-        Panel(prepared.array(case, f"image/{sequence}"), case.spacing, _title(f"{word} {n}, {case.split}", sequence, prepared))
+        Panel(prepared.array(case, f"image/{sequence}"), case.spacing,
+              _title(f"{_word([case])} {n}, {case.split}", sequence, prepared))
         for n, case in enumerate(cases, start=1)
         for sequence in (prepared.data.sequences if prepared else ())
         if prepared and f"image/{sequence}" in case.files
@@ -152,7 +152,8 @@ def _pictures(prepared: Prepared | None, folder: Path, samples: list[Sample]) ->
         for n, sample in enumerate(samples, start=1)
         for sequence, volume in sample.volumes.items()
     ]  # fmt: skip
-    caption = f"{word} studies" + (" (synthetic)" if word == "Phantom" else "") + " as prepared."
+    word = _word(cases)
+    caption = f"{word} studies as prepared." + ("" if word == "Real" else " Phantoms are synthetic.")
     return [
         _montage(real, caption, "There are no prepared images: run `ccella-fast prepare`."),
         _montage(
@@ -173,6 +174,12 @@ def _shown(prepared: Prepared | None) -> list[Case]:
         return []
     test = [case for case in prepared.cases if case.split == "test"]
     return (test or prepared.cases)[: max(1, COLUMNS // len(prepared.data.sequences))]
+
+
+def _word(cases: Sequence[Case]) -> str:
+    """What these studies are called."""
+    synthetic = [case.synthetic for case in cases]
+    return "Phantom" if all(synthetic) and synthetic else "Real and phantom" if any(synthetic) else "Real"
 
 
 def _title(text: str, sequence: str, prepared: Prepared | None) -> str:
