@@ -45,15 +45,25 @@ def recorded(folder: str | Path, command: str, **facts: Any) -> Iterator[dict[st
     """Time a command; on success write `folder/run_record.json`. The yielded dictionary takes further facts."""
     start = time.perf_counter()
     yield facts
-    children, own = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
     record = {
         "command": command,
         "seconds": round(time.perf_counter() - start, 2),
-        "peak_memory_mib": round(max(children, own) / 1024),
+        **peak_memory(),
         **facts,
         "environment": describe(),
     }
     write_json(Path(folder) / "run_record.json", record)
+
+
+def peak_memory() -> dict[str, int]:
+    """MiB since this process began: of the largest process, and of the GPU if this process has used it."""
+    import torch
+
+    children, own = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
+    peak = {"peak_memory_mib": round(max(children, own) / 1024)}
+    if torch.cuda.is_initialized():
+        peak["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return peak
 
 
 def _version(name: str) -> str | None:

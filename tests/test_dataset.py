@@ -138,6 +138,30 @@ def test_missing_latents_and_sequences(folder: Path):
     assert "--vae" in caught.value.fix
 
 
+def test_another_spacing_is_refused(folder: Path):
+    with pytest.raises(DataError, match="prepared at") as caught:
+        PreparedDataset(folder, settings(data__spacing=[0.5, 0.5, 3.0]))
+    assert caught.value.field == "data.spacing"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shown"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),
+    ],
+)
+def test_one_process_shows_a_bar(folder: Path, ranks: dict, shown: bool, monkeypatch, capfd):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    PreparedDataset(folder, settings())
+    assert ("checking prepared files" in capfd.readouterr().err) == shown
+
+
 def test_a_changed_file_is_refused_at_the_start(folder: Path):
     path = folder / "latents/case3/t2w_mean.npy"
     content = bytearray(path.read_bytes())

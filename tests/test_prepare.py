@@ -81,6 +81,20 @@ def test_second_run_touches_nothing(studies: Path, tmp_path: Path, bert: Path):
     assert load_manifest(out).scale_factor is not None
 
 
+def test_the_record_keeps_every_stage(studies: Path, tmp_path: Path):
+    out, settings = tmp_path / "out", config()
+    prepare(studies, out, settings)
+    first = json.loads((out / "run_record.json").read_text())["stages"]
+    assert set(first) == {"check", "image"} and first["image"]["studies"] == 3
+    prepare(studies, out, settings, vae=write_vae(tmp_path / "vae", settings))
+    second = json.loads((out / "run_record.json").read_text())["stages"]
+    assert set(second) == {"check", "image", "latent"} and second["image"] == first["image"]
+    write_nifti(studies / "case1" / "t2w.nii.gz", seed=9)
+    prepare(studies, out, settings, vae=tmp_path / "vae")
+    third = json.loads((out / "run_record.json").read_text())["stages"]
+    assert [third[name]["studies"] for name in ("check", "image", "latent")] == [1, 1, 1]
+
+
 def test_only_what_changed_is_done_again(studies: Path, tmp_path: Path, bert: Path):
     out, settings = tmp_path / "out", config(variant="CCELLA", encoder=bert)
     vae = write_vae(tmp_path / "vae", settings)

@@ -44,7 +44,9 @@ def write_prepared(folder: Path, ids: list[str], synthetic: bool = False) -> Non
         "data": {"sequences": ["t2w"], "spacing": SPACING, "dim": list(DIM), "dataset": None}, "text": None, "vae": None,
         "scale_factor": None, "intensity_scale": {"t2w": 700.0}, "truncated_reports": [ids[0]], "cases": cases,
     })  # fmt: skip
-    with recorded(folder, "prepare", studies=len(ids)):
+    stage = {"studies": len(ids), "seconds": 12.5, "peak_memory_mib": 400}
+    stages = {"image": stage, "latent": stage | {"seconds": 77.5, "peak_gpu_memory_mib": 1234}}
+    with recorded(folder, "prepare", studies=len(ids), stages=stages):
         pass
 
 
@@ -139,7 +141,8 @@ def test_the_page_is_complete_offline_and_silent(tmp_path):
         assert secret not in text
     words = " ".join(page.words)
     for expected in ("L1 0.0321, PSNR 27.5 dB", "1 train, 1 test", "24 x 16 x 8 voxels of 1.5 x 1.5 x 3 mm", "CCELLA",
-                     "finished, step 49 of 49", "0.750", "2 processes", "torch", "synthetic"):  # fmt: skip
+                     "finished, step 49 of 49", "0.750", "2 processes", "torch", "synthetic",
+                     "prepare: image", "12.5", "prepare: latent", "77.5", "1234 MiB on the GPU"):  # fmt: skip
         assert expected in words
     assert "There are no" not in words
     assert "<b>tiny" not in text  # escaped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -60,7 +61,9 @@ class PreparedDataset:
         self.has_class = [case.pirads is not None and not case.text_isnull for case in self.cases]
         self._check_classes()
         self._check_encoder()
-        for case in tqdm(self.cases, desc="checking prepared files", unit="study", mininterval=1):
+        self._check_spacing()
+        rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+        for case in tqdm(self.cases, "checking prepared files", unit="study", mininterval=1, disable=rank != "0"):
             self._check(case)
 
     def __len__(self) -> int:
@@ -116,6 +119,13 @@ class PreparedDataset:
             if found != wanted:
                 why = f"reports were encoded with {key} {found!r}, configured is {wanted!r}"
                 raise DataError(why, path=self._listed, field=f"text.{key}", fix="prepare with this configuration")
+
+    def _check_spacing(self) -> None:
+        """Sampling conditions on the configured spacing and writes it, so it must be that of the images."""
+        found, wanted = self.prepared.data.spacing, self.config.data.spacing
+        if found != wanted:
+            why, fix = f"prepared at {found} mm, configured are {wanted}", "prepare with this configuration"
+            raise DataError(why, path=self._listed, field="data.spacing", fix=fix)
 
     def _check(self, case: Case) -> None:
         latent = (self.config.autoencoder.latent_channels, *self.config.check_grid())

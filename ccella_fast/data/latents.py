@@ -51,10 +51,6 @@ class LatentEncoder:
 
         save_autoencoder(self._vae, folder)
 
-    @property
-    def peak_memory_mib(self) -> int | None:
-        return round(self._torch.cuda.max_memory_allocated() / 2**20) if self._device == "cuda" else None
-
 
 def import_latent(path: Path, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """The reference's `_emb.nii.gz`, axes (X, Y, Z, C), as (C, X, Y, Z) float32, and the image's affine that it carries."""

@@ -12,6 +12,9 @@ import logging
 import os
 import shutil
 import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from ccella_fast.data.records import Records
 from ccella_fast.data.sources import Defects, Study, find_studies
 from ccella_fast.data.stages import Images, ImportedLatents, ImportedText, Latents, Stage, Text, bar, latent_digest
 from ccella_fast.data.text import TextEncoder
-from ccella_fast.environment import recorded
+from ccella_fast.environment import peak_memory, recorded
 from ccella_fast.errors import ConfigError, DataError, DiskError
 from ccella_fast.storage import read_json, sweep, write_json
 from ccella_fast.variants import get_variant
@@ -63,15 +66,32 @@ def prepare(
     if not any(stale.values()) and manifest.is_current():
         logger.info("%s is complete, nothing to do", out)
         return
-    _check_all(stages, stale)
-    _check_room(out, config, len(stale.get("image", [])))
-    sweep(out)
-    with recorded(out, "prepare", studies=len(studies)):
+    times = _earlier_times(out)
+    with recorded(out, "prepare", studies=len(studies), stages=times):
+        with _timed(times, "check", sum(len(stale[stage.name]) for stage in stages if stage.checks)):
+            _check_all(stages, stale)
+        _check_room(out, config, len(stale.get("image", [])))
+        sweep(out)
         for stage in stages:
             todo = stage.stale()  # again: latents depend on the images just made
             _announce(records, stage, todo)
-            stage.run(todo)
+            with _timed(times, stage.name, len(todo)):
+                stage.run(todo)
         manifest.write()
+
+
+def _earlier_times(out: Path) -> dict[str, Any]:
+    """What earlier runs recorded of each stage: a run that only adds latents keeps the time that the images took."""
+    path = out / "run_record.json"
+    return read_json(path).get("stages", {}) if path.is_file() else {}
+
+
+@contextmanager
+def _timed(times: dict[str, Any], stage: str, studies: int) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    if studies:
+        times[stage] = {"studies": studies, "seconds": round(time.perf_counter() - begun, 2), **peak_memory()}
 
 
 def _plan(records: Records, studies: list[Study], config: Config, vae: str | Path | None) -> list[Stage]:
@@ -128,7 +148,7 @@ def _check_all(stages: list[Stage], stale: dict[str, list[Study]]) -> None:
     """Read everything that will be used; DataError tells the first defect and how many more there are."""
     defects = Defects()
     for stage in stages:
-        for study in bar(stale[stage.name], f"checking {stage.name}s") if type(stage).check is not Stage.check else []:
+        for study in bar(stale[stage.name], f"checking {stage.name}s") if stage.checks else []:
             try:
                 stage.check(study)
             except DataError as defect:

@@ -33,6 +33,11 @@ class Stage:
         self.records, self.studies, self.config = records, studies, config
         self.sequences = config.data.sequences
 
+    @property
+    def checks(self) -> bool:
+        """Has it inputs that can be unsound?"""
+        return type(self).check is not Stage.check
+
     def inputs(self, study: Study) -> str:
         raise NotImplementedError
 

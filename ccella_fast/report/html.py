@@ -55,7 +55,7 @@ def write_report(folder: str | Path) -> Path:
         charts=[_vae_chart(folder / "vae"), _model_chart(folder / "model")],
         samples=[_sample_row(number, sample) for number, sample in enumerate(samples, start=1)],
         no_samples="There are no generated volumes yet: run `ccella-fast sample`.",
-        timings=[_timing(folder / name, command) for name, command in _COMMANDS],
+        timings=[row for name, command in _COMMANDS for row in _timings(folder / name, command)],
         environment=_environment(folder),
     )
     with atomic_path(folder / "report.html") as temporary:
@@ -249,10 +249,16 @@ def _sample_row(number: int, sample: Sample) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _timing(folder: Path, command: str) -> dict[str, Any]:
+def _timings(folder: Path, command: str) -> list[dict[str, Any]]:
+    """A row of a command, or of each of its stages."""
     record = _read(folder / "run_record.json")
     if record is None:
-        return {"command": command, "seconds": None, "memory": None, "remarks": "not run, or not to its end"}
+        return [{"command": command, "seconds": None, "memory": None, "remarks": "not run, or not to its end"}]
+    stages = record.get("stages", {})
+    return [_timing(f"{command}: {name}", stage) for name, stage in stages.items()] or [_timing(command, record)]
+
+
+def _timing(command: str, record: dict[str, Any]) -> dict[str, Any]:
     names = {
         "studies": "studies",
         "images": "images",
@@ -261,6 +267,8 @@ def _timing(folder: Path, command: str) -> dict[str, Any]:
         "total_steps": "steps",
     }
     remarks = [f"{record[key]} {word}" for key, word in names.items() if key in record]
+    if "peak_gpu_memory_mib" in record:
+        remarks.append(f"{record['peak_gpu_memory_mib']} MiB on the GPU")
     return {
         "command": command, "seconds": record["seconds"], "memory": record["peak_memory_mib"], "remarks": ", ".join(remarks),
     }  # fmt: skip
