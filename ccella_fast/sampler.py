@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from ccella_fast.checkpoint import Checkpoint, load_checkpoint
-from ccella_fast.config import AutoencoderConfig, Config
+from ccella_fast.config import Config
+from ccella_fast.data.volume import read_nifti_array
 from ccella_fast.diffusion import loop
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import get_solver
 from ccella_fast.environment import recorded
-from ccella_fast.errors import CheckpointError, ConfigError
-from ccella_fast.models.vae import Autoencoder, load_autoencoder
-from ccella_fast.storage import atomic_path, read_json, sha256, write_json
+from ccella_fast.errors import CheckpointError, ConfigError, NonFiniteError
+from ccella_fast.models.vae import Autoencoder, load_autoencoder, weights_file
+from ccella_fast.storage import atomic_path, check_writable, read_json, sha256, write_json
 from ccella_fast.variants import get_variant
 
 logger = logging.getLogger("ccella_fast")
@@ -57,7 +58,8 @@ def generate(
 ) -> Iterator[Generated]:
     """Draw one volume a seed, in order, on the model's device. A seed gives the same noise in any batch.
 
-    Raises ConfigError for inputs that the variant does not take or settings that are not possible."""
+    Raises ConfigError for inputs that the variant does not take or settings that are not possible, and NonFiniteError when the
+    model has diverged."""
     config, device = checkpoint.config, next(checkpoint.model.parameters()).device
     check_inputs(checkpoint.variant, has_text=text is not None, pirads=pirads)
     grid = config.check_grid()
@@ -94,6 +96,7 @@ def generate(
             num_steps=num_inference_steps or settings.num_inference_steps, device=device,
             description=f"sampling {start + 1}-{start + rows} of {len(seeds)}",
         )  # fmt: skip
+        _check_finite(checkpoint, latents, logits)
         probabilities = None if logits is None else logits.float().softmax(1).tolist()
         for row, seed in enumerate(batch):
             volumes = decode(checkpoint, autoencoder, latents[row])
@@ -109,8 +112,16 @@ def decode(checkpoint: Checkpoint, autoencoder: Autoencoder, latent: Tensor) -> 
     for sequence, part, factor in zip(config.data.sequences, parts, checkpoint.scale_factor, strict=True):
         with torch.autocast(latent.device.type, torch.bfloat16, enabled=latent.device.type == "cuda"):
             image = autoencoder.decode(part[None] / factor)
+        _check_finite(checkpoint, image)
         volumes[sequence] = image[0, 0].float().clamp(0, 1).cpu().numpy()
     return volumes
+
+
+def _check_finite(checkpoint: Checkpoint, *tensors: Tensor | None) -> None:
+    """A diverged model is an error: clipped and saved, its NaN would pass for a black image."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None):
+        why, fix = "the generated volume is not finite: the model has diverged", "use a checkpoint from before"
+        raise NonFiniteError(why, path=checkpoint.path, field=f"{checkpoint.weights} weights", fix=fix)
 
 
 def check_inputs(variant: str, *, has_text: bool, pirads: str | None) -> None:
@@ -148,12 +159,14 @@ def sample_to_folder(
     `.json`, then montage.png and run_record.json.
 
     text_encoder: anything with `encode(reports).features` and `identity` (default: the checkpoint's). A volume that an equal
-    request has already written is kept. Raises ConfigError (inputs; the folder holds other samples) and CheckpointError."""
+    request has already written is kept. Raises ConfigError (inputs; the folder holds other samples), CheckpointError, DiskError
+    and NonFiniteError (nothing of such a volume is written)."""
     out = Path(out)
     if num_samples < 1 or seed < 0 or (batch_size is not None and batch_size < 1):
         raise ConfigError("--num_samples and --batch_size are 1 or more, --seed is 0 or more", fix="change the value")
     if spacing is not None and not all(0 < step < 100 for step in spacing):
         raise ConfigError(f"a spacing of {list(spacing)} mm", field="--spacing", fix="give three lengths in mm")
+    check_writable(out, "--out")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = load_checkpoint(checkpoint, device=device)
     config, row = loaded.config, get_variant(loaded.variant)
@@ -212,11 +225,7 @@ def _load_vae(path: str | Path | None, config: Config, checkpoint: Path) -> tupl
     if path is None:
         fix = "add --vae with a VAE folder or MAISI's weight file"
         raise CheckpointError("this checkpoint holds no autoencoder", path=checkpoint, fix=fix)
-    path = Path(path)
-    expected: AutoencoderConfig = config.autoencoder
-    vae = load_autoencoder(path, expected)
-    folder = path / "vae" if (path / "vae").is_dir() else path
-    return vae, sha256(path if path.is_file() else folder / "model.safetensors")
+    return load_autoencoder(path, config.autoencoder), sha256(weights_file(path))
 
 
 def _encode(reports: Sequence[str] | None, encoder: Any, config: Config) -> tuple[np.ndarray | None, Any]:
@@ -267,16 +276,19 @@ def _missing(out: Path, jobs: list[dict[str, Any]], sequences: Sequence[str], ov
     wanted = {f"{job['name']}.json": job["identity"] for job in jobs}
     names = {path.name for job in jobs for path in _files(out, job, sequences).values()} | set(wanted)
     there = {path for pattern in ("sample-*.nii.gz", "sample-*.json") for path in out.glob(pattern)}
+    if overwrite:
+        for path in there:
+            path.unlink()
+        return jobs
     foreign = {path for path in there if path.name not in names}
     for path in there - foreign:
         sidecar = out / f"{path.name.split('.')[0].partition('_seq-')[0]}.json"
-        if not sidecar.is_file() or read_json(sidecar).get("identity") != wanted[sidecar.name]:
+        known = read_json(sidecar) if sidecar.is_file() else None
+        if not isinstance(known, dict) or known.get("identity") != wanted[sidecar.name]:
             foreign.add(path)
-    if foreign and not overwrite:
+    if foreign:
         why = f"this folder holds samples of another request ({len(foreign)} files)"
         raise ConfigError(why, path=min(foreign), fix="choose another --out, or add --overwrite")
-    for path in there if overwrite else ():
-        path.unlink()
     return [
         job
         for job in jobs
@@ -311,15 +323,13 @@ def _write(out: Path, job: dict[str, Any], result: Generated, request: dict[str,
 
 
 def _montage(out: Path, jobs: list[dict[str, Any]], scale: dict[str, float]) -> None:
-    import nibabel
-
     from ccella_fast.report.figures import Panel, montage
 
     panels = []
     for job in jobs:
         sidecar = read_json(out / f"{job['name']}.json")
         for sequence, path in _files(out, job, list(scale)).items():
-            volume = nibabel.Nifti1Image.from_filename(path).get_fdata(dtype=np.float32) / scale[sequence]
+            volume = read_nifti_array(path)[0] / scale[sequence]
             title = f"report {job['report'] + 1}, seed {job['seed']}" + (f", {sequence}" if len(scale) > 1 else "")
             if sidecar["class_probabilities"]:
                 title += f", P(pos) {sidecar['class_probabilities']['pos']:.2f}"

@@ -72,6 +72,15 @@ def publish_folder(temporary: Path, path: Path) -> None:
     _fsync(path.parent)
 
 
+def check_writable(folder: str | Path, field: str) -> None:
+    """DiskError unless `folder`, which need not exist yet, can be written. Before long work, so that it is not lost."""
+    folder = Path(folder)
+    existing = existing_parent(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        why = "cannot write here" if existing.is_dir() else f"{existing.name} is a file, not a folder"
+        raise DiskError(why, path=folder, field=field, fix="choose a folder you can write to")
+
+
 def sweep(folder: str | Path) -> None:
     """Remove what killed writers left in `folder`. Call only where no other writer is at work."""
     for left in Path(folder).rglob(f"{_TEMPORARY}*"):
@@ -97,6 +106,9 @@ def read_json(path: str | Path, *, error: type[CcellaError] = DataError) -> Any:
     except json.JSONDecodeError as bad:
         where = f"line {bad.lineno}, column {bad.colno}"
         raise error(f"malformed JSON at {where}: {bad.msg}", path=path, fix="mend the file there") from None
+    except OSError as bad:
+        why = f"this file cannot be read: {os.strerror(bad.errno or 0)}"
+        raise error(why, path=path, fix="check the path and its permissions") from None
     except UnicodeDecodeError as bad:
         raise error(f"not UTF-8 text (byte {bad.start})", path=path, fix="save the file as UTF-8") from None
     except (ValueError, RecursionError) as bad:
@@ -113,7 +125,10 @@ def sha256(path: str | Path) -> str:
 def inside(root: str | Path, entry: str, *, path: object = None, field: str | None = None) -> Path:
     """`root / entry`, refused when it is absolute or leaves `root` (also through a link). `path`, `field` say who named it."""
     root = Path(root)
-    unsafe = not entry or "\0" in entry or PurePosixPath(entry).is_absolute() or ".." in PurePosixPath(entry).parts
+    parts = PurePosixPath(entry).parts
+    if any(len(os.fsencode(part)) > 255 for part in parts):
+        raise DataError("this is too long for a file name", path=path, field=field, fix="give a relative path")
+    unsafe = not entry or "\0" in entry or PurePosixPath(entry).is_absolute() or ".." in parts
     if unsafe or not (root / entry).resolve().is_relative_to(root.resolve()):
         fix = f"give a relative path inside {root}"
         raise DataError(f"the path {entry!r} leaves the data folder", path=path, field=field, fix=fix)
@@ -123,7 +138,7 @@ def inside(root: str | Path, entry: str, *, path: object = None, field: str | No
 def disk_error(error: OSError, path: Path) -> DiskError:
     """The OSError in the user's words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(_existing_parent(path)).free
+        free = shutil.disk_usage(existing_parent(path)).free
         return DiskError(
             f"no room left ({free / 1e6:.1f} MB free)", path=path, fix="free space or choose another folder"
         )
@@ -132,8 +147,9 @@ def disk_error(error: OSError, path: Path) -> DiskError:
     )
 
 
-def _existing_parent(path: Path) -> Path:
-    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+def existing_parent(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    return next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.exists())
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ccella_fast import sampler
 from ccella_fast.checkpoint import load_checkpoint, write_manifest
 from ccella_fast.config import make_config
 from ccella_fast.diffusion.noise import generator
-from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from ccella_fast.models import build_model
 from ccella_fast.models.vae import Autoencoder, load_autoencoder, save_autoencoder
 from ccella_fast.sampler import generate, sample_to_folder
@@ -236,6 +236,27 @@ def test_impossible_requests_write_nothing(checkpoint, tmp_path, change, message
     with pytest.raises(ConfigError, match=message):
         draw(checkpoint, tmp_path / "out", **change)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["model", "autoencoder"])
+def test_a_diverged_model_is_an_error_and_no_black_image(checkpoint, tmp_path, monkeypatch, part):
+    loaded, vae = load_checkpoint(checkpoint), load_autoencoder(checkpoint)
+    broken = loaded.model if part == "model" else vae
+    with torch.no_grad():
+        list(broken.parameters())[-1].fill_(float("nan"))
+    monkeypatch.setattr(sampler, "load_checkpoint", lambda *_, **__: loaded)
+    monkeypatch.setattr(sampler, "load_autoencoder", lambda *_: vae)
+    with pytest.raises(NonFiniteError, match="diverged") as caught:
+        draw(checkpoint, tmp_path / "out")
+    assert caught.value.path == str(loaded.path) and len(str(caught.value).splitlines()) <= 5
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unwritable_folder_is_refused_before_any_work(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sampler, "load_checkpoint", None)
+    with pytest.raises(DiskError, match="is a file"):
+        draw(checkpoint, tmp_path / "file" / "out")
 
 
 def test_a_missing_autoencoder_is_an_error_with_a_remedy(tmp_path):

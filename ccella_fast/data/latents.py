@@ -11,7 +11,7 @@ import numpy as np
 
 from ccella_fast.config import AutoencoderConfig, Config
 from ccella_fast.data.volume import read_nifti_array
-from ccella_fast.errors import DataError
+from ccella_fast.errors import CheckpointError, DataError
 from ccella_fast.storage import sha256
 
 
@@ -24,15 +24,13 @@ class LatentEncoder:
     def __init__(self, vae: str | Path, config: AutoencoderConfig):
         import torch
 
-        from ccella_fast.models.vae import load_autoencoder
+        from ccella_fast.models.vae import load_autoencoder, weights_file
 
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._vae = load_autoencoder(vae, config).to(self._device)
-        folder = Path(vae)
-        if folder.is_dir():
-            folder = folder / "vae" if (folder / "vae").is_dir() else folder
-        self.sha256 = sha256(folder if folder.is_file() else folder / "model.safetensors")
+        self._file = weights_file(vae)
+        self.sha256 = sha256(self._file)
 
     def encode(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(X, Y, Z) float32 in [0, 1] -> mean, sigma (C, X', Y', Z') float32."""
@@ -42,7 +40,8 @@ class LatentEncoder:
             mean, sigma = self._vae.encode(volume)
         result = tuple(part[0].float().cpu().numpy() for part in (mean, sigma))
         if not all(np.isfinite(part).all() for part in result):
-            raise DataError("the autoencoder gives values that are not finite", field="vae", fix="train it again")
+            why, fix = "the autoencoder gives values that are not finite", "use another, or train it again"
+            raise CheckpointError(why, path=self._file, field="--vae", fix=fix)
         return result[0], result[1]
 
     def save(self, folder: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import statistics
 import time
@@ -30,7 +29,7 @@ from ccella_fast.data.stages import Images, ImportedLatents, ImportedText, Laten
 from ccella_fast.data.text import TextEncoder
 from ccella_fast.environment import peak_memory, recorded
 from ccella_fast.errors import ConfigError, DataError, DiskError
-from ccella_fast.storage import read_json, sweep, write_json
+from ccella_fast.storage import check_writable, existing_parent, read_json, sweep, write_json
 from ccella_fast.variants import get_variant
 
 logger = logging.getLogger("ccella_fast")
@@ -55,7 +54,7 @@ def prepare(
     CheckpointError, DiskError."""
     out = Path(out)
     config.check_grid()
-    _check_writable(out)
+    check_writable(out, "--out")
     studies = find_studies(
         data, csv_file=csv, test_data=test_data, data_base_dir=data_base_dir, embedding_base_dir=embedding_base_dir
     )
@@ -261,25 +260,14 @@ class _Manifest:
             logger.info("no latents yet: run `ccella-fast train-vae`, then `prepare` again with --vae")
 
 
-def _check_writable(out: Path) -> None:
-    existing = _existing(out)
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        why = "cannot write here" if existing.is_dir() else f"{existing.name} is a file, not a folder"
-        raise DiskError(why, path=out, field="--out", fix="choose a folder you can write to")
-
-
 def _check_room(out: Path, config: Config, images: int) -> None:
     values = (
         int(np.prod(config.data.dim)) * len(config.data.sequences) + config.text.max_length * config.model.input_dim
     )
-    needed, free = 4 * images * values, shutil.disk_usage(_existing(out)).free
+    needed, free = 4 * images * values, shutil.disk_usage(existing_parent(out)).free
     if needed > free:
         why = f"about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
         raise DiskError(why, path=out, field="--out", fix="free space or choose another folder")
-
-
-def _existing(out: Path) -> Path:
-    return next(folder for folder in [out.absolute(), *out.absolute().parents] if folder.exists())
 
 
 def _names(cases: list[str]) -> str:

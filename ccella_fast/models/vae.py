@@ -153,12 +153,20 @@ def load_autoencoder(path: str | Path, config: AutoencoderConfig | None = None) 
         config = config or AutoencoderConfig()
         tensors = plain_tensors(read_pt(path), path=path)
     else:
-        path = path / "vae" if (path / "vae").is_dir() else path
-        config = _stored_config(path, config)
-        tensors = _read_safetensors(path / "model.safetensors")
+        file = weights_file(path)
+        config = _stored_config(file.parent, config)
+        tensors = _read_safetensors(file)
     vae = Autoencoder(config)
     load_weights(vae, tensors, path=path, what="this autoencoder")
     return vae.eval().requires_grad_(False)
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file with the weights that `load_autoencoder(path)` reads."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    return (path / "vae" if (path / "vae").is_dir() else path) / "model.safetensors"
 
 
 def _stored_config(folder: Path, expected: AutoencoderConfig | None) -> AutoencoderConfig:

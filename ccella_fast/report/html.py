@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ccella_fast.data.manifest import Case, Prepared, load_manifest, open_array
+from ccella_fast.data.volume import read_nifti_array
 from ccella_fast.environment import describe
 from ccella_fast.errors import DataError
 from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage
@@ -67,18 +68,13 @@ _COMMANDS = [("prepared", "prepare"), ("vae", "train-vae"), ("model", "train"), 
 
 
 def _samples(folder: Path) -> list[Sample]:
-    import nibabel
-
     found = []
     for path in sorted(folder.glob("sample-*.json")):
         sidecar = read_json(path)
         files = {sequence: folder / name for sequence, name in sidecar["files"].items()}
         if all(file.is_file() for file in files.values()):
             scale = sidecar["intensity_scale"]
-            volumes = {
-                sequence: nibabel.Nifti1Image.from_filename(file).get_fdata(dtype=np.float32) / scale[sequence]
-                for sequence, file in files.items()
-            }
+            volumes = {sequence: read_nifti_array(file)[0] / scale[sequence] for sequence, file in files.items()}
             found.append(Sample(sidecar, volumes))
     return found
 
