@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ccella_fast.errors import CcellaError
+from ccella_fast import doors
 
 EXIT_CODES = "exit codes: 0 ok, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss"
 
@@ -18,17 +18,7 @@ EXIT_CODES = "exit codes: 0 ok, 2 usage or configuration, 3 data, 4 checkpoint, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except CcellaError as error:
-        if arguments.debug:
-            raise
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
-    return 0
+    return doors.run(lambda: arguments.run(arguments) or 0, debug=arguments.debug)
 
 
 def phantom(arguments: argparse.Namespace) -> None:
@@ -103,7 +93,7 @@ def _config(arguments: argparse.Namespace):
 
     if arguments.config is None:
         return make_config(arguments.set)
-    return load_config(arguments.config[0] if len(arguments.config) == 1 else arguments.config, arguments.set)
+    return load_config(arguments.config, arguments.set)
 
 
 def _read_report(path: Path) -> str:
@@ -118,11 +108,10 @@ def _read_report(path: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = doors.Parser(
         prog="ccella-fast",
         description="Report-conditioned 3D prostate MRI: prepare studies, train, sample, report.",
         epilog=f"Train the diffusion model with: deepspeed ccella_fast/train.py --help\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _phantom(commands)
@@ -141,8 +130,8 @@ def _phantom(commands: argparse._SubParsersAction) -> None:
         commands, "phantom", phantom, "Draw synthetic pelvis-like T2 studies with reports and classes.", example
     )
     command.add_argument("--out", type=Path, required=True, help="folder for the studies")
-    command.add_argument("--num_studies", type=int, default=24, help="how many (default 24)")
-    command.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default 0)")
+    command.add_argument("--num_studies", type=_from(1), default=24, help="how many (default 24)")
+    command.add_argument("--seed", type=_from(0), default=0, help="same seed, same bytes (default 0)")
 
 
 def _prepare(commands: argparse._SubParsersAction) -> None:
@@ -184,16 +173,18 @@ def _sample(commands: argparse._SubParsersAction) -> None:
         "--report_file", action="append", type=Path, help="UTF-8 file with a report; repeat for several"
     )
     command.add_argument(
-        "--num_samples", type=int, default=1, help="volumes per report, seeds seed, seed+1, ... (default 1)"
+        "--num_samples", type=_from(1), default=1, help="volumes per report, seeds seed, seed+1, ... (default 1)"
     )
-    command.add_argument("--seed", type=int, default=0, help="same seed, same volume, whatever the batch (default 0)")
+    command.add_argument(
+        "--seed", type=_from(0), default=0, help="same seed, same volume, whatever the batch (default 0)"
+    )
     command.add_argument("--solver", choices=["ddpm", "ddim"], help="default: the checkpoint's")
-    command.add_argument("--num_inference_steps", type=int, help="default: the checkpoint's")
+    command.add_argument("--num_inference_steps", type=_from(1), help="default: the checkpoint's")
     command.add_argument(
         "--spacing", type=float, nargs=3, metavar="MM", help="voxel size in mm (default: the training grid's)"
     )
     command.add_argument("--pirads", choices=["neg", "pos"], help="class, for variants that are given one")
-    command.add_argument("--batch_size", type=int, help="volumes at a time (default: the checkpoint's)")
+    command.add_argument("--batch_size", type=_from(1), help="volumes at a time (default: the checkpoint's)")
     command.add_argument("--vae", type=Path, help="VAE, for a reference .pt (our checkpoints hold theirs)")
     command.add_argument("--overwrite", action="store_true", help="replace what lies in --out")
 
@@ -220,11 +211,19 @@ def _add(
         help=about.split(":")[0],
         description=about,
         epilog=f"example: {example}\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(run=run)
     return command
+
+
+def _from(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from {least}")
+        return int(text)
+
+    return number
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ccella_fast.errors import CcellaError, ConfigError
+from ccella_fast import doors
+from ccella_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ccella_fast.config import PathsConfig
 
 EXAMPLE = """example:
   deepspeed ccella_fast/train.py --config configs/demo.json --data out/demo/prepared --output_dir out/demo/model --resume
@@ -22,33 +23,26 @@ exit codes: 0 ok, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-
 def main() -> int:
     """Parse, train, and say what went wrong in one message; the return value is the exit code."""
     arguments = _parser().parse_args()
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(levelname)s %(message)s")
-    try:
-        return _run(arguments)
-    except CcellaError as error:
-        if arguments.debug:
-            raise
-        if first:
-            print(error, file=sys.stderr)
-        else:
-            time.sleep(2)  # launchers kill all when one ends: let the first process say what is wrong
-        return error.exit_code
+    return doors.run(lambda: _run(arguments), debug=arguments.debug)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from ccella_fast.config import load_config
 
     three = [arguments.env_config, arguments.model_config, arguments.model_def]
-    if (arguments.config is None) == (None in three):
-        raise ConfigError("no configuration", fix="give --config FILE, or --env_config, --model_config and --model_def")
+    if (None in three) if arguments.config is None else any(three):
+        fix = "give --config FILE alone, or all of --env_config, --model_config and --model_def"
+        raise ConfigError("no configuration, or parts of two", fix=fix)
     overrides = list(arguments.set)
     if arguments.max_train_steps is not None:
         overrides.append(f"training.max_train_steps={arguments.max_train_steps}")
     if arguments.seed is not None:
         overrides.append(f"training.seed={arguments.seed}")
     config = load_config(arguments.config or three, overrides)
-    data, run = arguments.data or config.paths.embedding_base_dir, arguments.output_dir or config.paths.model_dir
+    if config.paths.existing_ckpt_filepath is not None:
+        fix = "set it to null; --resume goes on with a run of ours"
+        raise ConfigError("a start from another checkpoint is not supported", field="existing_ckpt_filepath", fix=fix)
+    data, run = arguments.data or config.paths.embedding_base_dir, arguments.output_dir or _reference_run(config.paths)
     if data is None or run is None:
         raise ConfigError("no folders", fix="give --data PREPARED_FOLDER and --output_dir FOLDER")
     files = [file for file in (arguments.deepspeed, arguments.deepspeed_config) if file not in (None, True)]
@@ -69,13 +63,15 @@ def _run(arguments: argparse.Namespace) -> int:
     return train(config, resume=arguments.resume, **settings)
 
 
+def _reference_run(paths: PathsConfig) -> Path | None:
+    """The reference keeps all models in one folder, a file each; we keep a folder each."""
+    if paths.model_dir is None:
+        return None
+    return Path(paths.model_dir, Path(paths.model_filename or "").stem)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Train the diffusion model on a prepared folder.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = doors.Parser(description="Train the diffusion model on a prepared folder.", epilog=EXAMPLE)
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="our single configuration file")
     add("--env_config", type=Path, metavar="FILE", help="the reference's three files instead: env,")
@@ -86,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output_dir",
         type=Path,
         metavar="FOLDER",
-        help="where the run is written (default: model_dir of --env_config)",
+        help="where the run is written (default: model_dir/model_filename of --env_config, without suffix)",
     )
     add(
         "--resume",

@@ -51,5 +51,56 @@ def test_debug_shows_the_traceback(tmp_path):
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 
-def test_unknown_command_is_a_usage_error():
-    assert call("sampel").returncode == 2
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sampel"],
+        ["sample"],
+        ["prepare", "--dat", "x", "--out", "y"],
+        ["phantom", "--out", "{tmp}/out", "--num_studies", "-1"],
+        ["sample", "--checkpoint", "x", "--out", "{tmp}/out", "--num_samples", "0"],
+    ],
+)
+def test_a_usage_mistake_is_one_message(tmp_path, arguments):
+    done = call(*(argument.format(tmp=tmp_path) for argument in arguments))
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 2, done.stderr
+    assert lines[0].startswith("error: ") and lines[1].startswith("  fix:   see ccella-fast") and "--help" in lines[1]
+    assert not (tmp_path / "out").exists()
+
+
+def ends(work, debug=False):
+    """`doors.run` in a process of its own: (exit code, stdout, stderr)."""
+    code = (
+        f"import sys, logging\nfrom ccella_fast import doors, errors\n{work}\nsys.exit(doors.run(work, debug={debug}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_an_unexpected_error_is_one_message_and_asks_for_a_report():
+    code, _, said = ends("def work(): raise RuntimeError('first\\nsecond')")
+    assert code == 1
+    assert said == "error: internal: RuntimeError: first\n  fix:   run again with --debug and report it\n"
+    code, _, said = ends("def work(): raise RuntimeError('first\\nsecond')", debug=True)
+    assert code == 1 and said.startswith("Traceback") and "second" in said
+
+
+def test_only_our_own_messages_are_shown():
+    others = "logging.getLogger('other').info('theirs'); logging.getLogger('ccella_fast.part').info('ours'); return 3"
+    assert ends(f"def work(): {others}") == (3, "", "ours\n")
+
+
+def test_an_interrupt_and_a_closed_pipe_end_quietly(tmp_path):
+    code, _, said = ends("def work(): raise KeyboardInterrupt")
+    assert code == 130 and "go on" in said and "Traceback" not in said
+    command = f"{sys.executable} -m ccella_fast.cli env 2>{tmp_path}/said | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "141" and (tmp_path / "said").read_text() == ""
+
+
+def test_processes_beside_the_first_leave_the_user_s_mistake_to_it():
+    second = "import os; os.environ['LOCAL_RANK'] = '1'\n"
+    assert ends(second + "def work(): raise errors.DataError('why')") == (3, "", "")
+    code, _, said = ends(second + "def work(): raise RuntimeError('only here')")
+    assert code == 1 and "only here" in said

@@ -16,6 +16,8 @@ from training_fixtures import (
     CONFIG,
     DOOR,
     ROOT,
+    TOKENS,
+    WIDTH,
     environment,
     losses,
     run,
@@ -25,7 +27,7 @@ from training_fixtures import (
     write_prepared,
 )
 
-from ccella_fast.storage import write_json
+from ccella_fast.storage import read_json, write_json
 
 BIN = Path(sys.executable).parent
 TORCHRUN = (str(BIN / "torchrun"), "--nproc-per-node", "2")
@@ -153,6 +155,25 @@ def test_a_mistake_is_one_message_and_a_code(tmp_path, data, arguments, code, wo
     output = run("--config", config, "--data", data, "--output_dir", tmp_path / "run", *arguments, code=code)
     assert words in output and "Traceback" not in output
     assert not (tmp_path / "run").exists()
+
+
+def test_the_reference_s_three_files(tmp_path, data):
+    """They reach the data that they name; a run gets a folder of its own in their one folder of models."""
+    values = read_json(ROOT / "configs" / "CCELLA_env.json")
+    values |= {"embedding_base_dir": str(tmp_path / "absent"), "model_dir": str(tmp_path / "models")}
+    names = {"--env_config": tmp_path / "env.json"}
+    names |= {f"--model_{part}": ROOT / "configs" / f"CCELLA_{part}.json" for part in ("config", "def")}
+    arguments = [word for pair in names.items() for word in pair]
+    write_json(tmp_path / "env.json", values)
+    output = run(*arguments, code=3)
+    assert "not prepared" in output and str(tmp_path / "absent") in output and not (tmp_path / "models").exists()
+    (tmp_path / "models" / "CCELLA").mkdir(parents=True)
+    write_json(tmp_path / "models" / "CCELLA" / "config.json", {})
+    fits = ["--set", f"model.input_dim={WIDTH}", "--set", f"text.max_length={TOKENS}", "--data", data]
+    assert str(tmp_path / "models" / "CCELLA") in run(*arguments, *fits, code=2)
+    write_json(tmp_path / "env.json", {**values, "existing_ckpt_filepath": "other.pt"})
+    assert "existing_ckpt_filepath" in run(*arguments, code=2)
+    assert "parts of two" in run(*arguments[:2], "--config", "configs/demo.json", code=2)
 
 
 def test_the_deepspeed_command_with_its_users_flags(tmp_path, data):
