@@ -34,8 +34,10 @@ class ModelConfig(Section):
     """Adapter and U-Net. Key names are those of the reference's `diffusion_unet_def` where it has one."""
 
     variant: str = "CCELLA"
-    latent_channels: Annotated[list[Positive], OneOrMore] = [4]  # one entry a sequence; their sum enters the U-Net
-    num_channels: list[Positive] = [64, 128, 256, 512]
+    latent_channels: Annotated[list[Positive], OneOrMore, Field(min_length=1)] = [
+        4
+    ]  # one entry a sequence; their sum enters the U-Net
+    num_channels: Annotated[list[Positive], Field(min_length=1)] = [64, 128, 256, 512]
     attention_levels: list[bool] = [False, False, True, True]
     num_head_channels: list[Count] = [0, 0, 32, 32]
     num_res_blocks: Positive = 2
@@ -63,11 +65,17 @@ class ModelConfig(Section):
         for name in ("attention_levels", "num_head_channels"):
             if len(getattr(self, name)) != levels:
                 raise ValueError(f"{name} needs one entry a level ({levels}, as num_channels)")
-        for width, attends, head in zip(self.num_channels, self.attention_levels, self.num_head_channels, strict=True):
+        attends_at = [*self.attention_levels[:-1], True]  # the middle block, as wide as the last level, always attends
+        for width, attends, head in zip(self.num_channels, attends_at, self.num_head_channels, strict=True):
             if width % self.norm_num_groups:
                 raise ValueError(f"num_channels {width} is not divisible by norm_num_groups {self.norm_num_groups}")
             if attends and (head == 0 or width % head):
                 raise ValueError(f"num_channels {width} is not divisible by its num_head_channels {head}")
+        for name, width in (("num_channels", self.num_channels[0]), ("adapter_time_dim", self.adapter_time_dim)):
+            if width % 2:
+                raise ValueError(
+                    f"{name} {width} is odd; it is the width of a timestep embedding, half sines, half cosines"
+                )
         if self.cross_attention_dim % self.adapter_heads:
             raise ValueError(
                 f"cross_attention_dim {self.cross_attention_dim} % adapter_heads {self.adapter_heads} is not 0"
@@ -86,7 +94,7 @@ class AutoencoderConfig(Section):
     in_channels: Positive = 1
     out_channels: Positive = 1
     latent_channels: Positive = 4
-    num_channels: list[Positive] = [64, 128, 256]
+    num_channels: Annotated[list[Positive], Field(min_length=1)] = [64, 128, 256]
     num_res_blocks: list[Positive] = [2, 2, 2]
     norm_num_groups: Positive = 32
     norm_eps: PositiveFloat = 1e-6
@@ -253,13 +261,13 @@ def load_config(source: str | Path | Sequence[str | Path], overrides: Mapping[st
 
     overrides: `{"training.lr": 1e-3}` or `["training.lr=1e-3"]` (values in JSON; a bare word is a string). They win over the
     file. Raises ConfigError naming file, field and fix."""
-    if isinstance(source, (str, Path)):
-        values, origin = read_json(source, error=ConfigError), source
-        if isinstance(values, dict) and reference_config.KEYS & values.keys() and "model" not in values:
-            values = reference_config.convert([(source, values)])
-    else:
-        files = [(path, read_json(path, error=ConfigError)) for path in source]
-        values, origin = reference_config.convert(files), ", ".join(Path(path).name for path, _ in files)
+    paths = [source] if isinstance(source, (str, Path)) else list(source)
+    if not paths:
+        raise ConfigError("no configuration file is named", fix="give one file, or the reference's env, config and def")
+    files = [(path, read_json(path, error=ConfigError)) for path in paths]
+    values, origin = files[0][1], ", ".join(Path(path).name for path in paths) if len(paths) > 1 else paths[0]
+    if len(files) > 1 or (isinstance(values, dict) and reference_config.KEYS & values.keys() and "model" not in values):
+        values = reference_config.convert(files)
     if not isinstance(values, dict):
         raise ConfigError("a configuration is one JSON object", path=origin, fix="start the file with {")
     return _validate(_override(values, overrides), origin)

@@ -68,5 +68,6 @@ class NonFiniteError(CcellaError):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean 'spacing'?`, or the list of what is known when nothing is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f"did you mean '{by_lower[near[0]]}'?" if near else f"known: {', '.join(known)}"

@@ -117,11 +117,11 @@ def _convert_key(result: dict[str, Any], path: Any, values: dict[str, Any], key:
         known = [*sections, *_PATHS, *_TOP, "exp_name", "institute1", *_DROPPED["env"], *_DROPPED["def"]]
         raise ConfigError(f"unknown key '{key}'", path=path, field=key, fix=did_you_mean(key, known))
     if key == "imkey":
-        if value not in _SEQUENCE_NAMES:
-            raise ConfigError(
-                f"unknown image key '{value}'", path=path, field=key, fix=did_you_mean(value, _SEQUENCE_NAMES)
-            )
-        _set(result, "data.sequences", _SEQUENCE_NAMES[value])
+        name = str(value)
+        if name not in _SEQUENCE_NAMES:
+            fix = did_you_mean(name, _SEQUENCE_NAMES)
+            raise ConfigError(f"unknown image key '{name:.80}'", path=path, field=key, fix=fix)
+        _set(result, "data.sequences", _SEQUENCE_NAMES[name])
 
 
 def _convert_section(
@@ -145,8 +145,10 @@ def _convert_section(
             raise ConfigError(f"unknown key '{key}'", path=path, field=field, fix=did_you_mean(key, known))
     if section == "diffusion_unet_def":
         _set(result, "model.variant", _variant(path, values))
-        channels = int(_resolve(path, f"{section}.in_channels", body.get("in_channels", 4), values))
-        each = int(values.get("autoencoder_latent_channels", min(channels, 4)))
+        channels = _resolve(path, f"{section}.in_channels", body.get("in_channels", 4), values)
+        channels = _positive(path, f"{section}.in_channels", channels)
+        each = values.get("autoencoder_latent_channels", min(channels, 4))
+        each = _positive(path, "autoencoder_latent_channels", each)
         if channels % each:
             why = f"{channels} latent channels are no multiple of the autoencoder's {each}"
             raise ConfigError(why, path=path, field="latent_channels", fix="check autoencoder_latent_channels")
@@ -191,6 +193,14 @@ def _resolve(path: Any, field: str, value: Any, values: dict[str, Any]) -> Any:
         fix = did_you_mean(value[1:], [key for key, entry in values.items() if not isinstance(entry, (dict, list))])
         raise ConfigError(f"'{value}' refers to nothing", path=path, field=field, fix=fix)
     return target
+
+
+def _positive(path: Any, field: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ConfigError(
+            f"{value!r:.80} is not a positive whole number", path=path, field=field, fix="give a number of channels"
+        )
+    return value
 
 
 def _refuse_expression(path: Any, field: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -106,6 +107,57 @@ def test_reference_files_run_nothing_and_drop_nothing(tmp_path, section, key, va
     with pytest.raises(ConfigError) as caught:
         load_config([write(tmp_path, values)])
     assert words in str(caught.value) and caught.value.field == f"{section}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("diffusion_unet_def", "in_channels", "many"),
+        ("diffusion_unet_def", "in_channels", 0),
+        (None, "autoencoder_latent_channels", 0),
+        (None, "imkey", ["axt2"]),
+        (None, "imkey", 3),
+    ],
+)
+def test_reference_files_with_values_of_a_wrong_type(tmp_path, section, key, value):
+    values = json.loads((CONFIGS / "CCELLA_def.json").read_text())
+    (values[section] if section else values)[key] = value
+    with pytest.raises(ConfigError) as caught:
+        load_config([write(tmp_path, values)])
+    assert caught.value.field == (f"{section}.{key}" if section else key)
+
+
+def test_the_three_files_in_any_order_and_a_list_of_one():
+    files = reference_files("DECOUPLED")
+    assert len({json.dumps(load_config(list(order)).dump()) for order in itertools.permutations(files)}) == 1
+    assert load_config(files[:1]).name == "DECOUPLED" and load_config(files[:2]).model.variant == "CCELLA"
+    assert load_config([CONFIGS / "demo.json"]) == load_config(CONFIGS / "demo.json")
+    with pytest.raises(ConfigError, match="no configuration file"):
+        load_config([])
+
+
+def test_paths_that_hold_no_file(tmp_path):
+    path = write(tmp_path, {})
+    for wrong in (tmp_path, path / "inside", "x" * 5000):
+        with pytest.raises(ConfigError, match="fix:"):
+            load_config(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_channels": [], "attention_levels": [], "num_head_channels": []}, "at least 1"),
+        ({"latent_channels": []}, "at least 1"),
+        ({"adapter_time_dim": 33}, "33 is odd"),
+        # The middle block attends whatever the levels do.
+        ({"attention_levels": [False] * 4, "num_head_channels": [0] * 4}, "num_head_channels 0"),
+    ],
+)
+def test_sizes_that_build_no_network_are_refused(change, words):
+    from ccella_fast.config import make_config
+
+    with pytest.raises(ConfigError, match=words):
+        make_config({f"model.{key}": value for key, value in change.items()})
 
 
 def test_grid_that_does_not_divide_is_refused_with_near_sizes():

@@ -416,3 +416,8 @@ def test_build_model_takes_names_and_configurations():
     assert caught.value.fix == "did you mean 'num_channels'?"
     with pytest.raises(ConfigError, match="one entry a level"):
         build_model("CCELLA", num_channels=[64, 128])
+    with pytest.raises(ConfigError, match="not built from a dict"):
+        build_model({"variant": "CCELLA"})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as caught:
+        build_model("ccella")
+    assert caught.value.fix == "did you mean 'CCELLA'?"

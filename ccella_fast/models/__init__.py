@@ -29,8 +29,11 @@ def model_config(source: str | ModelConfig | Config, **overrides: Any) -> ModelC
     `ModelConfig`, which win. Raises ConfigError that names the field."""
     if isinstance(source, str):
         base = {"variant": get_variant(source).name}
-    else:
+    elif isinstance(source, Config | ModelConfig):
         base = (source.model if isinstance(source, Config) else source).model_dump()
+    else:
+        why = f"a model is not built from a {type(source).__name__}"
+        raise ConfigError(why, fix="give a variant's name, or what load_config returns")
     for name in overrides:
         if name not in ModelConfig.model_fields:
             fix = did_you_mean(name, ModelConfig.model_fields)
