@@ -145,11 +145,14 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def publish(partial: Path, final: Path, *, keep: int) -> None:
-    """Give a complete folder its name, then remove all but the newest `keep` checkpoints."""
+    """Give a complete folder its name, then remove all but `keep` checkpoints: this one and the newest others.
+
+    It need not be the newest: a run may go on from an older checkpoint than its last."""
     if final.exists():  # a corrupt one that was passed over
         _remove(final)
     publish_folder(partial, final)
-    for old in step_folders(final.parent.parent)[keep:]:
+    others = [folder for folder in step_folders(final.parent.parent) if folder != final]
+    for old in others[keep - 1 :]:
         _remove(old)
 
 
@@ -187,6 +190,7 @@ def _load_reference(path: Path, weights: str | None, device: Any) -> Checkpoint:
     overrides = {
         "model": found.config.model_dump(mode="json"),
         "scheduler.num_train_timesteps": found.num_train_timesteps,
+        "autoencoder.latent_channels": latents[0],
         "data.sequences": ["t2w"] if len(latents) == 1 else ["t2w", "hbv", "adc"],
     }
     config = make_config(overrides)

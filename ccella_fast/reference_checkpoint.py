@@ -169,7 +169,7 @@ def _find_config(tensors: Mapping[str, Tensor], row: Variant, sequences: int, pa
                 tensors[f"{unet}down_blocks.{level}.resnets.0.conv1.conv.weight"].shape[0] for level in range(levels)
             ],
             "attention_levels": attends,
-            "num_head_channels": [32 if attention else 0 for attention in attends],
+            "num_head_channels": [32 if attention else 0 for attention in attends[:-1]] + [32],  # the middle attends
             "num_res_blocks": _count_children(tensors, f"{unet}down_blocks.0.resnets."),
         }
         if row.class_input != "none":
@@ -177,8 +177,11 @@ def _find_config(tensors: Mapping[str, Tensor], row: Variant, sequences: int, pa
         if row.text:
             sizes |= _adapter_sizes(tensors, row)
         return model_config(row.name, **sizes)
-    except (KeyError, ConfigError) as bad:
-        why = bad.why if isinstance(bad, ConfigError) else f"'{bad.args[0]}' is missing"
+    except (KeyError, ConfigError, IndexError, ValueError) as bad:
+        if isinstance(bad, ConfigError):
+            why = bad.why
+        else:
+            why = f"'{bad.args[0]}' is missing" if isinstance(bad, KeyError) else "a tensor has too few axes"
         raise CheckpointError(f"not a {row.name} checkpoint: {why}", path=path, fix="give another file") from None
 
 

@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 from training_fixtures import CONFIG, train_here, weights, write_prepared
 
 import ccella_fast
-from ccella_fast.checkpoint import export_reference, load_checkpoint, newest, step_folders, verify, write_manifest
+from ccella_fast.checkpoint import (
+    export_reference,
+    load_checkpoint,
+    newest,
+    publish,
+    step_folders,
+    verify,
+    write_manifest,
+)
 from ccella_fast.errors import CheckpointError, DiskError
 from ccella_fast.storage import read_json, write_json
 
@@ -171,6 +179,12 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run, data, monkeypatch, wher
     assert (status["state"], status["exit_code"], status["step"]) == ("failed", 5, 4)
     monkeypatch.undo()
     assert train_here(run, data, checkpointing_steps=2, zero_stage=1, resume="latest") == 0
+
+
+def test_going_on_from_an_older_checkpoint_keeps_what_it_writes(run):
+    older = shutil.copytree(step(run, 4), run / "checkpoints" / ".partial-step-00000003")
+    publish(older, step(run, 3), keep=2)
+    assert [folder.name for folder in step_folders(run)] == ["step-00000006", "step-00000003"]
 
 
 def test_config_of_a_checkpoint_is_the_configuration_of_the_run(run):
