@@ -149,6 +149,8 @@ def test_batch_sizes_complete_each_other(file, micro, steps, tmp_path):
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "not supported"),
         ({"scheduler": {"type": "WarmupLR"}}, "WarmupLR"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "NVMe"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "JSON object"),
+        ({"optimizer": {"type": "AdamW", "params": [1e-4]}}, "JSON object"),
         ({"zero_optimization": {"stage": 4}}, "less than or equal to 3"),
         ({"gradient_clipping": -1}, "greater than 0"),
         ('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}', "appears twice"),

@@ -168,7 +168,7 @@ def _optimizer(values: dict[str, Any], path: object) -> dict[str, Any]:
     section = _section(values, "optimizer", path)
     if not section:
         return {}
-    name, params = str(section.get("type")), dict(section.get("params") or {})
+    name, params = str(section.get("type")), _section(section, "params", path)
     if name.lower() not in ("adam", "adamw") or params.get("adam_w_mode", True) is not True:
         fix = 'use {"type": "AdamW"} or remove the section'
         raise ConfigError(f"the optimizer '{name}' is not supported", path=path, field="optimizer.type", fix=fix)
@@ -183,7 +183,7 @@ def _zero(values: dict[str, Any], path: object) -> dict[str, Any]:
     section = _section(values, "zero_optimization", path)
     zero = {key: value for key, value in section.items() if value != "auto"}
     for name in ("offload_optimizer", "offload_param"):
-        device = (zero.get(name) or {}).get("device", "none")
+        device = _section(zero, name, path).get("device", "none")
         if device == "nvme":
             why = "offload to NVMe is not supported"
             raise ConfigError(why, path=path, field=f"zero_optimization.{name}.device", fix='use "cpu"')

@@ -104,8 +104,8 @@ class Feed:
     def steps(self, first: int, last: int, *, background: bool) -> Iterator[list[Samples]]:
         """The micro-batches of steps first ... last-1, a list a step. background: prepare the next while one is used.
 
-        Worth it beside a GPU only: on a CPU a second thread that computes makes OpenMP put the workers of the first to sleep after
-        every operation, which costs far more than the few milliseconds that it hides."""
+        Worth it beside a GPU only: on a CPU a second thread that computes makes OpenMP put the workers of the first to sleep
+        after every operation, which costs far more than the few milliseconds that it hides."""
         wanted = [(step, micro) for step in range(first, last) for micro in range(self.accumulation)]
         ready = self._ahead(wanted) if background else (self.micro_batch(*which) for which in wanted)
         for _ in range(first, last):

@@ -203,7 +203,7 @@ def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
         num_timesteps=config.scheduler.num_train_timesteps,
     )
     if main:
-        _open_run(plan)
+        _open_run(plan, first)
     engine = build_engine(config, plan.engine_values, total_steps=total, device=device, path=plan.deepspeed_file)
     ema = Ema(engine, training.ema_decay) if training.ema_decay else None
     bad_in_a_row = 0
@@ -241,7 +241,7 @@ def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
     return 128 + number if number else 0
 
 
-def _open_run(plan: Plan) -> None:
+def _open_run(plan: Plan, step: int) -> None:
     from ccella_fast.training.telemetry import write_status
 
     try:
@@ -250,7 +250,7 @@ def _open_run(plan: Plan) -> None:
         raise disk_error(error, plan.run) from error
     sweep(plan.run)
     write_json(plan.run / "config.json", plan.config.dump())
-    write_status(plan.run, "running", step=0, total_steps=plan.total_steps)
+    write_status(plan.run, "running", step=step, total_steps=plan.total_steps)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ccella_fast.storage import atomic_path, write_json
+from ccella_fast.storage import atomic_path, disk_error, write_json
 
 
 class Progress(NamedTuple):
@@ -47,8 +47,11 @@ class Telemetry:
         seconds = (now[1] - then) / (progress.step - step)
         rate = self.global_batch / seconds
         line = {**progress._asdict(), "seconds_per_step": round(seconds, 4), "samples_per_second": round(rate, 3)}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            raise disk_error(error, self.path) from error
         samples = progress.step * self.global_batch
         names = {
             "train_loss": "loss",
