@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ccella_fast.config import Config, load_config, make_config
-from ccella_fast.errors import CheckpointError
+from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.storage import publish_folder, read_json, sha256, write_json
 
 LOG = logging.getLogger("ccella_fast")
@@ -70,9 +70,13 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
 
 
 def export_reference(path: str | Path, out: str | Path, *, weights: str | None = None) -> None:
-    """Write a checkpoint in the reference's layout: one .pt that `torch.load(weights_only=True)` reads."""
+    """Write a checkpoint in the reference's layout: one .pt that `torch.load(weights_only=True)` reads.
+
+    Raises ConfigError when `out` exists: it may be the reference's own, of the same name."""
     from ccella_fast.reference_checkpoint import write_reference
 
+    if Path(out).exists():
+        raise ConfigError("this file exists", path=out, field="--out", fix="remove it, or choose another name")
     loaded = load_checkpoint(path, weights=weights)
     write_reference(
         out,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ccella_fast import doors
 
-EXIT_CODES = "exit codes: 0 ok, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss"
+EXIT_CODES = "exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

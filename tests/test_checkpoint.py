@@ -24,7 +24,7 @@ from ccella_fast.checkpoint import (
     verify,
     write_manifest,
 )
-from ccella_fast.errors import CheckpointError, DiskError
+from ccella_fast.errors import CheckpointError, ConfigError, DiskError
 from ccella_fast.storage import read_json, write_json
 
 
@@ -158,6 +158,10 @@ def test_export_to_the_reference_layout_loads_back(run, tmp_path):
     assert float(values["scale_factor"]) == 0.97
     for name, value in weights(run, 6).items():
         assert torch.equal(values["unet_state_dict"][name], value)
+    before = (tmp_path / "CCELLA.pt").read_bytes()
+    with pytest.raises(ConfigError, match="exists"):
+        export_reference(run, tmp_path / "CCELLA.pt")
+    assert (tmp_path / "CCELLA.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("where", ["shards", "weights", "publish"])

@@ -72,7 +72,7 @@ def train(
         state = read_state(start)
         check_same(plan, start, state)
         if state["step"] >= plan.total_steps:
-            LOG.info("this run has done its %d steps", plan.total_steps)
+            LOG.info("%s is complete (%d steps), nothing to do", run, plan.total_steps)
             return 0
         kept = {name: state[name] for name in ("scale_factor", "intensity_scale")}
         plan = replace(plan, start=start, facts=plan.facts | kept)
