@@ -118,8 +118,8 @@ class SchedulerConfig(Section):
     """The noise schedule of the reference (section 3)."""
 
     num_train_timesteps: Positive = 1000
-    beta_start: PositiveFloat = 0.0015
-    beta_end: PositiveFloat = 0.0195
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.0015
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.0195
     schedule: Literal["scaled_linear_beta"] = "scaled_linear_beta"
     clip_sample: Literal[False] = False
 

@@ -25,7 +25,7 @@ class CcellaError(Exception):
         lines += [f"  file:  {self.path}"] if self.path else []
         lines += [f"  field: {self.field}"] if self.field else []
         lines += [f"  fix:   {self.fix}"] if self.fix else []
-        return "\n".join(lines)
+        return "\n".join(" ".join(line.splitlines()) for line in lines)  # whatever a name in a user's file holds
 
     def __reduce__(self):
         return _rebuild, (type(self), self.why, self.path, self.field, self.fix)

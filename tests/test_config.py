@@ -69,6 +69,8 @@ def test_single_file_keeps_defaults(tmp_path):
         ({"data": {"sequences": ["t2w", "adc"]}}, None, "one entry a sequence"),
         ({"data": {"sequences": ["t2"]}}, "data.sequences.0", "t2w"),
         ({"sampling": {"solver": "dpm"}}, "sampling.solver", "ddim"),
+        ({"scheduler": {"beta_end": 2.0}}, "scheduler.beta_end", "less than 1"),
+        ({"training": {"a\nb\nc\nd": 1}}, "training.a\nb\nc\nd", "unknown key 'a b c d'"),
     ],
 )
 def test_refusals_name_field_and_fix(tmp_path, change, field, words):
