@@ -126,9 +126,9 @@ def inside(root: str | Path, entry: str, *, path: object = None, field: str | No
     """`root / entry`, refused when it is absolute or leaves `root` (also through a link). `path`, `field` say who named it."""
     root = Path(root)
     parts = PurePosixPath(entry).parts
-    if any(len(os.fsencode(part)) > 255 for part in parts):
+    if any(len(part.encode(errors="replace")) > 255 for part in parts):
         raise DataError("this is too long for a file name", path=path, field=field, fix="give a relative path")
-    unsafe = not entry or "\0" in entry or PurePosixPath(entry).is_absolute() or ".." in parts
+    unsafe = not entry or not entry.isprintable() or PurePosixPath(entry).is_absolute() or ".." in parts
     if unsafe or not (root / entry).resolve().is_relative_to(root.resolve()):
         fix = f"give a relative path inside {root}"
         raise DataError(f"the path {entry!r} leaves the data folder", path=path, field=field, fix=fix)

@@ -12,6 +12,7 @@ from study_fixtures import tree
 
 from ccella_fast.data import phantom
 from ccella_fast.data.phantom import write_phantoms
+from ccella_fast.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +40,28 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 
 def test_same_seed_same_bytes(studies: Path, tmp_path: Path):
     write_phantoms(tmp_path / "again", 2, seed=0)
+    write_phantoms(tmp_path / "again", 2, seed=0)  # over itself: allowed
     write_phantoms(tmp_path / "other", 2, seed=1)
     whole, again, other = tree(studies), tree(tmp_path / "again"), tree(tmp_path / "other")
     volumes = [name for name in again if name.endswith(".nii.gz")]
     assert len(volumes) == 2
     assert all(again[name] == whole[name] for name in volumes)  # and so independent of num_studies
     assert all(again[name] != other[name] for name in volumes)
+
+
+@pytest.mark.parametrize("name", ["studies.csv", "patient-1", "phantom-0002"])
+def test_a_folder_of_other_studies_is_left_alone(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("case,report\n")
+    with pytest.raises(ConfigError, match="other files"):
+        write_phantoms(tmp_path, 2)
+    assert tree(tmp_path).keys() == {name} and (tmp_path / name).read_text() == "case,report\n"
+
+
+def test_impossible_numbers(tmp_path: Path):
+    for arguments in ((0, 0), (-1, 0), (1, -1)):
+        with pytest.raises(ConfigError, match="or more"):
+            write_phantoms(tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
 
 
 def test_header_says_synthetic_and_oblique(studies: Path):

@@ -146,6 +146,10 @@ def test_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_refusals(bert: Path, tmp_path: Path):
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(ConfigError, match="a clip model gives no text features"):
+        TextEncoder(TextConfig(encoder=str(tmp_path / "clip")))
     with pytest.raises(ConfigError, match="64 positions"):
         encoder(bert, max_length=65)
     pickled = Path(shutil.copytree(bert, tmp_path / "pickled"))

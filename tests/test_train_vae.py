@@ -115,6 +115,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(data, trained, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         train_vae(data, tmp_path / "vae", make_config(SETTINGS))
     assert not (tmp_path / "vae" / "manifest.json").exists()
+    with (tmp_path / "vae" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 4')  # a kill in mid-line
     train_vae(data, tmp_path / "vae", make_config(SETTINGS))
     assert len(calls) == 37 + 50  # from step 30, the last saved one
     assert metrics(tmp_path / "vae") == metrics(trained)
@@ -143,6 +145,30 @@ def test_a_finished_run_is_kept_and_others_are_not_overwritten(data, trained, tm
         with pytest.raises(CheckpointError, match="other settings or other images"):
             train_vae(folder, trained, make_config(SETTINGS | settings))
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_state_is_named(data, tmp_path):
+    settings = make_config(SETTINGS)
+    write_json(tmp_path / "training.json", {"identity": module._identity(settings, read_images(data)[0])})
+    (tmp_path / "state.pt").write_bytes(b"PK not really")
+    with pytest.raises(CheckpointError) as caught:
+        train_vae(data, tmp_path, settings)
+    assert caught.value.path == str(tmp_path / "state.pt") and len(str(caught.value).splitlines()) <= 5
+
+
+def test_a_diverged_last_step_is_not_saved(data, tmp_path, monkeypatch):
+    whole = module._step
+
+    def last(vae, *rest):
+        loss = whole(vae, *rest)
+        with torch.no_grad():
+            next(vae.parameters()).fill_(math.inf)  # as an update does whose gradients overflow
+        return loss
+
+    monkeypatch.setattr(module, "_step", last)
+    with pytest.raises(NonFiniteError, match="last step"):
+        train_vae(data, tmp_path / "vae", make_config(SETTINGS | {"vae_training.max_train_steps": 1}))
+    assert not (tmp_path / "vae" / "manifest.json").exists()
 
 
 def test_a_diverged_loss_stops(data, tmp_path):

@@ -255,6 +255,13 @@ HEADER = [
 ]
 
 
+@pytest.mark.parametrize("unit", [1e-3, 1e3])
+def test_other_units_than_mm(tmp_path: Path, unit: float):
+    affine = oblique()
+    affine[:3] *= unit
+    refused(write_nifti(tmp_path / "t2w.nii.gz", affine=affine), "voxel size")
+
+
 @pytest.mark.parametrize(("offset", "patch", "words"), [row[1:] for row in HEADER], ids=[row[0] for row in HEADER])
 def test_dishonest_headers(tmp_path: Path, offset: int, patch: bytes, words: str):
     for name in ("t2w.nii", "t2w.nii.gz"):

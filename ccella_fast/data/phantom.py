@@ -18,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ccella_fast.data.phantom_report import Findings, write_report
-from ccella_fast.storage import atomic_path
+from ccella_fast.errors import ConfigError
+from ccella_fast.storage import atomic_path, check_writable
 
 SIZE = (192, 192, 20)  # voxels to the left, to the back, to the head
 DESCRIPTION = b"ccella_fast phantom (synthetic)"
@@ -52,8 +53,10 @@ def write_phantoms(out: str | Path, num_studies: int = 24, seed: int = 0) -> Non
     """Write `num_studies` studies below `out`: `<case>/t2w.nii.gz`, `studies.csv`, `README`. About 0.3 s a study.
 
     The same seed gives the same bytes, and the first studies do not depend on `num_studies`. About half are positive
-    (PI-RADS 3 to 5), 1 in 8 is of the test split, 1 in 12 has no report and 1 in 12 no class. Raises DiskError."""
+    (PI-RADS 3 to 5), 1 in 8 is of the test split, 1 in 12 has no report and 1 in 12 no class. Raises DiskError, and ConfigError
+    where `out` holds anything but these studies."""
     out = Path(out)
+    _check(out, num_studies, seed)
     rows = []
     for index in tqdm(range(num_studies), desc="phantom", unit="study", mininterval=1):
         rng = np.random.default_rng([seed, index])
@@ -68,6 +71,22 @@ def write_phantoms(out: str | Path, num_studies: int = 24, seed: int = 0) -> Non
         writer.writerows(rows)
     with atomic_path(out / "README") as temporary:
         temporary.write_text(_README, encoding="utf-8")
+
+
+def _check(out: Path, num_studies: int, seed: int) -> None:
+    if num_studies < 1 or seed < 0:
+        raise ConfigError("--num_studies is 1 or more, --seed is 0 or more", fix="change the value")
+    check_writable(out, "--out")
+    ours = {"studies.csv", "README", *(f"phantom-{index:04d}" for index in range(num_studies))}
+    others = sorted(entry.name for entry in out.iterdir() if entry.name[0] != ".") if out.is_dir() else []
+    foreign = [name for name in others if name not in ours]
+    table = out / "studies.csv"
+    if table.is_file() and not table.read_bytes().startswith(",".join(COLUMNS).encode()):
+        foreign.append(table.name)
+    if foreign:  # a list of real studies must not be overwritten, nor phantoms be mixed with them
+        raise ConfigError(
+            "this folder holds other files", path=out / foreign[0], field="--out", fix="choose another folder"
+        )
 
 
 def _row(case: str, index: int, rng: np.random.Generator, patient: Patient, lesion: np.ndarray | None) -> dict:

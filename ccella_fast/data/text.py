@@ -48,6 +48,12 @@ class TextEncoder:
         if positions is not None and config.max_length > positions:
             why = f"this encoder has {positions} positions, {config.max_length} are asked for"
             raise ConfigError(why, field="text.max_length", fix=f"use at most {positions}")
+        if not isinstance(getattr(self._settings, "hidden_size", None), int):
+            why, fix = (
+                f"a {self._settings.model_type} model gives no text features",
+                "choose a text encoder, such as T5 or BERT",
+            )
+            raise ConfigError(why, path=config.encoder, field="text.encoder", fix=fix)
         self.width: int = self._settings.hidden_size
         fingerprint = _fingerprint(Path(self._where)) if local else str(self._settings._commit_hash)
         self.identity = {
@@ -75,6 +81,9 @@ class TextEncoder:
             with torch.inference_mode():
                 states = self._model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
             features.append(states.last_hidden_state.float().cpu().numpy())
+            if not np.isfinite(features[-1]).all():
+                why, fix = "the text encoder gives features that are not finite", "use text.dtype float32"
+                raise ConfigError(why, path=self.config.encoder, field="text.dtype", fix=fix)
         return EncodedReports(np.concatenate(features), truncated)
 
     def _prepare(self) -> None:
@@ -84,6 +93,9 @@ class TextEncoder:
 
         sides = {"truncation_side": "left", "padding_side": "right"}
         self._tokenizer = self._load(AutoTokenizer.from_pretrained, **sides)
+        if self._tokenizer.pad_token is None:
+            why, fix = "this model's tokenizer cannot pad", "choose a text encoder, such as T5 or BERT"
+            raise ConfigError(why, path=self.config.encoder, field="text.encoder", fix=fix)
         kind: Any = AutoModelForTextEncoding if self._settings.is_encoder_decoder else AutoModel  # T5: its encoder half
         model = self._load(kind.from_pretrained, dtype=getattr(torch, self.config.dtype), use_safetensors=True)
         self._model = model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -341,7 +341,8 @@ def _reason(bad: RuntimeError) -> str:
 
 def _check_affine(affine: np.ndarray, path: Path) -> None:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or spacing.min() <= 0 or spacing.max() > 100:
+    # Below 0.01 mm a header counts in other units, metres as a rule; above 100 in micrometres.
+    if not np.isfinite(affine).all() or spacing.min() < 0.01 or spacing.max() > 100:
         why = f"has voxel size {np.round(spacing, 4).tolist()} mm"
         raise DataError(why, path=path, field="spacing", fix="export it again with its voxel size in mm")
     direction = affine[:3, :3] / spacing

@@ -29,7 +29,8 @@ from ccella_fast.diffusion.noise import generator, randn_per_sample
 from ccella_fast.environment import recorded
 from ccella_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from ccella_fast.models.vae import Autoencoder, load_autoencoder, save_autoencoder
-from ccella_fast.storage import atomic_path, read_json, write_json
+from ccella_fast.models.weights import read_pt
+from ccella_fast.storage import atomic_path, disk_error, read_json, write_json
 
 logger = logging.getLogger("ccella_fast")
 
@@ -64,6 +65,9 @@ def train_vae(data: str | Path, out: str | Path, config: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with recorded(out, "train-vae", device=str(device), images=len(train)) as facts:
         vae, facts["steps_per_second"] = _train(train, out, config, device)
+        if not all(bool(parameter.isfinite().all()) for parameter in vae.parameters()):
+            fix = f"delete the folder and lower vae_training.lr ({config.vae_training.lr:g})"
+            raise NonFiniteError("the last step made weights that are not finite", path=out, fix=fix)
         facts["test"] = evaluate(vae, test, out / "reconstructions", device)
         save_autoencoder(vae, out)
         (out / "state.pt").unlink(missing_ok=True)
@@ -242,7 +246,7 @@ def _restore(path: Path, vae: Autoencoder, optimizer: torch.optim.Optimizer) -> 
     """Load a saved state, if there is one; the number of steps already done."""
     if not path.is_file():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_pt(path)
     vae.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
@@ -252,11 +256,22 @@ def _restore(path: Path, vae: Autoencoder, optimizer: torch.optim.Optimizer) -> 
 def _metrics(path: Path, start: int):
     """The metrics file, open for appending, without lines of steps that will be run again."""
     lines = path.read_text().splitlines() if path.is_file() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= start]
+    kept = [line for line in lines if _logged_step(line) <= start]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in kept))
-    with path.open("a") as log:
-        yield log
+    try:
+        with path.open("a") as log:
+            yield log
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def _logged_step(line: str) -> float:
+    """Infinite for half a line, where a kill fell into the write."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
 
 
 def _interval() -> float:
