@@ -19,6 +19,8 @@ setup(
         "transformers>=5.17,<6",
         "numpy>=1.26",
         "pydantic>=2.12,<3",
+        "hjson>=3.1",  # DeepSpeed files may have comments
+        "tqdm>=4.66,<5",
         "safetensors>=0.8.0,<0.9",
         "nibabel>=5.4,<6",
         "SimpleITK>=2.5,<3",  # DICOM series, MHA/NRRD, resampling

@@ -22,7 +22,6 @@ _PATHS = {
 _TRAIN = {"batch_size": "training.batch_size", "lr": "training.lr", "n_epochs": "training.n_epochs"}
 _INFERENCE = {
     "dim": "data.dim",
-    "spacing": "data.spacing",
     "random_seed": "sampling.random_seed",
     "num_inference_steps": "sampling.num_inference_steps",
 }
@@ -50,7 +49,7 @@ _DROPPED = {
         "mask_generation_scale_factor", "mask_generation_noise_scheduler", "controlnet_def",
     },
     "diffusion_unet_train": {"cache_rate", "imkey", "num_workers"},
-    "diffusion_unet_inference": {"imkey", "pirads"},
+    "diffusion_unet_inference": {"imkey", "pirads", "spacing"},  # its spacing is only ever logged
     "diffusion_unet_def": {
         "spatial_dims", "in_channels", "out_channels", "use_flash_attention", "include_pirads_input", "include_spacing_input",
         "with_conditioning", "upcast_attention", "num_class_hidden", "include_fc", "use_combined_linear", "resblock_updown",

@@ -32,6 +32,7 @@ def test_reference_files_of_every_variant(variant):
     assert config.model.variant == variant and config.name == variant
     assert config.training.batch_size == 8 and config.training.lr == 1e-4 and config.training.n_epochs == 400
     assert config.data.dim == [256, 256, 128] and config.check_grid() == [64, 64, 32]
+    assert config.data.spacing == [0.5, 0.5, 0.5625]  # the reference's inference.spacing is only logged
     assert config.class_loss_weight == VARIANTS[variant].class_loss_weight
     assert config.paths.model_filename == f"{variant}.pt" and config.sampling.num_inference_steps == 1000
 
