@@ -84,13 +84,13 @@ def normalise(
     """(voxels of the whole grid in [0, 1], float32, padding 0; the window that was mapped to [0, 1]).
 
     T2 and high b: the 0th to the 99.5th percentile of the voxels that are not padding, as the reference measured it on images
-    already on their grid. ADC: 0 to 3000. Raises DataError, naming `path`, where the window is empty."""
+    already on their grid. ADC: 0 to 3000. Raises DataError, naming `path`, where the window is empty or below zero."""
     low, high = ADC_WINDOW
     if sequence != "adc":
         low, high = (float(value) for value in np.percentile(values.astype(np.float64), PERCENTILES))
-        if not high > low:
+        if not high > max(low, 0):
             why, fix = (
-                f"{sequence} has no contrast inside the grid",
+                f"{sequence} has no contrast, or no positive values, inside the grid",
                 "check data.spacing, data.dim and the series' position",
             )
             raise DataError(why, path=path, field="voxels", fix=fix)

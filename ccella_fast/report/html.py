@@ -27,10 +27,14 @@ _SYNTHETIC = "Generated images are synthetic. Nothing on this page is for diagno
 
 
 class Sample(NamedTuple):
-    """One generated volume as `ccella-fast sample` wrote it: its sidecar and, scaled to [0, 1], its volumes."""
+    """One generated volume as `ccella-fast sample` wrote it: its sidecar and, per sequence, its file."""
 
     sidecar: dict[str, Any]
-    volumes: dict[str, np.ndarray]
+    files: dict[str, Path]
+
+    def volume(self, sequence: str) -> np.ndarray:
+        """(X, Y, Z) float32, scaled to [0, 1]."""
+        return read_nifti_array(self.files[sequence])[0] / self.sidecar["intensity_scale"][sequence]
 
 
 def write_report(folder: str | Path) -> Path:
@@ -73,9 +77,7 @@ def _samples(folder: Path) -> list[Sample]:
         sidecar = read_json(path)
         files = {sequence: folder / name for sequence, name in sidecar["files"].items()}
         if all(file.is_file() for file in files.values()):
-            scale = sidecar["intensity_scale"]
-            volumes = {sequence: read_nifti_array(file)[0] / scale[sequence] for sequence, file in files.items()}
-            found.append(Sample(sidecar, volumes))
+            found.append(Sample(sidecar, files))
     return found
 
 
@@ -143,10 +145,12 @@ def _pictures(prepared: Prepared | None, folder: Path, samples: list[Sample]) ->
         for sequence in (prepared.data.sequences if prepared else ())
         if (file := folder / "vae" / "reconstructions" / case.id / f"{sequence}.npy").is_file()
     ]
+    few = 2 * COLUMNS // max((len(sample.files) for sample in samples), default=1)
     generated = [
-        Panel(volume, sample.sidecar["spacing"], _title(f"Generated {n}, seed {sample.sidecar['seed']}", sequence, prepared))
-        for n, sample in enumerate(samples, start=1)
-        for sequence, volume in sample.volumes.items()
+        Panel(sample.volume(sequence), sample.sidecar["spacing"],
+              _title(f"Generated {n}, seed {sample.sidecar['seed']}", sequence, prepared))
+        for n, sample in enumerate(samples[:few], start=1)
+        for sequence in sample.files
     ]  # fmt: skip
     word = _word(cases)
     caption = f"{word} studies as prepared." + ("" if word == "Real" else " Phantoms are synthetic.")
@@ -183,7 +187,7 @@ def _title(text: str, sequence: str, prepared: Prepared | None) -> str:
 
 
 def _montage(panels: Sequence[Panel], caption: str, missing: str) -> dict[str, Any]:
-    image = montage(panels[: 2 * COLUMNS], window=WINDOW) if panels else None
+    image = montage(panels, window=WINDOW) if panels else None
     return _figure(image, caption, missing)
 
 
