@@ -12,6 +12,7 @@ from study_fixtures import tree
 
 from ccella_fast.data import phantom
 from ccella_fast.data.phantom import write_phantoms
+from ccella_fast.data.sources import find_studies
 from ccella_fast.errors import ConfigError
 
 
@@ -62,6 +63,11 @@ def test_impossible_numbers(tmp_path: Path):
         with pytest.raises(ConfigError, match="or more"):
             write_phantoms(tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_found_studies_say_synthetic(studies: Path):
+    found = find_studies(studies)
+    assert len(found) == 8 and all(study.synthetic for study in found)
 
 
 def test_header_says_synthetic_and_oblique(studies: Path):
