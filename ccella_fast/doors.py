@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from ccella_fast.errors import CcellaError, ConfigError
+from ccella_fast.errors import CcellaError, ConfigError, DataError
 
 _PATIENCE = 2.0  # seconds; launchers kill all processes when one ends: let the first one say what is wrong
 
@@ -76,6 +76,8 @@ def run(work: Callable[[], int], *, debug: bool) -> int:
 
 
 def _unexpected(error: Exception) -> CcellaError:
-    first = next(iter(str(error).strip().splitlines()), "")
-    why = f"internal: {type(error).__name__}: {first:.300}".rstrip(": ")
-    return CcellaError(why, fix="run again with --debug and report it")
+    if isinstance(error, OSError) and error.filename is not None:
+        why = f"cannot be read or written: {os.strerror(error.errno or 0)}"
+        return DataError(why, path=error.filename, fix="check that this file is there and that you may use it")
+    # The type alone: a library's message may quote what it was working on, a report for instance.
+    return CcellaError(f"internal: {type(error).__name__}", fix="run again with --debug and report it")

@@ -58,9 +58,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
         print(describe(config, **settings))
         return 0
+    import torch.distributed as dist
+
     from ccella_fast.training.run import train
 
-    return train(config, resume=arguments.resume, **settings)
+    code = train(config, resume=arguments.resume, **settings)
+    if dist.is_initialized():  # not where a complete run had nothing to do
+        dist.destroy_process_group()
+    return code
 
 
 def _reference_run(paths: PathsConfig) -> Path | None:
