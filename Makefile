@@ -26,11 +26,12 @@ demo: $(VENV)/installed
 	ccella-fast sample --checkpoint $(OUT)/model $(REPORTS) --num_samples 2 --out $(OUT)/samples
 	ccella-fast report $(OUT)
 
+# Two processes of one thread each: the tests' tensors are too small to share, and OpenMP teams that compete crawl.
 test: $(VENV)/installed-test
-	pytest
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 soak: $(VENV)/installed-test
-	pytest -m slow
+	OMP_NUM_THREADS=1 pytest -m slow
 
 lint: $(VENV)/installed-test
 	ruff check .
