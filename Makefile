@@ -6,8 +6,11 @@ OUT ?= out/demo
 CONFIG ?= configs/demo.json
 EXTRA := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 STUDIES := $(or $(DATA),$(OUT)/studies)
+# Reports are given where the model has seen some: the phantoms have them, real studies where a studies.csv lies beside them.
 REPORTS := --report "Prostate 42 cc, PSA 9.8. 14 mm low T2 focus in the left peripheral zone at mid level. PI-RADS 5." \
-           --report "Prostate 38 cc, PSA 3.1. No suspicious focus in the peripheral or transition zone. PI-RADS 1."
+           --report "Prostate 38 cc, PSA 3.1. No suspicious focus in the peripheral or transition zone. PI-RADS 1." \
+           --num_samples 2
+PROMPTS := $(if $(DATA),$(if $(wildcard $(DATA)/studies.csv),$(REPORTS),--num_samples 4),$(REPORTS))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DS_ACCELERATOR ?= $(if $(filter cpu,$(EXTRA)),cpu,cuda)
@@ -23,7 +26,7 @@ demo: $(VENV)/installed
 	ccella-fast train-vae --data $(OUT)/prepared --out $(OUT)/vae --config $(CONFIG)
 	ccella-fast prepare --data $(STUDIES) --out $(OUT)/prepared --config $(CONFIG) --vae $(OUT)/vae
 	deepspeed ccella_fast/train.py --config $(CONFIG) --data $(OUT)/prepared --output_dir $(OUT)/model --resume
-	ccella-fast sample --checkpoint $(OUT)/model $(REPORTS) --num_samples 2 --out $(OUT)/samples
+	ccella-fast sample --checkpoint $(OUT)/model $(PROMPTS) --out $(OUT)/samples
 	ccella-fast report $(OUT)
 
 # Two processes of one thread each: the tests' tensors are too small to share, and OpenMP teams that compete crawl.

@@ -68,7 +68,9 @@ def train_vae(data: str | Path, out: str | Path, config: Config) -> None:
         if not all(bool(parameter.isfinite().all()) for parameter in vae.parameters()):
             fix = f"delete the folder and lower vae_training.lr ({config.vae_training.lr:g})"
             raise NonFiniteError("the last step made weights that are not finite", path=out, fix=fix)
-        facts["test"] = evaluate(vae, test, out / "reconstructions", device)
+        # Without a test split there is still something to look at, but no figure to report.
+        measured = evaluate(vae, test or train[:_SHOWN], out / "reconstructions", device)
+        facts["test"] = measured if test else None
         save_autoencoder(vae, out)
         (out / "state.pt").unlink(missing_ok=True)
 
@@ -186,8 +188,8 @@ def _step(
 
 
 @torch.no_grad()
-def evaluate(vae: Autoencoder, images: list[Image], out: Path, device: torch.device) -> dict[str, Any] | None:
-    """Mean L1 and PSNR (peak 1) of whole volumes decoded from their posterior mean, in fp32; None without images.
+def evaluate(vae: Autoencoder, images: list[Image], out: Path, device: torch.device) -> dict[str, Any]:
+    """Mean L1 and PSNR (peak 1) of whole volumes decoded from their posterior mean, in fp32.
 
     The first few reconstructions are written to `out/<case>/<sequence>.npy`, float32 in [0, 1]."""
     vae.eval()
@@ -200,8 +202,6 @@ def evaluate(vae: Autoencoder, images: list[Image], out: Path, device: torch.dev
         if number < _SHOWN:
             with atomic_path(out / image.case / f"{image.sequence}.npy") as temporary, temporary.open("wb") as file:
                 np.save(file, decoded[0, 0].cpu().numpy(), allow_pickle=False)
-    if not images:
-        return None
     return {"volumes": len(images), "l1": round(float(np.mean(l1)), 5), "psnr": round(float(np.mean(psnr)), 2)}
 
 
