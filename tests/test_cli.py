@@ -103,4 +103,4 @@ def test_processes_beside_the_first_leave_the_user_s_mistake_to_it():
     second = "import os; os.environ['LOCAL_RANK'] = '1'\n"
     assert ends(second + "def work(): raise errors.DataError('why')") == (3, "", "")
     code, _, said = ends(second + "def work(): raise RuntimeError('only here')")
-    assert code == 1 and "only here" in said
+    assert code == 1 and "internal: RuntimeError" in said and "only here" not in said
