@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -17,3 +18,12 @@ def real_data() -> Path:
     if not (folder / "mri").is_dir():
         pytest.skip(f"no real data at {folder}; set CCELLA_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def golden_scheduler() -> dict:
+    """The reference's numbers for the noise schedule and its steps."""
+    folder = Path(os.environ.get("CCELLA_TEST_SPEC", ROOT.parent / "shared" / "spec"))
+    if not (folder / "reference-golden.json").is_file():
+        pytest.skip(f"no golden file at {folder}; set CCELLA_TEST_SPEC")
+    return json.loads((folder / "reference-golden.json").read_text())["values"]["SCHEDULER"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -28,14 +26,6 @@ SAME_SCHEDULE = {"beta_start": 0.0015, "beta_end": 0.0195, "clip_sample": False}
 @pytest.fixture(scope="module")
 def schedule() -> Schedule:
     return Schedule.from_config(SchedulerConfig())
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict:
-    folder = Path(os.environ.get("CCELLA_TEST_SPEC", ROOT.parent / "shared" / "spec"))
-    if not (folder / "reference-golden.json").is_file():
-        pytest.skip(f"no golden file at {folder}; set CCELLA_TEST_SPEC")
-    return json.loads((folder / "reference-golden.json").read_text())["values"]["SCHEDULER"]
 
 
 def fake_denoiser(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -143,8 +133,8 @@ def test_ddpm_equals_monai_at_1000_steps_and_not_at_50(schedule):
 
 
 @pytest.mark.parametrize("t", [999, 500, 1, 0])
-def test_ddpm_step_equals_golden(schedule, golden, t):
-    expected = golden[f"step_mean_t{t}"]
+def test_ddpm_step_equals_golden(schedule, golden_scheduler, t):
+    expected = golden_scheduler[f"step_mean_t{t}"]
     x, eps = (
         torch.from_numpy(
             np.random.RandomState(zlib.crc32(f"input:{name}".encode()))

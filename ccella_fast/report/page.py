@@ -51,7 +51,8 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 <h2>Images</h2>
 <p class="soft">Middle slices in three planes, one grey window (0 to 1 of each volume's normalised intensity), true proportions.
 R, L: the patient's right and left; A, P: front and back; S, I: head and feet. The patient's right is on the left side.</p>
-{% for picture in pictures %}
+{% macro figures(several) %}
+{% for picture in several %}
 {% if picture.image %}
 <figure>
 <img alt="{{ picture.alt }}" src="data:image/png;base64,{{ picture.image }}">
@@ -61,18 +62,11 @@ R, L: the patient's right and left; A, P: front and back; S, I: head and feet. T
 <p class="notice">{{ picture.missing }}</p>
 {% endif %}
 {% endfor %}
+{% endmacro %}
+{{ figures(pictures) }}
 
 <h2>Training</h2>
-{% for picture in charts %}
-{% if picture.image %}
-<figure>
-<img alt="{{ picture.alt }}" src="data:image/png;base64,{{ picture.image }}">
-<figcaption>{{ picture.caption }}</figcaption>
-</figure>
-{% else %}
-<p class="notice">{{ picture.missing }}</p>
-{% endif %}
-{% endfor %}
+{{ figures(charts) }}
 
 <h2>Generated volumes</h2>
 {% if samples %}
