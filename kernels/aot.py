@@ -4,7 +4,7 @@
 
 Needs Triton, no GPU and no driver. For each case and architecture: registers, spilled bytes, shared memory, tensor-core
 instructions, 16-byte global loads. A case fails when it spills, needs more shared memory than the chip gives a block, or lacks
-the instructions that it was written for. tests/test_kernels_aot.py compares with the committed table and fails when it got worse.
+the instructions that it was written for. tests/test_kernels_aot.py compares with the committed table.
 """
 
 from __future__ import annotations

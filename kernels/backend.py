@@ -67,7 +67,7 @@ def explain_choice(kernel: str, refusals: Refusals, requested: str | None = None
         if refusals[wanted] is not None:
             raise BackendError(f"{kernel}: backend {wanted!r} was asked for {asker}, but {refusals[wanted]}")
         return Choice(kernel, wanted, f"asked for {asker}")
-    passed = []
+    passed: list[str] = []
     for backend, why_not in refusals.items():
         if why_not is None:
             return Choice(kernel, backend, "; ".join(passed) or "preferred here")

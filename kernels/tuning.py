@@ -1,6 +1,6 @@
 """Launch configurations: the shipped ones, and what was measured on a chip.
 
-A kernel's launcher asks `config(kernel, key, device)`; key says which of its shipped configurations the sizes need, for instance
+A kernel's launcher asks `config(kernel, key, device)`; key says which of its shipped configurations the sizes need, such as
 "d32". What `benchmarks/tune_kernels.py` measured on a chip lies in `kernels/tuned/<chip>.json` and goes before the shipped one.
 """
 
