@@ -106,6 +106,14 @@ def xformers_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a matrix product of `x` is computed in: autocast's dtype where it is on, else x's own. Autocast does not reach into
+    a library op, so the functions that launch kernels cast by this themselves."""
+    kind = x.device.type
+    autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors: for tests."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
