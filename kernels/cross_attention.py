@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccella_fast.kernels.attention import COMPOSITES, attention_reference
+from ccella_fast.kernels.attention import IMPLEMENTATIONS, attention_reference
 from ccella_fast.kernels.backend import Refusals, choose, xformers_refusal
 
 
@@ -82,5 +82,5 @@ def cross_attention(
         b_out=b_out,
         num_heads=num_heads,
         eps=eps,
-        attend=COMPOSITES[chosen],
+        attend=IMPLEMENTATIONS[chosen],
     )
