@@ -44,6 +44,22 @@ SHIPPED: dict[str, dict[str, Config]] = {
             for width in (32, 64, 128)
         },
     },
+    # TILE: elements of x that a program holds at a time, so that two programs fit a multiprocessor's registers: `statistics`
+    # keeps two fp32 values an element, `sums` two or three, the passes that only apply none.
+    "group_norm_silu": {
+        "statistics last": Config({"TILE": 8192}, num_warps=16),
+        "statistics first": Config({"TILE": 4096}, num_warps=8),
+        "apply last": Config({"TILE": 8192}, num_warps=16),
+        "apply first": Config({"TILE": 8192}, num_warps=16),
+        "whole 2048": Config({"TILE": 2048}, num_warps=4),
+        "whole 8192": Config({"TILE": 8192}, num_warps=8),
+        "whole 16384": Config({"TILE": 16384}, num_warps=16),
+        "sums last": Config({"TILE": 4096}, num_warps=8),
+        "sums first": Config({"TILE": 4096}, num_warps=8),
+        "input gradient last": Config({"TILE": 4096}, num_warps=8),
+        "input gradient first": Config({"TILE": 8192}, num_warps=16),
+        "parameter gradients": Config({"BLOCK_C": 32}, num_warps=8),
+    },
 }
 
 
