@@ -15,7 +15,7 @@ Backward, with h^ = (h - m) / sqrt(v + eps) and dz = dy * sigmoid(z) * (1 + z * 
 z is computed again from x, so nothing of x's size is saved but x itself.
 
 Memory traffic, n = B*C*S elements of e bytes. Plain PyTorch, each op reading its inputs and writing its output once, in fp32
-between two casts: n * (2 e + 24) bytes (cast, norm that reads twice, SiLU, cast), 8 n more with a shift. Here, forward: 3 n e
+between two casts: n * (2 e + 28) bytes (cast, norm that reads twice, SiLU, cast), 8 n more with a shift. Here, forward: 3 n e
 (x twice, y once); 2 n e where the statistics are given, a group fits one program, or x fits the L2 cache. Backward: 5 n e (x
 and dy twice, dx once).
 

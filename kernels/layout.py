@@ -95,12 +95,13 @@ def walk_case(
     x = torch.empty((1, voxels, channels) if last else (1, channels, voxels), device="meta")
     x = x.movedim(-1, 1) if last else x
     tuned = SHIPPED[kernel][layout_key(step, x)]
-    large = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "shift_ptr")
+    large = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "h_ptr", "residual_ptr", "shift_ptr")
     pointers = [name for name in function.arg_names if name.endswith("_ptr")]
     signature = {name: f"*{dtype}" if name in large else "*fp32" for name in pointers}
-    signature |= dict.fromkeys(("S", "rows", "shares", "part_rows", "parts"), "i32") | {"eps": "fp32"}
+    signature |= dict.fromkeys(("S", "rows", "shares", "part_rows", "parts", "shift_stride"), "i32") | {"eps": "fp32"}
     title = f"{kernel} {layout_key(step, x)} c{channels} {dtype}"
-    sizes_and_more = walk(x, 32, tuned).sizes | constants
+    known = {**walk(x, 32, tuned).sizes, **constants}
+    sizes_and_more = {key: value for key, value in known.items() if key in function.arg_names}
     return Case(title, function, signature, tuned, sizes_and_more, ("S", "rows", "part_rows"), wide_loads=True)
 
 

@@ -60,6 +60,14 @@ SHIPPED: dict[str, dict[str, Config]] = {
         "input gradient first": Config({"TILE": 8192}, num_warps=16),
         "parameter gradients": Config({"BLOCK_C": 32}, num_warps=8),
     },
+    "geglu": {
+        "forward": Config({"BLOCK_R": 4, "BLOCK_C": 512}, num_warps=4),
+        "backward": Config({"BLOCK_R": 4, "BLOCK_C": 512}, num_warps=8),
+    },
+    "residual_shift": {
+        "sum last": Config({"TILE": 8192}, num_warps=16),
+        "sum first": Config({"TILE": 8192}, num_warps=16),
+    },
 }
 
 
