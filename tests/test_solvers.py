@@ -226,6 +226,16 @@ def test_flow_trajectory_equals_diffusers(schedule, diffusers_in_double, solver,
     assert_same(ours(schedule, get_solver(solver), num_steps, prediction="velocity", spacing="linspace"), expected)
 
 
+@pytest.mark.parametrize("solver", ["euler_flow", "heun_flow"])
+def test_a_flow_network_may_predict_x0_instead(schedule, solver):
+    def clean(x, t):
+        return x - t.view(-1, 1, 1, 1, 1) / 1000 * fake_velocity(x, t)
+
+    expected = ours(schedule, get_solver(solver), 10, prediction="velocity")
+    got = ours(schedule, get_solver(solver), 10, clean, prediction="x0")
+    torch.testing.assert_close(got[-1], expected[-1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("num_steps", [10, 20])
 def test_euler_flow_equals_monai(schedule, num_steps):
     """Its velocity points the other way, and its timesteps are our default."""
