@@ -15,7 +15,6 @@ convolutions of PyTorch's, `reference` the plain PyTorch function that defines w
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -36,6 +35,7 @@ except ImportError:
 ENVIRONMENT = "CCELLA_FAST_BACKEND"
 BACKENDS = ("triton", "xformers", "sdpa", "phase", "reference")
 KERNELS = ("group_norm_silu", "cross_attention", "attention", "upsample_conv3d", "geglu", "residual_shift")
+XFORMERS = importlib.util.find_spec("xformers") is not None  # found, not imported
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Refusals = Mapping[str, str | None]  # backend -> why it cannot run here, None if it can; preferred ones first
@@ -97,7 +97,7 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def xformers_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why xformers' attention cannot take such tensors; None if it can."""
-    if not _xformers_installed():
+    if not XFORMERS:
         return "xformers is not installed"
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a GPU"
@@ -132,8 +132,3 @@ def _from_environment(kernel: str, refusals: Refusals) -> str | None:
         if name and (left == kernel if equals else name in refusals):
             chosen = name
     return chosen
-
-
-@functools.cache
-def _xformers_installed() -> bool:
-    return importlib.util.find_spec("xformers") is not None

@@ -85,15 +85,15 @@ def _apply_reference(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, silu: bool
 ) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    channels = x.shape[1] // mean.shape[1]
-    column = (1,) * (x.ndim - 2)
-    centre = mean.to(wide).repeat_interleave(channels, 1)
+    per_group = x.shape[1] // mean.shape[1]
+    mean, rstd = (each.to(wide).repeat_interleave(per_group, dim=1) for each in (mean, rstd))  # (B, C)
     if shift is not None:
-        centre = centre - shift.to(wide)
-    scale = rstd.to(wide).repeat_interleave(channels, 1) * weight.to(wide)
-    z = (x.to(wide) - centre.reshape(centre.shape + column)) * scale.reshape(scale.shape + column)
-    z = z + bias.to(wide).reshape(bias.shape + column)
-    return (F.silu(z) if silu else z).to(x.dtype)
+        mean = mean - shift.to(wide)
+    scale = rstd * weight.to(wide)
+    offset = bias.to(wide) - mean * scale
+    column = scale.shape + (1,) * (x.ndim - 2)
+    h = torch.addcmul(offset.reshape(column), x.to(wide), scale.reshape(column))
+    return (F.silu(h, inplace=not h.requires_grad) if silu else h).to(x.dtype)
 
 
 def _statistics_reference(x: Tensor, num_groups: int, shift: Tensor | None) -> tuple[Tensor, Tensor]:
