@@ -79,7 +79,7 @@ def absorb(s, v, acc, top, total, c, PRECISION: tl.constexpr):
 
 
 @jit
-def attend(
+def attend_keys(
     q, k_ptr, v_ptr, stride_kl, stride_vl, L, c,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def _forward_kernel(
     q = load_rows(
         q_ptr + b * stride_qb + h * stride_qm + start * stride_qn, stride_qn, N - start, K, BLOCK_N, BLOCK_K, True
     )
-    o, lse = attend(
+    o, lse = attend_keys(
         q, k_ptr + b * stride_kb + h * stride_km, v_ptr + b * stride_vb + h * stride_vm, stride_kl, stride_vl, L,
         scale * 1.4426950408889634, K, BLOCK_N, BLOCK_L, BLOCK_K, PRECISION,
     )  # fmt: skip

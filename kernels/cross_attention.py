@@ -33,7 +33,7 @@ from ccella_fast.kernels.aot import Case
 from ccella_fast.kernels.attention import (
     IMPLEMENTATIONS,
     aot_case,
-    attend,
+    attend_keys,
     attention_backward_fake,
     attention_backward_op,
     attention_op,
@@ -129,7 +129,7 @@ def _heads_kernel(
             w_at = w_q_ptr + h * K * C + i * BLOCK_C
             w = load_rows(w_at, C, K, BLOCK_C, BLOCK_K, BLOCK_C, K != BLOCK_K)
             q = tl.dot(pieces[i], tl.trans(w), q, input_precision=PRECISION)
-        o, _ = attend(
+        o, _ = attend_keys(
             q.to(w_q_ptr.dtype.element_ty), k_ptr + h * stride_km, v_ptr + h * stride_vm, stride_kl, stride_vl, L,
             scale * 1.4426950408889634, K, BLOCK_N, BLOCK_L, BLOCK_K, PRECISION,
         )  # fmt: skip
