@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -64,6 +65,23 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_initialized():
         peak["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     return peak
+
+
+def free_memory(device: Any) -> int:
+    """Bytes that can still be allocated on this torch device; for the CPU what its machine has, or its container if less."""
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        used = int((group / "memory.current").read_text()) - (int(cached[1]) if cached else 0)
+        free = min(free, int(limit) - used)
+    return free
 
 
 def _version(name: str) -> str | None:

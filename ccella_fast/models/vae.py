@@ -6,6 +6,7 @@ flushes are left out: they change nothing but time and memory.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -15,10 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccella_fast.config import AutoencoderConfig
+from ccella_fast.environment import free_memory
 from ccella_fast.errors import CheckpointError
 from ccella_fast.models.blocks import GroupNormSiLU, conv3d, named
+from ccella_fast.models.plan import Pass, Plan, make_plan
+from ccella_fast.models.tiles import run
 from ccella_fast.models.weights import load_weights, plain_tensors, read_pt
 from ccella_fast.storage import atomic_path, read_json, sha256, write_json
+
+logger = logging.getLogger("ccella_fast")
 
 FORMAT = {"format": "ccella_fast.autoencoder", "version": 1}
 _NAMES = ("conv", "conv")  # the reference wraps most convolutions twice
@@ -38,6 +44,13 @@ class VaeResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.nin_shortcut(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
 
+    def passes(self, name: str) -> list[Pass]:
+        branch = None if isinstance(self.nin_shortcut, nn.Identity) else _leaf(self.nin_shortcut)
+        return [
+            Pass(f"{name}.conv1", _leaf(self.conv1), self.norm1, opens=True, branch=branch),
+            Pass(f"{name}.conv2", _leaf(self.conv2), self.norm2, adds=True),
+        ]
+
 
 class Downsample(nn.Module):
     """One voxel of zeros at the high end of each axis, then a 3x3x3 convolution of stride 2 without padding."""
@@ -49,6 +62,9 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1, 0, 1)))
 
+    def passes(self, name: str) -> list[Pass]:
+        return [Pass(f"{name}.conv", _leaf(self.conv), resample="down")]
+
 
 class Upsample(nn.Module):
     """Trilinear x2 (corners not aligned), then a 3x3x3 convolution."""
@@ -59,6 +75,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="trilinear", align_corners=False))
+
+    def passes(self, name: str) -> list[Pass]:
+        return [Pass(f"{name}.conv", _leaf(self.conv), resample="up")]
 
 
 class Blocks(nn.Module):
@@ -92,6 +111,22 @@ class Blocks(nn.Module):
             x = block(x)
         return x
 
+    def passes(self) -> list[Pass]:
+        """The same computation, convolution by convolution."""
+        last = len(self.blocks) - 1
+        passes = [Pass("0", _leaf(self.blocks[0]))]
+        for number, block in enumerate(self.blocks[1:-2], start=1):
+            assert isinstance(block, VaeResidualBlock | Downsample | Upsample)
+            passes += block.passes(str(number))
+        norm = self.blocks[-2]
+        assert isinstance(norm, GroupNormSiLU)
+        return [*passes, Pass(str(last), _leaf(self.blocks[-1]), norm)]
+
+
+def _leaf(module: nn.Module) -> nn.Conv3d:
+    """The convolution below the reference's names."""
+    return next(child for child in module.modules() if isinstance(child, nn.Conv3d))
+
 
 class Autoencoder(nn.Module):
     """Images (B, in_channels, X, Y, Z) <-> latents (B, latent_channels, X/f, Y/f, Z/f), f = `config.factor`."""
@@ -107,20 +142,51 @@ class Autoencoder(nn.Module):
         self.quant_conv_log_sigma = conv3d(latent, latent, 1)
         self.post_quant_conv = conv3d(latent, latent, 1)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior. Raises ValueError when `config.factor` does not divide an axis."""
+    def encode(self, x: Tensor, *, memory: int | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior. `memory`: see `decode`.
+
+        Raises ValueError when `config.factor` does not divide an axis."""
         factor = self.config.factor
         if any(size % factor for size in x.shape[2:]):
             raise ValueError(
                 f"the image grid {tuple(x.shape[2:])} does not fit: each axis must be a multiple of {factor}"
             )
-        h = self.encoder(x)
+        h = self._through(self.encoder, x, memory)
         log_variance = self.quant_conv_log_sigma(h).clamp(-30.0, 20.0)
         return self.quant_conv_mu(h), torch.exp(0.5 * log_variance)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """The image of a latent that has been divided by the scale factor. Not clipped."""
-        return self.decoder(self.post_quant_conv(z))
+    def decode(self, z: Tensor, *, memory: int | None = None) -> Tensor:
+        """The image of a latent that has been divided by the scale factor. Not clipped.
+
+        Without gradients, one volume after the other goes through whole, or in exact tiles where the memory asks for it.
+        memory: bytes that may be allocated on the device (default: three quarters of what is free). Raises ConfigError when
+        they are too few for any tiling, ValueError when `memory` is given although gradients are needed."""
+        return self._through(self.decoder, self.post_quant_conv(z), memory)
+
+    def plan(self, blocks: Blocks, shape: tuple[int, ...], device: torch.device, memory: int | None = None) -> Plan:
+        """How `blocks` (encoder or decoder) would work on one volume of `shape` (C, X, Y, Z)."""
+        dtype = next(self.parameters()).dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        # A quarter stays free for the convolutions' workspaces and for fragmentation.
+        budget = free_memory(device) * 3 // 4 if memory is None else memory
+        return make_plan(blocks.passes(), shape, dtype.itemsize, budget, host=device.type != "cpu")
+
+    def _through(self, blocks: Blocks, x: Tensor, memory: int | None) -> Tensor:
+        differentiable = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+        if differentiable or torch.compiler.is_compiling() or x.is_meta:
+            if memory is not None:
+                raise ValueError("a memory budget is kept only without gradients: use it under torch.no_grad()")
+            return blocks(x)
+        plan = self.plan(blocks, tuple(x.shape[1:]), x.device, memory)
+        logger.log(logging.INFO if plan.tiles else logging.DEBUG, "autoencoder: %s", plan)
+        if x.is_cuda:
+            x = x.to(memory_format=torch.channels_last_3d)
+        with torch.no_grad():
+            volumes = [run(blocks.passes(), plan, volume) for volume in x.split(1)]
+        return volumes[0] if len(volumes) == 1 else torch.cat(volumes)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(reconstruction, mean, sigma), decoded from mean + sigma * noise, or from the mean alone. Used in training."""
