@@ -80,7 +80,7 @@ def test_equals_monai_s_whole_network(grid, slab, vae, theirs, monkeypatch):
     """Whole, a few slabs, single planes; odd grids; pieces of unequal length."""
     monkeypatch.setattr(planning, "SLAB", slab)
     z, x = draw(2, 3, *grid), draw(2, 1, *(4 * size for size in grid))
-    plan = vae.plan(vae.decoder, tuple(z.shape[1:]), z.device)
+    plan = vae.decoder.plan(tuple(z.shape[1:]), z.device)
     assert (plan.tiles == 0) == (slab == 2**29)
     torch.testing.assert_close(vae.decode(z), theirs.decode(z), rtol=1e-4, atol=1e-4)
     for actual, expected in zip(vae.encode(x), theirs.encode(x), strict=True):
@@ -191,10 +191,10 @@ def test_half_of_the_stock_decoder_s_memory():
 
 def test_a_smaller_budget_is_kept_or_refused(vae):
     z = draw(1, 3, 24, 6, 6)
-    whole = vae.plan(vae.decoder, tuple(z.shape[1:]), z.device)
+    whole = vae.decoder.plan(tuple(z.shape[1:]), z.device)
     assert whole.tiles == 0 and str(whole).startswith("whole: peak")
     budget = whole.bytes * 2 // 3
-    plan = vae.plan(vae.decoder, tuple(z.shape[1:]), z.device, budget)
+    plan = vae.decoder.plan(tuple(z.shape[1:]), z.device, budget)
     assert plan.tiles > 0 and plan.bytes <= budget and f"{plan.tiles} tiles" in str(plan)
     with Allocations() as counted:
         decoded = vae.decode(z, memory=budget)

@@ -9,16 +9,19 @@ of an upsampling (2 GB in bf16, 4 GB in fp32, at 256x256x128).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ccella_fast.environment import free_memory
 from ccella_fast.kernels.group_norm_silu import group_norm_silu_apply
 from ccella_fast.models.blocks import GroupNormSiLU
-from ccella_fast.models.plan import HALO, Pass, Plan, Step, cuts, edges_of
+from ccella_fast.models.plan import HALO, Pass, Plan, Step, cuts, edges_of, make_plan
 
+logger = logging.getLogger("ccella_fast")
 Read = Callable[[int, int], Tensor]
 
 
@@ -104,6 +107,39 @@ class Statistics:
         spread = [squares + count * (part - mean) ** 2 for count, part, squares in self.parts]
         variance = torch.stack(spread).sum(0) / total
         return mean.float(), torch.rsqrt(variance + self.norm.eps).float()
+
+
+def plannable(module: nn.Module, x: Tensor, memory: int | None = None) -> bool:
+    """Can x go through as planned? Not where gradients are needed or the graph is traced: then module follows module.
+
+    Raises ValueError when a memory budget is given all the same."""
+    gradients = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
+    if not (gradients or torch.compiler.is_compiling() or x.is_meta):
+        return True
+    if memory is not None:
+        raise ValueError("a memory budget is kept only without gradients: use it under torch.no_grad()")
+    return False
+
+
+def plan_for(passes: list[Pass], shape: tuple[int, ...], device: torch.device, memory: int | None = None) -> Plan:
+    """The plan for one volume of `shape` (C, X, Y, Z) on `device`, within `memory` bytes or three quarters of what is free."""
+    dtype = passes[0].conv.weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    # A quarter stays free for the convolutions' workspaces and for fragmentation.
+    budget = free_memory(device) * 3 // 4 if memory is None else memory
+    return make_plan(passes, shape, dtype.itemsize, budget, host=device.type != "cpu")
+
+
+@torch.no_grad()
+def through(passes: list[Pass], x: Tensor, memory: int | None = None) -> Tensor:
+    """x (B, C, X, Y, Z) through all passes, one volume after the other: each is the same in any batch."""
+    plan = plan_for(passes, tuple(x.shape[1:]), x.device, memory)
+    logger.log(logging.INFO if plan.tiles else logging.DEBUG, "autoencoder: %s", plan)
+    if x.is_cuda:
+        x = x.to(memory_format=torch.channels_last_3d)
+    volumes = [run(passes, plan, volume) for volume in x.split(1)]
+    return volumes[0] if len(volumes) == 1 else torch.cat(volumes)
 
 
 def run(passes: list[Pass], plan: Plan, x: Tensor) -> Tensor:

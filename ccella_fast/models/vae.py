@@ -6,7 +6,6 @@ flushes are left out: they change nothing but time and memory.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
@@ -16,15 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccella_fast.config import AutoencoderConfig
-from ccella_fast.environment import free_memory
 from ccella_fast.errors import CheckpointError
 from ccella_fast.models.blocks import GroupNormSiLU, conv3d, named
-from ccella_fast.models.plan import Pass, Plan, make_plan
-from ccella_fast.models.tiles import run
+from ccella_fast.models.plan import Pass, Plan
+from ccella_fast.models.tiles import plan_for, plannable, through
 from ccella_fast.models.weights import load_weights, plain_tensors, read_pt
 from ccella_fast.storage import atomic_path, read_json, sha256, write_json
-
-logger = logging.getLogger("ccella_fast")
 
 FORMAT = {"format": "ccella_fast.autoencoder", "version": 1}
 _NAMES = ("conv", "conv")  # the reference wraps most convolutions twice
@@ -106,10 +102,16 @@ class Blocks(nn.Module):
         blocks += [GroupNormSiLU(groups, width, eps, silu=False), conv3d(width, outputs, 3, names=_NAMES)]
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, memory: int | None = None) -> Tensor:
+        if plannable(self, x, memory):
+            return through(self.passes(), x, memory)
         for block in self.blocks:
             x = block(x)
         return x
+
+    def plan(self, shape: tuple[int, ...], device: torch.device, memory: int | None = None) -> Plan:
+        """How one volume of `shape` (C, X, Y, Z) would go through without gradients."""
+        return plan_for(self.passes(), shape, device, memory)
 
     def passes(self) -> list[Pass]:
         """The same computation, convolution by convolution."""
@@ -151,7 +153,7 @@ class Autoencoder(nn.Module):
             raise ValueError(
                 f"the image grid {tuple(x.shape[2:])} does not fit: each axis must be a multiple of {factor}"
             )
-        h = self._through(self.encoder, x, memory)
+        h = self.encoder(x, memory=memory)
         log_variance = self.quant_conv_log_sigma(h).clamp(-30.0, 20.0)
         return self.quant_conv_mu(h), torch.exp(0.5 * log_variance)
 
@@ -161,32 +163,7 @@ class Autoencoder(nn.Module):
         Without gradients, one volume after the other goes through whole, or in exact tiles where the memory asks for it.
         memory: bytes that may be allocated on the device (default: three quarters of what is free). Raises ConfigError when
         they are too few for any tiling, ValueError when `memory` is given although gradients are needed."""
-        return self._through(self.decoder, self.post_quant_conv(z), memory)
-
-    def plan(self, blocks: Blocks, shape: tuple[int, ...], device: torch.device, memory: int | None = None) -> Plan:
-        """How `blocks` (encoder or decoder) would work on one volume of `shape` (C, X, Y, Z)."""
-        dtype = next(self.parameters()).dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        # A quarter stays free for the convolutions' workspaces and for fragmentation.
-        budget = free_memory(device) * 3 // 4 if memory is None else memory
-        return make_plan(blocks.passes(), shape, dtype.itemsize, budget, host=device.type != "cpu")
-
-    def _through(self, blocks: Blocks, x: Tensor, memory: int | None) -> Tensor:
-        differentiable = torch.is_grad_enabled() and (
-            x.requires_grad or any(p.requires_grad for p in self.parameters())
-        )
-        if differentiable or torch.compiler.is_compiling() or x.is_meta:
-            if memory is not None:
-                raise ValueError("a memory budget is kept only without gradients: use it under torch.no_grad()")
-            return blocks(x)
-        plan = self.plan(blocks, tuple(x.shape[1:]), x.device, memory)
-        logger.log(logging.INFO if plan.tiles else logging.DEBUG, "autoencoder: %s", plan)
-        if x.is_cuda:
-            x = x.to(memory_format=torch.channels_last_3d)
-        with torch.no_grad():
-            volumes = [run(blocks.passes(), plan, volume) for volume in x.split(1)]
-        return volumes[0] if len(volumes) == 1 else torch.cat(volumes)
+        return self.decoder(self.post_quant_conv(z), memory=memory)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(reconstruction, mean, sigma), decoded from mean + sigma * noise, or from the mean alone. Used in training."""
