@@ -84,6 +84,11 @@ def free_memory(device: Any) -> int:
     return free
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bf16 (AVX512-BF16, AMX); without them bf16 is slower than fp32."""
+    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
