@@ -39,6 +39,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         test_data=arguments.test_data,
         data_base_dir=arguments.data_base_dir,
         embedding_base_dir=arguments.embedding_base_dir,
+        workers=arguments.workers,
     )
 
 
@@ -147,6 +148,9 @@ def _prepare(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--test_data", type=Path, help="JSON manifest of the test split")
     command.add_argument("--data_base_dir", type=Path, help="what a JSON manifest's image paths start from")
     command.add_argument("--embedding_base_dir", type=Path, help="where the reference's prepared latents and text lie")
+    command.add_argument(
+        "--workers", type=_from(1), help="processes that make images (default: what cores and memory allow)"
+    )
     _add_config(command)
 
 

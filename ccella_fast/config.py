@@ -124,14 +124,16 @@ class SchedulerConfig(Section):
     clip_sample: Literal[False] = False
 
 
-class DataConfig(Section):
-    """The grid that every study is brought to, and the sequences that are kept."""
+class GridConfig(Section):
+    """The grid that every study is brought to, and the sequences that are kept. A prepared folder's manifest holds it."""
 
     sequences: list[Literal["t2w", "hbv", "adc"]] = ["t2w"]
     spacing: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [0.5, 0.5, 0.5625]  # mm, axes R, A, S
     dim: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [256, 256, 128]  # voxels, axes R, A, S
     dataset: str | None = None  # train only on studies with this tag (the manifest's `dataset`)
-    engine: Literal["auto", "dali", "torch"] = "auto"  # what loads and augments volumes; auto: DALI on a GPU, else torch
+    engine: Literal["auto", "dali", "torch"] = (
+        "auto"  # what loads and augments volumes; auto: DALI on a GPU, else torch
+    )
 
     @field_validator("sequences")
     @classmethod
@@ -139,6 +141,12 @@ class DataConfig(Section):
         if not names or len(set(names)) != len(names):
             raise ValueError("give at least one sequence, each once")
         return names
+
+
+class DataConfig(GridConfig):
+    engine: Literal["auto", "dali", "torch"] = (
+        "auto"  # what loads and augments volumes; auto: DALI on a GPU, else torch
+    )
 
 
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -168,7 +176,11 @@ class AugmentationConfig(Section):
     translation: Axes = [0.0, 0.0, 0.0]  # mm
     zoom: Annotated[Strength, Field(le=1)] = 0.0  # 0.1: voxels smaller or larger by up to 10 %
     crop: Annotated[list[Fraction], Field(min_length=3, max_length=3)] = [0.0, 0.0, 0.0]  # share of an axis cut off
-    gland: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [60.0, 50.0, 45.0]  # mm; see data/augment.py
+    gland: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [
+        60.0,
+        50.0,
+        45.0,
+    ]  # mm; see data/augment.py
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of left and right changing places
     gamma: Annotated[Strength, Field(le=2)] = 0.0  # 0.1: exponent e^-0.1 to e^0.1
     contrast: Annotated[Strength, Field(le=0.5)] = 0.0  # change of the slope at mid-grey

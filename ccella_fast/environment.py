@@ -66,6 +66,17 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
+def available_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its container if that is less."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit))
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

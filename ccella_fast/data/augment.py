@@ -126,7 +126,9 @@ def draw(
     return drawn
 
 
-def _geometry(config: AugmentationConfig, within: Any, shape: Sequence[int], spacing: Sequence[float]) -> dict[str, Any]:
+def _geometry(
+    config: AugmentationConfig, within: Any, shape: Sequence[int], spacing: Sequence[float]
+) -> dict[str, Any]:
     zoom = (1 + config.zoom) ** within(1.0)
     kept = [1 - abs(within(share)) for share in config.crop]
     spare = [(1 - part) * size * step / 2 for part, size, step in zip(kept, shape, spacing, strict=True)]
@@ -156,7 +158,9 @@ def check_conditioning(config: Config) -> None:
         raise ConfigError(why, field="augmentation.flip", fix=fix)
 
 
-def extremes(config: AugmentationConfig, shape: Sequence[int], spacing: Sequence[float]) -> Iterator[tuple[str, Augmentation]]:
+def extremes(
+    config: AugmentationConfig, shape: Sequence[int], spacing: Sequence[float]
+) -> Iterator[tuple[str, Augmentation]]:
     """(title, augmentation) of every operator in use, alone and at its largest, for people to look at."""
     turns = [(f"rotation {name} {limit:g}°", {"rotation": tuple(limit if axis == i else 0.0 for i in range(3))})
              for axis, (name, limit) in enumerate(zip("RAS", config.rotation, strict=True)) if limit]  # fmt: skip
@@ -187,7 +191,7 @@ def extremes(config: AugmentationConfig, shape: Sequence[int], spacing: Sequence
 def normals(voxels: int) -> np.ndarray:
     """The standard normal numbers of which every volume's noise is a part: float32, read-only, the same everywhere.
 
-    A fixed table is what lets two engines, on two kinds of device, add the same noise without copying it from one to the other."""
+    A fixed table lets two engines, on two kinds of device, add the same noise without copying it from one to the other."""
     table = np.random.Generator(np.random.PCG64(20230617)).standard_normal(voxels + _STARTS, np.float32)
     table.flags.writeable = False
     return table

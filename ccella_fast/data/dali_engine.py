@@ -55,7 +55,10 @@ class DaliEngine:
     def _parameters(self, jobs: list[Job]) -> list[Any]:
         """For each of the pipeline's small inputs a list over the batch, in the order in which `graph` takes them."""
         config, drawn = self.config, [job.augmentation for job in jobs]
-        inputs: list[Any] = [[np.array(job.box[0], np.int32) for job in jobs], [np.array(job.box[1], np.int32) for job in jobs]]
+        inputs: list[Any] = [
+            [np.array(job.box[0], np.int32) for job in jobs],
+            [np.array(job.box[1], np.int32) for job in jobs],
+        ]
         if config.active:
             inputs.append([_dali_matrix(job.local_matrix) for job in jobs])
         if config.blur:
@@ -87,7 +90,7 @@ class DaliEngine:
         @pipeline_def(
             batch_size=batch_size,
             num_threads=threads(),
-            device_id=(self.device.index or 0) if on_gpu else None,
+            device_id=(self.device.index or 0) if on_gpu else None,  # type: ignore[arg-type]
             prefetch_queue_depth=_AHEAD if on_gpu else 1,
         )
         def graph() -> Any:
@@ -97,13 +100,13 @@ class DaliEngine:
                 return x
             x = fn.warp_affine(
                 fn.reshape(fn.expand_dims(x, axes=3), layout="DHWC"), matrix=next(inputs), size=size, fill_value=0.0,
-                inverse_map=True, interp_type=types.INTERP_LINEAR,
+                inverse_map=True, interp_type=types.DALIInterpType.INTERP_LINEAR,
             )  # fmt: skip
             if config.blur:
                 x = fn.gaussian_blur(x, sigma=next(inputs))
             if config.brightness or config.bias:
                 field = fn.reshape(here(next(inputs)), layout="DHWC")
-                field = fn.resize(field, size=size, interp_type=types.INTERP_LINEAR, antialias=False)
+                field = fn.resize(field, size=size, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=False)
                 x = dali.math.clamp(x * field, 0.0, 1.0)
             x = fn.squeeze(x, axes=3)
             if config.gamma:

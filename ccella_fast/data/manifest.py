@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from ccella_fast.config import DataConfig
+from ccella_fast.config import GridConfig
 from ccella_fast.errors import DataError
 from ccella_fast.storage import inside, read_json, sha256
 
@@ -79,7 +79,7 @@ class Prepared(_Model):
 
     format: Literal["ccella_fast.prepared"]
     version: Literal[1]
-    data: DataConfig
+    data: GridConfig
     text: TextInfo | None
     vae: VaeInfo | None
     scale_factor: list[PositiveFinite] | None

@@ -25,7 +25,7 @@ from ccella_fast.data.latents import LatentEncoder, combine_moments
 from ccella_fast.data.manifest import FORMAT, IMPORTED, NAME, Prepared
 from ccella_fast.data.records import Records
 from ccella_fast.data.sources import Defects, Study, find_studies
-from ccella_fast.data.stages import Images, ImportedLatents, ImportedText, Latents, Stage, Text, bar, latent_digest
+from ccella_fast.data.stages import Images, ImportedLatents, ImportedText, Latents, Stage, Text, latent_digest
 from ccella_fast.data.text import TextEncoder
 from ccella_fast.environment import peak_memory, recorded
 from ccella_fast.errors import ConfigError, DataError, DiskError
@@ -45,12 +45,14 @@ def prepare(
     test_data: str | Path | None = None,
     data_base_dir: str | Path | None = None,
     embedding_base_dir: str | Path | None = None,
+    workers: int | None = None,
 ) -> None:
     """Prepare the studies of `data` (a folder, or a manifest in the reference's form) into the folder `out`.
 
     csv: classes, splits and reports of a folder's studies. test_data: manifest of the test split. data_base_dir,
     embedding_base_dir: where a manifest's images and the reference's own prepared files lie. vae: adds latents (posterior mean
-    and sigma) and the scale factor. Every study is read and checked before the first is written. Raises DataError, ConfigError,
+    and sigma) and the scale factor. workers: processes that make images (None: as many as are worth it); they change no
+    bit of the result. Every study is read and checked before the first is written. Raises DataError, ConfigError,
     CheckpointError, DiskError."""
     out = Path(out)
     config.check_grid()
@@ -59,7 +61,7 @@ def prepare(
         data, csv_file=csv, test_data=test_data, data_base_dir=data_base_dir, embedding_base_dir=embedding_base_dir
     )
     records = Records(out)
-    stages = _plan(records, studies, config, vae)
+    stages = _plan(records, studies, config, vae, workers)
     manifest = _Manifest(records, studies, config, stages)
     stale = {stage.name: stage.stale() for stage in stages}
     if not any(stale.values()) and manifest.is_current():
@@ -74,8 +76,8 @@ def prepare(
         for stage in stages:
             todo = stage.stale()  # again: latents depend on the images just made
             _announce(records, stage, todo)
-            with _timed(times, stage.name, len(todo)):
-                stage.run(todo)
+            with _timed(times, stage.name, len(todo)) as seconds:
+                seconds |= stage.run(todo)
         manifest.write()
 
 
@@ -86,14 +88,25 @@ def _earlier_times(out: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _timed(times: dict[str, Any], stage: str, studies: int) -> Iterator[None]:
-    begun = time.perf_counter()
-    yield
-    if studies:
-        times[stage] = {"studies": studies, "seconds": round(time.perf_counter() - begun, 2), **peak_memory()}
+def _timed(times: dict[str, Any], stage: str, studies: int) -> Iterator[dict[str, float]]:
+    """Record and tell how long a stage took. Yields a dictionary for the seconds of single studies."""
+    begun, each = time.perf_counter(), dict[str, float]()
+    yield each
+    if not studies:
+        return
+    seconds = time.perf_counter() - begun
+    times[stage] = {"studies": studies, "seconds": round(seconds, 2), **peak_memory()}
+    told = f"{stage}: {studies} {'study' if studies == 1 else 'studies'} in {seconds:.1f} s"
+    if each:
+        times[stage]["seconds_per_study"] = {name: round(each[name], 3) for name in sorted(each)}
+        slowest = max(each, key=lambda name: each[name])
+        told += f"; median {statistics.median(each.values()):.2f} s, longest {each[slowest]:.2f} s ({slowest})"
+    logger.info("%s", told)
 
 
-def _plan(records: Records, studies: list[Study], config: Config, vae: str | Path | None) -> list[Stage]:
+def _plan(
+    records: Records, studies: list[Study], config: Config, vae: str | Path | None, workers: int | None
+) -> list[Stage]:
     """The stages that these studies need. Imported and made text do not mix, nor do latents of two autoencoders."""
     sequences = config.data.sequences
     as_latents = [study for study in studies if all(name in study.latent_files for name in sequences)]
@@ -109,7 +122,7 @@ def _plan(records: Records, studies: list[Study], config: Config, vae: str | Pat
     stages: list[Stage] = []
     if not as_latents:
         _check_series(studies, sequences)
-        stages.append(Images(records, studies, config))
+        stages.append(Images(records, studies, config, workers))
     if as_features:
         stages.append(ImportedText(records, studies, config))
     elif get_variant(config.model.variant).text:
@@ -147,11 +160,7 @@ def _check_all(stages: list[Stage], stale: dict[str, list[Study]]) -> None:
     """Read everything that will be used; DataError tells the first defect and how many more there are."""
     defects = Defects()
     for stage in stages:
-        for study in bar(stale[stage.name], f"checking {stage.name}s") if stage.checks else []:
-            try:
-                stage.check(study)
-            except DataError as defect:
-                defects.add(defect)
+        defects.found += stage.check(stale[stage.name])
     defects.raise_first()
 
 
@@ -193,7 +202,7 @@ class _Manifest:
         return {
             "format": FORMAT,
             "version": 1,
-            "data": self.config.data.model_dump(mode="json"),
+            "data": self.config.data.model_dump(mode="json", exclude={"engine"}),
             "text": self._text(),
             "vae": None if vae is None else {"sha256": vae},
             "scale_factor": scale,

@@ -110,7 +110,9 @@ def warp(box: Tensor, matrix: np.ndarray, size: Sequence[int], low: int, high: i
     shape = np.array(box.shape, float)
     linear = torch.tensor((matrix[:, :3] * 2 / shape[:, None])[::-1].copy(), dtype=torch.float32, device=box.device)
     offset = torch.tensor(((matrix[:, 3] * 2 + 1) / shape - 1)[::-1].copy(), dtype=torch.float32, device=box.device)
-    x, y, z = (torch.arange(*ends, dtype=torch.float32, device=box.device) for ends in ((low, high), (size[1],), (size[2],)))
+    x, y, z = (
+        torch.arange(*ends, dtype=torch.float32, device=box.device) for ends in ((low, high), (size[1],), (size[2],))
+    )
     plane = y[:, None, None] * linear[:, 1] + z[:, None] * linear[:, 2] + offset
     grid = plane + (x[:, None] * linear[:, 0])[:, None, None]  # (X, Y, Z, 3): last axis first, from -1 to 1
     moved = F.grid_sample(box[None, None], grid[None], mode="bilinear", padding_mode="zeros", align_corners=False)
