@@ -131,9 +131,6 @@ class GridConfig(Section):
     spacing: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [0.5, 0.5, 0.5625]  # mm, axes R, A, S
     dim: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [256, 256, 128]  # voxels, axes R, A, S
     dataset: str | None = None  # train only on studies with this tag (the manifest's `dataset`)
-    engine: Literal["auto", "dali", "torch"] = (
-        "auto"  # what loads and augments volumes; auto: DALI on a GPU, else torch
-    )
 
     @field_validator("sequences")
     @classmethod
@@ -144,9 +141,8 @@ class GridConfig(Section):
 
 
 class DataConfig(GridConfig):
-    engine: Literal["auto", "dali", "torch"] = (
-        "auto"  # what loads and augments volumes; auto: DALI on a GPU, else torch
-    )
+    # What loads and augments volumes. auto: DALI on a GPU, else torch.
+    engine: Literal["auto", "dali", "torch"] = "auto"
 
 
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -176,11 +172,7 @@ class AugmentationConfig(Section):
     translation: Axes = [0.0, 0.0, 0.0]  # mm
     zoom: Annotated[Strength, Field(le=1)] = 0.0  # 0.1: voxels smaller or larger by up to 10 %
     crop: Annotated[list[Fraction], Field(min_length=3, max_length=3)] = [0.0, 0.0, 0.0]  # share of an axis cut off
-    gland: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [
-        60.0,
-        50.0,
-        45.0,
-    ]  # mm; see data/augment.py
+    gland: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [60.0, 50.0, 45.0]  # mm; always in view
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of left and right changing places
     gamma: Annotated[Strength, Field(le=2)] = 0.0  # 0.1: exponent e^-0.1 to e^0.1
     contrast: Annotated[Strength, Field(le=0.5)] = 0.0  # change of the slope at mid-grey
@@ -193,7 +185,7 @@ class AugmentationConfig(Section):
     @classmethod
     def _with_preset(cls, values: Any) -> Any:
         preset = values.get("preset", "text") if isinstance(values, dict) else None
-        return {**PRESETS[preset], **values} if preset in PRESETS else values
+        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
 
     @property
     def active(self) -> bool:
