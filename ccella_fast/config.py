@@ -223,6 +223,7 @@ class VaeTrainingConfig(Section):
 class TrainingConfig(Section):
     """The diffusion model's training (section 3). Batch sizes are per process."""
 
+    latents: Literal["stored", "online"] = "stored"  # online: made while training, from augmented images
     batch_size: Positive = 8
     gradient_accumulation_steps: Positive = 1
     lr: PositiveFloat = 1e-4
