@@ -11,40 +11,9 @@ from pathlib import Path
 
 import torch
 
-from ccella_fast.config import Config
-from ccella_fast.data.augment import IDENTITY, Augmentation, draw
 from ccella_fast.data.dataset import Batch, Pick, PreparedDataset, collate
 from ccella_fast.data.latents import LatentEncoder
-from ccella_fast.data.manifest import Case
-from ccella_fast.data.volumes import Job, make_engine
-
-
-class Volumes:
-    """Jobs for a prepared folder's studies, augmented as configured."""
-
-    def __init__(self, folder: Path, config: Config, seed: int):
-        self.folder, self.config, self.seed = folder, config, seed
-
-    def augmentation(self, case: Case, epoch: int) -> Augmentation:
-        if not self.config.augmentation.active:
-            return IDENTITY
-        grid = self.config.data
-        return draw(
-            self.config.augmentation, seed=self.seed, case_id=case.id, epoch=epoch, shape=grid.dim, spacing=grid.spacing
-        )
-
-    def jobs(self, case: Case, epoch: int) -> list[Job]:
-        """One a sequence: the same view of each."""
-        x, y, z = self.config.data.dim
-        r, a, s = self.config.data.spacing
-        drawn = self.augmentation(case, epoch)
-        return [
-            Job(self.path(case, sequence), (x, y, z), (0, 0, 0), (x, y, z), (r, a, s), drawn.for_sequence(sequence))
-            for sequence in self.config.data.sequences
-        ]
-
-    def path(self, case: Case, sequence: str) -> Path:
-        return self.folder / case.files[f"image/{sequence}"].path
+from ccella_fast.data.volumes import Job, augmentation_of, make_engine, study_jobs
 
 
 class OnlineLatents:
@@ -52,17 +21,16 @@ class OnlineLatents:
 
     def __init__(self, dataset: PreparedDataset, vae: Path, device: torch.device, seed: int):
         self.dataset = dataset
-        self.config = dataset.config
-        self.volumes = Volumes(dataset.prepared.folder, self.config, seed)
+        self.config, self.seed = dataset.config, seed
         self.encoder = LatentEncoder(vae, self.config.autoencoder)
         self.engine = make_engine(self.config.data.engine, self.config.augmentation, device, self.config.data.dim)
 
     def batches(self, picks: Callable[[int], Sequence[Pick]], count: int) -> Iterator[Batch]:
         cases, sequences = self.dataset.cases, self.config.data.sequences
-        paths = [self.volumes.path(cases[p.study], name) for n in range(count) for p in picks(n) for name in sequences]
+        paths = [self._images(p)[name] for n in range(count) for p in picks(n) for name in sequences]
 
         def jobs(n: int) -> list[Job]:
-            return [job for pick in picks(n) for job in self.volumes.jobs(cases[pick.study], pick.epoch)]
+            return [job for pick in picks(n) for job in self._jobs(pick)]
 
         for n, volumes in enumerate(self.engine.stream(paths, jobs, count)):
             # One at a time: an encoder holds gigabytes a volume.
@@ -71,8 +39,17 @@ class OnlineLatents:
             items = []
             for number, pick in enumerate(picks(n)):
                 rows = slice(number * len(sequences), (number + 1) * len(sequences))
-                spacing = self.volumes.augmentation(cases[pick.study], pick.epoch).spacing(self.config.data.spacing)
+                drawn = augmentation_of(self.config, cases[pick.study].id, seed=self.seed, epoch=pick.epoch)
+                spacing = drawn.spacing(self.config.data.spacing)
                 items.append(
                     self.dataset.described(pick.study, mean[rows].flatten(0, 1), sigma[rows].flatten(0, 1), spacing)
                 )
             yield collate(items)
+
+    def _jobs(self, pick: Pick) -> list[Job]:
+        case = self.dataset.cases[pick.study]
+        return study_jobs(self.config, self._images(pick), case.id, seed=self.seed, epoch=pick.epoch)
+
+    def _images(self, pick: Pick) -> dict[str, Path]:
+        folder, files = self.dataset.prepared.folder, self.dataset.cases[pick.study].files
+        return {name: folder / files[f"image/{name}"].path for name in self.config.data.sequences}

@@ -9,7 +9,9 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ class TorchEngine:
 
     def stream(self, paths: Sequence[Path], jobs: Callable[[int], list[Job]], count: int) -> Iterator[Tensor]:
         if self.device.type == "cpu":
-            with ThreadPoolExecutor(threads(), thread_name_prefix="volumes", initializer=_one_thread) as pool:
+            with _single_threaded(threads()) as pool:
                 for n in range(count):
                     yield torch.stack(list(pool.map(self.make, jobs(n))))
             return
@@ -55,7 +57,7 @@ class TorchEngine:
         """(1, X, Y, Z) on the engine's device. DataError names the file."""
         return self.apply(torch.from_numpy(job.read()).to(self.device), job)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def apply(self, box: Tensor, job: Job) -> Tensor:
         """The part `job.box` of the file -> (1, X, Y, Z)."""
         if not self.config.active:
@@ -141,5 +143,11 @@ def _pinned(job: Job) -> Tensor:
     return torch.from_numpy(job.read()).pin_memory()
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # of this worker: volumes are made side by side, not each by all cores
+@contextmanager
+def _single_threaded(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each compute alone: volumes are made side by side, not each by all cores."""
+    here, started = torch.get_num_threads(), Barrier(workers)
+    with ThreadPoolExecutor(workers, "volumes", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(lambda _: started.wait(), range(workers)))
+        torch.set_num_threads(here)  # the setting is a thread's own, but threads that start later take the last one
+        yield pool

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccella_fast.config import AugmentationConfig
-from ccella_fast.data.augment import IDENTITY, Augmentation
+from ccella_fast.config import AugmentationConfig, Config
+from ccella_fast.data.augment import IDENTITY, Augmentation, draw
 from ccella_fast.data.manifest import open_array
 from ccella_fast.errors import CcellaError, ConfigError, DataError
 
@@ -77,6 +77,25 @@ class Job(_Window):
         except DataError as defect:
             defect.fix = "run `ccella-fast prepare` again"
             raise
+
+
+def augmentation_of(config: Config, case_id: str, *, seed: int, epoch: int) -> Augmentation:
+    """How a whole study looks in an epoch."""
+    strengths, grid = config.augmentation, config.data
+    if not strengths.active:
+        return IDENTITY
+    return draw(strengths, seed=seed, case_id=case_id, epoch=epoch, shape=grid.dim, spacing=grid.spacing)
+
+
+def study_jobs(config: Config, images: dict[str, Path], case_id: str, *, seed: int, epoch: int) -> list[Job]:
+    """One job a sequence: the same view of each. images: sequence -> prepared file."""
+    x, y, z = config.data.dim
+    r, a, s = config.data.spacing
+    drawn = augmentation_of(config, case_id, seed=seed, epoch=epoch)
+    return [
+        Job(images[sequence], (x, y, z), (0, 0, 0), (x, y, z), (r, a, s), drawn.for_sequence(sequence))
+        for sequence in config.data.sequences
+    ]
 
 
 class Engine(Protocol):

@@ -25,8 +25,8 @@ _CPU = torch.device("cpu")
 
 
 class Samples(NamedTuple):
-    """One micro-batch, on the device. `class_share` corrects the class loss, a mean over the local samples that have a class, to
-    the mean over those of the whole global batch (the reference's own value on one process)."""
+    """One micro-batch, on the device. `class_share` corrects the class loss, a mean over the local samples that have a class,
+    to the mean over those of the whole global batch (the reference's own value on one process)."""
 
     ids: list[str]
     latents: Tensor  # (B, C, X, Y, Z) float32, times the scale factor: x0
@@ -117,11 +117,17 @@ class Feed:
             posterior, noise, timesteps = (_to(torch.stack(part), self.device) for part in zip(*draws, strict=True))
             mean, sigma = _to(batch.latent_mean, self.device), _to(batch.latent_sigma, self.device)
             text = None if batch.text is None else _to(batch.text, self.device)
-            known = (_to(part, self.device) for part in (batch.pirads, batch.spacing, batch.has_class))
             yield Samples(
-                batch.ids, (mean + sigma * posterior) * self.scale, noise, timesteps, text, *known,
+                ids=batch.ids,
+                latents=(mean + sigma * posterior) * self.scale,
+                noise=noise,
+                timesteps=timesteps,
+                text=text,
+                pirads=_to(batch.pirads, self.device),
+                spacing=_to(batch.spacing, self.device),
+                has_class=_to(batch.has_class, self.device),
                 class_share=self._class_share(step, positions),
-            )  # fmt: skip
+            )
 
     def _class_share(self, step: int, positions: range) -> float:
         start, has_class = step * self.global_batch, self.dataset.has_class
