@@ -90,6 +90,12 @@ def write_array(out: Path, relative: str, array: np.ndarray) -> dict[str, Any]:
     return {"path": relative, "sha256": hashed.hexdigest(), "bytes": len(head.getvalue()) + array.nbytes}
 
 
+def file_entry(out: Path, relative: str) -> dict[str, Any]:
+    """The manifest's entry of a file that is there."""
+    path = out / relative
+    return {"path": relative, "sha256": sha256(path), "bytes": path.stat().st_size}
+
+
 def digest(values: Any) -> str:
     """SHA-256 of plain JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

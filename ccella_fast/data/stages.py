@@ -25,7 +25,7 @@ from ccella_fast.data.text import TextEncoder
 from ccella_fast.errors import DataError
 
 # Part of every digest; raise it when the same inputs give other results.
-_RECIPE, _IMAGE_RECIPE = 1, 2
+RECIPE, IMAGE_RECIPE = 1, 2
 
 
 class Stage:
@@ -69,7 +69,7 @@ class Images(Stage):
 
     def inputs(self, study: Study) -> str:
         series = {sequence: self.records.fingerprint(study.files[sequence]) for sequence in self.sequences}
-        return digest([_IMAGE_RECIPE, series, self.config.data.model_dump(include={"sequences", "spacing", "dim"})])
+        return digest([IMAGE_RECIPE, series, self.config.data.model_dump(include={"sequences", "spacing", "dim"})])
 
     def check(self, todo: list[Study]) -> list[DataError]:
         found = [(done.task, done.result) for done in self._all(check_images, todo, "checking images") if done.result]
@@ -112,7 +112,7 @@ class Text(Stage):
         self.encoder = encoder
 
     def inputs(self, study: Study) -> str:
-        return digest([_RECIPE, self.encoder.identity, study.report or ""])
+        return digest([RECIPE, self.encoder.identity, study.report or ""])
 
     def run(self, todo: list[Study]) -> dict[str, float]:
         wanted: dict[str, list[str]] = {}
@@ -139,7 +139,7 @@ class ImportedText(Stage):
 
     def inputs(self, study: Study) -> str:
         assert study.text_file is not None
-        return digest([_RECIPE, "imported", self.records.fingerprint(study.text_file)])
+        return digest([RECIPE, "imported", self.records.fingerprint(study.text_file)])
 
     def check(self, todo: list[Study]) -> list[DataError]:
         return _defects(self._read, bar(todo, "checking texts"))
@@ -201,7 +201,7 @@ class ImportedLatents(Stage):
 
     def inputs(self, study: Study) -> str:
         sources = {sequence: self.records.fingerprint(study.latent_files[sequence]) for sequence in self.sequences}
-        return digest([_RECIPE, "imported", sources])
+        return digest([RECIPE, "imported", sources])
 
     def check(self, todo: list[Study]) -> list[DataError]:
         def read(study: Study) -> None:
@@ -227,7 +227,7 @@ class ImportedLatents(Stage):
 def latent_digest(records: Records, study: Study, vae: str) -> str:
     """What latents made by the autoencoder with this SHA-256 depend on: it, and the prepared images."""
     images = records.get(study.id, "image").get("files", {})
-    return digest([_RECIPE, vae, {key: entry["sha256"] for key, entry in sorted(images.items())}])
+    return digest([RECIPE, vae, {key: entry["sha256"] for key, entry in sorted(images.items())}])
 
 
 def _defects(read: Callable[[Study], Any], studies: Iterable[Study]) -> list[DataError]:
