@@ -161,7 +161,7 @@ def check_conditioning(config: Config) -> None:
 def extremes(
     config: AugmentationConfig, shape: Sequence[int], spacing: Sequence[float]
 ) -> Iterator[tuple[str, Augmentation]]:
-    """(title, augmentation) of every operator in use, alone and at its largest, for people to look at."""
+    """(title, augmentation) of every operator in use, alone and at its largest that is taken, for people to look at."""
     turns = [(f"rotation {name} {limit:g}°", {"rotation": tuple(limit if axis == i else 0.0 for i in range(3))})
              for axis, (name, limit) in enumerate(zip("RAS", config.rotation, strict=True)) if limit]  # fmt: skip
     spare = [share * size * step / 2 for share, size, step in zip(config.crop, shape, spacing, strict=True)]
@@ -184,7 +184,15 @@ def extremes(
     ]
     for title, in_use, values in every:
         if in_use:
-            yield title, Augmentation(**values)
+            yield title, _nearest_taken(Augmentation(**values), config.gland, shape, spacing)
+
+
+def _nearest_taken(
+    view: Augmentation, gland: Sequence[float], shape: Sequence[int], spacing: Sequence[float]
+) -> Augmentation:
+    """The view, its shift made smaller until the gland lies inside."""
+    parts = (replace(view, shift=tuple(part * mm for mm in view.shift)) for part in np.linspace(1, 0, 21).tolist())
+    return next((moved for moved in parts if keeps_gland(moved, gland, shape, spacing)), view)
 
 
 @lru_cache(maxsize=1)
