@@ -67,11 +67,12 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
-def free_memory(device: Any) -> int:
-    """Bytes that can still be allocated on this torch device; for the CPU what its machine has, or its container if less."""
-    import torch
+def free_memory(device: Any = None) -> int:
+    """Bytes that can still be allocated on this torch device; for the CPU (None) what its machine has, or its container if
+    less."""
+    if device is not None and device.type == "cuda":
+        import torch
 
-    if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     lines = Path("/proc/meminfo").read_text().splitlines()
