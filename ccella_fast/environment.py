@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
         "cpu": {
             "cores": len(os.sched_getaffinity(0)),
             "torch_threads": torch.get_num_threads(),
-            "instructions": [flag for flag in _ISA if flag in _cpu_flags()],
+            "instructions": cpu_instructions(),
             "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         },
         "gpu": _gpus(torch),
@@ -64,6 +64,12 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_initialized():
         peak["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     return peak
+
+
+def cpu_instructions() -> list[str]:
+    """Which of the vector and matrix instructions that torch's kernels are written for this CPU has."""
+    flags = _cpu_flags()
+    return [flag for flag in _ISA if flag in flags]
 
 
 def _version(name: str) -> str | None:
