@@ -84,7 +84,7 @@ class TextFreeModel(Denoiser, UNet3d):
         self, timesteps: Tensor, *, spacing: Tensor, text: Tensor | None = None, pirads: Tensor | None = None
     ) -> Conditioning:
         self._check_inputs(spacing, text, pirads)
-        return Conditioning(self.embed(timesteps, spacing, pirads), None, None)
+        return self.project(self.embed(timesteps, spacing, pirads), None, None)
 
     def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         return UNet3d.denoise(self, x, conditioning)
@@ -111,7 +111,7 @@ class TextModel(Denoiser):
         logits = self._class_logits(context, heads)
         # Not detached: the diffusion loss trains the heads too.
         class_vector = pirads if logits is None else CLASS_SCALE * logits.float().softmax(dim=1)
-        return Conditioning(self.unet.embed(timesteps, spacing, class_vector), context, logits)
+        return self.unet.project(self.unet.embed(timesteps, spacing, class_vector), context, logits)
 
     def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         return self.unet.denoise(x, conditioning)

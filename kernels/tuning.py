@@ -1,0 +1,43 @@
+"""Launch configurations: the shipped ones, and what was measured on a chip.
+
+A kernel's launcher asks `config(kernel, key, device)`; key says which of its shipped configurations the sizes need, such as
+"d32". What `benchmarks/tune_kernels.py` measured on a chip lies in `kernels/tuned/<chip>.json` and goes before the shipped one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """constants: the kernel's block sizes by parameter name. num_warps, num_stages: Triton's."""
+
+    constants: dict[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# kernel -> key -> configuration. Chosen by arithmetic and by what ptxas reports (kernels/aot.json), not yet by time.
+SHIPPED: dict[str, dict[str, Config]] = {}
+
+
+def config(kernel: str, key: str, device: torch.device) -> Config:
+    """The configuration of `kernel` for `key` on `device`."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    measured = _measured(chip).get(kernel, {}).get(key) if chip else None
+    return Config(**measured) if measured else SHIPPED[kernel][key]
+
+
+@functools.cache
+def _measured(chip: str) -> dict[str, dict[str, dict[str, Any]]]:
+    file = Path(__file__).parent / "tuned" / f"{chip.replace(' ', '_')}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
