@@ -28,6 +28,8 @@ class Floor:
     bytes: float
     precision: str  # "fp32" or "bf16": the rate that counts
     derivation: str
+    upsampler_flops: float = 0.0  # the two that other floors are made of
+    activation_bytes: float = 0.0
 
     def seconds(self, machine: dict[str, Any]) -> tuple[float, str]:
         """The time of this work at the measured matmul rate and copy bandwidth, and which of the two it is."""
@@ -59,6 +61,7 @@ class Trial:
     missing: dict[str, str] = field(default_factory=dict)  # competitor: why it is not there
     notes: list[str] = field(default_factory=list)
     tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)
+    holds: list[Any] = field(default_factory=list)  # what must live as long as the trial: a temporary folder
 
 
 class Skip(Exception):

@@ -86,6 +86,7 @@ def step_floor(bench: Workbench, batch: int, precision: str) -> Floor:
         flops - saved, activations * width + weights * width, precision,
         f"U-Net {flops / 1e9:,.0f} GFLOP (counted) - {saved / 1e9:,.0f} (upsamplers as 8-tap phases); "
         f"{weights / 1e6:,.0f} M weights and {activations / 1e6:,.0f} M convolution inputs and outputs, each once",
+        upsampler_flops=upsampler, activation_bytes=activations * width,
     )  # fmt: skip
 
 

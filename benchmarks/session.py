@@ -6,6 +6,7 @@ import contextlib
 import gc
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ import timer
 from cases import Case, Skip, Trial
 from ccella_fast.config import Config
 from ccella_fast.environment import cpu_name, describe, warnings
+from ccella_fast.errors import CcellaError
 from ccella_fast.nvml import Gpu, Monitor, open_gpu
 from workbench import Workbench
 
 
 class Session:
-    def __init__(self, device: torch.device, *, minutes: float | None, command: str):
-        self.device, self.command = device, command
+    def __init__(self, device: torch.device, *, minutes: float | None, command: str, debug: bool = False):
+        self.device, self.command, self.debug = device, command, debug
         self.start, self.limit = time.perf_counter(), None if minutes is None else minutes * 60
         self.bench = Workbench(device, Config(), self._tick)
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
@@ -96,8 +98,12 @@ class Session:
             row |= {"status": "skipped", "why": str(why)}
         except torch.OutOfMemoryError as error:
             row |= {"status": "failed", "why": f"out of memory: {str(error).splitlines()[0]:.150}", "speedups": {}}
+        except CcellaError as error:
+            row |= {"status": "failed", "why": error.why, "speedups": {}}
         except Exception as error:  # one case must not take the others' results with it; the exit code tells
             row |= {"status": "failed", "why": f"{type(error).__name__}: {str(error):.300}", "speedups": {}}
+            if self.debug:
+                traceback.print_exc()
         trial = None  # what it holds must be gone before the next case
         gc.collect()
         if self.device.type == "cuda":

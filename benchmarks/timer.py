@@ -23,11 +23,11 @@ class Watch:
     """The clock of one timed call. `watch.mark("forward")` ends a part and begins the next; nothing waits for the GPU."""
 
     def __init__(self, device: torch.device):
-        self.cuda, self.marks = device.type == "cuda", [("", self._now(device))]
-        self.device = device
+        self.device, self.cuda = device, device.type == "cuda"
+        self.marks = [("", self._now())]
 
     def mark(self, name: str) -> None:
-        self.marks.append((name, self._now(self.device)))
+        self.marks.append((name, self._now()))
 
     def seconds(self) -> tuple[float, dict[str, float]]:
         """The whole call, and its parts (several marks of one name add up)."""
@@ -40,11 +40,11 @@ class Watch:
                 parts[name] = parts.get(name, 0.0) + self._between(start, end)
         return self._between(self.marks[0][1], self.marks[-1][1]), parts
 
-    def _now(self, device: torch.device) -> Any:
+    def _now(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(device))
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def _between(self, start: Any, end: Any) -> float:
@@ -69,16 +69,14 @@ def measure(
 ) -> dict[str, Timing]:
     """Run every side once (its first call), once more to warm up, then in turn until the budget is used."""
     timings = {name: Timing() for name in sides}
-    repeats = {}
+    repeats, a_round = {}, 0.0
     for name, run in sides.items():
         tick(f"{name}: first call")
         timings[name].first = _once(run, device)[0]
         second = min(_once(run, device)[0], timings[name].first)
         least = _LEAST_SECONDS_CUDA if device.type == "cuda" else _LEAST_SECONDS
         repeats[name] = max(1, min(1000, round(least / max(second, 1e-9))))
-        budget_share = second * repeats[name]
-        timings[name].parts["estimate"] = [budget_share]
-    a_round = sum(timing.parts.pop("estimate")[0] for timing in timings.values())
+        a_round += second * repeats[name]
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget / max(a_round, 1e-9))))
     for number in range(rounds):
         tick(f"round {number + 1} of {rounds}")

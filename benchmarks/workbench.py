@@ -47,7 +47,7 @@ class Workbench:
 
     @cached_property
     def model(self) -> Denoiser:
-        """fp32, random weights, none of them zero: a fresh model predicts exactly zero, which proves nothing."""
+        """fp32, random weights, none of them zero."""
         self.tick("building the model (575 M parameters at full size)")
         return self._ready(build_model, self.config)
 
@@ -98,8 +98,13 @@ class Workbench:
         torch.manual_seed(SEED)
         with self.device:
             module = build(config)
+        self.fill_zeros(module)
+        return module.eval().requires_grad_(False)
+
+    @staticmethod
+    def fill_zeros(module: nn.Module) -> None:
+        """Random numbers where the initialisation has zeros: a fresh model predicts exactly zero, which proves nothing."""
         for parameter in module.parameters():
             if not parameter.any():
                 fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
                 nn.init.normal_(parameter, std=0.5 * fan_in**-0.5)
-        return module.eval().requires_grad_(False)
