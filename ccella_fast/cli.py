@@ -178,7 +178,9 @@ def _sample(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--seed", type=_from(0), default=0, help="same seed, same volume, whatever the batch (default 0)"
     )
-    command.add_argument("--solver", choices=["ddpm", "ddim"], help="default: the checkpoint's")
+    command.add_argument(
+        "--solver", metavar="NAME", help="ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or unipc (default: the checkpoint's)"
+    )
     command.add_argument("--num_inference_steps", type=_from(1), help="default: the checkpoint's")
     command.add_argument(
         "--spacing", type=float, nargs=3, metavar="MM", help="voxel size in mm (default: the training grid's)"

@@ -186,7 +186,11 @@ class TrainingConfig(Section):
 
 
 class SamplingConfig(Section):
-    solver: Literal["ddpm", "ddim"] = "ddpm"
+    """`ccella-fast sample`. The defaults are the reference's: every timestep, ancestral."""
+
+    solver: Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler_flow", "heun_flow"] = "ddpm"
+    prediction: Literal["epsilon", "v", "x0", "velocity"] = "epsilon"  # what the network was trained to predict
+    timestep_spacing: Literal["leading", "trailing", "linspace", "karras"] | None = None  # None: the solver's own
     num_inference_steps: Positive = 1000
     random_seed: Count = 0
     batch_size: Positive = 1

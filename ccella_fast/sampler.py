@@ -18,6 +18,7 @@ from ccella_fast.checkpoint import Checkpoint, load_checkpoint
 from ccella_fast.config import Config
 from ccella_fast.data.volume import read_nifti_array
 from ccella_fast.diffusion import loop
+from ccella_fast.diffusion.noise import start_noise
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import get_solver
 from ccella_fast.environment import recorded
@@ -63,8 +64,11 @@ def generate(
     config, device = checkpoint.config, next(checkpoint.model.parameters()).device
     check_inputs(checkpoint.variant, has_text=text is not None, pirads=pirads)
     grid = config.check_grid()
-    schedule, settings = Schedule.from_config(config.scheduler), config.sampling
-    solution = get_solver(solver or settings.solver)
+    settings = config.sampling
+    plan = get_solver(solver or settings.solver).plan(
+        Schedule.from_config(config.scheduler), num_inference_steps or settings.num_inference_steps,
+        prediction=settings.prediction, timestep_spacing=settings.timestep_spacing,
+    )  # fmt: skip
     spacing_row = torch.tensor([spacing or config.data.spacing], dtype=torch.float32, device=device) * 100
     class_row = (
         None if pirads is None else torch.tensor([[100.0 * (pirads == name) for name in CLASSES]], device=device)
@@ -91,11 +95,14 @@ def generate(
             logits = predicted.class_logits
             return predicted.noise
 
-        latents = loop.sample(
-            denoise, [sum(config.model.latent_channels), *grid], solver=solution, schedule=schedule, seeds=batch,
-            num_steps=num_inference_steps or settings.num_inference_steps, device=device,
-            description=f"sampling {start + 1}-{start + rows} of {len(seeds)}",
-        )  # fmt: skip
+        x_T = start_noise([sum(config.model.latent_channels), *grid], batch, device=device)
+        trajectory = loop.Trajectory(plan, x_T, batch)
+
+        def advance(_: int, trajectory=trajectory, denoise=denoise) -> None:
+            trajectory.advance(denoise)
+
+        description = f"sampling {start + 1}-{start + rows} of {len(seeds)}"
+        latents = loop.drive(trajectory, advance, description=description)
         _check_finite(checkpoint, latents, logits)
         probabilities = None if logits is None else logits.float().softmax(1).tolist()
         for row, seed in enumerate(batch):
@@ -184,7 +191,10 @@ def sample_to_folder(
         "class_given": pirads,
         "text_encoder": encoder,
     }
-    get_solver(request["solver"]).plan(Schedule.from_config(config.scheduler), request["num_inference_steps"])
+    get_solver(request["solver"]).plan(
+        Schedule.from_config(config.scheduler), request["num_inference_steps"],
+        prediction=config.sampling.prediction, timestep_spacing=config.sampling.timestep_spacing,
+    )  # fmt: skip
     jobs = _jobs(request, reports, num_samples, seed)
     todo = _missing(out, jobs, config.data.sequences, overwrite)
     if not todo and (out / "montage.png").is_file() and (out / "run_record.json").is_file():

@@ -15,7 +15,6 @@ convolutions of PyTorch's, `reference` the plain PyTorch function that defines w
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -36,6 +35,7 @@ except ImportError:
 ENVIRONMENT = "CCELLA_FAST_BACKEND"
 BACKENDS = ("triton", "xformers", "sdpa", "phase", "reference")
 KERNELS = ("group_norm_silu", "cross_attention", "attention", "upsample_conv3d", "geglu", "residual_shift")
+XFORMERS = importlib.util.find_spec("xformers") is not None  # found, not imported
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Refusals = Mapping[str, str | None]  # backend -> why it cannot run here, None if it can; preferred ones first
@@ -97,13 +97,21 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def xformers_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why xformers' attention cannot take such tensors; None if it can."""
-    if not _xformers_installed():
+    if not XFORMERS:
         return "xformers is not installed"
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a GPU"
     if dtype not in TRITON_DTYPES:
         return f"it does not take {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a matrix product of `x` is computed in: autocast's dtype where it is on, else x's own. Autocast does not reach into
+    a library op, so the functions that launch kernels cast by this themselves."""
+    kind = x.device.type
+    autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 def interpreted() -> bool:
@@ -124,8 +132,3 @@ def _from_environment(kernel: str, refusals: Refusals) -> str | None:
         if name and (left == kernel if equals else name in refusals):
             chosen = name
     return chosen
-
-
-@functools.cache
-def _xformers_installed() -> bool:
-    return importlib.util.find_spec("xformers") is not None

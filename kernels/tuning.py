@@ -27,7 +27,24 @@ class Config(NamedTuple):
 
 
 # kernel -> key -> configuration. Chosen by arithmetic and by what ptxas reports (kernels/aot.json), not yet by time.
-SHIPPED: dict[str, dict[str, Config]] = {}
+SHIPPED: dict[str, dict[str, Config]] = {
+    "attention": {
+        "forward d32": Config({"BLOCK_N": 128, "BLOCK_L": 128}, num_warps=8, num_stages=3),
+        "forward d64": Config({"BLOCK_N": 128, "BLOCK_L": 64}, num_warps=8, num_stages=3),
+        "forward d128": Config({"BLOCK_N": 128, "BLOCK_L": 64}, num_warps=8, num_stages=2),
+        "dq d32": Config({"BLOCK_N": 64, "BLOCK_L": 64}, num_warps=4, num_stages=3),
+        "dq d64": Config({"BLOCK_N": 64, "BLOCK_L": 64}, num_warps=4, num_stages=2),
+        "dq d128": Config({"BLOCK_N": 64, "BLOCK_L": 64}, num_warps=8, num_stages=2),
+        "dkdv d32": Config({"BLOCK_N": 64, "BLOCK_L": 64}, num_warps=4, num_stages=3),
+        "dkdv d64": Config({"BLOCK_N": 64, "BLOCK_L": 64}, num_warps=4, num_stages=2),
+        "dkdv d128": Config({"BLOCK_N": 64, "BLOCK_L": 64}, num_warps=8, num_stages=2),
+        **{
+            f"{step} d{width} fp32": Config({"BLOCK_N": 64, "BLOCK_L": 32}, num_warps=4, num_stages=1)
+            for step in ("forward", "dq", "dkdv")
+            for width in (32, 64, 128)
+        },
+    },
+}
 
 
 def config(kernel: str, key: str, device: torch.device) -> Config:

@@ -12,9 +12,9 @@ import torch
 
 from ccella_fast.config import SchedulerConfig
 from ccella_fast.diffusion import loop
-from ccella_fast.diffusion.noise import generator
+from ccella_fast.diffusion.noise import generator, start_noise
 from ccella_fast.diffusion.schedule import Schedule
-from ccella_fast.diffusion.solvers import SOLVERS, Ddim, Ddpm, Step, get_solver
+from ccella_fast.diffusion.solvers import SOLVERS, Ddim, Ddpm, get_solver
 from ccella_fast.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,9 +42,9 @@ def ours(schedule, solver, num_steps, denoise=fake_denoiser, seeds=SEEDS) -> lis
         seen.append(x)
         return denoise(x, t)
 
-    result = loop.sample(
-        watched, SHAPE, solver=solver, schedule=schedule, seeds=seeds, num_steps=num_steps, progress=False
-    )
+    plan = solver.plan(schedule, num_steps)
+    trajectory = loop.Trajectory(plan, start_noise(SHAPE, seeds), seeds)
+    result = loop.drive(trajectory, lambda _: trajectory.advance(watched), progress=False)
     return [*seen, result]
 
 
@@ -146,12 +146,12 @@ def test_ddpm_step_equals_golden(schedule, golden_scheduler, t):
     plan = Ddpm().plan(schedule, 1000)
     assert plan.timesteps[999 - t] == t
     row = plan.coefficients[999 - t]
-    got = Ddpm().step(x, eps, torch.tensor(row, dtype=torch.float32), None, None)
+    got = plan.step(x, eps, torch.tensor(row, dtype=torch.float32), torch.zeros_like(x), ())
     for value, truth in ((got.x, expected["prev"]), (got.x0, expected["x0"])):
         samples = value.flatten()[:: truth["samples_stride"]][:16].double().numpy()
         np.testing.assert_allclose(samples, truth["samples"], rtol=1e-3, atol=1e-4)
         assert abs(value.double().std(correction=0).item() / truth["std"] - 1) < 1e-3
-    np.testing.assert_allclose(row[-1] ** 2, expected["posterior_var"], rtol=1e-4, atol=1e-19)
+    np.testing.assert_allclose(plan.noise_scale[999 - t] ** 2, expected["posterior_var"], rtol=1e-4, atol=1e-19)
 
 
 def test_an_exact_gaussian_comes_out_with_its_mean_and_width(schedule):
@@ -178,20 +178,6 @@ def test_a_sample_does_not_depend_on_its_batch(schedule, solver):
     for a, b in zip(batch, alone, strict=True):
         assert torch.equal(a[1], b[0])
     assert not torch.equal(batch[-1][0], batch[-1][1])
-
-
-def test_state_is_handed_from_step_to_step(schedule):
-    """What a multi-step solver needs: None first, then whatever the last step returned."""
-
-    class Remembers(Ddim):
-        def step(self, x, eps, row, noise, state):
-            done = super().step(x, eps, row, noise, None)
-            states.append(state)
-            return Step(done.x, done.x0, (state or 0) + 1)
-
-    states: list = []
-    ours(schedule, Remembers(), 4)
-    assert states == [None, 1, 2, 3]
 
 
 def test_low_precision_networks_do_not_lower_the_sample(schedule):

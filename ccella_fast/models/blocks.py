@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from ccella_fast.kernels.attention import attention
 from ccella_fast.kernels.cross_attention import cross_attention
 from ccella_fast.kernels.group_norm_silu import group_norm_silu
-from ccella_fast.kernels.upsample_conv3d import upsample_conv3d
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Runner = Callable[
@@ -63,16 +62,6 @@ class GroupNormSiLU(nn.GroupNorm):
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu, shift=shift)
-
-
-class UpsampleConv3d(nn.Conv3d):
-    """Nearest x2, then this 3x3x3 convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return upsample_conv3d(x, self.weight, self.bias)
 
 
 class ShiftedConv3d(nn.Conv3d):

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccella_fast.config import ModelConfig
+from ccella_fast.kernels.upsample_conv3d import UpsampleConv3d
 from ccella_fast.models.blocks import (
     GroupNormSiLU,
     ResidualBlock,
     SpatialSelfAttention,
     SpatialTransformer,
     Stack,
-    UpsampleConv3d,
     conv3d,
     named,
     zeroed,
