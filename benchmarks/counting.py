@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from ccella_fast.kernels.backend import ENVIRONMENT
 
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _VIEWS_WITHOUT_ALIAS = {"_unsafe_view", "_reshape_alias", "lift_fresh"}
@@ -201,7 +204,27 @@ def _flops(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
     if func._overloadpacket in flop_registry:
         return flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
     formula = FLOPS.get(name)
-    return formula(*args, **kwargs) if formula else 0
+    return formula(*args, **kwargs) if formula else 0  # norms and elementwise work: as torch's own counter has it
 
 
-FLOPS: dict[str, Callable[..., int]] = {}
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
+    return 4 * q.numel() * k.shape[-2]
+
+
+# What our own ops do, by name; a backward pass of attention multiplies five matrices where the forward pass has two.
+FLOPS: dict[str, Callable[..., int]] = {
+    "ccella_fast::attention": _attention_flops,
+    "ccella_fast::attention_backward": lambda q, k, v, *rest: _attention_flops(q, k, v) * 5 // 2,
+    "ccella_fast::upsample_conv3d": lambda x, weight, *rest: 8 * 2 * 8 * x[:, 0].numel() * weight[:, :, 0, 0, 0].numel(),
+}
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Every kernel that has this backend takes it; on meta tensors "triton" gives the ops as a GPU would run them."""
+    before = os.environ.get(ENVIRONMENT)
+    os.environ[ENVIRONMENT] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(ENVIRONMENT) if before is None else os.environ.update({ENVIRONMENT: before})

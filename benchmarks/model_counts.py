@@ -11,7 +11,6 @@ GPU. The optimizer is not counted.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +24,9 @@ import reference
 from ccella_fast.config import Config
 from ccella_fast.models import build_model
 from ccella_fast.storage import write_json
-from counting import Counts, FlashAttention, HalfAutocast, count, saved_bytes
+from counting import Counts, FlashAttention, HalfAutocast, backend, count, saved_bytes
 
 FILE = Path(__file__).resolve().parent / "counts.json"
-BACKEND = "CCELLA_FAST_BACKEND"
 
 
 def counted(config: Config | None = None) -> dict[str, dict[str, dict[str, int]]]:
@@ -41,9 +39,7 @@ def counted(config: Config | None = None) -> dict[str, dict[str, dict[str, int]]
     for module in theirs.modules():
         if hasattr(module, "use_flash_attention"):
             module.use_flash_attention = True  # which MONAI refuses to switch on where there is no GPU
-    before = os.environ.get(BACKEND)
-    os.environ[BACKEND] = "triton"
-    try:
+    with backend("triton"):
         return {
             "denoising step": {
                 "reference": _denoising(config, theirs, HalfAutocast(), torch.float32).summary(),
@@ -54,8 +50,6 @@ def counted(config: Config | None = None) -> dict[str, dict[str, dict[str, int]]
                 "ours": _training(config, ours, FlashAttention(), torch.bfloat16),
             },
         }
-    finally:
-        os.environ.pop(BACKEND) if before is None else os.environ.update({BACKEND: before})
 
 
 def _inputs(config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

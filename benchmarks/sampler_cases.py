@@ -14,7 +14,7 @@ from cases import Case, Floor, Side, Skip, Trial
 from ccella_fast.diffusion import loop
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import get_solver
-from counting import FlashAttention, count
+from counting import FlashAttention, backend, count
 from timer import Watch, measure, summary
 from workbench import Workbench
 
@@ -110,7 +110,7 @@ def _work(bench: Workbench, batch: int) -> tuple[float, float, float, float]:
     for module in unet.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.register_forward_hook(convolution)
-    with torch.no_grad(), FlashAttention():
+    with torch.no_grad(), FlashAttention(), backend("reference"):
         prepared = model.condition(times, spacing=spacing, text=text)
         elements[0] = upsampler[0] = 0
         counted = count(lambda: model.denoise(x, prepared))

@@ -15,7 +15,7 @@ import reference
 from cases import Case, Floor, Side, Skip, Trial
 from ccella_fast.config import Config, make_config
 from ccella_fast.diffusion.schedule import Schedule
-from counting import FlashAttention, count
+from counting import FlashAttention, backend, count
 from prepared import write_prepared
 from sampler_cases import step_floor
 from timer import Watch
@@ -144,7 +144,7 @@ def training_floor(bench: Workbench, batch: int, precision: str) -> Floor:
         times, spacing = torch.zeros(batch), torch.zeros(batch, 3)
 
     def step() -> None:
-        with FlashAttention():
+        with FlashAttention(), backend("reference"):
             loss = model(x, times, spacing=spacing, text=text)[0].sum()
         loss.backward()
 
