@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -72,7 +73,9 @@ def warnings(facts: dict[str, Any]) -> list[str]:
     if facts["gpu"] and packages["triton"] is None:
         found.append("there is a GPU but no Triton: none of our kernels can run on it; pip install triton")
     if settings.get("TRITON_INTERPRET", "0") not in ("0", ""):
-        found.append("TRITON_INTERPRET is set: kernels run in Triton's interpreter, thousands of times slower; unset it")
+        found.append(
+            "TRITON_INTERPRET is set: kernels run in Triton's interpreter, thousands of times slower; unset it"
+        )
     if cpu["quota"] is not None and cpu["torch_threads"] > cpu["quota"]:
         found.append(
             f"{cpu['torch_threads']} threads on a quota of {cpu['quota']:g} CPUs: set OMP_NUM_THREADS to at most that"
@@ -80,7 +83,9 @@ def warnings(facts: dict[str, Any]) -> list[str]:
     if cpu["torch_threads"] > cpu["cores"]:
         found.append(f"{cpu['torch_threads']} threads on {cpu['cores']} cores: set OMP_NUM_THREADS={cpu['cores']}")
     if settings.get("OMP_WAIT_POLICY", "").lower() == "passive" or "GOMP_SPINCOUNT" in settings:
-        found.append("OMP_WAIT_POLICY or GOMP_SPINCOUNT puts threads to sleep after every operation: steps take 2 to 3 times longer")
+        found.append(
+            "OMP_WAIT_POLICY or GOMP_SPINCOUNT puts threads to sleep after every operation: steps take 2 to 3 times longer"
+        )
     if packages.get("pynvml"):
         found.append("the package pynvml is deprecated and shadows nvidia-ml-py: pip uninstall pynvml")
     return found
@@ -120,6 +125,23 @@ def cpu_instructions() -> list[str]:
 
 def cpu_name() -> str:
     return _cpuinfo().get("model name", platform.machine())
+
+
+def free_memory(device: Any) -> int:
+    """Bytes that can still be allocated on this torch device; for the CPU what its machine has, or its container if less."""
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        used = int((group / "memory.current").read_text()) - (int(cached[1]) if cached else 0)
+        free = min(free, int(limit) - used)
+    return free
 
 
 def _version(name: str) -> str | None:

@@ -30,9 +30,18 @@ from torch.nn import functional as F
 
 from ccella_fast.kernels import tuning
 from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import Refusals, choose, jit, tl, triton, triton_refusal, xformers_refusal
+from ccella_fast.kernels.backend import (
+    Refusals,
+    choose,
+    compute_dtype,
+    jit,
+    tl,
+    triton,
+    triton_refusal,
+    xformers_refusal,
+)
 
-MAX_HEAD_WIDTH = 128
+MAX_HEAD_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}  # beyond it, registers spill
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -68,14 +77,14 @@ def store_rows(ptr, stride, left, block, K: tl.constexpr, ROWS: tl.constexpr, BL
 
 
 @jit
-def absorb(s, v, acc, m, l, c, PRECISION: tl.constexpr):
-    """One block of scores and values into the running (acc, m, l)."""
-    m_new = tl.maximum(m, tl.max(s, 1) * c)  # c > 0: the largest score stays the largest
-    p = tl.exp2(s * c - m_new[:, None])
-    shrink = tl.exp2(m - m_new)
-    l = l * shrink + tl.sum(p, 1)
+def absorb(s, v, acc, top, total, c, PRECISION: tl.constexpr):
+    """One block of scores and values into the running sum, maximum and total."""
+    top_new = tl.maximum(top, tl.max(s, 1) * c)  # c > 0: the largest score stays the largest
+    p = tl.exp2(s * c - top_new[:, None])
+    shrink = tl.exp2(top - top_new)
+    total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, m_new, l
+    return acc, top_new, total
 
 
 @jit
@@ -84,15 +93,15 @@ def attend(
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries against all keys of its head: (o, lse). Also the heart of kernels/cross_attention.py."""
-    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_N], tl.float32)
+    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     whole = L - L % BLOCK_L
     for _ in range(0, whole, BLOCK_L):  # no mask but in the last block: the scores are what this kernel is bound by
         k = load_rows(k_ptr, stride_kl, BLOCK_L, K, BLOCK_L, BLOCK_K, False)
         v = load_rows(v_ptr, stride_vl, BLOCK_L, K, BLOCK_L, BLOCK_K, False)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        acc, m, l = absorb(s, v, acc, m, l, c, PRECISION)
+        acc, top, total = absorb(s, v, acc, top, total, c, PRECISION)
         k_ptr += BLOCK_L * stride_kl  # a pointer that walks, not an offset that grows: it may pass 2^31 elements
         v_ptr += BLOCK_L * stride_vl
     if whole < L:
@@ -100,8 +109,8 @@ def attend(
         v = load_rows(v_ptr, stride_vl, L - whole, K, BLOCK_L, BLOCK_K, True)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         s = tl.where((tl.arange(0, BLOCK_L) < L - whole)[None, :], s, float("-inf"))
-        acc, m, l = absorb(s, v, acc, m, l, c, PRECISION)
-    return acc / l[:, None], m + tl.log2(l)
+        acc, top, total = absorb(s, v, acc, top, total, c, PRECISION)
+    return acc / total[:, None], top + tl.log2(total)
 
 
 @jit
@@ -217,9 +226,9 @@ def head_constants(head_width: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def tuning_key(step: str, head_width: int, dtype: torch.dtype) -> str:
-    """Such as "forward d32" or "dq d64 fp32"."""
+    """Such as "forward d32" or "dq fp32"."""
     width = max(32, triton.next_power_of_2(head_width))
-    return f"{step} d{width}" + " fp32" * (dtype == torch.float32)
+    return f"{step} fp32" if dtype == torch.float32 else f"{step} d{width}"
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
@@ -297,9 +306,8 @@ attention_op.register_autograd(_backward, setup_context=_save)
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
-    return attention_op(q, k, v)[0]
+    dtype = compute_dtype(q)
+    return attention_op(q.to(dtype), k.to(dtype), v.to(dtype))[0]
 
 
 def xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -317,11 +325,19 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
+def triton_attention_refusal(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+    """Why the Triton kernels cannot take such heads; None if they can."""
+    reason = triton_refusal(device, dtype)
+    if reason is None and head_width > MAX_HEAD_WIDTH[dtype]:
+        reason = (
+            f"it takes heads of up to {MAX_HEAD_WIDTH[dtype]} in {str(dtype).removeprefix('torch.')}, not {head_width}"
+        )
+    return reason
+
+
 def refusals(device: torch.device, dtype: torch.dtype, *, head_width: int = 32) -> Refusals:
     """Implementations in order of preference. PyTorch's goes first: ours has not been measured on a GPU yet."""
-    ours = triton_refusal(device, dtype)
-    if head_width > MAX_HEAD_WIDTH:
-        ours = f"heads of {head_width} are wider than {MAX_HEAD_WIDTH}"
+    ours = triton_attention_refusal(device, dtype, head_width)
     theirs = xformers_refusal(device, dtype)
     if device.type == "cpu":
         return {"sdpa": None, "reference": None, "xformers": theirs, "triton": ours}
@@ -330,7 +346,7 @@ def refusals(device: torch.device, dtype: torch.dtype, *, head_width: int = 32) 
 
 def aot_cases() -> list[Case]:
     steps = {"forward": _forward_kernel, "dq": _dq_kernel, "dkdv": _dkdv_kernel}
-    widths = {torch.bfloat16: (32, 64, 96, 128), torch.float32: (32,)}
+    widths = {torch.bfloat16: (32, 64, 96, 128), torch.float32: (64,)}
     return [
         aot_case("attention", step, kernel, width, dtype, tuning_key(step, width, dtype))
         for dtype in widths
@@ -340,7 +356,13 @@ def aot_cases() -> list[Case]:
 
 
 def aot_case(
-    name: str, step: str, kernel: Any, head_width: int, dtype: torch.dtype, key: str, constants: dict[str, Any] | None = None
+    name: str,
+    step: str,
+    kernel: Any,
+    head_width: int,
+    dtype: torch.dtype,
+    key: str,
+    constants: dict[str, Any] | None = None,
 ) -> Case:
     """Of a kernel named by this file's rules: x_ptr tensors of `dtype`, fp32 lse, delta and scalars, the rest integers."""
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]

@@ -32,3 +32,29 @@ def group_norm_silu(
         h = h + shift.to(wide).reshape(shift.shape + (1,) * (x.ndim - 2))
     h = F.group_norm(h, num_groups, weight.to(wide), bias.to(wide), eps)
     return (F.silu(h) if silu else h).to(x.dtype)
+
+
+def group_norm_silu_apply(
+    x: Tensor,
+    num_groups: int,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    silu: bool = True,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """`group_norm_silu` with ready-made statistics of x + shift: mean and 1/sqrt(variance + eps), fp32 (B, num_groups).
+
+    For a volume that is worked on in parts: the statistics are the whole volume's, `x` is one part."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    per_group = x.shape[1] // num_groups
+    mean, rstd = (each.to(wide).repeat_interleave(per_group, dim=1) for each in (mean, rstd))  # (B, C)
+    if shift is not None:
+        mean = mean - shift.to(wide)
+    scale = rstd * weight.to(wide)
+    offset = bias.to(wide) - mean * scale
+    shape = scale.shape + (1,) * (x.ndim - 2)
+    h = torch.addcmul(offset.reshape(shape), x.to(wide), scale.reshape(shape))
+    return (F.silu(h, inplace=not h.requires_grad) if silu else h).to(x.dtype)

@@ -29,20 +29,18 @@ class Config(NamedTuple):
 # kernel -> key -> configuration. Chosen by arithmetic and by what ptxas reports (kernels/aot.json), not yet by time.
 SHIPPED: dict[str, dict[str, Config]] = {
     "attention": {
-        "forward d32": Config({"BLOCK_N": 128, "BLOCK_L": 128}, num_warps=8, num_stages=3),
+        "forward d32": Config({"BLOCK_N": 128, "BLOCK_L": 64}, num_warps=8, num_stages=3),
         "forward d64": Config({"BLOCK_N": 128, "BLOCK_L": 64}, num_warps=8, num_stages=3),
-        "forward d128": Config({"BLOCK_N": 128, "BLOCK_L": 64}, num_warps=8, num_stages=2),
+        "forward d128": Config({"BLOCK_N": 128, "BLOCK_L": 32}, num_warps=8, num_stages=3),
+        "forward fp32": Config({"BLOCK_N": 64, "BLOCK_L": 16}, num_warps=8, num_stages=1),
         "dq d32": Config({"BLOCK_N": 64, "BLOCK_L": 64}, num_warps=4, num_stages=3),
-        "dq d64": Config({"BLOCK_N": 64, "BLOCK_L": 64}, num_warps=4, num_stages=2),
-        "dq d128": Config({"BLOCK_N": 64, "BLOCK_L": 64}, num_warps=8, num_stages=2),
-        "dkdv d32": Config({"BLOCK_N": 64, "BLOCK_L": 64}, num_warps=4, num_stages=3),
-        "dkdv d64": Config({"BLOCK_N": 64, "BLOCK_L": 64}, num_warps=4, num_stages=2),
-        "dkdv d128": Config({"BLOCK_N": 64, "BLOCK_L": 64}, num_warps=8, num_stages=2),
-        **{
-            f"{step} d{width} fp32": Config({"BLOCK_N": 64, "BLOCK_L": 32}, num_warps=4, num_stages=1)
-            for step in ("forward", "dq", "dkdv")
-            for width in (32, 64, 128)
-        },
+        "dq d64": Config({"BLOCK_N": 64, "BLOCK_L": 32}, num_warps=4, num_stages=2),
+        "dq d128": Config({"BLOCK_N": 64, "BLOCK_L": 32}, num_warps=8, num_stages=2),
+        "dq fp32": Config({"BLOCK_N": 64, "BLOCK_L": 16}, num_warps=8, num_stages=1),
+        "dkdv d32": Config({"BLOCK_N": 32, "BLOCK_L": 64}, num_warps=4, num_stages=3),
+        "dkdv d64": Config({"BLOCK_N": 32, "BLOCK_L": 64}, num_warps=4, num_stages=2),
+        "dkdv d128": Config({"BLOCK_N": 32, "BLOCK_L": 64}, num_warps=8, num_stages=2),
+        "dkdv fp32": Config({"BLOCK_N": 16, "BLOCK_L": 32}, num_warps=8, num_stages=1),
     },
 }
 

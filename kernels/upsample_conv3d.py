@@ -260,7 +260,7 @@ class UpsampleConv3d(torch.nn.Conv3d):
 
     def _phases(self) -> Tensor | None:
         weight = self.weight
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(weight.device.type):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or compute_dtype(weight) != weight.dtype:
             return None
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._summed is None or self._summed[0] != key:

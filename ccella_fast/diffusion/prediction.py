@@ -53,3 +53,9 @@ def x0_coefficients(prediction: str, signal: np.ndarray, sigma: np.ndarray) -> t
         case "velocity":
             return one, -sigma
     raise AssertionError(prediction)
+
+
+def velocity_coefficients(prediction: str, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(a, b) with velocity = a x_t + b output on a rectified flow: (x_t - x0) / sigma where x0 is predicted."""
+    one, zero = np.ones_like(sigma), np.zeros_like(sigma)
+    return (zero, one) if prediction == "velocity" else (1 / sigma, -1 / sigma)

@@ -43,7 +43,7 @@ class SchedulerTrajectory:
                 0
             )  # else it looks its place up by timestep, and Karras levels share timesteps
         self.dtype = x_T.dtype
-        self.x = x_T.float() * self.scheduler.init_noise_sigma if _scales(self.scheduler) else x_T.float()
+        self.x = x_T.float() * getattr(self.scheduler, "init_noise_sigma", 1.0)
         self.x0: Tensor | None = None
         self.timesteps: Tensor = self.scheduler.timesteps
         self.index = torch.zeros(1, dtype=torch.int64, device=x_T.device)
@@ -78,17 +78,13 @@ class SchedulerTrajectory:
         return self.x.to(self.dtype)
 
 
-def _scales(scheduler: Any) -> bool:
-    return hasattr(scheduler, "init_noise_sigma")
-
-
 def _check(scheduler: Any, prediction: str) -> None:
     kind = type(scheduler).__name__
     if not all(hasattr(scheduler, name) for name in ("set_timesteps", "step", "config")):
         monai = "; from a MONAI scheduler take the noise schedule: solver='ddim', schedule=scheduler"
         hint = monai if hasattr(scheduler, "alphas_cumprod") else ""
         fix = f"name one of {', '.join(SOLVERS)}, or bring a diffusers scheduler{hint}"
-        raise ConfigError(f"a {kind} is no solver", field="solver", fix=fix)
+        raise ConfigError(f"{kind} is no solver", field="solver", fix=fix)
     own = getattr(scheduler.config, "prediction_type", None)
     wanted = ALIASES.get(prediction, prediction)
     if own is not None and wanted != "epsilon" and ALIASES.get(own, own) != wanted:

@@ -18,7 +18,7 @@ class Ddpm(Solver):
 
     Equals diffusers' DDPMScheduler(variance_type="fixed_small", clip_sample=False, timestep_spacing="linspace")."""
 
-    name = "ddpm"
+    name, order = "ddpm", 1
     timestep_spacing = "linspace"
     includes_last = True
 
@@ -40,7 +40,7 @@ class Ddim(Solver):
 
     eta: float = 0.0
 
-    name = "ddim"
+    name, order = "ddim", 1
     timestep_spacing = "linspace"
     includes_last = True
 

@@ -14,11 +14,11 @@ from ccella_fast.diffusion.solvers.dpm_solver import second_order
 class UniPc2(Solver):
     """UniPC-2 of x0 with B(h) = e^h - 1 ("bh2"): UniP-2 (eq. 3) predicts, UniC-2 (eq. 8) corrects.
 
-    Equals diffusers' UniPCMultistepScheduler(solver_order=2, solver_type="bh2", predict_x0=True, final_sigmas_type="zero")
-    with the same timestep_spacing, or use_karras_sigmas=True for "karras"."""
+    Equals diffusers' UniPCMultistepScheduler(solver_order=2, solver_type="bh2", predict_x0=True, final_sigmas_type="zero",
+    use_karras_sigmas=True), or with timestep_spacing of the same name. Of third order: the corrector adds one."""
 
-    name = "unipc"
-    timestep_spacing = "linspace"
+    name, order = "unipc", 3
+    timestep_spacing = "karras"
 
     def table(self, signal: np.ndarray, sigma: np.ndarray) -> Table:
         h = log_snr_steps(signal, sigma)
