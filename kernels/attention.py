@@ -30,7 +30,16 @@ from torch.nn import functional as F
 
 from ccella_fast.kernels import tuning
 from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import Refusals, choose, jit, tl, triton, triton_refusal, xformers_refusal
+from ccella_fast.kernels.backend import (
+    Refusals,
+    choose,
+    compute_dtype,
+    jit,
+    tl,
+    triton,
+    triton_refusal,
+    xformers_refusal,
+)
 
 MAX_HEAD_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}  # beyond it, registers spill
 
@@ -304,7 +313,11 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+<<<<<<< HEAD
     dtype = product_dtype(q)
+=======
+    dtype = compute_dtype(q)
+>>>>>>> bench
     return attention_op(q.to(dtype), k.to(dtype), v.to(dtype))[0]
 
 
