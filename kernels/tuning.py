@@ -66,6 +66,15 @@ SHIPPED: dict[str, dict[str, Config]] = {
         "sum last": Config({"TILE": 8192}, num_warps=16),
         "sum first": Config({"TILE": 8192}, num_warps=16),
     },
+    "cross_attention": {
+        "heads d32 c256": Config({"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_L": 64}, num_warps=4, num_stages=2),
+        "heads d32 c512": Config({"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_L": 64}, num_warps=8, num_stages=2),
+        "heads d64 c512": Config({"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_L": 32}, num_warps=8, num_stages=2),
+        "heads d128 c512": Config({"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_L": 32}, num_warps=4, num_stages=2),
+        "heads fp32": Config({"BLOCK_N": 16, "BLOCK_C": 64, "BLOCK_L": 32}, num_warps=4, num_stages=1),
+        "output": Config({"BLOCK_N": 64, "BLOCK_O": 64, "BLOCK_C": 64}, num_warps=4, num_stages=3),
+        "output fp32": Config({"BLOCK_N": 32, "BLOCK_O": 32, "BLOCK_C": 32}, num_warps=4, num_stages=2),
+    },
 }
 
 
