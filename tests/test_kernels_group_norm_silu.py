@@ -27,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:overflow encountered:RuntimeWarning"
 )  # exp(-z) in lanes that are not stored
 NAMES = ["y", "dx", "dweight", "dbias", "dshift"]
+KINDS = [(torch.float32, silu, shift) for silu in (False, True) for shift in (False, True)]
+KINDS += [(dtype, on, on) for dtype in (torch.bfloat16, torch.float16) for on in (False, True)]
 ROUNDINGS = {torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 
@@ -111,23 +113,19 @@ def test_reference_has_correct_gradients():
 # --- The kernels.
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(("dtype", "silu", "shift"), KINDS)
 def test_a_group_in_one_program(dtype, last, silu, shift):
     check(case(2, 12, 3, 5, 4, dtype=dtype, last=last, shift=shift), 4, silu)
     check(case(1, 6, 35, dtype=dtype, last=last, shift=shift), 3, silu)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(("dtype", "silu", "shift"), KINDS)
 def test_a_group_in_many_programs(dtype, last, silu, shift, many_programs):
-    check(case(2, 12, 3, 7, 5, dtype=dtype, last=last, shift=shift), 4, silu)
-    check(case(1, 6, 11, 13, dtype=dtype, last=last, shift=shift), 3, silu)
-    check(case(1, 6, 131, dtype=dtype, last=last, shift=shift), 1, silu)
+    check(case(2, 12, 3, 7, 3, dtype=dtype, last=last, shift=shift), 4, silu)
+    check(case(1, 6, 7, 13, dtype=dtype, last=last, shift=shift), 3, silu)
+    check(case(1, 6, 67, dtype=dtype, last=last, shift=shift), 1, silu)
 
 
 # As the U-Net and the autoencoder use them, on grids that are much smaller and odd; 96 and 1024 take idle lanes and two blocks.
@@ -142,10 +140,10 @@ def test_widths_of_the_model(channels, monkeypatch):
 def test_other_strides(programs, request):
     if programs == "many":
         request.getfixturevalue("many_programs")
-    x, weight, bias, shift = case(2, 8, 4, 5, 6, dtype=torch.float32)
-    wide = draw(2, 16, 5, 5, 6, seed=7, dtype=torch.float32)
+    x, weight, bias, shift = case(2, 8, 3, 4, 5, dtype=torch.float32)
+    wide = draw(2, 16, 4, 4, 5, seed=7, dtype=torch.float32)
     tokens = draw(2, 33, 8, seed=8, dtype=torch.float32).transpose(1, 2)
-    for other in (x.transpose(2, 4), wide[:, ::2, 1:], wide[:, 4:12], x.expand(2, 8, 4, 5, 6)[:, :, ::2], tokens):
+    for other in (x.transpose(2, 4), wide[:, ::2, 1:], tokens):
         check((other, weight, bias, shift.t().contiguous().t()), 4)
     y = both(4)[0](x.transpose(2, 4), weight, bias, shift)
     assert y.is_contiguous()
@@ -201,7 +199,7 @@ def test_the_rule_refuses_a_wrong_kernel(many_programs):
     tensors = case(2, 8, 3, 7, 5, dtype=torch.bfloat16)
     fused, plain = both(4)
     for name, wrong in {
-        "y": lambda x, w, b, s: fused(x, w, b, 1.1 * s),
+        "y": lambda x, w, b, s: 1.02 * fused(x, w, b, s),
         "dx": lambda x, w, b, s: fused(x, w, b, s) + 0.02 * (x - x.detach()),
         "dweight": lambda x, w, b, s: fused(x, w, b, s) + 0.02 * (w - w.detach())[:, None, None, None],
     }.items():

@@ -12,11 +12,11 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ccella_fast.kernels.attention import attention
 from ccella_fast.kernels.cross_attention import cross_attention
-from ccella_fast.kernels.group_norm_silu import group_norm_silu
+from ccella_fast.kernels.geglu import geglu
+from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Runner = Callable[
@@ -51,17 +51,6 @@ class Stack(nn.Module):
     """A module that calls its blocks through `self.run`, which activation checkpointing replaces."""
 
     run: Runner = staticmethod(run)
-
-
-class GroupNormSiLU(nn.GroupNorm):
-    """SiLU(GroupNorm(x + shift)), or without the SiLU. Parameters as `nn.GroupNorm`."""
-
-    def __init__(self, num_groups: int, channels: int, eps: float, *, silu: bool = True):
-        super().__init__(num_groups, channels, eps)
-        self.silu = silu
-
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu, shift=shift)
 
 
 class ShiftedConv3d(nn.Conv3d):
@@ -152,8 +141,7 @@ class GatedFeedForward(nn.Module):
         self.linear2 = nn.Linear(4 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        value, gate = self.linear1(tokens).chunk(2, dim=-1)
-        return self.linear2(value * F.gelu(gate))
+        return self.linear2(geglu(self.linear1(tokens)))
 
 
 class TransformerBlock(nn.Module):
