@@ -189,7 +189,8 @@ def _dkdv_kernel(
     c = scale * 1.4426950408889634
     dk = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
-    for i in range(0, N, BLOCK_N):  # queries that are not there add nothing: their q and do are zero
+    # Queries that are not there add nothing: their q and do are zero. Keys that are not there fill rows that are not stored.
+    for i in range(0, N, BLOCK_N):
         q = load_rows(q_ptr, stride_qn, N - i, K, BLOCK_N, BLOCK_K, True)
         do = load_rows(do_ptr, stride_dn, N - i, K, BLOCK_N, BLOCK_K, True)
         lse = tl.load(lse_ptr + i + row, mask=row < N - i, other=0.0)

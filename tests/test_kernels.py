@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ccella_fast.kernels.attention import attention
 from ccella_fast.kernels.group_norm_silu import group_norm_silu
 
 
@@ -56,14 +55,3 @@ def test_group_norm_silu_has_correct_gradients():
     x, weight, bias, shift = draw(2, 4, 2, 3, 2), draw(4, seed=1), draw(4, seed=2), draw(2, 4, seed=3)
     tensors = [tensor.requires_grad_() for tensor in (x, weight, bias, shift)]
     assert torch.autograd.gradcheck(lambda x, w, b, s: group_norm_silu(x, 2, w, b, shift=s), tensors)
-
-
-@pytest.mark.parametrize("keys", [6, 11])
-def test_attention(keys):
-    q, k, v = draw(2, 3, 6, 4), draw(2, 3, keys, 4, seed=1), draw(2, 3, keys, 4, seed=2)
-    scores = torch.einsum("bmnk,bmlk->bmnl", q, k) / 2.0  # sqrt(K) = 2
-    expected = torch.einsum("bmnl,bmlk->bmnk", scores.exp() / scores.exp().sum(dim=3, keepdim=True), v)
-    torch.testing.assert_close(attention(q, k, v), expected)
-    assert not torch.allclose(attention(2 * q, k, v), expected)
-    tensors = [tensor.requires_grad_() for tensor in (q, k, v)]
-    assert torch.autograd.gradcheck(attention, tensors)
