@@ -12,6 +12,7 @@ from torch import Tensor
 import reference
 from cases import Case, Floor, Side, Skip, Trial
 from ccella_fast.diffusion import loop
+from ccella_fast.diffusion.noise import start_noise
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import get_solver
 from counting import FlashAttention, backend, count
@@ -41,8 +42,8 @@ def denoising_step(bench: Workbench, batch: int = 1) -> Trial:
         return noise
 
     def ours(model: Any) -> Callable[..., Tensor]:
-        solver, schedule = get_solver("ddpm"), Schedule.from_config(bench.config.scheduler)
-        plan = solver.plan(schedule, len(schedule))
+        schedule = Schedule.from_config(bench.config.scheduler)
+        plan = get_solver("ddpm").plan(schedule, len(schedule))
         row = torch.tensor(plan.coefficients[index], dtype=torch.float32, device=x.device)
         with torch.no_grad():
             prepared = model.condition(torch.full((batch,), TIMESTEP, device=x.device), **conditions)
@@ -52,7 +53,7 @@ def denoising_step(bench: Workbench, batch: int = 1) -> Trial:
             noise = model.denoise(x, prepared)
             if watch is not None:
                 watch.mark("network")
-                solver.step(x, noise.float(), row, torch.randn_like(x), None)
+                plan.step(x, noise.float(), row, torch.randn_like(x), ())
                 watch.mark("solver")
             return noise
 
@@ -151,8 +152,8 @@ def sampling(bench: Workbench, num_steps: int = 4) -> Trial:
                 return model(latent, timesteps, **conditions).noise
 
             latent = loop.sample(
-                denoise, shape, solver=solver, schedule=schedule, seeds=seeds, num_steps=num_steps, device=x.device,
-                progress=False,
+                denoise, start_noise(shape, seeds, device=x.device), solver=solver, schedule=schedule, seeds=seeds,
+                num_steps=num_steps,
             )  # fmt: skip
             if watch is not None:
                 watch.mark("steps")
