@@ -89,10 +89,10 @@ class Request:
         return shape
 
     def batch(self, config: Config) -> int:
-        size = 1 if self.batch_invariant else self.batch_size or config.sampling.batch_size
+        size = config.sampling.batch_size if self.batch_size is None else operator.index(self.batch_size)
         if size < 1:
             raise ConfigError(f"a batch of {size}", field="batch_size", fix="use 1 or more")
-        return size
+        return 1 if self.batch_invariant else size
 
 
 class Prompts:
