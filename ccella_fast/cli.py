@@ -39,6 +39,9 @@ def prepare(arguments: argparse.Namespace) -> None:
         test_data=arguments.test_data,
         data_base_dir=arguments.data_base_dir,
         embedding_base_dir=arguments.embedding_base_dir,
+        augment=arguments.augment,
+        preview=arguments.preview,
+        workers=arguments.workers,
     )
 
 
@@ -154,6 +157,13 @@ def _prepare(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--test_data", type=Path, help="JSON manifest of the test split")
     command.add_argument("--data_base_dir", type=Path, help="what a JSON manifest's image paths start from")
     command.add_argument("--embedding_base_dir", type=Path, help="where the reference's prepared latents and text lie")
+    about = "also store this many augmented latents of every training study (needs --vae; 0: use them no longer)"
+    command.add_argument("--augment", type=_from(0), metavar="K", help=about)
+    about = "also write a picture of every study before and after, and of augmentations at their largest"
+    command.add_argument("--preview", action="store_true", help=about)
+    command.add_argument(
+        "--workers", type=_from(1), help="processes that make images (default: what cores and memory allow)"
+    )
     _add_config(command)
 
 

@@ -79,7 +79,7 @@ def absorb(s, v, acc, top, total, c, PRECISION: tl.constexpr):
 
 
 @jit
-def attend(
+def attend_keys(
     q, k_ptr, v_ptr, stride_kl, stride_vl, L, c,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def _forward_kernel(
     q = load_rows(
         q_ptr + b * stride_qb + h * stride_qm + start * stride_qn, stride_qn, N - start, K, BLOCK_N, BLOCK_K, True
     )
-    o, lse = attend(
+    o, lse = attend_keys(
         q, k_ptr + b * stride_kb + h * stride_km, v_ptr + b * stride_vb + h * stride_vm, stride_kl, stride_vl, L,
         scale * 1.4426950408889634, K, BLOCK_N, BLOCK_L, BLOCK_K, PRECISION,
     )  # fmt: skip
@@ -189,7 +189,8 @@ def _dkdv_kernel(
     c = scale * 1.4426950408889634
     dk = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
-    for i in range(0, N, BLOCK_N):  # queries that are not there add nothing: their q and do are zero
+    # Queries that are not there add nothing: their q and do are zero. Keys that are not there fill rows that are not stored.
+    for i in range(0, N, BLOCK_N):
         q = load_rows(q_ptr, stride_qn, N - i, K, BLOCK_N, BLOCK_K, True)
         do = load_rows(do_ptr, stride_dn, N - i, K, BLOCK_N, BLOCK_K, True)
         lse = tl.load(lse_ptr + i + row, mask=row < N - i, other=0.0)
@@ -296,10 +297,16 @@ def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 attention_op.register_autograd(_backward, setup_context=_save)
 
 
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which matrix products of `tensor` are to be taken: autocast's where it is on."""
+    if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
 def triton_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
-    return attention_op(q, k, v)[0]
+    dtype = product_dtype(q)
+    return attention_op(q.to(dtype), k.to(dtype), v.to(dtype))[0]
 
 
 def xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -360,6 +367,7 @@ def aot_case(
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     config = tuning.SHIPPED[name][key]
     settled = {**head_constants(head_width, dtype), **(constants or {})}
+    settled = {argument: value for argument, value in settled.items() if argument in kernel.arg_names}
     signature = {
         argument: "*fp32" if argument in ("lse_ptr", "delta_ptr")
         else f"*{element}" if argument.endswith("_ptr")
@@ -377,5 +385,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) ->
     """(B, M, N, K), in the dtype of `q`. Self-attention and cross-attention differ only in where k and v come from.
 
     backend: one of `IMPLEMENTATIONS`, None for the dispatcher's choice; BackendError where it cannot run."""
-    chosen = choose("attention", refusals(q.device, q.dtype, head_width=q.shape[-1]), backend)
+    chosen = choose("attention", refusals(q.device, product_dtype(q), head_width=q.shape[-1]), backend)
     return IMPLEMENTATIONS[chosen](q, k, v)

@@ -262,7 +262,7 @@ class UpsampleConv3d(torch.nn.Conv3d):
 
     def _phases(self) -> Tensor | None:
         weight = self.weight
-        changing = torch.is_grad_enabled() or torch.is_autocast_enabled(weight.device.type)
+        changing = torch.is_grad_enabled() or compute_dtype(weight) != weight.dtype
         if changing or torch.compiler.is_compiling() or self.backend == "reference":
             return None
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)

@@ -20,8 +20,8 @@ LAYERS = {
     "sampling": 6,
     "training": 5, "data.prepare": 5, "report": 5,
     "checkpoint": 4,
-    "data": 3, "reference_checkpoint": 3,
-    "models": 2, "diffusion": 2, "losses": 2,
+    "data": 3, "reference_checkpoint": 3, "dropin": 3,
+    "models": 2, "diffusion": 2, "losses": 2, "report.figures": 2,
     "config": 1, "reference_config": 1,
     "variants": 0, "errors": 0, "doors": 1, "storage": 0, "environment": 0, "kernels": 0,
 }  # fmt: skip

@@ -170,7 +170,8 @@ class FastSampler:
         named = (solver, num_steps, prediction, spacing)
         loop = Loop(plan, named, len(schedule), guidance, request.reuse, request.batch_invariant)
         has_text = not (request.reports is None and request.text is None)
-        check_inputs(config.model.variant, has_text=has_text, request=request)
+        given = {"pirads": request.pirads, "class_override": request.class_override}
+        check_inputs(config.model.variant, has_text=has_text, **given)
         reports = self._reports.of(request, guided=guidance.on)
         prompts = Prompts(request, config, reports)
         facts = {
