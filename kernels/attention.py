@@ -30,7 +30,16 @@ from torch.nn import functional as F
 
 from ccella_fast.kernels import tuning
 from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import Refusals, choose, jit, tl, triton, triton_refusal, xformers_refusal
+from ccella_fast.kernels.backend import (
+    Refusals,
+    choose,
+    compute_dtype,
+    jit,
+    tl,
+    triton,
+    triton_refusal,
+    xformers_refusal,
+)
 
 MAX_HEAD_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}  # beyond it, registers spill
 
@@ -297,15 +306,8 @@ def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 attention_op.register_autograd(_backward, setup_context=_save)
 
 
-def product_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which matrix products of `tensor` are to be taken: autocast's where it is on."""
-    if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(tensor.device.type)
-    return tensor.dtype
-
-
 def triton_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    dtype = product_dtype(q)
+    dtype = compute_dtype(q)
     return attention_op(q.to(dtype), k.to(dtype), v.to(dtype))[0]
 
 
@@ -385,5 +387,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) ->
     """(B, M, N, K), in the dtype of `q`. Self-attention and cross-attention differ only in where k and v come from.
 
     backend: one of `IMPLEMENTATIONS`, None for the dispatcher's choice; BackendError where it cannot run."""
-    chosen = choose("attention", refusals(q.device, product_dtype(q), head_width=q.shape[-1]), backend)
+    chosen = choose("attention", refusals(q.device, compute_dtype(q), head_width=q.shape[-1]), backend)
     return IMPLEMENTATIONS[chosen](q, k, v)
