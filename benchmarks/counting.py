@@ -215,7 +215,9 @@ def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
 FLOPS: dict[str, Callable[..., int]] = {
     "ccella_fast::attention": _attention_flops,
     "ccella_fast::attention_backward": lambda q, k, v, *rest: _attention_flops(q, k, v) * 5 // 2,
-    "ccella_fast::upsample_conv3d": lambda x, weight, *rest: 8 * 2 * 8 * x[:, 0].numel() * weight[:, :, 0, 0, 0].numel(),
+    "ccella_fast::upsample_conv3d": lambda x, weight, *rest: (
+        8 * 2 * 8 * x[:, 0].numel() * weight[:, :, 0, 0, 0].numel()
+    ),
 }
 
 

@@ -40,7 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.case or []:
         if name not in known:
             raise ConfigError(f"there is no case '{name}'", field="--case", fix=did_you_mean(name, known))
-    chosen = [known[name] for name in arguments.case] if arguments.case else select(arguments.suite or ["quick"], device)
+    chosen = (
+        [known[name] for name in arguments.case] if arguments.case else select(arguments.suite or ["quick"], device)
+    )
     baseline = results.read(arguments.baseline) if arguments.baseline else None  # before the long work
     run_session = session.Session(device, minutes=arguments.minutes, command=_command(arguments), debug=arguments.debug)
     if arguments.dry_run:

@@ -279,11 +279,11 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 CASES = [
     Case(
         "denoising_step", "sampler", "one denoising step in the loop, batch 1: the reference's eager step, and ours",
-        denoising_step, quick=("cpu", "cuda"), budget=30, set_up={"cpu": 25, "cuda": 30},
+        denoising_step, quick=("cpu", "cuda"), profile=True, budget=20, set_up={"cpu": 25, "cuda": 30},
     ),
     Case(
         "decode", "sampler", "latent to volume: MONAI's AutoencoderKlMaisi, and ours", decode,
-        quick=("cpu", "cuda"), budget=16, set_up={"cpu": 15, "cuda": 5},
+        quick=("cpu", "cuda"), profile=True, budget=12, set_up={"cpu": 15, "cuda": 5},
     ),
     Case(
         "sampling", "sampler", "text features to volume at equal steps, decode included: the reference's loop, and ours",

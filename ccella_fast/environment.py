@@ -1,4 +1,4 @@
-"""What this machine is, and what of it is known to be slow or wrong. Printed by `ccella-fast env`, stored beside every result."""
+"""What this machine is, and what of it is known to be slow or wrong: for `ccella-fast env`, and beside every result."""
 
 from __future__ import annotations
 
