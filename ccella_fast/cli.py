@@ -39,6 +39,9 @@ def prepare(arguments: argparse.Namespace) -> None:
         test_data=arguments.test_data,
         data_base_dir=arguments.data_base_dir,
         embedding_base_dir=arguments.embedding_base_dir,
+        augment=arguments.augment,
+        preview=arguments.preview,
+        workers=arguments.workers,
     )
 
 
@@ -49,7 +52,8 @@ def train_vae(arguments: argparse.Namespace) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    from ccella_fast.sampler import sample_to_folder
+    from ccella_fast.sampling.folder import sample_to_folder
+    from ccella_fast.sampling.steps import Reuse
 
     reports = list(arguments.report or []) + [_read_report(path) for path in arguments.report_file or []]
     sample_to_folder(
@@ -59,10 +63,16 @@ def sample(arguments: argparse.Namespace) -> None:
         num_samples=arguments.num_samples,
         seed=arguments.seed,
         solver=arguments.solver,
-        num_inference_steps=arguments.num_inference_steps,
+        num_steps=arguments.num_inference_steps,
         spacing=arguments.spacing,
         pirads=arguments.pirads,
+        class_override=arguments.class_override,
+        guidance_scale=arguments.guidance_scale,
+        guidance_interval=arguments.guidance_interval,
+        reuse=None if arguments.reuse is None else Reuse(*arguments.reuse),
         batch_size=arguments.batch_size,
+        batch_invariant=arguments.batch_invariant,
+        dtype=arguments.dtype,
         vae=arguments.vae,
         overwrite=arguments.overwrite,
     )
@@ -147,6 +157,13 @@ def _prepare(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--test_data", type=Path, help="JSON manifest of the test split")
     command.add_argument("--data_base_dir", type=Path, help="what a JSON manifest's image paths start from")
     command.add_argument("--embedding_base_dir", type=Path, help="where the reference's prepared latents and text lie")
+    about = "also store this many augmented latents of every training study (needs --vae; 0: use them no longer)"
+    command.add_argument("--augment", type=_from(0), metavar="K", help=about)
+    about = "also write a picture of every study before and after, and of augmentations at their largest"
+    command.add_argument("--preview", action="store_true", help=about)
+    command.add_argument(
+        "--workers", type=_from(1), help="processes that make images (default: what cores and memory allow)"
+    )
     _add_config(command)
 
 
@@ -186,7 +203,31 @@ def _sample(commands: argparse._SubParsersAction) -> None:
         "--spacing", type=float, nargs=3, metavar="MM", help="voxel size in mm (default: the training grid's)"
     )
     command.add_argument("--pirads", choices=["neg", "pos"], help="class, for variants that are given one")
+    command.add_argument("--class_override", choices=["neg", "pos"], help="class, in place of the predicted one")
+    command.add_argument(
+        "--guidance_scale", type=float, help="classifier-free guidance against the null report (default 1: off)"
+    )
+    command.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar="FRACTION",
+        help="part of the schedule it acts in (default 0 1)",
+    )
+    command.add_argument(
+        "--reuse",
+        type=_from(1),
+        nargs=2,
+        metavar=("INTERVAL", "DEPTH"),
+        help="reuse deep features, e.g. 3 1 (default off)",
+    )
     command.add_argument("--batch_size", type=_from(1), help="volumes at a time (default: the checkpoint's)")
+    command.add_argument(
+        "--batch_invariant", action="store_true", help="each volume alone: on a CPU equal bits whatever the batch"
+    )
+    command.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], help="of the weights (default auto: bf16 where it is fast)"
+    )
     command.add_argument("--vae", type=Path, help="VAE, for a reference .pt (our checkpoints hold theirs)")
     command.add_argument("--overwrite", action="store_true", help="replace what lies in --out")
 

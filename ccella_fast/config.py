@@ -124,8 +124,8 @@ class SchedulerConfig(Section):
     clip_sample: Literal[False] = False
 
 
-class DataConfig(Section):
-    """The grid that every study is brought to, and the sequences that are kept."""
+class GridConfig(Section):
+    """The grid that every study is brought to, and the sequences that are kept. A prepared folder's manifest holds it."""
 
     sequences: list[Literal["t2w", "hbv", "adc"]] = ["t2w"]
     spacing: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [0.5, 0.5, 0.5625]  # mm, axes R, A, S
@@ -138,6 +138,62 @@ class DataConfig(Section):
         if not names or len(set(names)) != len(names):
             raise ValueError("give at least one sequence, each once")
         return names
+
+
+class DataConfig(GridConfig):
+    # What loads and augments volumes. auto: DALI on a GPU, else torch.
+    engine: Literal["auto", "dali", "torch"] = "auto"
+
+
+Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Axes = Annotated[list[Strength], Field(min_length=3, max_length=3)]  # along R, A, S
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    # With a report: sides stay, sizes stay true, intensities stay those of a plausible scan.
+    "text": {
+        "rotation": [3.0, 3.0, 6.0], "translation": [4.0, 4.0, 3.0], "zoom": 0.1, "crop": [0.1, 0.1, 0.05],
+        "gamma": 0.1, "contrast": 0.1, "brightness": 0.05, "bias": 0.1, "blur": 0.3, "noise": 0.01,
+    },
+    # Without: also mirrored, and stronger in everything.
+    "image": {
+        "rotation": [6.0, 6.0, 12.0], "translation": [8.0, 8.0, 6.0], "zoom": 0.2, "crop": [0.2, 0.2, 0.1],
+        "gamma": 0.25, "contrast": 0.2, "brightness": 0.1, "bias": 0.25, "blur": 0.6, "noise": 0.03, "flip": 0.5,
+    },
+}  # fmt: skip
+
+
+class AugmentationConfig(Section):
+    """How far volumes are changed. A key is the largest deviation drawn, 0 leaves the operator out; keys beside `preset` win.
+
+    Where the model reads the report, `flip` must be 0: a mirrored study has its left on the right."""
+
+    preset: Literal["none", "text", "image"] = "text"
+    rotation: Axes = [0.0, 0.0, 0.0]  # degrees about R, A, S
+    translation: Axes = [0.0, 0.0, 0.0]  # mm
+    zoom: Annotated[Strength, Field(le=1)] = 0.0  # 0.1: voxels smaller or larger by up to 10 %
+    crop: Annotated[list[Fraction], Field(min_length=3, max_length=3)] = [0.0, 0.0, 0.0]  # share of an axis cut off
+    gland: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [60.0, 50.0, 45.0]  # mm; always in view
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of left and right changing places
+    gamma: Annotated[Strength, Field(le=2)] = 0.0  # 0.1: exponent e^-0.1 to e^0.1
+    contrast: Annotated[Strength, Field(le=0.5)] = 0.0  # change of the slope at mid-grey
+    brightness: Annotated[Strength, Field(le=1)] = 0.0  # 0.1: gain 0.9 to 1.1
+    bias: Annotated[Strength, Field(le=1)] = 0.0  # 0.1: receive field of up to e^-0.1 to e^0.1
+    blur: Annotated[Strength, Field(le=5)] = 0.0  # mm, sigma
+    noise: Annotated[Strength, Field(le=1)] = 0.0  # sigma, of an image in [0, 1]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        preset = values.get("preset", "text") if isinstance(values, dict) else None
+        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
+
+    @property
+    def active(self) -> bool:
+        """Does it change anything?"""
+        return any(any(value) if isinstance(value, list) else value for value in self._strengths())
+
+    def _strengths(self) -> list[Any]:
+        return list(self.model_dump(exclude={"preset", "gland"}).values())
 
 
 class TextConfig(Section):
@@ -161,11 +217,13 @@ class VaeTrainingConfig(Section):
     lr: PositiveFloat = 1e-4
     kl_weight: Annotated[float, Field(ge=0)] = 1e-6
     seed: Count = 0
+    augmentation: AugmentationConfig = AugmentationConfig.model_validate({"preset": "none"})
 
 
 class TrainingConfig(Section):
     """The diffusion model's training (section 3). Batch sizes are per process."""
 
+    latents: Literal["stored", "online"] = "stored"  # online: made while training, from augmented images
     batch_size: Positive = 8
     gradient_accumulation_steps: Positive = 1
     lr: PositiveFloat = 1e-4
@@ -192,6 +250,8 @@ class SamplingConfig(Section):
     prediction: Literal["epsilon", "v", "x0", "velocity"] = "epsilon"  # what the network was trained to predict
     timestep_spacing: Literal["leading", "trailing", "linspace", "karras"] | None = None  # None: the solver's own
     num_inference_steps: Positive = 1000
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # against the null report; 1: off
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # fractions of the schedule between which guidance acts
     random_seed: Count = 0
     batch_size: Positive = 1
 
@@ -218,6 +278,7 @@ class Config(Section):
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     data: DataConfig = DataConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()  # of `--latents online` and `prepare --augment`
     text: TextConfig = TextConfig()
     vae_training: VaeTrainingConfig = VaeTrainingConfig()
     training: TrainingConfig = TrainingConfig()

@@ -117,6 +117,13 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
+<<<<<<< HEAD
+def free_memory(device: Any = None) -> int:
+    """Bytes that can still be allocated on this torch device; for the CPU (None) what its machine has, or its container if
+    less."""
+    if device is not None and device.type == "cuda":
+        import torch
+=======
 def cpu_instructions() -> list[str]:
     """Which of the vector and matrix instructions that torch's kernels are written for this CPU has."""
     flags = _cpuinfo().get("flags", "").split()
@@ -130,8 +137,8 @@ def cpu_name() -> str:
 def free_memory(device: Any) -> int:
     """Bytes that can still be allocated on this torch device; for the CPU what its machine has, or its container if less."""
     import torch
+>>>>>>> bench
 
-    if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -142,6 +149,11 @@ def free_memory(device: Any) -> int:
         used = int((group / "memory.current").read_text()) - (int(cached[1]) if cached else 0)
         free = min(free, int(limit) - used)
     return free
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bf16 (AVX512-BF16, AMX); without them bf16 is slower than fp32."""
+    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 def _version(name: str) -> str | None:

@@ -38,6 +38,8 @@ def _run(arguments: argparse.Namespace) -> int:
         overrides.append(f"training.max_train_steps={arguments.max_train_steps}")
     if arguments.seed is not None:
         overrides.append(f"training.seed={arguments.seed}")
+    if arguments.latents is not None:
+        overrides.append(f"training.latents={arguments.latents}")
     config = load_config(arguments.config or three, overrides)
     if config.paths.existing_ckpt_filepath is not None:
         fix = "set it to null; --resume goes on with a run of ours"
@@ -102,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="length of the run in optimizer steps; fixed once it has started",
     )
+    about = "stored, or online: load, augment and encode studies while training (needs a folder prepared with --vae)"
+    add("--latents", choices=["stored", "online"], help=f"{about}; default: training.latents")
     add("--seed", type=int, metavar="N", help="data order, noise and initial weights follow from it")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated")
     add("--deepspeed", nargs="?", const=True, metavar="FILE", help="a DeepSpeed file (its values win), or a bare flag")

@@ -88,7 +88,7 @@ def absorb(s, v, acc, top, total, c, PRECISION: tl.constexpr):
 
 
 @jit
-def attend(
+def attend_keys(
     q, k_ptr, v_ptr, stride_kl, stride_vl, L, c,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def _forward_kernel(
     q = load_rows(
         q_ptr + b * stride_qb + h * stride_qm + start * stride_qn, stride_qn, N - start, K, BLOCK_N, BLOCK_K, True
     )
-    o, lse = attend(
+    o, lse = attend_keys(
         q, k_ptr + b * stride_kb + h * stride_km, v_ptr + b * stride_vb + h * stride_vm, stride_kl, stride_vl, L,
         scale * 1.4426950408889634, K, BLOCK_N, BLOCK_L, BLOCK_K, PRECISION,
     )  # fmt: skip
@@ -305,8 +305,19 @@ def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 attention_op.register_autograd(_backward, setup_context=_save)
 
 
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which matrix products of `tensor` are to be taken: autocast's where it is on."""
+    if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
 def triton_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+<<<<<<< HEAD
+    dtype = product_dtype(q)
+=======
     dtype = compute_dtype(q)
+>>>>>>> bench
     return attention_op(q.to(dtype), k.to(dtype), v.to(dtype))[0]
 
 
@@ -368,6 +379,7 @@ def aot_case(
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     config = tuning.SHIPPED[name][key]
     settled = {**head_constants(head_width, dtype), **(constants or {})}
+    settled = {argument: value for argument, value in settled.items() if argument in kernel.arg_names}
     signature = {
         argument: "*fp32" if argument in ("lse_ptr", "delta_ptr")
         else f"*{element}" if argument.endswith("_ptr")
@@ -385,5 +397,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) ->
     """(B, M, N, K), in the dtype of `q`. Self-attention and cross-attention differ only in where k and v come from.
 
     backend: one of `IMPLEMENTATIONS`, None for the dispatcher's choice; BackendError where it cannot run."""
-    chosen = choose("attention", refusals(q.device, q.dtype, head_width=q.shape[-1]), backend)
+    chosen = choose("attention", refusals(q.device, product_dtype(q), head_width=q.shape[-1]), backend)
     return IMPLEMENTATIONS[chosen](q, k, v)

@@ -42,6 +42,39 @@ SHIPPED: dict[str, dict[str, Config]] = {
         "dkdv d128": Config({"BLOCK_N": 32, "BLOCK_L": 64}, num_warps=8, num_stages=2),
         "dkdv fp32": Config({"BLOCK_N": 16, "BLOCK_L": 32}, num_warps=8, num_stages=1),
     },
+    # TILE: elements of x that a program holds at a time, so that two programs fit a multiprocessor's registers: `statistics`
+    # keeps two fp32 values an element, `sums` two or three, the passes that only apply none.
+    "group_norm_silu": {
+        "statistics last": Config({"TILE": 8192}, num_warps=16),
+        "statistics first": Config({"TILE": 4096}, num_warps=8),
+        "apply last": Config({"TILE": 8192}, num_warps=16),
+        "apply first": Config({"TILE": 8192}, num_warps=16),
+        "whole 2048": Config({"TILE": 2048}, num_warps=4),
+        "whole 8192": Config({"TILE": 8192}, num_warps=8),
+        "whole 16384": Config({"TILE": 16384}, num_warps=16),
+        "sums last": Config({"TILE": 4096}, num_warps=8),
+        "sums first": Config({"TILE": 4096}, num_warps=8),
+        "input gradient last": Config({"TILE": 4096}, num_warps=8),
+        "input gradient first": Config({"TILE": 8192}, num_warps=16),
+        "parameter gradients": Config({"BLOCK_C": 32}, num_warps=8),
+    },
+    "geglu": {
+        "forward": Config({"BLOCK_R": 4, "BLOCK_C": 512}, num_warps=4),
+        "backward": Config({"BLOCK_R": 4, "BLOCK_C": 512}, num_warps=8),
+    },
+    "residual_shift": {
+        "sum last": Config({"TILE": 8192}, num_warps=16),
+        "sum first": Config({"TILE": 8192}, num_warps=16),
+    },
+    "cross_attention": {
+        "heads d32 c256": Config({"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_L": 64}, num_warps=4, num_stages=2),
+        "heads d32 c512": Config({"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_L": 64}, num_warps=8, num_stages=2),
+        "heads d64 c512": Config({"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_L": 32}, num_warps=8, num_stages=2),
+        "heads d128 c512": Config({"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_L": 32}, num_warps=4, num_stages=2),
+        "heads fp32": Config({"BLOCK_N": 16, "BLOCK_C": 64, "BLOCK_L": 32}, num_warps=4, num_stages=1),
+        "output": Config({"BLOCK_N": 64, "BLOCK_O": 64, "BLOCK_C": 64}, num_warps=4, num_stages=3),
+        "output fp32": Config({"BLOCK_N": 32, "BLOCK_O": 32, "BLOCK_C": 32}, num_warps=4, num_stages=2),
+    },
 }
 
 

@@ -249,18 +249,21 @@ def upsample_conv3d(
 
 class UpsampleConv3d(torch.nn.Conv3d):
     """Nearest x2, then this 3x3x3 convolution. Parameters as `nn.Conv3d`. The sums of taps are kept between calls that need no
-    gradient, for as long as the weight stays what it was."""
+    gradient, for as long as the weight stays what it was. backend: as in `upsample_conv3d`."""
+
+    backend: str | None = None
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, padding=1)
         self._summed: tuple[tuple, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return upsample_conv3d(x, self.weight, self.bias, phases=self._phases())
+        return upsample_conv3d(x, self.weight, self.bias, phases=self._phases(), backend=self.backend)
 
     def _phases(self) -> Tensor | None:
         weight = self.weight
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or compute_dtype(weight) != weight.dtype:
+        changing = torch.is_grad_enabled() or compute_dtype(weight) != weight.dtype
+        if changing or torch.compiler.is_compiling() or self.backend == "reference":
             return None
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._summed is None or self._summed[0] != key:

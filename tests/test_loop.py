@@ -29,6 +29,14 @@ def prediction(solver: str) -> str:
     return "velocity" if solver.endswith("flow") else "epsilon"
 
 
+def test_a_solver_with_settings_of_its_own():
+    x_T, seeds = start_noise(SHAPE, [1, 2]), [1, 2]
+    noisy = sample(network, x_T, solver=Ddim(eta=1.0), num_steps=6, seeds=seeds)
+    ancestral = sample(network, x_T, solver="ddpm", num_steps=6, seeds=seeds)
+    torch.testing.assert_close(noisy, ancestral, rtol=1e-4, atol=1e-4)  # the same law, step by step
+    assert (sample(network, x_T, solver="ddim", num_steps=6) - noisy).abs().max() > 0.01
+
+
 def draw(solver, seeds, num_steps=6, **settings):
     return sample(
         network, start_noise(SHAPE, seeds), solver=solver, num_steps=num_steps, prediction=prediction(solver),
@@ -54,6 +62,7 @@ def test_step_noise_comes_from_the_seeds_alone(solver):
     torch.manual_seed(2)
     assert torch.equal(first, sample(network, x_T, solver=solver, seeds=[1, 2], num_steps=6))
     assert not torch.equal(first, sample(network, x_T, solver=solver, seeds=[1, 3], num_steps=6))
+    assert torch.equal(first, sample(network, x_T, solver=solver, seeds=np.array([1, 2]), num_steps=6))
     for seeds in (None, [1], [1, 2, 3]):
         with pytest.raises(ConfigError, match="a seed for each sample"):
             sample(network, x_T, solver=solver, seeds=seeds, num_steps=6)
@@ -128,6 +137,8 @@ def test_a_bad_network_is_an_error():
         sample(lambda x, t: x * float("nan"), torch.randn(1, 3))
     with pytest.raises(ConfigError, match=r"returned \(1, 6\) for x of \(1, 3\)"):
         sample(lambda x, t: torch.cat([x, x], 1), torch.randn(1, 3))
+    with pytest.raises(ConfigError, match="returned a tuple"):
+        sample(lambda x, t: (x,), torch.randn(1, 3))
     with pytest.raises(ConfigError, match="MONAI.*solver='ddim', schedule=scheduler"):
         from monai.networks.schedulers import DDPMScheduler
 

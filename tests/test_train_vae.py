@@ -16,7 +16,7 @@ from ccella_fast.errors import CheckpointError, ConfigError, DataError, NonFinit
 from ccella_fast.models.vae import Autoencoder, load_autoencoder
 from ccella_fast.storage import sha256, write_json
 from ccella_fast.training import vae as module
-from ccella_fast.training.vae import draw_patches, evaluate, kl_divergence, learning_rate, read_images, train_vae
+from ccella_fast.training.vae import evaluate, kl_divergence, learning_rate, patch_jobs, read_images, train_vae
 
 GRID = (16, 16, 8)
 SETTINGS: dict[str, Any] = {
@@ -209,8 +209,12 @@ def test_without_a_test_split_there_is_no_quality(tmp_path):
 def test_patches_cover_every_image_equally(data):
     train, _ = read_images(data)
     settings = VaeTrainingConfig(patch=[8, 8, 8], batch_size=2)
-    drawn = torch.cat([draw_patches(train, settings, step) for step in range(30)])
-    assert torch.equal(drawn[14:16], draw_patches(train, settings, 7))
+    drawn = torch.cat(
+        [torch.from_numpy(job.read())[None] for step in range(30) for job in patch_jobs(train, settings, step)]
+    )
+    assert torch.equal(
+        drawn[14:16], torch.stack([torch.from_numpy(job.read()) for job in patch_jobs(train, settings, 7)])
+    )
     windows = [np.lib.stride_tricks.sliding_window_view(image.values, (8, 8, 8)).reshape(-1, 512) for image in train]
     sources = [
         next(k for k, every in enumerate(windows) if (every == patch.numpy().ravel()).all(1).any()) for patch in drawn

@@ -1,11 +1,15 @@
-"""Prepared studies as training samples (section 1.5). Which study comes when is the trainer's business."""
+"""Prepared studies as training samples (section 1.5). Which study comes when is the trainer's business.
+
+Three things give batches of the studies that they are asked for, through `batches(picks, count)`: `PreparedDataset` from memory
+maps, `resident.ResidentLatents` from tensors on the device, `online.OnlineLatents` from images through the autoencoder.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ccella_fast.config import Config
-from ccella_fast.data.manifest import IMPORTED, NAME, Case, load_manifest
+from ccella_fast.data.manifest import IMPORTED, NAME, Case, FileEntry, load_manifest
 from ccella_fast.errors import DataError, did_you_mean
 from ccella_fast.variants import get_variant
 
@@ -45,19 +49,41 @@ class Batch(NamedTuple):
     has_class: Tensor
 
 
+class Pick(NamedTuple):
+    """A study, by its number in the dataset, as it is to be seen in an epoch."""
+
+    study: int
+    epoch: int
+
+
+class Source(Protocol):
+    def batches(self, picks: Callable[[int], Sequence[Pick]], count: int) -> Iterator[Batch]:
+        """The batch of `picks(n)` for n = 0 ... count-1."""
+        ...
+
+
 class PreparedDataset:
     """The studies of one split of a prepared folder, for the variant and the grid of `config`.
 
     Opening compares every file with the manifest's SHA-256 and every shape with the configuration, once; after that files
-    are read through memory maps. `ids` and `has_class` are lists over the studies. Raises DataError, which names the study."""
+    are read through memory maps. `ids` and `has_class` are lists over the studies; `copies`: how many augmented latents each
+    has beside its own. needs: what will be read, latents or images. Raises DataError, which names the study."""
 
-    def __init__(self, folder: str | Path, config: Config, split: Literal["train", "test"] = "train"):
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Config,
+        split: Literal["train", "test"] = "train",
+        *,
+        needs: Literal["latents", "images"] = "latents",
+    ):
         self.prepared = load_manifest(folder)
-        self.config = config
+        self.config, self.needs = config, needs
         self._listed = self.prepared.folder / NAME
         self.variant = get_variant(config.model.variant)
         self.cases = self._select(split)
         self.ids = [case.id for case in self.cases]
+        self.copies = 0 if needs == "images" else min(len(case.augmented) for case in self.cases)
         self.has_class = [case.pirads is not None and not case.text_isnull for case in self.cases]
         self._check_classes()
         self._check_encoder()
@@ -70,25 +96,46 @@ class PreparedDataset:
         return len(self.cases)
 
     def __getitem__(self, index: int) -> Item:
+        return self.item(index)
+
+    def item(self, index: int, copy: int = 0) -> Item:
+        """copy: 0, the study as it was prepared; 1 ... `copies`, an augmented one."""
         case = self.cases[index]
+        files = case.augmented[copy - 1].files if copy else case.files
         means, sigmas = [], []
         for sequence in self.config.data.sequences:
-            means.append(self._tensor(case, f"latent_mean/{sequence}"))
-            has_sigma = f"latent_sigma/{sequence}" in case.files
-            sigmas.append(self._tensor(case, f"latent_sigma/{sequence}") if has_sigma else torch.zeros_like(means[-1]))
+            means.append(self._tensor(case, f"latent_mean/{sequence}", files))
+            has_sigma = f"latent_sigma/{sequence}" in files
+            sigmas.append(
+                self._tensor(case, f"latent_sigma/{sequence}", files) if has_sigma else torch.zeros_like(means[-1])
+            )
+        spacing = case.augmented[copy - 1].spacing if copy else case.spacing
+        return self.described(index, torch.cat(means), torch.cat(sigmas), spacing)
+
+    def described(self, index: int, mean: Tensor, sigma: Tensor, spacing: Sequence[float]) -> Item:
+        """A study's latents, wherever they come from, with what is known of the study."""
+        case = self.cases[index]
         return Item(
             case.id,
-            torch.cat(means),
-            torch.cat(sigmas),
-            self._tensor(case, "text") if self.variant.text else None,
+            mean,
+            sigma,
+            self._tensor(case, "text", case.files) if self.variant.text else None,
             100 * torch.tensor(case.pirads or [0, 0], dtype=torch.float32),
-            100 * torch.tensor(case.spacing, dtype=torch.float32),
+            100 * torch.tensor(spacing, dtype=torch.float32),
             bool(case.text_isnull),
             self.has_class[index],
         )
 
-    def _tensor(self, case: Case, key: str) -> Tensor:
-        return torch.from_numpy(np.array(self.prepared.array(case, key)))
+    def copy_of(self, pick: Pick) -> int:
+        """Which of a study's latents an epoch sees: each once in `copies` + 1 epochs."""
+        return (pick.study + pick.epoch) % (self.copies + 1)
+
+    def batches(self, picks: Callable[[int], Sequence[Pick]], count: int) -> Iterator[Batch]:
+        for n in range(count):
+            yield collate([self.item(pick.study, self.copy_of(pick)) for pick in picks(n)])
+
+    def _tensor(self, case: Case, key: str, files: dict[str, FileEntry]) -> Tensor:
+        return torch.from_numpy(np.array(self.prepared.array(case, key, files=files)))
 
     def _select(self, split: str) -> list[Case]:
         tag = self.config.data.dataset
@@ -130,17 +177,24 @@ class PreparedDataset:
     def _check(self, case: Case) -> None:
         latent = (self.config.autoencoder.latent_channels, *self.config.check_grid())
         for sequence in self.config.data.sequences:
-            self._check_shape(case, f"latent_mean/{sequence}", latent, "data.dim and the autoencoder")
-            if f"latent_sigma/{sequence}" in case.files:
-                self._check_shape(case, f"latent_sigma/{sequence}", latent, "data.dim and the autoencoder")
+            if self.needs == "images":
+                self._check_shape(case, f"image/{sequence}", tuple(self.config.data.dim), "data.dim", case.files)
+                continue
+            for files in (case.files, *(copy.files for copy in case.augmented[: self.copies])):
+                for key in (f"latent_mean/{sequence}", f"latent_sigma/{sequence}"):
+                    if key in files or key.startswith("latent_mean"):
+                        self._check_shape(case, key, latent, "data.dim and the autoencoder", files)
         if self.variant.text:
             length = self.prepared.text.max_length if self.prepared.text else self.config.text.max_length
-            self._check_shape(case, "text", (length, self.config.model.input_dim), "the encoder and model.input_dim")
+            width = self.config.model.input_dim
+            self._check_shape(case, "text", (length, width), "the encoder and model.input_dim", case.files)
 
-    def _check_shape(self, case: Case, key: str, expected: tuple[int, ...], source: str) -> None:
-        found = self.prepared.array(case, key, verify=True).shape
+    def _check_shape(
+        self, case: Case, key: str, expected: tuple[int, ...], source: str, files: dict[str, FileEntry]
+    ) -> None:
+        found = self.prepared.array(case, key, verify=True, files=files).shape
         if found != expected:
-            path, field = self.prepared.folder / case.files[key].path, f"{case.id}.files.{key}"
+            path, field = self.prepared.folder / files[key].path, f"{case.id}.files.{key}"
             why, fix = f"its shape is {found}, {source} give {expected}", "prepare with this configuration"
             raise DataError(why, path=path, field=field, fix=fix)
 

@@ -34,15 +34,18 @@ class LatentEncoder:
 
     def encode(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(X, Y, Z) float32 in [0, 1] -> mean, sigma (C, X', Y', Z') float32."""
+        mean, sigma = self.posterior(self._torch.from_numpy(np.array(image))[None, None])
+        return mean[0].cpu().numpy(), sigma[0].cpu().numpy()
+
+    def posterior(self, volumes: Any) -> tuple[Any, Any]:
+        """Tensors: (B, 1, X, Y, Z) float32 in [0, 1] -> mean, sigma (B, C, X', Y', Z') float32, on the encoder's device."""
         torch = self._torch
-        volume = torch.from_numpy(np.array(image))[None, None].to(self._device)
         with torch.inference_mode(), torch.autocast(self._device, torch.bfloat16, enabled=self._device == "cuda"):
-            mean, sigma = self._vae.encode(volume)
-        result = tuple(part[0].float().cpu().numpy() for part in (mean, sigma))
-        if not all(np.isfinite(part).all() for part in result):
+            mean, sigma = (part.float() for part in self._vae.encode(volumes.to(self._device)))
+        if not bool(mean.isfinite().all() & sigma.isfinite().all()):
             why, fix = "the autoencoder gives values that are not finite", "use another, or train it again"
             raise CheckpointError(why, path=self._file, field="--vae", fix=fix)
-        return result[0], result[1]
+        return mean, sigma
 
     def save(self, folder: Path) -> None:
         """Keep these weights beside the latents that they made, so that training can put them into its checkpoints."""

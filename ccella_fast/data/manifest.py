@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from ccella_fast.config import DataConfig
+from ccella_fast.config import GridConfig
 from ccella_fast.errors import DataError
 from ccella_fast.storage import inside, read_json, sha256
 
@@ -34,6 +34,14 @@ class FileEntry(_Model):
     bytes: Annotated[int, Field(ge=0)]
 
 
+class AugmentedLatents(_Model):
+    """Latents of an augmented study. parameters: `Augmentation(**parameters)` is what was applied."""
+
+    parameters: dict[str, bool | int | Finite | list[Finite]]
+    spacing: Annotated[list[PositiveFinite], Field(min_length=3, max_length=3)]  # mm, of the augmented images
+    files: dict[str, FileEntry]
+
+
 class Case(_Model):
     """One study. files: `image/t2w` (X, Y, Z), `latent_mean/t2w` and `latent_sigma/t2w` (C, X, Y, Z), `text` (L, E), all
     float32. Imported latents come without image and sigma. window: the intensities that were mapped to 0 and 1."""
@@ -50,6 +58,7 @@ class Case(_Model):
     ]
     window: dict[str, tuple[Finite, Finite]]
     files: dict[str, FileEntry]
+    augmented: list[AugmentedLatents] = Field(default=[], exclude_if=lambda copies: not copies)
 
     @field_validator("pirads")
     @classmethod
@@ -79,7 +88,7 @@ class Prepared(_Model):
 
     format: Literal["ccella_fast.prepared"]
     version: Literal[1]
-    data: DataConfig
+    data: GridConfig
     text: TextInfo | None
     vae: VaeInfo | None
     scale_factor: list[PositiveFinite] | None
@@ -92,12 +101,15 @@ class Prepared(_Model):
     def folder(self) -> Path:
         return self._folder
 
-    def array(self, case: Case, key: str, *, verify: bool = False) -> np.ndarray:
-        """The file `key` of `case` as a read-only memory map, float32. verify: compare its SHA-256 first.
+    def array(
+        self, case: Case, key: str, *, verify: bool = False, files: dict[str, FileEntry] | None = None
+    ) -> np.ndarray:
+        """The file `key` of `case` (or of `files`, those of an augmented copy of it) as a read-only memory map, float32.
+        verify: compare its SHA-256 first.
 
         Raises DataError when it is not listed, missing, damaged or of another type."""
         listed, field = self.folder / NAME, f"{case.id}.files.{key}"
-        entry = case.files.get(key)
+        entry = (case.files if files is None else files).get(key)
         if entry is None:
             fix = (
                 "run `ccella-fast prepare --vae OUT/vae`"
@@ -146,7 +158,8 @@ def load_manifest(folder: str | Path) -> Prepared:
             why = f"two cases have the id '{case.id}'"
             raise DataError(why, path=path, field=f"cases[{index}].id", fix="prepare the studies again")
         seen.add(case.id)
-        for key, entry in case.files.items():
+        listed = [*case.files.items(), *(item for copy in case.augmented for item in copy.files.items())]
+        for key, entry in listed:
             inside(folder, entry.path, path=path, field=f"cases[{index}].files.{key}.path")
     prepared._folder = Path(folder)
     return prepared

@@ -20,12 +20,15 @@ from typing import Any
 import numpy as np
 
 from ccella_fast.config import Config
+from ccella_fast.data.augment import check_conditioning
+from ccella_fast.data.augmented import Augmented, augmented_digest, listed
 from ccella_fast.data.grid import ADC_WINDOW
 from ccella_fast.data.latents import LatentEncoder, combine_moments
 from ccella_fast.data.manifest import FORMAT, IMPORTED, NAME, Prepared
+from ccella_fast.data.preview import Preview
 from ccella_fast.data.records import Records
 from ccella_fast.data.sources import Defects, Study, find_studies
-from ccella_fast.data.stages import Images, ImportedLatents, ImportedText, Latents, Stage, Text, bar, latent_digest
+from ccella_fast.data.stages import Images, ImportedLatents, ImportedText, Latents, Stage, Text, latent_digest
 from ccella_fast.data.text import TextEncoder
 from ccella_fast.environment import peak_memory, recorded
 from ccella_fast.errors import ConfigError, DataError, DiskError
@@ -45,13 +48,18 @@ def prepare(
     test_data: str | Path | None = None,
     data_base_dir: str | Path | None = None,
     embedding_base_dir: str | Path | None = None,
+    augment: int | None = None,
+    preview: bool = False,
+    workers: int | None = None,
 ) -> None:
     """Prepare the studies of `data` (a folder, or a manifest in the reference's form) into the folder `out`.
 
     csv: classes, splits and reports of a folder's studies. test_data: manifest of the test split. data_base_dir,
     embedding_base_dir: where a manifest's images and the reference's own prepared files lie. vae: adds latents (posterior mean
-    and sigma) and the scale factor. Every study is read and checked before the first is written. Raises DataError, ConfigError,
-    CheckpointError, DiskError."""
+    and sigma) and the scale factor. augment: adds so many augmented latents of every training study (0: none; None: those
+    that are there stay). preview: adds a picture of every study. workers: processes that make images (None: as many as are
+    worth it); they change no bit of the result. Every study is read and checked before the first is written. Raises DataError,
+    ConfigError, CheckpointError, DiskError."""
     out = Path(out)
     config.check_grid()
     check_writable(out, "--out")
@@ -59,8 +67,9 @@ def prepare(
         data, csv_file=csv, test_data=test_data, data_base_dir=data_base_dir, embedding_base_dir=embedding_base_dir
     )
     records = Records(out)
-    stages = _plan(records, studies, config, vae)
-    manifest = _Manifest(records, studies, config, stages)
+    stages = _plan(records, studies, config, vae, workers)
+    stages += _extra_stages(records, studies, config, stages, augment, preview)
+    manifest = _Manifest(records, studies, config, stages, augment)
     stale = {stage.name: stage.stale() for stage in stages}
     if not any(stale.values()) and manifest.is_current():
         logger.info("%s is complete, nothing to do", out)
@@ -74,8 +83,8 @@ def prepare(
         for stage in stages:
             todo = stage.stale()  # again: latents depend on the images just made
             _announce(records, stage, todo)
-            with _timed(times, stage.name, len(todo)):
-                stage.run(todo)
+            with _timed(times, stage.name, len(todo)) as seconds:
+                seconds |= stage.run(todo)
         manifest.write()
 
 
@@ -86,14 +95,25 @@ def _earlier_times(out: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _timed(times: dict[str, Any], stage: str, studies: int) -> Iterator[None]:
-    begun = time.perf_counter()
-    yield
-    if studies:
-        times[stage] = {"studies": studies, "seconds": round(time.perf_counter() - begun, 2), **peak_memory()}
+def _timed(times: dict[str, Any], stage: str, studies: int) -> Iterator[dict[str, float]]:
+    """Record and tell how long a stage took. Yields a dictionary for the seconds of single studies."""
+    begun, each = time.perf_counter(), dict[str, float]()
+    yield each
+    if not studies:
+        return
+    seconds = time.perf_counter() - begun
+    times[stage] = {"studies": studies, "seconds": round(seconds, 2), **peak_memory()}
+    told = f"{stage}: {studies} {'study' if studies == 1 else 'studies'} in {seconds:.1f} s"
+    if each:
+        times[stage]["seconds_per_study"] = {name: round(each[name], 3) for name in sorted(each)}
+        slowest = max(each, key=lambda name: each[name])
+        told += f"; median {statistics.median(each.values()):.2f} s, longest {each[slowest]:.2f} s ({slowest})"
+    logger.info("%s", told)
 
 
-def _plan(records: Records, studies: list[Study], config: Config, vae: str | Path | None) -> list[Stage]:
+def _plan(
+    records: Records, studies: list[Study], config: Config, vae: str | Path | None, workers: int | None
+) -> list[Stage]:
     """The stages that these studies need. Imported and made text do not mix, nor do latents of two autoencoders."""
     sequences = config.data.sequences
     as_latents = [study for study in studies if all(name in study.latent_files for name in sequences)]
@@ -109,7 +129,7 @@ def _plan(records: Records, studies: list[Study], config: Config, vae: str | Pat
     stages: list[Stage] = []
     if not as_latents:
         _check_series(studies, sequences)
-        stages.append(Images(records, studies, config))
+        stages.append(Images(records, studies, config, workers))
     if as_features:
         stages.append(ImportedText(records, studies, config))
     elif get_variant(config.model.variant).text:
@@ -119,6 +139,26 @@ def _plan(records: Records, studies: list[Study], config: Config, vae: str | Pat
     elif vae is not None:
         stages.append(Latents(records, studies, config, LatentEncoder(vae, config.autoencoder)))
     return stages
+
+
+def _extra_stages(
+    records: Records, studies: list[Study], config: Config, stages: list[Stage], augment: int | None, preview: bool
+) -> list[Stage]:
+    """What may be added to prepared studies: augmented latents, previews."""
+    extra: list[Stage] = []
+    latents = next((stage for stage in stages if isinstance(stage, Latents)), None)
+    if augment:
+        check_conditioning(config)
+        if latents is None:
+            raise ConfigError("augmented latents need an autoencoder", field="--augment", fix="give --vae too")
+        if not config.augmentation.active:
+            raise ConfigError("nothing is augmented", field="augmentation.preset", fix="take preset text or image")
+        extra.append(Augmented(records, studies, config, latents.vae, augment))
+    if preview:
+        if not any(isinstance(stage, Images) for stage in stages):
+            raise ConfigError("these studies come without images", field="--preview", fix="leave --preview out")
+        extra.append(Preview(records, studies, config))
+    return extra
 
 
 def _check_series(studies: list[Study], sequences: list[Any]) -> None:
@@ -147,11 +187,7 @@ def _check_all(stages: list[Stage], stale: dict[str, list[Study]]) -> None:
     """Read everything that will be used; DataError tells the first defect and how many more there are."""
     defects = Defects()
     for stage in stages:
-        for study in bar(stale[stage.name], f"checking {stage.name}s") if stage.checks else []:
-            try:
-                stage.check(study)
-            except DataError as defect:
-                defects.add(defect)
+        defects.found += stage.check(stale[stage.name])
     defects.raise_first()
 
 
@@ -166,7 +202,10 @@ def _announce(records: Records, stage: Stage, todo: list[Study]) -> None:
 class _Manifest:
     """manifest.json, assembled from the records."""
 
-    def __init__(self, records: Records, studies: list[Study], config: Config, stages: list[Stage]):
+    def __init__(
+        self, records: Records, studies: list[Study], config: Config, stages: list[Stage], augment: int | None
+    ):
+        self.augment = augment
         self.records, self.studies, self.config = records, studies, config
         self.path = records.out / NAME
         self.stages = {stage.name: stage for stage in stages}
@@ -182,6 +221,7 @@ class _Manifest:
 
     def _build(self) -> dict[str, Any]:
         vae, with_latents = self._latents()
+        augmented = self._augmented(vae)
         train = [study for study in self.studies if study.split == "train"] or self.studies
         scale = None
         if with_latents:
@@ -193,13 +233,13 @@ class _Manifest:
         return {
             "format": FORMAT,
             "version": 1,
-            "data": self.config.data.model_dump(mode="json"),
+            "data": self.config.data.model_dump(mode="json", exclude={"engine"}),
             "text": self._text(),
             "vae": None if vae is None else {"sha256": vae},
             "scale_factor": scale,
             "intensity_scale": {name: self._intensity_scale(name, train) for name in self.config.data.sequences},
             "truncated_reports": truncated,
-            "cases": [self._case(study, with_latents) for study in self.studies],
+            "cases": [self._case(study, with_latents) | augmented.get(study.id, {}) for study in self.studies],
         }
 
     def _latents(self) -> tuple[str | None, bool]:
@@ -212,6 +252,19 @@ class _Manifest:
             self.records.is_done(study.id, "latent", latent_digest(self.records, study, vae)) for study in self.studies
         )
         return (vae, True) if whole else (None, False)
+
+    def _augmented(self, vae: str | None) -> dict[str, dict[str, Any]]:
+        """Id -> {"augmented": ...} of the training studies, when they all have as many as are asked for, or had."""
+        train = [study for study in self.studies if study.split == "train"]
+        found = [self.records.get(study.id, Augmented.name) for study in train]
+        if vae is None or self.augment == 0 or not all(found) or not train:
+            return {}
+        copies = self.augment or len(found[0]["facts"]["copies"])
+        done = all(
+            self.records.is_done(s.id, Augmented.name, augmented_digest(self.records, s, self.config, vae, copies))
+            for s in train
+        )
+        return {study.id: {"augmented": listed(self.records, study)} for study in train} if done else {}
 
     def _case(self, study: Study, with_latents: bool) -> dict[str, Any]:
         kept = [*(name for name in ("image", "text") if name in self.stages), *(["latent"] if with_latents else [])]

@@ -7,7 +7,9 @@ their SHA-256, and a few facts for the manifest. A stage whose digest or files d
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,14 @@ class Records:
         write_json(self._path(case), {name: record[name] for name in sorted(record)})
 
     def write_array(self, relative: str, array: np.ndarray) -> dict[str, Any]:
-        """Write `.npy` (version 1, C order, float32) and return its file entry."""
-        path = self.out / relative
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.lib.format.write_array(file, np.ascontiguousarray(array, np.float32), version=(1, 0), allow_pickle=False)
-        entry = {"path": relative, "sha256": sha256(path), "bytes": path.stat().st_size}
-        self._sound.add((relative, str(entry["sha256"])))
+        """Write `.npy` and return its file entry."""
+        entry = write_array(self.out, relative, array)
+        self.trust([entry])
         return entry
+
+    def trust(self, entries: Iterable[dict[str, Any]]) -> None:
+        """These files were written in this run, perhaps by another process."""
+        self._sound |= {(entry["path"], entry["sha256"]) for entry in entries}
 
     def fingerprint(self, source: Path) -> list[Any]:
         """[name, size, SHA-256] of a source file, or of the files directly in a folder; read once a run."""
@@ -72,6 +75,25 @@ class Records:
             isinstance(stage, dict) and stage.keys() == {"inputs", "files", "facts"} for stage in record.values()
         )
         return record if sound else {}
+
+
+def write_array(out: Path, relative: str, array: np.ndarray) -> dict[str, Any]:
+    """Write `out/relative`, a `.npy` file (version 1, C order, float32); returns {"path", "sha256", "bytes"}."""
+    path, head = out / relative, io.BytesIO()
+    array = np.ascontiguousarray(array, np.float32)
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
+    hashed = hashlib.sha256(head.getvalue())
+    hashed.update(array.data)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(head.getvalue())
+        file.write(array.data)
+    return {"path": relative, "sha256": hashed.hexdigest(), "bytes": len(head.getvalue()) + array.nbytes}
+
+
+def file_entry(out: Path, relative: str) -> dict[str, Any]:
+    """The manifest's entry of a file that is there."""
+    path = out / relative
+    return {"path": relative, "sha256": sha256(path), "bytes": path.stat().st_size}
 
 
 def digest(values: Any) -> str:

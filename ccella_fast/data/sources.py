@@ -3,7 +3,7 @@
 A plain folder: a study is the shallowest folder that directly holds a recognised series; what lies deeper inside it is not
 looked at. A series is a file `t2w.nii.gz` (`.nii`, `.mha`, `.nrrd`), or `<id>_t2w.mha` as in PI-CAI, or a folder of DICOM
 files called `t2w` or `t2w-dicom`; the same with the other names of SERIES_NAMES. A study's id is its `<id>`, or its folder's
-name, or, where two folders share a name, its path with / written as _.
+name, or, where two folders share a name, its path with / written as _. A BIDS folder: see bids.py.
 
 The class is PI-RADS 1-2 -> [1, 0], 3-5 -> [0, 1] (section 1.1). In a CSV `pirads` is the score 1 to 5, `neg` or `pos`,
 or empty: not known. A report is text; blank means that there is none (`text_isnull` = 1): one rule everywhere. `synthetic` is
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ccella_fast.data.bids import find_series, is_bids
 from ccella_fast.data.manifest import CASE_ID
 from ccella_fast.errors import DataError, did_you_mean
 from ccella_fast.storage import inside, read_json
@@ -121,6 +122,8 @@ class Defects:
 
 
 def _from_folder(root: Path, table: Path | None, defects: Defects) -> list[Study]:
+    if is_bids(root):
+        return _from_bids(root, table, defects)
     found = list(_walk(root, root, defects))
     names = Counter(name for name, _, _ in found)
     studies = []
@@ -131,6 +134,16 @@ def _from_folder(root: Path, table: Path | None, defects: Defects) -> list[Study
     if table is None and (root / "studies.csv").is_file():
         table = root / "studies.csv"
     return studies if table is None else _join(studies, table, defects)
+
+
+def _from_bids(root: Path, table: Path | None, defects: Defects) -> list[Study]:
+    found, wrong = find_series(root)
+    defects.found += wrong
+    studies = [Study(_checked_id(name, folder, None), files, listed_in=folder) for name, folder, files in found]
+    participants = root / "participants.tsv"
+    if table is not None or not participants.is_file():
+        return studies if table is None else _join(studies, table, defects)
+    return _join(studies, participants, defects)
 
 
 def _walk(root: Path, folder: Path, defects: Defects) -> Iterator[tuple[str, Path, dict[str, Path]]]:
@@ -189,10 +202,16 @@ def _join(studies: list[Study], table: Path, defects: Defects) -> list[Study]:
     """Lay the CSV's columns over the studies. A study that it does not name has no report and no class."""
     by_id = {study.id: study for study in studies}
     seen: dict[str, int] = {}
-    for line, row in _read_csv(table):
+    participants = table.name == "participants.tsv"
+    for line, row in _read_csv(table, column="participant_id" if participants else "case"):
         field = f"line {line}, case"
-        case = (row.get("case") or "").strip()
-        if case not in by_id:
+        case = (row.get("participant_id" if participants else "case") or "").strip()
+        sessions = (
+            [name for name in by_id if name == case or name.startswith(f"{case}_ses-")] if participants else [case]
+        )
+        if participants and not sessions:
+            continue  # BIDS lists people whose images are elsewhere too
+        if case not in by_id and not participants:
             fix = did_you_mean(case, by_id) if len(by_id) < 20 else "check the case ids against the folders"
             defects.add(DataError(f"no study is called {_value(case)}", path=table, field=field, fix=fix))
         elif case in seen:
@@ -201,22 +220,24 @@ def _join(studies: list[Study], table: Path, defects: Defects) -> list[Study]:
         else:
             seen[case] = line
             try:
-                by_id[case] = by_id[case]._replace(**_csv_values(table, line, row))
+                values = _csv_values(table, line, row)
+                by_id.update({name: by_id[name]._replace(**values) for name in sessions})
             except DataError as defect:
                 defects.add(defect)
     return list(by_id.values())
 
 
-def _read_csv(table: Path) -> list[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(io.StringIO(read_text(table, limit=_MAX_LIST), newline=""), strict=True)
+def _read_csv(table: Path, column: str = "case") -> list[tuple[int, dict[str, str]]]:
+    """(line, cells) of a CSV, or of a TSV, by its name. column: the one that must be there."""
+    text, tab = read_text(table, limit=_MAX_LIST), table.suffix.lower() == ".tsv"
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if tab else ",")
     try:
         columns = reader.fieldnames or []
-        if "case" not in columns:
-            raise DataError(
-                "there is no column 'case'", path=table, field="line 1", fix=did_you_mean("case", columns or [""])
-            )
-        for column in set(columns) - _CSV_COLUMNS:
-            _refuse_near_miss(column, _CSV_COLUMNS, path=table, field=f"line 1, {_shown(column)}")
+        if column not in columns:
+            why, fix = f"there is no column '{column}'", did_you_mean(column, columns or [""])
+            raise DataError(why, path=table, field="line 1", fix=fix)
+        for other in set(columns) - _CSV_COLUMNS - {column}:
+            _refuse_near_miss(other, _CSV_COLUMNS, path=table, field=f"line 1, {_shown(other)}")
         if len(set(columns)) != len(columns):
             raise DataError("a column appears twice", path=table, field="line 1", fix="keep one of them")
         rows = []

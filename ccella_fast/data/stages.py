@@ -1,27 +1,31 @@
 """The stages of preparation: images, text, latents; and the import of text and latents that the reference's scripts made.
 
 A stage says what its result for a study depends on (`inputs`), reads it once before anything is written (`check`), and does
-what is missing (`run`), one study or one batch at a time.
+what is missing (`run`), one study or one batch at a time; images, which take the time, in several processes.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
 from ccella_fast.config import Config
-from ccella_fast.data.grid import covers_centre, make_grid, normalise, resample
+from ccella_fast.data.images import ImageTask, bytes_needed, check_images, make_images
 from ccella_fast.data.latents import LatentEncoder, import_latent, moments
 from ccella_fast.data.manifest import open_array
+from ccella_fast.data.pool import Done, count_workers, run_all
 from ccella_fast.data.records import Records, digest
 from ccella_fast.data.sources import Study
 from ccella_fast.data.text import TextEncoder
-from ccella_fast.data.volume import Volume, check_axial, read_volume
 from ccella_fast.errors import DataError
 
-_RECIPE = 1  # part of every digest; raise it when the same inputs give other results
+# Part of every digest; raise it when the same inputs give other results.
+RECIPE, IMAGE_RECIPE = 1, 2
 
 
 class Stage:
@@ -41,10 +45,12 @@ class Stage:
     def inputs(self, study: Study) -> str:
         raise NotImplementedError
 
-    def check(self, study: Study) -> None:
-        """Raises DataError."""
+    def check(self, todo: list[Study]) -> list[DataError]:
+        """Read everything that these studies need; what is wrong with it."""
+        return []
 
-    def run(self, todo: list[Study]) -> None:
+    def run(self, todo: list[Study]) -> dict[str, float]:
+        """Do these studies; returns seconds a study, where studies are done one by one."""
         raise NotImplementedError
 
     def stale(self) -> list[Study]:
@@ -53,45 +59,46 @@ class Stage:
 
 
 class Images(Stage):
-    """Series to one grid and [0, 1]."""
+    """Series to one grid and [0, 1], in `workers` processes (None: as many as are worth it)."""
 
     name = "image"
 
+    def __init__(self, records: Records, studies: list[Study], config: Config, workers: int | None = None):
+        super().__init__(records, studies, config)
+        self.workers = workers
+
     def inputs(self, study: Study) -> str:
         series = {sequence: self.records.fingerprint(study.files[sequence]) for sequence in self.sequences}
-        return digest([_RECIPE, series, self.config.data.model_dump(include={"sequences", "spacing", "dim"})])
+        return digest([IMAGE_RECIPE, series, self.config.data.model_dump(include={"sequences", "spacing", "dim"})])
 
-    def check(self, study: Study) -> None:
-        self._read(study)
+    def check(self, todo: list[Study]) -> list[DataError]:
+        found = [(done.task, done.result) for done in self._all(check_images, todo, "checking images") if done.result]
+        return [defect for _, defect in sorted(found, key=lambda pair: pair[0])]
 
-    def run(self, todo: list[Study]) -> None:
-        for study in bar(todo, "images"):
-            series = self._read(study)
-            grid = make_grid(series[self._leading], self.config.data.spacing, self.config.data.dim)
-            files, windows = {}, {}
-            for sequence in self.sequences:
-                values = resample(series[sequence], grid)
-                image, windows[sequence] = normalise(values, sequence, grid, path=study.files[sequence])
-                files[f"image/{sequence}"] = self.records.write_array(f"images/{study.id}/{sequence}.npy", image)
-            facts = {"affine": grid.affine.tolist(), "spacing": list(self.config.data.spacing), "window": windows}
+    def run(self, todo: list[Study]) -> dict[str, float]:
+        seconds = {}
+        for done in self._all(make_images, todo, "images"):
+            if isinstance(done.result, DataError):
+                raise done.result
+            study = todo[done.task]
+            files, facts = done.result
+            self.records.trust(files.values())
             self.records.put(study.id, self.name, self.inputs(study), files, facts)
+            seconds[study.id] = done.seconds
+        return seconds
 
-    @property
-    def _leading(self) -> str:
-        """The sequence that the grid is laid over."""
-        return "t2w" if "t2w" in self.sequences else self.sequences[0]
+    def _all(self, function: Callable[[ImageTask], Any], todo: list[Study], what: str) -> Iterator[Done]:
+        tasks = [ImageTask(study.id, self._files(study), self.config.data, self.records.out) for study in todo]
+        workers = self.workers or count_workers(len(tasks), bytes_needed(tasks[0]) if tasks else 0)
+        with bar(todo, what) as progress:
+            for done in run_all(
+                function, tasks, [study.id for study in todo], workers=min(workers, max(1, len(tasks)))
+            ):
+                progress.update()
+                yield done
 
-    def _read(self, study: Study) -> dict[str, Volume]:
-        series: dict[str, Volume] = {}
-        for sequence in self.sequences:
-            series[sequence] = read_volume(study.files[sequence])
-            check_axial(series[sequence], study.files[sequence])
-        grid = make_grid(series[self._leading], self.config.data.spacing, self.config.data.dim)
-        for sequence in self.sequences:
-            if not covers_centre(series[sequence], grid):
-                why, fix = f"does not lie where the {self._leading} series lies", "give series of one examination"
-                raise DataError(why, path=study.files[sequence], field="origin", fix=fix)
-        return series
+    def _files(self, study: Study) -> dict[str, Path]:
+        return {sequence: study.files[sequence] for sequence in self.sequences}
 
 
 class Text(Stage):
@@ -105,9 +112,9 @@ class Text(Stage):
         self.encoder = encoder
 
     def inputs(self, study: Study) -> str:
-        return digest([_RECIPE, self.encoder.identity, study.report or ""])
+        return digest([RECIPE, self.encoder.identity, study.report or ""])
 
-    def run(self, todo: list[Study]) -> None:
+    def run(self, todo: list[Study]) -> dict[str, float]:
         wanted: dict[str, list[str]] = {}
         for study in todo:
             wanted.setdefault(self.inputs(study), []).append(study.id)
@@ -122,6 +129,7 @@ class Text(Stage):
                     entry = self.records.write_array(f"text/{key}.npy", features)
                     for case in wanted[key]:
                         self.records.put(case, self.name, key, {"text": entry}, {"truncated": truncated})
+        return {}
 
 
 class ImportedText(Stage):
@@ -131,15 +139,16 @@ class ImportedText(Stage):
 
     def inputs(self, study: Study) -> str:
         assert study.text_file is not None
-        return digest([_RECIPE, "imported", self.records.fingerprint(study.text_file)])
+        return digest([RECIPE, "imported", self.records.fingerprint(study.text_file)])
 
-    def check(self, study: Study) -> None:
-        self._read(study)
+    def check(self, todo: list[Study]) -> list[DataError]:
+        return _defects(self._read, bar(todo, "checking texts"))
 
-    def run(self, todo: list[Study]) -> None:
+    def run(self, todo: list[Study]) -> dict[str, float]:
         for study in bar(todo, "reports"):
             entry = self.records.write_array(f"text/{self.inputs(study)}.npy", self._read(study))
             self.records.put(study.id, self.name, self.inputs(study), {"text": entry}, {"truncated": False})
+        return {}
 
     def _read(self, study: Study) -> np.ndarray:
         assert study.text_file is not None
@@ -166,8 +175,10 @@ class Latents(Stage):
     def inputs(self, study: Study) -> str:
         return latent_digest(self.records, study, self.vae.sha256)
 
-    def run(self, todo: list[Study]) -> None:
+    def run(self, todo: list[Study]) -> dict[str, float]:
+        seconds = {}
         for study in bar(todo, "latents"):
+            begun = time.perf_counter()
             files, parts = {}, {}
             for sequence in self.sequences:
                 entry = self.records.get(study.id, "image")["files"][f"image/{sequence}"]
@@ -178,7 +189,9 @@ class Latents(Stage):
                     files[f"latent_{name}/{sequence}"] = self.records.write_array(target, array)
             facts = {"vae": self.vae.sha256, "moments": parts}
             self.records.put(study.id, self.name, self.inputs(study), files, facts)
+            seconds[study.id] = time.perf_counter() - begun
         self.vae.save(self.records.out / "vae")
+        return seconds
 
 
 class ImportedLatents(Stage):
@@ -188,13 +201,16 @@ class ImportedLatents(Stage):
 
     def inputs(self, study: Study) -> str:
         sources = {sequence: self.records.fingerprint(study.latent_files[sequence]) for sequence in self.sequences}
-        return digest([_RECIPE, "imported", sources])
+        return digest([RECIPE, "imported", sources])
 
-    def check(self, study: Study) -> None:
-        for sequence in self.sequences:
-            import_latent(study.latent_files[sequence], self.config)
+    def check(self, todo: list[Study]) -> list[DataError]:
+        def read(study: Study) -> None:
+            for sequence in self.sequences:
+                import_latent(study.latent_files[sequence], self.config)
 
-    def run(self, todo: list[Study]) -> None:
+        return _defects(read, bar(todo, "checking latents"))
+
+    def run(self, todo: list[Study]) -> dict[str, float]:
         for study in bar(todo, "latents"):
             files, parts = {}, {}
             for sequence in self.sequences:
@@ -205,12 +221,23 @@ class ImportedLatents(Stage):
             spacing = study.spacing or np.linalg.norm(affine[:3, :3], axis=0).tolist()
             facts = {"vae": None, "moments": parts, "affine": affine.tolist(), "spacing": spacing, "window": {}}
             self.records.put(study.id, self.name, self.inputs(study), files, facts)
+        return {}
 
 
 def latent_digest(records: Records, study: Study, vae: str) -> str:
     """What latents made by the autoencoder with this SHA-256 depend on: it, and the prepared images."""
     images = records.get(study.id, "image").get("files", {})
-    return digest([_RECIPE, vae, {key: entry["sha256"] for key, entry in sorted(images.items())}])
+    return digest([RECIPE, vae, {key: entry["sha256"] for key, entry in sorted(images.items())}])
+
+
+def _defects(read: Callable[[Study], Any], studies: Iterable[Study]) -> list[DataError]:
+    found = []
+    for study in studies:
+        try:
+            read(study)
+        except DataError as defect:
+            found.append(defect)
+    return found
 
 
 def bar(items: list[Any], what: str, unit: str = "study") -> Any:

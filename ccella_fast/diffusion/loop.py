@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, Protocol
 
 import torch
@@ -49,7 +50,7 @@ def sample(
     Raises ConfigError for what does not fit together and NonFiniteError for NaN in the result. Nothing in the loop waits for
     the device."""
     if isinstance(solver, (str, Solver)):
-        plan = (get_solver(solver) if isinstance(solver, str) else solver).plan(
+        plan = get_solver(solver).plan(
             Schedule.of(schedule), num_steps, prediction=prediction, timestep_spacing=timestep_spacing
         )
         trajectory: Walk = Trajectory(plan, x_T, seeds)
@@ -132,7 +133,7 @@ class Trajectory:
             have = "none are given" if seeds is None else f"{len(seeds)} are given for {len(x_T)} samples"
             fix = "add seeds=[...], one a sample, or take a deterministic solver: dpmpp_2m, unipc, ddim"
             raise ConfigError(f"a stochastic solver needs a seed for each sample; {have}", field="seeds", fix=fix)
-        self._sources = [generator(seed, "step", device=x_T.device) for seed in seeds or ()]
+        self._sources = step_generators(seeds if self.plan.stochastic else (), x_T.device)
         self.index.zero_()
         self._keep(x_T.to(self.x.dtype), torch.zeros_like(self.x), tuple(map(torch.zeros_like, self.state)))
 
@@ -156,10 +157,7 @@ class Trajectory:
 
     def advance(self, denoiser: Denoiser) -> None:
         """One evaluation and the solver's step. Device work only: with `static` it can be captured once and replayed."""
-        output = denoiser(self.x.to(self.dtype), self.t)
-        if output.shape != self.x.shape:
-            why = f"the denoiser returned {tuple(output.shape)} for x of {tuple(self.x.shape)}"
-            raise ConfigError(why, field="denoiser", fix="return the prediction alone, shaped like x")
+        output = evaluate(denoiser, self.x.to(self.dtype), self.t)
         row = self.rows.index_select(0, self.index)[0]
         self._keep(*self.plan.step(self.x, output.to(self.x.dtype), row, self.noise, self.state))
         self.index += 1
@@ -176,6 +174,24 @@ class Trajectory:
         for memory, value in [*reversed(list(zip(self.state, state, strict=True))), (self.x0, x0), (self.x, x)]:
             if memory is not value:
                 memory.copy_(value)
+
+
+def evaluate(denoiser: Denoiser, x: Tensor, t: Tensor) -> Tensor:
+    """The denoiser's answer; ConfigError when it is not shaped like x."""
+    output = denoiser(x, t)
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        returned = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        why, fix = (
+            f"the denoiser returned {returned} for x of {tuple(x.shape)}",
+            "return the prediction alone, shaped like x",
+        )
+        raise ConfigError(why, field="denoiser", fix=fix)
+    return output
+
+
+def step_generators(seeds: Sequence[int] | None, device: torch.device) -> list[torch.Generator]:
+    """The source of each sample's step noise."""
+    return [generator(index(seed), "step", device=device) for seed in (() if seeds is None else seeds)]
 
 
 def _interval() -> float:

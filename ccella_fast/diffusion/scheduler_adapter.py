@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccella_fast.diffusion.loop import Denoiser
-from ccella_fast.diffusion.noise import generator
+from ccella_fast.diffusion.loop import Denoiser, evaluate, step_generators
 from ccella_fast.diffusion.prediction import ALIASES
 from ccella_fast.diffusion.solvers import SOLVERS
 from ccella_fast.errors import ConfigError
@@ -53,7 +52,7 @@ class SchedulerTrajectory:
                 why = f"{len(seeds)} seeds are given for {len(x_T)} samples"
                 raise ConfigError(why, field="seeds", fix="give one a sample")
             if "generator" in inspect.signature(self.scheduler.step).parameters:
-                self._extra["generator"] = [generator(seed, "step", device=x_T.device) for seed in seeds]
+                self._extra["generator"] = step_generators(seeds, x_T.device)
         self._done = 0
 
     def __len__(self) -> int:
@@ -68,7 +67,7 @@ class SchedulerTrajectory:
     def advance(self, denoiser: Denoiser) -> None:
         t = self.timesteps[self._done]
         seen = self.scheduler.scale_model_input(self.x, t) if hasattr(self.scheduler, "scale_model_input") else self.x
-        output = denoiser(seen.to(self.dtype), t.expand(len(self.x))).float()
+        output = evaluate(denoiser, seen.to(self.dtype), t.expand(len(self.x))).float()
         done = self.scheduler.step(output, t, self.x, **self._extra)
         self.x, self.x0 = done.prev_sample, getattr(done, "pred_original_sample", None)
         self._done += 1

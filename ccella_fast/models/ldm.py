@@ -41,9 +41,18 @@ class Denoiser(nn.Module):
         return ModelOutput(self.denoise(x, conditioning), conditioning.class_logits)
 
     def condition(
-        self, timesteps: Tensor, *, spacing: Tensor, text: Tensor | None = None, pirads: Tensor | None = None
+        self,
+        timesteps: Tensor,
+        *,
+        spacing: Tensor,
+        text: Tensor | None = None,
+        pirads: Tensor | None = None,
+        override_class: bool = False,
     ) -> Conditioning:
-        """Everything that does not depend on x; arguments as in `forward`."""
+        """Everything that does not depend on x; arguments as in `forward`.
+
+        text may have fewer rows than timesteps, a divisor: they repeat, and are projected only once. override_class: `pirads`
+        takes the place of the class that the variant predicts from the report."""
         raise NotImplementedError
 
     def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
@@ -81,7 +90,13 @@ class TextFreeModel(Denoiser, UNet3d):
         UNet3d.__init__(self, config)
 
     def condition(
-        self, timesteps: Tensor, *, spacing: Tensor, text: Tensor | None = None, pirads: Tensor | None = None
+        self,
+        timesteps: Tensor,
+        *,
+        spacing: Tensor,
+        text: Tensor | None = None,
+        pirads: Tensor | None = None,
+        override_class: bool = False,
     ) -> Conditioning:
         self._check_inputs(spacing, text, pirads)
         return self.project(self.embed(timesteps, spacing, pirads), None, None)
@@ -104,13 +119,20 @@ class TextModel(Denoiser):
             self.classifier = ClassHead(config)
 
     def condition(
-        self, timesteps: Tensor, *, spacing: Tensor, text: Tensor | None = None, pirads: Tensor | None = None
+        self,
+        timesteps: Tensor,
+        *,
+        spacing: Tensor,
+        text: Tensor | None = None,
+        pirads: Tensor | None = None,
+        override_class: bool = False,
     ) -> Conditioning:
         self._check_inputs(spacing, text, pirads)
         context, heads = self.ella(text, timesteps)
         logits = self._class_logits(context, heads)
-        # Not detached: the diffusion loss trains the heads too.
-        class_vector = pirads if logits is None else CLASS_SCALE * logits.float().softmax(dim=1)
+        # The softmax is not detached: the diffusion loss trains the heads too.
+        predicted = None if logits is None or override_class else CLASS_SCALE * logits.float().softmax(dim=1)
+        class_vector = pirads if predicted is None else predicted
         return self.unet.project(self.unet.embed(timesteps, spacing, class_vector), context, logits)
 
     def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:

@@ -135,7 +135,9 @@ def plan_for(passes: list[Pass], shape: tuple[int, ...], device: torch.device, m
 def through(passes: list[Pass], x: Tensor, memory: int | None = None) -> Tensor:
     """x (B, C, X, Y, Z) through all passes, one volume after the other: each is the same in any batch."""
     plan = plan_for(passes, tuple(x.shape[1:]), x.device, memory)
-    logger.log(logging.INFO if plan.tiles else logging.DEBUG, "autoencoder: %s", plan)
+    if plan.tiles:
+        logger.info("autoencoder: %s", str(plan).splitlines()[0])
+    logger.debug("%s", plan)
     if x.is_cuda:
         x = x.to(memory_format=torch.channels_last_3d)
     volumes = [run(passes, plan, volume) for volume in x.split(1)]

@@ -168,10 +168,8 @@ class UNet3d(nn.Module):
         """The predicted noise, in the dtype of the weights (under autocast: of its convolutions).
 
         Raises ValueError when x has other channels than the model, or a grid that the levels cannot halve."""
-        self._check(x)
         flow = Flow(iter(conditioning.shifts), iter(conditioning.keys_values))
-        h = self.conv_in(x.to(_dtype(self)))
-        skips = [h]
+        skips = [self.enter(x)]
         for down in self.down_blocks:
             skips += down(skips[-1], flow)
         h = self.middle_block(skips[-1], flow)
@@ -180,6 +178,11 @@ class UNet3d(nn.Module):
             h = up(h, skips[-each:], flow)
             del skips[-each:]
         return self.out(h)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The first convolution, after a check of x."""
+        self._check(x)
+        return self.conv_in(x.to(_dtype(self)))
 
     def _check(self, x: Tensor) -> None:
         channels, divisor = sum(self.config.latent_channels), self.config.divisor

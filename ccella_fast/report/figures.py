@@ -73,7 +73,8 @@ def montage(panels: Sequence[Panel], *, window: tuple[float, float], caption: st
             top -= height + gap
             left = gap
             for width, part in zip(widths, row, strict=False):
-                box = (left, top, width * scale, height)
+                own = (part.size[0] * scale, part.size[1] * scale)  # volumes of several sizes stay at one scale
+                box = (left + (width * scale - own[0]) / 2, top + (height - own[1]) / 2, *own)
                 _draw(figure, part, box, figure_size, window, bar=row is rows[0])
                 left += width * scale + gap
     if caption:

@@ -23,6 +23,7 @@ from ccella_fast.report.page import TEMPLATE
 from ccella_fast.storage import atomic_path, read_json
 
 WINDOW = (0.0, 1.0)
+_PREVIEWS = 3
 _SYNTHETIC = "Generated images are synthetic. Nothing on this page is for diagnosis."
 
 
@@ -165,7 +166,15 @@ def _pictures(prepared: Prepared | None, folder: Path, samples: list[Sample]) ->
             generated, "Generated volumes (synthetic).", "There are no generated volumes: run `ccella-fast sample`."
         ),
         _histogram(real, generated, word),
+        *_previews(folder / "prepared" / "preview"),
     ]
+
+
+def _previews(folder: Path) -> list[dict[str, Any]]:
+    """The first few pictures of `prepare --preview`, where there are any."""
+    caption = "Study {} as read, as prepared, and with each augmentation in use at its largest, in true millimetres."
+    found = sorted(folder.glob("*.png"))[:_PREVIEWS]
+    return [_figure(path.read_bytes(), caption.format(number), "") for number, path in enumerate(found, start=1)]
 
 
 def _shown(prepared: Prepared | None) -> list[Case]:

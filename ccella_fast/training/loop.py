@@ -75,7 +75,6 @@ def train_loop(
         done, seen = step + 1, []
         lr = engine.lr_scheduler.get_last_lr()[0]
         for samples in micro_batches:
-            samples = samples.to(engine.device)
             losses = joint_loss(engine, samples, schedule, weight)
             # A non-finite loss makes every gradient NaN, on every process once they are averaged: so all agree to skip.
             poison = torch.where(losses.total.detach().isfinite(), 1.0, torch.nan)

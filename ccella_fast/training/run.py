@@ -12,6 +12,7 @@ from typing import Any
 
 from ccella_fast.checkpoint import newest, read_state, step_folder, verify
 from ccella_fast.config import Config, load_config
+from ccella_fast.data.augment import check_conditioning
 from ccella_fast.data.manifest import Prepared, load_manifest
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError
 from ccella_fast.storage import disk_error, sha256, sweep, write_json
@@ -21,8 +22,8 @@ LOG = logging.getLogger("ccella_fast")
 LATEST = "latest"
 # May differ between a run and its continuation; everything else shapes the result.
 _FREE = {
-    "name", "vae_training", "sampling", "paths", "training.activation_checkpointing", "training.checkpointing_steps",
-    "training.checkpoints_total_limit", "training.logging_steps",
+    "name", "vae_training", "sampling", "paths", "data.engine", "training.activation_checkpointing",
+    "training.checkpointing_steps", "training.checkpoints_total_limit", "training.logging_steps",
 }  # fmt: skip
 
 
@@ -90,6 +91,11 @@ def check_data(config: Config, data: Path) -> Prepared:
     if prepared.data.sequences != config.data.sequences:
         why = f"prepared for {prepared.data.sequences}, configured are {config.data.sequences}"
         raise DataError(why, path=path, field="data.sequences", fix=fix)
+    if config.training.latents == "online":
+        check_conditioning(config)
+        if not (data / "vae").is_dir():
+            why = "latents are to be made while training, but the autoencoder is not here"
+            raise DataError(why, path=data / "vae", field="training.latents", fix="run prepare with --vae")
     return prepared
 
 
@@ -182,6 +188,8 @@ def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
     import torch.distributed as dist
 
     from ccella_fast.data.dataset import PreparedDataset
+    from ccella_fast.data.online import OnlineLatents
+    from ccella_fast.data.resident import choose_source
     from ccella_fast.diffusion.schedule import Schedule
     from ccella_fast.training import processes, saving
     from ccella_fast.training.ema import Ema
@@ -192,16 +200,8 @@ def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
 
     config, training, total, first = plan.config, plan.config.training, plan.total_steps, saved["step"]
     control, main = processes.Control(), dist.get_rank() == 0
-    feed = Feed(
-        PreparedDataset(plan.data, config, "train"),
-        seed=training.seed,
-        batch_size=training.batch_size,
-        accumulation=training.gradient_accumulation_steps,
-        rank=dist.get_rank(),
-        world_size=plan.facts["world_size"],
-        scale=torch.tensor(plan.facts["scale_factor"]).repeat_interleave(torch.tensor(config.model.latent_channels)),
-        num_timesteps=config.scheduler.num_train_timesteps,
-    )
+    online = training.latents == "online"
+    dataset = PreparedDataset(plan.data, config, "train", needs="images" if online else "latents")
     if main:
         _open_run(plan, first)
     engine = build_engine(config, plan.engine_values, total_steps=total, device=device, path=plan.deepspeed_file)
@@ -212,6 +212,23 @@ def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
         saving.restore(plan.start, engine, ema, state)
         bad_in_a_row = state["bad_in_a_row"]
     vae = plan.data / "vae" if (plan.data / "vae").is_dir() else None
+    text_dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    feed = Feed(
+        dataset,
+        seed=training.seed,
+        batch_size=training.batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        rank=dist.get_rank(),
+        world_size=plan.facts["world_size"],
+        scale=torch.tensor(plan.facts["scale_factor"]).repeat_interleave(torch.tensor(config.model.latent_channels)),
+        num_timesteps=config.scheduler.num_train_timesteps,
+        source=(
+            OnlineLatents(dataset, plan.data / "vae", device, training.seed)
+            if online
+            else choose_source(dataset, device, text_dtype)
+        ),
+        device=device,
+    )
 
     def save(done: int, bad: int) -> None:
         progress = {"step": done, "ema_updates": ema.updates if ema else 0, "bad_in_a_row": bad}

@@ -13,7 +13,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +24,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ccella_fast.config import Config, VaeTrainingConfig
+from ccella_fast.data.augment import IDENTITY, draw
 from ccella_fast.data.manifest import load_manifest
+from ccella_fast.data.volumes import Job, make_engine
 from ccella_fast.diffusion.noise import generator, randn_per_sample
 from ccella_fast.environment import recorded
 from ccella_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from ccella_fast.models.vae import Autoencoder, load_autoencoder, save_autoencoder
 from ccella_fast.models.weights import read_pt
 from ccella_fast.storage import atomic_path, disk_error, read_json, write_json
+from ccella_fast.training.feed import epoch_order
 
 logger = logging.getLogger("ccella_fast")
 
@@ -40,12 +43,14 @@ _SHOWN = 4  # volumes whose reconstruction is kept for the report
 
 
 class Image(NamedTuple):
-    """One prepared volume. values: a read-only memory map (X, Y, Z), float32 in [0, 1]."""
+    """One prepared volume. values: a read-only memory map (X, Y, Z), float32 in [0, 1], of the file `path`. spacing: mm."""
 
     case: str
     sequence: str
     sha256: str
     values: np.ndarray
+    path: Path
+    spacing: tuple[float, float, float]
 
 
 def train_vae(data: str | Path, out: str | Path, config: Config) -> None:
@@ -83,25 +88,43 @@ def read_images(data: str | Path) -> tuple[list[Image], list[Image]]:
         for sequence in prepared.data.sequences:
             key = f"image/{sequence}"
             values = prepared.array(case, key, verify=True)
-            splits[case.split].append(Image(case.id, sequence, case.files[key].sha256, values))
+            path, (r, a, s) = prepared.folder / case.files[key].path, case.spacing
+            splits[case.split].append(Image(case.id, sequence, case.files[key].sha256, values, path, (r, a, s)))
     return splits["train"], splits["test"]
 
 
-def draw_patches(images: Sequence[Image], settings: VaeTrainingConfig, step: int) -> Tensor:
-    """The batch of `step`, (B, 1, *patch): each image is used once before any is used again, at random places."""
-    places = generator(settings.seed, "place", step)
-    batch = []
+def patch_jobs(images: Sequence[Image], settings: VaeTrainingConfig, step: int) -> list[Job]:
+    """The patches of `step`: each image is used once before any is used again, at random places."""
+    places, (i, j, k) = generator(settings.seed, "place", step), settings.patch
+    jobs = []
     for number in range(step * settings.batch_size, (step + 1) * settings.batch_size):
-        epoch, position = divmod(number, len(images))
-        order = torch.randperm(len(images), generator=generator(settings.seed, "order", epoch))
-        values = images[int(order[position])].values
-        corner = [
+        image, epoch = _image_at(images, settings, number)
+        x, y, z = (
             int(torch.randint(size - width + 1, (1,), generator=places))
-            for size, width in zip(values.shape, settings.patch, strict=True)
-        ]
-        window = tuple(slice(start, start + width) for start, width in zip(corner, settings.patch, strict=True))
-        batch.append(torch.from_numpy(values[window].copy()))
-    return torch.stack(batch)[:, None]
+            for size, width in zip(image.values.shape, settings.patch, strict=True)
+        )
+        drawn, strengths = IDENTITY, settings.augmentation
+        if strengths.active:
+            drawn = draw(
+                strengths, seed=settings.seed, case_id=f"{image.case} {x} {y} {z}", epoch=epoch, shape=settings.patch,
+                spacing=image.spacing, keep_gland=False,
+            ).for_sequence(image.sequence)  # fmt: skip
+        jobs.append(Job(image.path, image.values.shape, (x, y, z), (i, j, k), image.spacing, drawn))
+    return jobs
+
+
+def _image_at(images: Sequence[Image], settings: VaeTrainingConfig, number: int) -> tuple[Image, int]:
+    epoch, position = divmod(number, len(images))
+    return images[epoch_order(settings.seed, epoch, len(images))[position]], epoch
+
+
+def _patches(train: list[Image], config: Config, device: torch.device, start: int) -> Iterator[Tensor]:
+    """(B, 1, *patch) for the steps from `start`."""
+    settings = config.vae_training
+    first, last = (step * settings.batch_size for step in (start, settings.max_train_steps))
+    engine = make_engine(config.data.engine, settings.augmentation, device, settings.patch)
+    paths = [_image_at(train, settings, number)[0].path for number in range(first, last)]
+    return engine.stream(paths, lambda n: patch_jobs(train, settings, start + n), settings.max_train_steps - start)
 
 
 def kl_divergence(mean: Tensor, sigma: Tensor) -> Tensor:
@@ -141,9 +164,9 @@ def _train(train: list[Image], out: Path, config: Config, device: torch.device) 
             range(start, settings.max_train_steps), desc="training the autoencoder", unit="step",
             initial=start, total=settings.max_train_steps, mininterval=_interval(),
         )  # fmt: skip
-        for step in bar:
+        for step, patches in zip(bar, _patches(train, config, device, start), strict=True):
             rate = learning_rate(settings, step)
-            x = draw_patches(train, settings, step).to(device, memory_format=torch.channels_last_3d)
+            x = patches.to(device, memory_format=torch.channels_last_3d)
             sources = [generator(settings.seed, "posterior", step, row) for row in range(len(x))]
             waiting.append(_step(vae, optimizer, x, randn_per_sample(latent, sources, device=device), rate, settings))
             done = step + 1
@@ -221,7 +244,9 @@ def _check(config: Config, train: list[Image], data: str | Path) -> None:
 
 def _identity(config: Config, train: list[Image]) -> str:
     """What the weights depend on, as one hash."""
-    parts = [config.autoencoder.model_dump(), config.vae_training.model_dump(), [image.sha256 for image in train]]
+    plain = not config.vae_training.augmentation.active
+    settings = config.vae_training.model_dump(exclude={"augmentation"} if plain else None)
+    parts = [config.autoencoder.model_dump(), settings, [image.sha256 for image in train]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

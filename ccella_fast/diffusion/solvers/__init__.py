@@ -17,8 +17,10 @@ SOLVERS: dict[str, type[Solver]] = {
 }
 
 
-def get_solver(name: str) -> Solver:
-    """The solver called `name` with its defaults; ConfigError with the nearest name otherwise."""
-    if name not in SOLVERS:
-        raise ConfigError(f"there is no solver '{name}'", field="sampling.solver", fix=did_you_mean(name, SOLVERS))
-    return SOLVERS[name]()
+def get_solver(solver: str | Solver) -> Solver:
+    """The solver of that name with its defaults, or the one given; ConfigError with the nearest name otherwise."""
+    if isinstance(solver, Solver):
+        return solver
+    if solver not in SOLVERS:
+        raise ConfigError(f"there is no solver '{solver}'", field="solver", fix=did_you_mean(solver, SOLVERS))
+    return SOLVERS[solver]()

@@ -1,0 +1,55 @@
+"""Latents made while training: load, augment, encode with the frozen autoencoder. A few hundred studies become endless.
+
+What a study looks like in an epoch is drawn from (seed, case id, epoch), so a run that is taken up again, on another number of
+processes too, sees the same volumes as an unbroken one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from ccella_fast.data.dataset import Batch, Pick, PreparedDataset, collate
+from ccella_fast.data.latents import LatentEncoder
+from ccella_fast.data.volumes import Job, augmentation_of, make_engine, study_jobs
+
+
+class OnlineLatents:
+    """See dataset.Source. dataset: opened for images. vae: the frozen autoencoder's folder."""
+
+    def __init__(self, dataset: PreparedDataset, vae: Path, device: torch.device, seed: int):
+        self.dataset = dataset
+        self.config, self.seed = dataset.config, seed
+        self.encoder = LatentEncoder(vae, self.config.autoencoder)
+        self.engine = make_engine(self.config.data.engine, self.config.augmentation, device, self.config.data.dim)
+
+    def batches(self, picks: Callable[[int], Sequence[Pick]], count: int) -> Iterator[Batch]:
+        cases, sequences = self.dataset.cases, self.config.data.sequences
+        paths = [self._images(p)[name] for n in range(count) for p in picks(n) for name in sequences]
+
+        def jobs(n: int) -> list[Job]:
+            return [job for pick in picks(n) for job in self._jobs(pick)]
+
+        for n, volumes in enumerate(self.engine.stream(paths, jobs, count)):
+            # One at a time: an encoder holds gigabytes a volume.
+            parts = [self.encoder.posterior(volume[None]) for volume in volumes]
+            mean, sigma = (torch.cat(part) for part in zip(*parts, strict=True))
+            items = []
+            for number, pick in enumerate(picks(n)):
+                rows = slice(number * len(sequences), (number + 1) * len(sequences))
+                drawn = augmentation_of(self.config, cases[pick.study].id, seed=self.seed, epoch=pick.epoch)
+                spacing = drawn.spacing(self.config.data.spacing)
+                items.append(
+                    self.dataset.described(pick.study, mean[rows].flatten(0, 1), sigma[rows].flatten(0, 1), spacing)
+                )
+            yield collate(items)
+
+    def _jobs(self, pick: Pick) -> list[Job]:
+        case = self.dataset.cases[pick.study]
+        return study_jobs(self.config, self._images(pick), case.id, seed=self.seed, epoch=pick.epoch)
+
+    def _images(self, pick: Pick) -> dict[str, Path]:
+        folder, files = self.dataset.prepared.folder, self.dataset.cases[pick.study].files
+        return {name: folder / files[f"image/{name}"].path for name in self.config.data.sequences}
