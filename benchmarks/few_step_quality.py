@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ccella_fast.sampler import CLASSES, check_inputs
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,7 +30,6 @@ from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import SOLVERS, get_solver
 from ccella_fast.environment import describe
 from ccella_fast.errors import NonFiniteError
-from ccella_fast.sampler import CLASSES, check_inputs
 from ccella_fast.storage import atomic_path, check_writable, write_json
 
 STEPS = (10, 20, 30, 50)

@@ -301,7 +301,7 @@ _PUBLIC = [1, 128, 20, 256, 256]
 
 
 def _cases() -> list[Case]:
-    both, cuda = ("cpu", "cuda"), ("cuda",)
+    both = ("cpu", "cuda")
     rows: list[tuple[str, str, Callable[[Workbench], Problem], tuple[str, ...]]] = [
         ("group_norm_silu", "GroupNorm + SiLU of level 0", norm_problem, both),
         ("attention", "self-attention of the first level that attends", attention_problem, both),

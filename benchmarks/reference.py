@@ -1,7 +1,7 @@
 """The baseline that users compare with: the reference's arithmetic, eagerly, with its precision policy and its loop bodies.
 
-Built from MONAI's own `DiffusionModelUNetMaisi`, `AutoencoderKlMaisi` and `DDPMScheduler`, as the reference is, and from a plain
-adapter (reference-method, sections 2 to 4). On a GPU fp16 autocast, GradScaler and MONAI's flash attention; on a CPU fp32.
+Built from MONAI's own `DiffusionModelUNetMaisi`, `AutoencoderKlMaisi` and `DDPMScheduler`, as the reference is, and from a
+plain adapter (reference-method, sections 2 to 4). On a GPU fp16 autocast, GradScaler and MONAI's flash attention; on a CPU fp32.
 What is slow in it is slow in the reference too: the adapter runs at every step, a timestep travels to the device at every
 step, four values are read back to the host in a training step, AdamW is torch's default.
 

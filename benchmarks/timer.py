@@ -54,7 +54,8 @@ class Watch:
 
 @dataclass
 class Timing:
-    """Seconds of one call of one side, one entry a round; the same for each part; and of its first call, compilation included."""
+    """Seconds of one call of one side, one entry a round; the same for each part; and of the very first call, compilation
+    included."""
 
     rounds: list[float] = field(default_factory=list)
     parts: dict[str, list[float]] = field(default_factory=dict)
