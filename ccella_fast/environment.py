@@ -117,13 +117,6 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
-<<<<<<< HEAD
-def free_memory(device: Any = None) -> int:
-    """Bytes that can still be allocated on this torch device; for the CPU (None) what its machine has, or its container if
-    less."""
-    if device is not None and device.type == "cuda":
-        import torch
-=======
 def cpu_instructions() -> list[str]:
     """Which of the vector and matrix instructions that torch's kernels are written for this CPU has."""
     flags = _cpuinfo().get("flags", "").split()
@@ -134,10 +127,11 @@ def cpu_name() -> str:
     return _cpuinfo().get("model name", platform.machine())
 
 
-def free_memory(device: Any) -> int:
-    """Bytes that can still be allocated on this torch device; for the CPU what its machine has, or its container if less."""
-    import torch
->>>>>>> bench
+def free_memory(device: Any = None) -> int:
+    """Bytes that can still be allocated on this torch device; for the CPU (None) what its machine has, or its container if
+    less."""
+    if device is not None and device.type == "cuda":
+        import torch
 
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -153,7 +147,7 @@ def free_memory(device: Any) -> int:
 
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has instructions that multiply bf16 (AVX512-BF16, AMX); without them bf16 is slower than fp32."""
-    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_instructions())
 
 
 def _version(name: str) -> str | None:

@@ -30,16 +30,7 @@ from torch.nn import functional as F
 
 from ccella_fast.kernels import tuning
 from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import (
-    Refusals,
-    choose,
-    compute_dtype,
-    jit,
-    tl,
-    triton,
-    triton_refusal,
-    xformers_refusal,
-)
+from ccella_fast.kernels.backend import Refusals, choose, jit, tl, triton, triton_refusal, xformers_refusal
 
 MAX_HEAD_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}  # beyond it, registers spill
 
@@ -198,7 +189,8 @@ def _dkdv_kernel(
     c = scale * 1.4426950408889634
     dk = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
-    for i in range(0, N, BLOCK_N):  # queries that are not there add nothing: their q and do are zero
+    # Queries that are not there add nothing: their q and do are zero. Keys that are not there fill rows that are not stored.
+    for i in range(0, N, BLOCK_N):
         q = load_rows(q_ptr, stride_qn, N - i, K, BLOCK_N, BLOCK_K, True)
         do = load_rows(do_ptr, stride_dn, N - i, K, BLOCK_N, BLOCK_K, True)
         lse = tl.load(lse_ptr + i + row, mask=row < N - i, other=0.0)
@@ -313,11 +305,7 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-<<<<<<< HEAD
     dtype = product_dtype(q)
-=======
-    dtype = compute_dtype(q)
->>>>>>> bench
     return attention_op(q.to(dtype), k.to(dtype), v.to(dtype))[0]
 
 
