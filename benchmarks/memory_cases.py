@@ -55,7 +55,7 @@ def denoising_memory(bench: Workbench) -> Trial:
     x, conditions = bench.latent(1), bench.conditions(1)
     timesteps = torch.full((1,), float(TIMESTEP), device=bench.device)
     with torch.no_grad():
-        prepared = bench.fast_model.condition(timesteps, **conditions)
+        prepared = bench.sampler.model.condition(timesteps, **conditions)
 
     @torch.no_grad()
     def theirs() -> None:
@@ -64,7 +64,7 @@ def denoising_memory(bench: Workbench) -> Trial:
 
     @torch.no_grad()
     def ours() -> None:
-        bench.fast_model.denoise(x, prepared)
+        bench.sampler.model.denoise(x, prepared)
 
     return _peaks(bench, {"reference": theirs, "ours": ours}, {"latent": list(x.shape)})
 
@@ -81,7 +81,7 @@ def decode_memory(bench: Workbench) -> Trial:
 
     @torch.no_grad()
     def ours() -> None:
-        bench.fast_autoencoder.decode(z.to(bench.fast_dtype))
+        bench.sampler.autoencoder.decode(z.to(bench.fast_dtype))
 
     return _peaks(bench, {"reference": theirs, "ours": ours}, {"latent": list(z.shape)})
 
@@ -166,7 +166,7 @@ def largest_latent(bench: Workbench) -> Trial:
 
 def _try_larger(bench: Workbench, grid: list[int]) -> int:
     """Double the shortest axis until a training step of the bf16 model no longer fits."""
-    model = bench.fast_model.train().requires_grad_(True)
+    model = bench.sampler.model.train().requires_grad_(True)
     states = [
         torch.empty(parameter.numel() * 12, dtype=torch.uint8, device=bench.device) for parameter in model.parameters()
     ]

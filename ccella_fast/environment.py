@@ -192,10 +192,7 @@ def _kernels() -> dict[str, dict[str, str]]:
     """Which backend each kernel takes here, and why."""
     from ccella_fast.kernels.backend import explain
 
-    try:
-        return {choice.kernel: {"backend": choice.backend, "why": choice.reason} for choice in explain()}
-    except (ImportError, AttributeError):
-        return {}
+    return {choice.kernel: {"backend": choice.backend, "why": choice.reason} for choice in explain()}
 
 
 def _gpus(torch: Any) -> list[dict[str, Any]]:

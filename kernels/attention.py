@@ -30,7 +30,16 @@ from torch.nn import functional as F
 
 from ccella_fast.kernels import tuning
 from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import Refusals, choose, jit, tl, triton, triton_refusal, xformers_refusal
+from ccella_fast.kernels.backend import (
+    Refusals,
+    choose,
+    compute_dtype,
+    jit,
+    tl,
+    triton,
+    triton_refusal,
+    xformers_refusal,
+)
 
 MAX_HEAD_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}  # beyond it, registers spill
 
@@ -299,9 +308,7 @@ attention_op.register_autograd(_backward, setup_context=_save)
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which matrix products of `tensor` are to be taken: autocast's where it is on."""
-    if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(tensor.device.type)
-    return tensor.dtype
+    return tensor.dtype if tensor.dtype == torch.float64 else compute_dtype(tensor)
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
