@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import reference
 from cases import Case, Floor, Side, Skip, Trial
-from ccella_fast.diffusion.noise import start_noise, step_generators
+from ccella_fast.diffusion.noise import generator, start_noise
 from ccella_fast.models.vae import Autoencoder
 from ccella_fast.sampling import FastSampler
 from counting import FlashAttention, backend, count
@@ -24,30 +25,33 @@ _STEPS = {"cpu": 2, "cuda": 20}  # of the short chains whose steps are timed
 
 
 def denoising_step(bench: Workbench, batch: int = 1) -> Trial:
-    """A step inside the loop, from a chain of a few of them: network, solver, noise. Ours has computed before the loop what does
-    not depend on the noisy latent: that is timed in the case `sampling`."""
+    """A step inside the loop, from a chain of a few of them: network, solver, noise. What does not depend on the noisy latent
+    ours has computed before the loop: that is timed in the case `sampling`."""
     steps, seeds = _STEPS[bench.device.type], list(range(batch))
     conditions = bench.conditions(batch)
     shape = [bench.latent_channels, *bench.latent_grid]
     trial = Trial(shapes={"latent": [batch, *shape], "text": list(conditions["text"].shape), "steps": steps})
 
-    def theirs(watch: Watch | None = None, policy: Any = None) -> Tensor:
+    # The reference draws one noise for the whole batch, we one a seed: several samples agree where no noise is added.
+    gated = steps if batch == 1 else 1
+
+    def theirs(steps: int, policy: Any = None) -> Tensor:
         return _reference_chain(bench, seeds, conditions, steps, policy)
 
-    def ours(sampler: FastSampler) -> Callable[..., Tensor]:
-        def run(watch: Watch | None = None) -> Tensor:
-            # The second call with equal prompts finds everything hoisted: what is left are the steps.
-            return _our_chain(bench, sampler, seeds, conditions, steps)
+    def ours(steps: int, sampler: FastSampler) -> Tensor:
+        # From the second call with equal prompts on everything is hoisted already: what is left are the steps.
+        return _our_chain(bench, sampler, seeds, conditions, steps)
 
-        return run
-
-    trial.sides["reference"] = Side(bench.reference_precision, theirs, theirs, calls=steps)
+    precision = bench.reference_precision
+    trial.sides["reference"] = Side(precision, lambda watch: theirs(steps), lambda: theirs(gated), calls=steps)
     for name, (precision, sampler) in bench.samplers.items():
-        run = ours(sampler)
-        trial.sides[name] = Side(precision, run, run, calls=steps)
-    trial.truth = lambda: theirs(policy=_no_autocast(bench))
+        output = functools.partial(ours, gated, sampler)
+        trial.sides[name] = Side(precision, lambda watch, sampler=sampler: ours(steps, sampler), output, calls=steps)
+    trial.truth = lambda: theirs(gated, _no_autocast(bench))
     trial.floor = {name: step_floor(bench, batch, side.precision) for name, side in trial.sides.items()}
-    trial.notes.append(f"a chain of {steps} DDPM steps divided by {steps}; the gate compares the latents after it")
+    trial.notes.append(
+        f"a chain of {steps} DDPM steps divided by {steps}; the gate compares latents after {gated} of them"
+    )
     return trial
 
 
@@ -57,7 +61,7 @@ def _reference_chain(
     """The reference draws its noise for the whole batch; for the gate to compare, it starts from our seeds' noise."""
     shape = [bench.latent_channels, *bench.latent_grid]
     start = start_noise(shape, seeds, device=bench.device)
-    source = step_generators(seeds[:1], bench.device)[0]
+    source = generator(seeds[0], "step", device=bench.device)
     return reference.sample(
         bench.reference, start, **conditions, config=bench.config.scheduler, num_steps=steps, generator=source,
         policy=policy,
@@ -122,7 +126,7 @@ def _work(bench: Workbench, batch: int) -> tuple[float, float, float, float]:
 
 
 def sampling(bench: Workbench) -> Trial:
-    """The whole way from text features to a volume, batch 1: ours computes its conditioning anew, for another prompt each time."""
+    """The whole way from text features to a volume, batch 1. Ours gets another prompt each time."""
     steps, seeds, factor = 2 * _STEPS[bench.device.type], [7], bench.config.autoencoder.factor
     prompts = [bench.conditions(1, seed=seed) for seed in (1, 2)]
     trial = Trial(

@@ -306,13 +306,16 @@ def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 attention_op.register_autograd(_backward, setup_context=_save)
 
 
+<<<<<<< HEAD
 def product_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which matrix products of `tensor` are to be taken: autocast's where it is on."""
     return tensor.dtype if tensor.dtype == torch.float64 else compute_dtype(tensor)
 
 
+=======
+>>>>>>> main
 def triton_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    dtype = product_dtype(q)
+    dtype = compute_dtype(q)
     return attention_op(q.to(dtype), k.to(dtype), v.to(dtype))[0]
 
 
@@ -392,5 +395,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) ->
     """(B, M, N, K), in the dtype of `q`. Self-attention and cross-attention differ only in where k and v come from.
 
     backend: one of `IMPLEMENTATIONS`, None for the dispatcher's choice; BackendError where it cannot run."""
-    chosen = choose("attention", refusals(q.device, product_dtype(q), head_width=q.shape[-1]), backend)
+    chosen = choose("attention", refusals(q.device, compute_dtype(q), head_width=q.shape[-1]), backend)
     return IMPLEMENTATIONS[chosen](q, k, v)

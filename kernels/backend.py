@@ -108,9 +108,9 @@ def xformers_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """What a matrix product of `x` is computed in: autocast's dtype where it is on, else x's own. Autocast does not reach into
-    a library op, so the functions that launch kernels cast by this themselves."""
+    a library op, so the functions that launch kernels cast by this themselves. Nor does it touch float64."""
     kind = x.device.type
-    autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 

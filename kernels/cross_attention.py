@@ -40,11 +40,19 @@ from ccella_fast.kernels.attention import (
     attention_reference,
     head_constants,
     load_rows,
-    product_dtype,
     rows_contiguous,
     store_rows,
 )
-from ccella_fast.kernels.backend import Refusals, choose, jit, tl, triton, triton_refusal, xformers_refusal
+from ccella_fast.kernels.backend import (
+    Refusals,
+    choose,
+    compute_dtype,
+    jit,
+    tl,
+    triton,
+    triton_refusal,
+    xformers_refusal,
+)
 
 MAX_CHANNELS = 512  # of a block of tokens that stays on the chip; beyond it, registers spill
 MAX_HEAD_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
@@ -358,7 +366,7 @@ def cross_attention(
         )
     if context_k.shape[0] not in (1, batch):
         raise ValueError(f"context_k has batch {context_k.shape[0]}, x has {batch}: give the same, or 1 for all")
-    dtype = product_dtype(x)
+    dtype = compute_dtype(x)
     chosen = choose("cross_attention", refusals(x.device, dtype, channels=channels, head_width=width), backend)
     if chosen == "triton":
         k, v = (tensor.expand(batch, -1, -1, -1).to(dtype) for tensor in (context_k, context_v))

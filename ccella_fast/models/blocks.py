@@ -12,11 +12,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ccella_fast.kernels.attention import attention
+from ccella_fast.kernels.backend import choose
 from ccella_fast.kernels.cross_attention import cross_attention
-from ccella_fast.kernels.group_norm_silu import group_norm_silu
+from ccella_fast.kernels.geglu import geglu
+from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
+from ccella_fast.kernels.residual_shift import refusals, residual_shift
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Runner = Callable[
@@ -53,22 +55,21 @@ class Stack(nn.Module):
     run: Runner = staticmethod(run)
 
 
-class GroupNormSiLU(nn.GroupNorm):
-    """SiLU(GroupNorm(x + shift)), or without the SiLU. Parameters as `nn.GroupNorm`."""
-
-    def __init__(self, num_groups: int, channels: int, eps: float, *, silu: bool = True):
-        super().__init__(num_groups, channels, eps)
-        self.silu = silu
-
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu, shift=shift)
-
-
 class ShiftedConv3d(nn.Conv3d):
     """A convolution that leaves its bias to the caller, who adds it together with what else is added per channel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight, None)
+
+
+class ResidualConv3d(nn.Conv3d):
+    """conv(x) + residual. Where our kernel takes the sum, the bias goes with it instead of being a pass of its own; elsewhere
+    the convolution adds it for nothing."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        if choose("residual_shift", refusals(x.device, x.dtype)) == "triton":
+            return residual_shift(self._conv_forward(x, self.weight, None), residual, self.bias)
+        return residual + self._conv_forward(x, self.weight, self.bias)
 
 
 class ResidualBlock(nn.Module):
@@ -80,7 +81,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = named(ShiftedConv3d(inputs, outputs, 3, padding=1), "conv")
         self.time_emb_proj = nn.Linear(embedding, outputs)
         self.norm2 = GroupNormSiLU(groups, outputs, eps)
-        self.conv2 = zeroed(conv3d(outputs, outputs, 3))
+        self.conv2 = zeroed(named(ResidualConv3d(outputs, outputs, 3, padding=1), "conv"))
         self.skip_connection = nn.Identity() if inputs == outputs else conv3d(inputs, outputs, 1)
 
     def shift(self, embedding: Tensor) -> Tensor:
@@ -91,9 +92,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         """x (B, C, X, Y, Z), shift (B, outputs) as `shift` makes it -> (B, outputs, X, Y, Z)."""
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h, shift=shift))
-        return self.skip_connection(x) + h
+        h = self.norm2(self.conv1(self.norm1(x)), shift=shift)
+        return self.conv2.get_submodule("conv")(h, self.skip_connection(x))
 
 
 class SelfAttention(nn.Module):
@@ -152,8 +152,7 @@ class GatedFeedForward(nn.Module):
         self.linear2 = nn.Linear(4 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        value, gate = self.linear1(tokens).chunk(2, dim=-1)
-        return self.linear2(value * F.gelu(gate))
+        return self.linear2(geglu(self.linear1(tokens)))
 
 
 class TransformerBlock(nn.Module):
@@ -182,7 +181,7 @@ class SpatialTransformer(nn.Module):
         self.norm = GroupNormSiLU(groups, channels, eps, silu=False)
         self.proj_in = conv3d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, head_width, context_width)])
-        self.proj_out = zeroed(conv3d(channels, channels, 1))
+        self.proj_out = zeroed(named(ResidualConv3d(channels, channels, 1), "conv"))
 
     @property
     def _block(self) -> TransformerBlock:
@@ -198,7 +197,7 @@ class SpatialTransformer(nn.Module):
         """x (B, C, X, Y, Z), keys and values as `keys_values` makes them -> (B, C, X, Y, Z)."""
         tokens = to_tokens(self.proj_in(self.norm(x)))
         tokens = self._block(tokens, keys, values)
-        return x + self.proj_out(to_volume(tokens, x.shape[2:]))
+        return self.proj_out.get_submodule("conv")(to_volume(tokens, x.shape[2:]), x)
 
 
 class SpatialSelfAttention(nn.Module):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ccella_fast.errors import ConfigError
-from ccella_fast.models.blocks import GroupNormSiLU
+from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
 
 SLAB = 2**29  # bytes of short-lived tensors: more buy no speed, so even a volume that fits is cut there
 PIECES = 4  # of an activation that is cut: what has been read can be freed while the rest is still needed

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccella_fast.environment import free_memory
-from ccella_fast.kernels.group_norm_silu import group_norm_silu_apply
-from ccella_fast.models.blocks import GroupNormSiLU
+from ccella_fast.kernels.group_norm_silu import GroupNormSiLU, group_norm_silu_apply
 from ccella_fast.models.plan import HALO, Pass, Plan, Step, cuts, edges_of, make_plan
 
 logger = logging.getLogger("ccella_fast")

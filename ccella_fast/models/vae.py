@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from ccella_fast.config import AutoencoderConfig
 from ccella_fast.errors import CheckpointError
-from ccella_fast.models.blocks import GroupNormSiLU, conv3d, named
+from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
+from ccella_fast.models.blocks import conv3d, named
 from ccella_fast.models.plan import Pass, Plan
 from ccella_fast.models.tiles import plan_for, plannable, through
 from ccella_fast.models.weights import load_weights, plain_tensors, read_pt
