@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """What this machine is, and what of it is known to be slow or wrong: for `ccella-fast env`, and beside every result."""
-=======
-"""What this machine is, and what of it is known to be slow or wrong: `ccella-fast env`, and the head of every result."""
->>>>>>> main
 
 from __future__ import annotations
 

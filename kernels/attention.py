@@ -306,14 +306,6 @@ def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 attention_op.register_autograd(_backward, setup_context=_save)
 
 
-<<<<<<< HEAD
-def product_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which matrix products of `tensor` are to be taken: autocast's where it is on."""
-    return tensor.dtype if tensor.dtype == torch.float64 else compute_dtype(tensor)
-
-
-=======
->>>>>>> main
 def triton_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     dtype = compute_dtype(q)
     return attention_op(q.to(dtype), k.to(dtype), v.to(dtype))[0]
