@@ -1,8 +1,8 @@
 """The baseline that users compare with: the reference's arithmetic, eagerly, with its precision policy and its loop bodies.
 
-Built from MONAI's own `DiffusionModelUNetMaisi`, `AutoencoderKlMaisi` and `DDPMScheduler`, as the reference is, and from a plain
-adapter (reference-method, sections 2 to 4). On a GPU fp16 autocast, GradScaler and MONAI's flash attention; on a CPU fp32.
-What is slow in it is slow in the reference too: the adapter runs at every step, a timestep travels to the device at every
+Built from MONAI's own `DiffusionModelUNetMaisi`, `AutoencoderKlMaisi` and `DDPMScheduler`, as the reference is, and from a
+plain adapter (reference-method, sections 2 to 4). On a GPU fp16 autocast, GradScaler and MONAI's flash attention; on a CPU
+fp32. What is slow in it is slow in the reference too: the adapter runs at every step, a timestep travels to the device at every
 step, four values are read back to the host in a training step, AdamW is torch's default.
 
 Weights are not copied: `shared_with(model)` gives a reference whose parameters *are* those of one of our models. So the

@@ -34,10 +34,12 @@ def table(record: dict[str, Any]) -> str:
         rows += [[case["name"], what, "", f"{value:.4g} {unit}", "", "", "", ""] for what, value, unit in case["facts"]]
         if case["status"] != "ok":
             rows.append([case["name"], f"{case['status']}: {case['why'][:60]}", *[""] * 6])
-        rows += [[case["name"], f"{name}: {why}", *[""] * 6] for name, why in case["missing"].items()]
     widths = [max(len(row[column]) for row in rows if len(row[column]) < 40) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-" * sum(widths, 2 * len(widths) - 2))
+    absent = {f"{name}: {why}" for case in record["cases"] for name, why in case["missing"].items()}
+    lines += ["", *(f"not measured: {line}" for line in sorted(absent))] if absent else []
+    lines += [f"left out: {name}, {why}" for name, why in record["left_out"].items()]
     return "\n".join(["", *lines, "", model_counts.table(record["counts"]), ""])
 
 
@@ -136,7 +138,9 @@ def _label(axis: Any, rows: list[tuple[float, dict[str, Any], str]], title: str)
     labels = []
     for _, case, name in rows:
         first = name == next(iter(case["sides"]))
-        labels.append((f"{case['name']}:  " if first else "") + f"{name} ({case['sides'][name]['precision']})")
+        precision = case["sides"][name]["precision"]
+        side = name if precision in name else f"{name} {precision}"
+        labels.append((f"{case['name']}:  " if first else "") + side)
     axis.set_yticks([y for y, _, _ in rows], labels, fontsize=8)
     axis.set_ylim(min((y for y, _, _ in rows), default=0) - 1, 1)
     axis.spines[["top", "right"]].set_visible(False)
@@ -162,11 +166,11 @@ def _limit(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
     for y, case, name in rows:
         side = case["sides"][name]
         if "of_limit" in side:
-            axis.barh(y, 100 * side["of_limit"], color=_colour(case, name), height=0.8)
-            text = f"  {side['of_limit']:.0%}, {side['floor']['limit']} {seconds(side['floor']['seconds'])}"
-            axis.text(100 * side["of_limit"], y, text, va="center", fontsize=8)
+            axis.barh(y, min(100 * side["of_limit"], 125), color=_colour(case, name), height=0.8)
+            text = f"  {side['of_limit']:.0%} ({side['floor']['limit']}: {seconds(side['floor']['seconds'])})"
+            axis.text(min(100 * side["of_limit"], 100), y, text, va="center", fontsize=8)
     axis.axvline(100, color="#444", linewidth=0.8, linestyle="--")
-    axis.set_xlim(0, 130)
+    axis.set_xlim(0, 150)
     axis.set_xlabel("% of this machine's limit at that precision", fontsize=8)
     _label(axis, rows, "How far from the limit")
     axis.set_yticklabels([])
@@ -188,11 +192,19 @@ def _where(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
                 kinds[piece] = _PART_COLOURS.get(piece, "#c9ced4" if piece == "all" else default)
             bar = axis.barh(y, value * scale, left=left, color=kinds[piece], height=0.8)
             shown.setdefault(piece, bar)
-            if value * scale > 9:
+            if value * scale > 1.5 * len(piece) + 1:
                 axis.text(left + value * scale / 2, y, piece, ha="center", va="center", fontsize=7, color="white")
             left += value * scale
     axis.set_xlabel("% of the time of the case's slowest side", fontsize=8)
     if shown:
-        axis.legend(shown.values(), shown.keys(), fontsize=7, loc="lower right", ncols=2)
+        axis.legend(
+            shown.values(),
+            shown.keys(),
+            fontsize=7,
+            loc="upper center",
+            ncols=6,
+            bbox_to_anchor=(0.5, -0.09),
+            frameon=False,
+        )
     _label(axis, rows, "Where the time goes")
     axis.set_yticklabels([])

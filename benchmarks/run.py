@@ -13,6 +13,7 @@ from pathlib import Path
 from ccella_fast import doors
 
 SUITES = ["quick", "kernels", "sampler", "training", "data", "memory", "all"]
+QUICK_MINUTES = {"cpu": 5, "cuda": 8}
 ROOT = Path(__file__).resolve().parents[1]
 EPILOG = """the quick suite ends within 5 minutes on two CPU cores and within 8 on a GPU
 exit codes: 0 ok; 1 a wrong result, a failed case, or with --baseline a regression beyond the noise; 2 usage"""
@@ -40,9 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.case or []:
         if name not in known:
             raise ConfigError(f"there is no case '{name}'", field="--case", fix=did_you_mean(name, known))
-    chosen = [known[name] for name in arguments.case] if arguments.case else select(arguments.suite or ["quick"], device)
+    chosen = (
+        [known[name] for name in arguments.case] if arguments.case else select(arguments.suite or ["quick"], device)
+    )
     baseline = results.read(arguments.baseline) if arguments.baseline else None  # before the long work
-    run_session = session.Session(device, minutes=arguments.minutes, command=_command(arguments), debug=arguments.debug)
+    quick = not arguments.case and (arguments.suite or ["quick"]) == ["quick"]
+    minutes = arguments.minutes or (QUICK_MINUTES[device.type] if quick else None)
+    run_session = session.Session(device, minutes=minutes, command=_command(arguments), debug=arguments.debug)
     if arguments.dry_run:
         print(run_session.plan(chosen))
         return 0

@@ -112,6 +112,8 @@ class Session:
         return row
 
     def _run(self, case: Case, trial: Trial, row: dict[str, Any], traces: Path | None) -> None:
+        if not trial.sides:
+            return
         errors = self._errors(trial)
         with self._nvtx(case.name), self._monitor() as monitor:
             timings = timer.measure(
@@ -128,7 +130,7 @@ class Session:
                 "parts": {part: timer.summary(values)["median"] / side.calls for part, values in timing.parts.items()},
             }  # fmt: skip
             if name in errors:
-                facts |= {"error": errors[name], "passed": errors[name] <= trial.tolerance[side.precision]}
+                facts |= {"error": errors[name], "passed": errors[name] <= trial.allowed(side.precision, errors)}
             if name in trial.floor:
                 floor = trial.floor[name]
                 least, limit = floor.seconds(self.bench.machine)
@@ -137,7 +139,7 @@ class Session:
                 facts["of_limit"] = least / facts["seconds"]["median"]
             row["sides"][name] = facts
         judge(row)
-        if row["status"] == "ok" and (traces is not None or case.name == "denoising_step"):
+        if row["status"] == "ok" and (traces is not None or case.profile):
             for name, side in trial.sides.items():
                 self._tick(f"{name}: profile")
                 trace = None if traces is None else traces / f"{case.name}-{results.slug(name)}.json"
@@ -175,7 +177,9 @@ class Session:
             f"model    {model.variant}, channels {model.num_channels}, latent {self.bench.latent_grid}",
             f"gpu      {self.gpu if isinstance(self.gpu, str) else self.name}",
         ]
-        lines += [f"kernel   {name}: {entry['backend']} ({entry['why']})" for name, entry in environment["kernels"].items()]
+        lines += [
+            f"kernel   {name}: {entry['backend']} ({entry['why']})" for name, entry in environment["kernels"].items()
+        ]
         return "\n".join(lines + [f"WARNING  {line}" for line in found])
 
     def _telemetry(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import reference
 from cases import Case, Floor, Side, Skip, Trial
 from ccella_fast.config import Config, make_config
 from ccella_fast.diffusion.schedule import Schedule
+from ccella_fast.environment import free_memory
 from counting import FlashAttention, backend, count
 from prepared import write_prepared
 from sampler_cases import step_floor
@@ -36,8 +37,9 @@ def training_step(bench: Workbench, precision: str | None = None) -> Trial:
     batch = bench.config.training.batch_size if bench.device.type == "cuda" else 1
     config = _config(bench, precision, batch)
     needed = _bytes_per_parameter(precision) * 0.5755e9 / 2**30
-    if bench.device.type == "cpu" and needed > _memory_gib():
-        raise Skip(f"it needs about {needed:.0f} GiB of memory, {_memory_gib():.0f} are free")
+    free = free_memory(bench.device) / 2**30
+    if needed > free:
+        raise Skip(f"it needs about {needed:.0f} GiB of memory, {free:.0f} are free")
     folder = tempfile.TemporaryDirectory(prefix="ccella-bench-")
     data = write_prepared(Path(folder.name) / "prepared", config, cases=2 * batch)
     bench.tick("building the engine")
@@ -208,11 +210,6 @@ def _collated(items: list[Any]) -> dict[str, Tensor]:
 
 def _bytes_per_parameter(precision: str) -> int:
     return 20 if precision == "fp32" else 20 + 16
-
-
-def _memory_gib() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
 
 
 CASES = [

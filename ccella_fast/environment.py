@@ -1,4 +1,4 @@
-"""What this machine is, and what of it is known to be slow or wrong: `ccella-fast env`, and the head of every result."""
+"""What this machine is, and what of it is known to be slow or wrong: for `ccella-fast env`, and beside every result."""
 
 from __future__ import annotations
 
@@ -192,10 +192,7 @@ def _kernels() -> dict[str, dict[str, str]]:
     """Which backend each kernel takes here, and why."""
     from ccella_fast.kernels.backend import explain
 
-    try:
-        return {choice.kernel: {"backend": choice.backend, "why": choice.reason} for choice in explain()}
-    except (ImportError, AttributeError):
-        return {}
+    return {choice.kernel: {"backend": choice.backend, "why": choice.reason} for choice in explain()}
 
 
 def _gpus(torch: Any) -> list[dict[str, Any]]:
