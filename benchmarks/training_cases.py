@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from contextlib import redirect_stdout
@@ -25,6 +26,7 @@ from workbench import Workbench
 # Gradients that have come through everything: the U-Net's first convolution, the adapter's latents.
 _LOOKED_AT = ("unet.conv_in.conv.weight", "ella.connector.latents")
 _SCALE = 1.0  # latents of the random folder have unit variance
+_MOST_STEPS = 1000
 _TOLERANCE = {"fp32": 5e-3, "bf16": 0.25, "fp16": 0.25}  # of a gradient: L1's flips sign where the error is near zero
 _ADAMW_BYTES = 28  # a parameter: read p, g, m, v, write p, m, v, in fp32
 
@@ -46,12 +48,12 @@ def training_step(bench: Workbench, precision: str | None = None) -> Trial:
     engine = build_engine(bench, config, Path(folder.name))
     theirs = _reference(engine, precision)
     schedule = Schedule.from_config(config.scheduler)
-    feed = _feed(config, data)
-    items = [feed.dataset[index] for index in range(len(feed.dataset))]
+    feed = _feed(config, data, bench.device)
+    items = [feed.dataset.item(index, 0) for index in range(len(feed.dataset))]
     body = reference.TrainingStep(theirs, config.scheduler, weight=config.class_loss_weight)
     if precision == "fp32":  # one set of moments for both, as there is one set of weights: half the memory
         _share_state(body.optimizer, engine.optimizer)
-    steps = feed.steps(0, 1_000_000, background=bench.device.type == "cuda")
+    steps = feed.steps(0, _MOST_STEPS, background=bench.device.type == "cuda")
 
     def run_reference(watch: Watch) -> None:
         body(_collated(items[:batch]), watch.mark)
@@ -59,7 +61,7 @@ def training_step(bench: Workbench, precision: str | None = None) -> Trial:
     def run_ours(watch: Watch) -> None:
         from ccella_fast.training.loop import joint_loss
 
-        samples = next(steps)[0].to(bench.device)
+        samples = next(steps)[0]
         watch.mark("loader")
         losses = joint_loss(engine, samples, schedule, config.class_loss_weight)
         watch.mark("forward")
@@ -70,7 +72,7 @@ def training_step(bench: Workbench, precision: str | None = None) -> Trial:
         watch.mark("optimizer")
 
     trial = Trial(shapes={"latent": [batch, bench.latent_channels, *bench.latent_grid]}, tolerance=_TOLERANCE)
-    samples = feed.micro_batch(0, 0).to(bench.device)
+    samples = feed.micro_batch(0, 0)
     gate = _Gate(engine, theirs, body, samples, schedule, config)
     name = bench.reference_precision
     trial.sides["reference"] = Side(name, run_reference, lambda: gate.reference(autocast=True))
@@ -171,14 +173,20 @@ def _config(bench: Workbench, precision: str, batch: int) -> Config:
     return make_config(changes, base=bench.config)
 
 
-def _feed(config: Config, data: Path) -> Any:
+def _feed(config: Config, data: Path, device: torch.device) -> Any:
+    """As train.py makes it: the latents resident on the device where they fit."""
     from ccella_fast.data.dataset import PreparedDataset
+    from ccella_fast.data.resident import choose_source
     from ccella_fast.training.feed import Feed
 
+    logging.getLogger("ccella_fast").setLevel(logging.WARNING)  # the memory plan is the training log's
+    dataset = PreparedDataset(data, config, "train")
+    text_dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     return Feed(
-        PreparedDataset(data, config, "train"), seed=0, batch_size=config.training.batch_size, accumulation=1, rank=0,
-        world_size=1, scale=torch.full((sum(config.model.latent_channels),), _SCALE),
-        num_timesteps=config.scheduler.num_train_timesteps,
+        dataset, seed=0, batch_size=config.training.batch_size, accumulation=1, rank=0, world_size=1,
+        scale=torch.full((sum(config.model.latent_channels),), _SCALE),
+        num_timesteps=config.scheduler.num_train_timesteps, source=choose_source(dataset, device, text_dtype),
+        device=device,
     )  # fmt: skip
 
 
