@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ccella_fast.sampler import CLASSES, check_inputs
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import SOLVERS, get_solver
 from ccella_fast.environment import describe
 from ccella_fast.errors import NonFiniteError
+from ccella_fast.sampling.request import CLASSES
 from ccella_fast.storage import atomic_path, check_writable, write_json
 
 STEPS = (10, 20, 30, 50)
@@ -126,9 +126,7 @@ def together(
 def checkpoint_denoiser(model: Any, config: Config, arguments: argparse.Namespace, device: str) -> Denoiser:
     """The checkpoint's network under one report (or the null report) and, where it takes one, one class."""
     row, text, pirads = model.variant, None, None
-    given = row.class_input == "given"
-    check_inputs(row.name, has_text=row.text, pirads=arguments.pirads if given else None)
-    if given:
+    if row.class_input == "given":
         pirads = torch.tensor([[100.0 * (arguments.pirads == name) for name in CLASSES]], device=device)
     if row.text:
         from ccella_fast.data.text import TextEncoder

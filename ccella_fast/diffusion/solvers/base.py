@@ -30,12 +30,8 @@ from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.timesteps import Levels, diffusion_levels, flow_levels
 
 Term = tuple[str, str]  # (what is formed, from what)
-MEMORY = {
-    "corrected_1": "corrected",
-    "velocity_1": "velocity",
-    "x0_1": "x0",
-    "x0_2": "x0_1",
-}  # remembered: which value of this evaluation
+# What is remembered for the next evaluation, and which value of this one that is.
+MEMORY = {"corrected_1": "corrected", "velocity_1": "velocity", "x0_1": "x0", "x0_2": "x0_1"}
 
 
 class Step(NamedTuple):

@@ -37,7 +37,7 @@ class DpmSolverPlusPlus2M(Solver):
 
 @dataclass(frozen=True)
 class DpmSolverPlusPlus2MSde(Solver):
-    """The SDE form, appendix "SDE-DPM-Solver++(2M)": the same memory, with fresh noise at each step.
+    """SDE-DPM-Solver++(2M) of the same paper: the same memory, with fresh noise at each step.
 
     Equals diffusers' DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=2, solver_type="midpoint",
     final_sigmas_type="zero", use_karras_sigmas=True), or with timestep_spacing of the same name."""

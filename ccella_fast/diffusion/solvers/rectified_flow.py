@@ -29,8 +29,8 @@ class HeunFlow(Solver):
     """Heun's method, second order: two evaluations a step and one for the last, 2 N - 1 in all.
 
     Equals diffusers' FlowMatchHeunDiscreteScheduler(). "linspace" by default: it makes the one Euler step at the end short.
-    Evaluations alternate: one predicts the next level
-    by Euler; the next one sees that level, takes the step again with the mean of both velocities, and stays there."""
+    Evaluations alternate: one predicts the next level by Euler's method; the next sees that level, takes the step again with
+    the mean of both velocities, and stays there."""
 
     name, order = "heun_flow", 2
     timestep_spacing = "linspace"

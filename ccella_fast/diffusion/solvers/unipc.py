@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ccella_fast.diffusion.solvers.base import Solver, Table, log_snr_steps
+from ccella_fast.diffusion.solvers.base import Solver, Table, Term, log_snr_steps
 from ccella_fast.diffusion.solvers.dpm_solver import second_order
 
 
 @dataclass(frozen=True)
 class UniPc2(Solver):
-    """UniPC-2 of x0 with B(h) = e^h - 1 ("bh2"): UniP-2 (eq. 3) predicts, UniC-2 (eq. 8) corrects.
+    """UniPC-2 of x0 with B(h) = e^h - 1 ("bh2"): UniP-2 (algorithm 2) predicts, UniC-2 (algorithm 1) corrects.
 
     Equals diffusers' UniPCMultistepScheduler(solver_order=2, solver_type="bh2", predict_x0=True, final_sigmas_type="zero",
     use_karras_sigmas=True), or with timestep_spacing of the same name. Of third order: the corrector adds one."""
@@ -33,7 +33,7 @@ class UniPc2(Solver):
         return Table(np.arange(len(h)), columns)
 
 
-def _corrector(signal: np.ndarray, sigma: np.ndarray, h: np.ndarray, second: np.ndarray) -> dict:
+def _corrector(signal: np.ndarray, sigma: np.ndarray, h: np.ndarray, second: np.ndarray) -> dict[Term, np.ndarray]:
     """The step that led to evaluation i, taken again from `corrected_1` with what evaluation i has found; none at i = 0.
 
     corrected = (sigma ratio) corrected_1 + w (x0_1 + rho_1 (x0_2 - x0_1) / r + rho_2 (x0 - x0_1)),  w = -signal (e^-h - 1),
