@@ -47,6 +47,7 @@ class Sampler:
         for module in theirs.modules():
             if hasattr(module, "use_flash_attention"):
                 module.use_flash_attention = True  # PyTorch's attention, which runs on CPUs too
+                module.attention_dtype = None  # the fp32 detour of q and k, which autocast undoes in the reference
         self.network = tuned(copy.deepcopy(theirs).to(dtype))
         self.device, self.config, self.dtype = next(model.parameters()).device, config, dtype
 
