@@ -44,6 +44,7 @@ from ccella_fast.kernels.layout import (
     channel_parameters,
     dense,
     in_a_row,
+    is_channels_last,
     lanes,
     layout_key,
     origin,
@@ -75,10 +76,23 @@ def group_norm_silu_reference(
     """The definition of correct, in plain PyTorch: all of it in fp32 (or float64, if `x` is), rounded once to `x`'s dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
     h = x.to(wide)
+    shift = None if shift is None else shift.to(wide)
+    if h.device.type == "cpu" and is_channels_last(h):
+        shift = _centring(h, num_groups, shift)
     if shift is not None:
-        h = h + shift.to(wide).reshape(shift.shape + (1,) * (x.ndim - 2))
+        h = h + shift.reshape(shift.shape + (1,) * (x.ndim - 2))
     h = F.group_norm(h, num_groups, weight.to(wide), bias.to(wide), eps)
     return (F.silu(h) if silu else h).to(x.dtype)
+
+
+def _centring(h: Tensor, num_groups: int, shift: Tensor | None) -> Tensor:
+    """`shift` less the mean of each group of h + shift, (B, C): a mean that the norm takes away anyhow. PyTorch's norm of
+    channels-last tensors on a CPU computes the variance as E[h^2] - E[h]^2 and loses it where the mean is large."""
+    channels = h.detach().flatten(2).mean(2)
+    if shift is not None:
+        channels = channels + shift.detach()
+    mean = channels.unflatten(1, (num_groups, -1)).mean(2).repeat_interleave(h.shape[1] // num_groups, dim=1)
+    return -mean if shift is None else shift - mean
 
 
 def _apply_reference(

@@ -423,3 +423,20 @@ def test_beyond_2_to_the_31_elements(last):
     for k in (0, times - 1):
         part = y[:, :, k * block : (k + 1) * block]
         torch.testing.assert_close(part, expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_plain_path_keeps_a_large_mean_in_channels_last(shifted):
+    """PyTorch's own norm does not, on a CPU."""
+    generator = torch.Generator().manual_seed(5)
+    x = 1000 + torch.randn(2, 16, 6, 5, 4, generator=generator, dtype=torch.float64)
+    shift = 100 * torch.randn(2, 16, generator=generator, dtype=torch.float64) if shifted else None
+    weight, bias = torch.ones(16, dtype=torch.float64), torch.zeros(16, dtype=torch.float64)
+    last = x.float().to(memory_format=torch.channels_last_3d)
+    truth = group_norm_silu_reference(last.double().contiguous(), 4, weight, bias, shift=shift)
+    narrow = weight.float(), bias.float()
+    actual = group_norm_silu(last, 4, *narrow, shift=None if shift is None else shift.float(), backend="reference")
+    assert (actual.double() - truth).abs().max() < 1e-3
+    if not shifted:
+        plain = torch.nn.functional.silu(torch.nn.functional.group_norm(last, 4, *narrow, 1e-6))
+        assert not (plain.double() - truth).abs().max() < 1e-3
