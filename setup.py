@@ -28,6 +28,7 @@ setup(
         "matplotlib>=3.9,<4",
         "jinja2>=3.1.6,<4",
         "tensorboard>=2.20,<3",
+        "nvidia-ml-py>=12",  # the module is called pynvml; pure Python, harmless without a driver
     ],
     extras_require={
         # Pinned so that a machine without a GPU takes the small CPU build and not several GB of CUDA packages.
@@ -36,7 +37,6 @@ setup(
             "triton>=3.6",
             "xformers>=0.0.35",
             "nvidia-dali-cuda130>=2.4,<3",
-            "nvidia-ml-py>=12",  # the module is called pynvml
         ],
         "t5": ["sentencepiece>=0.2", "protobuf>=5"],  # tokenizer of FLAN-T5
         "test": [

@@ -94,7 +94,7 @@ def registry() -> list[Case]:
     import sampler_cases
     import training_cases
 
-    modules = [sampler_cases, kernel_cases, training_cases, memory_cases]
+    modules = [sampler_cases, training_cases, kernel_cases, memory_cases]
     return [case for module in modules for case in module.CASES]
 
 

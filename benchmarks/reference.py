@@ -217,7 +217,7 @@ class TrainingStep:
         batch = {name: value.to(self.device) for name, value in batch.items()}
         marks("loader")
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device):
+        with self.autocast():
             loss = self.loss(batch)
         marks("forward")
         self.scaler.scale(loss).backward()
@@ -231,10 +231,16 @@ class TrainingStep:
         marks("optimizer")
         return value
 
+    def autocast(self) -> torch.autocast:
+        return autocast(self.device)
+
+    def forward(self, *arguments: Tensor, **conditions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model(*arguments, **conditions)
+
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
         noisy = self.noise_scheduler.add_noise(original_samples=latents, noise=noise, timesteps=timesteps)
-        predicted, logits = self.model(noisy, timesteps, spacing=batch["spacing"], text=batch["text"])
+        predicted, logits = self.forward(noisy, timesteps, spacing=batch["spacing"], text=batch["text"])
         loss = F.l1_loss(predicted.float(), noise.float())
         known = batch["has_class"].float()
         if torch.sum(known) > 0:  # read back to the host, twice, as there

@@ -18,10 +18,11 @@ from results import seconds
 TEMPLATE = Path(__file__).resolve().parent / "report.html.j2"
 # One colour a side, by its place in the case: the reference grey, ours blue and then orange; others after them.
 _GREY, _BLUE, _ORANGE = "#9aa3ad", "#7fb2e5", "#1f6fb4"
-_KIND_COLOURS = ["#1f6fb4", "#d98032", "#3a8a4d", "#a65fa3", "#c8b13a", "#5fb3b3", "#9aa3ad"]
-_PART_COLOURS = {
-    "network": "#1f6fb4", "steps": "#1f6fb4", "forward": "#1f6fb4", "backward": "#3a8a4d", "decode": "#d98032",
-    "optimizer": "#d98032", "loader": "#c84b4b", "solver": "#c8b13a", "condition": "#a65fa3",
+_COLOURS = {
+    "convolution": "#1f6fb4", "linear": "#d98032", "attention": "#a65fa3", "norm, SiLU": "#c8b13a",
+    "copies, casts": "#5fb3b3", "optimizer": "#3a8a4d", "other": "#9aa3ad", "network": "#1f6fb4", "steps": "#1f6fb4",
+    "forward": "#1f6fb4", "backward": "#0f3f6b", "decode": "#d98032", "loader": "#c84b4b", "save": "#1f6fb4",
+    "load": "#d98032",
 }  # fmt: skip
 
 
@@ -179,32 +180,22 @@ def _limit(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
 def _where(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
     """By kind of work where the call was profiled, else by its parts; as a share of the case's slowest side."""
     rows, shown = _rows(cases), {}
-    kinds: dict[str, str] = {}
     for y, case, name in rows:
         side = case["sides"][name]
+        pieces = side.get("profile", {}).get("seconds_by_kind") or side["parts"]
+        if not pieces:
+            continue
         slowest = max(other["seconds"]["median"] for other in case["sides"].values())
-        pieces = side.get("profile", {}).get("seconds_by_kind") or side["parts"] or {"all": side["seconds"]["median"]}
         scale = side["seconds"]["median"] / sum(pieces.values()) / slowest * 100
         left = 0.0
         for piece, value in pieces.items():
-            if piece not in kinds:
-                default = _KIND_COLOURS[len(kinds) % len(_KIND_COLOURS)]
-                kinds[piece] = _PART_COLOURS.get(piece, "#c9ced4" if piece == "all" else default)
-            bar = axis.barh(y, value * scale, left=left, color=kinds[piece], height=0.8)
+            bar = axis.barh(y, value * scale, left=left, color=_COLOURS.get(piece, _GREY), height=0.8)
             shown.setdefault(piece, bar)
             if value * scale > 1.5 * len(piece) + 1:
                 axis.text(left + value * scale / 2, y, piece, ha="center", va="center", fontsize=7, color="white")
             left += value * scale
     axis.set_xlabel("% of the time of the case's slowest side", fontsize=8)
     if shown:
-        axis.legend(
-            shown.values(),
-            shown.keys(),
-            fontsize=7,
-            loc="upper center",
-            ncols=6,
-            bbox_to_anchor=(0.5, -0.09),
-            frameon=False,
-        )
+        axis.legend(shown.values(), shown.keys(), fontsize=7, loc="lower right", ncols=2, frameon=False)
     _label(axis, rows, "Where the time goes")
     axis.set_yticklabels([])

@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(run_session.plan(chosen))
         return 0
     stem = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{results.commit()}"
-    path = arguments.json or ROOT / "out" / "benchmarks" / f"{stem}.json"
+    kept = results.ROOT / "results" / results.slug(run_session.name)
+    path = arguments.json or (kept if arguments.keep else ROOT / "out" / "benchmarks") / f"{stem}.json"
     record = run_session.measure(chosen, traces=path.with_suffix("") if arguments.profile else None)
     results.write(record, path)
 
@@ -60,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     print(report.table(record))
     report.write(record, path.with_suffix(".html"), path.with_suffix(".png"))
+    if arguments.keep:
+        results.write_markdown()
     print(f"page    {path.with_suffix('.html')}\npicture {path.with_suffix('.png')}")
     bad = [case["name"] for case in record["cases"] if case["status"] in ("wrong", "failed")]
     worse, remarks = results.regressions(record, baseline) if baseline else ([], [])
@@ -87,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier JSON to compare with")
     parser.add_argument("--profile", action="store_true", help="torch.profiler traces for Perfetto, and NVTX ranges")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write (default: below out/benchmarks/)")
+    parser.add_argument(
+        "--keep", action="store_true", help="write below benchmarks/results/<machine>/ and redo RESULTS.md"
+    )
     parser.add_argument("--minutes", type=float, help="leave out cases that would end later than this")
     parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

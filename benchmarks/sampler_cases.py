@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,12 +16,15 @@ import reference
 from cases import Case, Floor, Side, Skip, Trial
 from ccella_fast.diffusion.noise import generator, start_noise
 from ccella_fast.models.vae import Autoencoder
+from ccella_fast.nvml import open_gpu
 from ccella_fast.sampling import FastSampler
 from counting import FlashAttention, backend, count
 from timer import Watch, measure, summary
+from tuned_peer import Sampler
 from workbench import Workbench
 
 TIMESTEP = 500
+_ENERGY_SECONDS = 4.0
 _STEPS = {"cpu": 2, "cuda": 20}  # of the short chains whose steps are timed
 
 
@@ -52,6 +56,61 @@ def denoising_step(bench: Workbench, batch: int = 1) -> Trial:
     trial.notes.append(
         f"a chain of {steps} DDPM steps divided by {steps}; the gate compares latents after {gated} of them"
     )
+    return trial
+
+
+def denoising_step_tuned(bench: Workbench) -> Trial:
+    """The same against the tuned peer."""
+    steps, seeds, conditions = _STEPS[bench.device.type], [0], bench.conditions(1)
+    shape = [bench.latent_channels, *bench.latent_grid]
+    bench.tick("tuned peer: copying the model")
+    peer = Sampler(bench.model, bench.config.scheduler, bench.fast_dtype)
+
+    def theirs() -> Tensor:
+        start, source = start_noise(shape, seeds, device=bench.device), generator(seeds[0], "step", device=bench.device)
+        return peer(start, **conditions, num_steps=steps, source=source)
+
+    def ours() -> Tensor:
+        return _our_chain(bench, bench.sampler, seeds, conditions, steps)
+
+    trial = Trial(shapes={"latent": [1, *shape], "steps": steps})
+    for name, run in (("tuned peer", theirs), ("ours", ours)):
+        trial.sides[name] = Side(bench.fast_name, lambda watch, run=run: run(), run, calls=steps)
+        trial.floor[name] = step_floor(bench, 1, bench.fast_name)
+    trial.truth = lambda: _reference_chain(bench, seeds, conditions, steps, _no_autocast(bench))
+    compiled = "compiled, max-autotune" if bench.device.type == "cuda" else "not compiled"
+    trial.notes.append(
+        f"MONAI's U-Net, {bench.fast_name} weights, best attention, {compiled}; first call: its compilation"
+    )
+    return trial
+
+
+def energy(bench: Workbench) -> Trial:
+    """Joules of a volume, of the GPU alone: NVML's counter over a stretch of whole chains."""
+    gpu = open_gpu()
+    if isinstance(gpu, str):
+        raise Skip(gpu)
+    steps, conditions = _STEPS["cuda"], bench.conditions(1)
+    trial = Trial(shapes={"latent": [1, bench.latent_channels, *bench.latent_grid], "steps": steps})
+    runs: dict[str, Callable[[], Any]] = {
+        "reference": lambda: _reference_chain(bench, [0], conditions, steps, None),
+        "ours": lambda: _our_chain(bench, bench.sampler, [0], conditions, steps),
+    }
+    joules = {}
+    for name, run in runs.items():
+        bench.tick(name)
+        run()
+        torch.cuda.synchronize()
+        begun, before, count = time.perf_counter(), gpu.energy(), 0
+        while time.perf_counter() - begun < _ENERGY_SECONDS:
+            run()
+            torch.cuda.synchronize()
+            count += 1
+        joules[name] = (gpu.energy() - before) / (count * steps)
+        trial.facts.append((f"{name}, a denoising step", joules[name], "J"))
+        total = bench.config.scheduler.num_train_timesteps
+        trial.facts.append((f"{name}, a volume of {total} steps before its decode", joules[name] * total, "J"))
+    trial.facts.append(("reference / ours", joules["reference"] / joules["ours"], "x"))
     return trial
 
 
@@ -296,4 +355,12 @@ CASES = [
     Case("text_encoding", "sampler", "reports to features, per report", text_encoding, set_up={"cpu": 5, "cuda": 5}),
     Case("scaling", "sampler", "how a step's cost grows with the batch and with the latent", scaling,
          set_up={"cpu": 30, "cuda": 20}),
+    Case(
+        "energy", "sampler", "joules of a denoising step and of a volume, by NVML: the reference's, and ours", energy,
+        quick=("cuda",), budget=2 * _ENERGY_SECONDS, set_up={"cpu": 0, "cuda": 5},
+    ),
+    Case(
+        "denoising_step_tuned", "sampler", "one denoising step: the tuned peer (compiled, bf16, channels-last), and ours",
+        denoising_step_tuned, budget=15, set_up={"cpu": 10, "cuda": 150},
+    ),
 ]  # fmt: skip
