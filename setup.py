@@ -43,6 +43,8 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "diffusers>=0.40,<0.43",  # independent truth for solvers
+            "triton>=3.6",  # kernels in its interpreter, and ahead-of-time compilation: no GPU needed
+            "xformers>=0.0.35",
             "sentencepiece>=0.2",
             "protobuf>=5",
             "setuptools>=77",  # a test builds the wheel

@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ccella_fast.checkpoint import load_checkpoint
     from ccella_fast.config import load_config
+    from ccella_fast.diffusion.loop import sample
+    from ccella_fast.dropin import speed_up
     from ccella_fast.models import build_model
+    from ccella_fast.sampling import FastSampler
 
 __version__ = "0.1.0"
-__all__ = ["build_model", "load_checkpoint", "load_config"]
+__all__ = ["FastSampler", "build_model", "load_checkpoint", "load_config", "sample", "speed_up"]
 
 # Imported on first use: `ccella-fast --help` must answer before torch is loaded.
-_HOMES = {"build_model": "models", "load_checkpoint": "checkpoint", "load_config": "config"}
+_HOMES = {
+    "FastSampler": "sampling",
+    "build_model": "models",
+    "load_checkpoint": "checkpoint",
+    "load_config": "config",
+    "sample": "diffusion.loop",
+    "speed_up": "dropin",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -52,7 +52,8 @@ def train_vae(arguments: argparse.Namespace) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    from ccella_fast.sampler import sample_to_folder
+    from ccella_fast.sampling.folder import sample_to_folder
+    from ccella_fast.sampling.steps import Reuse
 
     reports = list(arguments.report or []) + [_read_report(path) for path in arguments.report_file or []]
     sample_to_folder(
@@ -62,10 +63,16 @@ def sample(arguments: argparse.Namespace) -> None:
         num_samples=arguments.num_samples,
         seed=arguments.seed,
         solver=arguments.solver,
-        num_inference_steps=arguments.num_inference_steps,
+        num_steps=arguments.num_inference_steps,
         spacing=arguments.spacing,
         pirads=arguments.pirads,
+        class_override=arguments.class_override,
+        guidance_scale=arguments.guidance_scale,
+        guidance_interval=arguments.guidance_interval,
+        reuse=None if arguments.reuse is None else Reuse(*arguments.reuse),
         batch_size=arguments.batch_size,
+        batch_invariant=arguments.batch_invariant,
+        dtype=arguments.dtype,
         vae=arguments.vae,
         overwrite=arguments.overwrite,
     )
@@ -188,13 +195,39 @@ def _sample(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--seed", type=_from(0), default=0, help="same seed, same volume, whatever the batch (default 0)"
     )
-    command.add_argument("--solver", choices=["ddpm", "ddim"], help="default: the checkpoint's")
+    command.add_argument(
+        "--solver", metavar="NAME", help="ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or unipc (default: the checkpoint's)"
+    )
     command.add_argument("--num_inference_steps", type=_from(1), help="default: the checkpoint's")
     command.add_argument(
         "--spacing", type=float, nargs=3, metavar="MM", help="voxel size in mm (default: the training grid's)"
     )
     command.add_argument("--pirads", choices=["neg", "pos"], help="class, for variants that are given one")
+    command.add_argument("--class_override", choices=["neg", "pos"], help="class, in place of the predicted one")
+    command.add_argument(
+        "--guidance_scale", type=float, help="classifier-free guidance against the null report (default 1: off)"
+    )
+    command.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar="FRACTION",
+        help="part of the schedule it acts in (default 0 1)",
+    )
+    command.add_argument(
+        "--reuse",
+        type=_from(1),
+        nargs=2,
+        metavar=("INTERVAL", "DEPTH"),
+        help="reuse deep features, e.g. 3 1 (default off)",
+    )
     command.add_argument("--batch_size", type=_from(1), help="volumes at a time (default: the checkpoint's)")
+    command.add_argument(
+        "--batch_invariant", action="store_true", help="each volume alone: on a CPU equal bits whatever the batch"
+    )
+    command.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], help="of the weights (default auto: bf16 where it is fast)"
+    )
     command.add_argument("--vae", type=Path, help="VAE, for a reference .pt (our checkpoints hold theirs)")
     command.add_argument("--overwrite", action="store_true", help="replace what lies in --out")
 

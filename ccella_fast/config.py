@@ -244,8 +244,14 @@ class TrainingConfig(Section):
 
 
 class SamplingConfig(Section):
-    solver: Literal["ddpm", "ddim"] = "ddpm"
+    """`ccella-fast sample`. The defaults are the reference's: every timestep, ancestral."""
+
+    solver: Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler_flow", "heun_flow"] = "ddpm"
+    prediction: Literal["epsilon", "v", "x0", "velocity"] = "epsilon"  # what the network was trained to predict
+    timestep_spacing: Literal["leading", "trailing", "linspace", "karras"] | None = None  # None: the solver's own
     num_inference_steps: Positive = 1000
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # against the null report; 1: off
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # fractions of the schedule between which guidance acts
     random_seed: Count = 0
     batch_size: Positive = 1
 

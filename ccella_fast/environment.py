@@ -1,9 +1,10 @@
-"""What this machine is: versions, CPU, memory, GPU. Printed by `ccella-fast env`, stored beside every result."""
+"""What this machine is, and what of it is known to be slow or wrong: `ccella-fast env`, and the head of every result."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -16,9 +17,20 @@ from ccella_fast.storage import write_json
 
 PACKAGES = [
     "torch", "deepspeed", "triton", "xformers", "monai", "transformers", "nvidia-dali-cuda130", "numpy", "nvidia-ml-py",
-    "safetensors", "nibabel", "SimpleITK", "pydantic",
+    "safetensors", "nibabel", "SimpleITK", "pydantic", "pynvml",
 ]  # fmt: skip
 _ISA = ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
+_SETTINGS = ["OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TRITON_INTERPRET", "CCELLA_FAST_BACKEND"]
+
+
+# Public reports about 3D convolutions in half precision, each with where to read more.
+_CUDNN_WRONG = range(90800, 91100)
+_TRAPS = {
+    "slow": "PyTorch 2.9 runs 3D convolutions in half precision 4 to 20 times slower and in 3 times the memory "
+    "(pytorch#166122, #166643, #174051): use 2.10 or later",
+    "wrong": "cuDNN {} gives wrong values in bf16 3D convolutions (pytorch#163539): use 9.15 or later",
+    "old": "cuDNN {} lacks fast half-precision 3D convolutions (fixed in 9.15, pytorch#166122): use a newer PyTorch build",
+}
 
 
 def describe() -> dict[str, Any]:
@@ -31,13 +43,52 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {
+            "name": cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
+            "quota": _cpu_quota(),
             "torch_threads": torch.get_num_threads(),
-            "instructions": [flag for flag in _ISA if flag in _cpu_flags()],
+            "instructions": cpu_instructions(),
             "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         },
         "gpu": _gpus(torch),
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        "driver": _driver(),
+        "kernels": _kernels(),
+        "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
+
+
+def warnings(facts: dict[str, Any]) -> list[str]:
+    """What is known to be slow or wrong about a machine that `describe` has described, one sentence each."""
+    found, cpu, packages, settings = [], facts["cpu"], facts["packages"], facts["settings"]
+    cudnn = facts["cudnn"]
+    if cudnn is not None:
+        version = f"{cudnn // 10000}.{cudnn // 100 % 100}"
+        if (packages["torch"] or "").startswith("2.9."):
+            found.append(_TRAPS["slow"])
+        if cudnn in _CUDNN_WRONG:
+            found.append(_TRAPS["wrong"].format(version))
+        elif cudnn < 91500:
+            found.append(_TRAPS["old"].format(version))
+    if facts["gpu"] and packages["triton"] is None:
+        found.append("there is a GPU but no Triton: none of our kernels can run on it; pip install triton")
+    if settings.get("TRITON_INTERPRET", "0") not in ("0", ""):
+        found.append(
+            "TRITON_INTERPRET is set: kernels run in Triton's interpreter, thousands of times slower; unset it"
+        )
+    if cpu["quota"] is not None and cpu["torch_threads"] > cpu["quota"]:
+        found.append(
+            f"{cpu['torch_threads']} threads on a quota of {cpu['quota']:g} CPUs: set OMP_NUM_THREADS to at most that"
+        )
+    if cpu["torch_threads"] > cpu["cores"]:
+        found.append(f"{cpu['torch_threads']} threads on {cpu['cores']} cores: set OMP_NUM_THREADS={cpu['cores']}")
+    if settings.get("OMP_WAIT_POLICY", "").lower() == "passive" or "GOMP_SPINCOUNT" in settings:
+        found.append(
+            "OMP_WAIT_POLICY or GOMP_SPINCOUNT puts threads to sleep after every operation: steps take 2 to 3 times longer"
+        )
+    if packages.get("pynvml"):
+        found.append("the package pynvml is deprecated and shadows nvidia-ml-py: pip uninstall pynvml")
+    return found
 
 
 @contextmanager
@@ -66,15 +117,37 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its container if that is less."""
+def cpu_instructions() -> list[str]:
+    """Which of the vector and matrix instructions that torch's kernels are written for this CPU has."""
+    flags = _cpuinfo().get("flags", "").split()
+    return [flag for flag in _ISA if flag in flags]
+
+
+def cpu_name() -> str:
+    return _cpuinfo().get("model name", platform.machine())
+
+
+def free_memory(device: Any = None) -> int:
+    """Bytes that can still be allocated on this torch device; for the CPU (None) what its machine has, or its container if
+    less."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        used = int((group / "memory.current").read_text()) - (int(cached[1]) if cached else 0)
+        free = min(free, int(limit) - used)
+    return free
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bf16 (AVX512-BF16, AMX); without them bf16 is slower than fp32."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_instructions())
 
 
 def _version(name: str) -> str | None:
@@ -84,16 +157,57 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cpu_flags() -> set[str]:
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entry."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
-        return set()
-    return set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def _cpu_quota() -> float | None:
+    """CPUs that the container may use on average; None without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's driver; None where there is none."""
+    try:
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+        return nvml.nvmlSystemGetDriverVersion()
+    except ImportError:
+        return None
+    except nvml.NVMLError:
+        return None
+
+
+def _kernels() -> dict[str, dict[str, str]]:
+    """Which backend each kernel takes here, and why."""
+    from ccella_fast.kernels.backend import explain
+
+    try:
+        return {choice.kernel: {"backend": choice.backend, "why": choice.reason} for choice in explain()}
+    except (ImportError, AttributeError):
+        return {}
 
 
 def _gpus(torch: Any) -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in found]
+    return [
+        {
+            "name": gpu.name,
+            "memory_gib": round(gpu.total_memory / 2**30, 1),
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "processors": gpu.multi_processor_count,
+        }
+        for gpu in found
+    ]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from ccella_fast.kernels.attention import attention
 from ccella_fast.kernels.group_norm_silu import group_norm_silu
-from ccella_fast.kernels.upsample_conv3d import upsample_conv3d
 
 
 def draw(*shape, seed=0):
@@ -69,14 +67,3 @@ def test_attention(keys):
     assert not torch.allclose(attention(2 * q, k, v), expected)
     tensors = [tensor.requires_grad_() for tensor in (q, k, v)]
     assert torch.autograd.gradcheck(attention, tensors)
-
-
-def test_upsample_conv3d():
-    x, weight, bias = draw(2, 3, 2, 4, 3), draw(5, 3, 3, 3, 3, seed=1), draw(5, seed=2)
-    large = x.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
-    patches = F.pad(large, (1,) * 6).unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1)
-    expected = torch.einsum("bcxyzijk,ocijk->boxyz", patches, weight) + bias[:, None, None, None]
-    actual = upsample_conv3d(x, weight, bias)
-    torch.testing.assert_close(actual, expected)
-    assert not torch.allclose(upsample_conv3d(x, weight.flip(2), bias), expected)
-    torch.testing.assert_close(upsample_conv3d(x, weight, None), expected - bias[:, None, None, None])

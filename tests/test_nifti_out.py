@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from ccella_fast.sampler import write_nifti
+from ccella_fast.sampling.results import write_nifti
 
 GEOMETRIES = [((6, 5, 4), (1.5, 1.5, 3.0)), ((3, 8, 2), (0.5, 0.75, 0.5625)), ((5, 5, 7), (0.3333333, 2.0, 1.0))]
 

@@ -16,7 +16,7 @@ from ccella_fast.environment import recorded
 from ccella_fast.errors import DataError
 from ccella_fast.report.figures import Panel, curves, cut, histogram, montage
 from ccella_fast.report.html import write_report
-from ccella_fast.sampler import write_nifti
+from ccella_fast.sampling.results import write_nifti
 from ccella_fast.storage import sha256, write_json
 
 CANARY_ID, CANARY_TEXT = "zebedee-1971", "Focus in the left peripheral zone of Mr Quagga"

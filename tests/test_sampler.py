@@ -6,71 +6,22 @@ import json
 import logging
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from sampling_fixtures import THREE, FakeEncoder, scrambled, write_checkpoint
 
-from ccella_fast import sampler
-from ccella_fast.checkpoint import load_checkpoint, write_manifest
-from ccella_fast.config import make_config
+from ccella_fast.checkpoint import load_checkpoint
 from ccella_fast.diffusion.noise import generator
 from ccella_fast.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
-from ccella_fast.models import build_model
 from ccella_fast.models.vae import Autoencoder, load_autoencoder, save_autoencoder
-from ccella_fast.sampler import generate, sample_to_folder
-from ccella_fast.storage import write_json
+from ccella_fast.sampling import FastSampler, pretrained
+from ccella_fast.sampling.folder import sample_to_folder
+from ccella_fast.sampling.results import Writing
 
 CANARY = "Patient Zebedee, 14 mm focus in the left peripheral zone"
-TOKENS, WIDTH = 6, 16
-TINY: dict[str, Any] = {
-    "model.num_channels": [8, 16], "model.attention_levels": [False, True], "model.num_head_channels": [0, 8],
-    "model.num_res_blocks": 1, "model.norm_num_groups": 8, "model.cross_attention_dim": 16, "model.input_dim": WIDTH,
-    "model.num_latents": 4, "model.adapter_blocks": 2, "model.adapter_heads": 2, "model.adapter_time_dim": 16,
-    "model.class_head_dim": 8, "autoencoder.num_channels": [8, 8], "autoencoder.num_res_blocks": [1, 1],
-    "autoencoder.norm_num_groups": 4, "data.dim": [16, 12, 8], "data.spacing": [1.5, 1.5, 3.0],
-    "sampling.solver": "ddim", "sampling.num_inference_steps": 5, "sampling.batch_size": 2,
-}  # fmt: skip
-THREE = {"data.sequences": ["t2w", "hbv", "adc"], "model.latent_channels": [4, 4, 4]}
-
-
-class FakeEncoder:
-    """Features that depend on the report. The null report is all zeros."""
-
-    identity = {"encoder": "fake"}
-
-    def encode(self, reports):
-        rows = [
-            np.random.default_rng(len(text)).standard_normal((TOKENS, WIDTH)) * min(1, len(text)) for text in reports
-        ]
-        return SimpleNamespace(features=np.stack(rows).astype(np.float32), truncated=[False] * len(rows))
-
-
-def scrambled(module: torch.nn.Module) -> torch.nn.Module:
-    """Fresh networks predict zero; these do not."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(0, 0.15) if parameter.ndim > 1 else parameter.normal_(1, 0.1)
-    return module
-
-
-def write_checkpoint(folder: Path, variant: str = "CCELLA", *, with_vae: bool = True, **overrides: Any) -> Path:
-    config = make_config(TINY | {"model.variant": variant} | overrides)
-    folder.mkdir(parents=True)
-    write_json(folder / "config.json", config.dump())
-    save_file(scrambled(build_model(config)).state_dict(), folder / "model.safetensors")
-    count = len(config.data.sequences)
-    state = {"step": 12, "scale_factor": [1.0 + 0.5 * k for k in range(count)], "intensity_scale": {"t2w": 700.0}}
-    write_json(folder / "training_state.json", state)
-    if with_vae:
-        save_autoencoder(scrambled(Autoencoder(config.autoencoder)), folder / "vae")
-    write_manifest(folder, step=12)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +31,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def draw(checkpoint, out, **changes) -> None:
     wanted = {"reports": [CANARY, "No focus"], "num_samples": 2, "seed": 3, "text_encoder": FakeEncoder()}
+    wanted |= {"dtype": "float32"}
     sample_to_folder(checkpoint, out, **(wanted | changes))
 
 
@@ -98,7 +50,8 @@ def test_the_whole_path_equals_diffusers_and_plain_calls(checkpoint):
     loaded = load_checkpoint(checkpoint)
     text = torch.from_numpy(FakeEncoder().encode(["abc"]).features)
     vae = load_autoencoder(checkpoint)
-    (got,) = generate(loaded, vae, [11], text=text, num_inference_steps=28)
+    sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype="float32")
+    got = sampler(text=text, seeds=[11], num_steps=28)
     truth = DDIMScheduler(
         beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="linspace"
     )  # fmt: skip
@@ -111,11 +64,11 @@ def test_the_whole_path_equals_diffusers_and_plain_calls(checkpoint):
             x = truth.step(predicted.noise, t, x).prev_sample
         image = vae.decode(x / loaded.scale_factor[0])[0, 0].clamp(0, 1).numpy()
     assert image.std() > 0.05  # something to compare
-    np.testing.assert_allclose(got.volumes["t2w"], image, atol=2e-3)
-    np.testing.assert_allclose(got.class_probabilities, predicted.class_logits.softmax(1)[0].tolist(), atol=1e-4)
+    np.testing.assert_allclose(got.volumes[0, 0], image, atol=2e-3)
+    np.testing.assert_allclose(got.class_probabilities, predicted.class_logits.softmax(1), atol=1e-4)
     with pytest.raises(AssertionError):  # another spacing is another condition
-        (other,) = generate(loaded, vae, [11], text=text, num_inference_steps=28, spacing=[9, 9, 9])
-        np.testing.assert_allclose(other.volumes["t2w"], image, atol=2e-3)
+        other = sampler(text=text, seeds=[11], num_steps=28, spacing=[9, 9, 9])
+        np.testing.assert_allclose(other.volumes[0, 0], image, atol=2e-3)
 
 
 def test_a_volume_does_not_depend_on_its_batch(checkpoint, tmp_path):
@@ -140,10 +93,9 @@ def test_written_files(checkpoint, tmp_path):
     image = nibabel.load(tmp_path / "sample-001_seed4.nii.gz")
     assert image.shape == (16, 12, 8)
     assert image.header.get_zooms() == (1.5, 1.5, 3.0)
-    loaded = load_checkpoint(checkpoint)
-    text = FakeEncoder().encode([CANARY]).features
-    (again,) = generate(loaded, load_autoencoder(checkpoint), [4], text=text)
-    np.testing.assert_allclose(voxels(tmp_path / "sample-001_seed4.nii.gz"), again.volumes["t2w"] * 700, atol=0.05)
+    sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype="float32", text_encoder=FakeEncoder())
+    again = sampler(reports=[CANARY], seeds=[4]).volumes[0, 0]
+    np.testing.assert_allclose(voxels(tmp_path / "sample-001_seed4.nii.gz"), again * 700, atol=0.05)
     assert (tmp_path / "montage.png").read_bytes().startswith(b"\x89PNG")
     for path in tmp_path.iterdir():
         assert b"Zebedee" not in path.read_bytes(), path
@@ -153,7 +105,7 @@ def test_an_equal_request_is_reused_and_another_refused(checkpoint, tmp_path, mo
     draw(checkpoint, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     draw(checkpoint, tmp_path)
-    for change in ({"seed": 4}, {"reports": [CANARY, "no focus"]}, {"num_samples": 1}, {"num_inference_steps": 6}):
+    for change in ({"seed": 4}, {"reports": [CANARY, "no focus"]}, {"num_samples": 1}, {"num_steps": 6}):
         with pytest.raises(ConfigError, match="another request"):
             draw(checkpoint, tmp_path, **change)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
@@ -163,18 +115,18 @@ def test_an_equal_request_is_reused_and_another_refused(checkpoint, tmp_path, mo
 
 def test_a_stopped_request_goes_on(checkpoint, tmp_path, monkeypatch):
     draw(checkpoint, tmp_path / "whole")
-    write = sampler._write
+    write = Writing.write
 
-    def dies(out, job, *rest):
-        if job["name"] == "sample-002_seed3":
+    def dies(writing, out, job, result):
+        if job.name == "sample-002_seed3":
             raise KeyboardInterrupt
-        write(out, job, *rest)
+        write(writing, out, job, result)
 
-    monkeypatch.setattr(sampler, "_write", dies)
+    monkeypatch.setattr(Writing, "write", dies)
     with pytest.raises(KeyboardInterrupt):
         draw(checkpoint, tmp_path / "parts")
     assert len(names(tmp_path / "parts", "*.nii.gz")) == 2
-    monkeypatch.setattr(sampler, "_write", write)
+    monkeypatch.setattr(Writing, "write", write)
     draw(checkpoint, tmp_path / "parts")
     for name in names(tmp_path / "whole", "sample-*"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
@@ -209,15 +161,11 @@ def test_three_sequences_are_split_scaled_and_named(tmp_path):
     assert names(tmp_path / "out", "*.nii.gz") == [
         f"sample-000_seed3_seq-{name}.nii.gz" for name in ("adc", "hbv", "t2w")
     ]
-    loaded, vae = load_checkpoint(folder), load_autoencoder(folder)
-    seen = []
-    real = sampler.decode
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "decode", lambda c, v, latent: seen.append(latent) or real(c, v, latent))
-        list(generate(loaded, vae, [3], text=FakeEncoder().encode(["abc"]).features))
+    sampler = FastSampler.from_checkpoint(folder, device="cpu", dtype="float32", text_encoder=FakeEncoder())
+    latents = sampler(reports=["abc"], seeds=[3], decode=False).latents
     # the second sequence: channels 4 to 7, its own factor, the reference's constant (the checkpoint stores none)
     with torch.no_grad():
-        image = vae.decode(seen[0][None, 4:8] / 1.5)[0, 0].clamp(0, 1).numpy() * 117
+        image = load_autoencoder(folder).decode(latents[:, 4:8] / 1.5)[0, 0].clamp(0, 1).numpy() * 117
     np.testing.assert_allclose(voxels(tmp_path / "out" / "sample-000_seed3_seq-hbv.nii.gz"), image, atol=0.02)
     draw(folder, tmp_path / "out", reports=["abc"], num_samples=1)  # reused, not refused
 
@@ -226,7 +174,7 @@ def test_three_sequences_are_split_scaled_and_named(tmp_path):
     ("change", "message"),
     [
         ({"solver": "euler"}, "no solver 'euler'"),
-        ({"num_inference_steps": 1001}, "1001 steps"),
+        ({"num_steps": 1001}, "1001 steps"),
         ({"num_samples": 0}, "1 or more"),
         ({"spacing": [1.0, 0.0, 1.0]}, "spacing"),
         ({"pirads": "pos"}, "predicts the class"),
@@ -244,8 +192,8 @@ def test_a_diverged_model_is_an_error_and_no_black_image(checkpoint, tmp_path, m
     broken = loaded.model if part == "model" else vae
     with torch.no_grad():
         list(broken.parameters())[-1].fill_(float("nan"))
-    monkeypatch.setattr(sampler, "load_checkpoint", lambda *_, **__: loaded)
-    monkeypatch.setattr(sampler, "load_autoencoder", lambda *_: vae)
+    monkeypatch.setattr(pretrained, "load_checkpoint", lambda *_, **__: loaded)
+    monkeypatch.setattr(pretrained, "load_autoencoder", lambda *_: vae)
     with pytest.raises(NonFiniteError, match="diverged") as caught:
         draw(checkpoint, tmp_path / "out")
     assert caught.value.path == str(loaded.path) and len(str(caught.value).splitlines()) <= 5
@@ -254,7 +202,7 @@ def test_a_diverged_model_is_an_error_and_no_black_image(checkpoint, tmp_path, m
 
 def test_an_unwritable_folder_is_refused_before_any_work(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sampler, "load_checkpoint", None)
+    monkeypatch.setattr(pretrained, "load_checkpoint", None)
     with pytest.raises(DiskError, match="is a file"):
         draw(checkpoint, tmp_path / "file" / "out")
 

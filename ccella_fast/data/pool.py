@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
-from ccella_fast.environment import available_memory
+from ccella_fast.environment import free_memory
 from ccella_fast.errors import DataError
 
 Task = TypeVar("Task")
@@ -66,7 +66,7 @@ class Pool:
 
 def count_workers(tasks: int, bytes_each: int) -> int:
     """As many as there are cores, tasks for them and memory; at least 1."""
-    cores, memory = len(os.sched_getaffinity(0)), available_memory() // 2
+    cores, memory = len(os.sched_getaffinity(0)), free_memory() // 2
     return max(1, min(cores, tasks // _WORTH, memory // max(1, bytes_each)))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ccella_fast.data.dataset import Batch, Pick, PreparedDataset, Source
-from ccella_fast.environment import available_memory
+from ccella_fast.environment import free_memory
 
 logger = logging.getLogger("ccella_fast")
 _SHARE = 0.25  # of free memory; the rest is for activations
@@ -100,8 +100,8 @@ def bytes_needed(dataset: PreparedDataset, text_dtype: torch.dtype) -> int:
 
 def _free(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return free_memory(device)
+    return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _report(dataset: PreparedDataset, index: int) -> str:

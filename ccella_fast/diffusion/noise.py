@@ -29,3 +29,8 @@ def randn_per_sample(
     """Standard normal fp32 (B, *shape) on `device`: row i comes from `generators[i]` alone, drawn on its own device."""
     rows = [torch.randn(*shape, generator=source, device=source.device) for source in generators]
     return torch.stack(rows).to(device, non_blocking=True)
+
+
+def start_noise(shape: Sequence[int], seeds: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
+    """x_T of each seed, fp32 (B, *shape), drawn on the CPU: a deterministic solver starts alike on every device."""
+    return randn_per_sample(shape, [generator(seed, "start") for seed in seeds], device=device)

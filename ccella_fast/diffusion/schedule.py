@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ccella_fast.config import SchedulerConfig
+from ccella_fast.errors import ConfigError
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,30 @@ class Schedule:
         """The scaled-linear schedule: beta = linspace(sqrt(beta_start), sqrt(beta_end), T)^2."""
         betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps) ** 2
         return cls(_frozen(betas), _frozen(np.cumprod(1.0 - betas)))
+
+    @classmethod
+    def of(cls, source: Any = None) -> Schedule:
+        """The schedule meant by `source`: None (the reference's), a Schedule, an array of betas or of alphas_cumprod (told
+        apart by their direction: alphas_cumprod falls), or any object that has alphas_cumprod, as the schedulers of
+        diffusers and MONAI do. ConfigError when it is none of these."""
+        if source is None:
+            return cls.from_config(SchedulerConfig())
+        if isinstance(source, Schedule):
+            return source
+        table = torch.as_tensor(getattr(source, "alphas_cumprod", source)).double().cpu().numpy()
+        steps = np.diff(table)
+        if table.ndim != 1 or len(table) < 2 or not ((table > 0) & (table < 1)).all():
+            raise ConfigError(
+                "a schedule is one row of betas or of alphas_cumprod, each between 0 and 1",
+                field="schedule",
+                fix="for zero terminal SNR put 2**-24 in place of the last alphas_cumprod",
+            )
+        if (steps >= 0).all():
+            return cls(_frozen(table.copy()), _frozen(np.cumprod(1.0 - table)))
+        if (steps < 0).all():
+            return cls(_frozen(1.0 - table / np.append(1.0, table[:-1])), _frozen(table.copy()))
+        fix = "betas never fall from one timestep to the next, alphas_cumprod always do"
+        raise ConfigError("this schedule goes up and down", field="schedule", fix=fix)
 
     def __len__(self) -> int:
         return len(self.betas)

@@ -108,9 +108,12 @@ class Connector(Stack):
             self.classifier = ClassHead(config)
 
     def forward(self, text: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor | None]:
-        """text (B, L, input_dim), embedding (B, 1, E) after its SiLU -> context (B, Q, E), head outputs (B, H) or None."""
+        """text (B, L, input_dim), or fewer rows that repeat; embedding (B, 1, E) after its SiLU -> context (B, Q, E), head
+        outputs (B, H) or None."""
         latents = self.latents + self.time_aware_linear(embedding)
-        text = self.proj_in(text)
+        text = self.proj_in(text)  # one report at many timesteps is projected once
+        if len(text) != len(embedding):
+            text = text.repeat(len(embedding) // len(text), 1, 1)
         outputs = []
         for index, block in enumerate(self.perceiver_blocks):
             latents = self.run(block, latents, text, embedding)

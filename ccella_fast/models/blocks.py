@@ -12,11 +12,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ccella_fast.kernels.attention import attention
-from ccella_fast.kernels.group_norm_silu import group_norm_silu
-from ccella_fast.kernels.upsample_conv3d import upsample_conv3d
+from ccella_fast.kernels.backend import choose
+from ccella_fast.kernels.cross_attention import cross_attention
+from ccella_fast.kernels.geglu import geglu
+from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
+from ccella_fast.kernels.residual_shift import refusals, residual_shift
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Runner = Callable[
@@ -53,25 +55,21 @@ class Stack(nn.Module):
     run: Runner = staticmethod(run)
 
 
-class GroupNormSiLU(nn.GroupNorm):
-    """SiLU(GroupNorm(x + shift)), or without the SiLU. Parameters as `nn.GroupNorm`."""
-
-    def __init__(self, num_groups: int, channels: int, eps: float, *, silu: bool = True):
-        super().__init__(num_groups, channels, eps)
-        self.silu = silu
-
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu, shift=shift)
-
-
-class UpsampleConv3d(nn.Conv3d):
-    """Nearest x2, then this 3x3x3 convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, padding=1)
+class ShiftedConv3d(nn.Conv3d):
+    """A convolution that leaves its bias to the caller, who adds it together with what else is added per channel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return upsample_conv3d(x, self.weight, self.bias)
+        return self._conv_forward(x, self.weight, None)
+
+
+class ResidualConv3d(nn.Conv3d):
+    """conv(x) + residual. Where our kernel takes the sum, the bias goes with it instead of being a pass of its own; elsewhere
+    the convolution adds it for nothing."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        if choose("residual_shift", refusals(x.device, x.dtype)) == "triton":
+            return residual_shift(self._conv_forward(x, self.weight, None), residual, self.bias)
+        return residual + self._conv_forward(x, self.weight, self.bias)
 
 
 class ResidualBlock(nn.Module):
@@ -80,39 +78,69 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, embedding: int, groups: int, eps: float):
         super().__init__()
         self.norm1 = GroupNormSiLU(groups, inputs, eps)
-        self.conv1 = conv3d(inputs, outputs, 3)
+        self.conv1 = named(ShiftedConv3d(inputs, outputs, 3, padding=1), "conv")
         self.time_emb_proj = nn.Linear(embedding, outputs)
         self.norm2 = GroupNormSiLU(groups, outputs, eps)
-        self.conv2 = zeroed(conv3d(outputs, outputs, 3))
+        self.conv2 = zeroed(named(ResidualConv3d(outputs, outputs, 3, padding=1), "conv"))
         self.skip_connection = nn.Identity() if inputs == outputs else conv3d(inputs, outputs, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x (B, C, X, Y, Z), embedding (B, E) after its SiLU -> (B, outputs, X, Y, Z)."""
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h, shift=self.time_emb_proj(embedding)))
-        return self.skip_connection(x) + h
+    def shift(self, embedding: Tensor) -> Tensor:
+        """What is added per channel between conv1 and norm2: embedding (B, E) after its SiLU -> (B, outputs), fp32 or wider."""
+        projected = self.time_emb_proj(embedding)
+        wide = torch.promote_types(projected.dtype, torch.float32)
+        return projected.to(wide) + self.conv1.get_parameter("conv.bias").to(wide)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        """x (B, C, X, Y, Z), shift (B, outputs) as `shift` makes it -> (B, outputs, X, Y, Z)."""
+        h = self.norm2(self.conv1(self.norm1(x)), shift=shift)
+        return self.conv2.get_submodule("conv")(h, self.skip_connection(x))
 
 
-class Attention(nn.Module):
-    """Multi-head attention of tokens on themselves, or on a context."""
+class SelfAttention(nn.Module):
+    """Multi-head attention of tokens on themselves, without an output projection."""
 
-    def __init__(self, width: int, head_width: int, *, context_width: int | None = None, bias: bool = False):
+    def __init__(self, width: int, head_width: int, *, bias: bool = False):
         super().__init__()
         self.head_width = head_width
-        source = width if context_width is None else context_width
-        self.out_proj = nn.Identity() if context_width is None else nn.Linear(width, width)
         self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(source, width, bias=bias)
-        self.to_v = nn.Linear(source, width, bias=bias)
+        self.to_k = nn.Linear(width, width, bias=bias)
+        self.to_v = nn.Linear(width, width, bias=bias)
 
-    def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
-        """tokens (B, N, C), context (B, L, E) -> (B, N, C)."""
-        source = tokens if context is None else context
-        q, k, v = self._heads(self.to_q(tokens)), self._heads(self.to_k(source)), self._heads(self.to_v(source))
-        return self.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        q, k, v = (to_heads(project(tokens), self.head_width) for project in (self.to_q, self.to_k, self.to_v))
+        return attention(q, k, v).transpose(1, 2).flatten(2)
 
-    def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens on the keys and values of a context, with the norm before it and the residual after it."""
+
+    def __init__(self, width: int, head_width: int, context_width: int):
+        super().__init__()
+        self.head_width = head_width
+        self.out_proj = nn.Linear(width, width)
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context (B, L, E) -> keys and values, (B, M, L, K) each."""
+        return to_heads(self.to_k(context), self.head_width), to_heads(self.to_v(context), self.head_width)
+
+    def forward(self, tokens: Tensor, norm: nn.LayerNorm, keys: Tensor, values: Tensor) -> Tensor:
+        """tokens + out_proj(attention(norm(tokens))): (B, N, C) -> (B, N, C)."""
+        return cross_attention(
+            tokens,
+            keys,
+            values,
+            ln_weight=norm.weight,
+            ln_bias=norm.bias,
+            w_q=self.to_q.weight,
+            w_out=self.out_proj.weight,
+            b_out=self.out_proj.bias,
+            num_heads=keys.shape[1],
+            eps=norm.eps,
+        )
 
 
 class GatedFeedForward(nn.Module):
@@ -124,8 +152,7 @@ class GatedFeedForward(nn.Module):
         self.linear2 = nn.Linear(4 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        value, gate = self.linear1(tokens).chunk(2, dim=-1)
-        return self.linear2(value * F.gelu(gate))
+        return self.linear2(geglu(self.linear1(tokens)))
 
 
 class TransformerBlock(nn.Module):
@@ -133,16 +160,16 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, head_width: int, context_width: int):
         super().__init__()
-        self.attn1 = Attention(width, head_width)
+        self.attn1 = SelfAttention(width, head_width)
         self.ff = GatedFeedForward(width)
-        self.attn2 = Attention(width, head_width, context_width=context_width)
+        self.attn2 = CrossAttention(width, head_width, context_width)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         tokens = tokens + self.attn1(self.norm1(tokens))
-        tokens = tokens + self.attn2(self.norm2(tokens), context)
+        tokens = self.attn2(tokens, self.norm2, keys, values)
         return tokens + self.ff(self.norm3(tokens))
 
 
@@ -154,14 +181,23 @@ class SpatialTransformer(nn.Module):
         self.norm = GroupNormSiLU(groups, channels, eps, silu=False)
         self.proj_in = conv3d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, head_width, context_width)])
-        self.proj_out = zeroed(conv3d(channels, channels, 1))
+        self.proj_out = zeroed(named(ResidualConv3d(channels, channels, 1), "conv"))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B, C, X, Y, Z), context (B, L, E) -> (B, C, X, Y, Z)."""
+    @property
+    def _block(self) -> TransformerBlock:
+        block = self.transformer_blocks[0]
+        assert isinstance(block, TransformerBlock)
+        return block
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What the report contributes: context (B, L, E) -> keys and values, (B, M, L, K) each."""
+        return self._block.attn2.keys_values(context)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """x (B, C, X, Y, Z), keys and values as `keys_values` makes them -> (B, C, X, Y, Z)."""
         tokens = to_tokens(self.proj_in(self.norm(x)))
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
-        return x + self.proj_out(to_volume(tokens, x.shape[2:]))
+        tokens = self._block(tokens, keys, values)
+        return self.proj_out.get_submodule("conv")(to_volume(tokens, x.shape[2:]), x)
 
 
 class SpatialSelfAttention(nn.Module):
@@ -170,10 +206,15 @@ class SpatialSelfAttention(nn.Module):
     def __init__(self, channels: int, head_width: int, groups: int, eps: float):
         super().__init__()
         self.norm = GroupNormSiLU(groups, channels, eps, silu=False)
-        self.attn = Attention(channels, head_width, bias=True)
+        self.attn = SelfAttention(channels, head_width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + to_volume(self.attn(to_tokens(self.norm(x))), x.shape[2:])
+
+
+def to_heads(tokens: Tensor, head_width: int) -> Tensor:
+    """(B, N, C) -> (B, M, N, K), without a copy."""
+    return tokens.unflatten(-1, (-1, head_width)).transpose(1, 2)
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -41,9 +41,18 @@ class Denoiser(nn.Module):
         return ModelOutput(self.denoise(x, conditioning), conditioning.class_logits)
 
     def condition(
-        self, timesteps: Tensor, *, spacing: Tensor, text: Tensor | None = None, pirads: Tensor | None = None
+        self,
+        timesteps: Tensor,
+        *,
+        spacing: Tensor,
+        text: Tensor | None = None,
+        pirads: Tensor | None = None,
+        override_class: bool = False,
     ) -> Conditioning:
-        """Everything that does not depend on x; arguments as in `forward`."""
+        """Everything that does not depend on x; arguments as in `forward`.
+
+        text may have fewer rows than timesteps, a divisor: they repeat, and are projected only once. override_class: `pirads`
+        takes the place of the class that the variant predicts from the report."""
         raise NotImplementedError
 
     def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
@@ -81,10 +90,16 @@ class TextFreeModel(Denoiser, UNet3d):
         UNet3d.__init__(self, config)
 
     def condition(
-        self, timesteps: Tensor, *, spacing: Tensor, text: Tensor | None = None, pirads: Tensor | None = None
+        self,
+        timesteps: Tensor,
+        *,
+        spacing: Tensor,
+        text: Tensor | None = None,
+        pirads: Tensor | None = None,
+        override_class: bool = False,
     ) -> Conditioning:
         self._check_inputs(spacing, text, pirads)
-        return Conditioning(self.embed(timesteps, spacing, pirads), None, None)
+        return self.project(self.embed(timesteps, spacing, pirads), None, None)
 
     def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         return UNet3d.denoise(self, x, conditioning)
@@ -104,14 +119,21 @@ class TextModel(Denoiser):
             self.classifier = ClassHead(config)
 
     def condition(
-        self, timesteps: Tensor, *, spacing: Tensor, text: Tensor | None = None, pirads: Tensor | None = None
+        self,
+        timesteps: Tensor,
+        *,
+        spacing: Tensor,
+        text: Tensor | None = None,
+        pirads: Tensor | None = None,
+        override_class: bool = False,
     ) -> Conditioning:
         self._check_inputs(spacing, text, pirads)
         context, heads = self.ella(text, timesteps)
         logits = self._class_logits(context, heads)
-        # Not detached: the diffusion loss trains the heads too.
-        class_vector = pirads if logits is None else CLASS_SCALE * logits.float().softmax(dim=1)
-        return Conditioning(self.unet.embed(timesteps, spacing, class_vector), context, logits)
+        # The softmax is not detached: the diffusion loss trains the heads too.
+        predicted = None if logits is None or override_class else CLASS_SCALE * logits.float().softmax(dim=1)
+        class_vector = pirads if predicted is None else predicted
+        return self.unet.project(self.unet.embed(timesteps, spacing, class_vector), context, logits)
 
     def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         return self.unet.denoise(x, conditioning)

@@ -7,6 +7,7 @@ context, without one it is plain self-attention; `pirads_layer` exists where a c
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccella_fast.config import ModelConfig
+from ccella_fast.kernels.upsample_conv3d import UpsampleConv3d
 from ccella_fast.models.blocks import (
     GroupNormSiLU,
     ResidualBlock,
     SpatialSelfAttention,
     SpatialTransformer,
     Stack,
-    UpsampleConv3d,
     conv3d,
     named,
     zeroed,
@@ -30,11 +31,20 @@ from ccella_fast.variants import get_variant
 
 
 class Conditioning(NamedTuple):
-    """All that the U-Net needs besides x, and all that can be computed once for a prompt and a timestep."""
+    """All that the U-Net needs besides x, and all that can be computed once for a prompt and a timestep.
 
-    embedding: Tensor  # (B, 512 or 768 at full size): time, class, spacing
-    context: Tensor | None  # (B, num_latents, cross_attention_dim); None in the text-free variants
+    Rows are samples: the conditioning of some rows, or of other timesteps, is the rows of every tensor."""
+
+    shifts: tuple[Tensor, ...]  # one a residual block in order of use, fp32 (B, C): time, class and spacing, and a bias
+    keys_values: tuple[tuple[Tensor, Tensor], ...]  # one a cross-attention in order of use, (B, M, num_latents, K) each
     class_logits: Tensor | None  # (B, num_classes); None where no class is predicted
+
+
+class Flow(NamedTuple):
+    """A `Conditioning` on its way through the blocks: each takes the next of what it needs."""
+
+    shifts: Iterator[Tensor]
+    keys_values: Iterator[tuple[Tensor, Tensor]]
 
 
 class Level(Stack):
@@ -51,9 +61,9 @@ class Level(Stack):
         if not attentions_first:
             self.attentions = attentions
 
-    def block(self, index: int, h: Tensor, embedding: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        h = self.run(self.resnets[index], h, embedding)
-        return self.run(self.attentions[index], h, *context) if self.attentions else h
+    def block(self, index: int, h: Tensor, flow: Flow) -> Tensor:
+        h = self.run(self.resnets[index], h, next(flow.shifts))
+        return self.run(self.attentions[index], h, *next(flow.keys_values, ())) if self.attentions else h
 
 
 class DownBlock(Level):
@@ -62,11 +72,11 @@ class DownBlock(Level):
         channels = config.num_channels[level]
         self.downsampler = conv3d(channels, channels, 3, stride=2, names=("op", "conv")) if resample else None
 
-    def forward(self, h: Tensor, embedding: Tensor, context: tuple[Tensor, ...]) -> list[Tensor]:
+    def forward(self, h: Tensor, flow: Flow) -> list[Tensor]:
         """Every output of the level, the last one being what goes on: all of them are skips."""
         outputs = []
         for index in range(len(self.resnets)):
-            h = self.block(index, h, embedding, context)
+            h = self.block(index, h, flow)
             outputs.append(h)
         return outputs if self.downsampler is None else [*outputs, self.downsampler(h)]
 
@@ -79,10 +89,10 @@ class MiddleBlock(Stack):
         self.attention = _attention(config, -1, get_variant(config.variant).text)
         self.resnet_2 = _residual(config, channels, channels)
 
-    def forward(self, h: Tensor, embedding: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        h = self.run(self.resnet_1, h, embedding)
-        h = self.run(self.attention, h, *context)
-        return self.run(self.resnet_2, h, embedding)
+    def forward(self, h: Tensor, flow: Flow) -> Tensor:
+        h = self.run(self.resnet_1, h, next(flow.shifts))
+        h = self.run(self.attention, h, *next(flow.keys_values, ()))
+        return self.run(self.resnet_2, h, next(flow.shifts))
 
 
 class UpBlock(Level):
@@ -90,10 +100,10 @@ class UpBlock(Level):
         super().__init__(config, level, inputs, attentions_first=get_variant(config.variant).text)
         self.upsampler = named(UpsampleConv3d(config.num_channels[level]), "postconv", "conv") if resample else None
 
-    def forward(self, h: Tensor, skips: list[Tensor], embedding: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, h: Tensor, skips: list[Tensor], flow: Flow) -> Tensor:
         """skips: one a residual block, the last one is used first. Not changed: ZeRO-3 hands a module copies of lists."""
         for index, skip in enumerate(reversed(skips)):
-            h = self.block(index, torch.cat([h, skip], dim=1), embedding, context)
+            h = self.block(index, torch.cat([h, skip], dim=1), flow)
         return h if self.upsampler is None else self.upsampler(h)
 
 
@@ -133,6 +143,10 @@ class UNet3d(nn.Module):
         norm = GroupNormSiLU(config.norm_num_groups, first, config.norm_eps)
         self.out = nn.Sequential(OrderedDict({"0": norm, "2": zeroed(conv3d(first, latent, 3))}))
 
+        # Modules of one kind are registered in the order of their use. Plain lists: they are registered already.
+        self._residuals = [module for module in self.modules() if isinstance(module, ResidualBlock)]
+        self._transformers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]
+
     def embed(self, timesteps: Tensor, spacing: Tensor, class_vector: Tensor | None) -> Tensor:
         """timesteps (B,), spacing (B, 3) in mm x 100, class vector (B, num_classes) x 100 -> (B, embedding width)."""
         dtype = _dtype(self)
@@ -143,23 +157,32 @@ class UNet3d(nn.Module):
         parts.append(self.spacing_layer(spacing.to(dtype)))
         return torch.cat(parts, dim=1)
 
+    def project(self, embedding: Tensor, context: Tensor | None, class_logits: Tensor | None) -> Conditioning:
+        """Carry `embed`'s result (B, E) and the context (B, L, cross_attention_dim) into every block that reads them."""
+        embedding = F.silu(embedding)
+        shifts = tuple(block.shift(embedding) for block in self._residuals)
+        keys_values = () if context is None else tuple(block.keys_values(context) for block in self._transformers)
+        return Conditioning(shifts, keys_values, class_logits)
+
     def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         """The predicted noise, in the dtype of the weights (under autocast: of its convolutions).
 
         Raises ValueError when x has other channels than the model, or a grid that the levels cannot halve."""
-        self._check(x)
-        embedding = F.silu(conditioning.embedding)
-        context = () if conditioning.context is None else (conditioning.context,)
-        h = self.conv_in(x.to(_dtype(self)))
-        skips = [h]
+        flow = Flow(iter(conditioning.shifts), iter(conditioning.keys_values))
+        skips = [self.enter(x)]
         for down in self.down_blocks:
-            skips += down(skips[-1], embedding, context)
-        h = self.middle_block(skips[-1], embedding, context)
+            skips += down(skips[-1], flow)
+        h = self.middle_block(skips[-1], flow)
         each = self.config.num_res_blocks + 1
         for up in self.up_blocks:
-            h = up(h, skips[-each:], embedding, context)
+            h = up(h, skips[-each:], flow)
             del skips[-each:]
         return self.out(h)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The first convolution, after a check of x."""
+        self._check(x)
+        return self.conv_in(x.to(_dtype(self)))
 
     def _check(self, x: Tensor) -> None:
         channels, divisor = sum(self.config.latent_channels), self.config.divisor

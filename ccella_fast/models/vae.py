@@ -16,7 +16,10 @@ from torch.nn import functional as F
 
 from ccella_fast.config import AutoencoderConfig
 from ccella_fast.errors import CheckpointError
-from ccella_fast.models.blocks import GroupNormSiLU, conv3d, named
+from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
+from ccella_fast.models.blocks import conv3d, named
+from ccella_fast.models.plan import Pass, Plan
+from ccella_fast.models.tiles import plan_for, plannable, through
 from ccella_fast.models.weights import load_weights, plain_tensors, read_pt
 from ccella_fast.storage import atomic_path, read_json, sha256, write_json
 
@@ -38,6 +41,13 @@ class VaeResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.nin_shortcut(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
 
+    def passes(self, name: str) -> list[Pass]:
+        branch = None if isinstance(self.nin_shortcut, nn.Identity) else _leaf(self.nin_shortcut)
+        return [
+            Pass(f"{name}.conv1", _leaf(self.conv1), self.norm1, opens=True, branch=branch),
+            Pass(f"{name}.conv2", _leaf(self.conv2), self.norm2, adds=True),
+        ]
+
 
 class Downsample(nn.Module):
     """One voxel of zeros at the high end of each axis, then a 3x3x3 convolution of stride 2 without padding."""
@@ -49,6 +59,9 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1, 0, 1)))
 
+    def passes(self, name: str) -> list[Pass]:
+        return [Pass(f"{name}.conv", _leaf(self.conv), resample="down")]
+
 
 class Upsample(nn.Module):
     """Trilinear x2 (corners not aligned), then a 3x3x3 convolution."""
@@ -59,6 +72,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="trilinear", align_corners=False))
+
+    def passes(self, name: str) -> list[Pass]:
+        return [Pass(f"{name}.conv", _leaf(self.conv), resample="up")]
 
 
 class Blocks(nn.Module):
@@ -87,10 +103,32 @@ class Blocks(nn.Module):
         blocks += [GroupNormSiLU(groups, width, eps, silu=False), conv3d(width, outputs, 3, names=_NAMES)]
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, memory: int | None = None) -> Tensor:
+        if plannable(self, x, memory):
+            return through(self.passes(), x, memory)
         for block in self.blocks:
             x = block(x)
         return x
+
+    def plan(self, shape: tuple[int, ...], device: torch.device, memory: int | None = None) -> Plan:
+        """How one volume of `shape` (C, X, Y, Z) would go through without gradients."""
+        return plan_for(self.passes(), shape, device, memory)
+
+    def passes(self) -> list[Pass]:
+        """The same computation, convolution by convolution."""
+        last = len(self.blocks) - 1
+        passes = [Pass("0", _leaf(self.blocks[0]))]
+        for number, block in enumerate(self.blocks[1:-2], start=1):
+            assert isinstance(block, VaeResidualBlock | Downsample | Upsample)
+            passes += block.passes(str(number))
+        norm = self.blocks[-2]
+        assert isinstance(norm, GroupNormSiLU)
+        return [*passes, Pass(str(last), _leaf(self.blocks[-1]), norm)]
+
+
+def _leaf(module: nn.Module) -> nn.Conv3d:
+    """The convolution below the reference's names."""
+    return next(child for child in module.modules() if isinstance(child, nn.Conv3d))
 
 
 class Autoencoder(nn.Module):
@@ -107,20 +145,26 @@ class Autoencoder(nn.Module):
         self.quant_conv_log_sigma = conv3d(latent, latent, 1)
         self.post_quant_conv = conv3d(latent, latent, 1)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior. Raises ValueError when `config.factor` does not divide an axis."""
+    def encode(self, x: Tensor, *, memory: int | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior. `memory`: see `decode`.
+
+        Raises ValueError when `config.factor` does not divide an axis."""
         factor = self.config.factor
         if any(size % factor for size in x.shape[2:]):
             raise ValueError(
                 f"the image grid {tuple(x.shape[2:])} does not fit: each axis must be a multiple of {factor}"
             )
-        h = self.encoder(x)
+        h = self.encoder(x, memory=memory)
         log_variance = self.quant_conv_log_sigma(h).clamp(-30.0, 20.0)
         return self.quant_conv_mu(h), torch.exp(0.5 * log_variance)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """The image of a latent that has been divided by the scale factor. Not clipped."""
-        return self.decoder(self.post_quant_conv(z))
+    def decode(self, z: Tensor, *, memory: int | None = None) -> Tensor:
+        """The image of a latent that has been divided by the scale factor. Not clipped.
+
+        Without gradients, one volume after the other goes through whole, or in exact tiles where the memory asks for it.
+        memory: bytes that may be allocated on the device (default: three quarters of what is free). Raises ConfigError when
+        they are too few for any tiling, ValueError when `memory` is given although gradients are needed."""
+        return self.decoder(self.post_quant_conv(z), memory=memory)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(reconstruction, mean, sigma), decoded from mean + sigma * noise, or from the mean alone. Used in training."""

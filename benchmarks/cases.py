@@ -1,0 +1,98 @@
+"""What a benchmark case is, and the list of all of them.
+
+A case is a record. Its `build` makes the sides (what is compared with what) from the model's configuration; run.py checks
+that they agree, times them in turn and writes down what came out. To add one: a function and a row in one of the
+`*_cases.py` files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timer import Watch
+
+SUITES = ["kernels", "sampler", "training", "data", "memory"]
+TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 6e-2}  # largest difference from the fp32 truth / largest value
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least work the case can be, whatever the program. Seconds follow from the machine's own measured rates."""
+
+    flops: float
+    bytes: float
+    precision: str  # "fp32" or "bf16": the rate that counts
+    derivation: str
+    upsampler_flops: float = 0.0  # the two that other floors are made of
+    activation_bytes: float = 0.0
+
+    def seconds(self, machine: dict[str, Any]) -> tuple[float, str]:
+        """The time of this work at the measured matmul rate and copy bandwidth, and which of the two it is."""
+        compute = self.flops / machine["matmul_flops"][self.precision]
+        memory = self.bytes / machine["copy_bytes_per_second"]
+        return max(compute, memory), "compute" if compute >= memory else "memory"
+
+
+@dataclass
+class Side:
+    """One competitor. `run(watch)` is the timed call, on data that is ready; `output()` is what the gate looks at."""
+
+    precision: str
+    run: Callable[[Watch], Any]
+    output: Callable[[], Tensor] | None = None
+    calls: int = 1  # how many units of work one run is
+
+
+@dataclass
+class Trial:
+    """A case that has been set up. The first side is the baseline, "ours" is ours."""
+
+    sides: dict[str, Side] = field(default_factory=dict)
+    truth: Callable[[], Tensor] | None = None  # fp32, or float64 for kernels
+    floor: dict[str, Floor] = field(default_factory=dict)  # by side
+    shapes: dict[str, Any] = field(default_factory=dict)
+    facts: list[tuple[str, float, str]] = field(default_factory=list)  # (what, value, unit): measured outside the rounds
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by side
+    missing: dict[str, str] = field(default_factory=dict)  # competitor: why it is not there
+    notes: list[str] = field(default_factory=list)
+    tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)
+    holds: list[Any] = field(default_factory=list)  # what must live as long as the trial: a temporary folder
+
+
+class Skip(Exception):
+    """This case cannot run here; the message says why and is printed in its place."""
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    suite: str
+    about: str  # what is compared with what, one sentence
+    build: Callable[[Any], Trial]  # takes a Workbench
+    quick: tuple[str, ...] = ()  # on which devices it is part of the quick suite: "cpu", "cuda"
+    budget: float = 12.0  # seconds for the timed rounds
+    set_up: dict[str, float] = field(default_factory=dict)  # rough seconds around them, by device: for the time limit
+
+
+def registry() -> list[Case]:
+    """All cases, in the order in which they run."""
+    import kernel_cases
+    import memory_cases
+    import sampler_cases
+    import training_cases
+
+    modules = [sampler_cases, kernel_cases, training_cases, memory_cases]
+    return [case for module in modules for case in module.CASES]
+
+
+def select(suites: list[str], device: torch.device) -> list[Case]:
+    """The cases of these suites; "quick" and "all" are suites too."""
+    every = registry()
+    if "all" in suites:
+        return every
+    return [case for case in every if case.suite in suites or ("quick" in suites and device.type in case.quick)]

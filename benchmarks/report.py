@@ -1,0 +1,198 @@
+"""The record as a table for the terminal, a picture, and one self-contained page.
+
+Three questions are answered first: how much faster than the reference, how far from this machine's limit, where the time goes.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import model_counts
+from ccella_fast.storage import atomic_path
+from results import seconds
+
+TEMPLATE = Path(__file__).resolve().parent / "report.html.j2"
+# One colour a side, by its place in the case: the reference grey, ours blue and then orange; others after them.
+_GREY, _BLUE, _ORANGE = "#9aa3ad", "#7fb2e5", "#1f6fb4"
+_KIND_COLOURS = ["#1f6fb4", "#d98032", "#3a8a4d", "#a65fa3", "#c8b13a", "#5fb3b3", "#9aa3ad"]
+_PART_COLOURS = {
+    "network": "#1f6fb4", "steps": "#1f6fb4", "forward": "#1f6fb4", "backward": "#3a8a4d", "decode": "#d98032",
+    "optimizer": "#d98032", "loader": "#c84b4b", "solver": "#c8b13a", "condition": "#a65fa3",
+}  # fmt: skip
+
+
+def table(record: dict[str, Any]) -> str:
+    """For the terminal: one line a side."""
+    rows = [["case", "side", "precision", "median", "quartiles", "faster", "floor", "of limit"]]
+    for case in record["cases"]:
+        for name, side in case["sides"].items():
+            rows.append([case["name"], name, *_cells(case, name, side)])
+        rows += [[case["name"], what, "", f"{value:.4g} {unit}", "", "", "", ""] for what, value, unit in case["facts"]]
+        if case["status"] != "ok":
+            rows.append([case["name"], f"{case['status']}: {case['why'][:60]}", *[""] * 6])
+        rows += [[case["name"], f"{name}: {why}", *[""] * 6] for name, why in case["missing"].items()]
+    widths = [max(len(row[column]) for row in rows if len(row[column]) < 40) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-" * sum(widths, 2 * len(widths) - 2))
+    return "\n".join(["", *lines, "", model_counts.table(record["counts"]), ""])
+
+
+def _cells(case: dict[str, Any], name: str, side: dict[str, Any]) -> list[str]:
+    facts, floor, faster = side["seconds"], side.get("floor"), case["speedups"].get(name)
+    quartiles = f"{seconds(facts['q1'])} to {seconds(facts['q3'])}" if facts["n"] > 1 else ""
+    cells = [side["precision"], seconds(facts["median"]), quartiles, f"{faster['median']:.2f}x" if faster else ""]
+    return [*cells, seconds(floor["seconds"]), f"{side['of_limit']:.0%}"] if floor else [*cells, "", ""]
+
+
+def write(record: dict[str, Any], page: Path, picture: Path) -> None:
+    from jinja2 import Environment, StrictUndefined
+
+    png = draw(record)
+    with atomic_path(picture) as temporary:
+        temporary.write_bytes(png)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"seconds": seconds, "percent": "{:.0%}".format}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = template.render(
+        record=record, headline=headline(record), cells=_cells, picture=base64.b64encode(png).decode("ascii"),
+        counts=record["counts"],
+    )  # fmt: skip
+    with atomic_path(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def headline(record: dict[str, Any]) -> list[dict[str, str]]:
+    """The numbers on top: for the cases that users ask for first, how much faster and how far from the limit."""
+    names = {
+        "denoising_step": "denoising step", "sampling": "text to volume", "decode": "decode",
+        "training_step": "training step",
+    }  # fmt: skip
+    cards = []
+    for case in record["cases"]:
+        if case["name"] in names and "ours" in case["speedups"]:
+            theirs, ours = next(iter(case["sides"].values())), case["sides"]["ours"]
+            same = "ours fp32" in case["speedups"] and f"; {case['speedups']['ours fp32']['median']:.1f}x in fp32"
+            limit = f"{ours['of_limit']:.0%} of this machine's limit" if "of_limit" in ours else ""
+            cards.append(
+                {
+                    "title": names[case["name"]],
+                    "number": f"{case['speedups']['ours']['median']:.1f}x",
+                    "text": f"{seconds(theirs['seconds']['median'])} to {seconds(ours['seconds']['median'])}, "
+                    f"{theirs['precision']} to {ours['precision']}{same or ''}",
+                    "limit": limit,
+                }
+            )
+    return cards
+
+
+def draw(record: dict[str, Any]) -> bytes:
+    """PNG: speed-ups, fractions of the limit, and where the time goes, side by side."""
+    from matplotlib.figure import Figure
+
+    cases = [case for case in record["cases"] if len(case["sides"]) > 1]
+    bars = sum(len(case["sides"]) for case in cases)
+    figure = Figure(figsize=(17, max(4.0, 1.9 + 0.34 * (bars + len(cases)))), dpi=110, layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=[1, 0.8, 1.1])
+    _faster(axes[0], cases)
+    _limit(axes[1], cases)
+    _where(axes[2], cases)
+    rates = record["rates"]
+    figure.suptitle(
+        f"ccella_fast on {record['machine']}, {record['environment']['cpu']['torch_threads']} CPU threads, "
+        f"{record['date'][:10]}, commit {record['commit']}\n"
+        f"limits measured in this run: copy {rates['copy_bytes_per_second'] / 1e9:,.0f} GB/s, "
+        + ", ".join(f"{name} {rate / 1e12:,.2g} TFLOP/s" for name, rate in rates["matmul_flops"].items())
+        + f"; noise (A against A) {record['noise_floor']['noise']:.1%}",
+        fontsize=10,
+    )
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def _colour(case: dict[str, Any], name: str) -> str:
+    if name == next(iter(case["sides"])):
+        return _GREY
+    return _ORANGE if name == "ours" else _BLUE
+
+
+def _rows(cases: Sequence[dict[str, Any]]) -> list[tuple[float, dict[str, Any], str]]:
+    """(height, case, side) from top to bottom, with a gap between cases."""
+    rows, y = [], 0.0
+    for case in cases:
+        for name in case["sides"]:
+            rows.append((y, case, name))
+            y -= 1
+        y -= 1
+    return rows
+
+
+def _label(axis: Any, rows: list[tuple[float, dict[str, Any], str]], title: str) -> None:
+    axis.set_title(title, fontsize=12, fontweight="bold", loc="left")
+    labels = []
+    for _, case, name in rows:
+        first = name == next(iter(case["sides"]))
+        labels.append((f"{case['name']}:  " if first else "") + f"{name} ({case['sides'][name]['precision']})")
+    axis.set_yticks([y for y, _, _ in rows], labels, fontsize=8)
+    axis.set_ylim(min((y for y, _, _ in rows), default=0) - 1, 1)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _faster(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
+    rows = _rows(cases)
+    for y, case, name in rows:
+        value = 1.0 if name == next(iter(case["sides"])) else case["speedups"].get(name, {}).get("median", 0.0)
+        axis.barh(y, value, color=_colour(case, name), height=0.8)
+        if case["status"] != "ok":
+            text = case["status"]
+        else:
+            text = f"{value:.2f}x, {seconds(case['sides'][name]['seconds']['median'])}" if value else ""
+        axis.text(value, y, f"  {text}", va="center", fontsize=8, fontweight="bold" if name == "ours" else None)
+    axis.axvline(1, color="#444", linewidth=0.8)
+    axis.margins(x=0.3)
+    _label(axis, rows, "How many times faster")
+
+
+def _limit(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
+    rows = _rows(cases)
+    for y, case, name in rows:
+        side = case["sides"][name]
+        if "of_limit" in side:
+            axis.barh(y, 100 * side["of_limit"], color=_colour(case, name), height=0.8)
+            text = f"  {side['of_limit']:.0%}, {side['floor']['limit']} {seconds(side['floor']['seconds'])}"
+            axis.text(100 * side["of_limit"], y, text, va="center", fontsize=8)
+    axis.axvline(100, color="#444", linewidth=0.8, linestyle="--")
+    axis.set_xlim(0, 130)
+    axis.set_xlabel("% of this machine's limit at that precision", fontsize=8)
+    _label(axis, rows, "How far from the limit")
+    axis.set_yticklabels([])
+
+
+def _where(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
+    """By kind of work where the call was profiled, else by its parts; as a share of the case's slowest side."""
+    rows, shown = _rows(cases), {}
+    kinds: dict[str, str] = {}
+    for y, case, name in rows:
+        side = case["sides"][name]
+        slowest = max(other["seconds"]["median"] for other in case["sides"].values())
+        pieces = side.get("profile", {}).get("seconds_by_kind") or side["parts"] or {"all": side["seconds"]["median"]}
+        scale = side["seconds"]["median"] / sum(pieces.values()) / slowest * 100
+        left = 0.0
+        for piece, value in pieces.items():
+            if piece not in kinds:
+                default = _KIND_COLOURS[len(kinds) % len(_KIND_COLOURS)]
+                kinds[piece] = _PART_COLOURS.get(piece, "#c9ced4" if piece == "all" else default)
+            bar = axis.barh(y, value * scale, left=left, color=kinds[piece], height=0.8)
+            shown.setdefault(piece, bar)
+            if value * scale > 9:
+                axis.text(left + value * scale / 2, y, piece, ha="center", va="center", fontsize=7, color="white")
+            left += value * scale
+    axis.set_xlabel("% of the time of the case's slowest side", fontsize=8)
+    if shown:
+        axis.legend(shown.values(), shown.keys(), fontsize=7, loc="lower right", ncols=2)
+    _label(axis, rows, "Where the time goes")
+    axis.set_yticklabels([])

@@ -1,0 +1,92 @@
+"""Measure ccella_fast on this machine, side by side with the reference: `python benchmarks/run.py`.
+
+Prints a card and a table, writes one JSON, a page and a picture below out/benchmarks/. The last line is the JSON's path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from ccella_fast import doors
+
+SUITES = ["quick", "kernels", "sampler", "training", "data", "memory", "all"]
+ROOT = Path(__file__).resolve().parents[1]
+EPILOG = """the quick suite ends within 5 minutes on two CPU cores and within 8 on a GPU
+exit codes: 0 ok; 1 a wrong result, a failed case, or with --baseline a regression beyond the noise; 2 usage"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    return doors.run(lambda: run(arguments), debug=arguments.debug)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    import results
+    import session
+    from cases import registry, select
+    from ccella_fast.errors import ConfigError, did_you_mean
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.list:
+        for case in registry():
+            print(f"{case.suite:9} {case.name:28} {'quick ' if device.type in case.quick else '      '}{case.about}")
+        return 0
+    known = {case.name: case for case in registry()}
+    for name in arguments.case or []:
+        if name not in known:
+            raise ConfigError(f"there is no case '{name}'", field="--case", fix=did_you_mean(name, known))
+    chosen = [known[name] for name in arguments.case] if arguments.case else select(arguments.suite or ["quick"], device)
+    baseline = results.read(arguments.baseline) if arguments.baseline else None  # before the long work
+    run_session = session.Session(device, minutes=arguments.minutes, command=_command(arguments), debug=arguments.debug)
+    if arguments.dry_run:
+        print(run_session.plan(chosen))
+        return 0
+    stem = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{results.commit()}"
+    path = arguments.json or ROOT / "out" / "benchmarks" / f"{stem}.json"
+    record = run_session.measure(chosen, traces=path.with_suffix("") if arguments.profile else None)
+    results.write(record, path)
+
+    import report
+
+    print(report.table(record))
+    report.write(record, path.with_suffix(".html"), path.with_suffix(".png"))
+    print(f"page    {path.with_suffix('.html')}\npicture {path.with_suffix('.png')}")
+    bad = [case["name"] for case in record["cases"] if case["status"] in ("wrong", "failed")]
+    worse, remarks = results.regressions(record, baseline) if baseline else ([], [])
+    for line in [*(f"note: {remark}" for remark in remarks), *(f"WORSE: {line}" for line in worse)]:
+        print(line)
+    if bad:
+        print(f"NOT RIGHT: {', '.join(bad)}")
+    print(path)
+    return 1 if bad or worse else 0
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command that measures this again; no paths."""
+    words = ["python benchmarks/run.py", *(f"--case {name}" for name in arguments.case or [])]
+    words += ["--suite " + " ".join(arguments.suite)] if arguments.suite else []
+    words += [f"--minutes {arguments.minutes:g}"] if arguments.minutes else []
+    return " ".join(words)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = doors.Parser(prog="benchmarks/run.py", description=__doc__, epilog=EPILOG)
+    parser.add_argument("--suite", nargs="+", choices=SUITES, help="one or several (default: quick)")
+    parser.add_argument("--case", action="append", metavar="NAME", help="only this case; repeat for several")
+    parser.add_argument("--list", action="store_true", help="print all cases and stop")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier JSON to compare with")
+    parser.add_argument("--profile", action="store_true", help="torch.profiler traces for Perfetto, and NVTX ranges")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write (default: below out/benchmarks/)")
+    parser.add_argument("--minutes", type=float, help="leave out cases that would end later than this")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""One run: what the machine is and can do, then each case: set up, gate, time, judge. Returns the record that is stored."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import breakdown
+import machine
+import model_counts
+import results
+import timer
+from cases import Case, Skip, Trial
+from ccella_fast.config import Config
+from ccella_fast.environment import cpu_name, describe, warnings
+from ccella_fast.errors import CcellaError
+from ccella_fast.nvml import Gpu, Monitor, open_gpu
+from workbench import Workbench
+
+
+class Session:
+    def __init__(self, device: torch.device, *, minutes: float | None, command: str, debug: bool = False):
+        self.device, self.command, self.debug = device, command, debug
+        self.start, self.limit = time.perf_counter(), None if minutes is None else minutes * 60
+        self.bench = Workbench(device, Config(), self._tick)
+        self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+        self.gpu: Gpu | str = open_gpu() if device.type == "cuda" else "no GPU"
+
+    def plan(self, cases: list[Case]) -> str:
+        """What would run: cases, sizes, and a rough time."""
+        model, kind = self.bench.config.model, self.device.type
+        seconds = 30 + sum(case.budget + case.set_up.get(kind, 10) for case in cases)
+        head = [
+            f"machine  {self.name}, {torch.get_num_threads()} threads",
+            f"model    {model.variant}, channels {model.num_channels}, latent {self.bench.latent_grid}, "
+            f"text {self.bench.config.text.max_length} x {model.input_dim}",
+            f"time     about {seconds / 60:.0f} minutes",
+        ]
+        return "\n".join(head + [f"case     {case.suite}/{case.name}: {case.about}" for case in cases])
+
+    def measure(self, cases: list[Case], traces: Path | None) -> dict[str, Any]:
+        environment = describe()
+        found = warnings(environment)
+        print(self._card(environment, found), flush=True)
+        grid, widths = self.bench.latent_grid, self.bench.config.model.num_channels
+        rates = machine.rates(self.device, widths=widths, grid=grid, tick=self._tick)
+        self.bench.machine = rates
+        self._tick("noise floor")
+        noise, overhead = self._noise(), timer.overhead(self.device)
+        self._say(f"limits   {machine.describe(rates)}")
+        self._say(f"noise    A against A {noise['noise']:.1%}, the runner itself {overhead * 1e6:.1f} us a call")
+        left_out: dict[str, str] = {}
+        done = []
+        for number, case in enumerate(cases, start=1):
+            needed = case.budget + case.set_up.get(self.device.type, 10)
+            if self.limit is not None and time.perf_counter() - self.start + needed > self.limit:
+                left_out[case.name] = f"it needs about {needed:.0f} s and the time limit is {self.limit / 60:g} minutes"
+                continue
+            self.label = f"[{number}/{len(cases)}] {case.name}"
+            done.append(self._case(case, traces))
+            self._say(f"{self.label}: {_outcome(done[-1])}")
+        self.bench.release()
+        self.label = "counts"
+        self._tick("ops, bytes and FLOPs on meta tensors")
+        counts = model_counts.counted(self.bench.config)
+        self._tick("")
+        return {
+            "schema": results.SCHEMA, "date": results.now(), "commit": results.commit(), "command": self.command,
+            "device": self.device.type, "machine": self.name, "environment": environment, "warnings": found,
+            "rates": rates, "noise_floor": noise, "overhead_seconds": overhead, "telemetry": self._telemetry(),
+            "cases": done, "counts": counts, "left_out": left_out,
+            "seconds": round(time.perf_counter() - self.start, 1),
+        }  # fmt: skip
+
+    def _case(self, case: Case, traces: Path | None) -> dict[str, Any]:
+        begin = time.perf_counter()
+        row: dict[str, Any] = {
+            "name": case.name, "suite": case.suite, "about": case.about, "status": "ok", "why": "", "shapes": {},
+            "sides": {}, "speedups": {}, "facts": [], "counts": {}, "missing": {}, "notes": [],
+        }  # fmt: skip
+        try:
+            self._tick("setting up")
+            trial = case.build(self.bench)
+            row |= {"shapes": trial.shapes, "facts": trial.facts, "missing": trial.missing, "notes": trial.notes}
+            row |= {"counts": trial.counts}
+            self._run(case, trial, row, traces)
+        except Skip as why:
+            row |= {"status": "skipped", "why": str(why)}
+        except torch.OutOfMemoryError as error:
+            row |= {"status": "failed", "why": f"out of memory: {str(error).splitlines()[0]:.150}", "speedups": {}}
+        except CcellaError as error:
+            row |= {"status": "failed", "why": error.why, "speedups": {}}
+        except Exception as error:  # one case must not take the others' results with it; the exit code tells
+            row |= {"status": "failed", "why": f"{type(error).__name__}: {str(error):.300}", "speedups": {}}
+            if self.debug:
+                traceback.print_exc()
+        trial = None  # what it holds must be gone before the next case
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        row["case_seconds"] = round(time.perf_counter() - begin, 1)
+        return row
+
+    def _run(self, case: Case, trial: Trial, row: dict[str, Any], traces: Path | None) -> None:
+        errors = self._errors(trial)
+        with self._nvtx(case.name), self._monitor() as monitor:
+            timings = timer.measure(
+                {name: side.run for name, side in trial.sides.items()}, self.device, budget=case.budget, tick=self._tick
+            )
+        if isinstance(monitor, Monitor):
+            row["telemetry"] = monitor.summary()
+        for name, timing in timings.items():
+            side = trial.sides[name]
+            per_call = [value / side.calls for value in timing.rounds]
+            facts: dict[str, Any] = {
+                "precision": side.precision, "seconds": timer.summary(per_call), "spread": timer.spread(per_call),
+                "first_call": timing.first, "rounds": per_call,
+                "parts": {part: timer.summary(values)["median"] / side.calls for part, values in timing.parts.items()},
+            }  # fmt: skip
+            if name in errors:
+                facts |= {"error": errors[name], "passed": errors[name] <= trial.tolerance[side.precision]}
+            if name in trial.floor:
+                floor = trial.floor[name]
+                least, limit = floor.seconds(self.bench.machine)
+                facts["floor"] = {"seconds": least, "limit": limit, "flops": floor.flops, "bytes": floor.bytes,
+                                  "derivation": floor.derivation}  # fmt: skip
+                facts["of_limit"] = least / facts["seconds"]["median"]
+            row["sides"][name] = facts
+        judge(row)
+        if row["status"] == "ok" and (traces is not None or case.name == "denoising_step"):
+            for name, side in trial.sides.items():
+                self._tick(f"{name}: profile")
+                trace = None if traces is None else traces / f"{case.name}-{results.slug(name)}.json"
+                run = lambda: side.run(timer.Watch(self.device))  # noqa: E731, B023
+                row["sides"][name]["profile"] = breakdown.profiled(run, self.device, trace)
+
+    def _errors(self, trial: Trial) -> dict[str, float]:
+        """Largest difference from the truth over the largest value, for every side that has an output."""
+        if trial.truth is None:
+            return {}
+        self._tick("gate: the truth")
+        truth = trial.truth().double()
+        errors = {}
+        for name, side in trial.sides.items():
+            if side.output is not None:
+                self._tick(f"gate: {name}")
+                errors[name] = relative_error(side.output(), truth)
+        return errors
+
+    def _noise(self) -> dict[str, float]:
+        """A convolution of the model's second level against itself."""
+        width, grid = self.bench.config.model.num_channels[1], [axis // 2 for axis in self.bench.latent_grid]
+        x = torch.randn(1, width, *grid, device=self.device)
+        w = torch.randn(width, width, 3, 3, 3, device=self.device)
+        with torch.no_grad():
+            return timer.noise_floor(lambda watch: F.conv3d(x, w, padding=1), self.device, budget=3.0)
+
+    def _card(self, environment: dict[str, Any], found: list[str]) -> str:
+        cpu, packages = environment["cpu"], environment["packages"]
+        model = self.bench.config.model
+        lines = [
+            f"machine  {self.name}, {cpu['cores']} cores, {cpu['torch_threads']} threads, {cpu['memory_gib']} GiB, "
+            f"{' '.join(cpu['instructions'])}",
+            f"torch    {packages['torch']}, MONAI {packages['monai']}, Triton {packages['triton']}",
+            f"model    {model.variant}, channels {model.num_channels}, latent {self.bench.latent_grid}",
+            f"gpu      {self.gpu if isinstance(self.gpu, str) else self.name}",
+        ]
+        lines += [f"kernel   {name}: {entry['backend']} ({entry['why']})" for name, entry in environment["kernels"].items()]
+        return "\n".join(lines + [f"WARNING  {line}" for line in found])
+
+    def _telemetry(self) -> dict[str, Any]:
+        return {"absent": self.gpu} if isinstance(self.gpu, str) else self.gpu.read()._asdict()
+
+    @contextlib.contextmanager
+    def _monitor(self) -> Iterator[Monitor | None]:
+        if isinstance(self.gpu, str):
+            yield None
+            return
+        with Monitor(self.gpu) as monitor:
+            yield monitor
+
+    @contextlib.contextmanager
+    def _nvtx(self, name: str) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.nvtx.range(name):
+            yield
+
+    label = "machine"
+
+    def _tick(self, text: str) -> None:
+        """What is going on now, on one line that is written over."""
+        if sys.stderr.isatty():
+            print(f"\r\033[K{self.label}: {text}" if text else "\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def _say(self, text: str) -> None:
+        self._tick("")
+        print(text, flush=True)
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """Largest difference / largest value of the truth, in float64; infinite where a shape differs or a NaN is."""
+    if found.shape != truth.shape:
+        return float("inf")
+    error = float((found.double() - truth.double()).abs().max() / truth.double().abs().max())
+    return error if error == error else float("inf")
+
+
+def judge(row: dict[str, Any]) -> None:
+    """Speed-ups over the first side, of the sides whose result is right; if one of ours is wrong, none at all."""
+    sides = row["sides"]
+    wrong = [name for name, side in sides.items() if side.get("passed") is False]
+    if wrong:
+        row["status"] = "wrong"
+        row["why"] = "; ".join(f"{name} differs from the truth by {sides[name]['error']:.2g}" for name in wrong)
+        row["speedups"] = {}
+        return
+    baseline = next(iter(sides), None)
+    for name in list(sides)[1:]:
+        row["speedups"][name] = timer.ratio(sides[baseline]["rounds"], sides[name]["rounds"])
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    if row["status"] != "ok":
+        return f"{row['status'].upper()}: {row['why']}"
+    sides = [
+        f"{name} {results.seconds(side['seconds']['median'])}"
+        + (f" ({row['speedups'][name]['median']:.2f}x)" if name in row["speedups"] else "")
+        for name, side in row["sides"].items()
+    ]
+    facts = [f"{what} {value:.3g} {unit}" for what, value, unit in row["facts"]]
+    return ", ".join(sides + facts)

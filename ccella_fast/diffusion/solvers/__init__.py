@@ -1,0 +1,26 @@
+"""The solvers by name. To add one: a class in a file of its family, and a row here."""
+
+from __future__ import annotations
+
+from ccella_fast.diffusion.solvers.base import Plan, Solver, Step
+from ccella_fast.diffusion.solvers.ddpm import Ddim, Ddpm
+from ccella_fast.diffusion.solvers.dpm_solver import DpmSolverPlusPlus2M, DpmSolverPlusPlus2MSde
+from ccella_fast.diffusion.solvers.rectified_flow import EulerFlow, HeunFlow
+from ccella_fast.diffusion.solvers.unipc import UniPc2
+from ccella_fast.errors import ConfigError, did_you_mean
+
+__all__ = ["SOLVERS", "Ddim", "Ddpm", "Plan", "Solver", "Step", "get_solver"]
+
+SOLVERS: dict[str, type[Solver]] = {
+    solver.name: solver
+    for solver in (Ddpm, Ddim, DpmSolverPlusPlus2M, DpmSolverPlusPlus2MSde, UniPc2, EulerFlow, HeunFlow)
+}
+
+
+def get_solver(solver: str | Solver) -> Solver:
+    """The solver of that name with its defaults, or the one given; ConfigError with the nearest name otherwise."""
+    if isinstance(solver, Solver):
+        return solver
+    if solver not in SOLVERS:
+        raise ConfigError(f"there is no solver '{solver}'", field="solver", fix=did_you_mean(solver, SOLVERS))
+    return SOLVERS[solver]()

@@ -1,0 +1,52 @@
+"""Solvers of a rectified flow, x = (1 - sigma) x0 + sigma eps (Liu et al. 2022, arXiv 2209.03003): dx/dsigma = eps - x0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ccella_fast.diffusion.solvers.base import Solver, Table
+
+
+@dataclass(frozen=True)
+class EulerFlow(Solver):
+    """Euler's method. With "linspace" it equals diffusers' FlowMatchEulerDiscreteScheduler(); with "trailing", the same one
+    after set_timesteps(sigmas=np.linspace(1, 1 / N, N))."""
+
+    name, order = "euler_flow", 1
+    timestep_spacing = "trailing"
+    flow = True
+
+    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Table:
+        step = np.diff(sigma)
+        columns = {("next", "corrected"): np.ones_like(step), ("next", "velocity"): step}
+        return Table(np.arange(len(step)), columns)
+
+
+@dataclass(frozen=True)
+class HeunFlow(Solver):
+    """Heun's method, second order: two evaluations a step and one for the last, 2 N - 1 in all.
+
+    Equals diffusers' FlowMatchHeunDiscreteScheduler(). "linspace" by default: it makes the one Euler step at the end short.
+    Evaluations alternate: one predicts the next level by Euler's method; the next sees that level, takes the step again with
+    the mean of both velocities, and stays there."""
+
+    name, order = "heun_flow", 2
+    timestep_spacing = "linspace"
+    flow = True
+
+    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Table:
+        evaluated_at = np.repeat(np.arange(len(sigma) - 1), 2)[1:]
+        predicts = np.arange(len(evaluated_at)) % 2 == 0
+        step = np.diff(sigma)
+        half = np.where(predicts, 0.0, step[evaluated_at - 1] / 2)  # of the step that is taken again
+        columns = {
+            ("corrected", "x"): predicts.astype(float),
+            ("corrected", "corrected_1"): (~predicts).astype(float),
+            ("corrected", "velocity"): half,
+            ("corrected", "velocity_1"): half,
+            ("next", "corrected"): np.ones_like(half),
+            ("next", "velocity"): np.where(predicts, step[evaluated_at], 0.0),
+        }
+        return Table(evaluated_at, columns)

@@ -1,0 +1,82 @@
+"""What makes sampling fast, each with a switch of its own, so that its worth can be measured alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ccella_fast.environment import cpu_multiplies_bf16
+from ccella_fast.errors import ConfigError, did_you_mean
+from ccella_fast.kernels.upsample_conv3d import UpsampleConv3d
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Levers:
+    """Everything is exact up to rounding. (Lower precision is the sampler's `dtype`; `Reuse` is an approximation.)
+
+    hoist            adapter, class vector, embeddings, keys and values are computed before the loop, not in every step
+    channels_last    convolutions in channels_last_3d; None: on CUDA, and on a CPU where the weights are bf16
+    phase_upsampler  nearest x2 and convolution as eight small convolutions: 3.4 times fewer multiplications there
+    cuda_graph       on CUDA a step is captured once and replayed: one launch instead of hundreds
+    overlap_decode   on CUDA the decoder works on a second stream beside the next batch's denoising
+    compile          torch.compile of the network; the first step then takes minutes"""
+
+    hoist: bool = True
+    channels_last: bool | None = None
+    phase_upsampler: bool = True
+    cuda_graph: bool = True
+    overlap_decode: bool = True
+    compile: bool = False
+
+    @classmethod
+    def off(cls) -> Levers:
+        """The plain loop, to measure against."""
+        return cls(
+            hoist=False, channels_last=False, phase_upsampler=False, cuda_graph=False, overlap_decode=False
+        )  # fmt: skip
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto": bf16 on CUDA and on CPUs with instructions for it (AVX512-BF16, AMX), fp32 elsewhere."""
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype == "auto":
+        fast = device.type == "cuda" or (device.type == "cpu" and cpu_multiplies_bf16())
+        return torch.bfloat16 if fast else torch.float32
+    if dtype not in DTYPES:
+        fix = did_you_mean(dtype, [*DTYPES, "auto"])
+        raise ConfigError(f"there is no dtype '{dtype}'", field="dtype", fix=fix)
+    if dtype == "float16" and device.type == "cpu":
+        raise ConfigError("float16 is not for CPUs", field="dtype", fix="use bfloat16 or float32")
+    return DTYPES[dtype]
+
+
+def channels_last(levers: Levers, dtype: torch.dtype, device: torch.device) -> bool:
+    """fp32 on a CPU is the exception: there oneDNN is as fast, or faster, with NCDHW."""
+    if levers.channels_last is not None:
+        return levers.channels_last
+    return device.type == "cuda" or dtype != torch.float32
+
+
+def prepare(twin: Network, source: nn.Module, levers: Levers, dtype: torch.dtype, device: torch.device) -> Network:
+    """Give `twin`, built like `source` on the meta device, the weights of `source` in the wanted form.
+
+    `source` stays as it is. A tensor that already has dtype, device and layout is shared with it, any other is copied."""
+    last = channels_last(levers, dtype, device)
+
+    def converted(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        return tensor.contiguous(memory_format=torch.channels_last_3d) if last and tensor.ndim == 5 else tensor
+
+    twin.load_state_dict({name: converted(tensor) for name, tensor in source.state_dict().items()}, assign=True)
+    if not levers.phase_upsampler:
+        for module in twin.modules():
+            if isinstance(module, UpsampleConv3d):
+                module.backend = "reference"
+    return twin.eval().requires_grad_(False)

@@ -1,0 +1,91 @@
+"""Launch configurations: the shipped ones, and what was measured on a chip.
+
+A kernel's launcher asks `config(kernel, key, device)`; key says which of its shipped configurations the sizes need, such as
+"d32". What `benchmarks/tune_kernels.py` measured on a chip lies in `kernels/tuned/<chip>.json` and goes before the shipped one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """constants: the kernel's block sizes by parameter name. num_warps, num_stages: Triton's."""
+
+    constants: dict[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# kernel -> key -> configuration. Chosen by arithmetic and by what ptxas reports (kernels/aot.json), not yet by time.
+SHIPPED: dict[str, dict[str, Config]] = {
+    "attention": {
+        "forward d32": Config({"BLOCK_N": 128, "BLOCK_L": 64}, num_warps=8, num_stages=3),
+        "forward d64": Config({"BLOCK_N": 128, "BLOCK_L": 64}, num_warps=8, num_stages=3),
+        "forward d128": Config({"BLOCK_N": 128, "BLOCK_L": 32}, num_warps=8, num_stages=3),
+        "forward fp32": Config({"BLOCK_N": 64, "BLOCK_L": 16}, num_warps=8, num_stages=1),
+        "dq d32": Config({"BLOCK_N": 64, "BLOCK_L": 64}, num_warps=4, num_stages=3),
+        "dq d64": Config({"BLOCK_N": 64, "BLOCK_L": 32}, num_warps=4, num_stages=2),
+        "dq d128": Config({"BLOCK_N": 64, "BLOCK_L": 32}, num_warps=8, num_stages=2),
+        "dq fp32": Config({"BLOCK_N": 64, "BLOCK_L": 16}, num_warps=8, num_stages=1),
+        "dkdv d32": Config({"BLOCK_N": 32, "BLOCK_L": 64}, num_warps=4, num_stages=3),
+        "dkdv d64": Config({"BLOCK_N": 32, "BLOCK_L": 64}, num_warps=4, num_stages=2),
+        "dkdv d128": Config({"BLOCK_N": 32, "BLOCK_L": 64}, num_warps=8, num_stages=2),
+        "dkdv fp32": Config({"BLOCK_N": 16, "BLOCK_L": 32}, num_warps=8, num_stages=1),
+    },
+    # TILE: elements of x that a program holds at a time, so that two programs fit a multiprocessor's registers: `statistics`
+    # keeps two fp32 values an element, `sums` two or three, the passes that only apply none.
+    "group_norm_silu": {
+        "statistics last": Config({"TILE": 8192}, num_warps=16),
+        "statistics first": Config({"TILE": 4096}, num_warps=8),
+        "apply last": Config({"TILE": 8192}, num_warps=16),
+        "apply first": Config({"TILE": 8192}, num_warps=16),
+        "whole 2048": Config({"TILE": 2048}, num_warps=4),
+        "whole 8192": Config({"TILE": 8192}, num_warps=8),
+        "whole 16384": Config({"TILE": 16384}, num_warps=16),
+        "sums last": Config({"TILE": 4096}, num_warps=8),
+        "sums first": Config({"TILE": 4096}, num_warps=8),
+        "input gradient last": Config({"TILE": 4096}, num_warps=8),
+        "input gradient first": Config({"TILE": 8192}, num_warps=16),
+        "parameter gradients": Config({"BLOCK_C": 32}, num_warps=8),
+    },
+    "geglu": {
+        "forward": Config({"BLOCK_R": 4, "BLOCK_C": 512}, num_warps=4),
+        "backward": Config({"BLOCK_R": 4, "BLOCK_C": 512}, num_warps=8),
+    },
+    "residual_shift": {
+        "sum last": Config({"TILE": 8192}, num_warps=16),
+        "sum first": Config({"TILE": 8192}, num_warps=16),
+    },
+    "cross_attention": {
+        "heads d32 c256": Config({"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_L": 64}, num_warps=4, num_stages=2),
+        "heads d32 c512": Config({"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_L": 64}, num_warps=8, num_stages=2),
+        "heads d64 c512": Config({"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_L": 32}, num_warps=8, num_stages=2),
+        "heads d128 c512": Config({"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_L": 32}, num_warps=4, num_stages=2),
+        "heads fp32": Config({"BLOCK_N": 16, "BLOCK_C": 64, "BLOCK_L": 32}, num_warps=4, num_stages=1),
+        "output": Config({"BLOCK_N": 64, "BLOCK_O": 64, "BLOCK_C": 64}, num_warps=4, num_stages=3),
+        "output fp32": Config({"BLOCK_N": 32, "BLOCK_O": 32, "BLOCK_C": 32}, num_warps=4, num_stages=2),
+    },
+}
+
+
+def config(kernel: str, key: str, device: torch.device) -> Config:
+    """The configuration of `kernel` for `key` on `device`."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    measured = _measured(chip).get(kernel, {}).get(key) if chip else None
+    return Config(**measured) if measured else SHIPPED[kernel][key]
+
+
+@functools.cache
+def _measured(chip: str) -> dict[str, dict[str, dict[str, Any]]]:
+    file = Path(__file__).parent / "tuned" / f"{chip.replace(' ', '_')}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -1,0 +1,61 @@
+"""Real compilation for GPUs that are not here: every shipped configuration, compared with the committed table."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ccella_fast.kernels.aot import cases, worse
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "kernels" / "aot.json"
+ARCHITECTURES = [80, 90, 100]
+
+
+def committed():
+    return json.loads(TABLE.read_text())["rows"]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiles_no_worse_than_the_committed_table(tmp_path, arch):
+    file = tmp_path / "aot.json"
+    command = [sys.executable, "-m", "ccella_fast.kernels.aot", "--arch", str(arch), "--json", str(file)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert file.is_file(), done.stdout[-2000:] + done.stderr[-2000:]
+    rows = json.loads(file.read_text())["rows"]
+    assert not worse(rows, committed())
+    assert done.returncode == 0, done.stdout
+    assert {row["name"] for row in rows} == {case.name for case in cases()}
+
+
+def test_the_committed_table_is_complete_and_clean():
+    rows = committed()
+    assert {(row["name"], row["arch"]) for row in rows} == {
+        (case.name, arch) for case in cases() for arch in ARCHITECTURES
+    }
+    assert not [row for row in rows if row["problems"] or row["spilled_bytes"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"registers": 255}, "255 registers, before"),
+        ({"shared_bytes": 10**6}, "1000000 bytes of shared memory, before"),
+        ({"problems": ["spills 64 bytes"]}, "spills 64 bytes"),
+        ({"name": "unheard of"}, "not in the committed table"),
+        ({"tensor_core_instructions": 0}, "tensor_core_instructions gone"),
+        ({"wide_loads": 0}, "wide_loads gone"),
+    ],
+)
+def test_a_worse_table_is_told(change, message):
+    row = next(row for row in committed() if row["tensor_core_instructions"] and row["wide_loads"])
+    changed = {**copy.deepcopy(row), **change}
+    assert not worse([row], committed())
+    assert [message in line for line in worse([changed], committed())] == [True]
