@@ -245,6 +245,15 @@ def test_static_buffers_stay_in_place_serve_again_and_change_nothing(solver):
     assert not torch.equal(*results)  # the first result is not the buffer
 
 
+@pytest.mark.parametrize("solver", ["dpmpp_2m_sde", "unipc", "heun_flow"])
+def test_a_step_compiles_whole(solver):
+    plan = get_solver(solver).plan(Schedule.of(), 6, prediction=prediction(solver))
+    x, output, noise = torch.randn(3, 2, 5)
+    inputs = (x, output, torch.tensor(plan.coefficients[2]).float(), noise, tuple(torch.randn(len(plan.memory), 2, 5)))
+    compiled = torch.compile(plan.step, fullgraph=True, backend="eager")(*inputs)
+    torch.testing.assert_close(compiled.x, plan.step(*inputs).x)
+
+
 def test_noise_is_drawn_only_where_it_is_added():
     """The last step adds none; a deterministic plan holds no buffer."""
     plan = get_solver("ddpm").plan(Schedule.of(), 3)

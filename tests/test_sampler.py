@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -214,3 +216,24 @@ def test_a_missing_autoencoder_is_an_error_with_a_remedy(tmp_path):
     save_autoencoder(scrambled(Autoencoder(load_checkpoint(folder).config.autoencoder)), tmp_path / "vae")
     draw(folder, tmp_path / "out", vae=tmp_path / "vae", num_samples=1)
     assert len(names(tmp_path / "out", "*.nii.gz")) == 2
+
+
+def test_two_processes_share_the_volumes_and_change_none(tmp_path):
+    """Bit for bit with --batch_invariant, also when one process has begun and two go on."""
+    folder = write_checkpoint(tmp_path / "step", "RADMAISI")
+    flags = ["--checkpoint", folder, "--pirads", "pos", "--num_samples", "5", "--seed", "3", "--solver", "dpmpp_2m_sde"]
+    flags += ["--batch_size", "2", "--batch_invariant", "--dtype", "float32"]
+    common = {"num_samples": 5, "seed": 3, "pirads": "pos", "solver": "dpmpp_2m_sde", "batch_size": 2}
+    draw(folder, tmp_path / "one", reports=None, batch_invariant=True, device="cpu", **common)
+    (tmp_path / "two").mkdir()
+    for name in names(tmp_path / "one", "sample-001*"):
+        (tmp_path / "two" / name).write_bytes((tmp_path / "one" / name).read_bytes())
+    launcher = Path(sys.executable).with_name("torchrun")
+    command = [launcher, "--standalone", "--nproc-per-node", "2", "-m", "ccella_fast.cli", "sample", *flags]
+    done = subprocess.run([*map(str, command), "--out", tmp_path / "two"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "sampling 1-1 of 2" in done.stderr  # four were missing, two for each
+    for path in (tmp_path / "one").iterdir():
+        if path.name != "run_record.json":
+            assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    assert json.loads((tmp_path / "two" / "run_record.json").read_text())["processes"] == 2

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from ccella_fast import sample
+from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import SOLVERS, Ddim, Plan
 from ccella_fast.diffusion.timesteps import Levels
 
@@ -85,3 +87,33 @@ def test_a_small_slip_in_the_coefficients_costs_the_order(name):
 
     solver = SOLVERS[name]()
     assert slope(solver, slipped) < solver.order - 0.3
+
+
+def mixture(schedule: Schedule):
+    """The exact noise of 8 Gaussians in 64 dimensions, a spectrum as steep as an image's: standard deviations 0.7 to 0.02."""
+    source = torch.Generator().manual_seed(1)
+    means = torch.randn(8, 64, generator=source, dtype=torch.float64) * torch.logspace(0, -1.5, 64, dtype=torch.float64)
+    variances, abar = torch.logspace(-0.3, -3.4, 64, dtype=torch.float64), torch.tensor(schedule.alphas_cumprod)
+
+    def denoise(x, t):
+        abar_t = abar[t].view(-1, 1, 1)
+        total = abar_t * variances + 1 - abar_t
+        away = x[:, None] - abar_t.sqrt() * means
+        weights = (-(away**2 / total + total.log()).sum(-1) / 2).softmax(1)[..., None]
+        return ((1 - abar_t).sqrt() * away / total * weights).sum(1)
+
+    return denoise, torch.randn(64, 64, generator=source, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "unipc"])
+def test_the_default_spacing_suits_data_of_many_scales(solver):
+    """At equal cost: the jump from the last timestep to 0 is what the coarse end of an even spacing pays for."""
+    schedule = Schedule.of()
+    denoise, x = mixture(schedule)
+    truth = sample(denoise, x, solver=solver, num_steps=1000, schedule=schedule)
+
+    def error(spacing):
+        result = sample(denoise, x, solver=solver, num_steps=20, schedule=schedule, timestep_spacing=spacing)
+        return ((result - truth).norm(dim=1) / truth.norm(dim=1)).mean()
+
+    assert error(None) < 0.03 < 0.12 < min(error("linspace"), error("leading"), error("trailing"))

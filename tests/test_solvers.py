@@ -337,6 +337,26 @@ def test_low_precision_networks_do_not_lower_the_sample(schedule):
     assert all(x.dtype == torch.float32 for x in result)
 
 
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "karras"])
+def test_timesteps_equal_diffusers_for_any_number_of_steps(schedule, spacing):
+    import diffusers
+
+    settings = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
+    multistep = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
+    truths = {"dpmpp_2m": diffusers.DPMSolverMultistepScheduler(**settings, **multistep)}
+    if spacing != "karras":
+        truths["ddim"] = diffusers.DDIMScheduler(**settings, timestep_spacing=spacing)
+    for name, truth in truths.items():
+        truth.alphas_cumprod = ABAR
+        for count in [*range(1, 120), 333, 499, 500, 501, 750, 997, 998, 999]:
+            truth.set_timesteps(count)
+            if name == "ddim" and spacing == "linspace" and count == 1:
+                continue  # diffusers takes timestep 0, we the noisy end
+            got = get_solver(name).plan(schedule, count, timestep_spacing=spacing).timesteps
+            expected = truth.timesteps[truth.timesteps >= 0]  # its trailing has a -1 at the end for some counts, as 61
+            assert got.tolist() == expected.tolist(), (name, count)
+
+
 def test_every_timestep_is_visited_once_when_all_are_used(schedule):
     for name in ("ddpm", "ddim", "dpmpp_2m", "unipc"):
         for spacing in ("linspace", "leading", "trailing"):

@@ -160,7 +160,7 @@ class FastSampler:
             fix = "give an autoencoder (vae=), or call with decode=False for latents"
             raise ConfigError("this sampler has no autoencoder", field="decode", fix=fix)
         solver: Any = settings.solver if request.solver is None else request.solver
-        num_steps = request.num_steps or settings.num_inference_steps
+        num_steps = settings.num_inference_steps if request.num_steps is None else request.num_steps
         prediction = request.prediction or settings.prediction
         spacing = request.timestep_spacing or settings.timestep_spacing
         schedule = Schedule.from_config(config.scheduler)
@@ -170,7 +170,8 @@ class FastSampler:
         named = (solver, num_steps, prediction, spacing)
         loop = Loop(plan, named, len(schedule), guidance, request.reuse, request.batch_invariant)
         has_text = not (request.reports is None and request.text is None)
-        check_inputs(config.model.variant, has_text=has_text, request=request)
+        given = {"pirads": request.pirads, "class_override": request.class_override}
+        check_inputs(config.model.variant, has_text=has_text, **given)
         reports = self._reports.of(request, guided=guidance.on)
         prompts = Prompts(request, config, reports)
         facts = {

@@ -89,10 +89,10 @@ class Request:
         return shape
 
     def batch(self, config: Config) -> int:
-        size = 1 if self.batch_invariant else self.batch_size or config.sampling.batch_size
+        size = config.sampling.batch_size if self.batch_size is None else operator.index(self.batch_size)
         if size < 1:
             raise ConfigError(f"a batch of {size}", field="batch_size", fix="use 1 or more")
-        return size
+        return 1 if self.batch_invariant else size
 
 
 class Prompts:
@@ -151,21 +151,21 @@ class Prompts:
         )
 
 
-def check_inputs(variant: str, *, has_text: bool, request: Request) -> None:
+def check_inputs(variant: str, *, has_text: bool, pirads: object = None, class_override: object = None) -> None:
     """ConfigError when a report or a class is missing or not wanted."""
     row = get_variant(variant)
     if has_text and not row.text:
         raise ConfigError(f"{variant} takes no report", field="--report", fix="leave the report out")
     if row.text and not has_text:
         raise ConfigError(f"{variant} needs a report", field="reports", fix="give reports=[...], or text features")
-    if row.class_input == "given" and request.pirads is None:
+    if row.class_input == "given" and pirads is None:
         raise ConfigError(f"{variant} needs the class", field="--pirads", fix="add --pirads neg or --pirads pos")
-    if row.class_input != "given" and request.pirads is not None:
+    if row.class_input != "given" and pirads is not None:
         predicted = row.class_input == "predicted"
         why = "predicts the class from the report" if predicted else "knows no class"
         fix = "leave --pirads out" + (", or insist with --class_override" if predicted else "")
         raise ConfigError(f"{variant} {why}", field="--pirads", fix=fix)
-    if row.class_input != "predicted" and request.class_override is not None:
+    if row.class_input != "predicted" and class_override is not None:
         fix = "use --pirads" if row.class_input == "given" else "leave it out"
         raise ConfigError(f"{variant} predicts no class", field="--class_override", fix=fix)
 
