@@ -7,6 +7,7 @@ that they agree, times them in turn and writes down what came out. To add one: a
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +64,7 @@ class Trial:
     missing: dict[str, str] = field(default_factory=dict)  # competitor: why it is not there
     notes: list[str] = field(default_factory=list)
     tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)
+    check: Callable[[], dict[str, float]] | None = None  # another gate, after the rounds: facts, or AssertionError
     twice: bool = False  # the tolerance is twice the baseline's own error: for kernels, judged against float64
     holds: list[Any] = field(default_factory=list)  # what must live as long as the trial: a temporary folder
 
@@ -95,6 +97,10 @@ def registry() -> list[Case]:
     import training_cases
 
     modules = [sampler_cases, training_cases, kernel_cases, memory_cases]
+    if importlib.util.find_spec("data_cases"):
+        import data_suite
+
+        modules.insert(3, data_suite)
     return [case for module in modules for case in module.CASES]
 
 

@@ -286,6 +286,16 @@ def test_no_speed_up_for_a_wrong_result(error, twice, right):
     assert row["sides"]["ours"]["seconds"]["n"] == timer.LEAST_ROUNDS and row["sides"]["ours"]["of_limit"] > 0
 
 
+def test_a_check_after_the_rounds_is_a_gate_too():
+    def fails():
+        raise AssertionError("not the same volumes")
+
+    good, bad = trial_of(1e-7), trial_of(1e-7)
+    good.check, bad.check = lambda: {"correlation": 0.99}, fails
+    assert run_case(good)["facts"] == [("correlation", 0.99, "")] and run_case(good)["speedups"]
+    assert run_case(bad)["status"] == "wrong" and not run_case(bad)["speedups"]
+
+
 def test_nan_and_another_shape_are_wrong():
     truth = torch.ones(3)
     assert session.relative_error(torch.tensor([1.0, float("nan"), 1.0]), truth) == float("inf")
