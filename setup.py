@@ -12,6 +12,7 @@ setup(
     # kernels/ at the top level is ccella_fast.kernels through the symlink ccella_fast/kernels. It has no __init__.py:
     # transformers and diffusers import any regular package called `kernels` that they find on the path.
     packages=find_namespace_packages(include=["ccella_fast", "ccella_fast.*"]),
+    package_data={"ccella_fast.kernels": ["tuned/*.json"]},
     install_requires=[
         "torch>=2.11,<2.14",  # 2.10 closes CVE-2026-24747; 2.14 is untested
         "deepspeed>=0.19.5,<0.20",

@@ -190,10 +190,12 @@ class AugmentationConfig(Section):
     @property
     def active(self) -> bool:
         """Does it change anything?"""
-        return any(any(value) if isinstance(value, list) else value for value in self._strengths())
+        return self.moves or any((self.gamma, self.contrast, self.brightness, self.bias, self.blur, self.noise))
 
-    def _strengths(self) -> list[Any]:
-        return list(self.model_dump(exclude={"preset", "gland"}).values())
+    @property
+    def moves(self) -> bool:
+        """Does it change where voxels lie?"""
+        return any((*self.rotation, *self.translation, self.zoom, *self.crop, self.flip))
 
 
 class TextConfig(Section):

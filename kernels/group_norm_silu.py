@@ -376,20 +376,31 @@ def _(x, num_groups, shift):
 
 
 def aot_cases() -> list[Case]:
-    """What `kernels/aot.py` compiles: each kernel and layout, widths with and without idle lanes."""
+    """What `kernels/aot.py` compiles: each kernel and shipped configuration, widths with and without idle lanes."""
     statistics = {"step": "statistics", "function": _statistics_kernel}
     apply = {"step": "apply", "function": _apply_kernel, "BLOCK_P": PARTS, "SILU": True}
     signature = {"x_ptr": "*bf16", "y_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "shift_ptr": "*bf16"}
     signature |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "S": "i32", "eps": "fp32"}
     whole = {"C": 256, "CPG": 8, "BLOCK_C": 8, "LAST": True, "SILU": True}
-    tuned = SHIPPED["group_norm_silu"]["whole 16384"]
+    shipped = SHIPPED["group_norm_silu"]
     return [
         walk_case("group_norm_silu", channels=64, voxels=2**17, last=True, **statistics),
         walk_case("group_norm_silu", channels=64, voxels=2**17, last=False, **statistics),
         walk_case("group_norm_silu", channels=64, voxels=2**17, last=True, **apply),
-        walk_case("group_norm_silu", channels=192, voxels=2**17, last=True, **apply),
+        walk_case("group_norm_silu", channels=192, voxels=2**17, last=True, dtype="fp32", **apply),
         walk_case("group_norm_silu", channels=64, voxels=2**17, last=False, **apply),
-        Case("group_norm_silu whole c256 bf16", _whole_kernel, signature, tuned, whole, ("S",), wide_loads=True),
+        *(
+            Case(
+                f"group_norm_silu whole {n} c256 bf16",
+                _whole_kernel,
+                signature,
+                shipped[f"whole {n}"],
+                whole,
+                ("S",),
+                True,
+            )
+            for n in WHOLE
+        ),
         *backward_cases(),
     ]
 

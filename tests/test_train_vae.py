@@ -223,6 +223,22 @@ def test_patches_cover_every_image_equally(data):
     assert len({patch.numpy().tobytes() for patch in drawn}) > 30
 
 
+def test_augmented_patches_are_drawn_once_for_good_and_train(data, tmp_path):
+    train, _ = read_images(data)
+    changes = {"vae_training.augmentation.preset": "image", "vae_training.max_train_steps": 3}
+    augmented = make_config(SETTINGS | changes)
+    jobs = [patch_jobs(train, augmented.vae_training, step) for step in (0, 1, 0)]
+    assert jobs[0] == jobs[2] != jobs[1] and jobs[0][0].augmentation.rotation != (0.0, 0.0, 0.0)
+    plain = patch_jobs(train, make_config(SETTINGS).vae_training, 0)
+    assert [job.corner for job in plain] == [job.corner for job in jobs[0]] and plain[0].augmentation.rotation == (
+        0,
+        0,
+        0,
+    )
+    train_vae(data, tmp_path / "vae", augmented)
+    assert json.loads((tmp_path / "vae" / "run_record.json").read_text())["images"] == 3
+
+
 def test_kl_equals_torch_distributions():
     mean, sigma = torch.randn(3, 4, 2, 2, 2), torch.rand(3, 4, 2, 2, 2) + 0.1
     normal = torch.distributions.Normal

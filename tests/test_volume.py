@@ -14,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 from study_fixtures import SHAPE, oblique, patch_header, voxels, write_nifti
 
+from ccella_fast.data import grid as module
 from ccella_fast.data.grid import covers_centre, make_grid, normalise, resample
 from ccella_fast.data.volume import Volume, check_axial, read_volume
 from ccella_fast.errors import DataError
@@ -121,6 +122,33 @@ def test_coarser_grids_are_smoothed_first():
     sigma = np.sqrt((4.0**2 - 1) / (8 * np.log(2)))
     np.testing.assert_allclose(coarse[2:-2, 2:-2].std(), 1 / (2 * np.sqrt(np.pi) * sigma), rtol=0.1)
     assert noise[::4, ::4].std() > 0.9  # plain sampling would have kept it all
+
+
+def test_axis_by_axis_is_what_itk_does_voxel_by_voxel(real_data: Path, monkeypatch: pytest.MonkeyPatch):
+    """Finer, coarser and beyond the series' ends, of T2 and of ADC on T2's grid."""
+    folder = real_data / "mri" / "prostatex-0000"
+    leading, calls = read_volume(folder / "t2w.mha"), []
+    whole = module._with_itk
+    monkeypatch.setattr(module, "_with_itk", lambda *arguments: calls.append(1) or whole(*arguments))
+    for name, spacing, dim in [
+        ("t2w", [0.5, 0.5, 1.5], [128, 128, 64]), ("t2w", [1.3, 0.9, 4.1], [160, 64, 32]),
+        ("adc", [0.8, 0.8, 2.0], [96, 192, 48]),
+    ]:  # fmt: skip
+        volume, grid = read_volume(folder / f"{name}.mha"), make_grid(leading, spacing, dim)
+        ours = resample(volume, grid)
+        assert not calls
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_along_axes", whole)
+            theirs = resample(volume, grid)
+        assert np.abs(ours - theirs).max() < 2e-6 * np.ptp(volume.array) and np.ptp(theirs) > 0.3 * np.ptp(volume.array)
+    turned = Volume(volume.array, leading.affine @ np.diag([4, 4, 1, 1]) @ nibabel.affines.from_matvec(_turn(5)))
+    resample(turned, grid)
+    assert calls == [1]  # grids that are turned against each other go the other way
+
+
+def _turn(degrees: float) -> np.ndarray:
+    a = np.deg2rad(degrees)
+    return np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
 
 
 def test_picai_prep_trio(real_data: Path):

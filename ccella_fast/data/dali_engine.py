@@ -59,7 +59,7 @@ class DaliEngine:
             [np.array(job.box[0], np.int32) for job in jobs],
             [np.array(job.box[1], np.int32) for job in jobs],
         ]
-        if config.active:
+        if config.moves:
             inputs.append([_dali_matrix(job.local_matrix) for job in jobs])
         if config.blur:
             # A sigma of exactly 0 would mean "not given".
@@ -98,17 +98,19 @@ class DaliEngine:
             x = here(fn.readers.numpy(files=files, roi_start=next(inputs), roi_shape=next(inputs)))
             if not config.active:
                 return x
-            x = fn.warp_affine(
-                fn.reshape(fn.expand_dims(x, axes=3), layout="DHWC"), matrix=next(inputs), size=size, fill_value=0.0,
-                inverse_map=True, interp_type=types.DALIInterpType.INTERP_LINEAR,
-            )  # fmt: skip
+            if config.moves:
+                x = fn.warp_affine(
+                    fn.reshape(fn.expand_dims(x, axes=3), layout="DHWC"), matrix=next(inputs), size=size, fill_value=0.0,
+                    inverse_map=True, interp_type=types.DALIInterpType.INTERP_LINEAR,
+                )  # fmt: skip
+                x = fn.squeeze(x, axes=3)
             if config.blur:
-                x = fn.gaussian_blur(x, sigma=next(inputs))
+                x = fn.gaussian_blur(fn.reshape(x, layout="DHW"), sigma=next(inputs))
             if config.brightness or config.bias:
-                field = fn.reshape(here(next(inputs)), layout="DHWC")
-                field = fn.resize(field, size=size, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=False)
-                x = dali.math.clamp(x * field, 0.0, 1.0)
-            x = fn.squeeze(x, axes=3)
+                linear = types.DALIInterpType.INTERP_LINEAR
+                field: Any = fn.reshape(here(next(inputs)), layout="DHWC")
+                field = fn.resize(field, size=size, interp_type=linear, antialias=False)
+                x = dali.math.clamp(x * fn.squeeze(field, axes=3), 0.0, 1.0)
             if config.gamma:
                 x = dali.math.pow(x, next(inputs))
             if config.contrast:

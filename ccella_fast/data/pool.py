@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,58 +28,71 @@ class Done(NamedTuple):
     seconds: float
 
 
+class Pool:
+    """`with Pool(workers) as pool: pool.run(...)`. workers: None, as many as are worth it; 1, none beside this process.
+
+    Processes start when they are first needed and serve every `run`."""
+
+    def __init__(self, workers: int | None = None):
+        self.workers = workers
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def run(
+        self, function: Callable[[Task], Any], tasks: Sequence[Task], names: Sequence[str], *, bytes_each: int
+    ) -> Iterator[Done]:
+        """`function(task)` for every task, as they get done. function and tasks cross process borders, so they are plain.
+
+        Results depend on the task alone, never on the number of workers. Raises DataError, naming the studies, when a worker
+        dies."""
+        workers = min(len(tasks), self.workers or count_workers(len(tasks), bytes_each))
+        if workers <= 1:
+            for number, task in enumerate(tasks):
+                yield Done(number, *_timed(function, task))
+            return
+        with _one_thread_each(), _main_left_alone():
+            if self._executor is None:
+                # Not forked: this process may hold locks of torch's threads.
+                context = multiprocessing.get_context("spawn")
+                self._executor = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+            yield from _collect(self._executor, function, tasks, names, 2 * workers)
+
+
 def count_workers(tasks: int, bytes_each: int) -> int:
-    """As many as there are cores, tasks for them and memory; 1: no process beside this one."""
+    """As many as there are cores, tasks for them and memory; at least 1."""
     cores, memory = len(os.sched_getaffinity(0)), free_memory() // 2
     return max(1, min(cores, tasks // _WORTH, memory // max(1, bytes_each)))
 
 
-def run_all(
-    function: Callable[[Task], Any], tasks: Sequence[Task], names: Sequence[str], *, workers: int
-) -> Iterator[Done]:
-    """`function(task)` for every task, in any order. function and tasks cross process borders, so they are plain.
-
-    Results depend on the task alone, never on `workers`. Raises DataError, naming the studies, when a worker process dies."""
-    if workers == 1:
-        for index, task in enumerate(tasks):
-            yield Done(index, *_timed(function, task))
-        return
-    with _one_thread_each():
-        # Not forked: this process may hold locks of torch's threads.
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
-        try:
-            yield from _collect(pool, function, tasks, names, workers)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
 def _collect(
-    pool: ProcessPoolExecutor,
+    executor: ProcessPoolExecutor,
     function: Callable[[Task], Any],
     tasks: Sequence[Task],
     names: Sequence[str],
-    workers: int,
+    ahead: int,  # tasks handed out at a time: what a dead worker may have been at is then a short list
 ) -> Iterator[Done]:
-    ahead = 2 * workers  # what a dead worker may have been at is then a short list
     waiting: dict[Future[Any], int] = {}
     left = iter(range(len(tasks)))
     try:
         while True:
-            for index in left:
-                waiting[pool.submit(_timed, function, tasks[index])] = index
-                if len(waiting) >= ahead:
-                    break
+            while len(waiting) < ahead and (number := next(left, None)) is not None:
+                waiting[executor.submit(_timed, function, tasks[number])] = number
             if not waiting:
                 return
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 result, seconds = future.result()
                 yield Done(waiting.pop(future), result, seconds)
     except BrokenProcessPool:
-        among = ", ".join(names[index] for index in sorted(waiting.values())[:6])
+        among = ", ".join(names[number] for number in sorted(waiting.values())[:6])
         why = f"a worker process was killed (out of memory?) at one of: {among}"
-        raise DataError(
-            why, field="prepare", fix="run it again: what is done is kept; with --workers 1 if it recurs"
-        ) from None
+        fix = "run it again: what is done is kept; with --workers 1 if it recurs"
+        raise DataError(why, field="prepare", fix=fix) from None
 
 
 def _timed(function: Callable[[Task], Any], task: Task) -> tuple[Any, float]:
@@ -94,16 +108,27 @@ def _timed(function: Callable[[Task], Any], task: Task) -> tuple[Any, float]:
 def _one_thread_each() -> Iterator[None]:
     """Processes started inside use one thread for arithmetic: there is a process for every core."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
-    before = {name: os.environ.get(name) for name in names}
+    before = {name: os.environ[name] for name in names if name in os.environ}
     os.environ.update(dict.fromkeys(names, "1"))
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+@contextmanager
+def _main_left_alone() -> Iterator[None]:
+    """A spawned process would first run the caller's script again, which takes seconds and needs a guard in it. Ours need not:
+    what they run lives in modules."""
+    main = sys.modules["__main__"]
+    before = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(before)  # type: ignore[arg-type]
 
 
 def _end_with_parent() -> None:

@@ -25,6 +25,7 @@ from ccella_fast.data.augmented import Augmented, augmented_digest, listed
 from ccella_fast.data.grid import ADC_WINDOW
 from ccella_fast.data.latents import LatentEncoder, combine_moments
 from ccella_fast.data.manifest import FORMAT, IMPORTED, NAME, Prepared
+from ccella_fast.data.pool import Pool
 from ccella_fast.data.preview import Preview
 from ccella_fast.data.records import Records
 from ccella_fast.data.sources import Defects, Study, find_studies
@@ -67,15 +68,20 @@ def prepare(
         data, csv_file=csv, test_data=test_data, data_base_dir=data_base_dir, embedding_base_dir=embedding_base_dir
     )
     records = Records(out)
-    stages = _plan(records, studies, config, vae, workers)
-    stages += _extra_stages(records, studies, config, stages, augment, preview)
-    manifest = _Manifest(records, studies, config, stages, augment)
+    with Pool(workers) as pool:
+        stages = _plan(records, studies, config, vae, pool)
+        stages += _extra_stages(records, studies, config, stages, augment, preview)
+        _run(out, config, records, stages, _Manifest(records, studies, config, stages, augment))
+
+
+def _run(out: Path, config: Config, records: Records, stages: list[Stage], manifest: _Manifest) -> None:
+    """Do what is missing, the manifest last."""
     stale = {stage.name: stage.stale() for stage in stages}
     if not any(stale.values()) and manifest.is_current():
         logger.info("%s is complete, nothing to do", out)
         return
     times = _earlier_times(out)
-    with recorded(out, "prepare", studies=len(studies), stages=times):
+    with recorded(out, "prepare", studies=len(manifest.studies), stages=times):
         with _timed(times, "check", sum(len(stale[stage.name]) for stage in stages if stage.checks)):
             _check_all(stages, stale)
         _check_room(out, config, len(stale.get("image", [])))
@@ -111,9 +117,7 @@ def _timed(times: dict[str, Any], stage: str, studies: int) -> Iterator[dict[str
     logger.info("%s", told)
 
 
-def _plan(
-    records: Records, studies: list[Study], config: Config, vae: str | Path | None, workers: int | None
-) -> list[Stage]:
+def _plan(records: Records, studies: list[Study], config: Config, vae: str | Path | None, pool: Pool) -> list[Stage]:
     """The stages that these studies need. Imported and made text do not mix, nor do latents of two autoencoders."""
     sequences = config.data.sequences
     as_latents = [study for study in studies if all(name in study.latent_files for name in sequences)]
@@ -129,7 +133,7 @@ def _plan(
     stages: list[Stage] = []
     if not as_latents:
         _check_series(studies, sequences)
-        stages.append(Images(records, studies, config, workers))
+        stages.append(Images(records, studies, config, pool))
     if as_features:
         stages.append(ImportedText(records, studies, config))
     elif get_variant(config.model.variant).text:

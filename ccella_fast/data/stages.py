@@ -18,7 +18,7 @@ from ccella_fast.config import Config
 from ccella_fast.data.images import ImageTask, bytes_needed, check_images, make_images
 from ccella_fast.data.latents import LatentEncoder, import_latent, moments
 from ccella_fast.data.manifest import open_array
-from ccella_fast.data.pool import Done, count_workers, run_all
+from ccella_fast.data.pool import Done, Pool
 from ccella_fast.data.records import Records, digest
 from ccella_fast.data.sources import Study
 from ccella_fast.data.text import TextEncoder
@@ -59,13 +59,13 @@ class Stage:
 
 
 class Images(Stage):
-    """Series to one grid and [0, 1], in `workers` processes (None: as many as are worth it)."""
+    """Series to one grid and [0, 1], in the processes of `pool`."""
 
     name = "image"
 
-    def __init__(self, records: Records, studies: list[Study], config: Config, workers: int | None = None):
+    def __init__(self, records: Records, studies: list[Study], config: Config, pool: Pool):
         super().__init__(records, studies, config)
-        self.workers = workers
+        self.pool = pool
 
     def inputs(self, study: Study) -> str:
         series = {sequence: self.records.fingerprint(study.files[sequence]) for sequence in self.sequences}
@@ -89,11 +89,9 @@ class Images(Stage):
 
     def _all(self, function: Callable[[ImageTask], Any], todo: list[Study], what: str) -> Iterator[Done]:
         tasks = [ImageTask(study.id, self._files(study), self.config.data, self.records.out) for study in todo]
-        workers = self.workers or count_workers(len(tasks), bytes_needed(tasks[0]) if tasks else 0)
+        names, each = [study.id for study in todo], bytes_needed(tasks[0]) if tasks else 0
         with bar(todo, what) as progress:
-            for done in run_all(
-                function, tasks, [study.id for study in todo], workers=min(workers, max(1, len(tasks)))
-            ):
+            for done in self.pool.run(function, tasks, names, bytes_each=each):
                 progress.update()
                 yield done
 

@@ -66,7 +66,7 @@ class TorchEngine:
         parts = [(low, min(low + slab, job.size[0])) for low in range(0, job.size[0], slab)]
         field = _Field(job, box.device) if self.config.brightness or self.config.bias else None
         for low, high in parts:
-            part = warp(box, job.local_matrix, job.size, low, high)
+            part = warp(box, job.local_matrix, job.size, low, high) if self.config.moves else box[low:high].clone()
             if not self.config.blur:
                 self._intensity(part, job, field, low)
             done.append(part)

@@ -38,6 +38,10 @@ class Samples(NamedTuple):
     has_class: Tensor  # (B,) bool: a report and a class
     class_share: float
 
+    def to(self, device: torch.device) -> Samples:
+        moved: dict[str, Any] = {k: _to(part, device) for k, part in self._asdict().items() if isinstance(part, Tensor)}
+        return self._replace(**moved)
+
 
 @lru_cache(maxsize=8)
 def epoch_order(seed: int, epoch: int, size: int) -> list[int]:

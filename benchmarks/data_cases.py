@@ -1,0 +1,255 @@
+"""The data engine against MONAI doing the same work: `python benchmarks/data_cases.py [NAME ...]`.
+
+Each function sets a case up and returns a `DataCase`: two sides that are timed in turn, what one call of a side produces, and a
+gate that must hold before a time means anything. Volumes are real where CCELLA_TEST_DATA (default ../shared/data) has them,
+else phantoms.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ccella_fast.config import AugmentationConfig, Config, load_config, make_config
+from ccella_fast.data.augment import Augmentation, draw
+from ccella_fast.data.dataset import PreparedDataset
+from ccella_fast.data.manifest import load_manifest
+from ccella_fast.data.phantom import write_phantoms
+from ccella_fast.data.prepare import prepare
+from ccella_fast.data.resident import ResidentLatents
+from ccella_fast.data.volumes import Job, make_engine
+from ccella_fast.diffusion.schedule import Schedule
+from ccella_fast.models import build_model
+from ccella_fast.models.vae import Autoencoder, save_autoencoder
+from ccella_fast.training.feed import Feed
+from ccella_fast.training.loop import joint_loss
+
+ROOT = Path(__file__).resolve().parents[1]
+_CPU = torch.device("cpu")
+_NIFTI = ("prostate3t-03-0002", "prostate3t-03-0003", "prostate3t-03-0005")
+
+
+class DataCase(NamedTuple):
+    """sides: the first is the baseline. units: volumes of one call. bar: the ratio that is asked for. gate: raises
+    AssertionError, or returns what it has measured."""
+
+    sides: dict[str, Callable[[], Any]]
+    units: int
+    bar: float
+    gate: Callable[[], dict[str, float]]
+
+
+def full_grid() -> Config:
+    """The paper's grid, 256 x 256 x 128 at 0.5 x 0.5 x 0.5625 mm; no report, so that only volumes are worked on."""
+    return make_config({"model.variant": "MAISI"})
+
+
+def write_studies(folder: Path, count: int) -> Path:
+    """`count` studies as .nii.gz: three real patients over and over, or phantoms."""
+    data = Path(os.environ.get("CCELLA_TEST_DATA", ROOT.parent / "shared" / "data")) / "mri"
+    if not data.is_dir():
+        write_phantoms(folder, num_studies=count)
+        return folder
+    for number in range(count):
+        (folder / f"s{number:02d}").mkdir(parents=True)
+        shutil.copy(data / _NIFTI[number % 3] / "t2w.nii.gz", folder / f"s{number:02d}" / "t2w.nii.gz")
+    return folder
+
+
+# ---- preparation ----
+
+
+def prepare_case(work: Path, *, count: int = 12) -> DataCase:
+    """Studies on disk to normalised volumes on one grid, on disk. Ours also verifies every checksum, reads each study twice
+    (all are checked before the first is written), interpolates with cubic splines and records SHA-256; MONAI's loop does
+    none of that and interpolates linearly."""
+    studies, config = write_studies(work / "studies", count), full_grid()
+    files = sorted(studies.glob("*/t2w.nii.gz"))
+
+    def ours() -> None:
+        shutil.rmtree(work / "ours", ignore_errors=True)
+        prepare(studies, work / "ours", config)
+
+    def monai() -> None:
+        transform = _monai_prepare(config)
+        (work / "monai").mkdir(exist_ok=True)
+        for file in files:
+            np.save(work / "monai" / f"{file.parent.name}.npy", transform({"t2w": file})["t2w"][0].numpy())
+
+    def gate() -> dict[str, float]:
+        return {"least correlation": min(_correlation(work, file.parent.name) for file in files)}
+
+    return DataCase({"monai": monai, "ours": ours}, count, 2.0, gate)
+
+
+def _monai_prepare(config: Config) -> Any:
+    import monai.transforms as mt
+
+    return mt.Compose([
+        mt.LoadImaged("t2w", image_only=True), mt.EnsureChannelFirstd("t2w"),
+        mt.Orientationd("t2w", axcodes="RAS", labels=None),
+        mt.Spacingd("t2w", pixdim=config.data.spacing, mode="bilinear"), mt.ResizeWithPadOrCropd("t2w", config.data.dim),
+        mt.ScaleIntensityRangePercentilesd("t2w", lower=0, upper=99.5, b_min=0, b_max=1, clip=True),
+    ])  # fmt: skip
+
+
+def _correlation(work: Path, study: str) -> float:
+    """In the middle of the volume, where neither has padding."""
+    middle = (slice(64, 192), slice(64, 192), slice(40, 88))
+    both = [
+        torch.from_numpy(np.load(path)[middle])
+        for path in (work / f"ours/images/{study}/t2w.npy", work / f"monai/{study}.npy")
+    ]
+    # Over 2 mm: where their grid lies differs from ours by part of a voxel.
+    ours, theirs = (torch.nn.functional.avg_pool3d(part[None], 4)[0].numpy() for part in both)
+    value = float(np.corrcoef(ours.ravel(), theirs.ravel())[0, 1])
+    assert value > 0.95 and np.corrcoef(ours[::-1].ravel(), theirs.ravel())[0, 1] < 0.9, (study, value)
+    return value
+
+
+# ---- augmentation ----
+
+
+def augment_case(work: Path, *, volumes: int = 8, engine: str = "auto", device: torch.device = _CPU) -> DataCase:
+    """Prepared volumes on disk to augmented tensors, batch 2. MONAI's pipeline is its own transforms of the same kinds at the
+    same strengths (it has no counterpart of our tone curve, so it does one operator less) in a DataLoader with a worker a
+    core."""
+    config, cores = full_grid(), len(os.sched_getaffinity(0))
+    if not (work / "prepared" / "manifest.json").is_file():
+        prepare(write_studies(work / "studies", 4), work / "prepared", config)
+    prepared = load_manifest(work / "prepared")
+    paths = [prepared.folder / case.files["image/t2w"].path for case in prepared.cases]
+    strengths, shape, spacing = config.augmentation, tuple(config.data.dim), tuple(config.data.spacing)
+    order = [paths[n % len(paths)] for n in range(volumes)]
+    loader = _monai_loader(order, strengths, spacing, workers=cores)
+    made = make_engine(engine, strengths, device, shape)  # type: ignore[arg-type]
+
+    def job(n: int) -> Job:
+        drawn = draw(strengths, seed=0, case_id=order[n].parent.name, epoch=n, shape=shape, spacing=spacing)
+        return Job(order[n], shape, (0, 0, 0), shape, spacing, drawn)  # type: ignore[arg-type]
+
+    def ours() -> None:
+        for batch in made.stream(order, lambda n: [job(2 * n), job(2 * n + 1)], volumes // 2):
+            assert batch.shape == (2, 1, *shape)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def monai() -> None:
+        for batch in loader:
+            assert batch["t2w"].shape == (2, 1, *shape)
+            batch["t2w"].to(device)
+
+    return DataCase(
+        {"monai": monai, "ours": ours}, volumes, 10.0 if device.type == "cuda" else 2.0, lambda: _same_warp(order[0])
+    )
+
+
+def _monai_loader(order: list[Path], strengths: AugmentationConfig, spacing: Any, *, workers: int) -> Any:
+    import monai.transforms as mt
+    from monai.data import DataLoader, Dataset
+
+    low, high = 1 - strengths.gamma, 1 + strengths.gamma
+    sigma = [(1e-3, strengths.blur / step) for step in spacing]
+    transform = mt.Compose([
+        mt.LoadImaged("t2w", reader="NumpyReader", image_only=True), mt.EnsureChannelFirstd("t2w", channel_dim="no_channel"),
+        mt.RandAffined("t2w", prob=1, rotate_range=np.deg2rad(strengths.rotation).tolist(),
+                    translate_range=[mm / step for mm, step in zip(strengths.translation, spacing, strict=True)],
+                    scale_range=[strengths.zoom] * 3, mode="bilinear", padding_mode="zeros"),
+        mt.RandGaussianSmoothd("t2w", *sigma, prob=1),
+        mt.RandBiasFieldd("t2w", degree=2, coeff_range=(0, strengths.bias), prob=1),
+        mt.RandScaleIntensityd("t2w", factors=strengths.brightness, prob=1),
+        mt.RandAdjustContrastd("t2w", prob=1, gamma=(low, high)),
+        mt.RandGaussianNoised("t2w", prob=1, std=strengths.noise),
+    ])  # fmt: skip
+    data = Dataset([{"t2w": str(path)} for path in order], transform)
+    return DataLoader(data, batch_size=2, num_workers=workers, persistent_workers=True)
+
+
+def _same_warp(path: Path) -> dict[str, float]:
+    """The engine's geometry against MONAI's, told the same matrix."""
+    from monai.transforms import Affine
+
+    config = full_grid()
+    shape, spacing = tuple(config.data.dim), tuple(config.data.spacing)
+    turned = Augmentation(rotation=(2.0, -1.0, 5.0), shift=(2.0, -3.0, 1.0), scale=(0.95, 0.95, 0.95))
+    only = AugmentationConfig.model_validate({"preset": "none", "rotation": [5, 5, 5]})
+    ours = make_engine("torch", only, _CPU, shape).make(Job(path, shape, (0, 0, 0), shape, spacing, turned))  # type: ignore
+    matrix, centre = turned.matrix(shape, spacing), (np.array(shape) - 1) / 2
+    centred = np.eye(4)
+    centred[:3] = np.column_stack([matrix[:, :3], matrix[:, 3] + matrix[:, :3] @ centre - centre])
+    moved = Affine(affine=centred, mode="bilinear", padding_mode="zeros", image_only=True)(
+        torch.from_numpy(np.load(path))[None]
+    )
+    apart = float((ours - moved.as_tensor()).abs().max())
+    assert apart < 5e-3 and float((ours - torch.from_numpy(np.load(path))).abs().max()) > 0.1, apart
+    return {"largest difference from MONAI's warp": apart}
+
+
+# ---- waiting for data ----
+
+
+def wait_case(work: Path, *, steps: int = 20) -> dict[str, float]:
+    """Share of a training step that is spent waiting for data, of the demo's model on its grid without reports: latents
+    resident, and memory-mapped."""
+    config = load_config(ROOT / "configs" / "demo.json", {"model.variant": "MAISI"})
+    if not (work / "latents" / "manifest.json").is_file():
+        write_phantoms(work / "phantoms", num_studies=8)
+        torch.manual_seed(0)
+        save_autoencoder(Autoencoder(config.autoencoder), work / "vae")
+        prepare(work / "phantoms", work / "latents", config, vae=work / "vae")
+    dataset = PreparedDataset(work / "latents", config)
+    sources = {"resident": ResidentLatents(dataset, _CPU, torch.float32), "memory-mapped": dataset}
+    return {name: _wait_share(config, dataset, source, steps) for name, source in sources.items()}
+
+
+def _wait_share(config: Config, dataset: PreparedDataset, source: Any, steps: int) -> float:
+    feed = Feed(
+        dataset, seed=0, batch_size=config.training.batch_size, accumulation=1, rank=0, world_size=1, scale=torch.ones(4),
+        num_timesteps=1000, source=source,
+    )  # fmt: skip
+    model, schedule = build_model(config), Schedule.from_config(config.scheduler)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    begun = 0.0
+    for number, (samples,) in enumerate(feed.steps(0, steps + 3, background=False)):
+        if number == 3:  # warm
+            begun, feed.waited = time.perf_counter(), 0.0
+        joint_loss(model, samples, schedule, 0.0).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return feed.waited / (time.perf_counter() - begun)
+
+
+CASES = {"prepare": prepare_case, "augment": augment_case}
+
+
+def main(names: list[str]) -> None:
+    """Sides in turn, three rounds after one to warm up; the median ratio."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in [name for name in CASES if not names or name in names]:
+            case = CASES[name](Path(folder, name))
+            seconds: dict[str, list[float]] = {side: [] for side in case.sides}
+            for side in list(case.sides) + 3 * list(case.sides):
+                begun = time.perf_counter()
+                case.sides[side]()
+                seconds[side].append(time.perf_counter() - begun)
+            first, second = (seconds[side][1:] for side in case.sides)
+            ratio = statistics.median(a / b for a, b in zip(first, second, strict=True))
+            each = ", ".join(f"{side} {statistics.median(seconds[side][1:]) / case.units:.3f}" for side in case.sides)
+            print(f"{name}: {ratio:.2f} times (bar {case.bar}); seconds a volume: {each}; gate: {case.gate()}")
+        if not names or "wait" in names:
+            for source, share in wait_case(Path(folder, "wait")).items():
+                print(f"wait, {source}: {100 * share:.2f} % of a step (bar 1 %)")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
