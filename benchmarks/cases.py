@@ -7,7 +7,6 @@ that they agree, times them in turn and writes down what came out. To add one: a
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,16 +90,13 @@ class Case:
 
 def registry() -> list[Case]:
     """All cases, in the order in which they run."""
+    import data_suite
     import kernel_cases
     import memory_cases
     import sampler_cases
     import training_cases
 
-    modules = [sampler_cases, training_cases, kernel_cases, memory_cases]
-    if importlib.util.find_spec("data_cases"):
-        import data_suite
-
-        modules.insert(3, data_suite)
+    modules = [sampler_cases, training_cases, kernel_cases, data_suite, memory_cases]
     return [case for module in modules for case in module.CASES]
 
 

@@ -38,10 +38,15 @@ def table(record: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows if len(row[column]) < 40) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-" * sum(widths, 2 * len(widths) - 2))
-    absent = {f"{name}: {why}" for case in record["cases"] for name, why in case["missing"].items()}
-    lines += ["", *(f"not measured: {line}" for line in sorted(absent))] if absent else []
+    absent = _absent(record)
+    lines += ["", *(f"not measured: {line}" for line in absent)] if absent else []
     lines += [f"left out: {name}, {why}" for name, why in record["left_out"].items()]
     return "\n".join(["", *lines, "", model_counts.table(record["counts"]), ""])
+
+
+def _absent(record: dict[str, Any]) -> list[str]:
+    """Competitors that are not there, each once, with the reason."""
+    return sorted({f"{name}: {why}" for case in record["cases"] for name, why in case["missing"].items()})
 
 
 def _cells(case: dict[str, Any], name: str, side: dict[str, Any]) -> list[str]:
@@ -62,7 +67,7 @@ def write(record: dict[str, Any], page: Path, picture: Path) -> None:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(
         record=record, headline=headline(record), cells=_cells, picture=base64.b64encode(png).decode("ascii"),
-        counts=record["counts"],
+        counts=record["counts"], absent=_absent(record),
     )  # fmt: skip
     with atomic_path(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
