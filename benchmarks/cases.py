@@ -59,7 +59,7 @@ class Trial:
     facts: list[tuple[str, float, str]] = field(
         default_factory=list
     )  # (what, value, unit): measured outside the rounds
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by side
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # what grows -> (size, cost), for a plot
     missing: dict[str, str] = field(default_factory=dict)  # competitor: why it is not there
     notes: list[str] = field(default_factory=list)
     tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)

@@ -86,13 +86,13 @@ class Session:
         begin = time.perf_counter()
         row: dict[str, Any] = {
             "name": case.name, "suite": case.suite, "about": case.about, "status": "ok", "why": "", "shapes": {},
-            "sides": {}, "speedups": {}, "facts": [], "counts": {}, "missing": {}, "notes": [],
+            "sides": {}, "speedups": {}, "facts": [], "curves": {}, "missing": {}, "notes": [],
         }  # fmt: skip
         try:
             self._tick("setting up")
             trial = case.build(self.bench)
             row |= {"shapes": trial.shapes, "facts": trial.facts, "missing": trial.missing, "notes": trial.notes}
-            row |= {"counts": trial.counts}
+            row |= {"curves": trial.curves}
             self._run(case, trial, row, traces)
         except Skip as why:
             row |= {"status": "skipped", "why": str(why)}
