@@ -59,10 +59,11 @@ class Trial:
     facts: list[tuple[str, float, str]] = field(
         default_factory=list
     )  # (what, value, unit): measured outside the rounds
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by side
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # what grows -> (size, cost), for a plot
     missing: dict[str, str] = field(default_factory=dict)  # competitor: why it is not there
     notes: list[str] = field(default_factory=list)
     tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)
+    check: Callable[[], dict[str, float]] | None = None  # another gate, after the rounds: facts, or AssertionError
     twice: bool = False  # the tolerance is twice the baseline's own error: for kernels, judged against float64
     holds: list[Any] = field(default_factory=list)  # what must live as long as the trial: a temporary folder
 
@@ -89,12 +90,13 @@ class Case:
 
 def registry() -> list[Case]:
     """All cases, in the order in which they run."""
+    import data_suite
     import kernel_cases
     import memory_cases
     import sampler_cases
     import training_cases
 
-    modules = [sampler_cases, training_cases, kernel_cases, memory_cases]
+    modules = [sampler_cases, training_cases, kernel_cases, data_suite, memory_cases]
     return [case for module in modules for case in module.CASES]
 
 

@@ -126,7 +126,7 @@ def _slower(case: dict[str, Any], then: dict[str, Any], same: bool, floors: list
 
 
 def newest(folder: Path = ROOT / "results") -> list[tuple[Path, dict[str, Any]]]:
-    """For each machine the newest record of each case, as one record a machine."""
+    """The newest record of each machine."""
     found = []
     for machine in sorted(path for path in folder.glob("*") if path.is_dir()):
         files = sorted(machine.glob("*.json"))
@@ -172,6 +172,8 @@ def _machine(file: Path, record: dict[str, Any]) -> list[str]:
         if facts:
             lines += [f"| {suite} | | |", "|---|---|---:|"]
             lines += [f"| {name} | {what} | {value:.4g} {unit} |" for name, what, value, unit in facts] + [""]
+    if any(case.get("curves") for case in record["cases"]):
+        lines += [f"![How cost grows](results/{file.with_suffix('')}-scaling.png)", ""]
     aside = [f"- {case['name']}: {case['status']}, {case['why']}" for case in record["cases"] if case["status"] != "ok"]
     aside += [f"- {name}: left out, {why}" for name, why in record["left_out"].items()]
     return [*lines, *aside, ""]

@@ -19,7 +19,7 @@ from ccella_fast.models.vae import Autoencoder
 from ccella_fast.nvml import open_gpu
 from ccella_fast.sampling import FastSampler
 from counting import FlashAttention, backend, count
-from timer import Watch, measure, summary
+from timer import Watch, measure, slope, summary
 from tuned_peer import Sampler
 from workbench import Workbench
 
@@ -321,14 +321,8 @@ def scaling(bench: Workbench) -> Trial:
     for what, points in (("batch", by_batch), ("latent voxels", by_voxels)):
         trial.facts += [(f"step at {what} {value}", time, "s") for value, time in points]
         trial.facts.append((f"slope with {what}", slope(points), "log-log"))
+        trial.curves[f"step against {what}, s"] = points
     return trial
-
-
-def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Least-squares slope of log(cost) over log(size): 1 is proportional, less is better than that, 2 is quadratic."""
-    xs, ys = ([math.log(point[axis]) for point in points] for axis in (0, 1))
-    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / sum((x - x_mean) ** 2 for x in xs)
 
 
 CASES = [

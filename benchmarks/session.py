@@ -86,13 +86,13 @@ class Session:
         begin = time.perf_counter()
         row: dict[str, Any] = {
             "name": case.name, "suite": case.suite, "about": case.about, "status": "ok", "why": "", "shapes": {},
-            "sides": {}, "speedups": {}, "facts": [], "counts": {}, "missing": {}, "notes": [],
+            "sides": {}, "speedups": {}, "facts": [], "curves": {}, "missing": {}, "notes": [],
         }  # fmt: skip
         try:
             self._tick("setting up")
             trial = case.build(self.bench)
             row |= {"shapes": trial.shapes, "facts": trial.facts, "missing": trial.missing, "notes": trial.notes}
-            row |= {"counts": trial.counts}
+            row |= {"curves": trial.curves}
             self._run(case, trial, row, traces)
         except Skip as why:
             row |= {"status": "skipped", "why": str(why)}
@@ -138,7 +138,7 @@ class Session:
                                   "derivation": floor.derivation}  # fmt: skip
                 facts["of_limit"] = least / facts["seconds"]["median"]
             row["sides"][name] = facts
-        judge(row)
+        judge(row, *_checked(trial, row))
         if row["status"] == "ok" and (traces is not None or case.profile):
             for name, side in trial.sides.items():
                 self._tick(f"{name}: profile")
@@ -212,14 +212,24 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def judge(row: dict[str, Any]) -> None:
-    """Speed-ups over the first side, of the sides whose result is right; if one of ours is wrong, none at all."""
+def _checked(trial: Trial, row: dict[str, Any]) -> list[str]:
+    """What the trial's own check has against it; what it measured becomes facts."""
+    if trial.check is None:
+        return []
+    try:
+        row["facts"] = [*row["facts"], *((what, value, "") for what, value in trial.check().items())]
+    except AssertionError as why:
+        return [f"its check failed: {why}"[:200]]
+    return []
+
+
+def judge(row: dict[str, Any], *complaints: str) -> None:
+    """Speed-ups over the first side; none at all where a result is wrong."""
     sides = row["sides"]
     wrong = [name for name, side in sides.items() if side.get("passed") is False]
-    if wrong:
-        row["status"] = "wrong"
-        row["why"] = "; ".join(f"{name} differs from the truth by {sides[name]['error']:.2g}" for name in wrong)
-        row["speedups"] = {}
+    why = [*(f"{name} differs from the truth by {sides[name]['error']:.2g}" for name in wrong), *complaints]
+    if why:
+        row |= {"status": "wrong", "why": "; ".join(why), "speedups": {}}
         return
     baseline = next(iter(sides), None)
     for name in list(sides)[1:]:

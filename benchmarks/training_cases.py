@@ -25,8 +25,8 @@ from ccella_fast.environment import free_memory
 from ccella_fast.storage import write_json
 from counting import FlashAttention, backend, count
 from prepared import write_prepared
-from sampler_cases import slope, step_floor
-from timer import Watch
+from sampler_cases import step_floor
+from timer import Watch, slope
 from workbench import Workbench
 
 # Gradients that have come through everything: the U-Net's first convolution, the adapter's latents.
@@ -248,6 +248,7 @@ def scaling_with_ranks(bench: Workbench) -> Trial:
             points.append((count, _samples_a_second(Path(folder), data, count, cuda)))
             trial.facts.append((f"{count} ranks", points[-1][1], "samples/s"))
     trial.facts.append(("slope of samples/s with ranks", slope(points), "log-log"))
+    trial.curves["samples/s against ranks"] = points
     if not cuda:
         trial.notes.append("the demo's model, one thread a process: gloo over cores that share one memory")
     return trial
