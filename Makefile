@@ -1,4 +1,4 @@
-# make demo [DATA=DIR] [OUT=DIR]   make test   make soak   make lint   make clean
+# make demo [DATA=DIR] [OUT=DIR]   make test   make soak   make lint   make gpu   make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ export DS_ACCELERATOR ?= $(if $(filter cpu,$(EXTRA)),cpu,cuda)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test soak lint gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -40,6 +40,13 @@ lint: $(VENV)/installed-test
 	ruff check .
 	ruff format --check .
 	mypy
+
+# On a machine with a GPU, in at most ten minutes, with the packages that are there: kernels against float64, then everything
+# that is measured, with a short table last. The JSON under benchmarks/results/ is to be committed. PYTHON names the interpreter.
+gpu:
+	$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "there is no CUDA device here")'
+	PYTHONPATH=$(CURDIR) timeout 150 $(PYTHON) -m pytest -m gpu -x || test $$? -eq 5  # 5: no test carries the marker
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/run.py --suite kernels sampler training memory --minutes 7 --keep
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

@@ -12,6 +12,7 @@ setup(
     # kernels/ at the top level is ccella_fast.kernels through the symlink ccella_fast/kernels. It has no __init__.py:
     # transformers and diffusers import any regular package called `kernels` that they find on the path.
     packages=find_namespace_packages(include=["ccella_fast", "ccella_fast.*"]),
+    package_data={"ccella_fast.kernels": ["tuned/*.json"]},
     install_requires=[
         "torch>=2.11,<2.14",  # 2.10 closes CVE-2026-24747; 2.14 is untested
         "deepspeed>=0.19.5,<0.20",
@@ -27,6 +28,7 @@ setup(
         "matplotlib>=3.9,<4",
         "jinja2>=3.1.6,<4",
         "tensorboard>=2.20,<3",
+        "nvidia-ml-py>=12",  # the module is called pynvml; pure Python, harmless without a driver
     ],
     extras_require={
         # Pinned so that a machine without a GPU takes the small CPU build and not several GB of CUDA packages.
@@ -35,7 +37,6 @@ setup(
             "triton>=3.6",
             "xformers>=0.0.35",
             "nvidia-dali-cuda130>=2.4,<3",
-            "nvidia-ml-py>=12",  # the module is called pynvml
         ],
         "t5": ["sentencepiece>=0.2", "protobuf>=5"],  # tokenizer of FLAN-T5
         "test": [

@@ -56,12 +56,19 @@ class Trial:
     truth: Callable[[], Tensor] | None = None  # fp32, or float64 for kernels
     floor: dict[str, Floor] = field(default_factory=dict)  # by side
     shapes: dict[str, Any] = field(default_factory=dict)
-    facts: list[tuple[str, float, str]] = field(default_factory=list)  # (what, value, unit): measured outside the rounds
+    facts: list[tuple[str, float, str]] = field(
+        default_factory=list
+    )  # (what, value, unit): measured outside the rounds
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by side
     missing: dict[str, str] = field(default_factory=dict)  # competitor: why it is not there
     notes: list[str] = field(default_factory=list)
     tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)
+    twice: bool = False  # the tolerance is twice the baseline's own error: for kernels, judged against float64
     holds: list[Any] = field(default_factory=list)  # what must live as long as the trial: a temporary folder
+
+    def allowed(self, precision: str, errors: dict[str, float]) -> float:
+        """The largest error that a side of this precision may have; `errors` of all sides."""
+        return 2 * errors[next(iter(self.sides))] + 1e-9 if self.twice else self.tolerance[precision]
 
 
 class Skip(Exception):
@@ -75,6 +82,7 @@ class Case:
     about: str  # what is compared with what, one sentence
     build: Callable[[Any], Trial]  # takes a Workbench
     quick: tuple[str, ...] = ()  # on which devices it is part of the quick suite: "cpu", "cuda"
+    profile: bool = False  # always look where its time goes, not only with --profile
     budget: float = 12.0  # seconds for the timed rounds
     set_up: dict[str, float] = field(default_factory=dict)  # rough seconds around them, by device: for the time limit
 
@@ -86,7 +94,7 @@ def registry() -> list[Case]:
     import sampler_cases
     import training_cases
 
-    modules = [sampler_cases, kernel_cases, training_cases, memory_cases]
+    modules = [sampler_cases, training_cases, kernel_cases, memory_cases]
     return [case for module in modules for case in module.CASES]
 
 

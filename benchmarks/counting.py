@@ -211,11 +211,22 @@ def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
     return 4 * q.numel() * k.shape[-2]
 
 
-# What our own ops do, by name; a backward pass of attention multiplies five matrices where the forward pass has two.
+def _cross_attention_flops(x: Tensor, k: Tensor, *rest: Any) -> int:
+    return 4 * x.numel() * x.shape[-1] + 4 * x.numel() * k.shape[-2]
+
+
+# What our own ops do, by name. A backward pass of attention multiplies five matrices where the forward pass has two, one of a
+# projection two where it has one; what a kernel recomputes is not counted, as nowhere else.
 FLOPS: dict[str, Callable[..., int]] = {
     "ccella_fast::attention": _attention_flops,
-    "ccella_fast::attention_backward": lambda q, k, v, *rest: _attention_flops(q, k, v) * 5 // 2,
-    "ccella_fast::upsample_conv3d": lambda x, weight, *rest: 8 * 2 * 8 * x[:, 0].numel() * weight[:, :, 0, 0, 0].numel(),
+    "ccella_fast::attention_backward": lambda do, q, k, *rest: _attention_flops(q, k, k) * 5 // 2,
+    "ccella_fast::cross_attention": _cross_attention_flops,
+    "ccella_fast::cross_attention_backward": lambda dy, x, k, *rest: (
+        8 * x.numel() * x.shape[-1] + 10 * x.numel() * k.shape[-2]
+    ),
+    "ccella_fast::upsample_conv3d": lambda x, weight, *rest: (
+        8 * 2 * 8 * x[:, 0].numel() * weight[:, :, 0, 0, 0].numel()
+    ),
 }
 
 

@@ -21,9 +21,8 @@ def rates(device: torch.device, *, widths: list[int], grid: list[int], tick: Cal
     size = (1 << 30) if device.type == "cuda" else (1 << 28)  # bytes, far beyond the caches
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    found: dict[str, Any] = {"copy_bytes_per_second": 2 * size / _best(lambda: target.copy_(source), device)}
-    del source, target
-    found["matmul_flops"], found["conv3d_flops"] = {}, {}
+    seconds = _best(lambda: target.copy_(source), device)
+    found: dict[str, Any] = {"copy_bytes_per_second": 2 * size / seconds, "matmul_flops": {}, "conv3d_flops": {}}
     side = 8192 if device.type == "cuda" else 2048
     for name, dtype in PRECISIONS.items():
         tick(f"matmul {name}")

@@ -65,10 +65,10 @@ def _denoising(config: Config, model: Any, mode: Any, dtype: torch.dtype) -> Cou
     with torch.no_grad(), mode:
         if isinstance(model, reference.ReferenceModel):
             run: Callable[[], Any] = lambda: model(x, timesteps, **conditions)  # noqa: E731
-            run()  # casts the weights, once for the whole loop
         else:
             prepared = model.condition(timesteps, **conditions)
             run = lambda: model.denoise(x, prepared)  # noqa: E731
+        run()  # what happens once for the whole loop: casting weights, summing the upsamplers' taps
         return count(run)
 
 

@@ -42,7 +42,7 @@ def write_prepared(folder: Path, config: Config, *, cases: int) -> Path:
         folder / "manifest.json",
         {
             "format": "ccella_fast.prepared", "version": 1,
-            "data": config.data.model_dump(mode="json", exclude={"engine"}),
+            "data": config.data.model_dump(mode="json", include={"sequences", "spacing", "dim", "dataset"}),
             "text": {
                 "encoder": text.encoder, "revision": text.revision, "max_length": text.max_length, "dtype": text.dtype,
                 "width": config.model.input_dim, "fingerprint": "imported",

@@ -1,8 +1,8 @@
 """The baseline that users compare with: the reference's arithmetic, eagerly, with its precision policy and its loop bodies.
 
-Built from MONAI's own `DiffusionModelUNetMaisi`, `AutoencoderKlMaisi` and `DDPMScheduler`, as the reference is, and from a plain
-adapter (reference-method, sections 2 to 4). On a GPU fp16 autocast, GradScaler and MONAI's flash attention; on a CPU fp32.
-What is slow in it is slow in the reference too: the adapter runs at every step, a timestep travels to the device at every
+Built from MONAI's own `DiffusionModelUNetMaisi`, `AutoencoderKlMaisi` and `DDPMScheduler`, as the reference is, and from a
+plain adapter (reference-method, sections 2 to 4). On a GPU fp16 autocast, GradScaler and MONAI's flash attention; on a CPU
+fp32. What is slow in it is slow in the reference too: the adapter runs at every step, a timestep travels to the device at every
 step, four values are read back to the host in a training step, AdamW is torch's default.
 
 Weights are not copied: `shared_with(model)` gives a reference whose parameters *are* those of one of our models. So the
@@ -217,7 +217,7 @@ class TrainingStep:
         batch = {name: value.to(self.device) for name, value in batch.items()}
         marks("loader")
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device):
+        with self.autocast():
             loss = self.loss(batch)
         marks("forward")
         self.scaler.scale(loss).backward()
@@ -231,10 +231,16 @@ class TrainingStep:
         marks("optimizer")
         return value
 
+    def autocast(self) -> torch.autocast:
+        return autocast(self.device)
+
+    def forward(self, *arguments: Tensor, **conditions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model(*arguments, **conditions)
+
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
         noisy = self.noise_scheduler.add_noise(original_samples=latents, noise=noise, timesteps=timesteps)
-        predicted, logits = self.model(noisy, timesteps, spacing=batch["spacing"], text=batch["text"])
+        predicted, logits = self.forward(noisy, timesteps, spacing=batch["spacing"], text=batch["text"])
         loss = F.l1_loss(predicted.float(), noise.float())
         known = batch["has_class"].float()
         if torch.sum(known) > 0:  # read back to the host, twice, as there

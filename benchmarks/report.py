@@ -18,10 +18,11 @@ from results import seconds
 TEMPLATE = Path(__file__).resolve().parent / "report.html.j2"
 # One colour a side, by its place in the case: the reference grey, ours blue and then orange; others after them.
 _GREY, _BLUE, _ORANGE = "#9aa3ad", "#7fb2e5", "#1f6fb4"
-_KIND_COLOURS = ["#1f6fb4", "#d98032", "#3a8a4d", "#a65fa3", "#c8b13a", "#5fb3b3", "#9aa3ad"]
-_PART_COLOURS = {
-    "network": "#1f6fb4", "steps": "#1f6fb4", "forward": "#1f6fb4", "backward": "#3a8a4d", "decode": "#d98032",
-    "optimizer": "#d98032", "loader": "#c84b4b", "solver": "#c8b13a", "condition": "#a65fa3",
+_COLOURS = {
+    "convolution": "#1f6fb4", "linear": "#d98032", "attention": "#a65fa3", "norm, SiLU": "#c8b13a",
+    "copies, casts": "#5fb3b3", "optimizer": "#3a8a4d", "other": "#9aa3ad", "network": "#1f6fb4", "steps": "#1f6fb4",
+    "forward": "#1f6fb4", "backward": "#0f3f6b", "decode": "#d98032", "loader": "#c84b4b", "save": "#1f6fb4",
+    "load": "#d98032",
 }  # fmt: skip
 
 
@@ -34,10 +35,12 @@ def table(record: dict[str, Any]) -> str:
         rows += [[case["name"], what, "", f"{value:.4g} {unit}", "", "", "", ""] for what, value, unit in case["facts"]]
         if case["status"] != "ok":
             rows.append([case["name"], f"{case['status']}: {case['why'][:60]}", *[""] * 6])
-        rows += [[case["name"], f"{name}: {why}", *[""] * 6] for name, why in case["missing"].items()]
     widths = [max(len(row[column]) for row in rows if len(row[column]) < 40) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-" * sum(widths, 2 * len(widths) - 2))
+    absent = {f"{name}: {why}" for case in record["cases"] for name, why in case["missing"].items()}
+    lines += ["", *(f"not measured: {line}" for line in sorted(absent))] if absent else []
+    lines += [f"left out: {name}, {why}" for name, why in record["left_out"].items()]
     return "\n".join(["", *lines, "", model_counts.table(record["counts"]), ""])
 
 
@@ -136,7 +139,9 @@ def _label(axis: Any, rows: list[tuple[float, dict[str, Any], str]], title: str)
     labels = []
     for _, case, name in rows:
         first = name == next(iter(case["sides"]))
-        labels.append((f"{case['name']}:  " if first else "") + f"{name} ({case['sides'][name]['precision']})")
+        precision = case["sides"][name]["precision"]
+        side = name if precision in name else f"{name} {precision}"
+        labels.append((f"{case['name']}:  " if first else "") + side)
     axis.set_yticks([y for y, _, _ in rows], labels, fontsize=8)
     axis.set_ylim(min((y for y, _, _ in rows), default=0) - 1, 1)
     axis.spines[["top", "right"]].set_visible(False)
@@ -162,11 +167,11 @@ def _limit(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
     for y, case, name in rows:
         side = case["sides"][name]
         if "of_limit" in side:
-            axis.barh(y, 100 * side["of_limit"], color=_colour(case, name), height=0.8)
-            text = f"  {side['of_limit']:.0%}, {side['floor']['limit']} {seconds(side['floor']['seconds'])}"
-            axis.text(100 * side["of_limit"], y, text, va="center", fontsize=8)
+            axis.barh(y, min(100 * side["of_limit"], 125), color=_colour(case, name), height=0.8)
+            text = f"  {side['of_limit']:.0%} ({side['floor']['limit']}: {seconds(side['floor']['seconds'])})"
+            axis.text(min(100 * side["of_limit"], 100), y, text, va="center", fontsize=8)
     axis.axvline(100, color="#444", linewidth=0.8, linestyle="--")
-    axis.set_xlim(0, 130)
+    axis.set_xlim(0, 150)
     axis.set_xlabel("% of this machine's limit at that precision", fontsize=8)
     _label(axis, rows, "How far from the limit")
     axis.set_yticklabels([])
@@ -175,24 +180,22 @@ def _limit(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
 def _where(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
     """By kind of work where the call was profiled, else by its parts; as a share of the case's slowest side."""
     rows, shown = _rows(cases), {}
-    kinds: dict[str, str] = {}
     for y, case, name in rows:
         side = case["sides"][name]
+        pieces = side.get("profile", {}).get("seconds_by_kind") or side["parts"]
+        if not pieces:
+            continue
         slowest = max(other["seconds"]["median"] for other in case["sides"].values())
-        pieces = side.get("profile", {}).get("seconds_by_kind") or side["parts"] or {"all": side["seconds"]["median"]}
         scale = side["seconds"]["median"] / sum(pieces.values()) / slowest * 100
         left = 0.0
         for piece, value in pieces.items():
-            if piece not in kinds:
-                default = _KIND_COLOURS[len(kinds) % len(_KIND_COLOURS)]
-                kinds[piece] = _PART_COLOURS.get(piece, "#c9ced4" if piece == "all" else default)
-            bar = axis.barh(y, value * scale, left=left, color=kinds[piece], height=0.8)
+            bar = axis.barh(y, value * scale, left=left, color=_COLOURS.get(piece, _GREY), height=0.8)
             shown.setdefault(piece, bar)
-            if value * scale > 9:
+            if value * scale > 1.5 * len(piece) + 1:
                 axis.text(left + value * scale / 2, y, piece, ha="center", va="center", fontsize=7, color="white")
             left += value * scale
     axis.set_xlabel("% of the time of the case's slowest side", fontsize=8)
     if shown:
-        axis.legend(shown.values(), shown.keys(), fontsize=7, loc="lower right", ncols=2)
+        axis.legend(shown.values(), shown.keys(), fontsize=7, loc="lower right", ncols=2, frameon=False)
     _label(axis, rows, "Where the time goes")
     axis.set_yticklabels([])

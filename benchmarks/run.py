@@ -13,6 +13,7 @@ from pathlib import Path
 from ccella_fast import doors
 
 SUITES = ["quick", "kernels", "sampler", "training", "data", "memory", "all"]
+QUICK_MINUTES = {"cpu": 5, "cuda": 8}
 ROOT = Path(__file__).resolve().parents[1]
 EPILOG = """the quick suite ends within 5 minutes on two CPU cores and within 8 on a GPU
 exit codes: 0 ok; 1 a wrong result, a failed case, or with --baseline a regression beyond the noise; 2 usage"""
@@ -40,14 +41,19 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.case or []:
         if name not in known:
             raise ConfigError(f"there is no case '{name}'", field="--case", fix=did_you_mean(name, known))
-    chosen = [known[name] for name in arguments.case] if arguments.case else select(arguments.suite or ["quick"], device)
+    chosen = (
+        [known[name] for name in arguments.case] if arguments.case else select(arguments.suite or ["quick"], device)
+    )
     baseline = results.read(arguments.baseline) if arguments.baseline else None  # before the long work
-    run_session = session.Session(device, minutes=arguments.minutes, command=_command(arguments), debug=arguments.debug)
+    quick = not arguments.case and (arguments.suite or ["quick"]) == ["quick"]
+    minutes = arguments.minutes or (QUICK_MINUTES[device.type] if quick else None)
+    run_session = session.Session(device, minutes=minutes, command=_command(arguments), debug=arguments.debug)
     if arguments.dry_run:
         print(run_session.plan(chosen))
         return 0
     stem = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{results.commit()}"
-    path = arguments.json or ROOT / "out" / "benchmarks" / f"{stem}.json"
+    kept = results.ROOT / "results" / results.slug(run_session.name)
+    path = arguments.json or (kept if arguments.keep else ROOT / "out" / "benchmarks") / f"{stem}.json"
     record = run_session.measure(chosen, traces=path.with_suffix("") if arguments.profile else None)
     results.write(record, path)
 
@@ -55,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     print(report.table(record))
     report.write(record, path.with_suffix(".html"), path.with_suffix(".png"))
+    if arguments.keep:
+        results.write_markdown()
     print(f"page    {path.with_suffix('.html')}\npicture {path.with_suffix('.png')}")
     bad = [case["name"] for case in record["cases"] if case["status"] in ("wrong", "failed")]
     worse, remarks = results.regressions(record, baseline) if baseline else ([], [])
@@ -82,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier JSON to compare with")
     parser.add_argument("--profile", action="store_true", help="torch.profiler traces for Perfetto, and NVTX ranges")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write (default: below out/benchmarks/)")
+    parser.add_argument(
+        "--keep", action="store_true", help="write below benchmarks/results/<machine>/ and redo RESULTS.md"
+    )
     parser.add_argument("--minutes", type=float, help="leave out cases that would end later than this")
     parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

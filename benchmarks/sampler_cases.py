@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,68 +14,131 @@ from torch import Tensor
 
 import reference
 from cases import Case, Floor, Side, Skip, Trial
-from ccella_fast.diffusion import loop
-from ccella_fast.diffusion.noise import start_noise
-from ccella_fast.diffusion.schedule import Schedule
-from ccella_fast.diffusion.solvers import get_solver
+from ccella_fast.diffusion.noise import generator, start_noise
+from ccella_fast.models.vae import Autoencoder
+from ccella_fast.nvml import open_gpu
+from ccella_fast.sampling import FastSampler
 from counting import FlashAttention, backend, count
 from timer import Watch, measure, summary
+from tuned_peer import Sampler
 from workbench import Workbench
 
 TIMESTEP = 500
+_ENERGY_SECONDS = 4.0
+_STEPS = {"cpu": 2, "cuda": 20}  # of the short chains whose steps are timed
 
 
 def denoising_step(bench: Workbench, batch: int = 1) -> Trial:
-    """One step inside the loop: the network and the solver's update. Ours has computed all that depends on the report and the
-    timestep before the loop; that cost is a part of the case `sampling`."""
-    x, conditions = bench.latent(batch), bench.conditions(batch)
-    trial = Trial(shapes={"latent": list(x.shape), "text": list(conditions["text"].shape)})
-    noise_scheduler, told = reference.scheduler(bench.config.scheduler, bench.config.scheduler.num_train_timesteps)
-    index = len(told) - 1 - TIMESTEP
+    """A step inside the loop, from a chain of a few of them: network, solver, noise. What does not depend on the noisy latent
+    ours has computed before the loop: that is timed in the case `sampling`."""
+    steps, seeds = _STEPS[bench.device.type], list(range(batch))
+    conditions = bench.conditions(batch)
+    shape = [bench.latent_channels, *bench.latent_grid]
+    trial = Trial(shapes={"latent": [batch, *shape], "text": list(conditions["text"].shape), "steps": steps})
 
-    @torch.no_grad()
-    def theirs(watch: Watch | None = None) -> Tensor:
-        timesteps = torch.Tensor((told[index],)).to(x.device).expand(batch)
-        with reference.autocast(x.device):
-            noise, _ = bench.reference(x, timesteps, **conditions)
-            if watch is not None:
-                watch.mark("network")
-                noise_scheduler.step(noise, noise_scheduler.timesteps[index], x)
-                watch.mark("solver")
-        return noise
+    # The reference draws one noise for the whole batch, we one a seed: several samples agree where no noise is added.
+    gated = steps if batch == 1 else 1
 
-    def ours(model: Any) -> Callable[..., Tensor]:
-        schedule = Schedule.from_config(bench.config.scheduler)
-        plan = get_solver("ddpm").plan(schedule, len(schedule))
-        row = torch.tensor(plan.coefficients[index], dtype=torch.float32, device=x.device)
-        with torch.no_grad():
-            prepared = model.condition(torch.full((batch,), TIMESTEP, device=x.device), **conditions)
+    def theirs(steps: int, policy: Any = None) -> Tensor:
+        return _reference_chain(bench, seeds, conditions, steps, policy)
 
-        @torch.no_grad()
-        def step(watch: Watch | None = None) -> Tensor:
-            noise = model.denoise(x, prepared)
-            if watch is not None:
-                watch.mark("network")
-                plan.step(x, noise.float(), row, torch.randn_like(x), ())
-                watch.mark("solver")
-            return noise
+    def ours(steps: int, sampler: FastSampler) -> Tensor:
+        # From the second call with equal prompts on everything is hoisted already: what is left are the steps.
+        return _our_chain(bench, sampler, seeds, conditions, steps)
 
-        return step
-
-    trial.sides["reference"] = Side(bench.reference_precision, theirs, theirs)
-    if bench.fast_name != "fp32":
-        same = ours(bench.model)
-        trial.sides["ours fp32"] = Side("fp32", same, same)
-    fast = ours(bench.fast_model)
-    trial.sides["ours"] = Side(bench.fast_name, fast, fast)
-    trial.truth = lambda: _truth(bench, x, conditions, batch)
+    precision = bench.reference_precision
+    trial.sides["reference"] = Side(precision, lambda watch: theirs(steps), lambda: theirs(gated), calls=steps)
+    for name, (precision, sampler) in bench.samplers.items():
+        output = functools.partial(ours, gated, sampler)
+        trial.sides[name] = Side(precision, lambda watch, sampler=sampler: ours(steps, sampler), output, calls=steps)
+    trial.truth = lambda: theirs(gated, _no_autocast(bench))
     trial.floor = {name: step_floor(bench, batch, side.precision) for name, side in trial.sides.items()}
+    trial.notes.append(
+        f"a chain of {steps} DDPM steps divided by {steps}; the gate compares latents after {gated} of them"
+    )
     return trial
 
 
-@torch.no_grad()
-def _truth(bench: Workbench, x: Tensor, conditions: dict[str, Tensor], batch: int) -> Tensor:
-    return bench.reference(x, torch.full((batch,), float(TIMESTEP), device=x.device), **conditions)[0]
+def denoising_step_tuned(bench: Workbench) -> Trial:
+    """The same against the tuned peer."""
+    steps, seeds, conditions = _STEPS[bench.device.type], [0], bench.conditions(1)
+    shape = [bench.latent_channels, *bench.latent_grid]
+    bench.tick("tuned peer: copying the model")
+    peer = Sampler(bench.model, bench.config.scheduler, bench.fast_dtype)
+
+    def theirs() -> Tensor:
+        start, source = start_noise(shape, seeds, device=bench.device), generator(seeds[0], "step", device=bench.device)
+        return peer(start, **conditions, num_steps=steps, source=source)
+
+    def ours() -> Tensor:
+        return _our_chain(bench, bench.sampler, seeds, conditions, steps)
+
+    trial = Trial(shapes={"latent": [1, *shape], "steps": steps})
+    for name, run in (("tuned peer", theirs), ("ours", ours)):
+        trial.sides[name] = Side(bench.fast_name, lambda watch, run=run: run(), run, calls=steps)
+        trial.floor[name] = step_floor(bench, 1, bench.fast_name)
+    trial.truth = lambda: _reference_chain(bench, seeds, conditions, steps, _no_autocast(bench))
+    compiled = "compiled, max-autotune" if bench.device.type == "cuda" else "not compiled"
+    trial.notes.append(
+        f"MONAI's U-Net, {bench.fast_name} weights, best attention, {compiled}; first call: its compilation"
+    )
+    return trial
+
+
+def energy(bench: Workbench) -> Trial:
+    """Joules of a volume, of the GPU alone: NVML's counter over a stretch of whole chains."""
+    gpu = open_gpu()
+    if isinstance(gpu, str):
+        raise Skip(gpu)
+    steps, conditions = _STEPS["cuda"], bench.conditions(1)
+    trial = Trial(shapes={"latent": [1, bench.latent_channels, *bench.latent_grid], "steps": steps})
+    runs: dict[str, Callable[[], Any]] = {
+        "reference": lambda: _reference_chain(bench, [0], conditions, steps, None),
+        "ours": lambda: _our_chain(bench, bench.sampler, [0], conditions, steps),
+    }
+    joules = {}
+    for name, run in runs.items():
+        bench.tick(name)
+        run()
+        torch.cuda.synchronize()
+        begun, before, count = time.perf_counter(), gpu.energy(), 0
+        while time.perf_counter() - begun < _ENERGY_SECONDS:
+            run()
+            torch.cuda.synchronize()
+            count += 1
+        joules[name] = (gpu.energy() - before) / (count * steps)
+        trial.facts.append((f"{name}, a denoising step", joules[name], "J"))
+        total = bench.config.scheduler.num_train_timesteps
+        trial.facts.append((f"{name}, a volume of {total} steps before its decode", joules[name] * total, "J"))
+    trial.facts.append(("reference / ours", joules["reference"] / joules["ours"], "x"))
+    return trial
+
+
+def _reference_chain(
+    bench: Workbench, seeds: Sequence[int], conditions: dict[str, Tensor], steps: int, policy: Any
+) -> Tensor:
+    """The reference draws its noise for the whole batch; for the gate to compare, it starts from our seeds' noise."""
+    shape = [bench.latent_channels, *bench.latent_grid]
+    start = start_noise(shape, seeds, device=bench.device)
+    source = generator(seeds[0], "step", device=bench.device)
+    return reference.sample(
+        bench.reference, start, **conditions, config=bench.config.scheduler, num_steps=steps, generator=source,
+        policy=policy,
+    )  # fmt: skip
+
+
+def _our_chain(
+    bench: Workbench, sampler: FastSampler, seeds: Sequence[int], conditions: dict[str, Tensor], steps: int
+) -> Tensor:
+    result = sampler(
+        text=conditions["text"], spacing=(conditions["spacing"] / 100).tolist(), seeds=seeds, num_steps=steps, solver="ddpm",
+        latent_shape=(bench.latent_channels, *bench.latent_grid), batch_size=len(seeds), decode=False, progress=False,
+    )  # fmt: skip
+    return result.latents.to(bench.device)
+
+
+def _no_autocast(bench: Workbench) -> torch.autocast:
+    return torch.autocast(bench.device.type, enabled=False)
 
 
 def step_floor(bench: Workbench, batch: int, precision: str) -> Floor:
@@ -118,46 +184,37 @@ def _work(bench: Workbench, batch: int) -> tuple[float, float, float, float]:
     return counted.flops, elements[0], upsampler[0], sum(p.numel() for p in unet.parameters())
 
 
-def sampling(bench: Workbench, num_steps: int = 4) -> Trial:
-    """The whole way from text features to a volume: all steps of a short chain, then the decoder, batch 1."""
-    x, conditions = bench.latent(1), bench.conditions(1)
-    schedule, solver = Schedule.from_config(bench.config.scheduler), get_solver("ddpm")
-    shape, seeds = list(x.shape[1:]), [7]
-    factor = bench.config.autoencoder.factor
-    trial = Trial(shapes={"latent": list(x.shape), "volume": [s * factor for s in shape[1:]], "steps": num_steps})
+def sampling(bench: Workbench) -> Trial:
+    """The whole way from text features to a volume, batch 1. Ours gets another prompt each time."""
+    steps, seeds, factor = 2 * _STEPS[bench.device.type], [7], bench.config.autoencoder.factor
+    prompts = [bench.conditions(1, seed=seed) for seed in (1, 2)]
+    trial = Trial(
+        shapes={
+            "latent": [1, bench.latent_channels, *bench.latent_grid],
+            "volume": [axis * factor for axis in bench.latent_grid], "steps": steps,
+        }
+    )  # fmt: skip
 
     def theirs(watch: Watch | None = None, policy: Any = None) -> Tensor:
-        from ccella_fast.diffusion.noise import generator, randn_per_sample
-
-        start = randn_per_sample(shape, [generator(seeds[0], "start")], device=x.device)
-        source = generator(seeds[0], "step", device=x.device)
-        latent = reference.sample(
-            bench.reference, start, **conditions, config=bench.config.scheduler, num_steps=num_steps,
-            generator=source, policy=policy,
-        )  # fmt: skip
+        latent = _reference_chain(bench, seeds, prompts[0], steps, policy)
         if watch is not None:
             watch.mark("steps")
-        with torch.no_grad(), policy or reference.autocast(x.device):
+        with torch.no_grad(), policy or reference.autocast(bench.device):
             volume = bench.reference_autoencoder.decode_stage_2_outputs(latent).clamp(0, 1)
         if watch is not None:
             watch.mark("decode")
         return volume
 
-    def ours(model: Any, autoencoder: Any) -> Callable[..., Tensor]:
-        dtype = next(model.parameters()).dtype
+    def ours(sampler: FastSampler) -> Callable[..., Tensor]:
+        turns = itertools.cycle([1, 0])
 
         @torch.no_grad()
         def run(watch: Watch | None = None) -> Tensor:
-            def denoise(latent: Tensor, timesteps: Tensor) -> Tensor:
-                return model(latent, timesteps, **conditions).noise
-
-            latent = loop.sample(
-                denoise, start_noise(shape, seeds, device=x.device), solver=solver, schedule=schedule, seeds=seeds,
-                num_steps=num_steps,
-            )  # fmt: skip
+            prompt = prompts[0] if watch is None else prompts[next(turns)]
+            latent = _our_chain(bench, sampler, seeds, prompt, steps)
             if watch is not None:
                 watch.mark("steps")
-            volume = autoencoder.decode(latent.to(dtype)).float().clamp(0, 1)
+            volume = sampler.autoencoder.decode(latent.to(sampler.dtype)).float().clamp(0, 1)
             if watch is not None:
                 watch.mark("decode")
             return volume
@@ -165,13 +222,11 @@ def sampling(bench: Workbench, num_steps: int = 4) -> Trial:
         return run
 
     trial.sides["reference"] = Side(bench.reference_precision, theirs, theirs)
-    if bench.fast_name != "fp32":
-        same = ours(bench.model, bench.autoencoder)
-        trial.sides["ours fp32"] = Side("fp32", same, same)
-    fast = ours(bench.fast_model, bench.fast_autoencoder)
-    trial.sides["ours"] = Side(bench.fast_name, fast, fast)
-    full = torch.autocast(x.device.type, enabled=False)
-    trial.truth = lambda: theirs(policy=full)
+    for name, (precision, sampler) in bench.samplers.items():
+        run = ours(sampler)
+        trial.sides[name] = Side(precision, run, run)
+    trial.truth = lambda: theirs(policy=_no_autocast(bench))
+    trial.notes.append("steps: of ours with the adapter for all timesteps of the chain")
     return trial
 
 
@@ -205,17 +260,16 @@ def _autoencoder(bench: Workbench, given: Tensor, ours: Callable, theirs: Callab
 
     stock = side(bench.reference_autoencoder, theirs, True)
     trial.sides["reference"] = Side(bench.reference_precision, stock, stock)
-    if bench.fast_name != "fp32":
-        same = side(bench.autoencoder, ours, False)
-        trial.sides["ours fp32"] = Side("fp32", same, same)
-    fast = side(bench.fast_autoencoder, ours, False)
-    trial.sides["ours"] = Side(bench.fast_name, fast, fast)
+    for name, (precision, sampler) in bench.samplers.items():
+        run = side(sampler.autoencoder, ours, False)
+        trial.sides[name] = Side(precision, run, run)
     # MONAI's norm rounds to fp16 on a GPU whatever the policy, so the truth is ours in fp32 (equal to MONAI's in the tests).
     trial.truth = side(bench.autoencoder, ours, False)
     with torch.device("meta"):
-        net, x = type(bench.autoencoder)(bench.config.autoencoder), torch.empty(given.shape)
+        plain = reference.autoencoder_shared_with(Autoencoder(bench.config.autoencoder), splits=1)
+        x = torch.empty(given.shape)
     with torch.no_grad():
-        counted = count(lambda: ours(net, x))
+        counted = count(lambda: theirs(plain, x))
     elements = counted.bytes_by_op["convolution"] / 4
     for name, row in trial.sides.items():
         precision = "fp32" if row.precision == "fp32" else "bf16"
@@ -243,7 +297,7 @@ def text_encoding(bench: Workbench) -> Trial:
 def scaling(bench: Workbench) -> Trial:
     """Seconds of one denoising step against the batch, and against the voxels of the latent: slopes in a log-log plot."""
     trial = Trial(shapes={"latent": [1, bench.latent_channels, *bench.latent_grid]})
-    model, divisor = bench.fast_model, bench.config.model.divisor
+    model, divisor = bench.sampler.model, bench.config.model.divisor
     cpu = bench.device.type == "cpu"
     batches = [1, 2, 4] if cpu else [1, 2, 4, 8]
     steps = [4, 2, 1] if cpu else [2, 1]
@@ -280,11 +334,11 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 CASES = [
     Case(
         "denoising_step", "sampler", "one denoising step in the loop, batch 1: the reference's eager step, and ours",
-        denoising_step, quick=("cpu", "cuda"), budget=30, set_up={"cpu": 25, "cuda": 30},
+        denoising_step, quick=("cpu", "cuda"), profile=True, budget=20, set_up={"cpu": 25, "cuda": 30},
     ),
     Case(
         "decode", "sampler", "latent to volume: MONAI's AutoencoderKlMaisi, and ours", decode,
-        quick=("cpu", "cuda"), budget=16, set_up={"cpu": 15, "cuda": 5},
+        quick=("cpu", "cuda"), profile=True, budget=12, set_up={"cpu": 15, "cuda": 5},
     ),
     Case(
         "sampling", "sampler", "text features to volume at equal steps, decode included: the reference's loop, and ours",
@@ -301,4 +355,12 @@ CASES = [
     Case("text_encoding", "sampler", "reports to features, per report", text_encoding, set_up={"cpu": 5, "cuda": 5}),
     Case("scaling", "sampler", "how a step's cost grows with the batch and with the latent", scaling,
          set_up={"cpu": 30, "cuda": 20}),
+    Case(
+        "energy", "sampler", "joules of a denoising step and of a volume, by NVML: the reference's, and ours", energy,
+        quick=("cuda",), budget=2 * _ENERGY_SECONDS, set_up={"cpu": 0, "cuda": 5},
+    ),
+    Case(
+        "denoising_step_tuned", "sampler", "one denoising step: the tuned peer (compiled, bf16, channels-last), and ours",
+        denoising_step_tuned, budget=15, set_up={"cpu": 10, "cuda": 150},
+    ),
 ]  # fmt: skip

@@ -22,7 +22,7 @@ import results
 import timer
 from cases import Case, Skip, Trial
 from ccella_fast.config import Config
-from ccella_fast.environment import cpu_name, describe, warnings
+from ccella_fast.environment import card, cpu_name, describe, warnings
 from ccella_fast.errors import CcellaError
 from ccella_fast.nvml import Gpu, Monitor, open_gpu
 from workbench import Workbench
@@ -51,14 +51,14 @@ class Session:
     def measure(self, cases: list[Case], traces: Path | None) -> dict[str, Any]:
         environment = describe()
         found = warnings(environment)
-        print(self._card(environment, found), flush=True)
+        print(self._card(environment), flush=True)
         grid, widths = self.bench.latent_grid, self.bench.config.model.num_channels
         rates = machine.rates(self.device, widths=widths, grid=grid, tick=self._tick)
         self.bench.machine = rates
         self._tick("noise floor")
         noise, overhead = self._noise(), timer.overhead(self.device)
-        self._say(f"limits   {machine.describe(rates)}")
-        self._say(f"noise    A against A {noise['noise']:.1%}, the runner itself {overhead * 1e6:.1f} us a call")
+        self._say(f"limits      {machine.describe(rates)}")
+        self._say(f"noise       A against A {noise['noise']:.1%}, the runner itself {overhead * 1e6:.1f} us a call")
         left_out: dict[str, str] = {}
         done = []
         for number, case in enumerate(cases, start=1):
@@ -112,6 +112,8 @@ class Session:
         return row
 
     def _run(self, case: Case, trial: Trial, row: dict[str, Any], traces: Path | None) -> None:
+        if not trial.sides:
+            return
         errors = self._errors(trial)
         with self._nvtx(case.name), self._monitor() as monitor:
             timings = timer.measure(
@@ -128,7 +130,7 @@ class Session:
                 "parts": {part: timer.summary(values)["median"] / side.calls for part, values in timing.parts.items()},
             }  # fmt: skip
             if name in errors:
-                facts |= {"error": errors[name], "passed": errors[name] <= trial.tolerance[side.precision]}
+                facts |= {"error": errors[name], "passed": errors[name] <= trial.allowed(side.precision, errors)}
             if name in trial.floor:
                 floor = trial.floor[name]
                 least, limit = floor.seconds(self.bench.machine)
@@ -137,7 +139,7 @@ class Session:
                 facts["of_limit"] = least / facts["seconds"]["median"]
             row["sides"][name] = facts
         judge(row)
-        if row["status"] == "ok" and (traces is not None or case.name == "denoising_step"):
+        if row["status"] == "ok" and (traces is not None or case.profile):
             for name, side in trial.sides.items():
                 self._tick(f"{name}: profile")
                 trace = None if traces is None else traces / f"{case.name}-{results.slug(name)}.json"
@@ -165,18 +167,11 @@ class Session:
         with torch.no_grad():
             return timer.noise_floor(lambda watch: F.conv3d(x, w, padding=1), self.device, budget=3.0)
 
-    def _card(self, environment: dict[str, Any], found: list[str]) -> str:
-        cpu, packages = environment["cpu"], environment["packages"]
+    def _card(self, environment: dict[str, Any]) -> str:
         model = self.bench.config.model
-        lines = [
-            f"machine  {self.name}, {cpu['cores']} cores, {cpu['torch_threads']} threads, {cpu['memory_gib']} GiB, "
-            f"{' '.join(cpu['instructions'])}",
-            f"torch    {packages['torch']}, MONAI {packages['monai']}, Triton {packages['triton']}",
-            f"model    {model.variant}, channels {model.num_channels}, latent {self.bench.latent_grid}",
-            f"gpu      {self.gpu if isinstance(self.gpu, str) else self.name}",
-        ]
-        lines += [f"kernel   {name}: {entry['backend']} ({entry['why']})" for name, entry in environment["kernels"].items()]
-        return "\n".join(lines + [f"WARNING  {line}" for line in found])
+        telemetry = self.gpu if isinstance(self.gpu, str) else "NVML"
+        size = f"{model.variant}, channels {model.num_channels}, latent {self.bench.latent_grid}"
+        return f"{card(environment)}\nmodel       {size}\ntelemetry   {telemetry}"
 
     def _telemetry(self) -> dict[str, Any]:
         return {"absent": self.gpu} if isinstance(self.gpu, str) else self.gpu.read()._asdict()

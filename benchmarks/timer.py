@@ -17,6 +17,7 @@ import torch
 LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 _LEAST_SECONDS = 0.01  # a timed stretch on the CPU is at least this long: shorter calls are repeated inside it
 _LEAST_SECONDS_CUDA = 0.002
+_LONG = 2.0
 
 
 class Watch:
@@ -53,7 +54,8 @@ class Watch:
 
 @dataclass
 class Timing:
-    """Seconds of one call of one side, one entry a round; the same for each part; and of its first call, compilation included."""
+    """Seconds of one call of one side, one entry a round; the same for each part; and of the very first call, compilation
+    included."""
 
     rounds: list[float] = field(default_factory=list)
     parts: dict[str, list[float]] = field(default_factory=dict)
@@ -67,13 +69,15 @@ def measure(
     budget: float,  # seconds for the rounds of all sides together; LEAST_ROUNDS are always run
     tick: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Timing]:
-    """Run every side once (its first call), once more to warm up, then in turn until the budget is used."""
+    """Run every side once (its first call), a short one once more, then all in turn until the budget is used."""
     timings = {name: Timing() for name in sides}
     repeats, a_round = {}, 0.0
     for name, run in sides.items():
         tick(f"{name}: first call")
         timings[name].first = _once(run, device)[0]
-        second = min(_once(run, device)[0], timings[name].first)
+        second = timings[name].first
+        if second < _LONG:  # the first call of a long one has warmed up enough
+            second = min(second, _once(run, device)[0])
         least = _LEAST_SECONDS_CUDA if device.type == "cuda" else _LEAST_SECONDS
         repeats[name] = max(1, min(1000, round(least / max(second, 1e-9))))
         a_round += second * repeats[name]
@@ -100,7 +104,9 @@ def _once(run: Callable[[Watch], Any], device: torch.device, repeats: int = 1) -
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """median, q1, q3, min and n."""
-    low, high = (values[0], values[0]) if len(values) == 1 else statistics.quantiles(values, n=4, method="inclusive")[::2]
+    low, high = (
+        (values[0], values[0]) if len(values) == 1 else statistics.quantiles(values, n=4, method="inclusive")[::2]
+    )
     return {"median": statistics.median(values), "q1": low, "q3": high, "min": min(values), "n": len(values)}
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import statistics
+import subprocess
+import sys
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -12,44 +17,51 @@ import torch
 from torch import Tensor, nn
 
 import reference
+import tuned_peer
 from cases import Case, Floor, Side, Skip, Trial
-from ccella_fast.config import Config, make_config
+from ccella_fast.config import Config, load_config, make_config
 from ccella_fast.diffusion.schedule import Schedule
+from ccella_fast.environment import free_memory
+from ccella_fast.storage import write_json
 from counting import FlashAttention, backend, count
 from prepared import write_prepared
-from sampler_cases import step_floor
+from sampler_cases import slope, step_floor
 from timer import Watch
 from workbench import Workbench
 
 # Gradients that have come through everything: the U-Net's first convolution, the adapter's latents.
 _LOOKED_AT = ("unet.conv_in.conv.weight", "ella.connector.latents")
+ROOT = Path(__file__).resolve().parents[1]
 _SCALE = 1.0  # latents of the random folder have unit variance
+_MOST_STEPS = 1000
 _TOLERANCE = {"fp32": 5e-3, "bf16": 0.25, "fp16": 0.25}  # of a gradient: L1's flips sign where the error is near zero
 _ADAMW_BYTES = 28  # a parameter: read p, g, m, v, write p, m, v, in fp32
 
 
-def training_step(bench: Workbench, precision: str | None = None) -> Trial:
+def training_step(bench: Workbench, precision: str | None = None, *, peer: bool = False) -> Trial:
     """loader, forward, backward, optimizer. The reference: fp16 autocast and GradScaler on a GPU, fp32 on a CPU, default
-    AdamW. Ours: train.py's engine, without EMA, which the reference has not."""
+    AdamW. Ours: train.py's engine, without EMA, which the reference has not. peer: against the tuned peer instead."""
     bench.release()
     precision = precision or ("bf16" if bench.device.type == "cuda" else "fp32")
     batch = bench.config.training.batch_size if bench.device.type == "cuda" else 1
     config = _config(bench, precision, batch)
     needed = _bytes_per_parameter(precision) * 0.5755e9 / 2**30
-    if bench.device.type == "cpu" and needed > _memory_gib():
-        raise Skip(f"it needs about {needed:.0f} GiB of memory, {_memory_gib():.0f} are free")
+    free = free_memory(bench.device) / 2**30
+    if needed > free:
+        raise Skip(f"it needs about {needed:.0f} GiB of memory, {free:.0f} are free")
     folder = tempfile.TemporaryDirectory(prefix="ccella-bench-")
     data = write_prepared(Path(folder.name) / "prepared", config, cases=2 * batch)
     bench.tick("building the engine")
     engine = build_engine(bench, config, Path(folder.name))
     theirs = _reference(engine, precision)
     schedule = Schedule.from_config(config.scheduler)
-    feed = _feed(config, data)
-    items = [feed.dataset[index] for index in range(len(feed.dataset))]
-    body = reference.TrainingStep(theirs, config.scheduler, weight=config.class_loss_weight)
+    feed = _feed(config, data, bench.device)
+    items = [feed.dataset.item(index, 0) for index in range(len(feed.dataset))]
+    make = tuned_peer.TrainingStep if peer else reference.TrainingStep
+    body = make(theirs, config.scheduler, weight=config.class_loss_weight)
     if precision == "fp32":  # one set of moments for both, as there is one set of weights: half the memory
         _share_state(body.optimizer, engine.optimizer)
-    steps = feed.steps(0, 1_000_000, background=bench.device.type == "cuda")
+    steps = feed.steps(0, _MOST_STEPS, background=bench.device.type == "cuda")
 
     def run_reference(watch: Watch) -> None:
         body(_collated(items[:batch]), watch.mark)
@@ -57,7 +69,7 @@ def training_step(bench: Workbench, precision: str | None = None) -> Trial:
     def run_ours(watch: Watch) -> None:
         from ccella_fast.training.loop import joint_loss
 
-        samples = next(steps)[0].to(bench.device)
+        samples = next(steps)[0]
         watch.mark("loader")
         losses = joint_loss(engine, samples, schedule, config.class_loss_weight)
         watch.mark("forward")
@@ -68,10 +80,10 @@ def training_step(bench: Workbench, precision: str | None = None) -> Trial:
         watch.mark("optimizer")
 
     trial = Trial(shapes={"latent": [batch, bench.latent_channels, *bench.latent_grid]}, tolerance=_TOLERANCE)
-    samples = feed.micro_batch(0, 0).to(bench.device)
+    samples = feed.micro_batch(0, 0)
     gate = _Gate(engine, theirs, body, samples, schedule, config)
-    name = bench.reference_precision
-    trial.sides["reference"] = Side(name, run_reference, lambda: gate.reference(autocast=True))
+    first, name = ("tuned peer", "bf16") if peer else ("reference", bench.reference_precision)
+    trial.sides[first] = Side(name, run_reference, lambda: gate.reference(autocast=True))
     trial.sides["ours"] = Side(precision, run_ours, gate.ours)
     trial.truth = lambda: gate.reference(autocast=False)
     for side, row in trial.sides.items():
@@ -91,10 +103,10 @@ class _Gate:
 
     def reference(self, *, autocast: bool) -> Tensor:
         batch = {key: value for key, value in self.samples._asdict().items() if isinstance(value, Tensor)}
-        with reference.autocast(self.samples.latents.device) if autocast else torch.autocast("cpu", enabled=False):
+        with self.body.autocast() if autocast else torch.autocast(self.body.device.type, enabled=False):
             loss = self.body.loss(batch)
         # The loss is scaled as GradScaler would: fp16 gradients underflow otherwise.
-        scale = 2.0**14 if autocast and self.body.device.type == "cuda" else 1.0
+        scale = 2.0**14 if autocast and self.body.scaler.is_enabled() else 1.0
         (loss * scale).backward()
         return self._take(self.theirs, 1 / scale)
 
@@ -169,14 +181,20 @@ def _config(bench: Workbench, precision: str, batch: int) -> Config:
     return make_config(changes, base=bench.config)
 
 
-def _feed(config: Config, data: Path) -> Any:
+def _feed(config: Config, data: Path, device: torch.device) -> Any:
+    """As train.py makes it: the latents resident on the device where they fit."""
     from ccella_fast.data.dataset import PreparedDataset
+    from ccella_fast.data.resident import choose_source
     from ccella_fast.training.feed import Feed
 
+    logging.getLogger("ccella_fast").setLevel(logging.WARNING)  # the memory plan is the training log's
+    dataset = PreparedDataset(data, config, "train")
+    text_dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     return Feed(
-        PreparedDataset(data, config, "train"), seed=0, batch_size=config.training.batch_size, accumulation=1, rank=0,
-        world_size=1, scale=torch.full((sum(config.model.latent_channels),), _SCALE),
-        num_timesteps=config.scheduler.num_train_timesteps,
+        dataset, seed=0, batch_size=config.training.batch_size, accumulation=1, rank=0, world_size=1,
+        scale=torch.full((sum(config.model.latent_channels),), _SCALE),
+        num_timesteps=config.scheduler.num_train_timesteps, source=choose_source(dataset, device, text_dtype),
+        device=device,
     )  # fmt: skip
 
 
@@ -210,9 +228,58 @@ def _bytes_per_parameter(precision: str) -> int:
     return 20 if precision == "fp32" else 20 + 16
 
 
-def _memory_gib() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+def scaling_with_ranks(bench: Workbench) -> Trial:
+    """Samples a second of train.py with 1, 2, 4 ... processes at a fixed batch a process: a GPU each, or on a CPU a core each.
+    The slope in a log-log plot is 1 when ranks cost nothing."""
+    cuda = bench.device.type == "cuda"
+    most = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
+    if most < 2:
+        raise Skip(f"one {'GPU' if cuda else 'core'}: there is nothing to scale over")
+    bench.release()
+    config = bench.config if cuda else load_config(ROOT / "configs" / "demo.json")
+    ranks = [count for count in (1, 2, 4, 8) if count <= most]
+    trial = Trial(shapes={"ranks": ranks, "batch a rank": config.training.batch_size, "latent": config.check_grid()})
+    points = []
+    with tempfile.TemporaryDirectory(prefix="ccella-bench-") as folder:
+        data = write_prepared(Path(folder) / "prepared", config, cases=8 * config.training.batch_size)
+        write_json(Path(folder) / "config.json", config.dump())
+        for count in ranks:
+            bench.tick(f"{count} processes")
+            points.append((count, _samples_a_second(Path(folder), data, count, cuda)))
+            trial.facts.append((f"{count} ranks", points[-1][1], "samples/s"))
+    trial.facts.append(("slope of samples/s with ranks", slope(points), "log-log"))
+    if not cuda:
+        trial.notes.append("the demo's model, one thread a process: gloo over cores that share one memory")
+    return trial
+
+
+def _samples_a_second(folder: Path, data: Path, ranks: int, cuda: bool) -> float:
+    """The median of the second half of a short run's metrics."""
+    run, steps = folder / f"run-{ranks}", 20
+    settings = [f"training.max_train_steps={steps}", f"training.checkpointing_steps={steps}", "training.ema_decay=0"]
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        ROOT / "ccella_fast" / "train.py",
+        "--config",
+        folder / "config.json",
+        "--data",
+        data,
+        "--output_dir",
+        run,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | (
+        {} if cuda else {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    )
+    done = subprocess.run([*map(str, command), *overrides], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"train.py ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]:.200}")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["samples_per_second"] for line in lines[len(lines) // 2 :])
 
 
 CASES = [
@@ -223,5 +290,13 @@ CASES = [
     Case(
         "training_step_bf16", "training", "one training step on a CPU: the reference in fp32, ours in bf16",
         lambda bench: training_step(bench, "bf16"), budget=30, set_up={"cpu": 90, "cuda": 40},
+    ),
+    Case(
+        "training_step_tuned", "training", "one training step: the tuned peer (compiled, bf16 autocast, fused AdamW), and ours",
+        lambda bench: training_step(bench, peer=True), budget=20, set_up={"cpu": 90, "cuda": 180},
+    ),
+    Case(
+        "scaling_with_ranks", "training", "samples a second of train.py with 1, 2, 4 ... processes", scaling_with_ranks,
+        budget=0, set_up={"cpu": 90, "cuda": 120},
     ),
 ]  # fmt: skip

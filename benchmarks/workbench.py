@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Callable
 from functools import cached_property
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 
 import reference
 from ccella_fast.config import Config
-from ccella_fast.environment import cpu_instructions
 from ccella_fast.models import build_model
 from ccella_fast.models.ldm import Denoiser
 from ccella_fast.models.vae import Autoencoder
+from ccella_fast.sampling import FastSampler
+from ccella_fast.sampling.levers import resolve_dtype
 
 SEED = 0
 
@@ -33,9 +33,8 @@ class Workbench:
 
     @property
     def fast_dtype(self) -> torch.dtype:
-        """bf16 wherever the hardware multiplies it."""
-        native = {"avx512_bf16", "amx_bf16"} & set(cpu_instructions())
-        return torch.bfloat16 if self.device.type == "cuda" or native else torch.float32
+        """What `FastSampler` takes by itself: bf16 wherever the hardware multiplies it."""
+        return resolve_dtype("auto", self.device)
 
     @property
     def fast_name(self) -> str:
@@ -52,8 +51,19 @@ class Workbench:
         return self._ready(build_model, self.config)
 
     @cached_property
-    def fast_model(self) -> Denoiser:
-        return self.model if self.fast_dtype is torch.float32 else copy.deepcopy(self.model).to(self.fast_dtype)
+    def sampler(self) -> FastSampler:
+        """As a user makes it."""
+        return FastSampler(self.model, self.autoencoder, config=self.config)
+
+    @cached_property
+    def sampler_fp32(self) -> FastSampler:
+        return FastSampler(self.model, self.autoencoder, config=self.config, dtype="float32")
+
+    @property
+    def samplers(self) -> dict[str, tuple[str, FastSampler]]:
+        """side -> (precision, sampler): the default, and before it the one of equal precision where that is another."""
+        ours = {"ours": (self.fast_name, self.sampler)}
+        return ours if self.fast_name == "fp32" else {"ours fp32": ("fp32", self.sampler_fp32), **ours}
 
     @cached_property
     def reference(self) -> reference.ReferenceModel:
@@ -64,17 +74,13 @@ class Workbench:
         return self._ready(Autoencoder, self.config.autoencoder)
 
     @cached_property
-    def fast_autoencoder(self) -> Autoencoder:
-        return self.autoencoder if self.fast_dtype is torch.float32 else copy.deepcopy(self.autoencoder).bfloat16()
-
-    @cached_property
     def reference_autoencoder(self) -> nn.Module:
         return reference.autoencoder_shared_with(self.autoencoder)
 
     def release(self) -> None:
         """Forget all models: a training case needs the memory."""
         for name in list(vars(self)):
-            if isinstance(vars(self)[name], nn.Module):
+            if isinstance(vars(self)[name], (nn.Module, FastSampler)):
                 delattr(self, name)
         gc.collect()
         if self.device.type == "cuda":
@@ -87,10 +93,10 @@ class Workbench:
     def latent(self, batch: int, grid: list[int] | None = None) -> Tensor:
         return self.random(batch, self.latent_channels, *(grid or self.latent_grid))
 
-    def conditions(self, batch: int) -> dict[str, Tensor]:
+    def conditions(self, batch: int, seed: int = 1) -> dict[str, Tensor]:
         """spacing and text, as the model takes them."""
         text, data = self.config.text, self.config.data
-        features = self.random(batch, text.max_length, self.config.model.input_dim, seed=1)
+        features = self.random(batch, text.max_length, self.config.model.input_dim, seed=seed)
         spacing = torch.tensor([data.spacing], device=self.device).expand(batch, -1) * 100
         return {"spacing": spacing, "text": features}
 

@@ -93,9 +93,13 @@ def export(arguments: argparse.Namespace) -> None:
 def env(arguments: argparse.Namespace) -> None:
     import json
 
-    from ccella_fast.environment import describe
+    from ccella_fast.environment import card, describe, warnings
 
-    print(json.dumps(describe(), indent=2))
+    facts = describe()
+    if arguments.json:
+        print(json.dumps({**facts, "warnings": warnings(facts)}, indent=2))
+    else:
+        print(card(facts))
 
 
 def _config(arguments: argparse.Namespace):
@@ -130,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     _sample(commands)
     _report(commands)
     _export(commands)
-    _add(commands, "env", env, "Print versions, CPU, memory and GPUs, for a bug report.", "ccella-fast env")
+    _env(commands)
     return parser
 
 
@@ -244,6 +248,12 @@ def _export(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--checkpoint", type=Path, required=True, help="run folder or step folder")
     command.add_argument("--out", type=Path, required=True, help="file to write")
     command.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which weights (default ema)")
+
+
+def _env(commands: argparse._SubParsersAction) -> None:
+    about = "Print versions, CPU, GPUs, each kernel's backend and why, and what is known to be slow here."
+    command = _add(commands, "env", env, about, "ccella-fast env")
+    command.add_argument("--json", action="store_true", help="as JSON, for a bug report")
 
 
 def _add(

@@ -1,4 +1,4 @@
-"""What this machine is, and what of it is known to be slow or wrong: `ccella-fast env`, and the head of every result."""
+"""What this machine is, and what of it is known to be slow or wrong: for `ccella-fast env`, and beside every result."""
 
 from __future__ import annotations
 
@@ -89,6 +89,33 @@ def warnings(facts: dict[str, Any]) -> list[str]:
     if packages.get("pynvml"):
         found.append("the package pynvml is deprecated and shadows nvidia-ml-py: pip uninstall pynvml")
     return found
+
+
+def card(facts: dict[str, Any]) -> str:
+    """`describe`'s result and its `warnings` as lines of text."""
+    cpu, packages = facts["cpu"], facts["packages"]
+    quota = "" if cpu["quota"] is None else f", a quota of {cpu['quota']:g}"
+    installed = [f"{name} {version}" for name, version in packages.items() if version]
+    absent = [name for name, version in packages.items() if not version and name != "pynvml"]
+    gpus = [
+        f"{gpu['name']}, {gpu['memory_gib']} GiB, {gpu['processors']} SMs, sm_{gpu['capability'].replace('.', '')}"
+        for gpu in facts["gpu"]
+    ]
+    lines = [
+        f"ccella_fast {facts['ccella_fast']}, Python {facts['python']}, {facts['system']}",
+        f"packages    {', '.join(installed)}",
+        *([f"absent      {', '.join(absent)}"] if absent else []),
+        f"CPU         {cpu['name']}, {cpu['cores']} cores{quota}, {cpu['torch_threads']} torch threads, "
+        f"{cpu['memory_gib']} GiB, {' '.join(cpu['instructions'])}",
+        f"GPU         {'; '.join(gpus) or 'none'}",
+        *([f"driver      {facts['driver']}, cuDNN {facts['cudnn']}"] if facts["gpu"] else []),
+        *(f"{kernel:19} {entry['backend']}: {entry['why']}" for kernel, entry in facts["kernels"].items()),
+        *(f"set         {name}={value}" for name, value in facts["settings"].items()),
+    ]
+    found = warnings(facts)
+    return "\n".join(
+        [*lines, *(f"WARNING     {line}" for line in found), *([] if found else ["nothing known is slow here"])]
+    )
 
 
 @contextmanager
@@ -192,10 +219,7 @@ def _kernels() -> dict[str, dict[str, str]]:
     """Which backend each kernel takes here, and why."""
     from ccella_fast.kernels.backend import explain
 
-    try:
-        return {choice.kernel: {"backend": choice.backend, "why": choice.reason} for choice in explain()}
-    except (ImportError, AttributeError):
-        return {}
+    return {choice.kernel: {"backend": choice.backend, "why": choice.reason} for choice in explain()}
 
 
 def _gpus(torch: Any) -> list[dict[str, Any]]:

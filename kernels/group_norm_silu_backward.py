@@ -29,7 +29,7 @@ from ccella_fast.kernels.layout import (
     walk_case,
     within,
 )
-from ccella_fast.kernels.tuning import config
+from ccella_fast.kernels.tuning import SHIPPED, config
 
 
 @jit
@@ -210,8 +210,15 @@ def aot_cases() -> list[Case]:
     """What `kernels/aot.py` compiles of the backward pass."""
     sums = {"step": "sums", "function": _sums_kernel, "SILU": True}
     gradient = {"step": "input gradient", "function": _input_gradient_kernel, "BLOCK_P": PARTS, "SILU": True}
+    function = _parameter_gradients_kernel
+    pointers = {name: "*fp32" for name in function.arg_names if name.endswith("_ptr")}
+    signature = {**pointers, "B": "i32", "S": "i32", "parts": "i32"}
+    tuned = SHIPPED["group_norm_silu"]["parameter gradients"]
+    sizes_of_64 = {"C": 64, "CPG": 2, "BLOCK_P": PARTS}
     return [
         walk_case("group_norm_silu", channels=64, voxels=2**17, last=True, **sums),
         walk_case("group_norm_silu", channels=64, voxels=2**17, last=False, **sums),
         walk_case("group_norm_silu", channels=192, voxels=2**17, last=True, **gradient),
+        walk_case("group_norm_silu", channels=64, voxels=2**17, last=False, **gradient),
+        Case("group_norm_silu parameter gradients c64", function, signature, tuned, sizes_of_64, ("S",)),
     ]

@@ -65,15 +65,19 @@ class Walk(NamedTuple):
 def walk(x: Tensor, groups: int, tuned: Config) -> Walk:
     """For dense `x` of which a program takes whole groups: one where channels are first; where they are last so many that it
     reads pieces of rows of at most 128 channels."""
-    B, C, S, last = sizes(x)
+    return _walk(*sizes(x), groups, tuned.constants["TILE"], PROGRAMS_EACH * multiprocessors(x.device))
+
+
+@functools.lru_cache(4096)
+def _walk(B: int, C: int, S: int, last: bool, groups: int, tile: int, programs: int) -> Walk:
     width = C // groups
     taken = max(d for d in range(1, 33) if groups % d == 0 and (d == 1 or (last and d * width <= 128)))
     block = power_of_two(taken * width)
     blocks = B * (groups // taken)
-    tile = tuned.constants["TILE"] // block  # voxels
-    tiles = max(1, -(-S // tile))
-    shares = min(tiles, PARTS, max(1, PROGRAMS_EACH * multiprocessors(x.device) // max(1, blocks)))
-    rows = -(-tiles // shares) * tile
+    voxels = tile // block
+    tiles = max(1, -(-S // voxels))
+    shares = min(tiles, PARTS, max(1, programs // max(1, blocks)))
+    rows = -(-tiles // shares) * voxels
     shares = max(1, -(-S // rows))
     constants = dict(C=C, CPG=width, GROUPS=taken, BLOCK_G=power_of_two(taken), BLOCK_C=block, LAST=last)
     return Walk(blocks * shares, rows, shares, constants)

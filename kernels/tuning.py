@@ -6,8 +6,10 @@ A kernel's launcher asks `config(kernel, key, device)`; key says which of its sh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,12 +82,32 @@ SHIPPED: dict[str, dict[str, Config]] = {
 
 def config(kernel: str, key: str, device: torch.device) -> Config:
     """The configuration of `kernel` for `key` on `device`."""
+    if (kernel, key) in _TRIED:
+        return _TRIED[kernel, key]
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     measured = _measured(chip).get(kernel, {}).get(key) if chip else None
     return Config(**measured) if measured else SHIPPED[kernel][key]
 
 
+def tuned_file(chip: str) -> Path:
+    """Where the configurations measured on `chip`, named as CUDA names it, lie."""
+    return Path(__file__).parent / "tuned" / f"{chip.replace(' ', '_')}.json"
+
+
+@contextlib.contextmanager
+def tried(kernel: str, key: str, candidate: Config) -> Iterator[None]:
+    """Within: `candidate` goes before what is shipped or measured. For the tuner."""
+    _TRIED[kernel, key] = candidate
+    try:
+        yield
+    finally:
+        del _TRIED[kernel, key]
+
+
+_TRIED: dict[tuple[str, str], Config] = {}
+
+
 @functools.cache
 def _measured(chip: str) -> dict[str, dict[str, dict[str, Any]]]:
-    file = Path(__file__).parent / "tuned" / f"{chip.replace(' ', '_')}.json"
+    file = tuned_file(chip)
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -17,7 +17,8 @@ Bytes (bf16, elements n = B X Y Z): reference reads 2nC, writes and reads 16nC, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -191,8 +192,15 @@ def _input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
 _upsample_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def upsample_conv3d_phase(x: Tensor, weight: Tensor, bias: Tensor | None, phases: Tensor | None = None) -> Tensor:
-    """The same through PyTorch's convolutions, one a phase, in the memory format of `x`."""
+def upsample_conv3d_phase(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    phases: Iterable[Any] | None = None,
+    convolve: Callable[..., Tensor] = F.conv3d,
+) -> Tensor:
+    """The same through convolutions, one a phase, in the memory format of `x`. phases: see `upsample_conv3d`; in a form of its
+    own if `convolve(x, phase, bias)` knows it and it has a dtype."""
     phases = phase_weights(weight) if phases is None else phases
     batch, _, *grid = x.shape
     outputs = weight.shape[0]
@@ -204,7 +212,7 @@ def upsample_conv3d_phase(x: Tensor, weight: Tensor, bias: Tensor | None, phases
     parts = []
     for (p, q, r), phase in zip(OFFSETS, phases, strict=True):
         corner = padded[:, :, p : p + X + 1, q : q + Y + 1, r : r + Z + 1]
-        parts.append(F.conv3d(corner, phase, None if wide is None else wide.to(phase.dtype)))
+        parts.append(convolve(corner, phase, None if wide is None else wide.to(phase.dtype)))
     if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
         y = torch.stack(parts, 2).unflatten(2, (2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
         return y.reshape(batch, outputs, 2 * X, 2 * Y, 2 * Z)

@@ -82,8 +82,8 @@ def check_fused(
     with torch.no_grad():
         shape = plain(*wide).shape
     dy = torch.randn(shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
-    dtype = next(t for t in tensors if t is not None).dtype
-    dy = dy.to(dtype)
+    first = next(t for t in tensors if t is not None)
+    dy = dy.to(first.device, first.dtype)
     truth = outputs_and_gradients(plain, wide, dy.double())
     eager = outputs_and_gradients(plain, tensors, dy)
     with poisoned():

@@ -18,6 +18,7 @@ from ccella_fast.models import build_model
 from ccella_fast.models.vae import Autoencoder
 from ccella_fast.sampling import Levers, Reuse, session
 from ccella_fast.sampling.hoist import ConditioningTable, PromptRows
+from ccella_fast.sampling.packing import PackedConvolution
 from ccella_fast.sampling.steps import Guidance, Kind, Steps, step_kinds
 
 STEPS = 6
@@ -322,6 +323,18 @@ def test_bfloat16_stays_near_float32(checkpoint, sampler):
     request = {"reports": ["abc"], "seeds": [3], "num_steps": 4}
     exact, rounded = sampler(**request).latents, low(**request).latents
     assert 1e-4 < (exact - rounded).norm() / exact.norm() < 0.1
+
+
+def test_packed_weights_give_the_same_bits(checkpoint):
+    request = {"reports": ["abc", "d"], "num_steps": 4, "batch_size": 2}
+    samplers = [make(checkpoint, dtype="bfloat16", levers=Levers(packed_weights=on)) for on in (True, False)]
+    packed, plain = (sampler(**request).latents for sampler in samplers)
+    assert torch.equal(packed, plain)
+    first = samplers[0].model.unet.conv_in.conv
+    assert isinstance(first._conv_forward, PackedConvolution) and first._conv_forward._packed.is_mkldnn
+    with torch.no_grad():
+        first._conv_forward._packed.copy_(torch.zeros_like(first.weight).to_mkldnn())
+    assert not torch.equal(samplers[0](**request).latents, plain)  # they are what is multiplied
 
 
 # ---- where samplers come from ----

@@ -410,16 +410,38 @@ def test_in_a_cuda_graph(grid):
 @pytest.mark.gpu
 @pytest.mark.parametrize("last", [False, True])
 def test_beyond_2_to_the_31_elements(last):
-    """One block of voxels over and over: statistics and output are the block's."""
+    """One block of voxels over and over: statistics, output and dx are the block's, dweight is a multiple."""
     block, times = 2**20, 33
-    small, weight, bias, _ = (
-        t if t is None else t.cuda() for t in case(1, 64, block, dtype=torch.bfloat16, shift=False)
-    )
-    expected = group_norm_silu(small, 32, weight, bias, backend="reference")
-    x = small.repeat(1, 1, times)
-    x = channels_last(x) if last else x
+    x, weight, bias, _ = case(1, 64, block, dtype=torch.bfloat16, shift=False)
+    small = [tensor.cuda().requires_grad_() for tensor in (x, weight, bias)]
+    dy = draw(1, 64, block, seed=5, dtype=torch.bfloat16).cuda()
+    expected = group_norm_silu(small[0], 32, *small[1:], backend="reference")
+    expected_dx, expected_dweight, _ = torch.autograd.grad(expected, small, dy)
+
+    x = small[0].detach().repeat(1, 1, times)
+    large = [(channels_last(x) if last else x).requires_grad_(), *small[1:]]
     assert x.numel() > 2**31
-    y = group_norm_silu(x, 32, weight, bias, backend="triton")
+    y = group_norm_silu(large[0], 32, *large[1:], backend="triton")
+    dx, dweight, _ = torch.autograd.grad(y, large, dy.repeat(1, 1, times))
     for k in (0, times - 1):
-        part = y[:, :, k * block : (k + 1) * block]
-        torch.testing.assert_close(part, expected, rtol=2**-7, atol=2**-7)
+        part = slice(k * block, (k + 1) * block)
+        torch.testing.assert_close(y[:, :, part], expected, rtol=2**-7, atol=2**-7)
+        torch.testing.assert_close(dx[:, :, part], expected_dx, rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(dweight, times * expected_dweight, rtol=2**-6, atol=times)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_plain_path_keeps_a_large_mean_in_channels_last(shifted):
+    """PyTorch's own norm does not, on a CPU."""
+    generator = torch.Generator().manual_seed(5)
+    x = 1000 + torch.randn(2, 16, 6, 5, 4, generator=generator, dtype=torch.float64)
+    shift = 100 * torch.randn(2, 16, generator=generator, dtype=torch.float64) if shifted else None
+    weight, bias = torch.ones(16, dtype=torch.float64), torch.zeros(16, dtype=torch.float64)
+    last = x.float().to(memory_format=torch.channels_last_3d)
+    truth = group_norm_silu_reference(last.double().contiguous(), 4, weight, bias, shift=shift)
+    narrow = weight.float(), bias.float()
+    actual = group_norm_silu(last, 4, *narrow, shift=None if shift is None else shift.float(), backend="reference")
+    assert (actual.double() - truth).abs().max() < 1e-3
+    if not shifted:
+        plain = torch.nn.functional.silu(torch.nn.functional.group_norm(last, 4, *narrow, 1e-6))
+        assert not (plain.double() - truth).abs().max() < 1e-3

@@ -421,3 +421,22 @@ def test_build_model_takes_names_and_configurations():
     with pytest.raises(ConfigError) as caught:
         build_model("ccella")
     assert caught.value.fix == "did you mean 'CCELLA'?"
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_class_head_of_the_reference_size_in_bf16_on_a_cpu(rows):
+    """196,608 inputs: in pieces, because oneDNN's product ends the process for 8 rows of them where the CPU has AMX."""
+    from ccella_fast.models.adapter import ClassHead
+
+    with torch.device("meta"):
+        head = ClassHead(build_model("CCELLA").config)
+    head = head.to_empty(device="cpu").requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in head.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    latents = torch.randn(rows, 256, 768, generator=generator)
+    truth = head.double()(latents.double())
+    got = head.bfloat16()(latents.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - truth).norm() / truth.norm() < 0.02
+    assert (got.double() - truth.roll(1, 1)).norm() / truth.norm() > 0.2

@@ -17,6 +17,22 @@ from ccella_fast.models.blocks import Stack, zeroed
 from ccella_fast.models.embeddings import sinusoidal
 from ccella_fast.variants import get_variant
 
+_PIECE = 16384
+
+
+def _long_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """`linear(x)` for very many inputs.
+
+    With AMX, oneDNN's bf16 matrix product (3.12) ends the process with a division by zero for some of them, 8 rows of the
+    reference's 196,608 among others. So on a CPU in bf16 the inputs go in pieces, whose results are added in fp32."""
+    low = torch.is_autocast_enabled("cpu") or linear.weight.dtype == torch.bfloat16
+    if x.device.type != "cpu" or not low or x.shape[1] <= _PIECE:
+        return linear(x)
+    pieces = zip(x.split(_PIECE, dim=1), linear.weight.split(_PIECE, dim=1), strict=True)
+    parts = [F.linear(values, weight) for values, weight in pieces]
+    total = torch.stack(parts).sum(0, dtype=torch.float32) + linear.bias.float()
+    return total.to(parts[0].dtype)
+
 
 class ClassHead(nn.Module):
     """All latents at once -> class logits: (B, Q, E) -> (B, classes)."""
@@ -27,7 +43,7 @@ class ClassHead(nn.Module):
         self.fc2 = nn.Linear(config.class_head_dim, config.num_classes)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.fc2(F.relu(self.fc1(latents.flatten(1))))
+        return self.fc2(F.relu(_long_linear(latents.flatten(1), self.fc1)))
 
 
 class AdaptiveLayerNorm(nn.Module):

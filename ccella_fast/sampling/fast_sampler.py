@@ -20,6 +20,7 @@ from ccella_fast.models.vae import Autoencoder
 from ccella_fast.sampling import memory, pretrained
 from ccella_fast.sampling.decoding import Decoded, Decoder
 from ccella_fast.sampling.levers import Levers, channels_last, prepare, resolve_dtype
+from ccella_fast.sampling.packing import can_pack, pack
 from ccella_fast.sampling.reports import Reports
 from ccella_fast.sampling.request import Prompts, Request, check_inputs
 from ccella_fast.sampling.results import REFERENCE_INTENSITY, Generated, Job, Result, Writing
@@ -94,6 +95,9 @@ class FastSampler:
             vae_twin = None if autoencoder is None else Autoencoder(autoencoder.config)
         form = self.levers, self.dtype, self.device
         self.model = prepare(twin, model, *form)
+        packs = not self.levers.compile if self.levers.packed_weights is None else self.levers.packed_weights
+        if packs and can_pack(self.dtype, self.device):
+            pack(self.model)
         self.autoencoder = None
         if autoencoder is not None and vae_twin is not None:
             self.autoencoder = prepare(vae_twin, autoencoder, *form)

@@ -22,6 +22,7 @@ class Levers:
 
     hoist            adapter, class vector, embeddings, keys and values are computed before the loop, not in every step
     channels_last    convolutions in channels_last_3d; None: on CUDA, and on a CPU where the weights are bf16
+    packed_weights   on a CPU with bf16 weights, convolution weights in oneDNN's layout, made once; None: unless compiled
     phase_upsampler  nearest x2 and convolution as eight small convolutions: 3.4 times fewer multiplications there
     cuda_graph       on CUDA a step is captured once and replayed: one launch instead of hundreds
     overlap_decode   on CUDA the decoder works on a second stream beside the next batch's denoising
@@ -29,6 +30,7 @@ class Levers:
 
     hoist: bool = True
     channels_last: bool | None = None
+    packed_weights: bool | None = None
     phase_upsampler: bool = True
     cuda_graph: bool = True
     overlap_decode: bool = True
@@ -38,7 +40,8 @@ class Levers:
     def off(cls) -> Levers:
         """The plain loop, to measure against."""
         return cls(
-            hoist=False, channels_last=False, phase_upsampler=False, cuda_graph=False, overlap_decode=False
+            hoist=False, channels_last=False, packed_weights=False, phase_upsampler=False, cuda_graph=False,
+            overlap_decode=False,
         )  # fmt: skip
 
 

@@ -1,15 +1,22 @@
-"""What a run tells: a bar on rank 0, metrics.jsonl, TensorBoard through DeepSpeed's monitor, run_status.json."""
+"""What a run tells: a bar on rank 0, metrics.jsonl, TensorBoard through DeepSpeed's monitor, run_status.json.
+
+On a GPU also how busy, fast and full it is, from NVIDIA's management library: of rank 0's, as Train/GPU/... in TensorBoard.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from ccella_fast.nvml import Gpu, open_gpu
 from ccella_fast.storage import atomic_path, disk_error, write_json
+
+LOG = logging.getLogger("ccella_fast")
 
 
 class Progress(NamedTuple):
@@ -32,6 +39,7 @@ class Telemetry:
         # The engine would read the loss back from the GPU at every micro-step for its own events; ours carry the same names.
         self.monitor.enabled = False
         self.last = (first, time.perf_counter())
+        self.gpu = _gpu(engine.device)
         _forget_after(self.path, first)
         self.bar = tqdm(total=total, initial=first, desc="train", unit="step", mininterval=1, smoothing=0.05)
 
@@ -47,6 +55,8 @@ class Telemetry:
         seconds = (now[1] - then) / (progress.step - step)
         rate = self.global_batch / seconds
         line = {**progress._asdict(), "seconds_per_step": round(seconds, 4), "samples_per_second": round(rate, 3)}
+        gpu = self.gpu.read()._asdict() if self.gpu else {}
+        line |= {f"gpu_{name}": value for name, value in gpu.items()}
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -61,9 +71,22 @@ class Telemetry:
             "grad_norm": "grad_norm",
         }
         self.monitor.write_events([(f"Train/Samples/{name}", line[key], samples) for name, key in names.items()])
+        numbers = [(name, value) for name, value in gpu.items() if isinstance(value, float)]
+        self.monitor.write_events([(f"Train/GPU/{name}", value, samples) for name, value in numbers])
         self.bar.set_postfix(
             loss=f"{progress.loss:.4f}", lr=f"{progress.lr:.2e}", samples_s=f"{rate:.2f}", refresh=False
         )
+
+
+def _gpu(device: Any) -> Gpu | None:
+    """The GPU to read beside the steps; None on a CPU, and where NVML cannot be asked, which is said once."""
+    if device.type != "cuda":
+        return None
+    found = open_gpu(device.index or 0)
+    if isinstance(found, Gpu):
+        return found
+    LOG.info("no GPU telemetry: %s", found)
+    return None
 
 
 def write_status(

@@ -1,0 +1,503 @@
+"""The measuring instrument: counters, timer, gate, records, their comparison, the doctor, the door. Nothing is timed here."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import breakdown
+import cases
+import counting
+import machine
+import memory_cases
+import model_counts
+import reference
+import report
+import results
+import sampler_cases
+import session
+import timer
+import tuned_peer
+from ccella_fast import environment, nvml
+from ccella_fast.config import Config, SchedulerConfig
+from ccella_fast.errors import DataError
+from ccella_fast.models import build_model
+from ccella_fast.storage import write_json
+from workbench import Workbench
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+# Counting
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_counts_of_a_small_graph(device):
+    """By hand: x 2x3, w 4x3: addmm, a view, an in-place add, a cast."""
+    with torch.device(device):
+        x, w, b = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
+
+    def run():
+        y = F.linear(x, w, b)  # addmm reads 24 + 48 + 16, writes 32; 2 * 2 * 3 * 4 flops; w.t() is a view
+        y.add_(y.view(2, 4))  # reads 32 + 32, writes 32
+        return y.to(torch.bfloat16)  # reads 32, writes 16
+
+    counts = counting.count(run)
+    assert counts.by_op == {"addmm": 1, "add_": 1, "_to_copy": 1} and counts.ops == 3
+    assert counts.bytes_read == 24 + 48 + 16 + 64 + 32 and counts.bytes_written == 32 + 32 + 16
+    assert counts.flops == 48 and counts.views >= 2
+    assert counts.peak_bytes == 32 + 16
+
+
+def test_counts_of_expanded_and_freed_tensors():
+    with torch.device("meta"):
+        x = torch.empty(1, 100)
+
+    def run():
+        for _ in range(5):
+            (x.expand(50, 100) + 1).sum()  # reads 400 bytes of storage, not 20,000; the sum is freed each time
+
+    counts = counting.count(run)
+    assert counts.bytes_read == 5 * (400 + 20_000) and counts.peak_bytes == 20_000 + 4
+
+
+def test_our_library_ops_are_one_op_each_with_flops():
+    from ccella_fast.kernels.attention import attention
+
+    q = torch.empty(1, 2, 64, 32, device="meta", dtype=torch.bfloat16)
+    with counting.backend("triton"):
+        fused = counting.count(lambda: attention(q, q, q))
+    with counting.backend("reference"):
+        plain = counting.count(lambda: attention(q, q, q))
+    assert fused.ops == 1 < plain.ops and fused.flops == plain.flops == 4 * 2 * 64 * 64 * 32
+    assert fused.bytes < plain.bytes
+
+
+def test_half_autocast_casts_weights_once_and_keeps_norms_in_fp32():
+    with torch.device("meta"):
+        net = torch.nn.Sequential(torch.nn.Conv3d(4, 4, 3, padding=1), torch.nn.GroupNorm(2, 4), torch.nn.SiLU())
+        x = torch.empty(1, 4, 8, 8, 8)
+    with torch.no_grad(), counting.HalfAutocast():
+        first, second = counting.count(lambda: net(x)), counting.count(lambda: net(x))
+        assert net(x).dtype == torch.float32 and net[0](x).dtype == torch.float16
+    assert first.by_op["_to_copy"] == 4 and second.by_op["_to_copy"] == 2  # weight, bias, x, norm input; x, norm input
+
+
+def test_saved_bytes_counts_each_storage_once():
+    x = torch.ones(10, requires_grad=True)
+    assert counting.saved_bytes(lambda: x.exp().sum()) == 40  # exp keeps its result
+    assert counting.saved_bytes(lambda: (x * 2).sum()) == 0  # a leaf and a number
+    y = (x * 1).detach().requires_grad_() * 1
+    assert counting.saved_bytes(lambda: y * y) == 40
+
+
+# The regression guard: these may fall, they may not rise
+
+
+def test_model_counts_have_not_grown():
+    """When they have fallen: python benchmarks/model_counts.py --write."""
+    counts, known = model_counts.counted(), json.loads(model_counts.FILE.read_text())["counts"]
+    for step, sides in known.items():
+        for key, value in sides["ours"].items():
+            found = counts[step]["ours"][key]
+            assert found <= value, f"{step}: {key} is {found:,}, was {value:,}"
+    step = counts["denoising step"]["ours"]
+    assert step["ops"] <= 450 and step["bytes"] <= 4e9  # the goal for the kernels
+    # Independent truth: the reference's forward FLOPs were counted by others, 1,079.9 GFLOP (reference-method, section 0).
+    assert abs(counts["denoising step"]["reference"]["flops"] / 1e9 - 1079.9) < 0.1
+
+
+def test_the_guard_sees_an_op_more():
+    small = Config.model_validate({"model": TINY, "data": {"dim": [32, 32, 16]}, "text": {"max_length": 8}})
+    before = model_counts.counted(small)["denoising step"]["ours"]["ops"]
+    from ccella_fast.models import unet3d
+
+    plain = unet3d.torch.cat
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unet3d.torch, "cat", lambda tensors, dim=0: plain(tensors, dim=dim) + 0)
+        assert model_counts.counted(small)["denoising step"]["ours"]["ops"] > before
+
+
+TINY = {
+    "variant": "CCELLA", "num_channels": [8, 16], "attention_levels": [False, True], "num_head_channels": [0, 8],
+    "num_res_blocks": 1, "norm_num_groups": 8, "cross_attention_dim": 32, "input_dim": 16, "num_latents": 4,
+    "adapter_blocks": 2, "adapter_heads": 2, "adapter_time_dim": 16, "class_head_dim": 8,
+}  # fmt: skip
+
+
+# The reference and the tuned peer
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    model = build_model("CCELLA", **{key: value for key, value in TINY.items() if key != "variant"})
+    Workbench.fill_zeros(model)
+    return model.eval()
+
+
+def tiny_inputs():
+    generator = torch.Generator().manual_seed(1)
+    x, text = (torch.randn(2, *shape, generator=generator) for shape in ((4, 4, 4, 2), (8, 16)))
+    return x, {"spacing": torch.tensor([[50.0, 50.0, 56.25]] * 2), "text": text}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_reference_equals_our_model_on_the_same_weights(tiny, wrong):
+    theirs = reference.shared_with(tiny)
+    assert theirs.unet.conv_in.conv.weight is tiny.unet.conv_in.conv.weight  # shared, not copied
+    x, conditions = tiny_inputs()
+    timesteps = torch.tensor([3, 700])
+    if wrong:
+        conditions = {**conditions, "text": conditions["text"].flip(1)[:, :4]}
+    expected, logits = theirs(x, timesteps, **tiny_inputs()[1])
+    found = tiny(x, timesteps, **conditions)
+    assert torch.allclose(found.noise, expected, rtol=1e-4, atol=1e-5) != wrong
+    assert torch.allclose(found.class_logits, logits, rtol=1e-4, atol=1e-5) != wrong
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_reference_and_peer_loops_equal_ours(tiny, num_steps):
+    """Our sampler's chain with the same start and the same noise. Negative control: another seed in the loop."""
+    from ccella_fast import sample
+    from ccella_fast.diffusion.noise import generator, start_noise
+
+    _, conditions = tiny_inputs()
+    one = {name: value[:1] for name, value in conditions.items()}
+    start = start_noise([4, 4, 4, 2], [5])
+    ours = sample(
+        lambda x, t: tiny(x, t, **one).noise, start, solver="ddpm", num_steps=num_steps, seeds=[5]
+    )  # fmt: skip
+    theirs, peer = reference.shared_with(tiny), tuned_peer.Sampler(tiny, SchedulerConfig(), torch.float32)
+    for seed, equal in ((5, True), (6, num_steps == 1)):
+        noise = lambda seed=seed: generator(seed, "step")  # noqa: E731
+        settings = {"config": SchedulerConfig(), "num_steps": num_steps}
+        chain = reference.sample(theirs, start, **one, **settings, generator=noise())
+        tuned = peer(start, **one, num_steps=num_steps, source=noise())
+        scale = float(ours.abs().max())
+        assert (float((chain - ours).abs().max()) < 1e-3 * scale) == equal
+        assert (float((tuned - ours).abs().max()) < 1e-3 * scale) == equal
+
+
+def test_reference_loss_equals_ours(tiny):
+    from ccella_fast.diffusion.schedule import Schedule
+    from ccella_fast.training.feed import Samples
+    from ccella_fast.training.loop import joint_loss
+
+    x, conditions = tiny_inputs()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    pirads, known = torch.tensor([[100.0, 0.0], [0.0, 100.0]]), torch.tensor([True, False])
+    samples = Samples(
+        ids=["a", "b"], latents=x, noise=noise, timesteps=torch.tensor([10, 900]), pirads=pirads, has_class=known,
+        class_share=1.0, **conditions,
+    )  # fmt: skip
+    body = reference.TrainingStep(reference.shared_with(tiny), SchedulerConfig(), weight=1e-2)
+    batch = {key: value for key, value in samples._asdict().items() if isinstance(value, torch.Tensor)}
+    ours = joint_loss(tiny, samples, Schedule.from_config(SchedulerConfig()), 1e-2)
+    assert torch.allclose(body.loss(batch), ours.total, rtol=1e-5) and not torch.allclose(ours.noise, ours.total)
+
+
+# Arithmetic of the instrument
+
+
+def test_slope():
+    assert sampler_cases.slope([(x, 3 * x**2) for x in (1, 2, 4, 8)]) == pytest.approx(2)
+    assert sampler_cases.slope([(1, 5.0), (10, 5.0)]) == pytest.approx(0)
+    assert sampler_cases.slope([(1, 8.0), (2, 4.0)]) == pytest.approx(-1)
+
+
+def test_ratio_is_of_neighbours():
+    """A round in which the machine was three times slower changes nothing."""
+    assert timer.ratio([2, 6, 2], [1, 3, 1])["median"] == 2
+    assert timer.summary([4.0])["q1"] == 4.0 and timer.spread([1, 1, 1]) == 0
+
+
+def test_measure_interleaves_and_collects_parts():
+    calls = []
+
+    def side(name):
+        def run(watch):
+            calls.append(name)
+            watch.mark("work")
+
+        return run
+
+    timings = timer.measure({"A": side("A"), "B": side("B")}, CPU, budget=0.0)
+    a_round = [name for name in calls[4:]]  # after a first and a second call of each
+    per_round = len(a_round) // timer.LEAST_ROUNDS
+    half = a_round[:per_round]
+    assert set(half) == {"A", "B"} and half == sorted(half)  # all of A, then all of B, in every round
+    assert len(timings["A"].rounds) == timer.LEAST_ROUNDS and set(timings["A"].parts) == {"work"}
+
+
+def test_floor_is_the_slower_of_compute_and_memory():
+    rates = {"matmul_flops": {"fp32": 100.0, "bf16": 1000.0}, "copy_bytes_per_second": 10.0}
+    assert cases.Floor(200, 10, "fp32", "").seconds(rates) == (2.0, "compute")
+    assert cases.Floor(200, 10, "bf16", "").seconds(rates) == (1.0, "memory")
+
+
+def test_kinds_of_work():
+    assert breakdown.kind("aten::mkldnn_convolution") == "convolution" and breakdown.kind("aten::silu") == "norm, SiLU"
+    assert breakdown.kind("ccella_fast::cross_attention") == "attention" and breakdown.kind("aten::rand") == "other"
+    found = breakdown.profiled(lambda: torch.ones(64, 64) @ torch.ones(64, 64), CPU)
+    assert found["seconds_by_kind"]["linear"] > 0 and found["top_ops"]
+
+
+def test_peak_memory_sees_an_allocation():
+    size = 64 << 20
+    kept = memory_cases.peak(lambda: torch.ones(size // 4).sum(), CPU)
+    assert 0.9 * size < kept < 1.5 * size
+    assert memory_cases.peak(lambda: None, CPU) < 8 << 20
+
+
+# The gate
+
+
+def trial_of(error: float, *, twice: bool = False) -> cases.Trial:
+    truth = torch.tensor([1.0, -2.0, 4.0])
+    work = lambda watch: sum(range(200))  # noqa: E731
+    trial = cases.Trial(truth=lambda: truth, twice=twice)
+    trial.sides["reference"] = cases.Side("fp32", work, lambda: truth + 1e-6)
+    trial.sides["ours"] = cases.Side("fp32", work, lambda: truth + 4 * error)
+    trial.floor["ours"] = cases.Floor(1e3, 8, "fp32", "by hand")
+    return trial
+
+
+def run_case(trial: cases.Trial) -> dict:
+    bench = session.Session(CPU, minutes=None, command="")
+    bench.bench.machine = {"matmul_flops": {"fp32": 1e9}, "copy_bytes_per_second": 1e9}
+    return bench._case(cases.Case("toy", "kernels", "a toy", lambda _: trial, budget=0.0), None)
+
+
+@pytest.mark.parametrize(("error", "twice", "right"), [(1e-7, False, True), (0.5, False, False), (1e-5, True, False)])
+def test_no_speed_up_for_a_wrong_result(error, twice, right):
+    """1e-5 is within the tolerance of fp32, but more than twice the baseline's own error."""
+    row = run_case(trial_of(error, twice=twice))
+    assert row["status"] == ("ok" if right else "wrong") and ("ours" in row["speedups"]) == right
+    assert row["sides"]["ours"]["seconds"]["n"] == timer.LEAST_ROUNDS and row["sides"]["ours"]["of_limit"] > 0
+
+
+def test_nan_and_another_shape_are_wrong():
+    truth = torch.ones(3)
+    assert session.relative_error(torch.tensor([1.0, float("nan"), 1.0]), truth) == float("inf")
+    assert session.relative_error(torch.ones(2), truth) == float("inf")
+    assert session.relative_error(truth, truth) == 0
+
+
+def test_a_case_that_cannot_run_takes_no_other_with_it():
+    def broken(bench):
+        raise RuntimeError("no such thing")
+
+    def unfit(bench):
+        raise cases.Skip("no GPU")
+
+    bench = session.Session(CPU, minutes=None, command="")
+    rows = [bench._case(cases.Case("toy", "kernels", "", build), None) for build in (broken, unfit)]
+    assert [row["status"] for row in rows] == ["failed", "skipped"]
+    assert "no such thing" in rows[0]["why"] and rows[1]["why"] == "no GPU"
+
+
+# Records
+
+
+@pytest.fixture(scope="module")
+def record():
+    facts = environment.describe()
+    case = run_case(trial_of(1e-7))
+    case["sides"]["ours"]["parts"] = {"forward": 1e-3}
+    return {
+        "schema": results.SCHEMA, "date": results.now(), "commit": "abc1234", "command": "python benchmarks/run.py",
+        "device": "cpu", "machine": "Some (R) CPU", "environment": facts, "warnings": [], "left_out": {"big": "no time"},
+        "rates": {"copy_bytes_per_second": 1e10, "matmul_flops": {"fp32": 1e11, "bf16": 1e12}, "conv3d_flops": {}},
+        "noise_floor": {"median": 1.0, "noise": 0.01}, "overhead_seconds": 1e-6, "telemetry": {"absent": "no GPU"},
+        "cases": [case], "counts": {"denoising step": {"ours": {"ops": 300, "bytes": 10, "flops": 5, "peak_bytes": 1}}},
+        "seconds": 1.0,
+    }  # fmt: skip
+
+
+def test_record_round_trip_page_and_table(record, tmp_path):
+    path = results.write(record, tmp_path / "some-cpu" / "2026-01-01-abc.json")
+    assert results.read(path) == json.loads(path.read_text())
+    report.write(record, tmp_path / "r.html", tmp_path / "r.png")
+    page = (tmp_path / "r.html").read_text()
+    assert "data:image/png;base64," in page and "http" not in page.replace("http-equiv", "")
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert "toy" in report.table(record) and "left out: big" in report.table(record)
+    text = results.write_markdown(tmp_path / "RESULTS.md", tmp_path).read_text()
+    assert "## Some (R) CPU" in text and "| toy | ours | fp32 |" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda r: r.update(schema=99), "schema"),
+        (lambda r: r.pop("rates"), "rates"),
+        (lambda r: r["cases"][0].update(status="fine"), "cases.0.status"),
+        (lambda r: r["cases"][0].update(status="wrong"), "cases.0.speedups"),  # a speed-up beside a wrong result
+    ],
+)
+def test_records_of_another_form_are_refused(record, tmp_path, change, field):
+    bad = copy.deepcopy(record)
+    change(bad)
+    write_json(tmp_path / "bad.json", bad)
+    with pytest.raises(DataError) as caught:
+        results.read(tmp_path / "bad.json")
+    assert caught.value.field == field
+
+
+def changed(record, *, factor=1.0, spread=0.0, ops=300, machine="Some (R) CPU", speedup=2.0):
+    new = copy.deepcopy(record)
+    new["machine"] = machine
+    for side in new["cases"][0]["sides"].values():
+        side["seconds"]["median"], side["spread"] = 1.0, spread
+    new["cases"][0]["sides"]["ours"]["seconds"]["median"] = factor
+    new["cases"][0]["speedups"]["ours"]["median"] = speedup
+    new["counts"]["denoising step"]["ours"]["ops"] = ops
+    return new
+
+
+@pytest.mark.parametrize(
+    ("new", "worse"),
+    [
+        ({}, False),
+        ({"factor": 1.04}, False),  # within 5 %
+        ({"factor": 1.2}, True),
+        ({"factor": 1.2, "spread": 0.12}, False),  # within twice both spreads
+        ({"factor": 0.5}, False),
+        ({"ops": 301}, True),  # counts have no noise
+        ({"ops": 299}, False),
+        ({"factor": 9.0, "machine": "another"}, False),  # seconds of another machine are not compared
+        ({"machine": "another", "speedup": 1.5}, True),  # its ratios are
+    ],
+)
+def test_what_counts_as_a_regression(record, new, worse):
+    found, remarks = results.regressions(changed(record, **new), changed(record))
+    assert bool(found) == worse, found
+    assert bool(remarks) == ("machine" in new)
+
+
+def test_a_case_that_broke_is_a_regression(record):
+    new = changed(record)
+    new["cases"][0].update(status="failed", why="", speedups={})
+    assert results.regressions(new, changed(record))[0] == ["toy: was ok, is failed"]
+
+
+# The doctor
+
+
+def test_known_traps_are_found():
+    facts = {
+        "cpu": {"quota": 2.0, "torch_threads": 8, "cores": 4}, "gpu": [{"name": "H100"}], "cudnn": 90900,
+        "packages": {"torch": "2.9.1+cu130", "triton": None, "pynvml": "13"},
+        "settings": {"TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "passive"},
+    }  # fmt: skip
+    found = environment.warnings(facts)
+    words = ["2.9", "90900"[:1] + ".9", "no Triton", "interpreter", "quota", "cores", "OMP_WAIT_POLICY", "pynvml"]
+    assert all(any(word in line for line in found) for word in words) and len(found) == len(words)
+    fine = {
+        "cpu": {"quota": None, "torch_threads": 2, "cores": 2}, "gpu": [{"name": "H100"}], "cudnn": 91900,
+        "packages": {"torch": "2.11.0", "triton": "3.6.0", "pynvml": None}, "settings": {},
+    }  # fmt: skip
+    assert environment.warnings(fine) == []
+    assert len(environment.warnings({**fine, "cudnn": 91100})) == 1
+
+
+def test_card_names_every_kernel_and_its_reason():
+    facts = environment.describe()
+    text = environment.card(facts)
+    assert all(name in text and entry["why"] in text for name, entry in facts["kernels"].items()) and facts["kernels"]
+
+
+def test_absent_driver_is_said():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert isinstance(nvml.open_gpu(), str)
+
+
+def test_monitor_averages_and_collects_reasons():
+    class Gpu:
+        joules, readings = 0.0, 0
+
+        def read(self):
+            self.readings += 1
+            held = ["power cap"] if self.readings == 2 else []
+            return nvml.Reading(50.0 * (self.readings % 2), 1000.0, 2000.0, 300.0, 10.0 * self.readings, 60.0, held)
+
+        def energy(self):
+            self.joules += 7
+            return self.joules
+
+    with nvml.Monitor(Gpu(), interval=60) as monitor:
+        pass
+    facts = monitor.summary()
+    assert facts["utilisation"] == 25 and facts["energy"] == 7 and facts["memory"] == 20
+    assert facts["held_back_by"] == ["power cap"] and facts["readings"] == 2
+
+
+# Registry and door
+
+
+def test_registry():
+    every = cases.registry()
+    names = [case.name for case in every]
+    assert len(set(names)) == len(names) and {case.suite for case in every} <= set(cases.SUITES)
+    for device in ("cpu", "cuda"):
+        quick = cases.select(["quick"], torch.device(device))
+        assert {"denoising_step", "decode", "training_step", "group_norm_silu"} <= {case.name for case in quick}
+    assert len(cases.select(["all"], CPU)) == len(every) > len(cases.select(["kernels"], CPU))
+
+
+def test_shapes_follow_the_configuration():
+    import kernel_cases
+
+    for channels in ([64, 128, 256, 512], [32, 64, 128, 256]):
+        bench = Workbench(CPU, Config.model_validate({"model": {"num_channels": channels}}))
+        x = kernel_cases.norm_problem(bench, level=1).make(0)[0]
+        q = kernel_cases.attention_problem(bench).make(0)[0]
+        assert x.shape[1] == channels[1] and q.shape[1] == channels[2] // 32
+        assert list(x.shape[2:]) == [axis // 2 for axis in bench.latent_grid]
+
+
+def test_no_file_beside_run_py_shadows_a_common_module():
+    """`python benchmarks/run.py` puts benchmarks/ first on the path."""
+    names = {path.stem for path in (ROOT / "benchmarks").iterdir() if path.suffix == ".py"}
+    taken = {
+        "types",
+        "profile",
+        "profiling",
+        "logging",
+        "datasets",
+        "evaluate",
+        "kernels",
+        "utils",
+        "statistics",
+        "token",
+    }
+    assert not names & (set(sys.stdlib_module_names) | taken)
+
+
+def door(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_door_dry_run_list_and_usage():
+    plan = door("--dry-run")
+    assert plan.returncode == 0 and "case     sampler/denoising_step" in plan.stdout and "minutes" in plan.stdout
+    wrong = door("--case", "denoising_stop")
+    assert wrong.returncode == 2 and "did you mean 'denoising_step'?" in wrong.stderr
+
+
+def test_machine_rates_are_found_for_every_precision():
+    found = machine.rates(CPU, widths=[8], grid=[4, 4, 4], tick=lambda text: None)
+    assert set(found["matmul_flops"]) == {"fp32", "bf16"} and found["copy_bytes_per_second"] > 1e8
+    assert found["matmul_flops"]["fp32"] >= found["conv3d_flops"]["fp32"]["8"] > 0
