@@ -35,6 +35,7 @@ from ccella_fast.kernels.backend import (
     choose,
     compute_dtype,
     jit,
+    library_op,
     tl,
     triton,
     triton_refusal,
@@ -242,7 +243,7 @@ def _empty(like: Tensor) -> Tensor:
     return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-@torch.library.custom_op("ccella_fast::attention", mutates_args=())
+@library_op("attention")
 def attention_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(o, lse); lse (B, M, N) in base 2."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
@@ -262,7 +263,7 @@ def attention_fake(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("ccella_fast::attention_backward", mutates_args=())
+@library_op("attention_backward")
 def attention_backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

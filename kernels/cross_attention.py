@@ -48,6 +48,7 @@ from ccella_fast.kernels.backend import (
     choose,
     compute_dtype,
     jit,
+    library_op,
     tl,
     triton,
     triton_refusal,
@@ -186,7 +187,7 @@ def _heads_per_program(heads: int, blocks: int, device: torch.device) -> int:
     return max(1, min(heads, heads * blocks // wanted))
 
 
-@torch.library.custom_op("ccella_fast::cross_attention", mutates_args=())
+@library_op("cross_attention")
 def cross_attention_op(
     x: Tensor,
     context_k: Tensor,
@@ -244,7 +245,7 @@ def _cross_attention_fake(
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("ccella_fast::cross_attention_backward", mutates_args=())
+@library_op("cross_attention_backward")
 def cross_attention_backward_op(
     dy: Tensor,
     x: Tensor,
