@@ -89,12 +89,13 @@ class Case:
 
 def registry() -> list[Case]:
     """All cases, in the order in which they run."""
+    import data_cases
     import kernel_cases
     import memory_cases
     import sampler_cases
     import training_cases
 
-    modules = [sampler_cases, training_cases, kernel_cases, memory_cases]
+    modules = [sampler_cases, training_cases, data_cases, kernel_cases, memory_cases]
     return [case for module in modules for case in module.CASES]
 
 
