@@ -344,7 +344,7 @@ def test_record_round_trip_page_and_table(record, tmp_path):
     assert (tmp_path / "r-scaling.png").is_file()
     assert "toy" in report.table(record) and "left out: big" in report.table(record)
     text = results.write_markdown(tmp_path / "RESULTS.md", tmp_path).read_text()
-    assert "## Some (R) CPU" in text and "| toy | ours | fp32 |" in text
+    assert "## Some (R) CPU: `python benchmarks/run.py`" in text and "| toy | ours | fp32 |" in text
     assert "(results/some-cpu/2026-01-01-abc-scaling.png)" in text
 
 
