@@ -244,20 +244,30 @@ def upsample_conv3d(
 ) -> Tensor:
     """The enlarged and convolved volume (B, O, 2X, 2Y, 2Z), in the dtype of the convolution.
 
-    phases: `phase_weights(weight)` made beforehand, for a weight that does not change (inference). Raises BackendError."""
-    where = refusals(x.device, x.dtype, voxels=x.numel() // x.shape[1], summed=phases is not None)
+    phases: `phase_weights(weight)` made beforehand, for a weight that does not change (inference). Raises ValueError for
+    shapes that do not fit, BackendError for a `backend` that cannot run here."""
+    if x.ndim != 5 or weight.shape[1:] != (x.shape[1], 3, 3, 3):
+        raise ValueError(
+            f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}: (B, C, X, Y, Z) and (O, C, 3, 3, 3) are needed"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias is {tuple(bias.shape)}, (O,) = ({weight.shape[0]},) is needed")
+    where = refusals(x.device, x.dtype, voxels=x.shape[0] * x.shape[2:].numel(), summed=phases is not None)
     chosen = choose("upsample_conv3d", where, backend)
     if chosen == "triton":
         dtype = compute_dtype(x)
-        return _upsample_op(x.to(dtype), weight.to(dtype), bias, phases)
+        return _upsample_op(x.to(dtype), weight.to(dtype), bias, None if phases is None else phases.to(dtype))
     if chosen == "phase":
         return upsample_conv3d_phase(x, weight, bias, phases)
     return upsample_conv3d_reference(x, weight, bias)
 
 
 class UpsampleConv3d(torch.nn.Conv3d):
-    """Nearest x2, then this 3x3x3 convolution. Parameters as `nn.Conv3d`. The sums of taps are kept between calls that need no
-    gradient, for as long as the weight stays what it was. backend: as in `upsample_conv3d`."""
+    """Nearest x2, then this 3x3x3 convolution. Parameters as `nn.Conv3d`. backend: as in `upsample_conv3d`.
+
+    The sums of taps are kept between calls that need no gradient, for as long as the weight stays what it was. A weight that is
+    written through `.data`, as DeepSpeed's optimizers do, does not show that it changed: so a call with gradients, `train()`
+    and `eval()` forget the sums."""
 
     backend: str | None = None
 
@@ -268,10 +278,16 @@ class UpsampleConv3d(torch.nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         return upsample_conv3d(x, self.weight, self.bias, phases=self._phases(), backend=self.backend)
 
+    def train(self, mode: bool = True) -> UpsampleConv3d:
+        self._summed = None
+        return super().train(mode)
+
     def _phases(self) -> Tensor | None:
         weight = self.weight
-        changing = torch.is_grad_enabled() or compute_dtype(weight) != weight.dtype
-        if changing or torch.compiler.is_compiling() or self.backend == "reference":
+        if torch.compiler.is_compiling() or self.backend == "reference":
+            return None
+        if torch.is_grad_enabled() or compute_dtype(weight) != weight.dtype or weight.is_inference():
+            self._summed = None
             return None
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._summed is None or self._summed[0] != key:

@@ -105,6 +105,35 @@ def test_module_has_the_parameters_of_conv3d_and_follows_its_weight():
     assert list(module.state_dict()) == ["weight", "bias"]
 
 
+@pytest.mark.parametrize("forget", [lambda module, x: module(x), lambda module, _: module.eval()])
+def test_module_follows_a_weight_written_through_data(forget):
+    """As DeepSpeed's optimizers write it: PyTorch does not count that as a change."""
+    module, x = UpsampleConv3d(8), draw(1, 8, 4, 2, 3, dtype=torch.float32)
+    with torch.no_grad():
+        before = module(x)
+    module.weight.data.mul_(-2.0)
+    forget(module, x)
+    with torch.no_grad():
+        expected = upsample_conv3d_reference(x, module.weight, module.bias)
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, expected, rtol=1e-2)
+
+
+def test_module_made_and_called_in_inference_mode():
+    with torch.inference_mode():
+        module, x = UpsampleConv3d(8), draw(1, 8, 4, 2, 3, dtype=torch.float32)
+        expected = upsample_conv3d_reference(x, module.weight, module.bias)
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton", "phase", "reference"])
+def test_refuses_shapes_that_do_not_fit(backend):
+    x, weight, bias = case(1, 4, 6, (2, 2, 2), torch.float32)
+    for wrong in ((x[0], weight, bias), (x, weight[:, :3], bias), (x, weight[..., :2], bias), (x, weight, bias[:5])):
+        with pytest.raises(ValueError, match="needed"):
+            upsample_conv3d(*wrong, backend=backend)
+
+
 def test_choice_by_size_and_by_name():
     x, weight, bias = case(1, 4, 4, (2, 2, 2), torch.float32)
     where = torch.device("cpu"), torch.float32
