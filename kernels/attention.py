@@ -43,6 +43,7 @@ from ccella_fast.kernels.backend import (
 )
 
 MAX_HEAD_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}  # beyond it, registers spill
+MAX_ROW_STRIDE = 2**23  # times the 256 rows of the largest block: 2^31
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -234,7 +235,9 @@ def tuning_key(step: str, head_width: int, dtype: torch.dtype) -> str:
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """`tensor`, or a copy where a kernel cannot walk it: row elements apart, or rows so far apart that the offsets within a
+    block, which are int32, would overflow."""
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(-2) < MAX_ROW_STRIDE else tensor.contiguous()
 
 
 def _empty(like: Tensor) -> Tensor:
@@ -387,6 +390,12 @@ def aot_case(
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
     """(B, M, N, K), in the dtype of `q`. Self-attention and cross-attention differ only in where k and v come from.
 
-    backend: one of `IMPLEMENTATIONS`, None for the dispatcher's choice; BackendError where it cannot run."""
+    backend: one of `IMPLEMENTATIONS`, None for the dispatcher's choice. Raises ValueError where the shapes do not fit each
+    other, BackendError where `backend` cannot run."""
+    if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: (batch, heads, tokens, head width) is needed, "
+            "the same but for the tokens of q"
+        )
     chosen = choose("attention", refusals(q.device, compute_dtype(q), head_width=q.shape[-1]), backend)
     return IMPLEMENTATIONS[chosen](q, k, v)

@@ -281,7 +281,7 @@ def cross_attention_backward_op(
         dh, tensors[0], channels, mean, rstd, *tensors[1:], [True, True, True]
     )
     dln_weight, dln_bias = dln_weight.to(ln_weight.dtype), dln_bias.to(ln_bias.dtype)
-    return [(dy + dx).to(x.dtype), dk, dv, dln_weight, dln_bias, dw_q, dw_out, db_out]
+    return [(dy + dx).to(x.dtype).contiguous(), dk, dv, dln_weight, dln_bias, dw_q, dw_out, db_out]
 
 
 def _rows(heads: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def _rows(heads: Tensor) -> Tensor:
 @cross_attention_backward_op.register_fake
 def _cross_attention_backward_fake(dy: Tensor, x: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
     _, dk, dv = attention_backward_fake(k, k, k, v, k, k)
-    return [torch.empty_like(dy), dk, dv, *(torch.empty_like(parameter) for parameter in rest[:5])]
+    return [x.new_empty(x.shape), dk, dv, *(parameter.new_empty(parameter.shape) for parameter in rest[:5])]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -337,6 +337,21 @@ def aot_cases() -> list[Case]:
     return [*(heads(*size) for size in sizes), heads(256, 32, torch.float32), output]
 
 
+def _check_parameters(
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, w_q: Tensor, w_out: Tensor, b_out: Tensor, num_heads: int
+) -> None:
+    if x.ndim != 3 or x.shape[2] % num_heads:
+        raise ValueError(
+            f"x is {tuple(x.shape)}: (batch, tokens, channels) is needed, channels divisible by {num_heads} heads"
+        )
+    channels = x.shape[2]
+    given = {"ln_weight": ln_weight, "ln_bias": ln_bias, "b_out": b_out, "w_q": w_q, "w_out": w_out}
+    for name, tensor in given.items():
+        needed = (channels, channels) if name.startswith("w_") else (channels,)
+        if tensor.shape != needed:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, {needed} is needed for {channels} channels")
+
+
 def cross_attention(
     x: Tensor,
     context_k: Tensor,
@@ -355,6 +370,7 @@ def cross_attention(
 
     backend: "triton", or the attention inside the plain block; None for the dispatcher's choice. Raises ValueError where the
     shapes do not fit each other, BackendError where `backend` cannot run."""
+    _check_parameters(x, ln_weight, ln_bias, w_q, w_out, b_out, num_heads)
     batch, _, channels = x.shape
     width = channels // num_heads
     if context_k.shape[1::2] != (num_heads, width) or context_v.shape != context_k.shape:

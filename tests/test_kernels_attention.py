@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_fixtures import DTYPES, check_fused, mend_interpreter, outputs_and_gradients, poisoned
 
-from ccella_fast.kernels.attention import attention, attention_op, attention_reference, refusals
+from ccella_fast.kernels.attention import attention, attention_op, attention_reference, refusals, rows_contiguous
 from ccella_fast.kernels.backend import BackendError, explain_choice, interpreted
 
 NAMES = ["o", "dq", "dk", "dv"]
@@ -108,6 +108,23 @@ def test_layouts_that_need_a_copy():
     last = [t.mT.contiguous().mT for t in heads(1, 2, 37, 21, 32, torch.float32)]
     assert all(t.stride(-1) != 1 for t in last)
     check_fused(fused, plain, last, names=NAMES)
+
+
+def test_rows_too_far_apart_for_int32_are_copied():
+    far = torch.empty(1, device="meta").as_strided((1, 1, 70, 32), (0, 0, 2**25, 1))
+    assert rows_contiguous(far).stride(2) == 32
+    near = torch.empty(1, device="meta").as_strided((1, 1, 70, 32), (0, 0, 2**20, 1))
+    assert rows_contiguous(near) is near
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "reference"])
+def test_refuses_shapes_that_do_not_fit(backend):
+    q, k, v = heads(2, 3, 6, 11, 32, torch.float32)
+    for wrong in ((q, k[:1], v[:1]), (q, k[:, :1], v[:, :1]), (q, k, v[:, :, :9]), (q, k[..., :16], v[..., :16])):
+        with pytest.raises(ValueError, match="the same but for the tokens of q"):
+            attention(*wrong, backend=backend)
+    with pytest.raises(ValueError, match="head width"):
+        attention(q[0], k[0], v[0], backend=backend)
 
 
 def test_expanded_tensors():

@@ -9,7 +9,13 @@ from torch.nn import functional as F
 
 from ccella_fast.kernels import cross_attention as module
 from ccella_fast.kernels.backend import BackendError, explain_choice, interpreted
-from ccella_fast.kernels.cross_attention import cross_attention, cross_attention_op, cross_attention_reference, refusals
+from ccella_fast.kernels.cross_attention import (
+    cross_attention,
+    cross_attention_backward_op,
+    cross_attention_op,
+    cross_attention_reference,
+    refusals,
+)
 
 NAMES = ["y", "dx", "dk", "dv", "dln_weight", "dln_bias", "dw_q", "dw_out", "db_out"]
 
@@ -177,6 +183,10 @@ def test_autocast():
 def test_operator():
     tensors = [t.requires_grad_() for t in block(1, 9, 2, 7, 32, torch.float32)]
     torch.library.opcheck(cross_attention_op, (*tensors, 2, 1e-5))
+    tensors = [t.detach() for t in tensors]
+    tensors[5] = tensors[5].T  # the layouts of gradients and parameters are not the results'
+    dy = tensors[0].mT.contiguous().mT
+    torch.library.opcheck(cross_attention_backward_op, (dy, *tensors, 2, 1e-5))
 
 
 def test_compile_sees_one_node():
@@ -202,6 +212,11 @@ def test_shapes_that_do_not_fit():
         cross_attention(x, k, v[:, :, :3], **parameters(*rest), num_heads=4)
     with pytest.raises(ValueError, match="context_k has batch 3, x has 2"):
         cross_attention(x, *(torch.cat([t, t[:1]]) for t in (k, v)), **parameters(*rest), num_heads=4)
+    with pytest.raises(ValueError, match="divisible by 3 heads"):
+        cross_attention(x, k, v, **parameters(*rest), num_heads=3)
+    for name, tensor in parameters(*rest).items():
+        with pytest.raises(ValueError, match=f"{name} is .* needed for 128 channels"):
+            cross_attention(x, k, v, **{**parameters(*rest), name: tensor[:64]}, num_heads=4, backend="triton")
 
 
 def test_refusals():
