@@ -91,9 +91,20 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"{str(dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16"
-    if device.type == "cuda" or device.type == "meta" or interpreted():
+    if device.type == "cuda":
+        return _too_old(device)
+    if device.type == "meta" or interpreted():
         return None
     return f"the tensors are on {device.type}, not on a GPU"
+
+
+@torch.compiler.assume_constant_result
+def _too_old(device: torch.device) -> str | None:
+    """Why Triton does not compile for this GPU; None if it does."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the GPU is sm_{major}{minor}, Triton compiles for sm_80 and newer"
 
 
 def xformers_refusal(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -414,12 +414,22 @@ def refusals(device: torch.device, dtype: torch.dtype, *, channels_per_group: in
     return {name: {"triton": why, "reference": None}[name] for name in order}
 
 
-def _choose(x: Tensor, num_groups: int, shift: Tensor | None, backend: str | None) -> str:
-    """The backend, once the arguments are seen to fit. Raises ValueError where they do not."""
+def _choose(
+    x: Tensor,
+    num_groups: int,
+    shift: Tensor | None,
+    backend: str | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> str:
+    """The backend, once the arguments are seen to fit: a kernel would read beyond their ends. Raises ValueError."""
     if x.ndim < 3 or num_groups < 1 or x.shape[1] % num_groups:
         raise ValueError(f"x is {tuple(x.shape)}: (B, C, *spatial) is needed, C divisible by {num_groups} groups")
     if shift is not None and shift.shape != x.shape[:2]:
         raise ValueError(f"shift is {tuple(shift.shape)}, (B, C) = {tuple(x.shape[:2])} is needed")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != x.shape[1:2]:
+            raise ValueError(f"{name} is {tuple(parameter.shape)}, (C,) = ({x.shape[1]},) is needed")
     sizes = {"channels_per_group": x.shape[1] // num_groups}
     return choose("group_norm_silu", refusals(x.device, x.dtype, **sizes), backend)
 
@@ -440,7 +450,7 @@ def group_norm_silu(
 
     x (B, C, *spatial); weight, bias (C,) and shift (B, C) of any floating dtype. Raises ValueError for shapes that do not fit,
     BackendError for a `backend` that cannot run here."""
-    if _choose(x, num_groups, shift, backend) == "reference":
+    if _choose(x, num_groups, shift, backend, weight, bias) == "reference":
         return group_norm_silu_reference(x, num_groups, weight, bias, eps, silu=silu, shift=shift)
     return _forward_op(x, num_groups, weight, bias, eps, silu, shift)[0]
 
@@ -461,7 +471,7 @@ def group_norm_silu_apply(
     volumes worked in tiles. Forward only on Triton: its backward pass raises."""
     if mean.shape != (x.shape[0], num_groups) or rstd.shape != mean.shape:
         raise ValueError(f"mean is {tuple(mean.shape)}, rstd {tuple(rstd.shape)}: {(x.shape[0], num_groups)} is needed")
-    if _choose(x, num_groups, shift, backend) == "reference":
+    if _choose(x, num_groups, shift, backend, weight, bias) == "reference":
         return _apply_reference(x, mean, rstd, weight, bias, shift, silu)
     return _apply_op(x, mean, rstd, weight, bias, shift, silu)
 

@@ -66,6 +66,13 @@ def test_explains_every_kernel_on_this_machine(monkeypatch):
         explain("cpu")
 
 
+def test_triton_refuses_a_gpu_that_it_does_not_compile_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, why in (((7, 5), "the GPU is sm_75"), ((8, 0), "None"), ((12, 0), "None")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert why in str(backend.triton_refusal(torch.device("cuda"), torch.float16))
+
+
 def test_triton_takes_meta_tensors_and_no_float64(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert backend.triton_refusal(torch.device("meta"), torch.bfloat16) is None

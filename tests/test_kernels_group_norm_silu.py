@@ -363,6 +363,10 @@ def test_refuses_what_does_not_fit():
         group_norm_silu(x[0], 3, weight, bias)
     with pytest.raises(ValueError, match=r"\(B, C\) = \(2, 6\) is needed"):
         group_norm_silu(x, 3, weight, bias, shift=shift[:1])
+    with pytest.raises(ValueError, match=r"weight is \(3,\), \(C,\) = \(6,\) is needed"):
+        group_norm_silu(x, 3, weight[:3], bias)
+    with pytest.raises(ValueError, match=r"bias is \(3,\), \(C,\) = \(6,\) is needed"):
+        group_norm_silu_apply(x, 3, torch.zeros(2, 3), torch.zeros(2, 3), weight, bias[:3])
     with pytest.raises(ValueError, match=r"mean is \(2, 2\)"):
         group_norm_silu_apply(x, 3, torch.zeros(2, 2), torch.zeros(2, 2), weight, bias)
 
