@@ -333,8 +333,11 @@ def aot_cases() -> list[Case]:
         return aot_case("cross_attention", step, _heads_kernel, head_width, dtype, key, {"C": channels})
 
     sizes = [(256, 32), (512, 32), (512, 64), (512, 128)]
-    output = aot_case("cross_attention", "output c256", _output_kernel, 32, torch.bfloat16, "output", {"C": 256})
-    return [*(heads(*size) for size in sizes), heads(256, 32, torch.float32), output]
+    outputs = [
+        aot_case("cross_attention", "output c256", _output_kernel, 32, dtype, key, {"C": 256})
+        for dtype, key in ((torch.bfloat16, "output"), (torch.float32, "output fp32"))
+    ]
+    return [*(heads(*size) for size in sizes), heads(256, 32, torch.float32), *outputs]
 
 
 def _check_parameters(

@@ -277,7 +277,7 @@ def _forward_op(
     tuned = config("group_norm_silu", f"whole {whole}", x.device)
     _whole_kernel[(B * num_groups,)](
         x, y, weight, bias, shift, mean, rstd, S, eps,
-        C=C, CPG=C // num_groups, BLOCK_C=block, LAST=last, SILU=silu, **tuned.launch(),
+        C=C, CPG=C // num_groups, BLOCK_C=block, LAST=last, SILU=silu, TILE=whole, **tuned.launch(),
     )  # fmt: skip
     return outputs
 
@@ -395,7 +395,7 @@ def aot_cases() -> list[Case]:
                 _whole_kernel,
                 signature,
                 shipped[f"whole {n}"],
-                whole,
+                {**whole, "TILE": n},
                 ("S",),
                 True,
             )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ccella_fast.kernels.aot import cases, worse
+from ccella_fast.kernels.tuning import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "kernels" / "aot.json"
@@ -41,6 +42,17 @@ def test_the_committed_table_is_complete_and_clean():
         (case.name, arch) for case in cases() for arch in ARCHITECTURES
     }
     assert not [row for row in rows if row["problems"] or row["spilled_bytes"]]
+
+
+def test_every_shipped_configuration_is_compiled():
+    compiled = [case.config for case in cases()]
+    missing = [
+        f"{kernel} {key}"
+        for kernel, table in SHIPPED.items()
+        for key, shipped in table.items()
+        if not any(shipped is config for config in compiled)
+    ]
+    assert not missing
 
 
 @pytest.mark.parametrize(

@@ -70,3 +70,10 @@ def test_what_is_written_is_what_is_read(tmp_path, monkeypatch):
         assert tuning.config("geglu", KEY, torch.device("cuda")) == QUICKER
     finally:
         tuning._measured.cache_clear()
+
+
+def test_a_tile_that_must_hold_a_group_is_not_up_for_tuning():
+    """A smaller one would be right for a small problem, win, and be wrong for a larger one of the same key."""
+    whole = [config for key, config in SHIPPED["group_norm_silu"].items() if key.startswith("whole")]
+    assert len(whole) == 3
+    assert not any(candidate.constants for config in whole for candidate in tune_kernels.candidates(config))
