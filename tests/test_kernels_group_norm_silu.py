@@ -128,6 +128,17 @@ def test_a_group_in_many_programs(dtype, last, silu, shift, many_programs):
     check(case(1, 6, 67, dtype=dtype, last=last, shift=shift), 1, silu)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+def test_several_tiles_in_a_program(multiprocessors, last, many_programs, monkeypatch):
+    """A GPU so small that a program goes over several tiles, the last of them not full."""
+    monkeypatch.setattr(layout, "multiprocessors", lambda _: multiprocessors)
+    plan = layout.walk(case(2, 12, 3, 7, 5, last=last)[0], 4, SHIPPED["group_norm_silu"]["sums first"])
+    assert plan.rows > 256 // plan.sizes["BLOCK_C"] and 105 % plan.rows
+    check(case(2, 12, 3, 7, 5, dtype=torch.float32, last=last), 4)
+    check(case(2, 12, 3, 7, 5, dtype=torch.bfloat16, last=last), 4)
+
+
 # As the U-Net and the autoencoder use them, on grids that are much smaller and odd; 96 and 1024 take idle lanes and two blocks.
 @pytest.mark.parametrize("channels", [64, 96, 128, 192, 256, 384, 512, 768, 1024])
 def test_widths_of_the_model(channels, monkeypatch):

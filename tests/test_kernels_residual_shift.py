@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_fixtures import DTYPES, check_fused, mend_interpreter
 
+from ccella_fast.kernels import layout
 from ccella_fast.kernels import residual_shift as module
 from ccella_fast.kernels.backend import BackendError, choose
 from ccella_fast.kernels.residual_shift import refusals, residual_shift, residual_shift_reference
@@ -35,6 +36,8 @@ def check(h, residual, shift):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
+    """And a GPU so small that a program goes over several of them."""
+    monkeypatch.setattr(layout, "multiprocessors", lambda _: 2)
     for key, tuned in SHIPPED["residual_shift"].items():
         monkeypatch.setitem(SHIPPED["residual_shift"], key, tuned._replace(constants={"TILE": 256}))
 
