@@ -99,13 +99,13 @@ class Case:
 
 def registry() -> list[Case]:
     """All cases, in the order in which they run."""
-    import data_suite
+    import data_cases
     import kernel_cases
     import memory_cases
     import sampler_cases
     import training_cases
 
-    modules = [sampler_cases, training_cases, kernel_cases, data_suite, memory_cases]
+    modules = [sampler_cases, training_cases, kernel_cases, data_cases, memory_cases]
     return sorted((case for module in modules for case in module.CASES), key=lambda case: case.last)
 
 
