@@ -61,9 +61,10 @@ class Workbench:
 
     @property
     def samplers(self) -> dict[str, tuple[str, FastSampler]]:
-        """side -> (precision, sampler): the default, and before it the one of equal precision where that is another."""
+        """side -> (precision, sampler): the default, and before it one of equal cost, where the reference computes in fp32."""
         ours = {"ours": (self.fast_name, self.sampler)}
-        return ours if self.fast_name == "fp32" else {"ours fp32": ("fp32", self.sampler_fp32), **ours}
+        equal = self.fast_name == "fp32" or self.reference_precision != "fp32"
+        return ours if equal else {"ours fp32": ("fp32", self.sampler_fp32), **ours}
 
     @cached_property
     def reference(self) -> reference.ReferenceModel:

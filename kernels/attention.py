@@ -35,6 +35,7 @@ from ccella_fast.kernels.backend import (
     choose,
     compute_dtype,
     jit,
+    library_op,
     tl,
     triton,
     triton_refusal,
@@ -242,7 +243,7 @@ def _empty(like: Tensor) -> Tensor:
     return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-@torch.library.custom_op("ccella_fast::attention", mutates_args=())
+@library_op("attention")
 def attention_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(o, lse); lse (B, M, N) in base 2."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
@@ -262,7 +263,7 @@ def attention_fake(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("ccella_fast::attention_backward", mutates_args=())
+@library_op("attention_backward")
 def attention_backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,19 +327,19 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def triton_attention_refusal(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
-    """Why the Triton kernels cannot take such heads; None if they can."""
-    reason = triton_refusal(device, dtype)
-    if reason is None and head_width > MAX_HEAD_WIDTH[dtype]:
-        reason = (
-            f"it takes heads of up to {MAX_HEAD_WIDTH[dtype]} in {str(dtype).removeprefix('torch.')}, not {head_width}"
-        )
-    return reason
+def head_width_refusal(
+    device: torch.device, dtype: torch.dtype, head_width: int, widest: dict[torch.dtype, int]
+) -> str | None:
+    """Why heads are too wide for a Triton kernel; None if they are not. Only a GPU has registers that could spill."""
+    limit = widest[dtype] if device.type == "cuda" else max(widest.values())
+    if head_width <= limit:
+        return None
+    return f"it takes heads of up to {limit} in {str(dtype).removeprefix('torch.')}, not {head_width}"
 
 
 def refusals(device: torch.device, dtype: torch.dtype, *, head_width: int = 32) -> Refusals:
     """Implementations in order of preference. PyTorch's goes first: ours has not been measured on a GPU yet."""
-    ours = triton_attention_refusal(device, dtype, head_width)
+    ours = triton_refusal(device, dtype) or head_width_refusal(device, dtype, head_width, MAX_HEAD_WIDTH)
     theirs = xformers_refusal(device, dtype)
     if device.type == "cpu":
         return {"sdpa": None, "reference": None, "xformers": theirs, "triton": ours}

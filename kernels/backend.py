@@ -15,6 +15,7 @@ convolutions of PyTorch's, `reference` the plain PyTorch function that defines w
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -104,6 +105,22 @@ def xformers_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in TRITON_DTYPES:
         return f"it does not take {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def library_op(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    """Register a launcher as the library op `ccella_fast::name`: one node to torch.compile, CUDA graphs and export. It runs on
+    the GPU that holds its first argument; Triton alone would launch on the current one."""
+
+    def register(launcher: Callable[..., Any]) -> torch.library.CustomOpDef:
+        @functools.wraps(launcher)
+        def on_its_device(first: torch.Tensor, *rest: Any) -> Any:
+            with torch.cuda.device_of(first):
+                return launcher(first, *rest)
+
+        schema = torch.library.infer_schema(launcher, mutates_args=())
+        return torch.library.custom_op(f"ccella_fast::{name}", on_its_device, mutates_args=(), schema=schema)
+
+    return register
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

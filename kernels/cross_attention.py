@@ -39,6 +39,7 @@ from ccella_fast.kernels.attention import (
     attention_op,
     attention_reference,
     head_constants,
+    head_width_refusal,
     load_rows,
     rows_contiguous,
     store_rows,
@@ -48,6 +49,7 @@ from ccella_fast.kernels.backend import (
     choose,
     compute_dtype,
     jit,
+    library_op,
     tl,
     triton,
     triton_refusal,
@@ -186,7 +188,7 @@ def _heads_per_program(heads: int, blocks: int, device: torch.device) -> int:
     return max(1, min(heads, heads * blocks // wanted))
 
 
-@torch.library.custom_op("ccella_fast::cross_attention", mutates_args=())
+@library_op("cross_attention")
 def cross_attention_op(
     x: Tensor,
     context_k: Tensor,
@@ -244,7 +246,7 @@ def _cross_attention_fake(
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("ccella_fast::cross_attention_backward", mutates_args=())
+@library_op("cross_attention_backward")
 def cross_attention_backward_op(
     dy: Tensor,
     x: Tensor,
@@ -311,11 +313,7 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype, channels: int, hea
         return reason
     if channels > MAX_CHANNELS or channels % 16:
         return f"it takes multiples of 16 up to {MAX_CHANNELS} channels, not {channels}"
-    if head_width > MAX_HEAD_WIDTH[dtype]:
-        return (
-            f"it takes heads of up to {MAX_HEAD_WIDTH[dtype]} in {str(dtype).removeprefix('torch.')}, not {head_width}"
-        )
-    return None
+    return head_width_refusal(device, dtype, head_width, MAX_HEAD_WIDTH)
 
 
 def refusals(device: torch.device, dtype: torch.dtype, *, channels: int = 256, head_width: int = 32) -> Refusals:

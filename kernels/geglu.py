@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import Refusals, choose, jit, tl, triton_refusal
+from ccella_fast.kernels.backend import Refusals, choose, jit, library_op, tl, triton_refusal
 from ccella_fast.kernels.tuning import SHIPPED, config
 
 
@@ -73,7 +73,7 @@ def _launch(kernel: Any, key: str, h: Tensor, *tensors: Tensor) -> None:
     kernel[(programs,)](*tensors, rows, C, **tuned.launch())
 
 
-@torch.library.custom_op("ccella_fast::geglu", mutates_args=())
+@library_op("geglu")
 def _geglu_op(h: Tensor) -> Tensor:
     h = h.contiguous()
     y = _output_like(h)
@@ -90,7 +90,7 @@ def _output_like(h: Tensor) -> Tensor:
     return h.new_empty(*h.shape[:-1], h.shape[-1] // 2)
 
 
-@torch.library.custom_op("ccella_fast::geglu_backward", mutates_args=())
+@library_op("geglu_backward")
 def _geglu_backward_op(dy: Tensor, h: Tensor) -> Tensor:
     dy, h = dy.contiguous(), h.contiguous()
     dh = torch.empty_like(h)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import Refusals, choose, jit, tl, triton_refusal
+from ccella_fast.kernels.backend import Refusals, choose, jit, library_op, tl, triton_refusal
 from ccella_fast.kernels.group_norm_silu_backward import aot_cases as backward_cases
 from ccella_fast.kernels.group_norm_silu_backward import backward_op
 from ccella_fast.kernels.layout import (
@@ -258,7 +258,7 @@ def _whole_kernel(
     tl.store(y_ptr + offsets, z.to(y_ptr.dtype.element_ty), mask=valid)
 
 
-@torch.library.custom_op("ccella_fast::group_norm_silu", mutates_args=())
+@library_op("group_norm_silu")
 def _forward_op(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -340,7 +340,7 @@ def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("ccella_fast::group_norm_silu_apply", mutates_args=())
+@library_op("group_norm_silu_apply")
 def _apply_op(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, silu: bool
 ) -> Tensor:
@@ -356,7 +356,7 @@ def _(x, mean, rstd, weight, bias, shift, silu):
     return torch.empty_like(dense(x))
 
 
-@torch.library.custom_op("ccella_fast::group_norm_statistics", mutates_args=())
+@library_op("group_norm_statistics")
 def _statistics_op(x: Tensor, num_groups: int, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     x = dense(x)
     _, C, S, _ = sizes(x)

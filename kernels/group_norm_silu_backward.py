@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import jit, tl
+from ccella_fast.kernels.backend import jit, library_op, tl
 from ccella_fast.kernels.layout import (
     PARTS,
     channel_parameters,
@@ -159,7 +159,7 @@ def _parameter_gradients_kernel(
     tl.store(dbias_ptr + channels, dbias.to(dbias_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("ccella_fast::group_norm_silu_backward", mutates_args=())
+@library_op("group_norm_silu_backward")
 def backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, mean: Tensor, rstd: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

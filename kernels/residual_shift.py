@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import Refusals, choose, jit, tl, triton_refusal
+from ccella_fast.kernels.backend import Refusals, choose, jit, library_op, tl, triton_refusal
 from ccella_fast.kernels.layout import (
     dense,
     in_a_row,
@@ -69,7 +69,7 @@ def _residual_shift_kernel(
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=valid)
 
 
-@torch.library.custom_op("ccella_fast::residual_shift", mutates_args=())
+@library_op("residual_shift")
 def _residual_shift_op(h: Tensor, residual: Tensor, shift: Tensor | None) -> Tensor:
     h = dense(h)
     residual, shift = laid_out_like(residual, h), in_a_row(shift)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv3d_weight
 
 from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import Refusals, choose, compute_dtype, jit, tl, triton, triton_refusal
+from ccella_fast.kernels.backend import Refusals, choose, compute_dtype, jit, library_op, tl, triton, triton_refusal
 from ccella_fast.kernels.tuning import SHIPPED, Config, config
 
 AXES = (2, 3, 4)
@@ -123,7 +123,7 @@ SHIPPED["upsample_conv3d"] = {
 }
 
 
-@torch.library.custom_op("ccella_fast::upsample_conv3d", mutates_args=())
+@library_op("upsample_conv3d")
 def _upsample_op(x: Tensor, weight: Tensor, bias: Tensor | None, phases: Tensor | None) -> Tensor:
     """The Triton launch. phases: `phase_weights(weight)` where the caller has them already."""
     batch, width, *grid = x.shape
