@@ -43,6 +43,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
+            "nvidia-dali-cuda130>=2.4,<3",  # both data engines are compared, on a CPU too
             "diffusers>=0.40,<0.43",  # independent truth for solvers
             "triton>=3.6",  # kernels in its interpreter, and ahead-of-time compilation: no GPU needed
             "xformers>=0.0.35",

@@ -17,6 +17,7 @@ from torch import Tensor
 from timer import Watch
 
 SUITES = ["kernels", "sampler", "training", "data", "memory"]
+MOST_CUDA_SECONDS = 8.0  # for the rounds of a case: a GPU's rounds are short
 TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 6e-2}  # largest difference from the fp32 truth / largest value
 
 
@@ -59,10 +60,11 @@ class Trial:
     facts: list[tuple[str, float, str]] = field(
         default_factory=list
     )  # (what, value, unit): measured outside the rounds
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by side
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # what grows -> (size, cost), for a plot
     missing: dict[str, str] = field(default_factory=dict)  # competitor: why it is not there
     notes: list[str] = field(default_factory=list)
     tolerance: dict[str, float] = field(default_factory=lambda: TOLERANCE)
+    check: Callable[[], dict[str, float]] | None = None  # another gate, after the rounds: facts, or AssertionError
     twice: bool = False  # the tolerance is twice the baseline's own error: for kernels, judged against float64
     holds: list[Any] = field(default_factory=list)  # what must live as long as the trial: a temporary folder
 
@@ -85,17 +87,26 @@ class Case:
     profile: bool = False  # always look where its time goes, not only with --profile
     budget: float = 12.0  # seconds for the timed rounds
     set_up: dict[str, float] = field(default_factory=dict)  # rough seconds around them, by device: for the time limit
+    last: bool = False  # after all others: it compiles for minutes
+
+    def rounds_budget(self, device: str) -> float:
+        return min(self.budget, MOST_CUDA_SECONDS) if device == "cuda" else self.budget
+
+    def seconds(self, device: str) -> float:
+        """Roughly, all in all."""
+        return self.rounds_budget(device) + self.set_up.get(device, 10)
 
 
 def registry() -> list[Case]:
     """All cases, in the order in which they run."""
+    import data_cases
     import kernel_cases
     import memory_cases
     import sampler_cases
     import training_cases
 
-    modules = [sampler_cases, training_cases, kernel_cases, memory_cases]
-    return [case for module in modules for case in module.CASES]
+    modules = [sampler_cases, training_cases, kernel_cases, data_cases, memory_cases]
+    return sorted((case for module in modules for case in module.CASES), key=lambda case: case.last)
 
 
 def select(suites: list[str], device: torch.device) -> list[Case]:

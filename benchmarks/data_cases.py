@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from cases import Case, Side, Trial
 from ccella_fast.config import AugmentationConfig, Config, load_config, make_config
 from ccella_fast.data.augment import Augmentation, draw
 from ccella_fast.data.dataset import PreparedDataset
 from ccella_fast.data.manifest import load_manifest
+from ccella_fast.data.online import OnlineLatents
 from ccella_fast.data.phantom import write_phantoms
 from ccella_fast.data.prepare import prepare
 from ccella_fast.data.resident import ResidentLatents
@@ -195,48 +197,117 @@ def _same_warp(path: Path) -> dict[str, float]:
     return {"largest difference from MONAI's warp": apart}
 
 
-# ---- waiting for data ----
+# ---- training ----
 
 
-def wait_case(work: Path, *, steps: int = 20) -> dict[str, float]:
-    """Share of a training step that is spent waiting for data, of the demo's model on its grid without reports: latents
-    resident, and memory-mapped."""
+def wait_case(work: Path, *, device: torch.device = _CPU, steps: int = 20) -> DataCase:
+    """Training steps of the demo's model on latents from memory maps, and resident on the device. What the bar is about is the
+    share of a step that is spent waiting for data: the gate measures it for both."""
+    config, dataset = _latents(work, "stored")
+    sources = {"memory-mapped": dataset, "ours": ResidentLatents(dataset, device, torch.float32)}
+    runs = {name: _Steps(config, dataset, source, device, steps) for name, source in sources.items()}
+
+    def gate() -> dict[str, float]:
+        shares = {f"{name}: % of a step waiting": 100 * run.waiting_share() for name, run in runs.items()}
+        assert runs["ours"].first_batch_equals(runs["memory-mapped"])
+        return shares
+
+    return DataCase({name: run for name, run in runs.items()}, steps, 1.0, gate)
+
+
+def online_case(work: Path, *, device: torch.device = _CPU, steps: int = 10) -> DataCase:
+    """Training steps of the demo's model on stored latents, and with `--latents online`. The bar is for a GPU: at most 1.25
+    times the time; on a CPU the encoder wants the same cores as the training."""
+    config, stored = _latents(work, "stored")
+    _, images = _latents(work, "online")
+    online = OnlineLatents(images, work / "vae", device, seed=0)
+    runs = {
+        "stored": _Steps(config, stored, ResidentLatents(stored, device, torch.float32), device, steps),
+        "ours": _Steps(config, images, online, device, steps),
+    }
+    return DataCase(dict(runs), steps, 1 / 1.25, lambda: {"% of a step waiting": 100 * runs["ours"].waiting_share()})
+
+
+def _latents(work: Path, kind: str) -> tuple[Config, PreparedDataset]:
+    """The demo's grid and model without reports, phantoms, and an autoencoder that has learned nothing."""
     config = load_config(ROOT / "configs" / "demo.json", {"model.variant": "MAISI"})
     if not (work / "latents" / "manifest.json").is_file():
         write_phantoms(work / "phantoms", num_studies=8)
         torch.manual_seed(0)
         save_autoencoder(Autoencoder(config.autoencoder), work / "vae")
         prepare(work / "phantoms", work / "latents", config, vae=work / "vae")
-    dataset = PreparedDataset(work / "latents", config)
-    sources = {"resident": ResidentLatents(dataset, _CPU, torch.float32), "memory-mapped": dataset}
-    return {name: _wait_share(config, dataset, source, steps) for name, source in sources.items()}
+    return config, PreparedDataset(work / "latents", config, needs="images" if kind == "online" else "latents")
 
 
-def _wait_share(config: Config, dataset: PreparedDataset, source: Any, steps: int) -> float:
-    feed = Feed(
-        dataset, seed=0, batch_size=config.training.batch_size, accumulation=1, rank=0, world_size=1, scale=torch.ones(4),
-        num_timesteps=1000, source=source,
-    )  # fmt: skip
-    model, schedule = build_model(config), Schedule.from_config(config.scheduler)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    begun = 0.0
-    for number, (samples,) in enumerate(feed.steps(0, steps + 3, background=False)):
-        if number == 3:  # warm
-            begun, feed.waited = time.perf_counter(), 0.0
-        joint_loss(model, samples, schedule, 0.0).total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return feed.waited / (time.perf_counter() - begun)
+class _Steps:
+    """Called, it trains `steps` steps, and remembers how much of the time it waited."""
+
+    def __init__(self, config: Config, dataset: PreparedDataset, source: Any, device: torch.device, steps: int):
+        self.feed = Feed(
+            dataset, seed=0, batch_size=config.training.batch_size, accumulation=1, rank=0, world_size=1,
+            scale=torch.ones(4), num_timesteps=1000, source=source, device=device,
+        )  # fmt: skip
+        self.device, self.steps, self.seconds = device, steps, 0.0
+        self.model, self.schedule = build_model(config).to(device), Schedule.from_config(config.scheduler)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+
+    def __call__(self) -> None:
+        begun, self.feed.waited = time.perf_counter(), 0.0
+        for (samples,) in self.feed.steps(0, self.steps, background=self.device.type == "cuda"):
+            joint_loss(self.model, samples, self.schedule, 0.0).total.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds = time.perf_counter() - begun
+
+    def waiting_share(self) -> float:
+        return self.feed.waited / self.seconds
+
+    def first_batch_equals(self, other: _Steps) -> bool:
+        return torch.equal(self.feed.micro_batch(0, 0).latents, other.feed.micro_batch(0, 0).latents)
 
 
-CASES = {"prepare": prepare_case, "augment": augment_case}
+# ---- the list ----
+
+MAKERS: dict[str, Callable[..., DataCase]] = {
+    "prepare": prepare_case, "augment": augment_case, "wait": wait_case, "online": online_case,
+}  # fmt: skip
+
+
+def _case(name: str, about: str, *, budget: float, set_up: dict[str, float]) -> Case:
+    """The case as run.py knows it: set up, run once, through its gate, then timed."""
+
+    def build(bench: Any) -> Trial:
+        folder = tempfile.TemporaryDirectory(prefix="ccella-bench-")
+        here = {} if name == "prepare" else {"device": bench.device}
+        case = MAKERS[name](Path(folder.name), **here)
+        for run in case.sides.values():
+            run()
+        sides = {side: Side("fp32", lambda watch, run=run: run(), calls=case.units) for side, run in case.sides.items()}
+        facts = [(what, value, "") for what, value in case.gate().items()]
+        return Trial(sides, facts=facts, shapes={"units of one run": case.units, "bar": case.bar}, holds=[folder])
+
+    return Case(name, "data", about, build, budget=budget, set_up=set_up)
+
+
+CASES = [
+    _case("prepare", "studies on disk to prepared images: MONAI's dictionary transforms in a loop, and `ccella-fast prepare`",
+          budget=90, set_up={"cpu": 60, "cuda": 60}),
+    _case("augment", "prepared images to augmented volumes: MONAI's transforms in a DataLoader, and the data engine",
+          budget=90, set_up={"cpu": 60, "cuda": 60}),
+    _case("wait", "training steps of the demo's model on stored latents: memory-mapped, and resident",
+          budget=20, set_up={"cpu": 30, "cuda": 30}),
+    _case("online", "training steps of the demo's model: stored latents, and made from augmented images while training",
+          budget=20, set_up={"cpu": 30, "cuda": 30}),
+]  # fmt: skip
 
 
 def main(names: list[str]) -> None:
     """Sides in turn, three rounds after one to warm up; the median ratio."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in [name for name in CASES if not names or name in names]:
-            case = CASES[name](Path(folder, name))
+    for name in [name for name in MAKERS if not names or name in names]:
+        with tempfile.TemporaryDirectory() as folder:
+            case = MAKERS[name](Path(folder))
             seconds: dict[str, list[float]] = {side: [] for side in case.sides}
             for side in list(case.sides) + 3 * list(case.sides):
                 begun = time.perf_counter()
@@ -245,10 +316,10 @@ def main(names: list[str]) -> None:
             first, second = (seconds[side][1:] for side in case.sides)
             ratio = statistics.median(a / b for a, b in zip(first, second, strict=True))
             each = ", ".join(f"{side} {statistics.median(seconds[side][1:]) / case.units:.3f}" for side in case.sides)
-            print(f"{name}: {ratio:.2f} times (bar {case.bar}); seconds a volume: {each}; gate: {case.gate()}")
-        if not names or "wait" in names:
-            for source, share in wait_case(Path(folder, "wait")).items():
-                print(f"wait, {source}: {100 * share:.2f} % of a step (bar 1 %)")
+            print(
+                f"{name}: {ratio:.2f} times (bar {case.bar:.2g}); seconds a unit: {each}; gate: {case.gate()}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

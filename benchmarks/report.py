@@ -14,6 +14,7 @@ from typing import Any
 import model_counts
 from ccella_fast.storage import atomic_path
 from results import seconds
+from timer import slope
 
 TEMPLATE = Path(__file__).resolve().parent / "report.html.j2"
 # One colour a side, by its place in the case: the reference grey, ours blue and then orange; others after them.
@@ -38,10 +39,15 @@ def table(record: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows if len(row[column]) < 40) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-" * sum(widths, 2 * len(widths) - 2))
-    absent = {f"{name}: {why}" for case in record["cases"] for name, why in case["missing"].items()}
-    lines += ["", *(f"not measured: {line}" for line in sorted(absent))] if absent else []
+    absent = _absent(record)
+    lines += ["", *(f"not measured: {line}" for line in absent)] if absent else []
     lines += [f"left out: {name}, {why}" for name, why in record["left_out"].items()]
     return "\n".join(["", *lines, "", model_counts.table(record["counts"]), ""])
+
+
+def _absent(record: dict[str, Any]) -> list[str]:
+    """Competitors that are not there, each once, with the reason."""
+    return sorted({f"{name}: {why}" for case in record["cases"] for name, why in case["missing"].items()})
 
 
 def _cells(case: dict[str, Any], name: str, side: dict[str, Any]) -> list[str]:
@@ -54,15 +60,18 @@ def _cells(case: dict[str, Any], name: str, side: dict[str, Any]) -> list[str]:
 def write(record: dict[str, Any], page: Path, picture: Path) -> None:
     from jinja2 import Environment, StrictUndefined
 
-    png = draw(record)
-    with atomic_path(picture) as temporary:
-        temporary.write_bytes(png)
+    png, scaling = draw(record), draw_scaling(record)
+    for image, path in ((png, picture), (scaling, picture.with_name(f"{picture.stem}-scaling.png"))):
+        if image is not None:
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(image)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"seconds": seconds, "percent": "{:.0%}".format}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(
         record=record, headline=headline(record), cells=_cells, picture=base64.b64encode(png).decode("ascii"),
-        counts=record["counts"],
+        scaling=scaling and base64.b64encode(scaling).decode("ascii"),
+        counts=record["counts"], absent=_absent(record),
     )  # fmt: skip
     with atomic_path(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -112,6 +121,26 @@ def draw(record: dict[str, Any]) -> bytes:
         + f"; noise (A against A) {record['noise_floor']['noise']:.1%}",
         fontsize=10,
     )
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def draw_scaling(record: dict[str, Any]) -> bytes | None:
+    """PNG of all curves, log-log, with a line of slope 1 through each first point; None when there are none."""
+    from matplotlib.figure import Figure
+
+    curves = {what: points for case in record["cases"] for what, points in case.get("curves", {}).items()}
+    if not curves:
+        return None
+    figure = Figure(figsize=(4.6 * len(curves), 3.6), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axis, (what, points) in zip(axes, curves.items(), strict=True):
+        xs, ys = zip(*points, strict=True)
+        axis.loglog(xs, [ys[0] * x / xs[0] for x in xs], "--", color=_GREY, label="slope 1")
+        axis.loglog(xs, ys, "o-", color=_ORANGE, label=f"slope {slope(points):.2f}")
+        axis.set_title(what, fontsize=10, loc="left")
+        axis.legend(fontsize=8, frameon=False)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()

@@ -126,12 +126,12 @@ def _slower(case: dict[str, Any], then: dict[str, Any], same: bool, floors: list
 
 
 def newest(folder: Path = ROOT / "results") -> list[tuple[Path, dict[str, Any]]]:
-    """For each machine the newest record of each case, as one record a machine."""
-    found = []
-    for machine in sorted(path for path in folder.glob("*") if path.is_dir()):
-        files = sorted(machine.glob("*.json"))
-        found += [(file, read(file)) for file in files[-1:]]
-    return found
+    """For each machine the newest record of each command."""
+    found: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*/*.json")):
+        record = read(file)
+        found[file.parent.name, record["command"]] = file, record
+    return [found[key] for key in sorted(found)]
 
 
 def write_markdown(path: Path = ROOT / "RESULTS.md", folder: Path = ROOT / "results") -> Path:
@@ -153,8 +153,8 @@ def _machine(file: Path, record: dict[str, Any]) -> list[str]:
     peak = ", ".join(f"{name} {value / 1e12:.3g} TFLOP/s" for name, value in rates["matmul_flops"].items())
     cpu = environment["cpu"]
     lines = [
-        f"## {record['machine']}", "",
-        f"`{file}`, commit {record['commit']}, {record['date'][:10]}, `{record['command']}`, "
+        f"## {record['machine']}: `{record['command']}`", "",
+        f"`{file}`, commit {record['commit']}, {record['date'][:10]}, "
         f"torch {environment['packages']['torch']}, {cpu['torch_threads']} CPU threads. "
         f"Limits, measured in the run: copy {rates['copy_bytes_per_second'] / 1e9:.3g} GB/s, {peak}. "
         f"Noise floor (A against A) {record['noise_floor']['noise']:.1%}.", "",
@@ -172,6 +172,8 @@ def _machine(file: Path, record: dict[str, Any]) -> list[str]:
         if facts:
             lines += [f"| {suite} | | |", "|---|---|---:|"]
             lines += [f"| {name} | {what} | {value:.4g} {unit} |" for name, what, value, unit in facts] + [""]
+    if any(case.get("curves") for case in record["cases"]):
+        lines += [f"![How cost grows](results/{file.with_suffix('')}-scaling.png)", ""]
     aside = [f"- {case['name']}: {case['status']}, {case['why']}" for case in record["cases"] if case["status"] != "ok"]
     aside += [f"- {name}: left out, {why}" for name, why in record["left_out"].items()]
     return [*lines, *aside, ""]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
+import math
 import sys
 import time
 import traceback
@@ -39,7 +41,7 @@ class Session:
     def plan(self, cases: list[Case]) -> str:
         """What would run: cases, sizes, and a rough time."""
         model, kind = self.bench.config.model, self.device.type
-        seconds = 30 + sum(case.budget + case.set_up.get(kind, 10) for case in cases)
+        seconds = 30 + sum(case.seconds(kind) for case in cases)
         head = [
             f"machine  {self.name}, {torch.get_num_threads()} threads",
             f"model    {model.variant}, channels {model.num_channels}, latent {self.bench.latent_grid}, "
@@ -49,6 +51,7 @@ class Session:
         return "\n".join(head + [f"case     {case.suite}/{case.name}: {case.about}" for case in cases])
 
     def measure(self, cases: list[Case], traces: Path | None) -> dict[str, Any]:
+        logging.getLogger("ccella_fast").setLevel(logging.WARNING)  # a case's own tales belong to other logs
         environment = describe()
         found = warnings(environment)
         print(self._card(environment), flush=True)
@@ -62,7 +65,7 @@ class Session:
         left_out: dict[str, str] = {}
         done = []
         for number, case in enumerate(cases, start=1):
-            needed = case.budget + case.set_up.get(self.device.type, 10)
+            needed = case.seconds(self.device.type)
             if self.limit is not None and time.perf_counter() - self.start + needed > self.limit:
                 left_out[case.name] = f"it needs about {needed:.0f} s and the time limit is {self.limit / 60:g} minutes"
                 continue
@@ -86,13 +89,13 @@ class Session:
         begin = time.perf_counter()
         row: dict[str, Any] = {
             "name": case.name, "suite": case.suite, "about": case.about, "status": "ok", "why": "", "shapes": {},
-            "sides": {}, "speedups": {}, "facts": [], "counts": {}, "missing": {}, "notes": [],
+            "sides": {}, "speedups": {}, "facts": [], "curves": {}, "missing": {}, "notes": [],
         }  # fmt: skip
         try:
             self._tick("setting up")
             trial = case.build(self.bench)
             row |= {"shapes": trial.shapes, "facts": trial.facts, "missing": trial.missing, "notes": trial.notes}
-            row |= {"counts": trial.counts}
+            row |= {"curves": trial.curves}
             self._run(case, trial, row, traces)
         except Skip as why:
             row |= {"status": "skipped", "why": str(why)}
@@ -117,8 +120,9 @@ class Session:
         errors = self._errors(trial)
         with self._nvtx(case.name), self._monitor() as monitor:
             timings = timer.measure(
-                {name: side.run for name, side in trial.sides.items()}, self.device, budget=case.budget, tick=self._tick
-            )
+                {name: side.run for name, side in trial.sides.items()}, self.device,
+                budget=case.rounds_budget(self.device.type), tick=self._tick,
+            )  # fmt: skip
         if isinstance(monitor, Monitor):
             row["telemetry"] = monitor.summary()
         for name, timing in timings.items():
@@ -130,7 +134,8 @@ class Session:
                 "parts": {part: timer.summary(values)["median"] / side.calls for part, values in timing.parts.items()},
             }  # fmt: skip
             if name in errors:
-                facts |= {"error": errors[name], "passed": errors[name] <= trial.allowed(side.precision, errors)}
+                passed = errors[name] <= trial.allowed(side.precision, errors)
+                facts |= {"error": errors[name] if math.isfinite(errors[name]) else None, "passed": passed}
             if name in trial.floor:
                 floor = trial.floor[name]
                 least, limit = floor.seconds(self.bench.machine)
@@ -138,7 +143,7 @@ class Session:
                                   "derivation": floor.derivation}  # fmt: skip
                 facts["of_limit"] = least / facts["seconds"]["median"]
             row["sides"][name] = facts
-        judge(row)
+        judge(row, *_checked(trial, row))
         if row["status"] == "ok" and (traces is not None or case.profile):
             for name, side in trial.sides.items():
                 self._tick(f"{name}: profile")
@@ -151,7 +156,9 @@ class Session:
         if trial.truth is None:
             return {}
         self._tick("gate: the truth")
-        truth = trial.truth().double()
+        # TF32, which PyTorch allows in convolutions by itself, is no truth.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            truth = trial.truth().double()
         errors = {}
         for name, side in trial.sides.items():
             if side.output is not None:
@@ -212,14 +219,28 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def judge(row: dict[str, Any]) -> None:
-    """Speed-ups over the first side, of the sides whose result is right; if one of ours is wrong, none at all."""
+def _error(side: dict[str, Any]) -> str:
+    return "another shape, or NaN" if side["error"] is None else f"{side['error']:.2g}"
+
+
+def _checked(trial: Trial, row: dict[str, Any]) -> list[str]:
+    """What the trial's own check has against it; what it measured becomes facts."""
+    if trial.check is None:
+        return []
+    try:
+        row["facts"] = [*row["facts"], *((what, value, "") for what, value in trial.check().items())]
+    except AssertionError as why:
+        return [f"its check failed: {why}"[:200]]
+    return []
+
+
+def judge(row: dict[str, Any], *complaints: str) -> None:
+    """Speed-ups over the first side; none at all where a result is wrong."""
     sides = row["sides"]
     wrong = [name for name, side in sides.items() if side.get("passed") is False]
-    if wrong:
-        row["status"] = "wrong"
-        row["why"] = "; ".join(f"{name} differs from the truth by {sides[name]['error']:.2g}" for name in wrong)
-        row["speedups"] = {}
+    why = [*(f"{name} differs from the truth by {_error(sides[name])}" for name in wrong), *complaints]
+    if why:
+        row |= {"status": "wrong", "why": "; ".join(why), "speedups": {}}
         return
     baseline = next(iter(sides), None)
     for name in list(sides)[1:]:

@@ -6,6 +6,7 @@ turn, and a ratio is the median of the ratios within the rounds: what slows a wh
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -133,3 +134,10 @@ def overhead(device: torch.device) -> float:
     """Seconds that the watch itself adds to a call: an empty call, timed as every other is."""
     empty = [_once(lambda watch: None, device)[0] for _ in range(50)]
     return statistics.median(empty)
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Least-squares slope of log(cost) over log(size): 1 is proportional, less is better than that, 2 is quadratic."""
+    xs, ys = ([math.log(point[axis]) for point in points] for axis in (0, 1))
+    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / sum((x - x_mean) ** 2 for x in xs)

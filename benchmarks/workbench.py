@@ -45,9 +45,14 @@ class Workbench:
         return "fp16" if self.device.type == "cuda" else "fp32"
 
     @cached_property
+    def parameters(self) -> int:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in build_model(self.config).parameters())
+
+    @cached_property
     def model(self) -> Denoiser:
         """fp32, random weights, none of them zero."""
-        self.tick("building the model (575 M parameters at full size)")
+        self.tick(f"building the model ({self.parameters / 1e6:.0f} M parameters)")
         return self._ready(build_model, self.config)
 
     @cached_property
@@ -61,9 +66,10 @@ class Workbench:
 
     @property
     def samplers(self) -> dict[str, tuple[str, FastSampler]]:
-        """side -> (precision, sampler): the default, and before it the one of equal precision where that is another."""
+        """side -> (precision, sampler): the default, and before it one of equal cost, where the reference computes in fp32."""
         ours = {"ours": (self.fast_name, self.sampler)}
-        return ours if self.fast_name == "fp32" else {"ours fp32": ("fp32", self.sampler_fp32), **ours}
+        equal = self.fast_name == "fp32" or self.reference_precision != "fp32"
+        return ours if equal else {"ours fp32": ("fp32", self.sampler_fp32), **ours}
 
     @cached_property
     def reference(self) -> reference.ReferenceModel:

@@ -327,19 +327,19 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def triton_attention_refusal(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
-    """Why the Triton kernels cannot take such heads; None if they can."""
-    reason = triton_refusal(device, dtype)
-    if reason is None and head_width > MAX_HEAD_WIDTH[dtype]:
-        reason = (
-            f"it takes heads of up to {MAX_HEAD_WIDTH[dtype]} in {str(dtype).removeprefix('torch.')}, not {head_width}"
-        )
-    return reason
+def head_width_refusal(
+    device: torch.device, dtype: torch.dtype, head_width: int, widest: dict[torch.dtype, int]
+) -> str | None:
+    """Why heads are too wide for a Triton kernel; None if they are not. Only a GPU has registers that could spill."""
+    limit = widest[dtype] if device.type == "cuda" else max(widest.values())
+    if head_width <= limit:
+        return None
+    return f"it takes heads of up to {limit} in {str(dtype).removeprefix('torch.')}, not {head_width}"
 
 
 def refusals(device: torch.device, dtype: torch.dtype, *, head_width: int = 32) -> Refusals:
     """Implementations in order of preference. PyTorch's goes first: ours has not been measured on a GPU yet."""
-    ours = triton_attention_refusal(device, dtype, head_width)
+    ours = triton_refusal(device, dtype) or head_width_refusal(device, dtype, head_width, MAX_HEAD_WIDTH)
     theirs = xformers_refusal(device, dtype)
     if device.type == "cpu":
         return {"sdpa": None, "reference": None, "xformers": theirs, "triton": ours}

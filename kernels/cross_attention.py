@@ -39,6 +39,7 @@ from ccella_fast.kernels.attention import (
     attention_op,
     attention_reference,
     head_constants,
+    head_width_refusal,
     load_rows,
     rows_contiguous,
     store_rows,
@@ -312,11 +313,7 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype, channels: int, hea
         return reason
     if channels > MAX_CHANNELS or channels % 16:
         return f"it takes multiples of 16 up to {MAX_CHANNELS} channels, not {channels}"
-    if head_width > MAX_HEAD_WIDTH[dtype]:
-        return (
-            f"it takes heads of up to {MAX_HEAD_WIDTH[dtype]} in {str(dtype).removeprefix('torch.')}, not {head_width}"
-        )
-    return None
+    return head_width_refusal(device, dtype, head_width, MAX_HEAD_WIDTH)
 
 
 def refusals(device: torch.device, dtype: torch.dtype, *, channels: int = 256, head_width: int = 32) -> Refusals:

@@ -22,7 +22,6 @@ import model_counts
 import reference
 import report
 import results
-import sampler_cases
 import session
 import timer
 import tuned_peer
@@ -210,9 +209,9 @@ def test_reference_loss_equals_ours(tiny):
 
 
 def test_slope():
-    assert sampler_cases.slope([(x, 3 * x**2) for x in (1, 2, 4, 8)]) == pytest.approx(2)
-    assert sampler_cases.slope([(1, 5.0), (10, 5.0)]) == pytest.approx(0)
-    assert sampler_cases.slope([(1, 8.0), (2, 4.0)]) == pytest.approx(-1)
+    assert timer.slope([(x, 3 * x**2) for x in (1, 2, 4, 8)]) == pytest.approx(2)
+    assert timer.slope([(1, 5.0), (10, 5.0)]) == pytest.approx(0)
+    assert timer.slope([(1, 8.0), (2, 4.0)]) == pytest.approx(-1)
 
 
 def test_ratio_is_of_neighbours():
@@ -286,6 +285,16 @@ def test_no_speed_up_for_a_wrong_result(error, twice, right):
     assert row["sides"]["ours"]["seconds"]["n"] == timer.LEAST_ROUNDS and row["sides"]["ours"]["of_limit"] > 0
 
 
+def test_a_check_after_the_rounds_is_a_gate_too():
+    def fails():
+        raise AssertionError("not the same volumes")
+
+    good, bad = trial_of(1e-7), trial_of(1e-7)
+    good.check, bad.check = lambda: {"correlation": 0.99}, fails
+    assert run_case(good)["facts"] == [("correlation", 0.99, "")] and run_case(good)["speedups"]
+    assert run_case(bad)["status"] == "wrong" and not run_case(bad)["speedups"]
+
+
 def test_nan_and_another_shape_are_wrong():
     truth = torch.ones(3)
     assert session.relative_error(torch.tensor([1.0, float("nan"), 1.0]), truth) == float("inf")
@@ -314,6 +323,7 @@ def record():
     facts = environment.describe()
     case = run_case(trial_of(1e-7))
     case["sides"]["ours"]["parts"] = {"forward": 1e-3}
+    case["curves"] = {"step against batch, s": [(1, 2.0), (2, 3.0)]}
     return {
         "schema": results.SCHEMA, "date": results.now(), "commit": "abc1234", "command": "python benchmarks/run.py",
         "device": "cpu", "machine": "Some (R) CPU", "environment": facts, "warnings": [], "left_out": {"big": "no time"},
@@ -331,9 +341,11 @@ def test_record_round_trip_page_and_table(record, tmp_path):
     page = (tmp_path / "r.html").read_text()
     assert "data:image/png;base64," in page and "http" not in page.replace("http-equiv", "")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "r-scaling.png").is_file()
     assert "toy" in report.table(record) and "left out: big" in report.table(record)
     text = results.write_markdown(tmp_path / "RESULTS.md", tmp_path).read_text()
-    assert "## Some (R) CPU" in text and "| toy | ours | fp32 |" in text
+    assert "## Some (R) CPU: `python benchmarks/run.py`" in text and "| toy | ours | fp32 |" in text
+    assert "(results/some-cpu/2026-01-01-abc-scaling.png)" in text
 
 
 @pytest.mark.parametrize(
@@ -495,6 +507,48 @@ def test_door_dry_run_list_and_usage():
     assert plan.returncode == 0 and "case     sampler/denoising_step" in plan.stdout and "minutes" in plan.stdout
     wrong = door("--case", "denoising_stop")
     assert wrong.returncode == 2 and "did you mean 'denoising_step'?" in wrong.stderr
+
+
+TINY_RUN = """
+import dataclasses, json, sys, torch, cases, session
+from ccella_fast.config import make_config
+from test_benchmarks import TINY
+from workbench import Workbench
+sizes = {f"model.{key}": value for key, value in (TINY | {"latent_channels": [4]}).items()}
+vae = {"autoencoder.num_channels": [8, 16, 16], "autoencoder.norm_num_groups": 8}
+config = make_config({**sizes, **vae, "data.dim": [64, 64, 32], "text.max_length": 8, "training.batch_size": 2})
+run = session.Session(torch.device("cpu"), minutes=None, command="", debug=True)
+run.bench = Workbench(torch.device("cpu"), config)
+run.bench.machine = {"matmul_flops": {"fp32": 1e11, "bf16": 1e12}, "copy_bytes_per_second": 1e10}
+known = {case.name: dataclasses.replace(case, budget=0.0) for case in cases.registry()}
+print(json.dumps({name: run._case(known[name], None) for name in sys.argv[1:]}))
+"""
+
+
+def test_whole_cases_at_a_tiny_size():
+    """Set-up, gate, timing and parts as at full size, training through DeepSpeed in both precisions."""
+    names = ["training_step", "training_step_bf16", "training_step_tuned", "denoising_step", "denoising_step_batch_8",
+             "denoising_step_tuned", "sampling", "checkpoint"]  # fmt: skip
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks", ROOT / "tests")))
+    done = subprocess.run(
+        [sys.executable, "-c", TINY_RUN, *names], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout.splitlines()[-1])
+    short = {
+        "training_step_bf16",
+        "training_step_tuned",
+        "training_step",
+        "checkpoint",
+    }  # of memory for the full size: skipped
+    for name, row in rows.items():
+        assert row["status"] == "ok" or (row["status"] == "skipped" and name in short), (
+            name,
+            row["status"],
+            row["why"],
+        )
+    assert set(rows["sampling"]["sides"]["ours"]["parts"]) == {"steps", "decode"}
+    assert all(side["passed"] for name in names[:7] for side in rows[name]["sides"].values())
 
 
 def test_machine_rates_are_found_for_every_precision():

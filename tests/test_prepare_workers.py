@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -83,6 +84,17 @@ def test_workers_follow_cores_tasks_and_memory(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("ccella_fast.data.pool.free_memory", lambda: 10 * 2**30)
     task = ImageTask("a", {}, config(data__dim=[256, 256, 128]).data, tmp_path)
     assert count_workers(100, bytes_needed(task)) == 8 and count_workers(100, 3 * 2**30) == 1
+
+
+def test_a_full_dev_shm_means_one_after_another(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("multiprocessing.synchronize.Lock", full)  # a semaphore is a file in /dev/shm
+    monkeypatch.setattr("multiprocessing.synchronize.BoundedSemaphore", full)
+    with caplog.at_level("WARNING", logger="ccella_fast"), Pool(2) as pool:
+        assert {each.result for each in pool.run(refuse, [0, 1], list("ab"), bytes_each=1)} == {os.getpid()}
+    assert caplog.text.count("is /dev/shm full?") == 1 and "No space left" in caplog.text
 
 
 def test_workers_end_with_a_parent_that_is_killed():

@@ -112,11 +112,11 @@ class DaliEngine:
                 field = fn.resize(field, size=size, interp_type=linear, antialias=False)
                 x = dali.math.clamp(x * fn.squeeze(field, axes=3), 0.0, 1.0)
             if config.gamma:
-                x = dali.math.pow(x, next(inputs))
+                x = dali.math.pow(x, here(next(inputs)))
             if config.contrast:
-                x = x + x * (1.0 - x) * (x - 0.5) * (next(inputs) * 4.0)
+                x = x + x * (1.0 - x) * (x - 0.5) * here(next(inputs) * 4.0)
             if config.noise:
-                faded = next(inputs) * dali.math.clamp(x * (1 / FAINT), 0.0, 1.0)
+                faded = here(next(inputs)) * dali.math.clamp(x * (1 / FAINT), 0.0, 1.0)
                 noise = fn.external_source(source=lambda n: self._noise(jobs(n)), device="gpu" if on_gpu else "cpu")
                 x = dali.math.clamp(x + faded * noise, 0.0, 1.0)
             return x

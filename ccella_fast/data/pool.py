@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from ccella_fast.environment import free_memory
 from ccella_fast.errors import DataError
 
+logger = logging.getLogger("ccella_fast")
 Task = TypeVar("Task")
 _WORTH = 4  # tasks a process, below which it is not worth its start
 
@@ -52,16 +54,24 @@ class Pool:
         Results depend on the task alone, never on the number of workers. Raises DataError, naming the studies, when a worker
         dies."""
         workers = min(len(tasks), self.workers or count_workers(len(tasks), bytes_each))
-        if workers <= 1:
+        if workers > 1 and self._start(workers):
+            assert self._executor is not None
+            with _one_thread_each(), _main_left_alone():
+                yield from _collect(self._executor, function, tasks, names, 2 * workers)
+        else:
             for number, task in enumerate(tasks):
                 yield Done(number, *_timed(function, task))
-            return
-        with _one_thread_each(), _main_left_alone():
-            if self._executor is None:
-                # Not forked: this process may hold locks of torch's threads.
+
+    def _start(self, workers: int) -> bool:
+        """Is there an executor? The first submit starts its processes."""
+        if self._executor is None:
+            try:  # Not forked: this process may hold locks of torch's threads.
                 context = multiprocessing.get_context("spawn")
                 self._executor = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
-            yield from _collect(self._executor, function, tasks, names, 2 * workers)
+            except OSError as bad:  # its semaphores lie in /dev/shm
+                why = os.strerror(bad.errno or 0)
+                logger.warning("no worker processes (%s; is /dev/shm full?): studies are done one after another", why)
+        return self._executor is not None
 
 
 def count_workers(tasks: int, bytes_each: int) -> int:

@@ -80,7 +80,7 @@ def choose_source(dataset: PreparedDataset, device: torch.device, text_dtype: to
     needed = bytes_needed(dataset, text_dtype)
     room = int(_SHARE * _free(device))
     studies = len(dataset) * (dataset.copies + 1)
-    told = f"memory plan: latents and text of {studies} volumes take {needed / 1e9:.2f} GB, there is room for {room / 1e9:.2f}"
+    told = f"memory plan: latents and text of {studies} volumes take {needed / 1e6:.0f} MB, there is room for {room / 1e6:.0f}"
     if needed <= room:
         logger.info("%s: resident on %s", told, device)
         return ResidentLatents(dataset, device, text_dtype)
