@@ -41,12 +41,14 @@ lint: $(VENV)/installed-test
 	ruff format --check .
 	mypy
 
-# On a machine with a GPU, in at most ten minutes, with the packages that are there: kernels against float64, then everything
-# that is measured, with a short table last. The JSON under benchmarks/results/ is to be committed. PYTHON names the interpreter.
+# On a machine with a GPU, in at most ten minutes, with the packages that are there: the tests of the kernels, then everything that
+# is measured, with a table last. To be committed: what it writes below benchmarks/results/.
 gpu:
-	$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "there is no CUDA device here")'
-	PYTHONPATH=$(CURDIR) timeout 150 $(PYTHON) -m pytest -m gpu -x || test $$? -eq 5  # 5: no test carries the marker
-	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/run.py --suite kernels sampler training memory --minutes 7 --keep
+	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "there is no CUDA device here")'
+	@export PYTHONPATH=$(CURDIR); status=0; \
+	timeout 150 $(PYTHON) -m pytest -m gpu || status=$$?; \
+	$(PYTHON) benchmarks/run.py --suite kernels sampler training memory --minutes 7 --keep || status=$$?; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

@@ -149,7 +149,7 @@ def largest_latent(bench: Workbench) -> Trial:
     grid = bench.config.check_grid()
     total = free_memory(bench.device)
     trial = Trial(shapes={"memory_bytes": total})
-    parameters = 575.5e6
+    parameters = bench.parameters
     for name, state in _STATE_BYTES.items():
         voxel, fixed = activation_bytes(bench, name, grid)
         left = total - parameters * state - fixed - _RESERVE
@@ -200,10 +200,10 @@ def checkpoint(bench: Workbench) -> Trial:
     from training_cases import _config, build_engine
 
     bench.release()
-    size = 575.5e6 * 20
+    size = bench.parameters * 20
     OUT.mkdir(exist_ok=True)
-    if shutil.disk_usage(OUT).free < 3 * size or free_memory(bench.device) < 2.5 * size:
-        raise Skip(f"it needs {3 * size / 1e9:.0f} GB of disk and {2.5 * size / 1e9:.0f} GB of memory")
+    if shutil.disk_usage(OUT).free < 3 * size or free_memory(bench.device) < 1.6 * size:
+        raise Skip(f"it needs {3 * size / 1e9:.0f} GB of disk and {1.6 * size / 1e9:.0f} GB of memory")
     folder = tempfile.TemporaryDirectory(prefix="checkpoint-", dir=OUT)
     config = _config(bench, "fp32", 1)
     engine = build_engine(bench, config, Path(folder.name))

@@ -41,13 +41,13 @@ def training_step(bench: Workbench, precision: str | None = None, *, peer: bool 
     """loader, forward, backward, optimizer. The reference: fp16 autocast and GradScaler on a GPU, fp32 on a CPU, default
     AdamW. Ours: train.py's engine, without EMA, which the reference has not. peer: against the tuned peer instead."""
     bench.release()
-    default = "bf16" if bench.device.type == "cuda" else "fp32"
+    default = "bf16" if bench.device.type == "cuda" or peer else "fp32"
     if precision == default:
         raise Skip(f"on this device the case training_step is in {default}")
     precision = precision or default
     batch = bench.config.training.batch_size if bench.device.type == "cuda" else 1
     config = _config(bench, precision, batch)
-    needed = _bytes_per_parameter(precision) * 0.5755e9 / 2**30
+    needed = _bytes_per_parameter(precision) * bench.parameters / 2**30
     free = free_memory(bench.device) / 2**30
     if needed > free:
         raise Skip(f"it needs about {needed:.0f} GiB of memory, {free:.0f} are free")
@@ -105,6 +105,7 @@ class _Gate:
 
     def reference(self, *, autocast: bool) -> Tensor:
         batch = {key: value for key, value in self.samples._asdict().items() if isinstance(value, Tensor)}
+        batch["text"] = batch["text"].float()  # which ours keeps in the dtype of its weights
         with self.body.autocast() if autocast else torch.autocast(self.body.device.type, enabled=False):
             loss = self.body.loss(batch)
         # The loss is scaled as GradScaler would: fp16 gradients underflow otherwise.

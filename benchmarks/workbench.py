@@ -45,9 +45,14 @@ class Workbench:
         return "fp16" if self.device.type == "cuda" else "fp32"
 
     @cached_property
+    def parameters(self) -> int:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in build_model(self.config).parameters())
+
+    @cached_property
     def model(self) -> Denoiser:
         """fp32, random weights, none of them zero."""
-        self.tick("building the model (575 M parameters at full size)")
+        self.tick(f"building the model ({self.parameters / 1e6:.0f} M parameters)")
         return self._ready(build_model, self.config)
 
     @cached_property

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from ccella_fast.config import AugmentationConfig, Config, make_config
-from ccella_fast.data.augment import Augmentation, check_conditioning, draw, extremes, keeps_gland, normals
+from ccella_fast.data.augment import (
+    Augmentation,
+    check_conditioning,
+    draw,
+    extremes,
+    keeps_gland,
+    normals,
+    operators_of,
+)
 from ccella_fast.data.torch_engine import TorchEngine
 from ccella_fast.data.volumes import Job
 from ccella_fast.errors import ConfigError
@@ -100,6 +108,14 @@ def test_the_gland_stays_in_view():
         (title, view) for title, view in extremes(IMAGE, SHAPE, SPACING) if title in ("crop", "translation", "zoom in")
     ]
     assert len(shown) == 3 and all(keeps_gland(view, IMAGE.gland, SHAPE, SPACING) for _, view in shown)
+
+
+def test_only_the_operators_in_use_give_the_same_volume(tmp_path):
+    x = np.random.default_rng(0).random(SHAPE)
+    for title, view in extremes(IMAGE, SHAPE, SPACING):
+        whole, alone = (make(tmp_path / "v.npy", x, config, view) for config in (IMAGE, operators_of(view)))
+        np.testing.assert_allclose(whole, alone, atol=2e-4, err_msg=title)
+        assert np.abs(alone - x).max() > 0.01, title
 
 
 def reads_report(**changes) -> Config:

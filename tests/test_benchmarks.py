@@ -509,6 +509,48 @@ def test_door_dry_run_list_and_usage():
     assert wrong.returncode == 2 and "did you mean 'denoising_step'?" in wrong.stderr
 
 
+TINY_RUN = """
+import dataclasses, json, sys, torch, cases, session
+from ccella_fast.config import make_config
+from test_benchmarks import TINY
+from workbench import Workbench
+sizes = {f"model.{key}": value for key, value in (TINY | {"latent_channels": [4]}).items()}
+vae = {"autoencoder.num_channels": [8, 16, 16], "autoencoder.norm_num_groups": 8}
+config = make_config({**sizes, **vae, "data.dim": [64, 64, 32], "text.max_length": 8, "training.batch_size": 2})
+run = session.Session(torch.device("cpu"), minutes=None, command="", debug=True)
+run.bench = Workbench(torch.device("cpu"), config)
+run.bench.machine = {"matmul_flops": {"fp32": 1e11, "bf16": 1e12}, "copy_bytes_per_second": 1e10}
+known = {case.name: dataclasses.replace(case, budget=0.0) for case in cases.registry()}
+print(json.dumps({name: run._case(known[name], None) for name in sys.argv[1:]}))
+"""
+
+
+def test_whole_cases_at_a_tiny_size():
+    """Set-up, gate, timing and parts as at full size, training through DeepSpeed in both precisions."""
+    names = ["training_step", "training_step_bf16", "training_step_tuned", "denoising_step", "denoising_step_batch_8",
+             "denoising_step_tuned", "sampling", "checkpoint"]  # fmt: skip
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks", ROOT / "tests")))
+    done = subprocess.run(
+        [sys.executable, "-c", TINY_RUN, *names], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout.splitlines()[-1])
+    short = {
+        "training_step_bf16",
+        "training_step_tuned",
+        "training_step",
+        "checkpoint",
+    }  # of memory for the full size: skipped
+    for name, row in rows.items():
+        assert row["status"] == "ok" or (row["status"] == "skipped" and name in short), (
+            name,
+            row["status"],
+            row["why"],
+        )
+    assert set(rows["sampling"]["sides"]["ours"]["parts"]) == {"steps", "decode"}
+    assert all(side["passed"] for name in names[:7] for side in rows[name]["sides"].values())
+
+
 def test_machine_rates_are_found_for_every_precision():
     found = machine.rates(CPU, widths=[8], grid=[4, 4, 4], tick=lambda text: None)
     assert set(found["matmul_flops"]) == {"fp32", "bf16"} and found["copy_bytes_per_second"] > 1e8

@@ -187,6 +187,21 @@ def extremes(
             yield title, _nearest_taken(Augmentation(**values), config.gland, shape, spacing)
 
 
+def operators_of(augmentation: Augmentation) -> AugmentationConfig:
+    """Strengths that switch on just the operators that this augmentation uses: an engine does no other work for it."""
+    moves = replace(IDENTITY, rotation=augmentation.rotation, shift=augmentation.shift, scale=augmentation.scale,
+                    flip=augmentation.flip) != IDENTITY  # fmt: skip
+    used: dict[str, Any] = {
+        "rotation": [float(moves)] * 3,
+        "blur": augmentation.blur,
+        "brightness": float(augmentation.gain != 1 or bool(augmentation.bias)),
+        "gamma": float(augmentation.gamma != 1),
+        "contrast": abs(augmentation.contrast),
+        "noise": augmentation.noise,
+    }
+    return AugmentationConfig.model_validate({"preset": "none", **used})
+
+
 def _nearest_taken(
     view: Augmentation, gland: Sequence[float], shape: Sequence[int], spacing: Sequence[float]
 ) -> Augmentation:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccella_fast.data.augment import Augmentation, extremes
+from ccella_fast.data.augment import Augmentation, extremes, operators_of
 from ccella_fast.data.images import ImageTask, read_series
 from ccella_fast.data.manifest import open_array
 from ccella_fast.data.records import digest, file_entry
@@ -70,5 +70,5 @@ class Preview(Stage):
         x, y, z = self.config.data.dim
         r, a, s = self.config.data.spacing
         path = self.records.out / record["files"][f"image/{self.sequences[0]}"]["path"]
-        engine = TorchEngine(self.config.augmentation, torch.device("cpu"), (x, y, z))
+        engine = TorchEngine(operators_of(augmentation), torch.device("cpu"), (x, y, z))
         return engine.make(Job(path, (x, y, z), (0, 0, 0), (x, y, z), (r, a, s), augmentation))[0].numpy()

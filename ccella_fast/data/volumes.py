@@ -69,6 +69,8 @@ class Job(_Window):
     def read(self) -> np.ndarray:
         """The box, a copy. DataError, naming the file, where it is missing or not what it was."""
         try:
+            if not self.path.is_file():
+                raise DataError("this prepared file is missing", path=self.path)
             values = open_array(self.path)
             if values.shape != tuple(self.shape):
                 raise DataError(f"its shape is {values.shape}, it was {self.shape}", path=self.path)

@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ccella_fast.checkpoint import newest, read_state, step_folder, verify
 from ccella_fast.config import Config, load_config
@@ -17,6 +17,10 @@ from ccella_fast.data.manifest import Prepared, load_manifest
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError
 from ccella_fast.storage import disk_error, sha256, sweep, write_json
 from ccella_fast.training.deepspeed_config import merge
+
+if TYPE_CHECKING:
+    from ccella_fast.data.dataset import PreparedDataset, Source
+    from ccella_fast.training.feed import Feed
 
 LOG = logging.getLogger("ccella_fast")
 LATEST = "latest"
@@ -184,24 +188,20 @@ def _train(plan: Plan) -> int:
 
 def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
     """Build everything, restore, loop. `saved["step"]` follows the newest checkpoint."""
-    import torch
     import torch.distributed as dist
 
     from ccella_fast.data.dataset import PreparedDataset
-    from ccella_fast.data.online import OnlineLatents
-    from ccella_fast.data.resident import choose_source
     from ccella_fast.diffusion.schedule import Schedule
     from ccella_fast.training import processes, saving
     from ccella_fast.training.ema import Ema
     from ccella_fast.training.engine import build_engine
-    from ccella_fast.training.feed import Feed
     from ccella_fast.training.loop import train_loop
     from ccella_fast.training.telemetry import Telemetry
 
     config, training, total, first = plan.config, plan.config.training, plan.total_steps, saved["step"]
     control, main = processes.Control(), dist.get_rank() == 0
-    online = training.latents == "online"
-    dataset = PreparedDataset(plan.data, config, "train", needs="images" if online else "latents")
+    needs: Literal["latents", "images"] = "images" if training.latents == "online" else "latents"
+    dataset = PreparedDataset(plan.data, config, "train", needs=needs)
     if main:
         _open_run(plan, first)
     engine = build_engine(config, plan.engine_values, total_steps=total, device=device, path=plan.deepspeed_file)
@@ -212,23 +212,7 @@ def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
         saving.restore(plan.start, engine, ema, state)
         bad_in_a_row = state["bad_in_a_row"]
     vae = plan.data / "vae" if (plan.data / "vae").is_dir() else None
-    text_dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-    feed = Feed(
-        dataset,
-        seed=training.seed,
-        batch_size=training.batch_size,
-        accumulation=training.gradient_accumulation_steps,
-        rank=dist.get_rank(),
-        world_size=plan.facts["world_size"],
-        scale=torch.tensor(plan.facts["scale_factor"]).repeat_interleave(torch.tensor(config.model.latent_channels)),
-        num_timesteps=config.scheduler.num_train_timesteps,
-        source=(
-            OnlineLatents(dataset, plan.data / "vae", device, training.seed)
-            if online
-            else choose_source(dataset, device, text_dtype)
-        ),
-        device=device,
-    )
+    feed = _feed(plan, dataset, device)
 
     def save(done: int, bad: int) -> None:
         progress = {"step": done, "ema_updates": ema.updates if ema else 0, "bad_in_a_row": bad}
@@ -256,6 +240,34 @@ def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
     if number:
         LOG.warning("stopped by signal %d after step %d; saved as %s", number, done, step_folder(plan.run, done))
     return 128 + number if number else 0
+
+
+def _feed(plan: Plan, dataset: PreparedDataset, device: Any) -> Feed:
+    """The stream of samples of this process. After the engine: what it has left of the device decides where latents lie."""
+    import torch
+    import torch.distributed as dist
+
+    from ccella_fast.data.online import OnlineLatents
+    from ccella_fast.data.resident import choose_source
+    from ccella_fast.training.feed import Feed
+
+    config, training = plan.config, plan.config.training
+    if training.latents == "online":
+        source: Source = OnlineLatents(dataset, plan.data / "vae", device, training.seed)
+    else:
+        source = choose_source(dataset, device, torch.bfloat16 if training.precision == "bf16" else torch.float32)
+    return Feed(
+        dataset,
+        seed=training.seed,
+        batch_size=training.batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        rank=dist.get_rank(),
+        world_size=plan.facts["world_size"],
+        scale=torch.tensor(plan.facts["scale_factor"]).repeat_interleave(torch.tensor(config.model.latent_channels)),
+        num_timesteps=config.scheduler.num_train_timesteps,
+        source=source,
+        device=device,
+    )
 
 
 def _open_run(plan: Plan, step: int) -> None:
