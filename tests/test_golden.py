@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from ccella_fast.config import AutoencoderConfig
+from ccella_fast.kernels.backend import ENVIRONMENT
 from ccella_fast.losses import class_loss, focal_terms
 from ccella_fast.models import adapter, build_model
 from ccella_fast.models.vae import Autoencoder
@@ -116,6 +117,13 @@ def record(model):
         keys = ("context", "adapter_class_hidden")
         model.ella.register_forward_hook(lambda module, args, output: seen.update(zip(keys, output, strict=True)))
     return seen
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
+def test_every_backend_reproduces_the_reference(backend, weights, golden, monkeypatch):
+    """The others of those that run here; Triton's kernels in its interpreter take minutes."""
+    monkeypatch.setenv(ENVIRONMENT, backend)
+    test_variant_reproduces_the_reference("CCELLA", weights, golden)
 
 
 @pytest.mark.parametrize("name", ORDER)

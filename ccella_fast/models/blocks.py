@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ccella_fast.kernels.attention import attention
 from ccella_fast.kernels.backend import choose
@@ -33,9 +34,22 @@ def named(module: nn.Module, *names: str) -> nn.Module:
     return module
 
 
+class StridedConv3d(nn.Conv3d):
+    """A convolution of stride 2 and padding 1.
+
+    With AMX, oneDNN's bf16 one (3.12) reads memory that nobody wrote, and may return NaN, when its output is one voxel wide
+    along the last axis. So on a CPU such an input is made wider by zeros, and the output cut: the same numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.shape[-1] > 2:
+            return super().forward(x)
+        return super().forward(F.pad(x, (0, 2)))[..., :1]
+
+
 def conv3d(inputs: int, outputs: int, kernel: int, stride: int = 1, *, names: tuple[str, ...] = ("conv",)) -> nn.Module:
     """A convolution with bias that keeps the grid (or divides it by `stride`)."""
-    return named(nn.Conv3d(inputs, outputs, kernel, stride, padding=kernel // 2), *names)
+    kind = nn.Conv3d if stride == 1 else StridedConv3d
+    return named(kind(inputs, outputs, kernel, stride, padding=kernel // 2), *names)
 
 
 def zeroed(module: AnyModule) -> AnyModule:

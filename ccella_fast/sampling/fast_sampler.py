@@ -101,7 +101,7 @@ class FastSampler:
         form = self.levers, self.dtype, self.device
         self.model = prepare(twin, model, *form)
         packs = not self.levers.compile if self.levers.packed_weights is None else self.levers.packed_weights
-        if packs and can_pack(self.dtype, self.device):
+        if packs and last and can_pack(self.dtype, self.device):
             pack(self.model)
         self.autoencoder = None
         if autoencoder is not None and vae_twin is not None:

@@ -22,7 +22,7 @@ class Levers:
 
     hoist            adapter, class vector, embeddings, keys and values are computed before the loop, not in every step
     channels_last    convolutions in channels_last_3d; None: on CUDA, and on a CPU where the weights are bf16
-    packed_weights   on a CPU with bf16 weights, convolution weights in oneDNN's layout, made once; None: unless compiled
+    packed_weights   beside channels_last on a CPU with bf16: convolution weights in oneDNN's layout; None: unless compiled
     phase_upsampler  nearest x2 and convolution as eight small convolutions: 3.4 times fewer multiplications there
     cuda_graph       on CUDA a step is captured once and replayed: one launch instead of hundreds
     overlap_decode   on CUDA the decoder works on a second stream beside the next batch's denoising
