@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sampling_fixtures import TINY, WIDTH, FakeEncoder, scrambled, write_checkpoint
+from sampling_fixtures import TINY, TOKENS, WIDTH, FakeEncoder, scrambled, write_checkpoint
 from torch.utils._pytree import tree_leaves
 
 from ccella_fast import FastSampler, load_checkpoint
@@ -203,6 +203,24 @@ def test_text_free_models_reuse_features_too(tmp_path):
     assert torch.equal(sampler(seeds=[1], num_steps=STEPS, reuse=Reuse(1, 3)).latents, exact)
     reused = sampler(seeds=[1], num_steps=STEPS, reuse=Reuse(3, 3)).latents
     assert 1e-4 < (reused - exact).abs().max() < exact.abs().max()
+
+
+@pytest.mark.parametrize("hoist", [True, False])
+def test_a_request_does_not_take_over_what_the_one_before_it_left(hoist):
+    """Class, its absence, and the length of the text change from call to call; the sampler does not."""
+    model = scrambled(build_model(make_config(TINY)))
+    text = torch.randn(1, TOKENS + 3, WIDTH, generator=torch.Generator().manual_seed(0))
+    requests = [
+        {"text": text[:, :TOKENS]} | more for more in ({}, {"class_override": "pos"}, {"class_override": "neg"})
+    ]
+    requests += [{"text": text}, {"text": text[:, :1]}]
+    used, results = FastSampler(model, dtype="float32", levers=Levers(hoist=hoist)), []
+    for request in requests:
+        request |= {"seeds": [0], "num_steps": 3, "latent_shape": (4, 8, 8, 4), "decode": False, "progress": False}
+        results.append(used(**request).latents)
+        fresh = FastSampler(model, dtype="float32", levers=Levers(hoist=hoist))
+        assert torch.equal(results[-1], fresh(**request).latents)
+    assert all(error(one, results[0]) > 1e-3 for one in results[1:])  # each differs, so a mix-up would be seen
 
 
 def test_kinds_of_steps():

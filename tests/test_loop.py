@@ -83,6 +83,22 @@ def test_any_rank_and_dtype():
     torch.testing.assert_close(double.float(), whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("solver", STOCHASTIC)
+def test_a_single_number_can_be_a_sample(solver):
+    seeds, x_T = [1, 2, 3], torch.randn(3)
+    numbers = sample(network, x_T, solver=solver, seeds=seeds, num_steps=4)
+    assert torch.equal(numbers, sample(network, x_T[:, None], solver=solver, seeds=seeds, num_steps=4)[:, 0])
+
+
+def test_what_is_no_noise_and_no_number_of_steps_is_refused():
+    for x_T in (torch.zeros(1, 3, dtype=torch.int64), np.zeros((1, 3))):
+        with pytest.raises(ConfigError, match="x_T is a "):
+            sample(network, x_T)
+    for num_steps in (2.5, "5", 0):
+        with pytest.raises(ConfigError, match="steps are not possible"):
+            sample(network, torch.zeros(1, 3), num_steps=num_steps)
+
+
 def test_callback_sees_every_evaluation_and_may_keep_it():
     kept = []
     x_T = torch.randn(2, *SHAPE)

@@ -39,6 +39,12 @@ BAD = [
     ({"text": torch.full((1, TOKENS, WIDTH), torch.nan)}, "not finite"),
     ({"text": torch.zeros(1, TOKENS, WIDTH), "reports": ["a"]}, "both reports and text"),
     ({"reports": "a report"}, "not a list of texts"),
+    ({"reports": []}, "not a list of texts"),
+    ({"reports": ["a"], "seeds": 5}, "5 is not a list of integers"),
+    ({"reports": ["a"], "seeds": [0.5]}, "not a list of integers"),
+    ({"reports": ["a"], "latent_shape": (4, 8.0, 8, 4)}, "not a list of integers"),
+    ({"reports": ["a"], "num_steps": "5"}, "5 steps are not possible"),
+    ({"reports": ["a"], "spacing": 1.0}, r"a spacing of \[1.0\] mm"),
     ({}, "needs a report"),
     ({"reports": ["a"], "solver": "dpm_2m"}, "did you mean 'dpmpp_2m'"),
     ({"reports": ["a"], "num_steps": 1001}, "1001 steps are not possible"),
@@ -67,6 +73,8 @@ def test_other_objects_and_dtypes_are_refused(sampler):
     for wrong in ({"model": torch.nn.Linear(1, 1)}, {"dtype": "bf16"}, {"dtype": "float16"}, {"scale_factor": 0.0}):
         with pytest.raises(ConfigError):
             FastSampler(**({"model": build_model(make_config(TINY))} | wrong))
+    with pytest.raises(ConfigError, match="a Linear is no autoencoder"):
+        FastSampler(sampler.model, torch.nn.Linear(1, 1))
     with pytest.raises(ConfigError, match="no autoencoder"):
         FastSampler(sampler.model)(text=torch.zeros(1, TOKENS, WIDTH))
 
@@ -124,6 +132,20 @@ def test_too_little_memory_is_said_beforehand_and_afterwards(sampler, monkeypatc
     monkeypatch.setattr(sampler, "_denoise", full)
     with pytest.raises(ConfigError, match="memory is used up"):
         sampler(reports=["abc"], num_steps=2)
+
+
+def test_a_sampler_works_again_after_it_was_stopped(checkpoint, monkeypatch):
+    sampler, request = make(checkpoint), {"reports": ["abc"], "seeds": [1], "num_steps": 4, "decode": False}
+    whole = sampler(**request).latents
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    other = make(checkpoint)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="memory is used up"):
+        patch.setattr("ccella_fast.sampling.hoist.torch.empty", full)
+        other(**request)
+    assert torch.equal(other(**request).latents, whole)
 
 
 # ---- import ----

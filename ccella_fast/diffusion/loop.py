@@ -49,6 +49,9 @@ def sample(
 
     Raises ConfigError for what does not fit together and NonFiniteError for NaN in the result. Nothing in the loop waits for
     the device."""
+    if not isinstance(x_T, Tensor) or not x_T.is_floating_point():
+        what = f"a tensor of {x_T.dtype}" if isinstance(x_T, Tensor) else f"a {type(x_T).__name__}"
+        raise ConfigError(f"x_T is {what}", field="x_T", fix="give a floating tensor of standard normal noise")
     if isinstance(solver, (str, Solver)):
         plan = get_solver(solver).plan(
             Schedule.of(schedule), num_steps, prediction=prediction, timestep_spacing=timestep_spacing

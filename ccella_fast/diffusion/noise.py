@@ -27,7 +27,7 @@ def randn_per_sample(
     shape: Sequence[int], generators: Sequence[torch.Generator], *, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Standard normal fp32 (B, *shape) on `device`: row i comes from `generators[i]` alone, drawn on its own device."""
-    rows = [torch.randn(*shape, generator=source, device=source.device) for source in generators]
+    rows = [torch.randn(tuple(shape), generator=source, device=source.device) for source in generators]
     return torch.stack(rows).to(device, non_blocking=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -83,7 +84,7 @@ def _karras(first: float, last: float, num_steps: int) -> np.ndarray:
 
 
 def _check(num_steps: int, total: int, spacing: str) -> None:
-    if not 1 <= num_steps <= total:
+    if not isinstance(num_steps, Integral) or not 1 <= int(num_steps) <= total:
         fix = f"use 1 to {total}, the schedule's num_train_timesteps"
         raise ConfigError(f"{num_steps} steps are not possible", field="num_inference_steps", fix=fix)
     if spacing not in get_args(TimestepSpacing):

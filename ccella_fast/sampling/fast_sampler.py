@@ -83,6 +83,11 @@ class FastSampler:
         if not isinstance(model, Denoiser):
             fix = "give what build_model or load_checkpoint made; for other networks there is ccella_fast.sample"
             raise ConfigError(f"a {type(model).__name__} is no model of this package", field="model", fix=fix)
+        if not isinstance(autoencoder, Autoencoder | None):
+            fix = "give what load_autoencoder made, from_checkpoint(vae=...) with its weights, or none and decode=False"
+            raise ConfigError(
+                f"a {type(autoencoder).__name__} is no autoencoder of this package", field="autoencoder", fix=fix
+            )
         self.levers = levers or Levers()
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self.dtype = resolve_dtype(dtype, self.device)
@@ -219,15 +224,15 @@ class FastSampler:
 
     def _denoise(self, run: Run, batch: list[int], title: str) -> tuple[Tensor, Tensor | None]:
         prompts = run.prompts.rows(batch, guided=run.loop.guidance.on, device=self.device)
-        key = (run.loop, tuple(run.latent), len(batch), len(prompts.spacing), prompts.rows)
+        key = (run.loop, tuple(run.latent), len(batch), prompts.form)
         session = self._sessions.pop(key, None)
+        while len(self._sessions) >= _SESSIONS:
+            self._sessions.pop(next(iter(self._sessions)))
         if session is None:
             session = Session(self.model, run.loop, self.levers, run.latent, self._layout)
-        self._sessions[key] = session
-        while len(self._sessions) > _SESSIONS:
-            self._sessions.pop(next(iter(self._sessions)))
         seeds = [run.prompts.seeds[k] for k in batch]
         latents = session.run(seeds, prompts, description=title, progress=run.request.progress)
+        self._sessions[key] = session  # one that was stopped half-way, or had no memory, is not kept
         logits = session.class_logits
         return latents, None if logits is None else logits.float()[: len(batch)].softmax(1).expand(len(batch), -1)
 

@@ -31,6 +31,12 @@ class PromptRows(NamedTuple):
     override_class: bool
     rows: tuple[int, ...]
 
+    @property
+    def form(self) -> tuple:
+        """What must not change from batch to batch where a step has been recorded: only the numbers in the tensors may."""
+        shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in self[:3])
+        return shapes, self.override_class, self.rows
+
     def condition(self, model: Denoiser, timesteps: Tensor) -> Conditioning:
         """timesteps (n,) -> conditioning of n x U rows, timestep by timestep."""
         count, prompts = len(timesteps), len(self.spacing)
@@ -49,7 +55,7 @@ class ConditioningSource(Protocol):
     class_logits: Tensor | None
 
     def start(self, prompts: PromptRows) -> None:
-        """Take the prompts of another batch."""
+        """Take the prompts of another batch, of the same `form`."""
 
     def prepare(self, i: int) -> None:
         """Called on the host before evaluation i."""
@@ -72,10 +78,10 @@ class StepByStep:
             self._prompts = prompts
             self._rows = torch.tensor(prompts.rows, device=prompts.spacing.device)
             return
+        assert self._prompts.form == prompts.form
         for old, new in zip(self._prompts[:3], prompts[:3], strict=True):  # a captured step reads the old tensors
             if isinstance(old, Tensor) and isinstance(new, Tensor):
                 old.copy_(new)
-        self._rows.copy_(torch.tensor(prompts.rows))
 
     def prepare(self, i: int) -> None:
         pass

@@ -64,13 +64,14 @@ class Reports:
                 why = f"{self._config.model.variant} has no report to be guided by"
                 raise ConfigError(why, field="guidance_scale", fix="leave it at 1")
             return EncodedReports()
-        if isinstance(request.reports, str) or not all(isinstance(report, str) for report in request.reports):
+        reports = request.reports
+        if isinstance(reports, str) or len(reports) == 0 or not all(isinstance(report, str) for report in reports):
             raise ConfigError("reports is not a list of texts", field="reports", fix='write reports=["..."]')
         encoder = self._encoder or _Encoding(self._config)
-        different = tuple(dict.fromkeys(request.reports))
+        different = tuple(dict.fromkeys(reports))
         null = self._null(request, encoder) if guided else None
         features = self._encode(different, encoder, alone=request.batch_invariant)
-        rows = tuple(different.index(report) for report in request.reports)
+        rows = tuple(different.index(report) for report in reports)
         return EncodedReports(features, rows, different, null, encoder.identity)
 
     def _null(self, request: Request, encoder: Any) -> Tensor:

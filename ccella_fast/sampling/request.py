@@ -76,7 +76,7 @@ class Request:
         channels, divisor = sum(config.model.latent_channels), config.model.divisor
         if self.latent_shape is None:
             return [channels, *config.check_grid()]
-        shape = [operator.index(size) for size in self.latent_shape]
+        shape = _integers(self.latent_shape, "latent_shape")
         if len(shape) != 4 or shape[0] != channels or min(shape) < 1:
             fix = f"give ({channels}, X, Y, Z): this model's latents have {channels} channels"
             raise ConfigError(f"{shape} is not the shape of a latent", field="latent_shape", fix=fix)
@@ -99,7 +99,8 @@ class Prompts:
     """The conditioning of every volume of a request."""
 
     def __init__(self, request: Request, config: Config, reports: EncodedReports):
-        given = [request.seeds, reports.rows or None, _several(request.spacing), request.pirads, request.class_override]
+        given_seeds = None if request.seeds is None else _integers(request.seeds, "seeds")
+        given = [given_seeds, reports.rows or None, _several(request.spacing), request.pirads, request.class_override]
         lengths = {len(values) for values in given if values is not None and not isinstance(values, str)} - {1}
         if len(lengths) > 1:
             why = f"{' and '.join(map(str, sorted(lengths)))} seeds, reports, spacings or classes do not go together"
@@ -107,8 +108,7 @@ class Prompts:
         count = lengths.pop() if lengths else 1
         if count < 1:
             raise ConfigError("no volume is asked for", field="seeds", fix="give at least one seed or report")
-        seeds = range(count) if request.seeds is None else request.seeds
-        self.seeds = [operator.index(seed) for seed in _spread(seeds, count)]
+        self.seeds = list(range(count)) if given_seeds is None else _spread(given_seeds, count)
         self._rows = _spread(reports.rows or [-1], count)
         spacing = config.data.spacing if request.spacing is None else request.spacing
         self._spacings = [_spacing(row) for row in _spread(_several(spacing) or [spacing], count)]
@@ -170,6 +170,14 @@ def check_inputs(variant: str, *, has_text: bool, pirads: object = None, class_o
         raise ConfigError(f"{variant} predicts no class", field="--class_override", fix=fix)
 
 
+def _integers(values: Any, field: str) -> list[int]:
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        why = f"{values!r:.60} is not a list of integers"
+        raise ConfigError(why, field=field, fix=f"write {field}=[...]") from None
+
+
 def _several(spacing: Any) -> list | None:
     """The rows of a spacing that is given for each volume; None for a single one."""
     rows = None if spacing is None else np.asarray(spacing, dtype=object)
@@ -181,7 +189,7 @@ def _spread(values: Sequence, count: int) -> list:
 
 
 def _spacing(row: Sequence[float]) -> tuple[float, ...]:
-    steps = tuple(map(float, row))
+    steps = tuple(map(float, np.atleast_1d(row)))
     if len(steps) != 3 or not all(0 < step < 100 for step in steps):
         raise ConfigError(f"a spacing of {list(steps)} mm", field="--spacing", fix="give three lengths in mm")
     return steps

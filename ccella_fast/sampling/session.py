@@ -85,4 +85,4 @@ class Session:
         )  # fmt: skip
         kinds = step_kinds([walk.timestep(i) for i in range(len(walk))], loop.total, loop.guidance, loop.reuse)
         self._walk, self._source = walk, source
-        self._steps = Steps(walk, network, source, kinds, CudaCapture() if captured else None)
+        self._steps = Steps(walk, network, source, kinds, CudaCapture(self._device) if captured else None)

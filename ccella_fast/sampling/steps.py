@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -174,15 +175,24 @@ class Steps:
         self._replays[kind]()
 
 
-class CudaCapture:
-    """Records a step in a CUDA graph. The graphs of one loop are replayed one after the other and share their memory."""
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device, because cuBLAS keeps a workspace for each stream. PyTorch's own belongs to whichever GPU came first."""
+    return torch.cuda.Stream(device)
 
-    def __init__(self) -> None:
+
+class CudaCapture:
+    """Records a step on `device` in a CUDA graph. The graphs of one loop are replayed one after the other and share their
+    memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = _capture_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Replay) -> Replay:
         graph = torch.cuda.CUDAGraph()
         # thread_local: the decoder's stream may be busy meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        recorded = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self._stream.device), recorded:
             step()
         return graph.replay
