@@ -227,10 +227,14 @@ def upsample_conv3d_phase(
     return y
 
 
-def refusals(device: torch.device, dtype: torch.dtype, *, voxels: int = 2048, summed: bool = True) -> Refusals:
-    """voxels: B X Y Z of the small grid. summed: the sums of taps are there already."""
+def refusals(
+    device: torch.device, dtype: torch.dtype, *, voxels: int = 2048, summed: bool = True, training: bool = False
+) -> Refusals:
+    """voxels: B X Y Z of the small grid. summed: the sums of taps are there already. training: a gradient will be asked for,
+    and on a CPU the many small operations of eight backward passes cost more than they save."""
     # Eight cuDNN convolutions go before our kernel until a measurement on a GPU says otherwise.
-    order = ["phase", "reference"] if summed or voxels >= FEW_VOXELS else ["reference", "phase"]
+    pays = summed or (voxels >= FEW_VOXELS and not (training and device.type == "cpu"))
+    order = ["phase", "reference"] if pays else ["reference", "phase"]
     return {**dict.fromkeys(order), "triton": triton_refusal(device, dtype)}
 
 
@@ -252,7 +256,9 @@ def upsample_conv3d(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias is {tuple(bias.shape)}, (O,) = ({weight.shape[0]},) is needed")
-    where = refusals(x.device, x.dtype, voxels=x.shape[0] * x.shape[2:].numel(), summed=phases is not None)
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    voxels = x.shape[0] * x.shape[2:].numel()
+    where = refusals(x.device, x.dtype, voxels=voxels, summed=phases is not None, training=training)
     chosen = choose("upsample_conv3d", where, backend)
     if chosen == "triton":
         dtype = compute_dtype(x)

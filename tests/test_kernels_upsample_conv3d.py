@@ -140,6 +140,9 @@ def test_choice_by_size_and_by_name():
     assert choose("upsample_conv3d", refusals(*where, voxels=FEW_VOXELS - 1, summed=False)) == "reference"
     assert choose("upsample_conv3d", refusals(*where, voxels=FEW_VOXELS, summed=False)) == "phase"
     assert choose("upsample_conv3d", refusals(*where, voxels=1, summed=True)) == "phase"
+    many = {"voxels": 10 * FEW_VOXELS, "summed": False, "training": True}
+    assert choose("upsample_conv3d", refusals(*where, **many)) == "reference"
+    assert choose("upsample_conv3d", refusals(torch.device("cuda"), torch.float32, **many)) == "phase"
     with pytest.raises(BackendError, match="upsample_conv3d has no backend 'sdpa'"):
         upsample_conv3d(x, weight, bias, backend="sdpa")
     with pytest.raises(BackendError, match="asked for by argument, but float64 is not one of"):
