@@ -1,7 +1,7 @@
 """What both doors, `cli.py` and `train.py`, do alike: how they parse, log, and end.
 
-Every ending is one message and an exit code; a traceback is for `--debug`. Under a launcher only the first process of a machine
-speaks: the others fail for the same reason at the same time.
+Every ending is one message and an exit code; a traceback is for `--debug`. Under a launcher the first process of a machine
+speaks first: mostly the others fail for the same reason at the same time, and the launcher ends them before they repeat it.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def run(work: Callable[[], int], *, debug: bool) -> int:
             print(message, file=sys.stderr)
             return message.exit_code
         time.sleep(_PATIENCE)
-        if message is not error:  # still alive: the others may be well, and nobody else would tell
-            print(message, file=sys.stderr)
+        # Still alive: the others may be well (a study that only this process came to is at fault), and nobody else would tell.
+        print(message, file=sys.stderr)
         return message.exit_code
 
 

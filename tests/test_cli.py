@@ -99,8 +99,10 @@ def test_an_interrupt_and_a_closed_pipe_end_quietly(tmp_path):
     assert done.stdout.strip() == "141" and (tmp_path / "said").read_text() == ""
 
 
-def test_processes_beside_the_first_leave_the_user_s_mistake_to_it():
-    second = "import os; os.environ['LOCAL_RANK'] = '1'\n"
-    assert ends(second + "def work(): raise errors.DataError('why')") == (3, "", "")
+def test_processes_beside_the_first_let_it_speak_and_then_tell_what_it_may_not_know():
+    second = "import os, time; os.environ['LOCAL_RANK'] = '1'; time.sleep = lambda seconds: print(f'{seconds:g} s')\n"
+    assert ends(second + "def work(): raise errors.DataError('only here')") == (3, "2 s\n", "error: only here\n")
     code, _, said = ends(second + "def work(): raise RuntimeError('only here')")
     assert code == 1 and "internal: RuntimeError" in said and "only here" not in said
+    killed = second + "time.sleep = lambda seconds: os._exit(9)\n"  # by the launcher, because the first has failed too
+    assert ends(killed + "def work(): raise errors.DataError('why')") == (9, "", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +119,40 @@ def test_the_blur_is_a_gaussian():
     ours = blur(torch.from_numpy(values.astype(np.float32)), sigmas)
     np.testing.assert_allclose(ours.numpy(), truth, atol=1e-6)
     assert np.abs(values - truth).max() > 0.1
+
+
+def test_the_blur_is_in_millimetres_of_the_view(patients: list[Path], engine: str):
+    """A zoomed volume has other voxels: the same millimetres are fewer or more of them."""
+    plain, blurred = Augmentation(scale=(1.5, 1.0, 0.75)), Augmentation(scale=(1.5, 1.0, 0.75), blur=2.0)
+    settings = strengths(zoom=0.5, blur=2.0)
+    sharp, soft = (stream(engine, settings, [Job(patients[0], SHAPE, (0, 0, 0), SHAPE, SPACING, view)])
+                   for view in (plain, blurred))  # fmt: skip
+    truth, wrong = (blur(sharp[0, 0], [2.0 / (step * scale) for step, scale in zip(SPACING, scales, strict=True)])
+                    for scales in (plain.scale, (1, 1, 1)))  # fmt: skip
+    assert (soft[0, 0] - truth).abs().max() < 1e-4 < 0.01 < (soft[0, 0] - wrong).abs().max()
+
+
+def test_volumes_on_a_gpu_belong_to_the_stream_that_uses_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without, DALI writes on memory that torch has let go while torch's kernels still wait to read it."""
+    pytest.importorskip("nvidia.dali")
+    from ccella_fast.data.dali_engine import DaliEngine
+
+    class Pipeline:
+        given: list[object] = []
+
+        def build(self) -> None: ...
+
+        def run(self, stream: object = None) -> tuple[object]:
+            self.given.append(stream)
+            return (SimpleNamespace(as_tensor=lambda: torch.zeros(1, 4, 4, 4)),)
+
+    engine = DaliEngine(strengths(), CPU, (4, 4, 4))
+    monkeypatch.setattr(engine, "_pipeline", lambda *_, **__: Pipeline())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    for device in ("cpu", "cuda:1"):
+        engine.device = torch.device(device)
+        list(engine.stream([tmp_path], lambda n: [], 1))
+    assert Pipeline.given == [None, "stream of cuda:1"]
 
 
 def test_a_window_is_read_where_it_lies(patients: list[Path], engine: str):

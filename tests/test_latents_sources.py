@@ -158,6 +158,25 @@ def test_copies_stay_until_they_are_dropped_or_asked_for_anew(prepared: Prepared
         prepare(prepared.studies, out, mirrored, vae=prepared.vae, augment=1)
 
 
+def test_mirrored_copies_are_not_trained_on_with_reports(tmp_path: Path):
+    """Made for a variant without report, then prepared again for one with."""
+    studies, bert = write_studies(tmp_path / "studies", 3), write_bert(tmp_path / "bert")
+    blind, reading = (
+        config(variant=variant, encoder=bert, augmentation__preset="none", augmentation__flip=1)
+        for variant in ("MAISI", "CCELLA")
+    )
+    vae, out = write_vae(tmp_path / "vae", blind), tmp_path / "prepared"
+    prepare(studies, out, blind, vae=vae, augment=1)
+    prepare(studies, out, reading, vae=vae)
+    assert PreparedDataset(out, blind).copies == 1
+    with pytest.raises(DataError, match="CCELLA reads the report, but .* 'case0' are mirrored") as caught:
+        PreparedDataset(out, reading)
+    assert caught.value.field == "case0.augmented" and "--augment 0" in caught.value.fix
+    assert PreparedDataset(out, reading, needs="images").copies == 0
+    prepare(studies, out, reading, vae=vae, augment=0)
+    assert PreparedDataset(out, reading).copies == 0
+
+
 # ---- online ----
 
 

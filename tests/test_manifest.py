@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ccella_fast.data.manifest import Prepared, load_manifest
+from ccella_fast.data.manifest import Prepared, load_manifest, open_array
 from ccella_fast.errors import DataError
 from ccella_fast.storage import sha256, write_json
 
@@ -131,6 +132,16 @@ def test_changed_files_are_seen(folder: Path):
     with pytest.raises(DataError, match="has no latent_mean/t2w") as caught:
         prepared.array(first, "latent_mean/t2w")
     assert "--vae" in caught.value.fix
+
+
+def test_a_file_that_the_disk_does_not_give_is_not_called_malformed(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(path: Path, **_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(np, "load", refused)
+    with pytest.raises(DataError, match="cannot be read: Input/output error") as caught:
+        open_array(folder / "a.npy")
+    assert caught.value.path == str(folder / "a.npy")
 
 
 @pytest.mark.parametrize("kind", ["object", "float64", "npz", "text"])

@@ -136,6 +136,17 @@ def test_damaged_or_missing_results_are_made_again(studies: Path, tmp_path: Path
     assert tree(out) == before
 
 
+def test_an_autoencoder_that_is_lost_comes_back(studies: Path, tmp_path: Path):
+    """Online training asks for it, and for this command when it is not there."""
+    vae, out = write_vae(tmp_path / "vae", config()), tmp_path / "out"
+    prepare(studies, out, config(), vae=vae)
+    before = tree(out)
+    shutil.rmtree(out / "vae")
+    assert tree(out) != before
+    prepare(studies, out, config(), vae=vae)
+    assert tree(out) == before
+
+
 def test_another_vae_means_other_latents(studies: Path, tmp_path: Path):
     out, settings = tmp_path / "out", config()
     prepare(studies, out, settings, vae=write_vae(tmp_path / "a", settings))

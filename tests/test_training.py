@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -108,6 +109,29 @@ def test_ranks_and_micro_steps_share_out_one_stream(data):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
     other = feed(data, batch_size=4, seed=4).micro_batch(0, 0)
     assert not torch.equal(other.noise, feed(data, batch_size=4).micro_batch(0, 0).noise)
+
+
+def test_the_stream_that_reads_ahead_waits_for_what_the_training_has_put_on_the_device(data, monkeypatch):
+    """CUDA's streams wait for nothing on their own: resident text could be read before it is written."""
+    calls: list[str] = []
+    side = SimpleNamespace(
+        wait_stream=lambda other: calls.append("wait for training" if other is current else "wait"),
+        record_event=lambda: "event",
+    )
+    current = SimpleNamespace(wait_event=lambda event: calls.append(f"wait for {event}"))
+    fakes = {"Stream": lambda device: side, "device": lambda device: nullcontext(), "stream": lambda _: nullcontext(),
+             "current_stream": lambda device: current}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    ahead = feed(data, batch_size=1)
+    ahead.device = torch.device("cuda")
+
+    def made():
+        calls.append("made")
+        yield ("sample",)
+
+    assert list(ahead._ahead(made())) == [("sample",)]
+    assert calls == ["wait for training", "made", "wait for event"]
 
 
 def test_posterior_is_drawn_anew_and_scaled(data):

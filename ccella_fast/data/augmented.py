@@ -11,7 +11,7 @@ from ccella_fast.config import Config
 from ccella_fast.data.latents import LatentEncoder
 from ccella_fast.data.records import Records, digest
 from ccella_fast.data.sources import Study
-from ccella_fast.data.stages import RECIPE, Stage, bar, latent_digest
+from ccella_fast.data.stages import AUGMENTED_RECIPE, Stage, bar, latent_digest
 from ccella_fast.data.volumes import Job, augmentation_of, make_engine, study_jobs
 
 
@@ -28,6 +28,8 @@ class Augmented(Stage):
         return augmented_digest(self.records, study, self.config, self.vae.sha256, self.copies)
 
     def run(self, todo: list[Study]) -> dict[str, float]:
+        if not todo:
+            return {}
         wanted = [(study, copy) for study in todo for copy in range(1, self.copies + 1)]
         paths = [path for study, _ in wanted for path in self._images(study).values()]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +63,7 @@ class Augmented(Stage):
 def augmented_digest(records: Records, study: Study, config: Config, vae: str, copies: int) -> str:
     """What a study's augmented latents depend on."""
     strengths = config.augmentation.model_dump(exclude={"preset"})
-    return digest([RECIPE, latent_digest(records, study, vae), strengths, config.training.seed, copies])
+    return digest([AUGMENTED_RECIPE, latent_digest(records, study, vae), strengths, config.training.seed, copies])
 
 
 def listed(records: Records, study: Study) -> list[dict[str, Any]]:

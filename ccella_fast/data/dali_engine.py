@@ -46,11 +46,16 @@ class DaliEngine:
             pipeline = self._pipeline(list(map(str, paths)), asked, batch_size=batch)
             pipeline.build()
             for at in range(count):  # noqa: B007
-                (out,) = pipeline.run()
+                (out,) = pipeline.run(self._stream())
                 yield torch.from_dlpack(out.as_tensor()).view(batch, 1, *self.size)
         except RuntimeError as bad:
             ahead = range(at, min(at + _AHEAD + 1, count))
             raise blame([job for n in ahead for job in jobs(n)], bad) from None
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        """The stream that uses the volumes. DALI binds their memory to it: what torch lets go is written again only after the
+        kernels that were still to read it. Unbound, it would be free at once."""
+        return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
     def _parameters(self, jobs: list[Job]) -> list[Any]:
         """For each of the pipeline's small inputs a list over the batch, in the order in which `graph` takes them."""
@@ -63,8 +68,7 @@ class DaliEngine:
             inputs.append([_dali_matrix(job.local_matrix) for job in jobs])
         if config.blur:
             # A sigma of exactly 0 would mean "not given".
-            sigmas = [[max(job.augmentation.blur, 1e-6) / step for step in job.spacing] for job in jobs]
-            inputs.append([np.array(sigma, np.float32) for sigma in sigmas])
+            inputs.append([np.maximum(job.sigmas, 1e-6).astype(np.float32) for job in jobs])
         if config.brightness or config.bias:
             inputs.append([augmentation.field()[..., None] for augmentation in drawn])
         for name in ("gamma", "contrast", "noise"):

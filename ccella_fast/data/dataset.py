@@ -86,6 +86,7 @@ class PreparedDataset:
         self.copies = 0 if needs == "images" else min(len(case.augmented) for case in self.cases)
         self.has_class = [case.pirads is not None and not case.text_isnull for case in self.cases]
         self._check_classes()
+        self._check_sides()
         self._check_encoder()
         self._check_spacing()
         rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
@@ -155,6 +156,14 @@ class PreparedDataset:
             raise DataError(
                 why, path=self._listed, field=f"{unknown[0]}.pirads", fix="add the class, or leave these studies out"
             )
+
+    def _check_sides(self) -> None:
+        """Copies may have been made for a variant without report, which may see mirrored studies."""
+        for case in self.cases if self.variant.text else []:
+            if any(copy.parameters.get("flip") for copy in case.augmented[: self.copies]):
+                why = f"{self.variant.name} reads the report, but augmented latents of '{case.id}' are mirrored"
+                fix = "prepare again with --augment and augmentation.flip=0, or with --augment 0"
+                raise DataError(why, path=self._listed, field=f"{case.id}.augmented", fix=fix)
 
     def _check_encoder(self) -> None:
         """New reports are encoded as configured, so the prepared ones must have been too. Imported ones do not say."""

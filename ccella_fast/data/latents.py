@@ -17,17 +17,18 @@ from ccella_fast.storage import sha256
 
 class LatentEncoder:
     """`encode(image)` with the weights at `vae` (a VAE folder or a reference `.pt`); sha256: of these weights.
+    device: None, the GPU if there is one.
 
     Float32 on the CPU, bf16 autocast on the GPU. Activations of a whole volume at its full resolution are held: 256 x 256 x 128
     voxels at MAISI's width take tens of GB."""
 
-    def __init__(self, vae: str | Path, config: AutoencoderConfig):
+    def __init__(self, vae: str | Path, config: AutoencoderConfig, device: Any = None):
         import torch
 
         from ccella_fast.models.vae import load_autoencoder, weights_file
 
         self._torch = torch
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._vae = load_autoencoder(vae, config).to(self._device)
         self._file = weights_file(vae)
         self.sha256 = sha256(self._file)
@@ -40,7 +41,8 @@ class LatentEncoder:
     def posterior(self, volumes: Any) -> tuple[Any, Any]:
         """Tensors: (B, 1, X, Y, Z) float32 in [0, 1] -> mean, sigma (B, C, X', Y', Z') float32, on the encoder's device."""
         torch = self._torch
-        with torch.inference_mode(), torch.autocast(self._device, torch.bfloat16, enabled=self._device == "cuda"):
+        kind = self._device.type
+        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
             mean, sigma = (part.float() for part in self._vae.encode(volumes.to(self._device)))
         if not bool(mean.isfinite().all() & sigma.isfinite().all()):
             why, fix = "the autoencoder gives values that are not finite", "use another, or train it again"

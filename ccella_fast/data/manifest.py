@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -130,7 +131,10 @@ def open_array(path: Path, *, field: str | None = None) -> np.ndarray:
     """A float32 `.npy` as a read-only memory map; DataError when it is anything else."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError):
+    except OSError as bad:
+        why = f"cannot be read: {os.strerror(bad.errno or 0)}"
+        raise DataError(why, path=path, field=field, fix="check the file and its disk") from None
+    except (ValueError, EOFError, SyntaxError):
         raise DataError("not a plain .npy array", path=path, field=field, fix="write it again") from None
     if not isinstance(array, np.ndarray) or array.dtype != np.float32:
         kind = array.dtype if isinstance(array, np.ndarray) else "an archive"

@@ -22,7 +22,7 @@ class OnlineLatents:
     def __init__(self, dataset: PreparedDataset, vae: Path, device: torch.device, seed: int):
         self.dataset = dataset
         self.config, self.seed = dataset.config, seed
-        self.encoder = LatentEncoder(vae, self.config.autoencoder)
+        self.encoder = LatentEncoder(vae, self.config.autoencoder, device)
         self.engine = make_engine(self.config.data.engine, self.config.augmentation, device, self.config.data.dim)
 
     def batches(self, picks: Callable[[int], Sequence[Pick]], count: int) -> Iterator[Batch]:

@@ -77,7 +77,7 @@ def prepare(
 def _run(out: Path, config: Config, records: Records, stages: list[Stage], manifest: _Manifest) -> None:
     """Do what is missing, the manifest last."""
     stale = {stage.name: stage.stale() for stage in stages}
-    if not any(stale.values()) and manifest.is_current():
+    if not any(stale.values()) and all(stage.kept() for stage in stages) and manifest.is_current():
         logger.info("%s is complete, nothing to do", out)
         return
     times = _earlier_times(out)

@@ -17,7 +17,7 @@ import difflib
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -313,11 +313,19 @@ def _from_json(path: Path, split: Split, images: Path, embeddings: Path | None, 
     return studies
 
 
-def _json_study(path: Path, index: int, entry: Any, split: Split, images: Path, embeddings: Path | None) -> Study:
+def _checker(path: Path, index: int) -> Callable[[bool, str, str, str], None]:
+    """`check(good, key, why, fix)` for the entry at `index`."""
+
     def check(good: bool, key: str, why: str, fix: str) -> None:
         if not good:
             raise DataError(why, path=path, field=f"[{index}].{key}" if key else f"[{index}]", fix=fix)
 
+    return check
+
+
+def _check_entry(path: Path, index: int, entry: Any) -> None:
+    """Keys and types of one entry of the list."""
+    check = _checker(path, index)
     check(isinstance(entry, dict), "", "an entry is an object", 'write {"folder": ..., "axt2": ..., ...}')
     for key in entry.keys() - _JSON_KEYS:
         _refuse_near_miss(key, _JSON_KEYS, path=path, field=f"[{index}].{_shown(key)}")
@@ -350,6 +358,11 @@ def _json_study(path: Path, index: int, entry: Any, split: Split, images: Path, 
         "write 0 or 1",
     )
 
+
+def _json_study(path: Path, index: int, entry: Any, split: Split, images: Path, embeddings: Path | None) -> Study:
+    _check_entry(path, index, entry)
+    check, pirads, is_null = _checker(path, index), entry.get("pirads"), entry.get("text_isnull")
+
     def at(key: str) -> str:
         return f"[{index}].{key}"
 
@@ -364,7 +377,7 @@ def _json_study(path: Path, index: int, entry: Any, split: Split, images: Path, 
         split=split,
         dataset=entry.get("dataset"),
         pirads=None if pirads is None else [int(value) for value in pirads],
-        spacing=spacing,
+        spacing=entry.get("spacing"),
         listed_in=path,
         field=f"[{index}]",
     )

@@ -25,7 +25,7 @@ from ccella_fast.data.text import TextEncoder
 from ccella_fast.errors import DataError
 
 # Part of every digest; raise it when the same inputs give other results.
-RECIPE, IMAGE_RECIPE = 1, 2
+RECIPE, IMAGE_RECIPE, AUGMENTED_RECIPE = 1, 2, 2
 
 
 class Stage:
@@ -56,6 +56,10 @@ class Stage:
     def stale(self) -> list[Study]:
         """The studies for which this stage is not done, or was done with other inputs."""
         return [study for study in self.studies if not self.records.is_done(study.id, self.name, self.inputs(study))]
+
+    def kept(self) -> bool:
+        """Is what the stage leaves beside its studies' files still there?"""
+        return True
 
 
 class Images(Stage):
@@ -172,6 +176,9 @@ class Latents(Stage):
 
     def inputs(self, study: Study) -> str:
         return latent_digest(self.records, study, self.vae.sha256)
+
+    def kept(self) -> bool:
+        return (self.records.out / "vae" / "manifest.json").is_file()
 
     def run(self, todo: list[Study]) -> dict[str, float]:
         seconds = {}

@@ -72,7 +72,7 @@ class TorchEngine:
             done.append(part)
         image = torch.cat(done)
         if self.config.blur:
-            image = blur(image, [job.augmentation.blur / step for step in job.spacing])
+            image = blur(image, job.sigmas)
             for low, high in parts:
                 self._intensity(image[low:high], job, field, low)
         return image[None]

@@ -66,6 +66,11 @@ class Job(_Window):
         matrix[:, 3] -= self.box[0]
         return matrix
 
+    @property
+    def sigmas(self) -> list[float]:
+        """Of the blur, in the result's voxels."""
+        return [self.augmentation.blur / step for step in self.augmentation.spacing(self.spacing)]
+
     def read(self) -> np.ndarray:
         """The box, a copy. DataError, naming the file, where it is missing or not what it was."""
         try:

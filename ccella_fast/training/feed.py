@@ -148,6 +148,8 @@ class Feed:
     def _ahead(self, stream: Iterator[Samples]) -> Iterator[Samples]:
         """One micro-batch ahead, made by a thread; on a GPU in a CUDA stream of its own, beside the training's."""
         side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if side is not None:  # resident latents, the scale and the autoencoder were put there by the training's stream
+            side.wait_stream(torch.cuda.current_stream(self.device))
 
         def make() -> tuple[Samples | None, torch.cuda.Event | None]:
             if side is None:
