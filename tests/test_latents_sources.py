@@ -20,10 +20,11 @@ from ccella_fast.data.manifest import load_manifest
 from ccella_fast.data.online import OnlineLatents
 from ccella_fast.data.prepare import prepare
 from ccella_fast.data.resident import ResidentLatents, choose_source
-from ccella_fast.data.volumes import Job, make_engine
+from ccella_fast.data.volumes import Job, check_engine, make_engine
 from ccella_fast.errors import ConfigError, DataError
 from ccella_fast.training.feed import Feed
 from ccella_fast.training.run import train
+from ccella_fast.training.vae import train_vae
 
 CPU = torch.device("cpu")
 
@@ -249,6 +250,24 @@ def test_online_training_needs_images_an_autoencoder_and_no_mirror(prepared: Pre
     with pytest.raises(ConfigError, match="'left' lies on the right"):
         train(mirrored, data=prepared.out, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_engine_that_cannot_be_had_leaves_nothing_behind(prepared: Prepared, tmp_path: Path, monkeypatch):
+    """Else the same command, mended, would be refused: "this folder already holds a run"."""
+    monkeypatch.setattr("ccella_fast.data.volumes._why_no_dali", lambda: "it is not installed")
+    data = prepared.settings.data.model_copy(update={"engine": "dali"})
+    wanted = prepared.settings.model_copy(update={"data": data})
+    works = [
+        lambda: train(wanted, data=prepared.out, run=tmp_path / "run"),
+        lambda: train_vae(prepared.out, tmp_path / "vae", wanted),
+        lambda: prepare(prepared.studies, tmp_path / "prepared", wanted, vae=prepared.vae, augment=1),
+    ]
+    for work in works:
+        with pytest.raises(ConfigError, match="DALI cannot be used: it is not installed"):
+            work()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    check_engine("auto")
 
 
 def test_an_image_that_vanishes_while_training_is_named(prepared: Prepared, tmp_path: Path):

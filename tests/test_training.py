@@ -15,8 +15,9 @@ from training_fixtures import CONFIG, losses, train_here, weights, write_prepare
 from ccella_fast.config import SchedulerConfig, make_config
 from ccella_fast.data.dataset import PreparedDataset
 from ccella_fast.diffusion.schedule import Schedule
-from ccella_fast.errors import NonFiniteError
+from ccella_fast.errors import CcellaError, NonFiniteError
 from ccella_fast.models import build_model
+from ccella_fast.training import processes
 from ccella_fast.training.feed import Feed, epoch_order
 from ccella_fast.training.loop import joint_loss
 
@@ -132,6 +133,18 @@ def test_the_stream_that_reads_ahead_waits_for_what_the_training_has_put_on_the_
 
     assert list(ahead._ahead(made())) == [("sample",)]
     assert calls == ["wait for training", "made", "wait for event"]
+
+
+def test_a_process_that_ends_because_another_did_is_no_bug(monkeypatch):
+    broken = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
+    with pytest.raises(CcellaError, match="another process of this run has ended"), processes.ending_together():
+        raise RuntimeError(broken)
+    with pytest.raises(RuntimeError, match="shapes"), processes.ending_together():
+        raise RuntimeError("shapes do not match")
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 1)
+    with pytest.raises(RuntimeError, match="by peer"), processes.ending_together():
+        raise RuntimeError(broken)
 
 
 def test_posterior_is_drawn_anew_and_scaled(data):

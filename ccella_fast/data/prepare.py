@@ -31,6 +31,7 @@ from ccella_fast.data.records import Records
 from ccella_fast.data.sources import Defects, Study, find_studies
 from ccella_fast.data.stages import Images, ImportedLatents, ImportedText, Latents, Stage, Text, latent_digest
 from ccella_fast.data.text import TextEncoder
+from ccella_fast.data.volumes import check_engine
 from ccella_fast.environment import peak_memory, recorded
 from ccella_fast.errors import ConfigError, DataError, DiskError
 from ccella_fast.storage import check_writable, existing_parent, read_json, sweep, write_json
@@ -157,6 +158,7 @@ def _extra_stages(
             raise ConfigError("augmented latents need an autoencoder", field="--augment", fix="give --vae too")
         if not config.augmentation.active:
             raise ConfigError("nothing is augmented", field="augmentation.preset", fix="take preset text or image")
+        check_engine(config.data.engine)
         extra.append(Augmented(records, studies, config, latents.vae, augment))
     if preview:
         if not any(isinstance(stage, Images) for stage in stages):

@@ -114,16 +114,22 @@ class Engine(Protocol):
     def stream(self, paths: Sequence[Path], jobs: Callable[[int], list[Job]], count: int) -> Iterator[Tensor]: ...
 
 
+def check_engine(choice: str) -> None:
+    """ConfigError where DALI is asked for by name and cannot be had: for callers that write before they make an engine."""
+    missing = _why_no_dali() if choice == "dali" else None
+    if missing:
+        fix = "pip install 'ccella-fast[gpu]', or set data.engine=auto"
+        raise ConfigError(f"DALI cannot be used: {missing}", field="data.engine", fix=fix)
+
+
 def make_engine(
     choice: Literal["auto", "dali", "torch"], config: AugmentationConfig, device: torch.device, size: Sequence[int]
 ) -> Engine:
     """The engine for volumes of `size` voxels on `device`, and a line in the log that says which and why.
 
-    Raises ConfigError where DALI is asked for by name and cannot be had."""
+    Raises ConfigError as `check_engine` does."""
+    check_engine(choice)
     missing = _why_no_dali()
-    if choice == "dali" and missing:
-        fix = "pip install 'ccella-fast[gpu]', or set data.engine=auto"
-        raise ConfigError(f"DALI cannot be used: {missing}", field="data.engine", fix=fix)
     if choice == "auto":
         if device.type != "cuda":
             choice, why = "torch", "on a CPU it is the faster one"

@@ -11,10 +11,14 @@ import os
 import signal
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from ccella_fast.errors import CcellaError
 
 LOG = logging.getLogger("ccella_fast")
 _TIMEOUT = timedelta(minutes=30)
@@ -43,6 +47,17 @@ def initialise() -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """What a process sees of another that ends is a connection that breaks: no fault of its own, and no bug."""
+    try:
+        yield
+    except RuntimeError as error:
+        if dist.get_world_size() == 1 or "by peer" not in str(error):  # gloo: "Connection closed by peer"
+            raise
+        raise CcellaError("another process of this run has ended", fix="its own message says why") from None
 
 
 class Control:

@@ -170,7 +170,8 @@ def _train(plan: Plan) -> int:
     ending: dict[str, Any] = {"state": "failed", "exit_code": 1}
     try:
         facts = {"world_size": plan.facts["world_size"], "total_steps": plan.total_steps}
-        with recorded(plan.run, "train", **facts) if main else contextlib.nullcontext():
+        record = recorded(plan.run, "train", **facts) if main else contextlib.nullcontext()
+        with processes.ending_together(), record:
             code = _steps(plan, device, saved)
         ending = {"state": "terminated" if code else "finished", "exit_code": code}
         return code
@@ -191,6 +192,7 @@ def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
     import torch.distributed as dist
 
     from ccella_fast.data.dataset import PreparedDataset
+    from ccella_fast.data.volumes import check_engine
     from ccella_fast.diffusion.schedule import Schedule
     from ccella_fast.training import processes, saving
     from ccella_fast.training.ema import Ema
@@ -201,6 +203,8 @@ def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
     config, training, total, first = plan.config, plan.config.training, plan.total_steps, saved["step"]
     control, main = processes.Control(), dist.get_rank() == 0
     needs: Literal["latents", "images"] = "images" if training.latents == "online" else "latents"
+    if needs == "images":
+        check_engine(config.data.engine)
     dataset = PreparedDataset(plan.data, config, "train", needs=needs)
     if main:
         _open_run(plan, first)

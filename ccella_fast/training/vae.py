@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ccella_fast.config import Config, VaeTrainingConfig
 from ccella_fast.data.augment import IDENTITY, draw
 from ccella_fast.data.manifest import load_manifest
-from ccella_fast.data.volumes import Job, make_engine
+from ccella_fast.data.volumes import Job, check_engine, make_engine
 from ccella_fast.diffusion.noise import generator, randn_per_sample
 from ccella_fast.environment import recorded
 from ccella_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
@@ -60,6 +60,7 @@ def train_vae(data: str | Path, out: str | Path, config: Config) -> None:
     finished run with equal settings and images is kept as it is, an unfinished one goes on. Raises DataError, ConfigError,
     NonFiniteError (the loss diverged) and CheckpointError (`out` holds another autoencoder)."""
     out = Path(out)
+    check_engine(config.data.engine)
     train, test = read_images(data)
     _check(config, train, data)
     identity = _identity(config, train)
