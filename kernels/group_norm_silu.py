@@ -82,7 +82,7 @@ def group_norm_silu_reference(
     if shift is not None:
         h = h + shift.reshape(shift.shape + (1,) * (x.ndim - 2))
     h = F.group_norm(h, num_groups, weight.to(wide), bias.to(wide), eps)
-    return (F.silu(h) if silu else h).to(x.dtype)
+    return (F.silu(h, inplace=not h.requires_grad) if silu else h).to(x.dtype)
 
 
 def _centring(h: Tensor, num_groups: int, shift: Tensor | None) -> Tensor:
