@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
+from benchmark_fixtures import TINY
 
 import breakdown
 import cases
-import counting
 import machine
 import memory_cases
-import model_counts
 import reference
 import report
 import results
@@ -34,103 +32,6 @@ from workbench import Workbench
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-
-
-# Counting
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_counts_of_a_small_graph(device):
-    """By hand: x 2x3, w 4x3: addmm, a view, an in-place add, a cast."""
-    with torch.device(device):
-        x, w, b = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
-
-    def run():
-        y = F.linear(x, w, b)  # addmm reads 24 + 48 + 16, writes 32; 2 * 2 * 3 * 4 flops; w.t() is a view
-        y.add_(y.view(2, 4))  # reads 32 + 32, writes 32
-        return y.to(torch.bfloat16)  # reads 32, writes 16
-
-    counts = counting.count(run)
-    assert counts.by_op == {"addmm": 1, "add_": 1, "_to_copy": 1} and counts.ops == 3
-    assert counts.bytes_read == 24 + 48 + 16 + 64 + 32 and counts.bytes_written == 32 + 32 + 16
-    assert counts.flops == 48 and counts.views >= 2
-    assert counts.peak_bytes == 32 + 16
-
-
-def test_counts_of_expanded_and_freed_tensors():
-    with torch.device("meta"):
-        x = torch.empty(1, 100)
-
-    def run():
-        for _ in range(5):
-            (x.expand(50, 100) + 1).sum()  # reads 400 bytes of storage, not 20,000; the sum is freed each time
-
-    counts = counting.count(run)
-    assert counts.bytes_read == 5 * (400 + 20_000) and counts.peak_bytes == 20_000 + 4
-
-
-def test_our_library_ops_are_one_op_each_with_flops():
-    from ccella_fast.kernels.attention import attention
-
-    q = torch.empty(1, 2, 64, 32, device="meta", dtype=torch.bfloat16)
-    with counting.backend("triton"):
-        fused = counting.count(lambda: attention(q, q, q))
-    with counting.backend("reference"):
-        plain = counting.count(lambda: attention(q, q, q))
-    assert fused.ops == 1 < plain.ops and fused.flops == plain.flops == 4 * 2 * 64 * 64 * 32
-    assert fused.bytes < plain.bytes
-
-
-def test_half_autocast_casts_weights_once_and_keeps_norms_in_fp32():
-    with torch.device("meta"):
-        net = torch.nn.Sequential(torch.nn.Conv3d(4, 4, 3, padding=1), torch.nn.GroupNorm(2, 4), torch.nn.SiLU())
-        x = torch.empty(1, 4, 8, 8, 8)
-    with torch.no_grad(), counting.HalfAutocast():
-        first, second = counting.count(lambda: net(x)), counting.count(lambda: net(x))
-        assert net(x).dtype == torch.float32 and net[0](x).dtype == torch.float16
-    assert first.by_op["_to_copy"] == 4 and second.by_op["_to_copy"] == 2  # weight, bias, x, norm input; x, norm input
-
-
-def test_saved_bytes_counts_each_storage_once():
-    x = torch.ones(10, requires_grad=True)
-    assert counting.saved_bytes(lambda: x.exp().sum()) == 40  # exp keeps its result
-    assert counting.saved_bytes(lambda: (x * 2).sum()) == 0  # a leaf and a number
-    y = (x * 1).detach().requires_grad_() * 1
-    assert counting.saved_bytes(lambda: y * y) == 40
-
-
-# The regression guard: these may fall, they may not rise
-
-
-def test_model_counts_have_not_grown():
-    """When they have fallen: python benchmarks/model_counts.py --write."""
-    counts, known = model_counts.counted(), json.loads(model_counts.FILE.read_text())["counts"]
-    for step, sides in known.items():
-        for key, value in sides["ours"].items():
-            found = counts[step]["ours"][key]
-            assert found <= value, f"{step}: {key} is {found:,}, was {value:,}"
-    step = counts["denoising step"]["ours"]
-    assert step["ops"] <= 450 and step["bytes"] <= 4e9  # the goal for the kernels
-    # Independent truth: the reference's forward FLOPs were counted by others, 1,079.9 GFLOP (reference-method, section 0).
-    assert abs(counts["denoising step"]["reference"]["flops"] / 1e9 - 1079.9) < 0.1
-
-
-def test_the_guard_sees_an_op_more():
-    small = Config.model_validate({"model": TINY, "data": {"dim": [32, 32, 16]}, "text": {"max_length": 8}})
-    before = model_counts.counted(small)["denoising step"]["ours"]["ops"]
-    from ccella_fast.models import unet3d
-
-    plain = unet3d.torch.cat
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unet3d.torch, "cat", lambda tensors, dim=0: plain(tensors, dim=dim) + 0)
-        assert model_counts.counted(small)["denoising step"]["ours"]["ops"] > before
-
-
-TINY = {
-    "variant": "CCELLA", "num_channels": [8, 16], "attention_levels": [False, True], "num_head_channels": [0, 8],
-    "num_res_blocks": 1, "norm_num_groups": 8, "cross_attention_dim": 32, "input_dim": 16, "num_latents": 4,
-    "adapter_blocks": 2, "adapter_heads": 2, "adapter_time_dim": 16, "class_head_dim": 8,
-}  # fmt: skip
 
 
 # The reference and the tuned peer
@@ -512,7 +413,7 @@ def test_door_dry_run_list_and_usage():
 TINY_RUN = """
 import dataclasses, json, sys, torch, cases, session
 from ccella_fast.config import make_config
-from test_benchmarks import TINY
+from benchmark_fixtures import TINY
 from workbench import Workbench
 sizes = {f"model.{key}": value for key, value in (TINY | {"latent_channels": [4]}).items()}
 vae = {"autoencoder.num_channels": [8, 16, 16], "autoencoder.norm_num_groups": 8}
