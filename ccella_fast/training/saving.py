@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class SafeShards(TorchCheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
-            torch.save(state_dict, path)
+            torch.save(_without_enums(state_dict), path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             self.failure = error
 
@@ -56,6 +57,18 @@ class SafeShards(TorchCheckpointEngine):
             except Exception as error:
                 why = f"this shard cannot be read safely: {str(error).splitlines()[0]:.160}"
                 raise CheckpointError(why, path=path, fix="do not trust this file; use another checkpoint") from None
+
+
+def _without_enums(value: Any) -> Any:
+    """Enumerations (the ZeRO stage) as the plain values that they equal: some Pythons, 3.11.2 among them, pickle one as a call
+    of getattr, which nobody should be asked to allow on loading. Only containers are copied."""
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) is dict:
+        return {key: _without_enums(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_without_enums(item) for item in value)
+    return value
 
 
 def save(
