@@ -8,7 +8,7 @@ EXTRA := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 STUDIES := $(or $(DATA),$(OUT)/studies)
 # Reports are given where the model has seen some: the phantoms have them, real studies where a studies.csv lies beside them.
 REPORTS := --report "Prostate 42 cc, PSA 9.8. 14 mm low T2 focus in the left peripheral zone at mid level. PI-RADS 5." \
-           --report "Prostate 38 cc, PSA 3.1. No suspicious focus in the peripheral or transition zone. PI-RADS 1." \
+           --report "Prostate 38 cc, PSA 3.1. No suspicious area in the peripheral zone or the transition zone. PI-RADS 1." \
            --num_samples 2
 PROMPTS := $(if $(DATA),$(if $(wildcard $(DATA)/studies.csv),$(REPORTS),--num_samples 4),$(REPORTS))
 

@@ -196,3 +196,18 @@ def test_config_of_a_checkpoint_is_the_configuration_of_the_run(run):
 
     config = load_config(step(run, 6) / "config.json")
     assert config.model.num_channels == CONFIG["model"]["num_channels"] and config.training.zero_stage == 1
+
+
+def test_shards_hold_no_enumeration(tmp_path):
+    """Some Pythons pickle one as a call of getattr, and then no shard could be read safely."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    from ccella_fast.training.saving import SafeShards
+
+    stage = ZeroStageEnum(2)
+    SafeShards().save({"state": [{"zero_stage": stage}], "pair": (stage, torch.ones(2))}, str(tmp_path / "shard.pt"))
+    found = torch.load(tmp_path / "shard.pt", weights_only=True)  # nothing beyond torch's own is allowed here
+    assert found["state"] == [{"zero_stage": 2}] and type(found["pair"][0]) is int and found["pair"][1].sum() == 2
+    torch.save({"zero_stage": stage}, tmp_path / "plain.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "plain.pt", weights_only=True)

@@ -106,6 +106,21 @@ def test_scale_factor_as_monai_tensor(ccella, tmp_path):
     assert read_reference(tmp_path / "two.pt").scale_factor == [float(factor)] * 2  # here MONAI is imported
 
 
+class Member:
+    def __init__(self, owner):
+        self.owner = owner
+
+    def __reduce__(self):
+        return getattr, (self.owner, "__init__")
+
+
+def test_getattr_gives_members_of_stand_ins_and_nothing_else(tmp_path):
+    """Python before 3.11.4 pickles MONAI's enumerations as getattr(class, name)."""
+    torch.save({"key": Member(torch.Tensor)}, tmp_path / "hostile.pt")
+    with pytest.raises(CheckpointError, match="refused"):
+        read_pt(tmp_path / "hostile.pt")
+
+
 class Canary:
     def __init__(self, path):
         self.path = path

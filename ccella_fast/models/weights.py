@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ class _Discarded:
         pass
 
 
+def _member(enumeration: Any, name: Any) -> str:
+    """In place of getattr, by which Python before 3.11.4 pickles a member of an enumeration: MONAI's, where it is imported, or
+    a stand-in's. Nothing is looked up."""
+    if not (isinstance(enumeration, type) and issubclass(enumeration, (str, Enum)) and type(name) is str):
+        raise pickle.UnpicklingError("Unsupported operand: GLOBAL getattr of something that is no enumeration")
+    return name
+
+
 # The reference stores its scale factor as a MONAI tensor that carries image metadata. These stand-ins take the places of
 # MONAI's and numpy's classes, so that nothing outside torch is imported or called; any other class in a file is refused.
 _STAND_INS: list[Any] = [
@@ -35,6 +44,7 @@ _STAND_INS: list[Any] = [
     (str, "monai.utils.enums.MetaKeys"),
     (str, "monai.utils.enums.SpaceKeys"),
     (str, "monai.utils.enums.TraceKeys"),
+    (_member, "builtins.getattr"),
     (_Discarded, "numpy.ndarray"),
     (_Discarded, "numpy.dtype"),
     (_Discarded, "numpy._core.multiarray._reconstruct"),
