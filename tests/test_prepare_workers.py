@@ -5,32 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from pool_tasks import die, refuse
 from study_fixtures import config, tree, write_nifti, write_studies
 
 from ccella_fast.data.images import ImageTask, bytes_needed
 from ccella_fast.data.pool import Pool, count_workers
 from ccella_fast.data.prepare import prepare
 from ccella_fast.errors import DataError
-
-
-def die(task: int) -> int:
-    """A task whose worker is killed, as the kernel does when memory runs out."""
-    if task == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return task
-
-
-def refuse(task: int) -> int:
-    if task == 2:
-        raise DataError("not this one", path="two")
-    return os.getpid()
 
 
 def test_the_number_of_workers_changes_no_bit(tmp_path: Path):
