@@ -45,7 +45,8 @@ setup(
             "pytest-xdist>=3.6",
             "nvidia-dali-cuda130>=2.4,<3",  # both data engines are compared, on a CPU too
             "diffusers>=0.40,<0.43",  # independent truth for solvers
-            "triton>=3.6,<3.8",  # as torch 2.11 to 2.13 pin it; kernels in its interpreter, and ahead-of-time compilation: no GPU needed
+            # As torch 2.11 to 2.13 pin it. For kernels in its interpreter and ahead-of-time compilation; no GPU needed.
+            "triton>=3.6,<3.8",
             "xformers>=0.0.35",
             "sentencepiece>=0.2",
             "protobuf>=5",
