@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ccella_fast.diffusion.solvers.base import Solver, Table, log_snr_steps
+from ccella_fast.diffusion.solvers.base import Solver, Table, Term, log_snr_steps
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,7 @@ class DpmSolverPlusPlus2M(Solver):
 
     def table(self, signal: np.ndarray, sigma: np.ndarray) -> Table:
         h = log_snr_steps(signal, sigma)
-        second = second_order(h)
-        weight = -signal[1:] * np.expm1(-h)
-        columns = {
-            ("next", "corrected"): sigma[1:] / sigma[:-1],
-            ("next", "x0"): weight * (1 + second),
-            ("next", "x0_1"): -weight * second,
-        }
-        return Table(np.arange(len(h)), columns)
+        return Table(np.arange(len(h)), two_step(signal, sigma, h))
 
 
 @dataclass(frozen=True)
@@ -56,6 +49,17 @@ class DpmSolverPlusPlus2MSde(Solver):
             ("next", "noise"): sigma[1:] * np.sqrt(-np.expm1(-2 * h)),
         }
         return Table(np.arange(len(h)), columns)
+
+
+def two_step(signal: np.ndarray, sigma: np.ndarray, h: np.ndarray) -> dict[Term, np.ndarray]:
+    """The ODE's step from two estimates of x0; UniPC's predictor is the same."""
+    second = second_order(h)
+    weight = -signal[1:] * np.expm1(-h)
+    return {
+        ("next", "corrected"): sigma[1:] / sigma[:-1],
+        ("next", "x0"): weight * (1 + second),
+        ("next", "x0_1"): -weight * second,
+    }
 
 
 def second_order(h: np.ndarray) -> np.ndarray:

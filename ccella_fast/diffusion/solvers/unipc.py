@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ccella_fast.diffusion.solvers.base import Solver, Table, Term, log_snr_steps
-from ccella_fast.diffusion.solvers.dpm_solver import second_order
+from ccella_fast.diffusion.solvers.dpm_solver import second_order, two_step
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,7 @@ class UniPc2(Solver):
 
     def table(self, signal: np.ndarray, sigma: np.ndarray) -> Table:
         h = log_snr_steps(signal, sigma)
-        second = second_order(h)
-        weight = -signal[1:] * np.expm1(-h)
-        columns = {
-            **_corrector(signal, sigma, h, second),
-            ("next", "corrected"): sigma[1:] / sigma[:-1],
-            ("next", "x0"): weight * (1 + second),
-            ("next", "x0_1"): -weight * second,
-        }
+        columns = {**_corrector(signal, sigma, h, second_order(h)), **two_step(signal, sigma, h)}
         return Table(np.arange(len(h)), columns)
 
 
