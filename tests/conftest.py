@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,17 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden_scheduler() -> dict:
-    """The reference's numbers for the noise schedule and its steps."""
-    folder = Path(os.environ.get("CCELLA_TEST_SPEC", ROOT.parent / "shared" / "spec"))
-    if not (folder / "reference-golden.json").is_file():
-        pytest.skip(f"no golden file at {folder}; set CCELLA_TEST_SPEC")
-    return json.loads((folder / "reference-golden.json").read_text())["values"]["SCHEDULER"]
+def golden() -> dict:
+    """The reference's outputs; the file says by which recipe weights and inputs are drawn."""
+    return json.loads((ROOT / "tests" / "golden" / "reference.json").read_text())["values"]
+
+
+@pytest.fixture(scope="session")
+def state_dict_table() -> Callable[[str], list[tuple[str, str]]]:
+    """Of a part of the reference, "ccella", "radmaisi" or "autoencoder": (name, sizes joined by commas), in its order."""
+
+    def read(part: str) -> list[tuple[str, str]]:
+        lines = (ROOT / "tests" / "golden" / f"state-dict-{part}.tsv").read_text().splitlines()
+        return [(name, shape) for name, shape in (line.split("\t") for line in lines)]
+
+    return read

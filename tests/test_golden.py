@@ -1,16 +1,13 @@
-"""Parity with the reference: every variant, the autoencoder and the class loss against outputs in reference-golden.json.
+"""Parity with the reference: every variant, the autoencoder and the class loss against outputs in golden/reference.json.
 
 Weights and inputs come from the file's recipe: a random generator seeded with the CRC of each tensor's name. Full-size models.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import zlib
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,19 +20,10 @@ from ccella_fast.models import adapter, build_model
 from ccella_fast.models.vae import Autoencoder
 from ccella_fast.variants import VARIANTS
 
-ROOT = Path(__file__).resolve().parents[1]
 ORDER = sorted(
     VARIANTS, key=lambda name: (not VARIANTS[name].text, VARIANTS[name].head, name)
 )  # neighbours share weights
 TIMESTEPS = torch.tensor([7, 903])
-
-
-@pytest.fixture(scope="module")
-def golden():
-    file = Path(os.environ.get("CCELLA_TEST_SPEC", ROOT.parent / "shared" / "spec")) / "reference-golden.json"
-    if not file.is_file():
-        pytest.skip(f"no golden file at {file}; set CCELLA_TEST_SPEC")
-    return json.loads(file.read_text())["values"]
 
 
 def normal(key, shape):

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from ccella_fast.models.adapter import PerceiverBlock
 from ccella_fast.models.blocks import ResidualBlock, SpatialSelfAttention, SpatialTransformer
 from ccella_fast.variants import VARIANTS
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "num_channels": [32, 32, 64],
     "attention_levels": [False, True, True],
@@ -87,26 +84,15 @@ def gradients(module, loss):
 # Names, shapes, order
 
 
-@pytest.fixture(scope="module")
-def tables():
-    folder = Path(os.environ.get("CCELLA_TEST_SPEC", ROOT.parent / "shared" / "spec"))
-    if not (folder / "reference-state-dict.tsv").is_file():
-        pytest.skip(f"no state-dict tables at {folder}; set CCELLA_TEST_SPEC")
-    files = {"CCELLA": "reference-state-dict.tsv", "RADMAISI": "reference-state-dict-radmaisi.tsv"}
-    return {
-        name: [line.split("\t") for line in (folder / file).read_text().splitlines()] for name, file in files.items()
-    }
-
-
 def full_size(name, **overrides):
     with torch.device("meta"):
         return build_model(name, **overrides)
 
 
-def table_of(name, tables):
+def table_of(name, state_dict_table):
     """The reference's table of any variant, derived from the two that are recorded."""
     row = VARIANTS[name]
-    table = [(key, shape) for key, shape in tables["CCELLA" if row.text else "RADMAISI"]]
+    table = state_dict_table("ccella" if row.text else "radmaisi")
     if row.class_input == "none":
         table = [entry for entry in table if "pirads_layer" not in entry[0]]
         table = [(key, shape.replace(",768", ",512") if "time_emb_proj" in key else shape) for key, shape in table]
@@ -123,10 +109,10 @@ def table_of(name, tables):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_names_shapes_and_order_are_the_reference_s(name, tables):
+def test_names_shapes_and_order_are_the_reference_s(name, state_dict_table):
     model = full_size(name)
     found = [(key, ",".join(map(str, tensor.shape))) for key, tensor in model.state_dict().items()]
-    assert found == [tuple(entry) for entry in table_of(name, tables)]
+    assert found == table_of(name, state_dict_table)
     # The order of parameters is the index order of the reference's optimizer state.
     assert [key for key, _ in model.named_parameters()] == [key for key, _ in found]
     assert (sum(parameter.numel() for parameter in model.parameters()), len(found)) == SIZES[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,6 @@ import torch
 
 from ccella_fast.config import SchedulerConfig
 from ccella_fast.diffusion.schedule import Schedule
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +28,17 @@ def assert_summary(value: torch.Tensor, expected: dict) -> None:
     np.testing.assert_allclose(value.double().std(correction=0).item(), expected["std"], rtol=1e-3)
 
 
-def test_tables_equal_golden(schedule, golden_scheduler):
-    for t, value in golden_scheduler["alphas_cumprod"].items():
+def test_tables_equal_golden(schedule, golden):
+    for t, value in golden["SCHEDULER"]["alphas_cumprod"].items():
         np.testing.assert_allclose(schedule.alphas_cumprod[int(t)], value, rtol=2e-5)
     np.testing.assert_allclose(
-        schedule.betas[[0, 999]], [golden_scheduler["betas_0"], golden_scheduler["betas_999"]], rtol=1e-6
+        schedule.betas[[0, 999]], [golden["SCHEDULER"]["betas_0"], golden["SCHEDULER"]["betas_999"]], rtol=1e-6
     )
 
 
-def test_add_noise_equals_golden(schedule, golden_scheduler):
+def test_add_noise_equals_golden(schedule, golden):
     x0, noise = golden_input("xt"), golden_input("eps")
-    expected = golden_scheduler["add_noise_t500"]
+    expected = golden["SCHEDULER"]["add_noise_t500"]
     assert_summary(schedule.add_noise(x0, noise, torch.tensor([500])), expected)
     with pytest.raises(AssertionError):  # one step off is seen
         assert_summary(schedule.add_noise(x0, noise, torch.tensor([501])), expected)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from ccella_fast.config import AutoencoderConfig
 from ccella_fast.errors import CheckpointError
 from ccella_fast.models.vae import Autoencoder, load_autoencoder, save_autoencoder
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = AutoencoderConfig(num_channels=[8, 16], num_res_blocks=[1, 2], norm_num_groups=4, latent_channels=3)
 
 
@@ -33,15 +31,11 @@ def image(grid=(8, 12, 4)):
     return torch.rand(2, 1, *grid, generator=torch.Generator().manual_seed(1))
 
 
-def test_names_shapes_and_order_are_the_reference_s():
-    folder = Path(os.environ.get("CCELLA_TEST_SPEC", ROOT.parent / "shared" / "spec"))
-    file = folder / "reference-autoencoder-state-dict.tsv"
-    if not file.is_file():
-        pytest.skip(f"no state-dict tables at {folder}; set CCELLA_TEST_SPEC")
+def test_names_shapes_and_order_are_the_reference_s(state_dict_table):
     with torch.device("meta"):
         found = Autoencoder(AutoencoderConfig()).state_dict()
-    rows = ["\t".join([name, ",".join(map(str, tensor.shape))]) for name, tensor in found.items()]
-    assert rows == file.read_text().splitlines()
+    rows = [(name, ",".join(map(str, tensor.shape))) for name, tensor in found.items()]
+    assert rows == state_dict_table("autoencoder")
     assert sum(tensor.numel() for tensor in found.values()) == 20_944_897
 
 
