@@ -88,7 +88,8 @@ def test_a_sound_series_lies_where_its_tags_say(degrees: float, tmp_path: Path):
 
 def test_each_slice_has_its_own_rescaling(tmp_path: Path):
     """Some scanners scale every slice by its own slope and intercept, and not the first: its type must not decide."""
-    paths = write_dicom(tmp_path, t0028_1053="1", t0028_1052="0")
+    values = voxels() - voxels().min((0, 1))  # 0 in every slice, and so below it where the intercept is
+    paths = write_dicom(tmp_path, values, t0028_1053="1", t0028_1052="0")
     plain = read_volume(tmp_path).array.astype(np.float64)
     slopes, intercepts = (
         [["1 ", ".5", "3 "][n % 3] for n in range(SHAPE[2])],

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter, outputs_and_gradients, guarded
+from kernel_fixtures import DTYPES, check_fused, guarded, mend_interpreter, outputs_and_gradients
 
 from ccella_fast.kernels.attention import attention, attention_op, attention_reference, refusals, rows_contiguous
 from ccella_fast.kernels.backend import BackendError, explain_choice, interpreted
