@@ -1,4 +1,4 @@
-"""What the kernels' tests share: the interpreter put right on bf16, poisoned memory, and the rule that judges a fused path.
+"""What the kernels' tests share: the interpreter put right on bf16, guarded memory, and the rule that judges a fused path.
 
 The rule: both the fused and the plain path are compared with float64; the fused one may err at most twice as much as the plain
 one of the same dtype.
@@ -36,25 +36,50 @@ def mend_interpreter() -> None:
     builder.create_dot = create_dot
 
 
+GUARD = 4096  # elements before and behind a tensor; a multiple of every alignment that a kernel may assume
+_SENTINEL = 1234.0
+
+
 @contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fill what torch.empty and its kin return with NaN, so that an element nobody writes cannot pass by luck."""
+def guarded() -> Iterator[None]:
+    """Within: what torch.empty and its kin return is filled with NaN, so that an element nobody writes cannot pass by luck, and
+    has guard elements on both sides. AssertionError at the end if one of these was written."""
     names = ("empty", "empty_like", "empty_strided")
     plain = {name: getattr(torch, name) for name in names}
     new_empty = Tensor.new_empty
+    storages: list[Tensor] = []
 
-    def filled(tensor: Tensor) -> Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+    def guard(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.device.type == "meta" or tensor.numel() == 0:
+            return tensor
+        storage = plain["empty"](tensor.numel() + 2 * GUARD, dtype=tensor.dtype, device=tensor.device)
+        storage.fill_(_SENTINEL)[GUARD:-GUARD] = float("nan")
+        storages.append(storage)
+        return storage.as_strided(tensor.shape, tensor.stride(), GUARD)  # such tensors are dense
 
     try:
         for name in names:
-            setattr(torch, name, lambda *a, _make=plain[name], **k: filled(_make(*a, **k)))
-        Tensor.new_empty = lambda self, *a, **k: filled(new_empty(self, *a, **k))
+            setattr(torch, name, lambda *a, _make=plain[name], **k: guard(_make(*a, **k)))
+        Tensor.new_empty = lambda self, *a, **k: guard(new_empty(self, *a, **k))
         yield
     finally:
         for name in names:
             setattr(torch, name, plain[name])
         Tensor.new_empty = new_empty
+    for storage in storages:
+        rims = torch.cat([storage[:GUARD], storage[-GUARD:]])
+        written = int((rims != torch.tensor(_SENTINEL, dtype=rims.dtype)).sum())
+        assert not written, f"{written} elements outside of an output were written"
+
+
+def surrounded(tensor: Tensor) -> Tensor:
+    """An equal tensor of the same strides with NaN before and behind it: what is read from there and used shows."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return tensor
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    storage = tensor.new_full((extent + 2 * GUARD,), float("nan"))
+    storage[GUARD:-GUARD] = tensor.detach().as_strided((extent,), (1,), tensor.storage_offset())
+    return storage.as_strided(tensor.shape, tensor.stride(), GUARD)
 
 
 def outputs_and_gradients(
@@ -86,8 +111,8 @@ def check_fused(
     dy = dy.to(first.device, first.dtype)
     truth = outputs_and_gradients(plain, wide, dy.double())
     eager = outputs_and_gradients(plain, tensors, dy)
-    with poisoned():
-        ours = outputs_and_gradients(fused, tensors, dy)
+    with guarded():
+        ours = outputs_and_gradients(fused, [None if t is None else surrounded(t) for t in tensors], surrounded(dy))
     assert len(ours) == len(truth) == len(names), f"{len(ours)} results for {list(names)}"
     for name, expected, plain_result, result in zip(names, truth, eager, ours, strict=True):
         assert result.shape == expected.shape and result.dtype == plain_result.dtype, name

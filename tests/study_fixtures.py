@@ -124,3 +124,37 @@ def tree(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder` but run_record.json, which holds times."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "run_record.json"]
     return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
+
+
+def write_dicom(folder: Path, values: np.ndarray | None = None, **tags: Any) -> list[Path]:
+    """One axial series, a file a slice, the slices 3 mm apart and the file names in another order than the positions. tags:
+    DICOM tags such as `t0010_0010="Name"`, for all slices; a function of the slice's number gives each its own, None no tag."""
+    import SimpleITK as sitk
+
+    values = voxels() if values is None else values
+    folder.mkdir(parents=True, exist_ok=True)
+    writer, paths = sitk.ImageFileWriter(), []
+    writer.KeepOriginalImageUIDOn()
+    count = values.shape[2]
+    for number in range(count):
+        image = sitk.GetImageFromArray(np.ascontiguousarray(values[:, :, number].T).astype(np.uint16))
+        image.SetSpacing(SPACING[:2])
+        known = {
+            "0008|0060": "MR", "0020|000e": "1.2.3.4", "0020|000d": "1.2.3", "0008|0018": f"1.2.3.4.{number + 1}",
+            "0020|0013": str(number + 1), "0018|0050": "3", "0020|0032": f"-31.5\\-40.25\\{-20.75 + 3 * number}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+        }  # fmt: skip
+        for name, value in tags.items():
+            own = value(number) if callable(value) else value
+            known[name[1:].replace("_", "|")] = own
+        for tag, value in known.items():
+            if value is not None:
+                image.SetMetaData(tag, value)
+        spacing = known.get("0028|0030")
+        if spacing is not None:
+            row, column = map(float, spacing.split("\\"))
+            image.SetSpacing((column, row))
+        paths.append(folder / f"{(7 * number) % count:03d}.dcm")
+        writer.SetFileName(str(paths[-1]))
+        writer.Execute(image)
+    return paths

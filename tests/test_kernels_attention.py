@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter, outputs_and_gradients, poisoned
+from kernel_fixtures import DTYPES, check_fused, guarded, mend_interpreter, outputs_and_gradients
 
 from ccella_fast.kernels.attention import attention, attention_op, attention_reference, refusals, rows_contiguous
 from ccella_fast.kernels.backend import BackendError, explain_choice, interpreted
@@ -172,7 +172,7 @@ def test_negative_control():
 def test_same_bits_every_time():
     tensors = heads(1, 2, 100, 90, 32, torch.bfloat16)
     dy = draw(1, 2, 100, 32, seed=9)
-    with poisoned():
+    with guarded():
         first, second = (outputs_and_gradients(fused, tensors, dy) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

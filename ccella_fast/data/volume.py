@@ -257,6 +257,7 @@ def _read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         step = _check_slices(names, refuse)
         reader.SetFileNames(names)
+        reader.SetOutputPixelType(sitk.sitkFloat32)  # else the first slice's type: others have slopes of their own
         image = reader.Execute()
     except RuntimeError as bad:
         raise refuse(f"cannot be read: {_reason(bad)}", "DICOM file", "copy or export the series again") from None
@@ -269,12 +270,12 @@ def _read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_slices(names: tuple[str, ...], refuse: Any) -> float:
-    """Every slice has the same orientation and size, and positions are even. Returns the distance of slices in mm."""
+    """Every slice has the same orientation and size, and positions are even and in line. Returns the slices' distance in mm."""
     import SimpleITK as sitk
 
     if len(names) < 2:
         raise refuse("holds a single slice, a 3D volume is expected", "DICOM files", "give the whole series")
-    heights, planes = [], set()
+    heights, aside, planes = [], [], set()
     for name in names:
         reader = sitk.ImageFileReader()
         reader.SetFileName(name)
@@ -285,6 +286,7 @@ def _check_slices(names: tuple[str, ...], refuse: Any) -> float:
                 for tag in ("0020|0032", "0020|0037")
             )
             heights.append(float(position @ np.cross(cosines[:3], cosines[3:])))
+            aside.append([position @ cosines[:3], position @ cosines[3:]])
         except (RuntimeError, ValueError):
             raise refuse("a slice has no position", "ImagePositionPatient", "export the series again") from None
         planes.add((reader.GetSize()[:2], reader.GetSpacing()[:2], tuple(np.round(cosines, 3))))
@@ -305,6 +307,10 @@ def _check_slices(names: tuple[str, ...], refuse: Any) -> float:
         at = int(np.abs(steps - typical).argmax()) + 1
         why = f"slices are uneven: {steps[at - 1]:.2f} mm after slice {at}, elsewhere {typical:.2f}"
         raise refuse(why, "ImagePositionPatient", "add the missing slices")
+    shifted = float(np.ptp(aside, axis=0).max())
+    if shifted > 0.05 * typical:
+        why = f"slices are shifted against each other by {shifted:.2f} mm within their plane"
+        raise refuse(why, "ImagePositionPatient", "export the series again")
     return float(steps.mean())
 
 
