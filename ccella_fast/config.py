@@ -236,7 +236,8 @@ class TrainingConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     text_class_pred_weight: Annotated[float, Field(ge=0)] | None = None  # None: the variant's
     ema_decay: Fraction = 0.9999  # 0: no EMA
-    precision: Literal["bf16", "fp32"] = "bf16"
+    # auto: bf16 on a GPU and on a CPU that multiplies it, else fp32. Resolved when a run starts; a resumed run keeps its own.
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     activation_checkpointing: bool = False
     checkpointing_steps: Positive = 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import re
@@ -9,18 +10,26 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ccella_fast.storage import write_json
 
+LOG = logging.getLogger("ccella_fast")
 PACKAGES = [
     "torch", "deepspeed", "triton", "xformers", "monai", "transformers", "nvidia-dali-cuda130", "numpy", "nvidia-ml-py",
     "safetensors", "nibabel", "SimpleITK", "pydantic", "pynvml",
 ]  # fmt: skip
 _ISA = ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
-_SETTINGS = ["OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TRITON_INTERPRET", "CCELLA_FAST_BACKEND"]
+_SETTINGS = [
+    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TRITON_INTERPRET", "CCELLA_FAST_BACKEND",
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
+]  # fmt: skip
+# Values of ONEDNN_MAX_CPU_ISA that exclude the instructions for bf16 products.
+_ISA_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+_BF16_EMULATED = "bf16 is emulated on this CPU (no AVX512-BF16 or AMX, or ONEDNN_MAX_CPU_ISA excludes them)"
 
 
 # Public reports about 3D convolutions in half precision, each with where to read more.
@@ -48,6 +57,7 @@ def describe() -> dict[str, Any]:
             "quota": _cpu_quota(),
             "torch_threads": torch.get_num_threads(),
             "instructions": cpu_instructions(),
+            "multiplies_bf16": cpu_multiplies_bf16(),
             "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         },
         "gpu": _gpus(torch),
@@ -70,6 +80,8 @@ def warnings(facts: dict[str, Any]) -> list[str]:
             found.append(_TRAPS["wrong"].format(version))
         elif cudnn < 91500:
             found.append(_TRAPS["old"].format(version))
+    if not facts["gpu"] and not cpu["multiplies_bf16"]:
+        found.append(f"{_BF16_EMULATED}; float32 is faster, and what `auto` takes for sampling and training")
     if facts["gpu"] and packages["triton"] is None:
         found.append("there is a GPU but no Triton: none of our kernels can run on it; pip install triton")
     if settings.get("TRITON_INTERPRET", "0") not in ("0", ""):
@@ -173,8 +185,21 @@ def free_memory(device: Any = None) -> int:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions that multiply bf16 (AVX512-BF16, AMX); without them bf16 is slower than fp32."""
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_instructions())
+    """Whether products of bf16 use instructions for them in this process (AVX512-BF16, AMX); without, bf16 is slower than fp32.
+
+    Convolutions and matrix products in bf16 are oneDNN's, so its limit ONEDNN_MAX_CPU_ISA (or DNNL_MAX_CPU_ISA, the older name)
+    counts; ATEN_CPU_CAPABILITY narrows only PyTorch's own kernels. `_is_mkldnn_bf16_supported` of torch is another question: it
+    is also true where oneDNN emulates bf16 with AVX-512."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
+    present = not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_instructions())
+    return present and limit.upper() not in _ISA_WITHOUT_BF16
+
+
+@cache
+def warn_of_emulated_bf16(remedy: str) -> None:
+    """Warn, if bf16 is emulated, that float32 is faster: once a process for each `remedy`, and on the first rank alone."""
+    if not cpu_multiplies_bf16() and os.environ.get("RANK", "0") == "0":
+        LOG.warning("%s; float32 is faster: %s", _BF16_EMULATED, remedy)
 
 
 def _version(name: str) -> str | None:

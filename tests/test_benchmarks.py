@@ -309,7 +309,8 @@ def test_a_case_that_broke_is_a_regression(record):
 
 def test_known_traps_are_found():
     facts = {
-        "cpu": {"quota": 2.0, "torch_threads": 8, "cores": 4}, "gpu": [{"name": "H100"}], "cudnn": 90900,
+        "cpu": {"quota": 2.0, "torch_threads": 8, "cores": 4, "multiplies_bf16": True},
+        "gpu": [{"name": "H100"}], "cudnn": 90900,
         "packages": {"torch": "2.9.1+cu130", "triton": None, "pynvml": "13"},
         "settings": {"TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "passive"},
     }  # fmt: skip
@@ -317,7 +318,8 @@ def test_known_traps_are_found():
     words = ["2.9", "90900"[:1] + ".9", "no Triton", "interpreter", "quota", "cores", "OMP_WAIT_POLICY", "pynvml"]
     assert all(any(word in line for line in found) for word in words) and len(found) == len(words)
     fine = {
-        "cpu": {"quota": None, "torch_threads": 2, "cores": 2}, "gpu": [{"name": "H100"}], "cudnn": 91900,
+        "cpu": {"quota": None, "torch_threads": 2, "cores": 2, "multiplies_bf16": True},
+        "gpu": [{"name": "H100"}], "cudnn": 91900,
         "packages": {"torch": "2.11.0", "triton": "3.6.0", "pynvml": None}, "settings": {},
     }  # fmt: skip
     assert environment.warnings(fine) == []

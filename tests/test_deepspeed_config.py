@@ -15,11 +15,11 @@ from ccella_fast.training.deepspeed_config import PASSED, REFUSED, TAKEN, checke
 CONFIGS = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
 
 
-def merged(tmp_path: Path, text: str | dict, *, world_size: int = 2, **training):
+def merged(tmp_path: Path, text: str | dict, *, world_size: int = 2, auto_precision="bf16", **training):
     file = tmp_path / "ds.json"
     file.write_text(text if isinstance(text, str) else json.dumps(text))
     config = make_config({f"training.{key}": value for key, value in training.items()})
-    return merge(config, file, world_size=world_size, output_dir=tmp_path)
+    return merge(config, file, world_size=world_size, output_dir=tmp_path, auto_precision=auto_precision)
 
 
 def refusal(tmp_path: Path, text: str | dict, **kwargs) -> str:
@@ -34,7 +34,7 @@ def test_shipped_files_are_short_and_pass_deepspeeds_own_check(file, tmp_path):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     assert len(file.read_text().splitlines()) <= 30
-    config, values = merge(make_config(), file, world_size=1, output_dir=tmp_path)
+    config, values = merge(make_config(), file, world_size=1, output_dir=tmp_path, auto_precision="bf16")
     checked(values, DeepSpeedConfig, file)
     assert values["zero_optimization"]["stage"] == config.training.zero_stage
 
@@ -119,6 +119,24 @@ def test_auto_and_absent_take_our_values(tmp_path):
     assert values["train_micro_batch_size_per_gpu"] == 4
     assert values["zero_optimization"] == {"stage": 1}
     assert (values["bf16"]["enabled"], values["gradient_clipping"]) == (True, 2.0)
+
+
+@pytest.mark.parametrize("faster", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("section", "setting", "expected"),
+    [
+        ({"enabled": "auto"}, "auto", None),  # None: the faster one
+        ({"enabled": "auto"}, "fp32", "fp32"),
+        ({"enabled": "auto"}, "bf16", "bf16"),
+        ({"enabled": True}, "auto", "bf16"),
+        ({"enabled": False}, "auto", "fp32"),
+    ],
+)
+def test_precision_auto_is_resolved_in_both_places(tmp_path, faster, section, setting, expected):
+    config, values = merged(tmp_path, {"bf16": section}, precision=setting, auto_precision=faster)
+    expected = expected or faster
+    assert config.training.precision == expected
+    assert values["bf16"]["enabled"] == (expected == "bf16")
 
 
 @pytest.mark.parametrize(

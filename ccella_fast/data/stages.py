@@ -22,6 +22,7 @@ from ccella_fast.data.pool import Done, Pool
 from ccella_fast.data.records import Records, digest
 from ccella_fast.data.sources import Study
 from ccella_fast.data.text import TextEncoder
+from ccella_fast.environment import warn_of_emulated_bf16
 from ccella_fast.errors import DataError
 
 # Part of every digest; raise it when the same inputs give other results.
@@ -124,6 +125,8 @@ class Text(Stage):
         size = self.config.text.batch_size
         batches = [reports[start : start + size] for start in range(0, len(reports), size)]
         batches = [batch for batch in batches if wanted.keys() & dict(batch).keys()]
+        if batches and self.config.text.dtype == "bfloat16" and self.encoder.device.type == "cpu":
+            warn_of_emulated_bf16("set text.dtype to float32, for training and sampling alike (the features differ)")
         for batch in bar(batches, "reports", unit="batch"):
             encoded = self.encoder.encode([report for _, report in batch])
             for (key, _), features, truncated in zip(batch, encoded.features, encoded.truncated, strict=True):

@@ -30,7 +30,7 @@ class EncodedReports(NamedTuple):
 class TextEncoder:
     """`encode(reports)`. Weights are loaded when first needed, on the GPU if there is one.
 
-    width: of the features. identity: the values that the features depend on, beside the report.
+    width: of the features. device: of the encoder. identity: the values that the features depend on, beside the report.
     Raises ConfigError when the encoder cannot be found or is of a kind that gives no text features."""
 
     def __init__(self, config: TextConfig):
@@ -64,6 +64,7 @@ class TextEncoder:
             "width": self.width,
             "fingerprint": fingerprint,
         }
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._tokenizer: Any = None
         self._model: Any = None
 
@@ -98,7 +99,7 @@ class TextEncoder:
             raise ConfigError(why, path=self.config.encoder, field="text.encoder", fix=fix)
         kind: Any = AutoModelForTextEncoding if self._settings.is_encoder_decoder else AutoModel  # T5: its encoder half
         model = self._load(kind.from_pretrained, dtype=getattr(torch, self.config.dtype), use_safetensors=True)
-        self._model = model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = model.eval().requires_grad_(False).to(self.device)
 
     def _load(self, from_pretrained: Any, **options: Any) -> Any:
         try:

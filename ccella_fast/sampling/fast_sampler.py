@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccella_fast import environment
 from ccella_fast.checkpoint import Checkpoint
 from ccella_fast.config import Config
 from ccella_fast.diffusion.schedule import Schedule
@@ -91,6 +92,8 @@ class FastSampler:
         self.levers = levers or Levers()
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self.dtype = resolve_dtype(dtype, self.device)
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            environment.warn_of_emulated_bf16("choose dtype float32 or auto for sampling")
         self.config = config or pretrained.config_of(model, autoencoder)
         self.origin = origin or pretrained.Origin.of_objects(self.config)
         last = channels_last(self.levers, self.dtype, self.device)

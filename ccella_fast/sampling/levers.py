@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ccella_fast.environment import cpu_multiplies_bf16
+from ccella_fast import environment
 from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.kernels.upsample_conv3d import UpsampleConv3d
 
@@ -22,7 +22,7 @@ class Levers:
 
     hoist            adapter, class vector, embeddings, keys and values are computed before the loop, not in every step
     channels_last    convolutions in channels_last_3d; None: on CUDA, and on a CPU where the weights are bf16
-    packed_weights   beside channels_last on a CPU with bf16: convolution weights in oneDNN's layout; None: unless compiled
+    packed_weights   beside channels_last where oneDNN supports bf16: convolution weights in its layout; None: unless compiled
     phase_upsampler  nearest x2 and convolution as eight small convolutions: 3.4 times fewer multiplications there
     cuda_graph       on CUDA a step is captured once and replayed: one launch instead of hundreds
     overlap_decode   on CUDA the decoder works on a second stream beside the next batch's denoising
@@ -50,7 +50,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
-        fast = device.type == "cuda" or (device.type == "cpu" and cpu_multiplies_bf16())
+        fast = device.type == "cuda" or (device.type == "cpu" and environment.cpu_multiplies_bf16())
         return torch.bfloat16 if fast else torch.float32
     if dtype not in DTYPES:
         fix = did_you_mean(dtype, [*DTYPES, "auto"])

@@ -49,8 +49,11 @@ class PackedUpsampling:
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """bf16 on a CPU with oneDNN. In fp32 the reordering is small beside the convolution, and the layout no better."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    """bf16 on a CPU where oneDNN's operator supports it; on one without AVX-512 it raises an error. In fp32 the reordering is
+    small beside the convolution, and the layout no better."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pack(network: nn.Module) -> None:

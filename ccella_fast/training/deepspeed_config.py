@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ccella_fast.config import Config, make_config
 from ccella_fast.errors import ConfigError, did_you_mean
@@ -54,10 +54,16 @@ _ADAM_EPS = 1e-8
 
 
 def merge(
-    config: Config, path: str | Path | None, *, world_size: int, output_dir: Path
+    config: Config,
+    path: str | Path | None,
+    *,
+    world_size: int,
+    output_dir: Path,
+    auto_precision: Literal["bf16", "fp32"],
 ) -> tuple[Config, dict[str, Any]]:
     """Our configuration and the file `path` (JSON or HJSON, comments allowed; None: no file) for `world_size` processes.
 
+    auto_precision: what `training.precision` becomes where it is "auto" and the file names none.
     Raises ConfigError naming file, field and fix."""
     given = read(path) if path else {}
     values = {key: value for key, value in given.items() if value != "auto"}
@@ -71,6 +77,8 @@ def merge(
         overrides["training.activation_checkpointing"] = True
     merged = make_config(overrides, base=config)
     _tell(config, merged, path)
+    if merged.training.precision == "auto":
+        merged = make_config({"training.precision": auto_precision}, base=merged)
     result = {key: value for key, value in values.items() if key in PASSED or key == "activation_checkpointing"}
     return merged, result | _engine_values(merged, result, zero, world_size, output_dir)
 

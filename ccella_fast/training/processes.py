@@ -24,26 +24,31 @@ LOG = logging.getLogger("ccella_fast")
 _TIMEOUT = timedelta(minutes=30)
 
 
+def on_gpu() -> bool:
+    """Whether training uses a GPU: there is one, and DS_ACCELERATOR does not name the CPU."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
 def initialise() -> torch.device:
     """Join the process group (NCCL on CUDA, gloo on CPU); returns this process's device."""
     if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:  # plain `python`: a world of one
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         os.environ.update({name: str(value) for name, value in alone.items()})
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-    if not on_gpu:
+    gpu = on_gpu()
+    if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     # Notes from torch to DeepSpeed about names that will go; the reader of a training log can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     import deepspeed.ops
 
-    if not on_gpu:
+    if not gpu:
         # DeepSpeed would compile a shared-memory all-reduce with g++ now: half a minute or more, a compiler on the user's
         # machine, and a hang wherever a killed build left its lock. It is only a faster path beside gloo, and DeepSpeed
         # goes without any op that this table does not call compatible.
         vars(deepspeed.ops)["__compatible_ops__"] = {}
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=_TIMEOUT, verbose=False)
-    if not on_gpu:
+    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", timeout=_TIMEOUT, verbose=False)
+    if not gpu:
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -48,10 +48,12 @@ class Plan:
         return self.facts["total_steps"]
 
 
-def make_plan(config: Config, *, data: Path, run: Path, deepspeed_file: Path | None) -> Plan:
-    """Settings, data and length of a run that starts fresh. Reads only; neither torch nor DeepSpeed is imported."""
+def make_plan(config: Config, *, data: Path, run: Path, deepspeed_file: Path | None, start: Path | None = None) -> Plan:
+    """Settings, data and length of a run that starts fresh, or goes on from the step folder `start`. Reads only."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config, engine_values = merge(config, deepspeed_file, world_size=world_size, output_dir=run)
+    config, engine_values = merge(
+        config, deepspeed_file, world_size=world_size, output_dir=run, auto_precision=auto_precision(start)
+    )
     prepared = check_data(config, data)
     facts = {
         "total_steps": count_steps(config, prepared, world_size),
@@ -62,7 +64,7 @@ def make_plan(config: Config, *, data: Path, run: Path, deepspeed_file: Path | N
         "scale_factor": prepared.scale_factor,
         "intensity_scale": prepared.intensity_scale,
     }
-    return Plan(config, engine_values, deepspeed_file, data, run, facts)
+    return Plan(config, engine_values, deepspeed_file, data, run, facts, start)
 
 
 def train(
@@ -71,8 +73,8 @@ def train(
     """Train on the prepared folder `data`, write to `run`; returns the exit code (0, or 128 + signal when asked to stop).
 
     resume: None (a run that is already there is refused), "latest", or a step folder. Raises CcellaError."""
-    plan = make_plan(config, data=data, run=run, deepspeed_file=deepspeed_file)
     start = find_start(run, resume)
+    plan = make_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, start=start)
     if start is not None:
         state = read_state(start)
         check_same(plan, start, state)
@@ -80,8 +82,18 @@ def train(
             LOG.info("%s is complete (%d steps), nothing to do", run, plan.total_steps)
             return 0
         kept = {name: state[name] for name in ("scale_factor", "intensity_scale")}
-        plan = replace(plan, start=start, facts=plan.facts | kept)
+        plan = replace(plan, facts=plan.facts | kept)
     return _train(plan)
+
+
+def auto_precision(start: Path | None) -> Literal["bf16", "fp32"]:
+    """What precision "auto" means: that of the run which goes on from the step folder `start`; None: the faster one here."""
+    if start is not None:
+        return "bf16" if load_config(start / "config.json").training.precision == "bf16" else "fp32"
+    from ccella_fast import environment
+    from ccella_fast.training import processes
+
+    return "bf16" if processes.on_gpu() or environment.cpu_multiplies_bf16() else "fp32"
 
 
 def check_data(config: Config, data: Path) -> Prepared:
@@ -162,14 +174,18 @@ def _train(plan: Plan) -> int:
 
     import torch.distributed as dist
 
-    from ccella_fast.environment import recorded
+    from ccella_fast.environment import recorded, warn_of_emulated_bf16
     from ccella_fast.training.telemetry import write_status
 
-    main = dist.get_rank() == 0
+    main, precision = dist.get_rank() == 0, plan.config.training.precision
+    if main:
+        LOG.info("training in %s on %s", precision, device)
+    if device.type == "cpu" and precision == "bf16":
+        warn_of_emulated_bf16("set training.precision to fp32" + (" in a new run" if plan.start else ""))
     saved = {"step": read_state(plan.start)["step"] if plan.start else 0}
     ending: dict[str, Any] = {"state": "failed", "exit_code": 1}
     try:
-        facts = {"world_size": plan.facts["world_size"], "total_steps": plan.total_steps}
+        facts = {"world_size": plan.facts["world_size"], "total_steps": plan.total_steps, "precision": precision}
         record = recorded(plan.run, "train", **facts) if main else contextlib.nullcontext()
         with processes.ending_together(), record:
             code = _steps(plan, device, saved)
@@ -202,6 +218,9 @@ def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
 
     config, training, total, first = plan.config, plan.config.training, plan.total_steps, saved["step"]
     control, main = processes.Control(), dist.get_rank() == 0
+    if len(set(control.gathered(training.precision))) > 1:
+        why, fix = "this run's CPUs differ: some multiply bf16, others emulate it", "set it to fp32 or bf16"
+        raise ConfigError(why, field="training.precision", fix=fix)
     needs: Literal["latents", "images"] = "images" if training.latents == "online" else "latents"
     if needs == "images":
         check_engine(config.data.engine)
