@@ -1,0 +1,123 @@
+"""A run equals the plain loop of `plain_training`: every logged number, weights and averages. And each setting acts: the same
+loop with one setting at another value differs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from plain_training import difference, plain_training
+from training_fixtures import CONFIG, train_here, write_prepared
+
+KEEP = {"checkpointing_steps": 1, "checkpoints_total_limit": 9}
+# Every value differs from its default, gradients are clipped, and one study of five has no class.
+UNUSUAL = {
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "lr": 3e-3,
+    "max_train_steps": 4,
+    "weight_decay": 0.3,
+    "adam_betas": (0.5, 0.7),
+    "max_grad_norm": 0.05,
+    "text_class_pred_weight": 3e-3,
+    "ema_decay": 0.2,
+    "seed": 5,
+}
+# The same settings at their defaults, or nearly: for each the number that must then differ.
+OTHERWISE = {
+    "batch_size": (1, "loss"),
+    "gradient_accumulation_steps": (1, "loss"),
+    "lr": (2.9e-3, "model"),
+    "weight_decay": (0.01, "model"),
+    "adam_betas": ((0.9, 0.999), "model"),
+    "max_grad_norm": (1.0, "model"),
+    "text_class_pred_weight": (1e-4, "model"),
+    "ema_decay": (0.9999, "ema"),
+    "seed": (0, "loss"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_prepared(tmp_path_factory.mktemp("exact") / "prepared")
+
+
+def check_equal(run, plain, *, numbers: float = 1e-5, weights: float = 2e-3):
+    """At every step. Adam divides by a gradient's size, so weights differ by more than the gradients' rounding."""
+    found = difference(run, plain, at=list(range(1, len(plain))))
+    apart = {key: value for key, value in found.items() if value > (weights if key in ("model", "ema") else numbers)}
+    assert not apart
+    assert found["lr"] < 1e-12
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp32"), (0, "bf16"), (1, "bf16")])
+def test_a_run_equals_a_plain_loop(tmp_path, data, stage, precision):
+    train_here(tmp_path / "run", data, **UNUSUAL, **KEEP, zero_stage=stage, precision=precision)
+    plain = plain_training(data, **UNUSUAL, precision=precision)
+    assert all(step.logged["grad_norm"] > UNUSUAL["max_grad_norm"] for step in plain[1:])
+    check_equal(tmp_path / "run", plain)
+    if (stage, precision) == (0, "fp32"):
+        for setting, (value, number) in OTHERWISE.items():
+            other = plain_training(data, **{**UNUSUAL, setting: value}, precision=precision)
+            apart = difference(tmp_path / "run", other, at=[1, 2, 3, 4])[number]
+            assert apart > 1e-2, f"{setting} {value} makes no difference: {apart}"
+
+
+def test_what_a_deepspeed_file_says_acts(tmp_path, data):
+    file = tmp_path / "ds.json"
+    params = {"lr": UNUSUAL["lr"], "betas": UNUSUAL["adam_betas"], "weight_decay": UNUSUAL["weight_decay"]}
+    values = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": UNUSUAL["max_grad_norm"],
+        "bf16": {"enabled": False},
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "AdamW", "params": params},
+    }
+    file.write_text(json.dumps(values))
+    ours = {key: UNUSUAL[key] for key in ("max_train_steps", "text_class_pred_weight", "ema_decay", "seed")}
+    train_here(tmp_path / "run", data, **ours, **KEEP, batch_size=1, precision="bf16", deepspeed_file=file)
+    check_equal(tmp_path / "run", plain_training(data, **UNUSUAL))
+    assert list((tmp_path / "run" / "checkpoints").rglob("*zero_pp_rank_0*"))
+
+
+def test_defaults_are_the_reference_s(tmp_path, data):
+    """Only what CONFIG changes; 0.9999 as the average's decay is far off in so few steps, so its start counts: (1+n)/(10+n)."""
+    changed = {"max_train_steps": 3, "lr": CONFIG["training"]["lr"]}
+    train_here(tmp_path / "run", data, **changed, **KEEP, ema_decay=0.9999)
+    check_equal(tmp_path / "run", plain_training(data, **changed, ema_decay=0.9999))
+
+
+@pytest.mark.parametrize("variant", ["MAISI", "RADMAISI", "DECOUPLED"])
+def test_other_variants_and_another_noise_schedule(tmp_path, variant):
+    """DECOUPLED and RADMAISI are given the class; they need it for every study."""
+    data = write_prepared(tmp_path / "prepared", cases=5)
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["cases"][-1]["pirads"] = [1, 0]
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    changed = {"max_train_steps": 2, "text_class_pred_weight": 0}
+    other = {"scheduler__num_train_timesteps": 50, "scheduler__beta_start": 0.01, "scheduler__beta_end": 0.05}
+    train_here(tmp_path / "run", data, **changed, **KEEP, **other, model__variant=variant)
+    plain = plain_training(data, **changed, variant=variant, timesteps=50, betas=(0.01, 0.05))
+    check_equal(tmp_path / "run", plain)
+    for wrong in ({"timesteps": 51}, {"betas": (0.01, 0.06)}, {"betas": (0.02, 0.05)}):
+        again = plain_training(data, **{**changed, "variant": variant, "timesteps": 50, "betas": (0.01, 0.05), **wrong})
+        assert difference(tmp_path / "run", again)["loss"] > 1e-4, wrong
+
+
+def test_epochs_set_the_number_of_steps(tmp_path, data):
+    """3 epochs of 5 studies in batches of 4 are 4 steps (the last reaches into a fourth epoch)."""
+    train_here(tmp_path / "run", data, **KEEP, n_epochs=3, max_train_steps=None, batch_size=4)
+    check_equal(tmp_path / "run", plain_training(data, batch_size=4, max_train_steps=4))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_step_that_is_not_finite_changes_only_the_rate(tmp_path, stage):
+    """Neither weights, Adam's state nor the averages move; the schedule goes on."""
+    data = write_prepared(tmp_path / "prepared", nan_in="case1")
+    changed = {"batch_size": 1, "max_train_steps": 6, "seed": 1}
+    train_here(tmp_path / "run", data, **changed, **KEEP, zero_stage=stage)
+    plain = plain_training(data, **changed)
+    skipped = [number for number, step in enumerate(plain[1:], start=1) if step.logged is None]
+    assert len(skipped) == 1 and 1 < skipped[0] < 6 and plain[-1].ema_updates == 5
+    check_equal(tmp_path / "run", plain)
