@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from study_fixtures import SHAPE, config, patch_header, tree, voxels, write_nifti, write_studies
+from study_fixtures import SHAPE, config, patch_header, tree, voxels, write_bert, write_nifti, write_studies
 
 from ccella_fast.data.dataset import PreparedDataset
 from ccella_fast.data.prepare import prepare
@@ -226,20 +226,25 @@ def test_corrupted_prepared_file(tmp_path: Path):
 
 
 def test_report_text_never_shows(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture):
-    folder = write_studies(tmp_path / "studies")
+    """With the text stage; tests/test_privacy.py goes through all the others."""
+    folder, settings = (
+        write_studies(tmp_path / "studies"),
+        config(variant="CCELLA", encoder=write_bert(tmp_path / "bert")),
+    )
     secret = "KANARIENVOGEL"
     for old, new in [("lesion of 4 mm", secret), ("train,2", "train,8")]:
         _table(folder, old, new)
         try:
-            prepare(folder, tmp_path / "out", config())
+            prepare(folder, tmp_path / "out", settings)
         except DataError as error:
             assert secret not in str(error)
     _table(folder, "train,8", "train,2")
-    prepare(folder, tmp_path / "out", config())
+    prepare(folder, tmp_path / "out", settings)
     captured = capfd.readouterr()
     assert secret not in caplog.text + captured.out + captured.err
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert written and not any(secret.encode() in path.read_bytes() for path in written)
+    assert any(path.parent.name == "text" for path in written)
+    assert not any(secret.encode() in path.read_bytes() for path in written)
 
 
 def _mutate(content: bytes, reach: int, rng: np.random.Generator) -> bytes:

@@ -61,7 +61,7 @@ def test_a_slice_of_another_size(tmp_path: Path):
     large[9].replace(tmp_path / large[9].name)
     for path in large[:9] + large[10:]:
         path.unlink()
-    with pytest.raises(DataError, match="differ in size|cannot be read"):
+    with pytest.raises(DataError, match="differ in size"):
         read_volume(tmp_path)
 
 
