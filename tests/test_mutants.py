@@ -1,4 +1,4 @@
-"""tests/mutants/run.py on a package of two functions, of which one is tested."""
+"""tests/mutants/run.py on a package in which one function is tested by nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ CODE = """def larger(a, b):
 def untested(a):
     return a + a
 """
+OTHER = "def half(a):\n    return a / 2\n"
 TEST = """from toy.code import larger
+from toy.other import half
+
+
+def test_half():
+    assert half(6) == 3
 
 
 def test_larger():
@@ -43,7 +49,13 @@ new = "if a < b"
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    files = {"toy/__init__.py": "", "toy/code.py": CODE, "tests/test_code.py": TEST, ".gitignore": "out\n__pycache__\n"}
+    files = {
+        "toy/__init__.py": "",
+        "toy/code.py": CODE,
+        "toy/other.py": OTHER,
+        "tests/test_code.py": TEST,
+        ".gitignore": "out\n__pycache__\n",
+    }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -54,7 +66,11 @@ def toy(tmp_path: Path) -> Path:
 
 
 def start(toy: Path, *arguments: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(toy.parent), "PYTEST_ADDOPTS": ""}
+    environment = os.environ | {
+        "TMPDIR": str(toy.parent),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     command = [sys.executable, str(toy / "tests" / "mutants" / "run.py"), *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -76,6 +92,8 @@ def test_what_no_test_covers_survives_and_what_one_covers_does_not(toy):
         ("return a if a > b else b", "return a if a >= b else b"): "survived",  # no change of behaviour
         ("return a if a > b else b", "return a if not (a > b) else b"): "killed",
         ("return a + a", "return a - a"): "survived",
+        ("return a / 2", "return a * 2"): "killed",
+        ("return a / 2", "return a / 3"): "killed",
     }
     assert "toy/code.py:6" in said and "- return a + a\n    + return a - a" in said
     assert "- return a if a > b else b\n    + return a if not" not in said  # what was killed is not listed
