@@ -40,7 +40,7 @@ soak: $(VENV)/installed-test
 
 # Small changes of training, data and storage, in a copy of the tree; lists those that no test notices. Not for CI.
 mutants: $(VENV)/installed-test
-	CCELLA_TEST_DATA=$${CCELLA_TEST_DATA:-$(abspath ../shared/data)} CCELLA_TEST_SPEC=$${CCELLA_TEST_SPEC:-$(abspath ../shared/spec)} \
+	CCELLA_TEST_DATA=$${CCELLA_TEST_DATA:-$(abspath ../shared/data)} \
 	  python tests/mutants/run.py --minutes $(MINUTES) --seed $(SEED) $(FILES)
 
 lint: $(VENV)/installed-test
