@@ -1,8 +1,10 @@
-# make demo [DATA=DIR] [OUT=DIR]   make test   make soak   make lint   make gpu   make clean
+# make demo [DATA=DIR] [OUT=DIR]   make test   make soak   make mutants [MINUTES=60] [SEED=0] [FILES=...]   make lint   make gpu   make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
+MINUTES ?= 60
+SEED ?= 0
 CONFIG ?= configs/demo.json
 EXTRA := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 STUDIES := $(or $(DATA),$(OUT)/studies)
@@ -17,7 +19,7 @@ export DS_ACCELERATOR ?= $(if $(filter cpu,$(EXTRA)),cpu,cuda)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test soak lint gpu clean
+.PHONY: demo test soak mutants lint gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -35,6 +37,11 @@ test: $(VENV)/installed-test
 
 soak: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 pytest -m slow
+
+# Small changes of training, data and storage, in a copy of the tree; lists those that no test notices. Not for CI.
+mutants: $(VENV)/installed-test
+	CCELLA_TEST_DATA=$${CCELLA_TEST_DATA:-$(abspath ../shared/data)} \
+	  python tests/mutants/run.py --minutes $(MINUTES) --seed $(SEED) $(FILES)
 
 lint: $(VENV)/installed-test
 	ruff check .
