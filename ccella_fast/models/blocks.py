@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ccella_fast.kernels.attention import attention
 from ccella_fast.kernels.backend import choose
@@ -20,6 +19,7 @@ from ccella_fast.kernels.cross_attention import cross_attention
 from ccella_fast.kernels.geglu import geglu
 from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
 from ccella_fast.kernels.residual_shift import refusals, residual_shift
+from ccella_fast.models.thin_grids import on_three_voxels
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Runner = Callable[
@@ -34,29 +34,19 @@ def named(module: nn.Module, *names: str) -> nn.Module:
     return module
 
 
-class StridedConv3d(nn.Conv3d):
-    """A convolution of stride 2 and padding 1.
-
-    With AMX, oneDNN's bf16 one (3.12) reads memory that nobody wrote, and may return NaN, when its output is one voxel wide
-    along the last axis. So on a CPU such an input is made wider by zeros, and the output cut: the same numbers."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.shape[-1] > 2:
-            return super().forward(x)
-        return super().forward(F.pad(x, (0, 2)))[..., :1]
-
-
 class Conv3d(nn.Conv3d):
-    """A convolution of stride 1.
-
-    With AVX-512, oneDNN's bf16 gradient of a 3x3x3 kernel (3.12) is wrong where the input has two planes along the first axis.
-    So while training on a CPU such an input gets a third plane, of zeros, and the output is cut: the same numbers."""
+    """A convolution of stride 1, right in bf16 on grids of any size."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        training = input.device.type == "cpu" and input.dtype == torch.bfloat16 and torch.is_grad_enabled()
-        if not training or input.shape[2] != 2 or self.kernel_size[0] == 1:
-            return super()._conv_forward(input, weight, bias)
-        return super()._conv_forward(F.pad(input, (0, 0, 0, 0, 0, 1)), weight, bias)[:, :, :2]
+        convolve = lambda x: super(Conv3d, self)._conv_forward(x, weight, bias)  # noqa: E731
+        return convolve(input) if self.kernel_size == (1, 1, 1) else on_three_voxels(convolve, input)
+
+
+class StridedConv3d(nn.Conv3d):
+    """A 3x3x3 convolution of stride 2 and padding 1, right in bf16 on grids of any size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return on_three_voxels(super().forward, x, scale=0.5)
 
 
 def conv3d(inputs: int, outputs: int, kernel: int, stride: int = 1, *, names: tuple[str, ...] = ("conv",)) -> nn.Module:

@@ -27,6 +27,7 @@ from ccella_fast.models.blocks import (
     zeroed,
 )
 from ccella_fast.models.embeddings import perceptron, sinusoidal
+from ccella_fast.models.thin_grids import on_three_voxels
 from ccella_fast.variants import get_variant
 
 
@@ -104,7 +105,7 @@ class UpBlock(Level):
         """skips: one a residual block, the last one is used first. Not changed: ZeRO-3 hands a module copies of lists."""
         for index, skip in enumerate(reversed(skips)):
             h = self.block(index, torch.cat([h, skip], dim=1), flow)
-        return h if self.upsampler is None else self.upsampler(h)
+        return h if self.upsampler is None else on_three_voxels(self.upsampler, h, scale=2.0)
 
 
 class UNet3d(nn.Module):
