@@ -268,6 +268,10 @@ def test_metatensor_comes_in_and_a_tensor_goes_on():
     actual = net(meta(x), *rest)
     assert seen == [torch.Tensor, meta, torch.Tensor] and type(actual) is torch.Tensor
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    timesteps, context = rest
+    for volume in (meta(x), x):
+        named = net(x=volume, timesteps=timesteps, context=meta(context))  # as MONAI's own inferers call it
+        assert seen[-1] is torch.Tensor and type(named) is torch.Tensor and torch.equal(named, actual)
     report.undo()
     speed_up(net, without=["metatensor"])
     net(meta(x), *rest)

@@ -233,6 +233,10 @@ def test_kinds_of_steps():
         Kind(False, "keep"),
     ]
     assert step_kinds([900, 100], 1000, Guidance(), None) == [Kind(False, "")] * 2
+    # The interval holds its ends: with the default, the first step and the last, at t = 0, too.
+    assert step_kinds([1000, 500, 0], 1000, Guidance(3), None) == [Kind(True, "")] * 3
+    for times, guided in [([600, 200], True), ([601, 199], False)]:
+        assert step_kinds(times, 1000, Guidance(3, (0.2, 0.6)), None) == [Kind(guided, "")] * 2
 
 
 # ---- captured steps, without a GPU ----
