@@ -1,4 +1,4 @@
-# make demo [DATA=DIR] [OUT=DIR]   make test   make soak   make mutants [MINUTES=60] [SEED=0] [FILES=...]   make lint   make gpu   make clean
+# make demo [DATA=DIR] [OUT=DIR]   make test   make test-narrow   make soak   make mutants [MINUTES=60] [SEED=0] [FILES=...]   make lint   make gpu   make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,12 +14,17 @@ REPORTS := --report "Prostate 42 cc, PSA 9.8. 14 mm low T2 focus in the left per
            --num_samples 2
 PROMPTS := $(if $(DATA),$(if $(wildcard $(DATA)/studies.csv),$(REPORTS),--num_samples 4),$(REPORTS))
 
+# Tests whose result depends on how the CPU computes; the last is a sample in bf16.
+NUMERICS := $(addprefix tests/test_, schedule.py solvers.py solver_order.py losses.py models.py vae.py kernels_attention.py \
+            kernels_geglu.py kernels_residual_shift.py kernels_upsample_conv3d.py \
+            fast_sampler.py::test_bfloat16_stays_near_float32)
+
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DS_ACCELERATOR ?= $(if $(filter cpu,$(EXTRA)),cpu,cuda)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test soak mutants lint gpu clean
+.PHONY: demo test test-narrow soak mutants lint gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -34,6 +39,11 @@ demo: $(VENV)/installed
 # Two processes of one thread each: the tests' tensors are too small to share, and OpenMP teams that compete crawl.
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+
+# The numerics again as a plainer CPU computes them: no vectors in PyTorch's own loops, AVX2 alone in oneDNN, MKL and OpenBLAS.
+test-narrow: $(VENV)/installed-test
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
+	OMP_NUM_THREADS=1 pytest -n 2 $(NUMERICS)
 
 soak: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 pytest -m slow

@@ -22,7 +22,7 @@ def real_data() -> Path:
     """The folder of real studies (`mri/`), reports (`text/`) and the T5 vocabulary (`tokenizer/t5/`)."""
     folder = Path(os.environ.get("CCELLA_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "mri").is_dir():
-        pytest.skip(f"no real data at {folder}; set CCELLA_TEST_DATA")
+        pytest.skip(f"no real studies at {folder}; set CCELLA_TEST_DATA to a folder with mri/, text/ and tokenizer/")
     return folder
 
 
