@@ -14,9 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timer import Watch
+from ccella_fast.environment import cpu_multiplies_bf16
+from timer import LEAST_ROUNDS, Watch
 
 SUITES = ["kernels", "sampler", "training", "data", "memory"]
+# The cases that users ask for first, the most important one first: what they are called on the page.
+HEADLINES = {
+    "denoising_step": "denoising step", "training_step": "training step", "sampling": "text to volume",
+    "decode": "decode",
+}  # fmt: skip
 MOST_CUDA_SECONDS = 8.0  # for the rounds of a case: a GPU's rounds are short
 TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 6e-2}  # largest difference from the fp32 truth / largest value
 
@@ -86,15 +92,20 @@ class Case:
     quick: tuple[str, ...] = ()  # on which devices it is part of the quick suite: "cpu", "cuda"
     profile: bool = False  # always look where its time goes, not only with --profile
     budget: float = 12.0  # seconds for the timed rounds
-    set_up: dict[str, float] = field(default_factory=dict)  # rough seconds around them, by device: for the time limit
+    set_up: dict[str, float] = field(default_factory=dict)  # rough seconds around them, by device: see budget.py
+    bf16: bool = False  # it computes in bf16 on every CPU, also on one that emulates it
     last: bool = False  # after all others: it compiles for minutes
 
     def rounds_budget(self, device: str) -> float:
         return min(self.budget, MOST_CUDA_SECONDS) if device == "cuda" else self.budget
 
     def seconds(self, device: str) -> float:
-        """Roughly, all in all."""
+        """Roughly, all in all, on the machine of `budget.py`."""
         return self.rounds_budget(device) + self.set_up.get(device, 10)
+
+    def least_seconds(self, device: str) -> float:
+        """The same with a single round."""
+        return self.rounds_budget(device) / LEAST_ROUNDS + self.set_up.get(device, 10)
 
 
 def registry() -> list[Case]:
@@ -115,3 +126,11 @@ def select(suites: list[str], device: torch.device) -> list[Case]:
     if "all" in suites:
         return every
     return [case for case in every if case.suite in suites or ("quick" in suites and device.type in case.quick)]
+
+
+def emulated(cases: list[Case], device: torch.device) -> dict[str, str]:
+    """Those of these cases that would spend their time in emulated bf16, each with the reason; none on other machines."""
+    if device.type != "cpu" or cpu_multiplies_bf16():
+        return {}
+    why = "this CPU emulates bf16, many times slower than fp32; --case {} measures it all the same"
+    return {case.name: why.format(case.name) for case in cases if case.bf16}

@@ -242,7 +242,7 @@ def checkpoint(bench: Workbench) -> Trial:
 
 CASES = [
     Case("training_memory", "memory", "bytes kept for the backward pass: the reference under fp16 autocast, ours in bf16",
-         training_memory, quick=("cpu", "cuda"), budget=0, set_up={"cpu": 15, "cuda": 10}),
+         training_memory, quick=("cpu", "cuda"), budget=0, set_up={"cpu": 5, "cuda": 10}),
     Case("denoising_memory", "memory", "peak memory of one denoising step: the reference's, and ours", denoising_memory,
          quick=("cuda",), budget=0, set_up={"cpu": 20, "cuda": 5}),
     Case("decode_memory", "memory", "peak memory of the decoder: MONAI's, and ours", decode_memory,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import model_counts
+from cases import HEADLINES
 from ccella_fast.storage import atomic_path
 from results import seconds
 from timer import slope
@@ -41,7 +42,8 @@ def table(record: dict[str, Any]) -> str:
     lines.insert(1, "-" * sum(widths, 2 * len(widths) - 2))
     absent = _absent(record)
     lines += ["", *(f"not measured: {line}" for line in absent)] if absent else []
-    lines += [f"left out: {name}, {why}" for name, why in record["left_out"].items()]
+    lines += [f"reduced: {line}" for line in record["reduced"]]
+    lines += [f"left out: {name}: {why}" for name, why in record["left_out"].items()]
     return "\n".join(["", *lines, "", model_counts.table(record["counts"]), ""])
 
 
@@ -79,19 +81,15 @@ def write(record: dict[str, Any], page: Path, picture: Path) -> None:
 
 def headline(record: dict[str, Any]) -> list[dict[str, str]]:
     """The numbers on top: for the cases that users ask for first, how much faster and how far from the limit."""
-    names = {
-        "denoising_step": "denoising step", "sampling": "text to volume", "decode": "decode",
-        "training_step": "training step",
-    }  # fmt: skip
     cards = []
     for case in record["cases"]:
-        if case["name"] in names and "ours" in case["speedups"]:
+        if case["name"] in HEADLINES and "ours" in case["speedups"]:
             theirs, ours = next(iter(case["sides"].values())), case["sides"]["ours"]
             same = "ours fp32" in case["speedups"] and f"; {case['speedups']['ours fp32']['median']:.1f}x in fp32"
             limit = f"{ours['of_limit']:.0%} of this machine's limit" if "of_limit" in ours else ""
             cards.append(
                 {
-                    "title": names[case["name"]],
+                    "title": HEADLINES[case["name"]],
                     "number": f"{case['speedups']['ours']['median']:.1f}x",
                     "text": f"{seconds(theirs['seconds']['median'])} to {seconds(ours['seconds']['median'])}, "
                     f"{theirs['precision']} to {ours['precision']}{same or ''}",

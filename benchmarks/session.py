@@ -22,6 +22,7 @@ import machine
 import model_counts
 import results
 import timer
+from budget import LIMITS_SECONDS, Budget
 from cases import Case, Skip, Trial
 from ccella_fast.config import Config
 from ccella_fast.environment import card, cpu_name, describe, warnings
@@ -33,15 +34,16 @@ from workbench import Workbench
 class Session:
     def __init__(self, device: torch.device, *, minutes: float | None, command: str, debug: bool = False):
         self.device, self.command, self.debug = device, command, debug
-        self.start, self.limit = time.perf_counter(), None if minutes is None else minutes * 60
+        self.budget = Budget(device.type, minutes)
         self.bench = Workbench(device, Config(), self._tick)
+        self.reduced: list[str] = []  # what was measured at less than its usual size, and why
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
         self.gpu: Gpu | str = open_gpu() if device.type == "cuda" else "no GPU"
 
     def plan(self, cases: list[Case]) -> str:
         """What would run: cases, sizes, and a rough time."""
         model, kind = self.bench.config.model, self.device.type
-        seconds = 30 + sum(case.seconds(kind) for case in cases)
+        seconds = min(self.budget.limit, LIMITS_SECONDS + sum(case.seconds(kind) for case in cases))
         head = [
             f"machine  {self.name}, {torch.get_num_threads()} threads",
             f"model    {model.variant}, channels {model.num_channels}, latent {self.bench.latent_grid}, "
@@ -50,27 +52,28 @@ class Session:
         ]
         return "\n".join(head + [f"case     {case.suite}/{case.name}: {case.about}" for case in cases])
 
-    def measure(self, cases: list[Case], traces: Path | None) -> dict[str, Any]:
+    def measure(self, cases: list[Case], traces: Path | None, left_out: dict[str, str]) -> dict[str, Any]:
+        """`left_out`: cases that were asked for and are not among `cases`, with the reason; others may join them here."""
         logging.getLogger("ccella_fast").setLevel(logging.WARNING)  # a case's own tales belong to other logs
         environment = describe()
         found = warnings(environment)
         print(self._card(environment), flush=True)
         grid, widths = self.bench.latent_grid, self.bench.config.model.num_channels
-        rates = machine.rates(self.device, widths=widths, grid=grid, tick=self._tick)
-        self.bench.machine = rates
+        rates = machine.rates(self.device, widths=widths, grid=grid, budget=LIMITS_SECONDS, tick=self._tick)
+        self.bench.machine, self.reduced = rates, list(rates["reduced"])
         self._tick("noise floor")
         noise, overhead = self._noise(), timer.overhead(self.device)
         self._say(f"limits      {machine.describe(rates)}")
         self._say(f"noise       A against A {noise['noise']:.1%}, the runner itself {overhead * 1e6:.1f} us a call")
-        left_out: dict[str, str] = {}
-        done = []
-        for number, case in enumerate(cases, start=1):
-            needed = case.seconds(self.device.type)
-            if self.limit is not None and time.perf_counter() - self.start + needed > self.limit:
-                left_out[case.name] = f"it needs about {needed:.0f} s and the time limit is {self.limit / 60:g} minutes"
+        self._choose_latent(cases, rates)
+        left_out, done = dict(left_out), []
+        for number, case in enumerate(cases):
+            fitting = self.budget.fitting(cases[number:])
+            if case not in fitting:
+                left_out[case.name] = self.budget.why_not(case)
                 continue
-            self.label = f"[{number}/{len(cases)}] {case.name}"
-            done.append(self._case(case, traces))
+            self.label = f"[{number + 1}/{len(cases)}] {case.name}"
+            done.append(self._case(case, traces, seconds=self.budget.allowed(fitting)))
             self._say(f"{self.label}: {_outcome(done[-1])}")
         self.bench.release()
         self.label = "counts"
@@ -81,11 +84,20 @@ class Session:
             "schema": results.SCHEMA, "date": results.now(), "commit": results.commit(), "command": self.command,
             "device": self.device.type, "machine": self.name, "environment": environment, "warnings": found,
             "rates": rates, "noise_floor": noise, "overhead_seconds": overhead, "telemetry": self._telemetry(),
-            "cases": done, "counts": counts, "left_out": left_out,
-            "seconds": round(time.perf_counter() - self.start, 1),
+            "cases": done, "counts": counts, "reduced": self.reduced, "left_out": left_out,
+            "seconds": round(self.budget.spent(), 1),
         }  # fmt: skip
 
-    def _case(self, case: Case, traces: Path | None) -> dict[str, Any]:
+    def _choose_latent(self, cases: list[Case], rates: dict[str, Any]) -> None:
+        whole = self.bench.latent_grid
+        self.bench.shrink = self.budget.choose_latent(cases, rates, self.bench.shrink)
+        if self.bench.latent_grid != whole:
+            small, large = (" x ".join(map(str, grid)) for grid in (self.bench.latent_grid, whole))
+            self.reduced.append(f"latent {small} in place of {large}: on this machine the headline cases would not fit")
+            self._say(f"reduced     {self.reduced[-1]}")
+
+    def _case(self, case: Case, traces: Path | None, seconds: float = math.inf) -> dict[str, Any]:
+        """One case's row; `seconds`: what it should take at most."""
         begin = time.perf_counter()
         row: dict[str, Any] = {
             "name": case.name, "suite": case.suite, "about": case.about, "status": "ok", "why": "", "shapes": {},
@@ -96,7 +108,7 @@ class Session:
             trial = case.build(self.bench)
             row |= {"shapes": trial.shapes, "facts": trial.facts, "missing": trial.missing, "notes": trial.notes}
             row |= {"curves": trial.curves}
-            self._run(case, trial, row, traces)
+            self._run(case, trial, row, traces, begin + seconds)
         except Skip as why:
             row |= {"status": "skipped", "why": str(why)}
         except torch.OutOfMemoryError as error:
@@ -112,16 +124,20 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         row["case_seconds"] = round(time.perf_counter() - begin, 1)
+        if row["status"] == "ok":
+            rounds = sum(sum(side["rounds"]) * side["calls"] for side in row["sides"].values())
+            self.budget.learn(case, row["case_seconds"], rounds)
         return row
 
-    def _run(self, case: Case, trial: Trial, row: dict[str, Any], traces: Path | None) -> None:
+    def _run(self, case: Case, trial: Trial, row: dict[str, Any], traces: Path | None, end: float) -> None:
+        """`end`: on the clock; past it no further round begins."""
         if not trial.sides:
             return
         errors = self._errors(trial)
         with self._nvtx(case.name), self._monitor() as monitor:
             timings = timer.measure(
                 {name: side.run for name, side in trial.sides.items()}, self.device,
-                budget=case.rounds_budget(self.device.type), tick=self._tick,
+                budget=case.rounds_budget(self.device.type), most=end - time.perf_counter(), tick=self._tick,
             )  # fmt: skip
         if isinstance(monitor, Monitor):
             row["telemetry"] = monitor.summary()
@@ -130,7 +146,7 @@ class Session:
             per_call = [value / side.calls for value in timing.rounds]
             facts: dict[str, Any] = {
                 "precision": side.precision, "seconds": timer.summary(per_call), "spread": timer.spread(per_call),
-                "first_call": timing.first, "rounds": per_call,
+                "first_call": timing.first, "rounds": per_call, "calls": side.calls,
                 "parts": {part: timer.summary(values)["median"] / side.calls for part, values in timing.parts.items()},
             }  # fmt: skip
             if name in errors:
@@ -143,8 +159,14 @@ class Session:
                                   "derivation": floor.derivation}  # fmt: skip
                 facts["of_limit"] = least / facts["seconds"]["median"]
             row["sides"][name] = facts
+        rounds = min(len(timing.rounds) for timing in timings.values())
+        if rounds < timer.LEAST_ROUNDS:
+            self.reduced.append(
+                f"{case.name}: rounds timed {rounds}, otherwise at least {timer.LEAST_ROUNDS}: time is short"
+            )
         judge(row, *_checked(trial, row))
-        if row["status"] == "ok" and (traces is not None or case.profile):
+        in_time = time.perf_counter() < end
+        if row["status"] == "ok" and (traces is not None or (case.profile and in_time)):
             for name, side in trial.sides.items():
                 self._tick(f"{name}: profile")
                 trace = None if traces is None else traces / f"{case.name}-{results.slug(name)}.json"

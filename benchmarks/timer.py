@@ -67,11 +67,12 @@ def measure(
     sides: dict[str, Callable[[Watch], Any]],
     device: torch.device,
     *,
-    budget: float,  # seconds for the rounds of all sides together; LEAST_ROUNDS are always run
+    budget: float,  # seconds for the rounds of all sides together; LEAST_ROUNDS even where they take longer
+    most: float = math.inf,  # seconds for everything, first calls included: later no round begins, but one is always run
     tick: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Timing]:
     """Run every side once (its first call), a short one once more, then all in turn until the budget is used."""
-    timings = {name: Timing() for name in sides}
+    begin, timings = time.perf_counter(), {name: Timing() for name in sides}
     repeats, a_round = {}, 0.0
     for name, run in sides.items():
         tick(f"{name}: first call")
@@ -84,6 +85,8 @@ def measure(
         a_round += second * repeats[name]
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget / max(a_round, 1e-9))))
     for number in range(rounds):
+        if number and time.perf_counter() - begin + a_round > most:
+            break
         tick(f"round {number + 1} of {rounds}")
         for name, run in sides.items():
             whole, parts = _once(run, device, repeats[name])

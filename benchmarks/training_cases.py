@@ -292,11 +292,11 @@ CASES = [
     ),
     Case(
         "training_step_bf16", "training", "one training step on a CPU: the reference in fp32, ours in bf16",
-        lambda bench: training_step(bench, "bf16"), budget=30, set_up={"cpu": 90, "cuda": 40},
+        lambda bench: training_step(bench, "bf16"), budget=30, set_up={"cpu": 90, "cuda": 40}, bf16=True,
     ),
     Case(
         "training_step_tuned", "training", "one training step: the tuned peer (compiled, bf16 autocast, fused AdamW), and ours",
-        lambda bench: training_step(bench, peer=True), budget=20, set_up={"cpu": 90, "cuda": 180}, last=True,
+        lambda bench: training_step(bench, peer=True), budget=20, set_up={"cpu": 90, "cuda": 180}, bf16=True, last=True,
     ),
     Case(
         "scaling_with_ranks", "training", "samples a second of train.py with 1, 2, 4 ... processes", scaling_with_ranks,

@@ -22,14 +22,18 @@ SEED = 0
 
 
 class Workbench:
-    """`config` is the full-size model. On a CPU each latent axis is halved: the reference's step then takes a second or two."""
+    """`config` is the full-size model. On a CPU each latent axis is halved: the reference's step then takes a second or two;
+    a slow CPU under a time limit gets a quarter (`budget.py`)."""
 
     def __init__(self, device: torch.device, config: Config, tick: Callable[[str], None] = lambda text: None):
         self.device, self.config, self.tick = device, config, tick
         self.machine: dict[str, Any] = {}
-        shrink = 2 if device.type == "cpu" else 1
-        self.latent_grid = [size // shrink for size in config.check_grid()]
+        self.shrink = 2 if device.type == "cpu" else 1
         self.latent_channels = sum(config.model.latent_channels)
+
+    @property
+    def latent_grid(self) -> list[int]:
+        return [size // self.shrink for size in self.config.check_grid()]
 
     @property
     def fast_dtype(self) -> torch.dtype:

@@ -15,7 +15,6 @@ from benchmark_fixtures import TINY
 
 import breakdown
 import cases
-import machine
 import memory_cases
 import reference
 import report
@@ -228,6 +227,7 @@ def record():
     return {
         "schema": results.SCHEMA, "date": results.now(), "commit": "abc1234", "command": "python benchmarks/run.py",
         "device": "cpu", "machine": "Some (R) CPU", "environment": facts, "warnings": [], "left_out": {"big": "no time"},
+        "reduced": ["latent 1 x 1 x 1"],
         "rates": {"copy_bytes_per_second": 1e10, "matmul_flops": {"fp32": 1e11, "bf16": 1e12}, "conv3d_flops": {}},
         "noise_floor": {"median": 1.0, "noise": 0.01}, "overhead_seconds": 1e-6, "telemetry": {"absent": "no GPU"},
         "cases": [case], "counts": {"denoising step": {"ours": {"ops": 300, "bytes": 10, "flops": 5, "peak_bytes": 1}}},
@@ -243,7 +243,9 @@ def test_record_round_trip_page_and_table(record, tmp_path):
     assert "data:image/png;base64," in page and "http" not in page.replace("http-equiv", "")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "r-scaling.png").is_file()
-    assert "toy" in report.table(record) and "left out: big" in report.table(record)
+    assert "toy" in report.table(record)
+    assert "left out: big: no time" in report.table(record) and "reduced: latent 1 x 1 x 1" in report.table(record)
+    assert "left out: no time" in page and "reduced: latent 1 x 1 x 1" in page
     text = results.write_markdown(tmp_path / "RESULTS.md", tmp_path).read_text()
     assert "## Some (R) CPU: `python benchmarks/run.py`" in text and "| toy | ours | fp32 |" in text
     assert "(results/some-cpu/2026-01-01-abc-scaling.png)" in text
@@ -452,9 +454,3 @@ def test_whole_cases_at_a_tiny_size():
         )
     assert set(rows["sampling"]["sides"]["ours"]["parts"]) == {"steps", "decode"}
     assert all(side["passed"] for name in names[:7] for side in rows[name]["sides"].values())
-
-
-def test_machine_rates_are_found_for_every_precision():
-    found = machine.rates(CPU, widths=[8], grid=[4, 4, 4], tick=lambda text: None)
-    assert set(found["matmul_flops"]) == {"fp32", "bf16"} and found["copy_bytes_per_second"] > 1e8
-    assert found["matmul_flops"]["fp32"] >= found["conv3d_flops"]["fp32"]["8"] > 0
