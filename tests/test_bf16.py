@@ -24,7 +24,9 @@ from ccella_fast.training import processes
 from ccella_fast.training.run import make_plan
 
 CPU = torch.device("cpu")
-on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+on_cpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="for machines without a GPU: set CUDA_VISIBLE_DEVICES= (empty) to run it"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -202,6 +204,7 @@ def test_card_says_what_is_emulated(answer):
 
 
 # Training's precision
+
 
 def recorded(folder, step) -> set[str]:
     """What the run, its checkpoint and its record say."""

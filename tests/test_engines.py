@@ -47,9 +47,9 @@ def patients(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 @pytest.fixture(scope="module", params=["torch", "dali"])
-def engine(request: pytest.FixtureRequest) -> str:
+def engine(request: pytest.FixtureRequest, require) -> str:
     if request.param == "dali":
-        pytest.importorskip("nvidia.dali")
+        require("nvidia.dali")
     return request.param
 
 
@@ -70,8 +70,8 @@ def stream(choice: str, settings: AugmentationConfig, jobs: list[Job], batch: in
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_both_engines_give_the_same_volumes(patients: list[Path], operator: str):
-    pytest.importorskip("nvidia.dali")
+def test_both_engines_give_the_same_volumes(patients: list[Path], operator: str, require):
+    require("nvidia.dali")
     changes, largest, mean = OPERATORS[operator]
     settings = strengths(**changes)
     jobs = [drawn(path, settings) for path in patients]
@@ -132,9 +132,9 @@ def test_the_blur_is_in_millimetres_of_the_view(patients: list[Path], engine: st
     assert (soft[0, 0] - truth).abs().max() < 1e-4 < 0.01 < (soft[0, 0] - wrong).abs().max()
 
 
-def test_volumes_on_a_gpu_belong_to_the_stream_that_uses_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_volumes_on_a_gpu_belong_to_the_stream_that_uses_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, require):
     """Without, DALI writes on memory that torch has let go while torch's kernels still wait to read it."""
-    pytest.importorskip("nvidia.dali")
+    require("nvidia.dali")
     from ccella_fast.data.dali_engine import DaliEngine
 
     class Pipeline:

@@ -21,7 +21,6 @@ def load(name):
 @pytest.mark.parametrize("wrong", [False, True])
 def test_monai_user_s_script_before_and_after(wrong, capsys, monkeypatch):
     """Negative control: with another solver the two volumes are not equal."""
-    pytest.importorskip("monai")
     example = load("monai_inference")
     if wrong:
         right = example.sample

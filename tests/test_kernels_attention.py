@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def mended():
-    pytest.importorskip("triton")
+def mended(require):
+    require("triton")
     if interpreted():
         mend_interpreter()
 
@@ -263,8 +263,8 @@ def test_xformers_layout(monkeypatch):
     torch.testing.assert_close(attention(*tensors, backend="xformers"), plain(*tensors))
 
 
-def test_xformers_really_refuses_a_cpu():
-    pytest.importorskip("xformers")
+def test_xformers_really_refuses_a_cpu(require):
+    require("xformers")
     from ccella_fast.kernels.attention import xformers_attention
 
     with pytest.raises(NotImplementedError, match="No operator found"):

@@ -21,8 +21,8 @@ NAMES = ["y", "dx", "dk", "dv", "dln_weight", "dln_bias", "dw_q", "dw_out", "db_
 
 
 @pytest.fixture(scope="module", autouse=True)
-def mended():
-    pytest.importorskip("triton")
+def mended(require):
+    require("triton")
     if interpreted():
         mend_interpreter()
 

@@ -218,8 +218,8 @@ def test_every_rank_and_every_restart_sees_the_same_stream(prepared: Prepared):
     assert all(sorted(samples.ids) == sorted(dataset.ids) for samples in whole)
 
 
-def test_both_engines_train_on_the_same_latents(prepared: Prepared):
-    pytest.importorskip("nvidia.dali")
+def test_both_engines_train_on_the_same_latents(prepared: Prepared, require):
+    require("nvidia.dali")
     picks = [[Pick(0, 0), Pick(1, 0)], [Pick(2, 5), Pick(0, 7)]]
     ours, theirs = (
         torch.cat([b.latent_mean for b in prepared.online(name).batches(picks.__getitem__, 2)])

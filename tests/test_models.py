@@ -8,6 +8,7 @@ import functools
 
 import pytest
 import torch
+from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 from torch.utils.checkpoint import checkpoint
 
 from ccella_fast.config import ModelConfig, make_config
@@ -127,23 +128,16 @@ def test_ccella_plus_plus():
 # Numbers, against MONAI
 
 
-@pytest.fixture(scope="module")
-def monai_unet():
-    return pytest.importorskip(
-        "monai.apps.generation.maisi.networks.diffusion_model_unet_maisi"
-    ).DiffusionModelUNetMaisi
-
-
 @pytest.mark.parametrize("wrong", [False, True])
 @pytest.mark.parametrize("name", ["MAISI", "ELLAMAISI"])
-def test_unet_equals_monai_s(name, wrong, monai_unet):
+def test_unet_equals_monai_s(name, wrong):
     """Outputs and all gradients. Negative control: with two weights of equal shape swapped, neither agrees."""
     text = VARIANTS[name].text
     config = TINY | {"num_res_blocks": 2}
     ours = tiny(name, num_res_blocks=2)
     keys = ("num_channels", "attention_levels", "num_head_channels", "num_res_blocks")
     conditioned = {"with_conditioning": True, "cross_attention_dim": 48} if text else {}
-    theirs = monai_unet(
+    theirs = DiffusionModelUNetMaisi(
         3, 4, 4, norm_num_groups=32, include_spacing_input=True, **{key: config[key] for key in keys}, **conditioned
     )
     ours, theirs = ours.double(), theirs.double()  # so that nothing but a mistake can differ

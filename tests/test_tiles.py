@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,15 +36,14 @@ def vae():
 
 @pytest.fixture
 def theirs(vae):
-    module = pytest.importorskip("monai.apps.generation.maisi.networks.autoencoderkl_maisi")
-    net = maisi(module, CONFIG)
+    net = maisi(CONFIG)
     net.load_state_dict(vae.state_dict())
     return net.eval().requires_grad_(False)
 
 
-def maisi(module, config, **overrides):
+def maisi(config, **overrides):
     settings = {"num_splits": 1, "norm_float16": False, "save_mem": False} | overrides
-    return module.AutoencoderKlMaisi(
+    return AutoencoderKlMaisi(
         3, 1, 1, config.num_res_blocks, config.num_channels, [False] * len(config.num_channels),
         latent_channels=config.latent_channels, norm_num_groups=config.norm_num_groups, norm_eps=config.norm_eps, **settings,
     )  # fmt: skip
@@ -175,10 +175,9 @@ def test_plan_counts_what_is_allocated(direction, budget):
 
 
 def test_half_of_the_stock_decoder_s_memory():
-    module = pytest.importorskip("monai.apps.generation.maisi.networks.autoencoderkl_maisi")
     vae, z = full_size(), torch.empty(1, 4, 64, 64, 32, device="meta")
     with torch.device("meta"):
-        theirs = maisi(module, AutoencoderConfig(), num_splits=2, dim_split=1).eval().requires_grad_(False)
+        theirs = maisi(AutoencoderConfig(), num_splits=2, dim_split=1).eval().requires_grad_(False)
     with Allocations() as stock:
         theirs.decode(z)
     plan = make_plan(vae.decoder.passes(), tuple(z.shape[1:]), 4, 64 * GIB)

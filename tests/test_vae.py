@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 
 from ccella_fast.config import AutoencoderConfig
 from ccella_fast.errors import CheckpointError
@@ -42,8 +43,7 @@ def test_names_shapes_and_order_are_the_reference_s(state_dict_table):
 @pytest.mark.parametrize("wrong", [False, True])
 def test_equals_monai_s(wrong, vae):
     """Posterior, reconstruction and all gradients; levels of unequal depth. Negative control: another epsilon."""
-    module = pytest.importorskip("monai.apps.generation.maisi.networks.autoencoderkl_maisi")
-    theirs = module.AutoencoderKlMaisi(
+    theirs = AutoencoderKlMaisi(
         3, 1, 1, [1, 2], [8, 16], [False, False], latent_channels=3, norm_num_groups=4, norm_eps=1e-6,
         num_splits=1, norm_float16=False, save_mem=False,
     )  # fmt: skip
