@@ -7,6 +7,7 @@ one of the same dtype.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,7 +17,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def mend_interpreter() -> None:
-    """Make tl.dot of bf16 right in Triton's interpreter, which multiplies the bit patterns (seen in 3.6 to 3.9)."""
+    """Make tl.dot of bf16 right in Triton's interpreter, which multiplies the bit patterns (seen in 3.6 to 3.9). And compute
+    integers as compiled kernels do: the interpreter checks each sum and product of them for overflow, in half of its time."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -34,6 +36,8 @@ def mend_interpreter() -> None:
         return self.plain_create_dot(widened(a), widened(b), *rest)
 
     builder.create_dot = create_dot
+    only = interpreter.interpreter_builder
+    only.options = dataclasses.replace(only.options, sanitize_overflow=False)
 
 
 GUARD = 4096  # elements before and behind a tensor; a multiple of every alignment that a kernel may assume
