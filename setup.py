@@ -14,8 +14,8 @@ setup(
     packages=find_namespace_packages(include=["ccella_fast", "ccella_fast.*"]),
     package_data={"ccella_fast.kernels": ["tuned/*.json"]},
     install_requires=[
-        "torch>=2.11,<2.14",  # 2.10 closes CVE-2026-24747; 2.14 is untested
-        "deepspeed>=0.19.5,<0.20",
+        "torch>=2.11,<2.15",  # 2.10 closes CVE-2026-24747; 2.15 is untested. What was run: docs/versions.md
+        "deepspeed>=0.19.7,<0.20",  # before, bf16 under ZeRO hides whether a step overflowed
         "monai>=1.6.1,<1.7",
         "transformers>=5.17,<6",
         "numpy>=1.26",
@@ -24,7 +24,7 @@ setup(
         "tqdm>=4.66,<5",
         "safetensors>=0.8.0,<0.9",
         "nibabel>=5.4,<6",
-        "SimpleITK>=2.5,<3",  # DICOM series, MHA/NRRD, resampling
+        "SimpleITK>=2.5.4,<3",  # DICOM series, MHA/NRRD, resampling; before, a truncated DICOM file is read without an error
         "matplotlib>=3.9,<4",
         "jinja2>=3.1.6,<4",
         "tensorboard>=2.20,<3",
@@ -45,8 +45,8 @@ setup(
             "pytest-xdist>=3.6",
             "nvidia-dali-cuda130>=2.4,<3",  # both data engines are compared, on a CPU too
             "diffusers>=0.40,<0.43",  # independent truth for solvers
-            # As torch 2.11 to 2.13 pin it. For kernels in its interpreter and ahead-of-time compilation; no GPU needed.
-            "triton>=3.6,<3.8",
+            # As torch 2.11 to 2.14 pin it. For kernels in its interpreter and ahead-of-time compilation; no GPU needed.
+            "triton>=3.6,<3.10",
             "xformers>=0.0.35",
             "sentencepiece>=0.2",
             "protobuf>=5",

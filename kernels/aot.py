@@ -85,6 +85,8 @@ def compile_case(case: Case, arch: int) -> Compiled:
 
 
 def _inspect(case: Case, arch: int, built: Any) -> Compiled:
+    from triton.backends.nvidia.compiler import get_ptxas  # which of its two it compiled with differs between releases
+
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
@@ -94,8 +96,7 @@ def _inspect(case: Case, arch: int, built: Any) -> Compiled:
         code = _output(tools / "nvdisasm", "-c", cubin)
         target = re.search(r"\.target (\w+)", built.asm["ptx"])
         assert target is not None
-        ptxas = tools / ("ptxas-blackwell" if arch >= 100 else "ptxas")
-        verbose = _output(ptxas, "-v", f"--gpu-name={target.group(1)}", ptx, "-o", Path(folder, "again.cubin"))
+        verbose = _output(get_ptxas(arch).path, "-v", f"--gpu-name={target.group(1)}", ptx, "-o", Path(folder, "again.cubin"))
     registers = re.search(r"\bREG:(\d+)", usage)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", verbose)
     assert registers is not None and spills is not None, "the output of cuobjdump or ptxas has changed its form"

@@ -209,7 +209,7 @@ def _apply_kernel(
         )
         rstd = 1.0 / tl.sqrt(variance + eps)
         groups = tl.arange(0, BLOCK_G)
-        mine = (groups < GROUPS) & (k == 0)
+        mine = groups < tl.where(k == 0, GROUPS, 0)  # not `& (k == 0)`: Triton 3.9's interpreter refuses such masks
         tl.store(mean_ptr + b * G + block * GROUPS + groups, mean, mask=mine)
         tl.store(rstd_ptr + b * G + block * GROUPS + groups, rstd, mask=mine)
         centre = to_channels(mean, lane // CPG, BLOCK_G)
