@@ -203,6 +203,7 @@ def test_card_says_what_is_emulated(answer):
 
 # Training's precision
 
+
 def recorded(folder, step) -> set[str]:
     """What the run, its checkpoint and its record say."""
     step_folder = folder / "checkpoints" / f"step-{step:08d}"
