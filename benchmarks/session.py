@@ -165,8 +165,7 @@ class Session:
                 f"{case.name}: rounds timed {rounds}, otherwise at least {timer.LEAST_ROUNDS}: time is short"
             )
         judge(row, *_checked(trial, row))
-        in_time = time.perf_counter() < end
-        if row["status"] == "ok" and (traces is not None or (case.profile and in_time)):
+        if row["status"] == "ok" and (traces is not None or (case.profile and rounds >= timer.LEAST_ROUNDS)):
             for name, side in trial.sides.items():
                 self._tick(f"{name}: profile")
                 trace = None if traces is None else traces / f"{case.name}-{results.slug(name)}.json"

@@ -84,8 +84,10 @@ def measure(
         repeats[name] = max(1, min(1000, round(least / max(second, 1e-9))))
         a_round += second * repeats[name]
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget / max(a_round, 1e-9))))
+    first_round = time.perf_counter()
     for number in range(rounds):
-        if number and time.perf_counter() - begin + a_round > most:
+        now = time.perf_counter()
+        if number and now - begin + a_round > most or number >= LEAST_ROUNDS and now - first_round > budget:
             break
         tick(f"round {number + 1} of {rounds}")
         for name, run in sides.items():

@@ -14,6 +14,7 @@ import machine
 import run
 import session
 import timer
+from ccella_fast import environment
 
 CPU = torch.device("cpu")
 QUICK = cases.select(["quick"], CPU)
@@ -73,7 +74,7 @@ def test_rates_of_this_machine_are_found_for_every_precision():
 
 @pytest.mark.parametrize("convolution", [1.0, 0.15])  # an emulated convolution can be far slower than a product
 def test_limits_keep_to_their_budget_where_bf16_is_emulated(monkeypatch, clock, convolution):
-    monkeypatch.setattr(machine, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(environment, "cpu_multiplies_bf16", lambda: False)
     fake_hardware(monkeypatch, clock, EMULATED, convolution=convolution)
     found = find_rates()
     assert clock.now < 1.3 * budget.LIMITS_SECONDS
@@ -84,7 +85,7 @@ def test_limits_keep_to_their_budget_where_bf16_is_emulated(monkeypatch, clock, 
 
 def test_a_fast_machine_is_measured_at_full_size(monkeypatch, clock):
     """The control: nothing is reduced, and every convolution is there."""
-    monkeypatch.setattr(machine, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(environment, "cpu_multiplies_bf16", lambda: True)
     fake_hardware(monkeypatch, clock, NATIVE)
     found = find_rates()
     assert found["reduced"] == found["emulated"] == [] and "emulated" not in machine.describe(found)
@@ -107,6 +108,17 @@ def test_no_round_begins_past_the_time_that_a_case_may_take(clock):
 
     rounds = {most: len(timer.measure({"A": side}, CPU, budget=30, most=most)["A"].rounds) for most in (1, 25, 35, 1e9)}
     assert rounds == {1: 1, 25: 1, 35: 2, 1e9: 3}
+
+
+def test_rounds_that_slow_down_do_not_go_on_past_their_budget(clock):
+    """Two quick calls promise ten rounds; then something else wants the machine, and each takes eight times as long."""
+    pace = iter([1.0, 1.0] + 30 * [8.0])
+
+    def side(watch):
+        clock.now += next(pace)
+
+    timings = timer.measure({"A": side}, CPU, budget=30)
+    assert len(timings["A"].rounds) == 4
 
 
 # Which cases, and how large
@@ -217,12 +229,12 @@ def test_a_quick_run_leaves_nothing_out(monkeypatch, clock):
 
 def test_bf16_cases_are_for_those_who_ask_where_it_is_emulated(monkeypatch):
     every = cases.registry()
-    monkeypatch.setattr(cases, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(environment, "cpu_multiplies_bf16", lambda: False)
     found = cases.emulated(every, CPU)
     assert set(found) == {"training_step_bf16", "training_step_tuned"}
     assert all("emulates bf16" in why and f"--case {name}" in why for name, why in found.items())
     assert cases.emulated(every, torch.device("cuda")) == {}
-    monkeypatch.setattr(cases, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(environment, "cpu_multiplies_bf16", lambda: True)
     assert cases.emulated(every, CPU) == {}
 
 
