@@ -45,27 +45,33 @@ class Run:
 
 
 class FastSampler:
-    """Volumes from a model, as fast as the machine allows.
+    """Generates volumes from reports, or from text features.
+
+    Example::
 
         sampler = FastSampler.from_checkpoint("model")
         result = sampler(reports=["PI-RADS 5 lesion, left"], seeds=[0, 1], num_steps=30, solver="dpmpp_2m")
         result.save("samples")
 
-    model           from `build_model` or `load_checkpoint`
-    autoencoder     None: latents only, decode=False
-    scale_factor    what latents were multiplied by in training: a number, or one a sequence
-    device          default: the model's
-    dtype           "auto" (bf16 on CUDA and on CPUs with instructions for it, else fp32), a dtype or its name
-    config          the training's configuration; default: the reference's grid, schedule and encoder
-    levers          see `Levers`
-    text_encoder    anything with `encode(reports).features` and `identity`; default: the configuration's, loaded when reports
-                    come and released afterwards
-
-    The model and the autoencoder stay as they are: weights that already have the device, dtype and layout are shared with them,
-    the others are copied (in bf16 half the size of the fp32 model). After training on, make a new sampler.
-
     A call takes the fields of `Request` as keywords. A seed gives the same noise, bit for bit, in any batch and on any number
-    of processes; the volume then agrees up to rounding, and on a CPU bit for bit with batch_invariant=True."""
+    of processes; the volume then agrees up to rounding, and on a CPU bit for bit with batch_invariant=True.
+
+    The model and the autoencoder are not changed: weights that already have the device, dtype and layout are shared with them,
+    the others are copied (in bf16 half the size of the fp32 model). After further training, make a new sampler.
+
+    Args:
+        model: from `build_model` or `load_checkpoint`.
+        autoencoder: None gives latents only, with decode=False.
+        scale_factor: what latents were multiplied by in training: a number, or one per sequence.
+        device: default: the model's.
+        dtype: "auto" (bf16 on CUDA and on CPUs with instructions for it, else fp32), a dtype or its name.
+        config: the training's configuration; default: the reference's grid, schedule and encoder.
+        levers: see `Levers`.
+        text_encoder: anything with `encode(reports).features` and `identity`; default: the configuration's, loaded when
+            reports arrive and released afterwards.
+        intensity_scale: factor by sequence from [0, 1] to the intensities of a written volume.
+        origin: where the weights come from, for the sidecars of written volumes.
+    """
 
     def __init__(
         self,
