@@ -59,6 +59,7 @@ setup(
             "myst-parser>=5.2,<6",  # pages in Markdown
             "sphinx-argparse>=0.6.1,<0.7",  # the command line's page
             "furo>=2025.12.19",
+            "latex2mathml>=3.81,<4",  # formulas without a script
         ],
     },
     entry_points={"console_scripts": ["ccella-fast=ccella_fast.cli:main"]},

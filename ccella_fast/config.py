@@ -395,7 +395,7 @@ def _validate(values: dict[str, Any], origin: object) -> Config:
             fix = did_you_mean(str(first["loc"][-1]), known)
             raise ConfigError(f"unknown key '{first['loc'][-1]}'", path=origin, field=field, fix=fix) from None
         why = first["msg"].removeprefix("Value error, ")
-        fix = f"this is {first['input']!r:.80}; see CONFIGURATION in README.md" if field else "mend these keys together"
+        fix = f"this is {first['input']!r:.80}; see docs/reference/configuration.md" if field else "mend these keys together"
         raise ConfigError(why, path=origin, field=field or None, fix=fix) from None
 
 

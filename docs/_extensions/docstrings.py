@@ -1,7 +1,7 @@
 """Docstrings as the code writes them, for reStructuredText.
 
-An indented block after a blank line, a formula or a table of names, keeps its line breaks instead of being flowed as a quotation.
-An asterisk is a product or an unpacking, never emphasis.
+An indented block after a blank line, a formula or a table of names, keeps its line breaks instead of being flowed as a
+quotation. An asterisk is a product or an unpacking, never emphasis.
 """
 
 from __future__ import annotations
