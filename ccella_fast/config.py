@@ -33,7 +33,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Adapter and U-Net. Key names are those of the reference's `diffusion_unet_def` where it has one."""
 
-    variant: str = "CCELLA"  #: one of the nine variants, see :doc:`/explanation/method`, section 7
+    variant: str = "CCELLA"  #: one of the nine variants, docs/explanation/method.md, section 7
     #: one entry per sequence; their sum enters the U-Net
     latent_channels: Annotated[list[Positive], OneOrMore, Field(min_length=1)] = [4]
     #: width of each level of the U-Net; every level but the last halves the grid
@@ -395,7 +395,11 @@ def _validate(values: dict[str, Any], origin: object) -> Config:
             fix = did_you_mean(str(first["loc"][-1]), known)
             raise ConfigError(f"unknown key '{first['loc'][-1]}'", path=origin, field=field, fix=fix) from None
         why = first["msg"].removeprefix("Value error, ")
-        fix = f"this is {first['input']!r:.80}; see docs/reference/configuration.md" if field else "mend these keys together"
+        fix = (
+            f"this is {first['input']!r:.80}; see docs/reference/configuration.md"
+            if field
+            else "mend these keys together"
+        )
         raise ConfigError(why, path=origin, field=field or None, fix=fix) from None
 
 

@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = ROOT / "docs" / "explanation" / "method.md"
 # `method.md, section 2.3`, also with several: `sections 2.2 and 2.3`, `sections 2 to 4`, or a defect: `method.md, C15`
-CITATION = re.compile(r"docs/explanation/method\.md,\s+(?:sections?\s+([\d.]*\d(?:(?:,| and| to)\s+[\d.]*\d)*)|([CTS]\d+))")
+CITATION = re.compile(
+    r"docs/explanation/method\.md,\s+(?:sections?\s+([\d.]*\d(?:(?:,| and| to)\s+[\d.]*\d)*)|([CTS]\d+))"
+)
 
 
 def documents() -> list[Path]:
@@ -79,7 +81,7 @@ def test_cited_sections_exist() -> None:
 
 
 def test_a_wrong_citation_is_found() -> None:
-    text = "# docs/explanation/method.md,\n# sections 2.2 and 2.9; docs/explanation/method.md, C15; docs/explanation/method.md, C99"
+    text = "# {0},\n# sections 2.2 and 2.9; {0}, C15; {0}, C99".format("docs/explanation/method.md")
     assert cited_sections(text) == {"2.2", "2.9", "C15", "C99"}
     assert cited_sections(text) - known_sections(METHOD.read_text()) == {"2.9", "C99"}
 

@@ -19,6 +19,7 @@ from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
 from ccella_fast import config
+from docstrings import link_method
 
 
 class ConfigurationKeys(SphinxDirective):
@@ -31,7 +32,11 @@ class ConfigurationKeys(SphinxDirective):
         lines = list(_keys(config.Config, "", skip=sections))
         for name, section in sections.items():
             lines += [f".. _configuration-{name}:", "", f"``{name}``", "-" * (len(name) + 4), ""]
-            lines += [*inspect.cleandoc(section.__doc__ or "").splitlines(), "", *_keys(section, f"{name}.")]
+            lines += [
+                *link_method(inspect.cleandoc(section.__doc__ or "")).splitlines(),
+                "",
+                *_keys(section, f"{name}."),
+            ]
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
@@ -52,7 +57,7 @@ def _keys(model: type[BaseModel], prefix: str, *, skip: Collection[str] = ()) ->
         if field.default is not PydanticUndefined and not isinstance(field.default, BaseModel):
             yield f"   :default: ``{json.dumps(to_jsonable_python(field.default))}``"
         yield ""
-        yield from (f"   {line}" for line in comments[name])
+        yield from (f"   {link_method(line)}" for line in comments[name])
         yield ""
 
 

@@ -1,7 +1,7 @@
 """Docstrings as the code writes them, for reStructuredText.
 
 An indented block after a blank line, a formula or a table of names, keeps its line breaks instead of being flowed as a
-quotation. An asterisk is a product or an unpacking, never emphasis.
+quotation. An asterisk is a product or an unpacking, never emphasis. Citations of the method become links.
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ def convert(app: Sphinx, what: str, name: str, obj: object, options: object, lin
                     result += ["::", ""]
                 literal = True
             literal = literal and indented
-        result.append(line if literal else _escape(line))
+        result.append(line if literal else link_method(_escape(line)))
     lines[:] = result
+
+
+def link_method(text: str) -> str:
+    return text.replace("docs/explanation/method.md", ":doc:`/explanation/method`")
 
 
 def _previous(lines: list[str]) -> str:
