@@ -116,7 +116,7 @@ class AutoencoderConfig(Section):
 
 
 class SchedulerConfig(Section):
-    """The noise schedule of the reference (section 3)."""
+    """The noise schedule of the reference (docs/explanation/method.md, section 3)."""
 
     num_train_timesteps: Positive = 1000  #: number of noise levels
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.0015  #: variance added at the first timestep
@@ -230,7 +230,7 @@ class VaeTrainingConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The diffusion model's training (section 3). Batch sizes are per process."""
+    """The diffusion model's training (docs/explanation/method.md, section 3). Batch sizes are per process."""
 
     #: stored: from the prepared folder; online: encoded during training, from augmented images
     latents: Literal["stored", "online"] = "stored"
@@ -314,7 +314,9 @@ class Config(Section):
 
     @property
     def class_loss_weight(self) -> float:
-        """The configured weight w. The class target is scaled by 100, so the effective weight is 100 w (section 3)."""
+        """The configured weight w. The class target is scaled by 100, so the effective weight is 100 w.
+
+        Source: docs/explanation/method.md, section 3."""
         given = self.training.text_class_pred_weight
         return get_variant(self.model.variant).class_loss_weight if given is None else given
 

@@ -18,7 +18,7 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.sampling.request import CLASSES
 from ccella_fast.storage import atomic_path, check_writable, read_json, write_json
 
-# What the reference multiplies [0, 1] volumes by (reference-method, section 5); for checkpoints that store no scale.
+# What the reference multiplies [0, 1] volumes by (docs/explanation/method.md, section 5); for checkpoints that store no scale.
 REFERENCE_INTENSITY = {"t2w": 962.0, "hbv": 117.0, "adc": 3000.0}
 DESCRIPTION = b"ccella_fast synthetic"
 
