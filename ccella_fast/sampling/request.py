@@ -37,7 +37,10 @@ class Request:
         pirads: "neg", "pos", or one per volume, for variants whose class is given.
         class_override: the same, in place of the class that a variant predicts from the report.
         latent_shape: (C, X, Y, Z); default: the training grid's.
-        num_steps, solver, prediction, timestep_spacing: as in `ccella_fast.sample`.
+        num_steps: denoising steps.
+        solver: as in `ccella_fast.sample`, as are the next two.
+        prediction: what the network predicts.
+        timestep_spacing: which timesteps a shorter run visits.
         guidance_scale: strength of classifier-free guidance; 1 is off and costs nothing.
         guidance_interval: fractions of the schedule between which guidance acts.
         null_text: features of the null report (1, L, E); default: the empty report through the encoder.

@@ -14,12 +14,15 @@ from docutils import nodes
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined, to_jsonable_python
 from sphinx.application import Sphinx
-from sphinx.errors import ExtensionError
 from sphinx.pycode import ModuleAnalyzer
+from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from ccella_fast import config
 from docstrings import link_method
+
+logger = logging.getLogger(__name__)
+_PLACE = "ccella_fast/config.py"
 
 
 class ConfigurationKeys(SphinxDirective):
@@ -51,13 +54,13 @@ def _keys(model: type[BaseModel], prefix: str, *, skip: Collection[str] = ()) ->
         if name in skip:
             continue
         if name not in comments:
-            raise ExtensionError(f"{model.__name__}.{name} has no #: comment that says what it means")
+            logger.warning("%s.%s has no #: comment that says what it means", model.__name__, name, location=_PLACE)
         yield f".. confval:: {prefix}{name}"
         yield f"   :type: {_type(types[name])}"
         if field.default is not PydanticUndefined and not isinstance(field.default, BaseModel):
             yield f"   :default: ``{json.dumps(to_jsonable_python(field.default))}``"
         yield ""
-        yield from (f"   {link_method(line)}" for line in comments[name])
+        yield from (f"   {link_method(line)}" for line in comments.get(name, []))
         yield ""
 
 
