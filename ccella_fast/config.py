@@ -340,10 +340,16 @@ class Config(Section):
 
 
 def load_config(source: str | Path | Sequence[str | Path], overrides: Mapping[str, Any] | Sequence[str] = ()) -> Config:
-    """Read our single file, or the reference's `[env.json, config.json, def.json]` (in any order).
+    """Read a configuration.
 
-    overrides: `{"training.lr": 1e-3}` or `["training.lr=1e-3"]` (values in JSON; a bare word is a string). They win over the
-    file. Raises ConfigError naming file, field and fix."""
+    Args:
+        source: our single file, or the reference's `[env.json, config.json, def.json]` in any order.
+        overrides: `{"training.lr": 1e-3}` or `["training.lr=1e-3"]` (values in JSON; a bare word is a string). They win over
+            the file.
+
+    Raises:
+        ConfigError: naming file, field and fix.
+    """
     paths = [source] if isinstance(source, (str, Path)) else list(source)
     if not paths:
         raise ConfigError("no configuration file is named", fix="give one file, or the reference's env, config and def")

@@ -137,9 +137,20 @@ class FastSampler:
         levers: Levers | None = None,
         text_encoder: Any = None,
     ) -> FastSampler:
-        """path: a run folder, a step folder, what `save_pretrained` wrote, a reference `.pt`, or a loaded `Checkpoint`. device:
-        default the GPU if there is one. vae: the autoencoder, where the checkpoint holds none. weights: "ema", "raw", or what
-        there is, averaged first. Every hash is checked. Raises CheckpointError naming the file."""
+        """A sampler from files. Every hash is checked.
+
+        Args:
+            path: a run folder, a step folder, what `save_pretrained` wrote, a reference `.pt`, or a loaded `Checkpoint`.
+            device: default: the GPU if there is one.
+            dtype: as for the class, as are `levers` and `text_encoder`.
+            vae: the autoencoder, where the checkpoint holds none.
+            weights: "ema", "raw", or None for the averaged ones where there are any.
+            levers: see `Levers`.
+            text_encoder: see the class.
+
+        Raises:
+            CheckpointError: naming the file.
+        """
         loaded = pretrained.load(path, vae=vae, weights=weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(
