@@ -1,4 +1,4 @@
-# make demo [DATA=DIR] [OUT=DIR]   make test   make test-narrow   make soak   make mutants [MINUTES=60] [SEED=0] [FILES=...]   make lint   make gpu   make clean
+# make demo [DATA=DIR] [OUT=DIR]   make test   make test-narrow   make soak   make mutants [MINUTES=60] [SEED=0] [FILES=...]   make lint   make docs   make gpu   make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +24,7 @@ export DS_ACCELERATOR ?= $(if $(filter cpu,$(EXTRA)),cpu,cuda)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-narrow soak mutants lint gpu clean
+.PHONY: demo test test-narrow soak mutants lint docs gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -58,6 +58,11 @@ lint: $(VENV)/installed-test
 	ruff format --check .
 	mypy
 
+# Needs no network once it is installed. A broken link, a stale name or an undocumented key is an error.
+docs: $(VENV)/installed-docs
+	sphinx-build --quiet --fail-on-warning --keep-going --nitpicky docs out/docs
+	@echo out/docs/index.html
+
 # On a machine with a GPU, in at most ten minutes, with the packages that are there: the tests of the kernels, then everything that
 # is measured, with a table last. To be committed: what it writes below benchmarks/results/.
 gpu:
@@ -81,4 +86,8 @@ $(VENV)/installed: setup.py
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5,test]"
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5,docs]"
 	touch $@

@@ -54,6 +54,13 @@ setup(
             "ruff==0.17.6",
             "mypy==2.4.1",
         ],
+        "docs": [
+            "sphinx>=9.0.4,<10",
+            "myst-parser>=5.2,<6",  # pages in Markdown
+            "sphinx-argparse>=0.6.1,<0.7",  # the command line's page
+            "furo>=2025.12.19",
+            "latex2mathml>=3.81,<4",  # formulas without a script
+        ],
     },
     entry_points={"console_scripts": ["ccella-fast=ccella_fast.cli:main"]},
 )

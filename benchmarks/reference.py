@@ -1,9 +1,9 @@
 """The baseline that users compare with: the reference's arithmetic, eagerly, with its precision policy and its loop bodies.
 
 Built from MONAI's own `DiffusionModelUNetMaisi`, `AutoencoderKlMaisi` and `DDPMScheduler`, as the reference is, and from a
-plain adapter (reference-method, sections 2 to 4). On a GPU fp16 autocast, GradScaler and MONAI's flash attention; on a CPU
-fp32. What is slow in it is slow in the reference too: the adapter runs at every step, a timestep travels to the device at every
-step, four values are read back to the host in a training step, AdamW is torch's default.
+plain adapter (docs/explanation/method.md, sections 2 to 4). On a GPU fp16 autocast, GradScaler and MONAI's flash attention;
+on a CPU fp32. What is slow in it is slow in the reference too: the adapter runs at every step, a timestep travels to the device
+at every step, four values are read back to the host in a training step, AdamW is torch's default.
 
 Weights are not copied: `shared_with(model)` gives a reference whose parameters *are* those of one of our models. So the
 outputs must agree, and that is the gate in front of every speed-up.
@@ -189,7 +189,7 @@ def sample(
     model: Callable, x: Tensor, *, spacing: Tensor, text: Tensor, config: SchedulerConfig, num_steps: int,
     generator: torch.Generator | None = None, policy: torch.autocast | None = None,
 ) -> Tensor:  # fmt: skip
-    """The reference's sampling loop (section 4): x (1, C, X, Y, Z) of pure noise -> x_0, fp32."""
+    """The reference's sampling loop (docs/explanation/method.md, section 4): x (1, C, X, Y, Z) of pure noise -> x_0, fp32."""
     noise_scheduler, told = scheduler(config, num_steps)
     with policy or autocast(x.device):
         for index, timestep in zip(noise_scheduler.timesteps, told, strict=True):
@@ -200,7 +200,7 @@ def sample(
 
 
 class TrainingStep:
-    """The reference's loop body (section 3). `marks(name)` is called where a part ends."""
+    """The reference's loop body (docs/explanation/method.md, section 3). `marks(name)` is called where a part ends."""
 
     def __init__(self, model: ReferenceModel, scheduler_config: SchedulerConfig, *, weight: float):
         from monai.networks.schedulers.ddpm import DDPMScheduler

@@ -33,7 +33,7 @@ from ccella_fast.kernels.tuning import SHIPPED, Config
 from ccella_fast.kernels.upsample_conv3d import upsample_conv3d
 from ccella_fast.storage import atomic_path
 
-LATENT = (64, 64, 32)  # the default model's latent grid, reference-method section 1
+LATENT = (64, 64, 32)  # the default model's latent grid, docs/explanation/method.md, section 1
 GAIN = 1.03  # less is noise
 
 Result = list[Tensor]  # the output and its gradients

@@ -23,8 +23,13 @@ _FIX = "use another checkpoint, or train again"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model in evaluation mode and what sampling needs beside it. `scale_factor`: one entry a sequence. `weights`: "ema" or
-    "raw". `autoencoder`: folder for `load_autoencoder`, None where the checkpoint has none (a reference .pt)."""
+    """A model in evaluation mode and what else sampling needs.
+
+    Attributes:
+        scale_factor: one entry per sequence.
+        weights: "ema" or "raw".
+        autoencoder: folder for `load_autoencoder`; None where the checkpoint has none (a reference .pt).
+    """
 
     model: Any
     variant: str
@@ -38,10 +43,16 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any = "cpu") -> Checkpoint:
-    """path: a run folder (its newest valid step), a step folder, or a reference .pt file.
+    """Load a trained model. Every hash is checked before use.
 
-    weights: "ema", "raw", or None for the averaged ones where there are any. Every hash is checked before use. Raises
-    CheckpointError naming the file."""
+    Args:
+        path: a run folder (its newest valid step), a step folder, or a reference .pt file.
+        weights: "ema", "raw", or None for the averaged ones where there are any.
+        device: where the model goes.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
     path = Path(path)
     if weights not in ("ema", "raw", None):
         raise ValueError(f"weights is 'ema', 'raw' or None, not {weights!r}")

@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = doors.Parser(
         prog="ccella-fast",
         description="Report-conditioned 3D prostate MRI: prepare studies, train, sample, report.",
-        epilog=f"Train the diffusion model with: deepspeed ccella_fast/train.py --help\n{EXIT_CODES}",
+        epilog=f"Train the diffusion model with: deepspeed ccella_fast/train.py --help\n\n{EXIT_CODES}",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _phantom(commands)
@@ -263,7 +263,7 @@ def _add(
         name,
         help=about.split(":")[0],
         description=about,
-        epilog=f"example: {example}\n{EXIT_CODES}",
+        epilog=f"example: {example}\n\n{EXIT_CODES}",
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(run=run)

@@ -33,24 +33,25 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Adapter and U-Net. Key names are those of the reference's `diffusion_unet_def` where it has one."""
 
-    variant: str = "CCELLA"
-    latent_channels: Annotated[list[Positive], OneOrMore, Field(min_length=1)] = [
-        4
-    ]  # one entry a sequence; their sum enters the U-Net
+    variant: str = "CCELLA"  #: one of the nine variants, docs/explanation/method.md, section 7
+    #: one entry per sequence; their sum enters the U-Net
+    latent_channels: Annotated[list[Positive], OneOrMore, Field(min_length=1)] = [4]
+    #: width of each level of the U-Net; every level but the last halves the grid
     num_channels: Annotated[list[Positive], Field(min_length=1)] = [64, 128, 256, 512]
-    attention_levels: list[bool] = [False, False, True, True]
+    attention_levels: list[bool] = [False, False, True, True]  #: which levels have attention
+    #: width of an attention head on each level; 0 where there is no attention
     num_head_channels: list[Count] = [0, 0, 32, 32]
-    num_res_blocks: Positive = 2
-    norm_num_groups: Positive = 32
-    norm_eps: PositiveFloat = 1e-6
-    cross_attention_dim: Positive = 768  # width of the adapter and of the context it gives
-    input_dim: Positive = 4096  # width of the text features
-    num_latents: Positive = 256  # context tokens
-    adapter_blocks: Positive = 6
-    adapter_heads: Positive = 8
-    adapter_time_dim: Positive = 320
-    num_classes: Positive = 2
-    class_head_dim: Positive = 256
+    num_res_blocks: Positive = 2  #: residual blocks per level on the way down; one more on the way up
+    norm_num_groups: Positive = 32  #: groups of every group normalisation
+    norm_eps: PositiveFloat = 1e-6  #: added to the variance in every group normalisation
+    cross_attention_dim: Positive = 768  #: width of the adapter and of the context that it returns
+    input_dim: Positive = 4096  #: width of the text features
+    num_latents: Positive = 256  #: context tokens
+    adapter_blocks: Positive = 6  #: perceiver blocks of the adapter
+    adapter_heads: Positive = 8  #: attention heads of a perceiver block
+    adapter_time_dim: Positive = 320  #: width of the adapter's sinusoidal timestep embedding
+    num_classes: Positive = 2  #: classes that the heads predict: PI-RADS 1-2 and 3-5
+    class_head_dim: Positive = 256  #: hidden width of a class head
 
     @field_validator("variant")
     @classmethod
@@ -91,13 +92,13 @@ class ModelConfig(Section):
 class AutoencoderConfig(Section):
     """MAISI `AutoencoderKlMaisi`: each level but the last halves the grid."""
 
-    in_channels: Positive = 1
-    out_channels: Positive = 1
-    latent_channels: Positive = 4
-    num_channels: Annotated[list[Positive], Field(min_length=1)] = [64, 128, 256]
-    num_res_blocks: list[Positive] = [2, 2, 2]
-    norm_num_groups: Positive = 32
-    norm_eps: PositiveFloat = 1e-6
+    in_channels: Positive = 1  #: channels of an image; 1, because each sequence is encoded separately
+    out_channels: Positive = 1  #: channels of a decoded image
+    latent_channels: Positive = 4  #: channels of a latent, per sequence
+    num_channels: Annotated[list[Positive], Field(min_length=1)] = [64, 128, 256]  #: width of each level
+    num_res_blocks: list[Positive] = [2, 2, 2]  #: residual blocks of each level
+    norm_num_groups: Positive = 32  #: groups of every group normalisation
+    norm_eps: PositiveFloat = 1e-6  #: added to the variance in every group normalisation
 
     @model_validator(mode="after")
     def _consistent(self) -> AutoencoderConfig:
@@ -115,22 +116,24 @@ class AutoencoderConfig(Section):
 
 
 class SchedulerConfig(Section):
-    """The noise schedule of the reference (section 3)."""
+    """The noise schedule of the reference (docs/explanation/method.md, section 3)."""
 
-    num_train_timesteps: Positive = 1000
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.0015
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.0195
-    schedule: Literal["scaled_linear_beta"] = "scaled_linear_beta"
-    clip_sample: Literal[False] = False
+    num_train_timesteps: Positive = 1000  #: number of noise levels
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.0015  #: variance added at the first timestep
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.0195  #: variance added at the last timestep
+    schedule: Literal["scaled_linear_beta"] = "scaled_linear_beta"  #: linear in the square root of beta
+    clip_sample: Literal[False] = False  #: the estimate of the clean latent is never clipped
 
 
 class GridConfig(Section):
     """The grid that every study is brought to, and the sequences that are kept. A prepared folder's manifest holds it."""
 
+    #: T2-weighted, high b-value diffusion, apparent diffusion coefficient
     sequences: list[Literal["t2w", "hbv", "adc"]] = ["t2w"]
-    spacing: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [0.5, 0.5, 0.5625]  # mm, axes R, A, S
-    dim: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [256, 256, 128]  # voxels, axes R, A, S
-    dataset: str | None = None  # train only on studies with this tag (the manifest's `dataset`)
+    #: voxel size in mm along R, A, S
+    spacing: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [0.5, 0.5, 0.5625]
+    dim: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [256, 256, 128]  #: voxels along R, A, S
+    dataset: str | None = None  #: train only on studies with this tag (``dataset`` in studies.csv)
 
     @field_validator("sequences")
     @classmethod
@@ -141,7 +144,7 @@ class GridConfig(Section):
 
 
 class DataConfig(GridConfig):
-    # What loads and augments volumes. auto: DALI on a GPU, else torch.
+    #: what loads and augments volumes; auto: DALI on a GPU, else torch
     engine: Literal["auto", "dali", "torch"] = "auto"
 
 
@@ -167,19 +170,21 @@ class AugmentationConfig(Section):
 
     Where the model reads the report, `flip` must be 0: a mirrored study has its left on the right."""
 
-    preset: Literal["none", "text", "image"] = "text"
-    rotation: Axes = [0.0, 0.0, 0.0]  # degrees about R, A, S
-    translation: Axes = [0.0, 0.0, 0.0]  # mm
-    zoom: Annotated[Strength, Field(le=1)] = 0.0  # 0.1: voxels smaller or larger by up to 10 %
-    crop: Annotated[list[Fraction], Field(min_length=3, max_length=3)] = [0.0, 0.0, 0.0]  # share of an axis cut off
-    gland: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [60.0, 50.0, 45.0]  # mm; always in view
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of left and right changing places
-    gamma: Annotated[Strength, Field(le=2)] = 0.0  # 0.1: exponent e^-0.1 to e^0.1
-    contrast: Annotated[Strength, Field(le=0.5)] = 0.0  # change of the slope at mid-grey
-    brightness: Annotated[Strength, Field(le=1)] = 0.0  # 0.1: gain 0.9 to 1.1
-    bias: Annotated[Strength, Field(le=1)] = 0.0  # 0.1: receive field of up to e^-0.1 to e^0.1
-    blur: Annotated[Strength, Field(le=5)] = 0.0  # mm, sigma
-    noise: Annotated[Strength, Field(le=1)] = 0.0  # sigma, of an image in [0, 1]
+    preset: Literal["none", "text", "image"] = "text"  #: strengths of the keys that are not given
+    rotation: Axes = [0.0, 0.0, 0.0]  #: degrees about R, A, S
+    translation: Axes = [0.0, 0.0, 0.0]  #: mm along R, A, S
+    zoom: Annotated[Strength, Field(le=1)] = 0.0  #: 0.1: voxels smaller or larger by up to 10 %
+    #: fraction of each axis that is cut off
+    crop: Annotated[list[Fraction], Field(min_length=3, max_length=3)] = [0.0, 0.0, 0.0]
+    #: mm around the centre that always stay in view
+    gland: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [60.0, 50.0, 45.0]
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.0  #: probability of exchanging left and right
+    gamma: Annotated[Strength, Field(le=2)] = 0.0  #: 0.1: exponent between exp(-0.1) and exp(0.1)
+    contrast: Annotated[Strength, Field(le=0.5)] = 0.0  #: change of the slope at mid-grey
+    brightness: Annotated[Strength, Field(le=1)] = 0.0  #: 0.1: gain between 0.9 and 1.1
+    bias: Annotated[Strength, Field(le=1)] = 0.0  #: 0.1: bias field between exp(-0.1) and exp(0.1)
+    blur: Annotated[Strength, Field(le=5)] = 0.0  #: largest standard deviation of the Gaussian, mm
+    noise: Annotated[Strength, Field(le=1)] = 0.0  #: largest standard deviation, for an image in [0, 1]
 
     @model_validator(mode="before")
     @classmethod
@@ -201,87 +206,95 @@ class AugmentationConfig(Section):
 class TextConfig(Section):
     """The report encoder: a hub id, a local folder, or `package:NAME` for one that arrives as a Python package."""
 
-    encoder: str = "google/flan-t5-xxl"
-    revision: str | None = None
-    max_length: Positive = (
-        512  # tokens; longer reports lose their beginning, shorter ones are padded and keep all positions
-    )
+    encoder: str = "google/flan-t5-xxl"  #: hub id, local folder, or ``package:NAME``
+    revision: str | None = None  #: revision of the hub id; null: the newest
+    #: tokens; longer reports lose their beginning, shorter ones are padded and keep all positions
+    max_length: Positive = 512
+    #: precision of the encoder; float16 is missing because T5 overflows in it
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    batch_size: Positive = 8
+    batch_size: Positive = 8  #: reports encoded at a time
 
 
 class VaeTrainingConfig(Section):
     """`ccella-fast train-vae`: L1 + KL on random patches."""
 
-    max_train_steps: Positive = 20000
-    batch_size: Positive = 1
+    max_train_steps: Positive = 20000  #: optimizer steps
+    batch_size: Positive = 1  #: patches per step
+    #: voxels of a patch along R, A, S
     patch: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [64, 64, 64]
-    lr: PositiveFloat = 1e-4
-    kl_weight: Annotated[float, Field(ge=0)] = 1e-6
-    seed: Count = 0
+    lr: PositiveFloat = 1e-4  #: peak learning rate
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-6  #: weight of the KL divergence next to the L1 loss
+    seed: Count = 0  #: data order, patches and initial weights follow from it
+    #: as the section augmentation; preset none unless given
     augmentation: AugmentationConfig = AugmentationConfig.model_validate({"preset": "none"})
 
 
 class TrainingConfig(Section):
-    """The diffusion model's training (section 3). Batch sizes are per process."""
+    """The diffusion model's training (docs/explanation/method.md, section 3). Batch sizes are per process."""
 
-    latents: Literal["stored", "online"] = "stored"  # online: made while training, from augmented images
-    batch_size: Positive = 8
-    gradient_accumulation_steps: Positive = 1
+    #: stored: from the prepared folder; online: encoded during training, from augmented images
+    latents: Literal["stored", "online"] = "stored"
+    batch_size: Positive = 8  #: studies per process and micro-batch
+    gradient_accumulation_steps: Positive = 1  #: micro-batches per optimizer step
+    #: initial learning rate; it falls to 0 with the square of the remaining fraction of the run
     lr: PositiveFloat = 1e-4
-    n_epochs: Positive = 400
-    max_train_steps: Positive | None = None  # optimizer steps; None: n_epochs over the training set
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    max_grad_norm: PositiveFloat = 1.0
-    text_class_pred_weight: Annotated[float, Field(ge=0)] | None = None  # None: the variant's
-    ema_decay: Fraction = 0.9999  # 0: no EMA
-    # auto: bf16 on a GPU and on a CPU that multiplies it, else fp32. Resolved when a run starts; a resumed run keeps its own.
+    n_epochs: Positive = 400  #: passes over the training set, unless ``max_train_steps`` is given
+    max_train_steps: Positive | None = None  #: optimizer steps; null: ``n_epochs`` over the training set
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01  #: AdamW's, on all parameters
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)  #: AdamW's decay rates of both moments
+    max_grad_norm: PositiveFloat = 1.0  #: the gradient's global norm is clipped to this
+    #: weight of the class loss; null: the variant's
+    text_class_pred_weight: Annotated[float, Field(ge=0)] | None = None
+    ema_decay: Fraction = 0.9999  #: decay of the moving average of the weights; 0: no average
+    #: auto: bf16 on a GPU and on a CPU that multiplies it, else fp32; resolved when a run starts, a resumed run keeps its own
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    activation_checkpointing: bool = False
-    checkpointing_steps: Positive = 500
-    checkpoints_total_limit: Annotated[int, Field(ge=2)] = 2
-    logging_steps: Positive = 1  # steps between host reads of the loss
-    seed: Count = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0  #: DeepSpeed ZeRO stage
+    activation_checkpointing: bool = False  #: recompute activations in the backward pass: less memory, more time
+    checkpointing_steps: Positive = 500  #: optimizer steps between checkpoints
+    checkpoints_total_limit: Annotated[int, Field(ge=2)] = 2  #: checkpoints that are kept; older ones are removed
+    logging_steps: Positive = 1  #: optimizer steps between two reads of the loss from the device
+    seed: Count = 0  #: data order, noise and initial weights follow from it
 
 
 class SamplingConfig(Section):
     """`ccella-fast sample`. The defaults are the reference's: every timestep, ancestral."""
 
+    #: see :doc:`/explanation/sampling`
     solver: Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler_flow", "heun_flow"] = "ddpm"
-    prediction: Literal["epsilon", "v", "x0", "velocity"] = "epsilon"  # what the network was trained to predict
-    timestep_spacing: Literal["leading", "trailing", "linspace", "karras"] | None = None  # None: the solver's own
-    num_inference_steps: Positive = 1000
-    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # against the null report; 1: off
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # fractions of the schedule between which guidance acts
-    random_seed: Count = 0
-    batch_size: Positive = 1
+    prediction: Literal["epsilon", "v", "x0", "velocity"] = "epsilon"  #: what the network was trained to predict
+    #: which timesteps a shorter run visits; null: the solver's own choice
+    timestep_spacing: Literal["leading", "trailing", "linspace", "karras"] | None = None
+    num_inference_steps: Positive = 1000  #: denoising steps
+    #: classifier-free guidance against the null report; 1: off
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  #: fractions of the schedule between which guidance acts
+    random_seed: Count = 0  #: not used; ``--seed`` decides
+    batch_size: Positive = 1  #: volumes denoised at a time
 
 
 class PathsConfig(Section):
     """The reference's env file. Unused by the single-file form, whose commands take paths as arguments."""
 
-    data_base_dir: str | None = None
-    embedding_base_dir: str | None = None
-    train_json: str | None = None
-    test_json: str | None = None
-    model_dir: str | None = None
-    model_filename: str | None = None
-    output_dir: str | None = None
-    trained_autoencoder_path: str | None = None
-    existing_ckpt_filepath: str | None = None
+    data_base_dir: str | None = None  #: start of the manifest's image paths; not used, see ``--data_base_dir``
+    embedding_base_dir: str | None = None  #: prepared folder, where ``--data`` is not given
+    train_json: str | None = None  #: manifest of the training set; not used, see ``--data``
+    test_json: str | None = None  #: manifest of the test set; not used, see ``--test_data``
+    model_dir: str | None = None  #: parent of the run folder, where ``--output_dir`` is not given
+    model_filename: str | None = None  #: name of the run folder, without its suffix
+    output_dir: str | None = None  #: folder of samples; not used, see ``--out``
+    trained_autoencoder_path: str | None = None  #: autoencoder weights; not used, see ``--vae``
+    existing_ckpt_filepath: str | None = None  #: must be null: a start from another checkpoint is not supported
 
 
 class Config(Section):
     """Everything. `dump()` is what is stored with a run; `load_config` of that file gives the same object."""
 
-    name: str = "ccella"
+    name: str = "ccella"  #: name of the run, for people
     model: ModelConfig = ModelConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     data: DataConfig = DataConfig()
-    augmentation: AugmentationConfig = AugmentationConfig()  # of `--latents online` and `prepare --augment`
+    augmentation: AugmentationConfig = AugmentationConfig()  #: of `--latents online` and `prepare --augment`
     text: TextConfig = TextConfig()
     vae_training: VaeTrainingConfig = VaeTrainingConfig()
     training: TrainingConfig = TrainingConfig()
@@ -301,7 +314,9 @@ class Config(Section):
 
     @property
     def class_loss_weight(self) -> float:
-        """The configured weight w. The class target is scaled by 100, so the effective weight is 100 w (section 3)."""
+        """The configured weight w. The class target is scaled by 100, so the effective weight is 100 w.
+
+        Source: docs/explanation/method.md, section 3."""
         given = self.training.text_class_pred_weight
         return get_variant(self.model.variant).class_loss_weight if given is None else given
 
@@ -325,10 +340,16 @@ class Config(Section):
 
 
 def load_config(source: str | Path | Sequence[str | Path], overrides: Mapping[str, Any] | Sequence[str] = ()) -> Config:
-    """Read our single file, or the reference's `[env.json, config.json, def.json]` (in any order).
+    """Read a configuration.
 
-    overrides: `{"training.lr": 1e-3}` or `["training.lr=1e-3"]` (values in JSON; a bare word is a string). They win over the
-    file. Raises ConfigError naming file, field and fix."""
+    Args:
+        source: our single file, or the reference's `[env.json, config.json, def.json]` in any order.
+        overrides: `{"training.lr": 1e-3}` or `["training.lr=1e-3"]` (values in JSON; a bare word is a string). They win over
+            the file.
+
+    Raises:
+        ConfigError: naming file, field and fix.
+    """
     paths = [source] if isinstance(source, (str, Path)) else list(source)
     if not paths:
         raise ConfigError("no configuration file is named", fix="give one file, or the reference's env, config and def")
@@ -382,7 +403,11 @@ def _validate(values: dict[str, Any], origin: object) -> Config:
             fix = did_you_mean(str(first["loc"][-1]), known)
             raise ConfigError(f"unknown key '{first['loc'][-1]}'", path=origin, field=field, fix=fix) from None
         why = first["msg"].removeprefix("Value error, ")
-        fix = f"this is {first['input']!r:.80}; see CONFIGURATION in README.md" if field else "mend these keys together"
+        fix = (
+            f"this is {first['input']!r:.80}; see docs/reference/configuration.md"
+            if field
+            else "mend these keys together"
+        )
         raise ConfigError(why, path=origin, field=field or None, fix=fix) from None
 
 

@@ -64,13 +64,23 @@ class SpedUp:
 
 
 def speed_up(model: nn.Module, *, without: Collection[str] = ()) -> SpedUp:
-    """Swap what is known in `model` for our kernels, in place: MONAI's DiffusionModelUNet, DiffusionModelUNetMaisi,
+    """Replace what is known in `model` by our kernels, in place: MONAI's DiffusionModelUNet, DiffusionModelUNetMaisi,
     AutoencoderKL, AutoencoderKlMaisi, anything that holds their blocks, and in any `nn.Sequential` a GroupNorm before a SiLU
     or a nearest x2 upsampling before a convolution.
 
-    Outputs stay equal within the rounding of their dtype, and so do gradients. MetaTensors may come in, plain tensors come out.
-    without: kinds (`KINDS`) to leave alone. Call it before `torch.compile`. Raises ConfigError for an unknown kind and for a
-    model that is compiled or scripted."""
+    Outputs and gradients stay equal within the rounding of their dtype. MetaTensors may come in, plain tensors come out.
+    Call it before `torch.compile`.
+
+    Args:
+        model: changed in place.
+        without: kinds of replacements (`KINDS`) to leave out.
+
+    Returns:
+        What was replaced, what was not and why, and `undo()`.
+
+    Raises:
+        ConfigError: an unknown kind, or a model that is compiled or scripted.
+    """
     for kind in without:
         if kind not in KINDS:
             raise ConfigError(f"there is no kind '{kind}'", field="without", fix=did_you_mean(kind, KINDS))

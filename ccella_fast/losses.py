@@ -1,4 +1,4 @@
-"""The reference's training loss: L1 on the noise + w * focal loss on the class (reference-method, section 3).
+"""The reference's training loss: L1 on the noise + w * focal loss on the class (docs/explanation/method.md, section 3).
 
 All in fp32, means over the local batch, nothing read back to the host.
 """

@@ -1,4 +1,4 @@
-"""The reference's checkpoint files, read and written: one `torch.save` dictionary (reference-method, section 2.7).
+"""The reference's checkpoint files, read and written: one `torch.save` dictionary (docs/explanation/method.md, section 2.7).
 
 The reference's files do not say which variant they hold: names and shapes do. They do not show the head widths, the number of
 norm groups and the norm's epsilon: those are the reference's unless a configuration is given. Our own exports carry the

@@ -39,7 +39,8 @@ _AUTOENCODER = {
 _SCHEDULER = {key: f"scheduler.{key}" for key in "num_train_timesteps beta_start beta_end schedule clip_sample".split()}
 _TOP = {"text_class_pred_weight": "training.text_class_pred_weight"}
 
-# Known to the reference's files, without an effect on what we build. num_class_hidden never reached the heads (section 2.3).
+# Known to the reference's files, without an effect on what we build. num_class_hidden never reached the heads
+# (docs/explanation/method.md, section 2.3).
 _DROPPED = {
     "env": {"tfevent_path", "output_prefix", "imkey"},
     "def": {

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 EXAMPLE = """example:
   deepspeed ccella_fast/train.py --config configs/demo.json --data out/demo/prepared --output_dir out/demo/model --resume
   deepspeed --num_gpus 2 ccella_fast/train.py ... --deepspeed configs/deepspeed/zero2.json
+
 exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss,
 130/143 stopped by a signal (the checkpoint is saved first). A launcher may hide them; OUTPUT_DIR/run_status.json does not."""
 

@@ -1,4 +1,4 @@
-"""The nine variants of the reference as one table of differences (reference-method, section 7).
+"""The nine variants of the reference as one table of differences (docs/explanation/method.md, section 7).
 
 They differ in four facts: is the report used, where a class head sits in the adapter, where the U-Net's class vector comes
 from, and the configured weight of the class loss.

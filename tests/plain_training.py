@@ -19,7 +19,7 @@ from ccella_fast.config import make_config
 from ccella_fast.diffusion.noise import generator
 from ccella_fast.models import build_model
 
-# What reference-method, section 3, trains with; CONFIG and the test's own settings win over it.
+# What docs/explanation/method.md, section 3, trains with; CONFIG and the test's own settings win over it.
 SETTINGS: dict[str, Any] = {
     "gradient_accumulation_steps": 1, "processes": 1, "weight_decay": 0.01, "adam_betas": (0.9, 0.999), "max_grad_norm": 1.0,
     "text_class_pred_weight": 1e-4, "ema_decay": 0.9999, "seed": 0, "timesteps": 1000, "betas": (0.0015, 0.0195),

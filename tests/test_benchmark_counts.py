@@ -101,7 +101,8 @@ def test_model_counts_have_not_grown():
             assert found <= value, f"{step}: {key} is {found:,}, was {value:,}"
     step = counts["denoising step"]["ours"]
     assert step["ops"] <= 450 and step["bytes"] <= 4e9  # the goal for the kernels
-    # Independent truth: the reference's forward FLOPs were counted by others, 1,079.9 GFLOP (reference-method, section 0).
+    # Independent truth: the reference's forward FLOPs were counted by others, 1,079.9 GFLOP
+    # (docs/explanation/method.md, section 0).
     assert abs(counts["denoising step"]["reference"]["flops"] / 1e9 - 1079.9) < 0.1
 
 

@@ -1,4 +1,4 @@
-"""Prepared studies as training samples: the numbers of section 1.5, and refusals that name the study."""
+"""Prepared studies as training samples: the numbers of docs/explanation/method.md, section 1.5; refusals name the study."""
 
 from __future__ import annotations
 

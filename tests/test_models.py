@@ -38,7 +38,7 @@ SMALLEST = {
     "num_head_channels": [0, 32],
     "adapter_blocks": 2,
 }
-# Reference-method, section 7: parameters and tensors.
+# docs/explanation/method.md, section 7: parameters and tensors.
 SIZES = {
     "CCELLA": (575_506_474, 663),
     "FIRST": (323_844_358, 641),

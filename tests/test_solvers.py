@@ -283,7 +283,7 @@ def monai_trajectory(num_steps: int) -> list[torch.Tensor]:
 
 def test_ddpm_equals_monai_at_1000_steps_and_not_at_50(schedule):
     assert_same(ours(schedule, Ddpm(), 1000), monai_trajectory(1000))
-    # Its 50 steps stride the timesteps and keep single-step posteriors (reference-method, C15): most noise stays.
+    # Its 50 steps stride the timesteps and keep single-step posteriors (docs/explanation/method.md, C15): most noise stays.
     with pytest.raises(AssertionError):
         torch.testing.assert_close(ours(schedule, Ddpm(), 50)[-1], monai_trajectory(50)[-1], rtol=0.3, atol=0.3)
 

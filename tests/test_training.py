@@ -62,7 +62,7 @@ class Answer(torch.nn.Module):
 
 
 def float64_loss(samples, predicted, logits, weight):
-    """Reference-method, section 3, in float64 and by loops."""
+    """docs/explanation/method.md, section 3, in float64 and by loops."""
     betas = np.linspace(math.sqrt(0.0015), math.sqrt(0.0195), 1000) ** 2
     bar = np.cumprod(1 - betas)[samples.timesteps.numpy()].reshape(-1, 1, 1, 1, 1)
     x = np.sqrt(bar) * samples.latents.double().numpy() + np.sqrt(1 - bar) * samples.noise.double().numpy()

@@ -1,4 +1,4 @@
-"""Prepared studies as training samples (section 1.5). Which study comes when is the trainer's business.
+"""Prepared studies as training samples (docs/explanation/method.md, section 1.5). The trainer decides which study comes when.
 
 Three things give batches of the studies that they are asked for, through `batches(picks, count)`: `PreparedDataset` from memory
 maps, `resident.ResidentLatents` from tensors on the device, `online.OnlineLatents` from images through the autoencoder.

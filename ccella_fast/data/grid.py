@@ -1,4 +1,4 @@
-"""Bring the series of a study onto one grid and into [0, 1] (section 1.3).
+"""Bring the series of a study onto one grid and into [0, 1] (docs/explanation/method.md, section 1.3).
 
 The grid keeps the T2 series' directions and centre: its spacing becomes the configured one, then whole voxels are cropped or
 added evenly at both ends (the odd one at the high end). So where the spacing is already right no voxel is interpolated.

@@ -5,9 +5,9 @@ looked at. A series is a file `t2w.nii.gz` (`.nii`, `.mha`, `.nrrd`), or `<id>_t
 files called `t2w` or `t2w-dicom`; the same with the other names of SERIES_NAMES. A study's id is its `<id>`, or its folder's
 name, or, where two folders share a name, its path with / written as _. A BIDS folder: see bids.py.
 
-The class is PI-RADS 1-2 -> [1, 0], 3-5 -> [0, 1] (section 1.1). In a CSV `pirads` is the score 1 to 5, `neg` or `pos`,
-or empty: not known. A report is text; blank means that there is none (`text_isnull` = 1): one rule everywhere. `synthetic` is
-`yes` for a study that was drawn and not measured.
+The class is PI-RADS 1-2 -> [1, 0], 3-5 -> [0, 1] (docs/explanation/method.md, section 1.1). In a CSV `pirads` is the score 1 to
+5, `neg` or `pos`, or empty: not known. A report is text; blank means that there is none (`text_isnull` = 1): one rule
+everywhere. `synthetic` is `yes` for a study that was drawn and not measured.
 """
 
 from __future__ import annotations

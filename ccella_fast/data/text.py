@@ -1,4 +1,4 @@
-"""Reports to features, with any transformers encoder (section 1.4).
+"""Reports to features, with any transformers encoder (docs/explanation/method.md, section 1.4).
 
 Left truncation keeps the end of a report, where its conclusion is; shorter ones are padded to `max_length`, and the hidden
 states of all positions are kept: at padded positions too they carry information, and checkpoints are trained with them.

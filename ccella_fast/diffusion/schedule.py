@@ -1,4 +1,4 @@
-"""The noise schedule (Ho et al. 2020, arXiv 2006.11239, section 2; reference-method, section 3).
+"""The noise schedule (Ho et al. 2020, arXiv 2006.11239, section 2; docs/explanation/method.md, section 3).
 
 `Schedule` holds float64 tables that nobody can change. Arithmetic on samples is fp32 whatever their dtype.
 """

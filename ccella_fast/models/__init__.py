@@ -16,10 +16,18 @@ __all__ = ["Conditioning", "Denoiser", "ModelOutput", "build_model", "model_conf
 
 
 def build_model(source: str | ModelConfig | Config, **overrides: Any) -> Denoiser:
-    """A freshly initialised model: `build_model("CCELLA", input_dim=384)`. Arguments as `model_config`.
+    """Build a freshly initialised model: `build_model("CCELLA", input_dim=384)`.
 
     Random numbers come from torch's global generator; `with torch.device(...)` says where the parameters go ("meta" for names
-    and shapes alone)."""
+    and shapes alone).
+
+    Args:
+        source: a variant's name (its sizes are the reference's), a `ModelConfig`, or a whole `Config`.
+        overrides: fields of `ModelConfig`, which win.
+
+    Raises:
+        ConfigError: naming the field.
+    """
     config = model_config(source, **overrides)
     return TextModel(config) if get_variant(config.variant).text else TextFreeModel(config)
 

@@ -1,7 +1,7 @@
 """The adapter: report features and timestep -> context tokens, and class logits along the way.
 
 ELLA's timestep-aware resampler (Hu et al. 2024, arXiv 2403.05135) with 256 latents, plus CCELLA's class heads:
-reference-method, sections 2.2 and 2.3.
+docs/explanation/method.md, sections 2.2 and 2.3.
 Shapes: B batch, L text tokens, Q latents, E width of the adapter, H number of class outputs.
 """
 

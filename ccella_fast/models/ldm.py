@@ -1,6 +1,7 @@
 """The whole denoiser: what depends on the prompt (`condition`), what depends on x (`denoise`), and both (`forward`).
 
-Reference-method, sections 2 and 7. The text-free variants are a bare U-Net, so that their parameters have no `unet.` prefix.
+docs/explanation/method.md, sections 2 and 7. The text-free variants are a bare U-Net, so that their parameters have no `unet.`
+prefix.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The 3D U-Net that predicts the noise: MAISI's (Guo et al. 2024) with a class vector in place of its body-region inputs.
 
-Reference-method, section 2.4. One class for all variants: with a report its attention is a transformer that also attends to the
-context, without one it is plain self-attention; `pirads_layer` exists where a class vector is used.
+docs/explanation/method.md, section 2.4. One class for all variants: with a report its attention is a transformer that also
+attends to the context, without one it is plain self-attention; `pirads_layer` exists where a class vector is used.
 """
 
 from __future__ import annotations

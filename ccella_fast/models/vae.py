@@ -1,7 +1,7 @@
 """The autoencoder between images and latents: MAISI's `AutoencoderKlMaisi` (Guo et al. 2024), computed plainly.
 
-Reference-method, section 2.5. Its weights load unchanged. The reference's split convolutions, group-by-group norms and cache
-flushes are left out: they change nothing but time and memory.
+docs/explanation/method.md, section 2.5. Its weights load unchanged. The reference's split convolutions, group-by-group norms
+and cache flushes are left out: they change nothing but time and memory.
 """
 
 from __future__ import annotations

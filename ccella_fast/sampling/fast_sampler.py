@@ -45,27 +45,33 @@ class Run:
 
 
 class FastSampler:
-    """Volumes from a model, as fast as the machine allows.
+    """Generates volumes from reports, or from text features.
+
+    Example::
 
         sampler = FastSampler.from_checkpoint("model")
         result = sampler(reports=["PI-RADS 5 lesion, left"], seeds=[0, 1], num_steps=30, solver="dpmpp_2m")
         result.save("samples")
 
-    model           from `build_model` or `load_checkpoint`
-    autoencoder     None: latents only, decode=False
-    scale_factor    what latents were multiplied by in training: a number, or one a sequence
-    device          default: the model's
-    dtype           "auto" (bf16 on CUDA and on CPUs with instructions for it, else fp32), a dtype or its name
-    config          the training's configuration; default: the reference's grid, schedule and encoder
-    levers          see `Levers`
-    text_encoder    anything with `encode(reports).features` and `identity`; default: the configuration's, loaded when reports
-                    come and released afterwards
-
-    The model and the autoencoder stay as they are: weights that already have the device, dtype and layout are shared with them,
-    the others are copied (in bf16 half the size of the fp32 model). After training on, make a new sampler.
-
     A call takes the fields of `Request` as keywords. A seed gives the same noise, bit for bit, in any batch and on any number
-    of processes; the volume then agrees up to rounding, and on a CPU bit for bit with batch_invariant=True."""
+    of processes; the volume then agrees up to rounding, and on a CPU bit for bit with batch_invariant=True.
+
+    The model and the autoencoder are not changed: weights that already have the device, dtype and layout are shared with them,
+    the others are copied (in bf16 half the size of the fp32 model). After further training, make a new sampler.
+
+    Args:
+        model: from `build_model` or `load_checkpoint`.
+        autoencoder: None gives latents only, with decode=False.
+        scale_factor: what latents were multiplied by in training: a number, or one per sequence.
+        device: default: the model's.
+        dtype: "auto" (bf16 on CUDA and on CPUs with instructions for it, else fp32), a dtype or its name.
+        config: the training's configuration; default: the reference's grid, schedule and encoder.
+        levers: see `Levers`.
+        text_encoder: anything with `encode(reports).features` and `identity`; default: the configuration's, loaded when
+            reports arrive and released afterwards.
+        intensity_scale: factor by sequence from [0, 1] to the intensities of a written volume.
+        origin: where the weights come from, for the sidecars of written volumes.
+    """
 
     def __init__(
         self,
@@ -131,9 +137,20 @@ class FastSampler:
         levers: Levers | None = None,
         text_encoder: Any = None,
     ) -> FastSampler:
-        """path: a run folder, a step folder, what `save_pretrained` wrote, a reference `.pt`, or a loaded `Checkpoint`. device:
-        default the GPU if there is one. vae: the autoencoder, where the checkpoint holds none. weights: "ema", "raw", or what
-        there is, averaged first. Every hash is checked. Raises CheckpointError naming the file."""
+        """A sampler from files. Every hash is checked.
+
+        Args:
+            path: a run folder, a step folder, what `save_pretrained` wrote, a reference `.pt`, or a loaded `Checkpoint`.
+            device: default: the GPU if there is one.
+            dtype: as for the class, as are `levers` and `text_encoder`.
+            vae: the autoencoder, where the checkpoint holds none.
+            weights: "ema", "raw", or None for the averaged ones where there are any.
+            levers: see `Levers`.
+            text_encoder: see the class.
+
+        Raises:
+            CheckpointError: naming the file.
+        """
         loaded = pretrained.load(path, vae=vae, weights=weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(

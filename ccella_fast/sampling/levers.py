@@ -18,15 +18,18 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Levers:
-    """Everything is exact up to rounding. (Lower precision is the sampler's `dtype`; `Reuse` is an approximation.)
+    """The sampler's optimisations. All are exact up to rounding. (Lower precision is the sampler's `dtype`; `Reuse` is an
+    approximation.)
 
-    hoist            adapter, class vector, embeddings, keys and values are computed before the loop, not in every step
-    channels_last    convolutions in channels_last_3d; None: on CUDA, and on a CPU where the weights are bf16
-    packed_weights   beside channels_last where oneDNN supports bf16: convolution weights in its layout; None: unless compiled
-    phase_upsampler  nearest x2 and convolution as eight small convolutions: 3.4 times fewer multiplications there
-    cuda_graph       on CUDA a step is captured once and replayed: one launch instead of hundreds
-    overlap_decode   on CUDA the decoder works on a second stream beside the next batch's denoising
-    compile          torch.compile of the network; the first step then takes minutes"""
+    Attributes:
+        hoist: compute adapter, class vector, embeddings, keys and values before the loop instead of in every step.
+        channels_last: convolutions in channels_last_3d; None: on CUDA, and on a CPU where the weights are bf16.
+        packed_weights: with channels_last where oneDNN supports bf16: convolution weights in its layout; None: unless compiled.
+        phase_upsampler: nearest x2 and convolution as eight small convolutions: 3.4 times fewer multiplications there.
+        cuda_graph: on CUDA, capture a step once and replay it: one launch instead of hundreds.
+        overlap_decode: on CUDA, decode on a second stream during the next batch's denoising.
+        compile: torch.compile of the network; the first step then takes minutes.
+    """
 
     hoist: bool = True
     channels_last: bool | None = None

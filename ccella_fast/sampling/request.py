@@ -25,25 +25,32 @@ SPACING_SCALE = 100.0  # the reference feeds spacings times 100
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The arguments of a call. None: the sampler's configuration decides.
+    """The arguments of a call of the sampler. Where one is None, the sampler's configuration decides.
 
-    What to draw, one volume a seed; a single report, text, spacing or class serves all seeds, a single seed all reports:
-        reports             texts, encoded by the configuration's encoder
-        text                instead: features (n, L, E), as that encoder makes them
-        seeds               integers; default 0, 1, ... one a report. They alone decide the noise
-        spacing             mm, (3,) or (n, 3)
-        pirads              "neg", "pos" or one a volume, for variants whose class is given
-        class_override      the same, in place of the class that a variant predicts from the report
-        latent_shape        (C, X, Y, Z); default: the training grid's
-    How:
-        num_steps, solver, prediction, timestep_spacing     as in `ccella_fast.sample`
-        guidance_scale, guidance_interval                   see `Guidance`; 1 is off and costs nothing
-        null_text           features of the null report (1, L, E); default: the empty report through the encoder
-        reuse               see `Reuse`
-        batch_size          volumes at a time
-        batch_invariant     each volume alone, in calls of fixed shape: on a CPU its bits then do not depend on its company
-        decode              False: latents only
-        progress            a bar on stderr"""
+    One volume is generated per seed. A single report, text, spacing or class serves all seeds, a single seed all reports.
+
+    Attributes:
+        reports: texts, encoded by the configuration's encoder.
+        text: instead of reports: features (n, L, E), as that encoder makes them.
+        seeds: integers; default 0, 1, ..., one per report. They alone decide the noise.
+        spacing: voxel size in mm, (3,) or (n, 3).
+        pirads: "neg", "pos", or one per volume, for variants whose class is given.
+        class_override: the same, in place of the class that a variant predicts from the report.
+        latent_shape: (C, X, Y, Z); default: the training grid's.
+        num_steps: denoising steps.
+        solver: as in `ccella_fast.sample`, as are the next two.
+        prediction: what the network predicts.
+        timestep_spacing: which timesteps a shorter run visits.
+        guidance_scale: strength of classifier-free guidance; 1 is off and costs nothing.
+        guidance_interval: fractions of the schedule between which guidance acts.
+        null_text: features of the null report (1, L, E); default: the empty report through the encoder.
+        reuse: feature reuse between steps, an approximation; default off.
+        batch_size: volumes denoised at a time.
+        batch_invariant: process each volume alone, in calls of fixed shape: on a CPU its bits then do not depend on the other
+            volumes of the request.
+        decode: False gives latents only.
+        progress: show a bar on stderr.
+    """
 
     reports: Sequence[str] | None = None
     text: Tensor | np.ndarray | None = None

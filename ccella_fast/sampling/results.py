@@ -18,18 +18,23 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.sampling.request import CLASSES
 from ccella_fast.storage import atomic_path, check_writable, read_json, write_json
 
-# What the reference multiplies [0, 1] volumes by (reference-method, section 5); for checkpoints that store no scale.
+# What the reference multiplies [0, 1] volumes by (docs/explanation/method.md, section 5); for checkpoints that store no scale.
 REFERENCE_INTENSITY = {"t2w": 962.0, "hbv": 117.0, "adc": 3000.0}
 DESCRIPTION = b"ccella_fast synthetic"
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One volume. Tensors are on the CPU.
+    """One generated volume. Tensors are on the CPU.
 
-    index: its place in the request. volume: (sequences, X, Y, Z) fp32 in [0, 1], axes R, A, S; None when not decoded.
-    latent: (C, x, y, z) fp32 as the model makes it. class_probabilities: [neg, pos] as the model predicted them from the report
-    at the last step, None where the variant predicts none."""
+    Attributes:
+        index: its place in the request.
+        seed: the seed of its noise.
+        volume: (sequences, X, Y, Z) fp32 in [0, 1], axes R, A, S; None when not decoded.
+        latent: (C, x, y, z) fp32 as the model makes it.
+        class_probabilities: [neg, pos] as the model predicted them from the report at the last step; None where the variant
+            predicts none.
+    """
 
     index: int
     seed: int
@@ -115,10 +120,14 @@ class Writing:
 
 @dataclass(frozen=True)
 class Result:
-    """What a call gives. Tensors are on the CPU, a row a volume.
+    """The volumes of a call, one row each. Tensors are on the CPU.
 
-    seeds. volumes: (n, sequences, X, Y, Z) fp32 in [0, 1], axes R, A, S; None when not decoded. latents: (n, C, x, y, z) fp32.
-    class_probabilities: (n, classes), as predicted at the last step; None where the variant predicts none."""
+    Attributes:
+        seeds: one per row.
+        volumes: (n, sequences, X, Y, Z) fp32 in [0, 1], axes R, A, S; None when not decoded.
+        latents: (n, C, x, y, z) fp32.
+        class_probabilities: (n, classes), as predicted at the last step; None where the variant predicts none.
+    """
 
     seeds: list[int]
     volumes: Tensor | None

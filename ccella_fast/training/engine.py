@@ -81,7 +81,7 @@ def build_engine(
 
 
 def polynomial_decay(optimizer: torch.optim.Optimizer, *, total_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """lr_k = lr_0 (1 - k/T)^2 after k optimizer steps (reference-method, section 3)."""
+    """lr_k = lr_0 (1 - k/T)^2 after k optimizer steps (docs/explanation/method.md, section 3)."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (1 - min(k, total_steps) / total_steps) ** 2)
 
 

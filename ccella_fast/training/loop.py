@@ -1,4 +1,4 @@
-"""The training loop, in the order in which it runs (reference-method, section 3)."""
+"""The training loop, in the order in which it runs (docs/explanation/method.md, section 3)."""
 
 from __future__ import annotations
 
