@@ -1,8 +1,8 @@
 """What fits into a run's time limit: which cases, on how large a latent, and how long each may go on.
 
 A case's estimate is for the machine named below. Another machine's measured limits scale it, and so does what the cases before
-it took, so that an estimate that is wrong here is soon put right. Where time is short, a case first gets fewer rounds, then all
-get a smaller latent; only then are cases left out, those that users ask for first last.
+it took, so that an estimate that is wrong here is soon put right. Where time is short, a case first gets fewer rounds, then
+what follows gets a smaller latent; only then are cases left out, those that users ask for first last.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Budget:
         return self.limit - _AFTER - self.spent()
 
     def choose_latent(self, cases: Sequence[Case], rates: dict[str, Any], shrink: int) -> int:
-        """The divisor of the latent's axes at which the headline cases fit, as far as they can."""
+        """The divisor of the latent's axes at which the headline cases among these fit, as far as they can."""
         if self.device != "cpu":
             return shrink
         self.slow = slowness(rates, shrink)

@@ -65,9 +65,9 @@ class Session:
         noise, overhead = self._noise(), timer.overhead(self.device)
         self._say(f"limits      {machine.describe(rates)}")
         self._say(f"noise       A against A {noise['noise']:.1%}, the runner itself {overhead * 1e6:.1f} us a call")
-        self._choose_latent(cases, rates)
         left_out, done = dict(left_out), []
         for number, case in enumerate(cases):
+            self._choose_latent(cases[number:])
             fitting = self.budget.fitting(cases[number:])
             if case not in fitting:
                 left_out[case.name] = self.budget.why_not(case)
@@ -88,12 +88,14 @@ class Session:
             "seconds": round(self.budget.spent(), 1),
         }  # fmt: skip
 
-    def _choose_latent(self, cases: list[Case], rates: dict[str, Any]) -> None:
+    def _choose_latent(self, waiting: list[Case]) -> None:
         whole = self.bench.latent_grid
-        self.bench.shrink = self.budget.choose_latent(cases, rates, self.bench.shrink)
+        self.bench.shrink = self.budget.choose_latent(waiting, self.bench.machine, self.bench.shrink)
         if self.bench.latent_grid != whole:
             small, large = (" x ".join(map(str, grid)) for grid in (self.bench.latent_grid, whole))
-            self.reduced.append(f"latent {small} in place of {large}: on this machine the headline cases would not fit")
+            self.reduced.append(
+                f"from {waiting[0].name} on: latent {small} in place of {large}, where the most important cases would not fit"
+            )
             self._say(f"reduced     {self.reduced[-1]}")
 
     def _case(self, case: Case, traces: Path | None, seconds: float = math.inf) -> dict[str, Any]:

@@ -288,7 +288,7 @@ def _samples_a_second(folder: Path, data: Path, ranks: int, cuda: bool) -> float
 CASES = [
     Case(
         "training_step", "training", "one training step: the reference's loop body, and ours through DeepSpeed",
-        training_step, quick=("cpu", "cuda"), budget=30, set_up={"cpu": 60, "cuda": 40},
+        training_step, quick=("cpu", "cuda"), budget=30, set_up={"cpu": 50, "cuda": 40},
     ),
     Case(
         "training_step_bf16", "training", "one training step on a CPU: the reference in fp32, ours in bf16",
