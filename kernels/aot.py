@@ -96,7 +96,9 @@ def _inspect(case: Case, arch: int, built: Any) -> Compiled:
         code = _output(tools / "nvdisasm", "-c", cubin)
         target = re.search(r"\.target (\w+)", built.asm["ptx"])
         assert target is not None
-        verbose = _output(get_ptxas(arch).path, "-v", f"--gpu-name={target.group(1)}", ptx, "-o", Path(folder, "again.cubin"))
+        verbose = _output(
+            get_ptxas(arch).path, "-v", f"--gpu-name={target.group(1)}", ptx, "-o", Path(folder, "again.cubin")
+        )
     registers = re.search(r"\bREG:(\d+)", usage)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", verbose)
     assert registers is not None and spills is not None, "the output of cuobjdump or ptxas has changed its form"
