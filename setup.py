@@ -14,8 +14,8 @@ setup(
     packages=find_namespace_packages(include=["ccella_fast", "ccella_fast.*"]),
     package_data={"ccella_fast.kernels": ["tuned/*.json"]},
     install_requires=[
-        "torch>=2.11,<2.15",  # 2.10 closes CVE-2026-24747; 2.15 is untested. What was run: docs/versions.md
-        "deepspeed>=0.19.7,<0.20",  # before, bf16 under ZeRO hides whether a step overflowed
+        "torch>=2.11,<2.15",  # 2.10 closes CVE-2026-24747; 2.15 is untested. What was run: docs/reference/versions.md
+        "deepspeed>=0.19.8,<0.20",  # before, its bf16 optimizer does not say whether a step overflowed
         "monai>=1.6.1,<1.7",
         "transformers>=5.17,<6",
         "numpy>=1.26",
@@ -32,7 +32,8 @@ setup(
     ],
     extras_require={
         # Pinned so that a machine without a GPU takes the small CPU build and not several GB of CUDA packages.
-        "cpu": ["torch==2.13.0"],
+        # Its Triton too: the CPU build names none, and pip would take a newer one.
+        "cpu": ["torch==2.13.0", "triton==3.7.1"],
         "gpu": [
             "triton>=3.6",
             "xformers>=0.0.35",

@@ -22,7 +22,7 @@ PACKAGES = [
     "torch", "deepspeed", "triton", "xformers", "monai", "transformers", "nvidia-dali-cuda130", "numpy", "nvidia-ml-py",
     "safetensors", "nibabel", "SimpleITK", "pydantic", "pynvml",
 ]  # fmt: skip
-_ISA = ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
+_ISA = ["avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_fp16"]
 _SETTINGS = [
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TRITON_INTERPRET", "CCELLA_FAST_BACKEND",
     "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
@@ -38,6 +38,8 @@ _TRAPS = {
     "slow": "PyTorch 2.9 runs 3D convolutions in half precision 4 to 20 times slower and in 3 times the memory "
     "(pytorch#166122, #166643, #174051): use 2.10 or later",
     "wrong": "cuDNN {} gives wrong values in bf16 3D convolutions (pytorch#163539): use 9.15 or later",
+    "fp16": "PyTorch 2.14.0 multiplies fp16 matrices up to a thousand times slower on a CPU with AMX (pytorch#193951): use "
+    "another release, bf16 or fp32",
     "old": "cuDNN {} lacks fast half-precision 3D convolutions (fixed in 9.15, pytorch#166122): use a newer PyTorch build",
 }
 
@@ -80,6 +82,8 @@ def warnings(facts: dict[str, Any]) -> list[str]:
             found.append(_TRAPS["wrong"].format(version))
         elif cudnn < 91500:
             found.append(_TRAPS["old"].format(version))
+    if not facts["gpu"] and "amx_fp16" in cpu["instructions"] and (packages["torch"] or "").startswith("2.14.0"):
+        found.append(_TRAPS["fp16"])
     if not facts["gpu"] and not cpu["multiplies_bf16"]:
         found.append(f"{_BF16_EMULATED}; float32 is faster, and what `auto` takes for sampling and training")
     if facts["gpu"] and packages["triton"] is None:

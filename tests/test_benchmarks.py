@@ -327,6 +327,13 @@ def test_known_traps_are_found():
     }  # fmt: skip
     assert environment.warnings(fine) == []
     assert len(environment.warnings({**fine, "cudnn": 91100})) == 1
+    slow = {
+        **fine, "gpu": [], "cudnn": None, "packages": {**fine["packages"], "torch": "2.14.0+cpu"},
+        "cpu": {**fine["cpu"], "instructions": ["amx_bf16", "amx_fp16"]},
+    }  # fmt: skip
+    assert [("193951" in line) for line in environment.warnings(slow)] == [True]
+    assert environment.warnings({**slow, "packages": {**slow["packages"], "torch": "2.14.1+cpu"}}) == []
+    assert environment.warnings({**slow, "cpu": {**slow["cpu"], "instructions": ["amx_bf16"]}}) == []
 
 
 def test_card_names_every_kernel_and_its_reason():
