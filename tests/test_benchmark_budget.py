@@ -173,6 +173,17 @@ def test_estimates_follow_what_cases_took():
     assert plan.needed(second) == pytest.approx(before / 2)
 
 
+def test_the_latent_shrinks_when_cases_turn_out_slower_than_their_estimates():
+    """The limits promised a fast machine; the first case then took twice its estimate."""
+    rates, plan = limits(5e11, 4.4e10), budget.Budget("cpu", 5, Clock())
+    first = QUICK[0]
+    assert plan.choose_latent(QUICK, rates, 2) == 2
+    plan.limit = 180.0  # what is left once the first case is over
+    assert plan.choose_latent(QUICK[1:], rates, 2) == 2  # the control
+    plan.learn(first, 2 * first.set_up["cpu"], rounds=0)
+    assert plan.choose_latent(QUICK[1:], rates, 2) == 4
+
+
 # Whole runs of cases that only let the clock run
 
 
