@@ -17,15 +17,19 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def mend_interpreter() -> None:
-    """Make tl.dot of bf16 right in Triton's interpreter, which multiplies the bit patterns (seen in 3.6 to 3.9). And compute
-    integers as compiled kernels do: the interpreter checks each sum and product of them for overflow, in half of its time."""
+    """Triton's interpreter (3.6 to 3.9) made right and quick for our kernels.
+
+    Its tl.dot of bf16 multiplies the bit patterns. It checks each integer sum and product for overflow, which compiled kernels
+    do not, in half of its time; and each call of a function within a kernel replaces triton.language anew, in half of the
+    rest."""
     import triton.language as tl
     from triton.runtime import interpreter
 
-    builder = interpreter.InterpreterBuilder
+    builder, function = interpreter.InterpreterBuilder, interpreter.InterpretedFunction
     if hasattr(builder, "plain_create_dot"):
         return
-    builder.plain_create_dot = builder.create_dot
+    builder.plain_create_dot, plain_call = builder.create_dot, function.__call__
+    replaced: set[str] = set()
 
     def widened(handle):
         if handle.dtype.scalar != tl.bfloat16:
@@ -35,9 +39,15 @@ def mend_interpreter() -> None:
     def create_dot(self, a, b, *rest):
         return self.plain_create_dot(widened(a), widened(b), *rest)
 
-    builder.create_dot = create_dot
-    only = interpreter.interpreter_builder
-    only.options = dataclasses.replace(only.options, sanitize_overflow=False)
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ in replaced:
+            return self.rewrite()(*args, **kwargs)
+        replaced.add(self.fn.__module__)
+        return plain_call(self, *args, **kwargs)
+
+    builder.create_dot, function.__call__ = create_dot, call
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
 
 GUARD = 4096  # elements before and behind a tensor; a multiple of every alignment that a kernel may assume

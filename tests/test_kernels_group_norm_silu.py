@@ -117,15 +117,22 @@ def test_reference_has_correct_gradients():
 @pytest.mark.parametrize(("dtype", "silu", "shift"), KINDS)
 def test_a_group_in_one_program(dtype, last, silu, shift):
     check(case(2, 12, 3, 5, 4, dtype=dtype, last=last, shift=shift), 4, silu)
-    check(case(1, 6, 35, dtype=dtype, last=last, shift=shift), 3, silu)
 
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("dtype", "silu", "shift"), KINDS)
 def test_a_group_in_many_programs(dtype, last, silu, shift, many_programs):
     check(case(2, 12, 3, 7, 3, dtype=dtype, last=last, shift=shift), 4, silu)
-    check(case(1, 6, 7, 13, dtype=dtype, last=last, shift=shift), 3, silu)
-    check(case(1, 6, 67, dtype=dtype, last=last, shift=shift), 1, silu)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("programs", ["one", "many"])
+def test_other_shapes(programs, last, request):
+    if programs == "many":
+        request.getfixturevalue("many_programs")
+    check(case(1, 6, 7, 13, dtype=torch.float32, last=last), 3)
+    check(case(1, 6, 67, dtype=torch.bfloat16, last=last), 1)
+    check(case(1, 6, 35, dtype=torch.float16, last=last), 3)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -140,11 +147,12 @@ def test_several_tiles_in_a_program(multiprocessors, last, many_programs, monkey
 
 
 # As the U-Net and the autoencoder use them, on grids that are much smaller and odd; 96 and 1024 take idle lanes and two blocks.
+# With channels first a program takes one of the 32 groups; four of them are enough.
 @pytest.mark.parametrize("channels", [64, 96, 128, 192, 256, 384, 512, 768, 1024])
 def test_widths_of_the_model(channels, monkeypatch):
     monkeypatch.setattr(module, "WHOLE", ())
     check(case(1, channels, 3, 5, 2, dtype=torch.bfloat16, last=True, parameters=torch.float32), 32)
-    check(case(1, channels, 3, 5, 2, dtype=torch.float32, last=False, shift=False), 32)
+    check(case(1, channels // 8, 3, 5, 2, dtype=torch.float32, last=False, shift=False), 4)
 
 
 @pytest.mark.parametrize("programs", ["one", "many"])
@@ -186,23 +194,23 @@ def test_parameters_and_shift_have_dtypes_of_their_own(many_programs):
 def test_stable_far_from_zero(last, programs, request):
     if programs == "many":
         request.getfixturevalue("many_programs")
-    x, weight, bias, _ = case(1, 8, 9, 10, 11, dtype=torch.float32, last=last, shift=False, mean=1000)
-    expected = both(4)[1](x.double(), weight.double(), bias.double(), None)
+    x, weight, bias, _ = case(1, 4, 5, 7, 11, dtype=torch.float32, last=last, shift=False, mean=1000)
+    expected = both(2)[1](x.double(), weight.double(), bias.double(), None)
     tolerance = {"rtol": 0, "atol": 1e-3}  # fp32 holds the mean to 3e-5; weights and slopes make 1e-4 of it
-    torch.testing.assert_close(both(4)[0](x, weight, bias, None).double(), expected, **tolerance)
-    shift = draw(1, 8, seed=3, dtype=torch.float32)
-    shifted = both(4)[0](x - 1000, weight, bias, 1000 + shift)
-    expected = both(4)[1]((x - 1000).double(), weight.double(), bias.double(), (1000 + shift).double())
+    torch.testing.assert_close(both(2)[0](x, weight, bias, None).double(), expected, **tolerance)
+    shift = draw(1, 4, seed=3, dtype=torch.float32)
+    shifted = both(2)[0](x - 1000, weight, bias, 1000 + shift)
+    expected = both(2)[1]((x - 1000).double(), weight.double(), bias.double(), (1000 + shift).double())
     torch.testing.assert_close(shifted.double(), expected, **tolerance)
 
 
 def test_the_one_pass_formula_is_not_stable_far_from_zero():
-    x, weight, bias, _ = case(1, 8, 9, 10, 11, dtype=torch.float32, shift=False, mean=1000)
-    expected = both(4)[1](x.double(), weight.double(), bias.double(), None)
-    flat = x.reshape(1, 4, -1)
+    x, weight, bias, _ = case(1, 4, 5, 7, 11, dtype=torch.float32, shift=False, mean=1000)
+    expected = both(2)[1](x.double(), weight.double(), bias.double(), None)
+    flat = x.reshape(1, 2, -1)
     mean, square = flat.mean(2), flat.square().mean(2)
     rstd = (square - mean.square() + 1e-5).rsqrt()
-    y = group_norm_silu_apply(x, 4, mean, rstd, weight, bias)
+    y = group_norm_silu_apply(x, 2, mean, rstd, weight, bias)
     assert not torch.allclose(y.double(), expected, rtol=0, atol=1e-3)
 
 
@@ -295,8 +303,7 @@ def test_offsets_beyond_2_to_the_31(last):
     assert not torch.equal(out.int().long(), out)  # 32 bits would not do
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(("last", "shift"), [(False, True), (True, False)])
 def test_library_ops(last, shift):
     x, weight, bias, shift = case(2, 4, 3, 2, dtype=torch.float32, last=last, shift=shift)
     leaves = [tensor.requires_grad_() if tensor is not None else None for tensor in (x, weight, bias, shift)]
