@@ -42,11 +42,15 @@ def data(tmp_path_factory):
     return write_prepared(tmp_path_factory.mktemp("exact") / "prepared")
 
 
-def check_equal(run, plain, *, numbers: float = 1e-5, weights: float = 2e-3):
-    """At every step. Adam divides by a gradient's size, so weights differ by more than the gradients' rounding."""
+def check_equal(run, plain, *, precision: str = "fp32"):
+    """At every step. Adam divides by a gradient's size, so weights differ by more than the gradients' rounding. Some releases
+    of torch round the norm of a bf16 gradient to bf16."""
+    numbers = ("loss", "loss_l1", "loss_class", "lr", "grad_norm")
+    allowed = dict.fromkeys(numbers, 1e-5) | {"model": 2e-3, "ema": 2e-3}
+    if precision == "bf16":
+        allowed["grad_norm"] = 2**-9
     found = difference(run, plain, at=list(range(1, len(plain))))
-    apart = {key: value for key, value in found.items() if value > (weights if key in ("model", "ema") else numbers)}
-    assert not apart
+    assert found.keys() == allowed.keys() and not {key: value for key, value in found.items() if value > allowed[key]}
     assert found["lr"] < 1e-12
 
 
@@ -55,7 +59,7 @@ def test_a_run_equals_a_plain_loop(tmp_path, data, stage, precision):
     train_here(tmp_path / "run", data, **UNUSUAL, **KEEP, zero_stage=stage, precision=precision)
     plain = plain_training(data, **UNUSUAL, precision=precision)
     assert all(step.logged["grad_norm"] > UNUSUAL["max_grad_norm"] for step in plain[1:])
-    check_equal(tmp_path / "run", plain)
+    check_equal(tmp_path / "run", plain, precision=precision)
     if (stage, precision) == (0, "fp32"):
         for setting, (value, number) in OTHERWISE.items():
             other = plain_training(data, **{**UNUSUAL, setting: value}, precision=precision)
