@@ -36,6 +36,7 @@ class Session:
         self.device, self.command, self.debug = device, command, debug
         self.budget = Budget(device.type, minutes)
         self.bench = Workbench(device, Config(), self._tick)
+        self.give_up = math.inf  # on the clock, while a case runs
         self.reduced: list[str] = []  # what was measured at less than its usual size, and why
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
         self.gpu: Gpu | str = open_gpu() if device.type == "cuda" else "no GPU"
@@ -101,6 +102,7 @@ class Session:
     def _case(self, case: Case, traces: Path | None, seconds: float = math.inf) -> dict[str, Any]:
         """One case's row; `seconds`: what it should take at most."""
         begin = time.perf_counter()
+        self.give_up = begin + self.budget.left()
         row: dict[str, Any] = {
             "name": case.name, "suite": case.suite, "about": case.about, "status": "ok", "why": "", "shapes": {},
             "sides": {}, "speedups": {}, "facts": [], "curves": {}, "missing": {}, "notes": [],
@@ -121,6 +123,7 @@ class Session:
             row |= {"status": "failed", "why": f"{type(error).__name__}: {str(error):.300}", "speedups": {}}
             if self.debug:
                 traceback.print_exc()
+        self.give_up = math.inf
         trial = None  # what it holds must be gone before the next case
         gc.collect()
         if self.device.type == "cuda":
@@ -225,7 +228,9 @@ class Session:
     label = "machine"
 
     def _tick(self, text: str) -> None:
-        """What is going on now, on one line that is written over."""
+        """What is going on now, on one line that is written over. A case that has no time left for it ends here."""
+        if time.perf_counter() > self.give_up:
+            raise Skip("given up: the time limit came before its first round")
         if sys.stderr.isatty():
             print(f"\r\033[K{self.label}: {text}" if text else "\r\033[K", end="", file=sys.stderr, flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import types
 
@@ -236,6 +237,31 @@ def test_a_quick_run_leaves_nothing_out(monkeypatch, clock):
     record = measured(monkeypatch, clock, toys)
     assert len(record["cases"]) == 3 and record["left_out"] == {} and record["reduced"] == []
     assert all(case["sides"]["ours"]["seconds"]["n"] >= timer.LEAST_ROUNDS for case in record["cases"])
+
+
+@pytest.mark.parametrize("set_up", [500.0, 100.0])
+def test_a_case_is_given_up_when_the_time_is_over(monkeypatch, clock, set_up):
+    """Its set-up alone takes longer than the run may; the control has time left for one round."""
+    toys = [toy(clock, "denoising_step", 0.5, budget=5, set_up={"cpu": 3}), stuck(clock, set_up)]
+    record = measured(monkeypatch, clock, toys)
+    late = record["cases"][1]
+    calls = [side["seconds"]["n"] for side in late["sides"].values()]
+    if set_up == 500.0:
+        assert late["status"] == "skipped" and "given up" in late["why"] and calls == [] and clock.now < 600
+    else:
+        assert late["status"] == "ok" and min(calls) >= 1 and record["seconds"] < 300
+    assert record["cases"][0]["status"] == "ok"
+
+
+def stuck(clock, seconds):
+    """A training step whose set-up takes far longer than estimated."""
+    case = toy(clock, "training_step", 1.0, budget=5, set_up={"cpu": 3})
+
+    def build(bench):
+        clock.now += seconds
+        return case.build(bench)
+
+    return dataclasses.replace(case, build=build)
 
 
 def test_bf16_cases_are_for_those_who_ask_where_it_is_emulated(monkeypatch):
