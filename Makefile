@@ -15,8 +15,9 @@ REPORTS := --report "Prostate 42 cc, PSA 9.8. 14 mm low T2 focus in the left per
 PROMPTS := $(if $(DATA),$(if $(wildcard $(DATA)/studies.csv),$(REPORTS),--num_samples 4),$(REPORTS))
 
 # Tests whose result depends on how the CPU computes; the last is a sample in bf16.
-NUMERICS := $(addprefix tests/test_, schedule.py solvers.py solver_order.py losses.py models.py vae.py kernels_attention.py \
-            kernels_geglu.py kernels_residual_shift.py kernels_upsample_conv3d.py \
+NUMERICS := $(addprefix tests/test_, schedule.py solvers.py solver_order.py losses.py models.py vae.py bf16.py thin_grids.py \
+            kernels_attention.py kernels_cross_attention.py kernels_geglu.py kernels_group_norm_silu.py \
+            kernels_residual_shift.py kernels_upsample_conv3d.py \
             fast_sampler.py::test_bfloat16_stays_near_float32)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -36,9 +37,10 @@ demo: $(VENV)/installed
 	ccella-fast sample --checkpoint $(OUT)/model $(PROMPTS) --out $(OUT)/samples
 	ccella-fast report $(OUT)
 
-# Two processes of one thread each: the tests' tensors are too small to share, and OpenMP teams that compete crawl.
+# Two processes of one thread each: the tests' tensors are too small to share, and OpenMP teams that compete crawl. Files start
+# in the order of tests/conftest.py, the longest first.
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The numerics again as a plainer CPU computes them: no vectors in PyTorch's own loops, AVX2 alone in oneDNN, MKL and OpenBLAS.
 test-narrow: $(VENV)/installed-test
