@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import locale
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,5 +159,16 @@ def write_dicom(folder: Path, values: np.ndarray | None = None, **tags: Any) -> 
             image.SetSpacing((column, row))
         paths.append(folder / f"{(7 * number) % count:03d}.dcm")
         writer.SetFileName(str(paths[-1]))
-        writer.Execute(image)
+        with same_locale():
+            writer.Execute(image)
     return paths
+
+
+@contextmanager
+def same_locale() -> Iterator[None]:
+    """Writing DICOM, SimpleITK sets the process's locale to "C", and text files are then ASCII to whoever names no encoding."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)

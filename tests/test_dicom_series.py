@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,10 @@ def test_each_slice_has_its_own_rescaling(tmp_path: Path):
     expected = plain * np.array(slopes, float) + np.array(intercepts, float)
     assert expected.min() < 0 and np.abs(expected - np.rint(expected)).max() == 0.5
     np.testing.assert_array_equal(read_volume(tmp_path).array, expected)
+
+
+def test_reading_and_writing_a_series_leave_the_locale_alone(tmp_path):
+    before = locale.setlocale(locale.LC_ALL), locale.getencoding()
+    write_dicom(tmp_path / "series")
+    read_volume(tmp_path / "series")
+    assert (locale.setlocale(locale.LC_ALL), locale.getencoding()) == before
