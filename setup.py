@@ -32,8 +32,7 @@ setup(
     ],
     extras_require={
         # Pinned so that a machine without a GPU takes the small CPU build and not several GB of CUDA packages.
-        # Its Triton too: the CPU build names none, and pip would take a newer one.
-        "cpu": ["torch==2.13.0", "triton==3.7.1"],
+        "cpu": ["torch==2.13.0"],
         "gpu": [
             "triton>=3.6",
             "xformers>=0.0.35",
