@@ -1,8 +1,8 @@
 """3x3x3 convolutions in bf16 on a CPU, where the grid has fewer than three voxels along an axis.
 
 oneDNN (3.10, 3.12) is wrong there. With AVX-512 the gradient of the weight is wrong at stride 1 for two voxels along the first
-axis, and at stride 2 for one voxel along the second or third axis, where it may also corrupt the heap. With AMX the forward pass
-at stride 2 reads uninitialised memory when its output is one voxel wide along the last axis (pytorch#169688).
+axis, and at stride 2 for one voxel along the second or third axis, where it may also corrupt the heap. With AMX the forward
+pass at stride 2 reads uninitialised memory when its output is one voxel wide along the last axis (pytorch#169688).
 """
 
 from __future__ import annotations
