@@ -14,7 +14,7 @@ setup(
     packages=find_namespace_packages(include=["ccella_fast", "ccella_fast.*"]),
     package_data={"ccella_fast.kernels": ["tuned/*.json"]},
     install_requires=[
-        "torch>=2.11,<2.15",  # 2.10 closes CVE-2026-24747; 2.15 is untested. What was run: docs/reference/versions.md
+        "torch>=2.11,<2.16",  # 2.10 closes CVE-2026-24747; 2.16 is untested. What was run: docs/reference/versions.md
         "deepspeed>=0.19.8,<0.20",  # before, its bf16 optimizer does not say whether a step overflowed
         "monai>=1.6.1,<1.7",
         "transformers>=5.17,<6",
@@ -45,7 +45,7 @@ setup(
             "pytest-xdist>=3.7",
             "nvidia-dali-cuda130>=2.4,<3",  # both data engines are compared, on a CPU too
             "diffusers>=0.40,<0.43",  # independent truth for solvers
-            # As torch 2.11 to 2.14 pin it. For kernels in its interpreter and ahead-of-time compilation; no GPU needed.
+            # As torch 2.11 to 2.15 require it. For kernels in its interpreter and ahead-of-time compilation; no GPU needed.
             "triton>=3.6,<3.10",
             "xformers>=0.0.35",
             "sentencepiece>=0.2",

@@ -69,9 +69,12 @@ def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def spellings(text: str) -> list[bytes]:
-    """`text` as bytes: UTF-8 in three cases, UTF-16, hexadecimal, JSON's escapes, and base64 at its three offsets."""
+    """`text` as bytes: UTF-8 in three cases, UTF-16, hexadecimal, JSON's escapes, and base64 at its three offsets.
+
+    Of base64 only what is long enough not to stand in a picture's data by chance: four characters do."""
     raw = text.encode()
     packed = [base64.b64encode(bytes(shift) + raw)[4:-4] for shift in range(3)]
+    packed = [characters for characters in packed if len(characters) >= 8]
     return [raw, text.upper().encode(), text.title().encode(), text.encode("utf-16-le"), raw.hex().encode(), *packed]
 
 
