@@ -23,6 +23,26 @@ def test_atomic_path_keeps_the_old_file_on_failure(tmp_path):
     assert storage.read_json(target) == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
+def test_a_file_is_flushed_before_its_rename_and_the_folder_after(tmp_path, monkeypatch):
+    """Otherwise a power failure leaves the final name on an empty file, or no name at all."""
+    happened = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(handle):
+        happened.append(("fsync", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def watched_replace(source, target):
+        happened.append(("replace", str(source)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    storage.write_json(tmp_path / "a.json", {})
+    (_, temporary), *_ = happened
+    assert happened == [("fsync", temporary), ("replace", temporary), ("fsync", str(tmp_path))]
+
+
 def test_atomic_folder_publishes_all_or_nothing(tmp_path):
     with pytest.raises(RuntimeError), storage.atomic_folder(tmp_path / "f") as temporary:
         (temporary / "x").write_text("half")
