@@ -63,11 +63,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Fsync every file below `temporary`, then give the folder its final name."""
-    for file in temporary.rglob("*"):
-        _fsync(file)
-    _fsync(temporary)
+    """Fsync all that is below `temporary`, then give the folder its final name."""
+    for entry in temporary.rglob("*"):
+        _fsync(entry)
     os.chmod(temporary, 0o777 & ~_umask())
+    _fsync(temporary)  # also its mode
     os.rename(temporary, path)
     _fsync(path.parent)
 

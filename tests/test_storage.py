@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import stat
 import subprocess
 import sys
 import time
@@ -23,24 +24,67 @@ def test_atomic_path_keeps_the_old_file_on_failure(tmp_path):
     assert storage.read_json(target) == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_file_is_flushed_before_its_rename_and_the_folder_after(tmp_path, monkeypatch):
-    """Otherwise a power failure leaves the final name on an empty file, or no name at all."""
-    happened = []
-    fsync, replace = os.fsync, os.replace
+@pytest.fixture
+def happened(monkeypatch):
+    """(call, path, mode at that moment) of every flush and rename, in their order."""
+    calls = []
+    fsync = os.fsync
 
     def watched_fsync(handle):
-        happened.append(("fsync", os.readlink(f"/proc/self/fd/{handle}")))
+        calls.append(("fsync", os.readlink(f"/proc/self/fd/{handle}"), stat.S_IMODE(os.fstat(handle).st_mode)))
         fsync(handle)
 
-    def watched_replace(source, target):
-        happened.append(("replace", str(source)))
-        replace(source, target)
+    def watched(rename):
+        def call(source, target):
+            calls.append(("rename", str(source), stat.S_IMODE(os.stat(source).st_mode)))
+            rename(source, target)
+
+        return call
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
-    monkeypatch.setattr(os, "replace", watched_replace)
+    monkeypatch.setattr(os, "replace", watched(os.replace))
+    monkeypatch.setattr(os, "rename", watched(os.rename))
+    return calls
+
+
+def test_a_file_is_flushed_before_its_rename_and_the_folder_after(tmp_path, happened):
+    """Otherwise a power failure leaves the final name on an empty file, or no name at all."""
     storage.write_json(tmp_path / "a.json", {})
-    (_, temporary), *_ = happened
-    assert happened == [("fsync", temporary), ("replace", temporary), ("fsync", str(tmp_path))]
+    mode = stat.S_IMODE((tmp_path / "a.json").stat().st_mode)
+    _, temporary, _ = happened[0]
+    expected = [("fsync", temporary, mode), ("rename", temporary, mode)]
+    assert happened[:2] == expected and [call[:2] for call in happened[2:]] == [("fsync", str(tmp_path))]
+
+
+def test_all_of_a_folder_is_flushed_before_its_rename_and_its_parent_after(tmp_path, happened):
+    with storage.atomic_folder(tmp_path / "f") as temporary:
+        (temporary / "deep" / "deeper").mkdir(parents=True)
+        for name in ("x", "deep/y", "deep/deeper/z"):
+            (temporary / name).write_text(name)
+    mode = stat.S_IMODE((tmp_path / "f").stat().st_mode)
+    below = {f"{temporary}/{name}" for name in ("x", "deep", "deep/y", "deep/deeper", "deep/deeper/z")}
+    *entries, flushed, renamed, last = happened
+    assert {path for _, path, _ in entries} == below and {call for call, *_ in entries} == {"fsync"}
+    assert (flushed, renamed) == (("fsync", str(temporary), mode), ("rename", str(temporary), mode))
+    assert last[:2] == ("fsync", str(tmp_path))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
+def test_modes_are_those_that_open_and_mkdir_give(tmp_path, mask):
+    """`mkstemp` and `mkdtemp` make what only the owner reads: a colleague could not use a run."""
+    before = os.umask(mask)
+    try:
+        (tmp_path / "plain.json").write_text("{}")
+        (tmp_path / "plain").mkdir()
+        storage.write_json(tmp_path / "ours.json", {})
+        with storage.atomic_folder(tmp_path / "ours") as temporary:
+            storage.write_json(temporary / "a.json", {})
+    finally:
+        left = os.umask(before)
+    assert left == mask  # the process's own stays as it was
+    mode = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert mode["ours.json"] == mode["a.json"] == mode["plain.json"] == 0o666 & ~mask
+    assert mode["ours"] == mode["plain"] == 0o777 & ~mask
 
 
 def test_atomic_folder_publishes_all_or_nothing(tmp_path):

@@ -1,7 +1,7 @@
 """Latents made while training: load, augment, encode with the frozen autoencoder. A few hundred studies become endless.
 
-What a study looks like in an epoch is drawn from (seed, case id, epoch), so a run that is taken up again, on another number of
-processes too, sees the same volumes as an unbroken one.
+What a study looks like in an epoch is drawn from (seed, case id, epoch) alone: a resumed run sees the same volumes as an
+unbroken one, and runs of one global batch see the same whatever their number of processes.
 """
 
 from __future__ import annotations
