@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import CONFIG, train_here, weights, write_prepared
+from training_fixtures import CONFIG, remade, train_here, weights, write_prepared
 
 import ccella_fast
+from ccella_fast import checkpoint
 from ccella_fast.checkpoint import (
     export_reference,
     load_checkpoint,
@@ -115,13 +116,6 @@ def test_a_checkpoint_of_another_variant_is_refused(run):
         load_checkpoint(folder)
 
 
-def remade(folder):
-    """A manifest that is right for what the folder holds now, as an attacker would write it."""
-    manifest = read_json(folder / "manifest.json")
-    (folder / "manifest.json").unlink()
-    write_manifest(folder, **{key: manifest[key] for key in ("step", "world_size", "versions")})
-
-
 class Hostile:
     def __init__(self, canary):
         self.canary = canary
@@ -185,10 +179,104 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run, data, monkeypatch, wher
     assert train_here(run, data, checkpointing_steps=2, zero_stage=1, resume="latest") == 0
 
 
-def test_going_on_from_an_older_checkpoint_keeps_what_it_writes(run):
-    older = shutil.copytree(step(run, 4), run / "checkpoints" / ".partial-step-00000003")
-    publish(older, step(run, 3), keep=2)
-    assert [folder.name for folder in step_folders(run)] == ["step-00000006", "step-00000003"]
+def small(folder, content="weights"):
+    """A step folder with right hashes and no training behind it."""
+    (folder / "deepspeed").mkdir(parents=True)
+    (folder / "model.safetensors").write_text(content)
+    (folder / "deepspeed" / "shard.pt").write_text("shard")
+    write_manifest(folder, step=1)
+    return folder
+
+
+def publish_small(run, number, keep, content="weights"):
+    publish(small(run / "checkpoints" / f".partial-step-{number:08d}", content), step(run, number), keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words", "file"),
+    [
+        (lambda m: m | {"format": "ccella_fast.prepared"}, "not a ccella_fast.checkpoint of version 1", "manifest.json"),
+        (lambda m: m | {"version": 2}, "not a ccella_fast.checkpoint of version 1", "manifest.json"),
+        (lambda m: m | {"version": "1"}, "not a ccella_fast.checkpoint of version 1", "manifest.json"),
+        *[(lambda m, key=key: {k: v for k, v in m.items() if k != key}, f"malformed.*{key}", "manifest.json")
+          for key in ("format", "version", "files")],
+        (lambda m: m | {"files": ["model.safetensors"]}, "malformed", "manifest.json"),
+        (lambda m: [m], "malformed", "manifest.json"),
+        (lambda m: entry(m, sha256="0" * 64), "damaged", "model.safetensors"),
+        (lambda m: entry(m, bytes=8), "damaged", "model.safetensors"),
+        (lambda m: entry(m, bytes=6), "damaged", "model.safetensors"),
+        (lambda m: m | {"files": m["files"] | {"absent.pt": m["files"]["model.safetensors"]}}, "missing", "absent.pt"),
+        *[(lambda m, key=key: m | {"files": {"model.safetensors": {key: m["files"]["model.safetensors"][key]}}},
+           "malformed", "manifest.json") for key in ("sha256", "bytes")],
+    ],
+)  # fmt: skip
+def test_a_wrong_manifest_is_refused_by_name(tmp_path, edit, words, file):
+    folder = small(tmp_path / "step")
+    manifest = read_json(folder / "manifest.json")
+    assert verify(folder) == manifest and set(manifest["files"]) == {"model.safetensors", "deepspeed/shard.pt"}
+    assert manifest["files"]["model.safetensors"]["bytes"] == len("weights")
+    write_json(folder / "manifest.json", edit(manifest))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        verify(folder)
+    assert caught.value.path == str(folder / file)
+
+
+def entry(manifest, **changed):
+    """The manifest with another entry for the weights."""
+    files = manifest["files"]
+    return manifest | {"files": files | {"model.safetensors": files["model.safetensors"] | changed}}
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_as_many_are_kept_as_asked(tmp_path, keep, monkeypatch):
+    intact = []
+    remove = checkpoint._remove
+
+    def watched(folder):
+        intact.append(newest(tmp_path))
+        remove(folder)
+
+    monkeypatch.setattr(checkpoint, "_remove", watched)
+    for number in range(1, 6):
+        publish_small(tmp_path, number, keep)
+    assert step_folders(tmp_path) == [step(tmp_path, number) for number in range(5, 5 - keep, -1)]
+    assert all(verify(folder) for folder in step_folders(tmp_path))
+    # Each was complete under its final name before an older one went.
+    assert intact == [step(tmp_path, number) for number in range(keep + 1, 6)]
+    assert not list(tmp_path.rglob(".partial*"))
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [3]), (2, [6, 3]), (3, [6, 4, 3]), (4, [6, 4, 3, 2])])
+def test_an_older_step_stays_with_the_newest_others(tmp_path, keep, left):
+    for number in (2, 4, 6):
+        publish_small(tmp_path, number, keep=9)
+    publish_small(tmp_path, 3, keep=keep)
+    assert step_folders(tmp_path) == [step(tmp_path, number) for number in left]
+
+
+def test_the_newest_intact_one_is_found_past_two_corrupt_ones(tmp_path, caplog):
+    for number in (1, 2, 3):
+        publish_small(tmp_path, number, keep=3)
+    assert newest(tmp_path) == step(tmp_path, 3)
+    (step(tmp_path, 3) / "deepspeed" / "shard.pt").write_text("shaRd")
+    (step(tmp_path, 2) / "manifest.json").write_text("{")
+    assert newest(tmp_path) == step(tmp_path, 1)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 2 and str(step(tmp_path, 3) / "deepspeed" / "shard.pt") in warned[0]
+    assert str(step(tmp_path, 2) / "manifest.json") in warned[1]
+
+
+def test_a_corrupt_checkpoint_of_the_same_step_is_replaced(run, trained, data):
+    """The run goes on from step 4 and comes by step 6 again."""
+    (step(run, 6) / "model.safetensors").write_bytes(b"half")
+    (step(run, 6) / "left.behind").write_text("")
+    train_here(run, data, checkpointing_steps=2, zero_stage=1, resume="latest")
+    verify(step(run, 6))
+    for name in ("model", "ema"):
+        file = f"{name}.safetensors"
+        assert (step(run, 6) / file).read_bytes() == (step(trained, 6) / file).read_bytes()
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"step-00000004", "step-00000006"} and not (step(run, 6) / "left.behind").exists()
 
 
 def test_config_of_a_checkpoint_is_the_configuration_of_the_run(run):

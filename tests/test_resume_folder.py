@@ -7,11 +7,24 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training_fixtures import losses, train_here, write_prepared
+from training_fixtures import losses, remade, train_here, weights, write_prepared
 
-from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.errors import CheckpointError, ConfigError, NonFiniteError
+from ccella_fast.storage import read_json, write_json
+from ccella_fast.training import loop
 
 SETTINGS = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 9, "zero_stage": 1}
+# Each field of training_state.json with another value. What a run is made of is refused; how far it has come is followed.
+REFUSED = {
+    "total_steps": 4,
+    "world_size": 2,
+    "data_sha256": "0" * 64,
+    "variant": "LAST",
+    "seed": 1,
+    "scale_factor": [0.98],
+    "intensity_scale": {"t2w": 713.0},
+}
+FOLLOWED = {"step", "ema_updates", "bad_in_a_row"}
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +80,71 @@ def test_a_run_goes_on_from_the_folder_that_is_named(run, data, trained):
 def test_a_folder_of_another_run_is_refused(run, trained, data):
     with pytest.raises(ConfigError, match="goes on in its own folder"):
         train_here(run, data, resume=str(trained / "checkpoints" / "step-00000002"), **SETTINGS)
+
+
+def changed(run, **values):
+    """Step 2 with other values in training_state.json, under hashes that fit."""
+    folder = run / "checkpoints" / "step-00000002"
+    file = folder / "training_state.json"
+    write_json(file, read_json(file) | values)
+    remade(folder)
+    return str(folder)
+
+
+def test_every_field_of_the_state_is_known(run, data):
+    """A new field belongs to REFUSED, or to FOLLOWED with a test."""
+    state = read_json(run / "checkpoints" / "step-00000002" / "training_state.json")
+    assert set(state) == REFUSED.keys() | FOLLOWED
+    assert all(state[field] != value for field, value in REFUSED.items())
+    assert train_here(run, data, resume=changed(run), **SETTINGS) == 0  # the control: nothing is changed
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_a_state_of_another_run_is_refused_by_field(run, data, field):
+    before = (run / "run_status.json").read_bytes()
+    folder = changed(run, **{field: REFUSED[field]})
+    with pytest.raises(ConfigError) as caught:
+        train_here(run, data, resume=folder, **SETTINGS)
+    assert (caught.value.field, caught.value.path) == (field, folder)
+    assert (run / "run_status.json").read_bytes() == before
+
+
+def test_the_step_of_the_state_is_followed(run, data, trained):
+    """Back at step 1 the second batch comes again, though the weights are those after step 2."""
+    assert train_here(run, data, resume=changed(run, step=1), **SETTINGS) == 0
+    assert [step for step, _ in losses(run)] == [1, 2, 3]
+    assert losses(run)[0] == losses(trained)[0] and losses(run)[1] != losses(trained)[1]
+
+
+@pytest.mark.parametrize("updates", [2, 5])
+def test_the_average_goes_on_by_its_number_of_updates(run, data, updates):
+    """average <- d average + (1 - d) weights with d = min(0.9, (1 + n) / (10 + n)) at its n-th update, in float64."""
+    before = weights(run, 2, "ema")
+    assert train_here(run, data, resume=changed(run, ema_updates=updates), **SETTINGS) == 0
+    found, raw, n = weights(run, 3, "ema"), weights(run, 3), updates + 1
+    decay = (1 + n) / (10 + n)
+    errors = [
+        (decay * before[name].double() + (1 - decay) * raw[name].double() - found[name].double()).abs().max().item()
+        for name in found
+    ]
+    assert max(errors) < 1e-7
+    off = (before["unet.conv_in.conv.weight"] - raw["unet.conv_in.conv.weight"]).abs().max().item()
+    assert off * abs(decay - (1 + n + 1) / (10 + n + 1)) > 1e-6  # the control: one update more would be seen
+
+
+@pytest.mark.parametrize(("bad", "stops"), [(0, False), (8, False), (9, True)])
+def test_non_finite_steps_are_counted_across_a_resume(run, data, monkeypatch, bad, stops):
+    joint_loss = loop.joint_loss
+
+    def broken(*arguments):
+        found = joint_loss(*arguments)
+        return found._replace(total=found.total * float("nan"))
+
+    monkeypatch.setattr(loop, "joint_loss", broken)
+    folder = changed(run, bad_in_a_row=bad)
+    if stops:
+        with pytest.raises(NonFiniteError, match=r"step 3: .*10 in a row"):
+            train_here(run, data, resume=folder, **SETTINGS)
+    else:
+        assert train_here(run, data, resume=folder, **SETTINGS) == 0
+        assert read_json(run / "checkpoints" / "step-00000003" / "training_state.json")["bad_in_a_row"] == bad + 1

@@ -17,7 +17,7 @@ from ccella_fast.data.dataset import PreparedDataset
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.errors import CcellaError, NonFiniteError
 from ccella_fast.models import build_model
-from ccella_fast.training import processes
+from ccella_fast.training import loop, processes
 from ccella_fast.training.feed import Feed, epoch_order
 from ccella_fast.training.loop import joint_loss
 
@@ -161,17 +161,28 @@ def test_posterior_is_drawn_anew_and_scaled(data):
 
 
 def test_class_loss_of_parts_is_that_of_the_whole(data):
-    """One sample of the batch has no class, so the mean of local means would be wrong."""
+    """One sample of the batch has no class, so the mean of local means would be wrong. The truth is in float64 by hand."""
     schedule = Schedule.from_config(SchedulerConfig())
+    logits = torch.linspace(-1, 2, 10).view(5, 2)
 
     def classes(samples, rows):
-        logits = torch.linspace(-1, 2, 10).view(5, 2)[rows]
-        return float(joint_loss(Answer(samples.noise, logits), samples, schedule, 1.0).classes)
+        return float(joint_loss(Answer(samples.noise, logits[rows]), samples, schedule, 1.0).classes)
 
-    whole = classes(feed(data, batch_size=5).micro_batch(0, 0), slice(None))
-    parts = [classes(feed(data, batch_size=1, accumulation=5).micro_batch(0, m), slice(m, m + 1)) for m in range(5)]
-    assert np.mean(parts) == pytest.approx(whole, rel=1e-6)
-    assert 0.0 in parts and whole != pytest.approx(sum(parts) / 4 / 5 * 4 + 1)
+    batch = feed(data, batch_size=5).micro_batch(0, 0)
+    p = np.exp(logits.double().numpy())
+    p /= p.sum(1, keepdims=True)
+    target = {"case0": 0, "case1": 1, "case2": 0, "case3": 1}  # case4 has neither class nor report
+    by_hand = [
+        100 * (0.25, 0.75)[target[case]] * (1 - row[target[case]]) ** 2 * -np.log(row[target[case]])
+        for case, row in zip(batch.ids, p, strict=True)
+        if case in target
+    ]
+    assert classes(batch, slice(None)) == pytest.approx(np.mean(by_hand), rel=1e-5)
+    micro = [feed(data, batch_size=1, accumulation=5).micro_batch(0, m) for m in range(5)]
+    parts = [classes(samples, slice(m, m + 1)) for m, samples in enumerate(micro)]
+    assert np.mean(parts) == pytest.approx(np.mean(by_hand), rel=1e-5) and parts.count(0.0) == 1
+    unshared = [classes(samples._replace(class_share=1.0), slice(m, m + 1)) for m, samples in enumerate(micro)]
+    assert np.mean(unshared) == pytest.approx(np.mean(by_hand) * 4 / 5, rel=1e-5)  # the control: a fifth too small
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -285,6 +296,29 @@ def test_a_nan_latent_is_named_and_its_step_skipped(tmp_path, caplog, stage, pre
         assert all(torch.equal(before[name], after[name]) for name in after)
     rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rates == [pytest.approx(2e-3 * (1 - k / 5) ** 2) for k in range(5) if k != bad - 1]
+
+
+@pytest.mark.parametrize("inputs", [True, False], ids=["a case", "no case"])
+def test_cases_of_a_step_that_is_not_finite(tmp_path, data, caplog, monkeypatch, inputs):
+    """A case with a prediction that is not finite is named alone; where all are finite and the gradient is not, all are."""
+    if inputs:
+        data = write_prepared(tmp_path / "prepared", nan_in="case2")
+    else:
+        joint = loop.joint_loss
+        monkeypatch.setattr(loop, "joint_loss", lambda *a: (it := joint(*a))._replace(total=it.total * float("nan")))
+    train_here(tmp_path / "run", data, batch_size=2, gradient_accumulation_steps=2, max_train_steps=1)
+    (message,) = [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
+    first = [f"case{number}" for number in epoch_order(0, 0, 5)[:4]]
+    assert "case2" in first and message.endswith("cases: " + ("case2" if inputs else ", ".join(sorted(first))))
+
+
+def test_a_case_of_another_process_is_named(caplog):
+    """`mine` is empty here; the other process has found one."""
+    losses = loop.Losses(*torch.zeros(3), torch.ones(2, dtype=torch.bool))
+    theirs = iter([["case7"], ["case6", "case7"]])
+    control = SimpleNamespace(gathered=lambda mine: [mine, next(theirs)])
+    loop._report_non_finite(3, 1, [(["case0", "case1"], losses)], control)
+    assert caplog.records[-1].getMessage().endswith("cases: case7")
 
 
 def test_ten_non_finite_steps_in_a_row_stop_the_run(tmp_path):

@@ -128,6 +128,16 @@ def weights(folder: Path, step: int, name: str = "model") -> dict[str, Any]:
     return load_file(folder / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
 
 
+def remade(folder: Path) -> None:
+    """Write a manifest that is right for what the step folder holds now, as an attacker would."""
+    from ccella_fast.checkpoint import write_manifest
+    from ccella_fast.storage import read_json
+
+    manifest = read_json(folder / "manifest.json")
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, **{key: manifest[key] for key in ("step", "world_size", "versions")})
+
+
 def environment(**extra: str) -> dict[str, str]:
     """One thread, no rank variables, our interpreter's commands first."""
     clean = {

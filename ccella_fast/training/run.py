@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,8 +81,6 @@ def train(
         if state["step"] >= plan.total_steps:
             LOG.info("%s is complete (%d steps), nothing to do", run, plan.total_steps)
             return 0
-        kept = {name: state[name] for name in ("scale_factor", "intensity_scale")}
-        plan = replace(plan, facts=plan.facts | kept)
     return _train(plan)
 
 
@@ -154,8 +152,8 @@ def find_start(run: Path, resume: str | None) -> Path | None:
 def check_same(plan: Plan, start: Path, state: dict[str, Any]) -> None:
     """Refuse to go on with anything that shapes the run changed; the message names the first key."""
     before, now = (_flat(values.dump()) for values in (load_config(start / "config.json"), plan.config))
-    before |= {key: state[key] for key in ("world_size", "total_steps", "data_sha256")}
-    now |= {key: plan.facts[key] for key in ("world_size", "total_steps", "data_sha256")}
+    before |= {key: state.get(key) for key in plan.facts}
+    now |= plan.facts
     for key, value in now.items():
         if before.get(key) != value and not any(key == free or key.startswith(free + ".") for free in _FREE):
             raise ConfigError(
