@@ -22,8 +22,10 @@ def describe(config: Config, *, data: Path, run: Path, deepspeed_file: Path | No
     parameters = sum(parameter.numel() for parameter in model.parameters())
     memory = parameters * bytes_per_parameter(plan.config, plan.facts["world_size"])
     training = plan.config.training
-    shards = parameters * (4 * _FP32 if training.precision == "fp32" else 2 + 3 * _FP32)
-    checkpoint = shards + parameters * _FP32 * (2 if training.ema_decay else 1)
+    vae = sum(
+        file.stat().st_size for file in (data / "vae").rglob("*") if file.is_file()
+    )  # every checkpoint has a copy
+    checkpoint = parameters * checkpoint_bytes_per_parameter(plan.config) + vae
     lines = [
         json.dumps({"config": plan.config.dump(), "deepspeed": plan.engine_values}, indent=2),
         f"variant {plan.config.model.variant}, {parameters:,} parameters, {plan.total_steps} steps",
@@ -36,8 +38,21 @@ def describe(config: Config, *, data: Path, run: Path, deepspeed_file: Path | No
 def bytes_per_parameter(config: Config, world_size: int) -> float:
     """Of one process: ZeRO 1 divides optimizer state and averages by the processes, 2 gradients too, 3 weights too."""
     training = config.training
-    low = _FP32 if training.precision == "fp32" else 2
-    masters = 0 if training.precision == "fp32" and training.zero_stage == 0 else _FP32
-    states = masters + 2 * _FP32 + (_FP32 if training.ema_decay else 0)
+    low, optimizer = _weights_and_optimizer(config)
+    states = optimizer + (_FP32 if training.ema_decay else 0)
     shares = [world_size if training.zero_stage >= stage else 1 for stage in (1, 2, 3)]
     return states / shares[0] + low / shares[1] + low / shares[2]
+
+
+def checkpoint_bytes_per_parameter(config: Config) -> int:
+    """On disk, all processes together: DeepSpeed's shards, the fp32 weights, and their averages if they are kept."""
+    low, optimizer = _weights_and_optimizer(config)
+    shards = optimizer + (0 if config.training.zero_stage == 3 else low)  # ZeRO 3 writes the fp32 weights alone
+    return shards + _FP32 + (_FP32 if config.training.ema_decay else 0)
+
+
+def _weights_and_optimizer(config: Config) -> tuple[int, int]:
+    """Bytes a parameter of the weights that the model computes with; of fp32 copies of them and Adam's two moments."""
+    training = config.training
+    copies = 0 if training.precision == "fp32" and training.zero_stage == 0 else _FP32
+    return (_FP32 if training.precision == "fp32" else 2), copies + 2 * _FP32
