@@ -146,7 +146,38 @@ def test_unwritable_folder_is_a_disk_error(tmp_path):
         storage.write_json(tmp_path / "file" / "a.json", {})
 
 
-@pytest.mark.parametrize("entry", ["/etc/passwd", "../x", "a/../../x", "", "a\0b", "link/x"])
+def test_folders_above_are_made_and_long_names_of_files_refused(tmp_path):
+    storage.write_json(tmp_path / "a" / "b" / "c.json", {})
+    with storage.atomic_folder(tmp_path / "d" / "e" / "f") as temporary:
+        (temporary / "x").write_text("")
+    assert (tmp_path / "a" / "b" / "c.json").is_file() and (tmp_path / "d" / "e" / "f" / "x").is_file()
+    for name in ("x" * 255, "ä" * 127, "a/" + "x" * 255):
+        assert storage.inside(tmp_path, name) == tmp_path / name
+    for name in ("x" * 256, "ä" * 128, "a/" + "x" * 256):  # bytes, not letters
+        with pytest.raises(DataError, match="too long for a file name"):
+            storage.inside(tmp_path, name)
+
+
+def test_json_as_it_is_written(tmp_path):
+    """For people to read: the order given, letters as they are, two spaces, a newline at the end."""
+    storage.write_json(tmp_path / "a.json", {"b": "Prüfung", "a": [1]})
+    assert (tmp_path / "a.json").read_bytes().decode() == '{\n  "b": "Prüfung",\n  "a": [\n    1\n  ]\n}\n'
+
+
+def test_where_nothing_can_be_written_is_known_before_the_work(tmp_path, monkeypatch):
+    storage.check_writable(tmp_path / "not" / "yet", "--out")
+    assert os.listdir(tmp_path) == []  # it only looks
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="file is a file, not a folder") as caught:
+        storage.check_writable(tmp_path / "file" / "deep", "--out")
+    assert (caught.value.path, caught.value.field) == (str(tmp_path / "file" / "deep"), "--out")
+    for refused in (os.W_OK, os.X_OK):  # root may do all, so the system's answer is replaced
+        monkeypatch.setattr(os, "access", lambda path, mode, refused=refused: not mode & refused)
+        with pytest.raises(DiskError, match="cannot write here"):
+            storage.check_writable(tmp_path / "new", "--out")
+
+
+@pytest.mark.parametrize("entry", ["/etc/passwd", "../x", "a/../../x", "", "a\0b", "\udc80", "link/x"])
 def test_paths_stay_inside(tmp_path, entry):
     (tmp_path / "link").symlink_to("/")
     with pytest.raises(DataError, match="leaves the data folder"):
