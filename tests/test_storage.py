@@ -123,6 +123,16 @@ def test_killed_writer_leaves_a_whole_file(tmp_path):
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
+def test_what_a_killed_checkpoint_left_is_swept_and_nothing_else(tmp_path):
+    """Also a file that was being written inside a folder that was: it goes with its folder."""
+    for name in (".partial-step-1/.partial-x.json", ".partial-step-1/deep/.partial-y/z", ".partial-a.json", "kept/b"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "kept" / ".partial-c.json").write_text("")
+    storage.sweep(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["kept", "kept/b"]
+
+
 def test_full_disk_is_named_and_loses_nothing(tmp_path):
     """RLIMIT_FSIZE stands in for a full disk: the write fails half-way with an errno."""
     script = (
