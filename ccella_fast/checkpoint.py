@@ -155,7 +155,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """training_state.json: step, scale factor and what else a resumed run takes over."""
+    """training_state.json: what the run is made of, which a resume compares, and how far it has come."""
     return read_json(folder / "training_state.json", error=CheckpointError)
 
 
