@@ -17,8 +17,12 @@ from ccella_fast.diffusion.noise import generator
 from ccella_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from ccella_fast.models.vae import Autoencoder, load_autoencoder
 from ccella_fast.storage import sha256, write_json
-from ccella_fast.training import vae as module
-from ccella_fast.training.vae import evaluate, kl_divergence, learning_rate, patch_jobs, read_images, train_vae
+from ccella_fast.training.autoencoder import loop, run
+from ccella_fast.training.autoencoder.checkpointing import identity
+from ccella_fast.training.autoencoder.evaluation import evaluate
+from ccella_fast.training.autoencoder.loop import learning_rate
+from ccella_fast.training.autoencoder.patches import patch_jobs, read_images
+from ccella_fast.training.autoencoder.run import train_vae
 
 GRID = (16, 16, 8)
 SETTINGS: dict[str, Any] = {
@@ -87,6 +91,13 @@ EXACT: dict[str, Any] = SETTINGS | {
 DEFAULTS: dict[str, Any] = {
     "seed": 0, "weight_decay": 0.01, "adam_betas": (0.9, 0.95), "eps": 1e-8, "max_grad_norm": 1.0, "log_sigma": -4.0,
     "warmup_fraction": 0.05, "max_warmup_steps": 100, "final_lr_fraction": 0.01,
+}  # fmt: skip
+# Each setting of the optimizer and the schedule, changed.
+
+
+CHANGED: dict[str, Any] = {
+    "weight_decay": 0.2, "adam_betas": [0.8, 0.98], "max_grad_norm": 2.0, "warmup_fraction": 0.25, "max_warmup_steps": 7,
+    "final_lr_fraction": 0.3,
 }  # fmt: skip
 
 
@@ -173,6 +184,15 @@ def test_training_equals_a_plain_loop(exact):
         assert {key: lines[last][key] for key in expected} == pytest.approx(expected, rel=1e-3)
 
 
+def test_changed_settings_act_as_in_the_plain_loop(data, tmp_path):
+    settings = EXACT | {f"vae_training.{key}": value for key, value in CHANGED.items()}
+    train_vae(data, tmp_path / "vae", make_config(settings))
+    weights = load_autoencoder(tmp_path / "vae").state_dict()
+    assert distance(weights, plain_training(data, settings)) < 1e-3
+    for key in ("weight_decay", "max_grad_norm", "warmup_fraction", "max_warmup_steps"):
+        assert distance(weights, plain_training(data, settings, **{key: DEFAULTS[key]})) > 1e-2, key
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -237,25 +257,27 @@ def test_quality_is_the_mean_over_volumes(data, tmp_path):
     assert sorted(path.parent.name for path in (tmp_path / "out").rglob("*.npy")) == [f"case{n}" for n in range(4)]
 
 
-def test_the_state_is_saved_once_a_minute(data, tmp_path, monkeypatch):
-    """A clock that a step moves by 3.5 seconds; the loss is read, and the time looked at, every 10 steps."""
-    seconds, saved = 0.0, []
-    save = module._save
+@pytest.mark.parametrize(
+    ("changes", "expected"), [({}, [20, 40, 45]), ({"vae_training.checkpointing_seconds": 80}, [30, 45])]
+)
+def test_the_state_is_saved_at_intervals(data, tmp_path, monkeypatch, changes, expected):
+    """A clock that each step advances by 3.5 seconds; the loss is read, and the clock with it, every 10 steps."""
+    seconds, saved, save = 0.0, [], loop.save_state
 
     def step(*_):
         nonlocal seconds
         seconds += 3.5
         return torch.zeros(2)
 
-    def note(path, vae, optimizer, done):
+    def note(out, vae, optimizer, done):
         saved.append(done)
-        save(path, vae, optimizer, done)
+        save(out, vae, optimizer, done)
 
-    monkeypatch.setattr(module.time, "monotonic", lambda: seconds)
-    monkeypatch.setattr(module, "_step", step)
-    monkeypatch.setattr(module, "_save", note)
-    train_vae(data, tmp_path / "vae", make_config(SETTINGS | {"vae_training.max_train_steps": 45}))
-    assert saved == [20, 40, 45]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: seconds)
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop, "save_state", note)
+    train_vae(data, tmp_path / "vae", make_config(SETTINGS | {"vae_training.max_train_steps": 45} | changes))
+    assert saved == expected
 
 
 def test_folders_of_the_first_version_stay_valid(data):
@@ -269,12 +291,22 @@ def test_folders_of_the_first_version_stay_valid(data):
         "max_train_steps": 80, "batch_size": 2, "patch": list(GRID), "lr": 5e-3, "kl_weight": 1e-6, "seed": 0,
     }  # fmt: skip
     parts = [network, settings, [image.sha256 for image in train]]
-    assert module._identity(config, train) == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    assert identity(config, train) == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    same = {"vae_training.checkpointing_seconds": 1}
+    assert identity(make_config(SETTINGS | same), train) == identity(config, train)
+    different = {f"vae_training.{key}": value for key, value in CHANGED.items()}
+    assert len({identity(make_config(SETTINGS | {key: value}), train) for key, value in different.items()}) == len(
+        CHANGED
+    )
+    assert identity(config, train) not in {
+        identity(make_config(SETTINGS | {k: v}), train) for k, v in different.items()
+    }
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(data, trained, tmp_path, monkeypatch):
+    settings = make_config(SETTINGS | {"vae_training.checkpointing_seconds": 0})
     calls = []
-    whole = module._step
+    whole = loop.train_step
 
     def dies(*arguments):
         calls.append(1)
@@ -282,14 +314,13 @@ def test_a_stopped_run_goes_on_to_the_same_weights(data, trained, tmp_path, monk
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(module, "_SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_step", dies)
+    monkeypatch.setattr(loop, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
-        train_vae(data, tmp_path / "vae", make_config(SETTINGS))
+        train_vae(data, tmp_path / "vae", settings)
     assert not (tmp_path / "vae" / "manifest.json").exists()
     with (tmp_path / "vae" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 4')  # a kill in mid-line
-    train_vae(data, tmp_path / "vae", make_config(SETTINGS))
+    train_vae(data, tmp_path / "vae", settings)
     assert len(calls) == 37 + 50  # from step 30, the last saved one
     assert metrics(tmp_path / "vae") == metrics(trained)
     expected, got = load_autoencoder(trained).state_dict(), load_autoencoder(tmp_path / "vae").state_dict()
@@ -309,7 +340,7 @@ def test_a_finished_run_is_kept_and_others_are_not_overwritten(data, trained, tm
     def never(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(module, "_train", never)
+    monkeypatch.setattr(run, "train_loop", never)
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()}
     train_vae(data, trained, make_config(SETTINGS))
     other_images = write_images(tmp_path, shift=0.1)
@@ -321,7 +352,7 @@ def test_a_finished_run_is_kept_and_others_are_not_overwritten(data, trained, tm
 
 def test_a_damaged_state_is_named(data, tmp_path):
     settings = make_config(SETTINGS)
-    write_json(tmp_path / "training.json", {"identity": module._identity(settings, read_images(data)[0])})
+    write_json(tmp_path / "training.json", {"identity": identity(settings, read_images(data)[0])})
     (tmp_path / "state.pt").write_bytes(b"PK not really")
     with pytest.raises(CheckpointError) as caught:
         train_vae(data, tmp_path, settings)
@@ -329,7 +360,7 @@ def test_a_damaged_state_is_named(data, tmp_path):
 
 
 def test_a_diverged_last_step_is_not_saved(data, tmp_path, monkeypatch):
-    whole = module._step
+    whole = loop.train_step
 
     def last(vae, *rest):
         loss = whole(vae, *rest)
@@ -337,7 +368,7 @@ def test_a_diverged_last_step_is_not_saved(data, tmp_path, monkeypatch):
             next(vae.parameters()).fill_(math.inf)  # as an update does whose gradients overflow
         return loss
 
-    monkeypatch.setattr(module, "_step", last)
+    monkeypatch.setattr(loop, "train_step", last)
     with pytest.raises(NonFiniteError, match="last step"):
         train_vae(data, tmp_path / "vae", make_config(SETTINGS | {"vae_training.max_train_steps": 1}))
     assert not (tmp_path / "vae" / "manifest.json").exists()
@@ -409,14 +440,6 @@ def test_augmented_patches_are_drawn_once_for_good_and_train(data, tmp_path):
     )
     train_vae(data, tmp_path / "vae", augmented)
     assert json.loads((tmp_path / "vae" / "run_record.json").read_text())["images"] == 3
-
-
-def test_kl_equals_torch_distributions():
-    mean, sigma = torch.randn(3, 4, 2, 2, 2), torch.rand(3, 4, 2, 2, 2) + 0.1
-    normal = torch.distributions.Normal
-    truth = torch.distributions.kl_divergence(normal(mean.double(), sigma.double()), normal(0.0, 1.0)).sum() / 3
-    assert kl_divergence(mean, sigma).item() == pytest.approx(truth.item(), rel=1e-5)
-    assert kl_divergence(mean, 2 * sigma).item() != pytest.approx(truth.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("steps", "warm"), [(400, 20), (3000, 100)])  # 5 % of the run, 100 steps at most
