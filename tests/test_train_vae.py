@@ -93,8 +93,6 @@ DEFAULTS: dict[str, Any] = {
     "warmup_fraction": 0.05, "max_warmup_steps": 100, "final_lr_fraction": 0.01,
 }  # fmt: skip
 # Each setting of the optimizer and the schedule, changed.
-
-
 CHANGED: dict[str, Any] = {
     "weight_decay": 0.2, "adam_betas": [0.8, 0.98], "max_grad_norm": 2.0, "warmup_fraction": 0.25, "max_warmup_steps": 7,
     "final_lr_fraction": 0.3,

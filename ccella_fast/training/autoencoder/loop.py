@@ -82,8 +82,8 @@ def train_step(
 ) -> Tensor:
     """One update of the weights with learning rate `rate`.
 
-    x: patches (B, 1, *patch), float32. noise: standard normal, shaped like the latents of `x`. Returns L1 and KL, shape (2,), on
-    the device."""
+    x: patches (B, 1, *patch), float32. noise: standard normal, shaped like the latents of `x`. Returns L1 and KL, shape (2,),
+    on the device."""
     # bf16 is for GPUs: on a CPU it would make the result depend on which instructions the CPU has.
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
         reconstruction, mean, sigma = vae(x, noise)
