@@ -46,7 +46,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def train_vae(arguments: argparse.Namespace) -> None:
-    from ccella_fast.training.vae import train_vae as run
+    from ccella_fast.training.autoencoder.run import train_vae as run
 
     run(arguments.data, arguments.out, _config(arguments))
 

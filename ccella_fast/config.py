@@ -222,11 +222,22 @@ class VaeTrainingConfig(Section):
     batch_size: Positive = 1  #: patches per step
     #: voxels of a patch along R, A, S
     patch: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [64, 64, 64]
-    lr: PositiveFloat = 1e-4  #: peak learning rate
+    lr: PositiveFloat = 1e-4  #: peak learning rate, reached at the end of the warm-up
+    #: fraction of ``max_train_steps`` over which the learning rate rises linearly; 0: no warm-up
+    warmup_fraction: Fraction = 0.05
+    max_warmup_steps: Positive = 100  #: steps after which the warm-up ends at the latest, however long the run
+    #: fraction of ``lr`` that is left at the end, after half a cosine
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01  #: AdamW's, on all parameters
+    #: AdamW's decay rates of both moments; with 0.999, a run of hundreds of steps would still remember its first gradients
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    max_grad_norm: PositiveFloat = 1.0  #: the gradient's global norm is clipped to this
     kl_weight: Annotated[float, Field(ge=0)] = 1e-6  #: weight of the KL divergence next to the L1 loss
     seed: Count = 0  #: data order, patches and initial weights follow from it
     #: as the section augmentation; preset none unless given
     augmentation: AugmentationConfig = AugmentationConfig.model_validate({"preset": "none"})
+    #: seconds between two saves of the state from which a stopped run is resumed; 0: whenever the loss is read, every 10 steps
+    checkpointing_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
 
 
 class TrainingConfig(Section):

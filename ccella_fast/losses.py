@@ -1,4 +1,5 @@
-"""The reference's training loss: L1 on the noise + w * focal loss on the class (docs/explanation/method.md, section 3).
+"""The terms of the training losses: of the diffusion model, L1 on the noise + w * focal loss on the class
+(docs/explanation/method.md, section 3); of the autoencoder, the KL divergence.
 
 All in fp32, means over the local batch, nothing read back to the host.
 """
@@ -33,3 +34,10 @@ def class_loss(logits: Tensor, pirads_x100: Tensor, mask: Tensor) -> Tensor:
     mask = mask.bool()
     per_sample = focal_terms(logits, pirads_x100).sum(dim=1)
     return torch.where(mask, per_sample, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def kl_divergence(mean: Tensor, sigma: Tensor) -> Tensor:
+    """KL(N(mean, sigma^2) || N(0, 1)) of latents (B, ...), summed over each sample's latent, averaged over the batch. A float32
+    scalar (Kingma and Welling 2014, arXiv 1312.6114, appendix B)."""
+    mean, sigma = mean.float(), sigma.float()
+    return 0.5 * (mean.square() + sigma.square() - 2 * sigma.log() - 1).sum() / len(mean)

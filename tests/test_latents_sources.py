@@ -22,9 +22,9 @@ from ccella_fast.data.prepare import prepare
 from ccella_fast.data.resident import ResidentLatents, choose_source
 from ccella_fast.data.volumes import Job, check_engine, make_engine
 from ccella_fast.errors import ConfigError, DataError
+from ccella_fast.training.autoencoder.run import train_vae
 from ccella_fast.training.feed import Feed
 from ccella_fast.training.run import train
-from ccella_fast.training.vae import train_vae
 
 CPU = torch.device("cpu")
 

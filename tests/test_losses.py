@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ccella_fast.losses import class_loss, focal_terms, noise_loss
+from ccella_fast.losses import class_loss, focal_terms, kl_divergence, noise_loss
 
 LOGITS = [[0.3, -0.2], [1.0, 2.0], [-1.5, 0.5], [4.0, -3.0]]
 TARGET = [[100.0, 0.0], [0.0, 100.0], [100.0, 0.0], [0.0, 100.0]]
@@ -79,3 +79,11 @@ def test_losses_never_ask_the_host():
     assert class_loss(meta, meta, meta[:, 0]).shape == noise_loss(meta, meta).shape == ()
     with pytest.raises(RuntimeError):
         bool(class_loss(meta, meta, meta[:, 0]) > 0)
+
+
+def test_kl_equals_torch_distributions():
+    mean, sigma = torch.randn(3, 4, 2, 2, 2), torch.rand(3, 4, 2, 2, 2) + 0.1
+    normal = torch.distributions.Normal
+    truth = torch.distributions.kl_divergence(normal(mean.double(), sigma.double()), normal(0.0, 1.0)).sum() / 3
+    assert kl_divergence(mean, sigma).item() == pytest.approx(truth.item(), rel=1e-5)
+    assert kl_divergence(mean, 2 * sigma).item() != pytest.approx(truth.item(), rel=1e-5)

@@ -99,8 +99,8 @@ def journey(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Iterator
     from matplotlib.text import Text
 
     from ccella_fast.sampling.folder import sample_to_folder
+    from ccella_fast.training.autoencoder.run import train_vae
     from ccella_fast.training.run import train
-    from ccella_fast.training.vae import train_vae
 
     folder, records, drawn = tmp_path_factory.mktemp("journey"), [], []
     studies, out = write_studies(folder / "studies"), folder / "out"

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 from ccella_fast.config import VaeTrainingConfig, make_config
+from ccella_fast.diffusion.noise import generator
 from ccella_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from ccella_fast.models.vae import Autoencoder, load_autoencoder
 from ccella_fast.storage import sha256, write_json
-from ccella_fast.training import vae as module
-from ccella_fast.training.vae import evaluate, kl_divergence, learning_rate, patch_jobs, read_images, train_vae
+from ccella_fast.training.autoencoder import loop, run
+from ccella_fast.training.autoencoder.checkpointing import identity
+from ccella_fast.training.autoencoder.evaluation import evaluate
+from ccella_fast.training.autoencoder.loop import learning_rate
+from ccella_fast.training.autoencoder.patches import patch_jobs, read_images
+from ccella_fast.training.autoencoder.run import train_vae
 
 GRID = (16, 16, 8)
 SETTINGS: dict[str, Any] = {
@@ -73,6 +79,131 @@ def metrics(out: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key != "seconds_per_step"} for line in lines]
 
 
+# Small, and with patches smaller than the grid. The gradient's norm varies around 1 and 2, so that clipping changes directions.
+EXACT: dict[str, Any] = SETTINGS | {
+    "autoencoder.num_channels": [4, 4],
+    "autoencoder.norm_num_groups": 2,
+    "vae_training.patch": [8, 8, 8],
+    "vae_training.max_train_steps": 44,
+    "vae_training.kl_weight": 1e-4,
+}
+# What a run trains with where EXACT has nothing.
+DEFAULTS: dict[str, Any] = {
+    "seed": 0, "weight_decay": 0.01, "adam_betas": (0.9, 0.95), "eps": 1e-8, "max_grad_norm": 1.0, "log_sigma": -4.0,
+    "warmup_fraction": 0.05, "max_warmup_steps": 100, "final_lr_fraction": 0.01,
+}  # fmt: skip
+# Each setting of the optimizer and the schedule, changed.
+CHANGED: dict[str, Any] = {
+    "weight_decay": 0.2, "adam_betas": [0.8, 0.98], "max_grad_norm": 2.0, "warmup_fraction": 0.25, "max_warmup_steps": 7,
+    "final_lr_fraction": 0.3,
+}  # fmt: skip
+
+
+class PlainRun(NamedTuple):
+    """Of every step L1, KL, learning rate and the gradient's norm before clipping; the weights before and after."""
+
+    steps: list[tuple[float, float, float, float]]
+    begun: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+
+def plain_training(folder: Path, settings: dict[str, Any], **changed: Any) -> PlainRun:
+    """The training in one plain loop: float64, with AdamW, clipping, losses and learning rate written out.
+
+    It shares with ccella_fast the network and `noise.generator`; settings are read as written, not as `Config` has them."""
+    s = DEFAULTS | {key.removeprefix("vae_training."): value for key, value in settings.items()} | changed
+    cases = json.loads((folder / "manifest.json").read_text())["cases"]
+    images = [np.load(folder / case["files"]["image/t2w"]["path"]) for case in cases if case["split"] == "train"]
+    torch.manual_seed(generator(s["seed"], "weights").initial_seed())
+    vae = Autoencoder(make_config(settings).autoencoder)
+    torch.nn.init.constant_(vae.quant_conv_log_sigma.conv.bias, s["log_sigma"])
+    parameters = dict(vae.double().named_parameters())
+    begun = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    first, second = ({name: torch.zeros_like(p) for name, p in begun.items()} for _ in range(2))
+    total, (beta1, beta2), steps = s["max_train_steps"], s["adam_betas"], []
+    warm = min(s["max_warmup_steps"], max(1, int(total * s["warmup_fraction"])))
+    for k in range(total):
+        places, patches, noise = generator(s["seed"], "place", k), [], []
+        for row in range(s["batch_size"]):
+            epoch, offset = divmod(k * s["batch_size"] + row, len(images))
+            order = torch.randperm(len(images), generator=generator(s["seed"], "order", epoch))
+            image = images[order[offset]]
+            corner = [
+                int(torch.randint(n - w + 1, (1,), generator=places))
+                for n, w in zip(image.shape, s["patch"], strict=True)
+            ]
+            patch = image[tuple(slice(c, c + w) for c, w in zip(corner, s["patch"], strict=True))]
+            patches.append(torch.from_numpy(patch.astype(np.float64))[None])
+            latent = [4, *(w // 2 for w in s["patch"])]
+            noise.append(torch.randn(latent, generator=generator(s["seed"], "posterior", k, row)).double())
+        x = torch.stack(patches)
+        mean, sigma = vae.encode(x)
+        l1 = (vae.decode(mean + sigma * torch.stack(noise)) - x).abs().mean()
+        kl = 0.5 * (mean**2 + sigma**2 - 1 - 2 * sigma.log()).sum() / len(x)
+        gradients = torch.autograd.grad(l1 + s["kl_weight"] * kl, list(parameters.values()))
+        norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+        final = s["final_lr_fraction"]
+        cosine = final + (1 - final) * (1 + math.cos(math.pi * (k - warm) / (total - warm))) / 2
+        lr = s["lr"] * ((k + 1) / warm if k < warm else cosine)
+        for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
+            gradient = gradient * min(1.0, s["max_grad_norm"] / norm)
+            first[name] = beta1 * first[name] + (1 - beta1) * gradient
+            second[name] = beta2 * second[name] + (1 - beta2) * gradient**2
+            step = first[name] / (1 - beta1 ** (k + 1)) / ((second[name] / (1 - beta2 ** (k + 1))).sqrt() + s["eps"])
+            p.data = p.data - lr * s["weight_decay"] * p.data - lr * step
+        steps.append((l1.item(), kl.item(), lr, norm))
+    return PlainRun(steps, begun, {name: p.detach() for name, p in parameters.items()})
+
+
+def distance(weights: dict[str, torch.Tensor], plain: PlainRun) -> float:
+    """How far `weights` are from the plain loop's, relative to how far those have moved."""
+    apart = math.hypot(*(float((weights[name].double() - p).norm()) for name, p in plain.weights.items()))
+    return apart / math.hypot(*(float((plain.begun[name] - p).norm()) for name, p in plain.weights.items()))
+
+
+@pytest.fixture(scope="module")
+def exact(data, tmp_path_factory) -> tuple[Path, PlainRun]:
+    """A run with the settings EXACT, and the plain loop's."""
+    out = tmp_path_factory.mktemp("exact") / "vae"
+    train_vae(data, out, make_config(EXACT))
+    return out, plain_training(data, EXACT)
+
+
+def test_training_equals_a_plain_loop(exact):
+    out, plain = exact
+    norms = [norm for *_, norm in plain.steps]
+    assert sum(1 < norm < 2 for norm in norms) > 5 and sum(norm > 2 for norm in norms) > 5
+    assert distance(load_autoencoder(out).state_dict(), plain) < 1e-3
+    lines = {line["step"]: line for line in metrics(out)}
+    assert list(lines) == [10, 20, 30, 40, 44]
+    for last, part in ((10, plain.steps[:10]), (30, plain.steps[20:30]), (44, plain.steps[40:])):
+        l1, kl, *_ = np.mean(part, axis=0)
+        expected = {"loss": l1 + 1e-4 * kl, "loss_l1": l1, "loss_kl": kl, "lr": part[-1][2]}
+        assert {key: lines[last][key] for key in expected} == pytest.approx(expected, rel=1e-3)
+
+
+def test_changed_settings_act_as_in_the_plain_loop(data, tmp_path):
+    settings = EXACT | {f"vae_training.{key}": value for key, value in CHANGED.items()}
+    train_vae(data, tmp_path / "vae", make_config(settings))
+    weights = load_autoencoder(tmp_path / "vae").state_dict()
+    assert distance(weights, plain_training(data, settings)) < 1e-3
+    for key in ("weight_decay", "max_grad_norm", "warmup_fraction", "max_warmup_steps"):
+        assert distance(weights, plain_training(data, settings, **{key: DEFAULTS[key]})) > 1e-2, key
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_grad_norm": 2.0}, {"adam_betas": (0.9, 0.999)}, {"weight_decay": 0.0}, {"log_sigma": -3.9},
+        {"max_warmup_steps": 1}, {"final_lr_fraction": 0.0},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)  # fmt: skip
+def test_the_plain_loop_notices_a_wrong_setting(data, exact, wrong):
+    weights = load_autoencoder(exact[0]).state_dict()
+    assert distance(weights, plain_training(data, EXACT, **wrong)) > 1e-2
+
+
 def test_it_learns_what_it_was_shown(data, trained):
     record = json.loads((trained / "run_record.json").read_text())
     _, test = read_images(data)
@@ -100,9 +231,80 @@ def test_recorded_quality_is_that_of_the_written_weights(data, trained):
     np.testing.assert_allclose(np.load(trained / "reconstructions" / "case3" / "t2w.npy"), decoded, atol=1e-5)
 
 
+def test_quality_is_the_mean_over_volumes(data, tmp_path):
+    """Mean L1 and the mean of each volume's PSNR, in float64; the first four reconstructions are written."""
+    images = [image for split in read_images(write_images(tmp_path / "prepared", train=4, test=2)) for image in split]
+    images = [image._replace(values=image.values / (1 + number)) for number, image in enumerate(images)]
+    torch.manual_seed(0)
+    vae = Autoencoder(make_config(SETTINGS).autoencoder)
+    measured = evaluate(vae, images, tmp_path / "out", torch.device("cpu"))
+    vae.double()
+    l1, squares = [], []
+    for image in images:
+        x = torch.from_numpy(image.values.astype(np.float64))[None, None]
+        with torch.no_grad():
+            difference = (vae.decode(vae.encode(x)[0]).clamp(0, 1) - x).numpy()
+        l1.append(np.abs(difference).mean())
+        squares.append((difference**2).mean())
+    psnr = [-10 * math.log10(square) for square in squares]
+    assert measured["volumes"] == 6
+    assert measured["l1"] == pytest.approx(np.mean(l1), abs=2e-5)
+    assert measured["psnr"] == pytest.approx(np.mean(psnr), abs=0.01)
+    for wrong in (psnr[0], psnr[-1], -10 * math.log10(np.mean(squares))):
+        assert measured["psnr"] != pytest.approx(wrong, abs=0.01)
+    assert sorted(path.parent.name for path in (tmp_path / "out").rglob("*.npy")) == [f"case{n}" for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"), [({}, [20, 40, 45]), ({"vae_training.checkpointing_seconds": 80}, [30, 45])]
+)
+def test_the_state_is_saved_at_intervals(data, tmp_path, monkeypatch, changes, expected):
+    """A clock that each step advances by 3.5 seconds; the loss is read, and the clock with it, every 10 steps."""
+    seconds, saved, save = 0.0, [], loop.save_state
+
+    def step(*_):
+        nonlocal seconds
+        seconds += 3.5
+        return torch.zeros(2)
+
+    def note(out, vae, optimizer, done):
+        saved.append(done)
+        save(out, vae, optimizer, done)
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: seconds)
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop, "save_state", note)
+    train_vae(data, tmp_path / "vae", make_config(SETTINGS | {"vae_training.max_train_steps": 45} | changes))
+    assert saved == expected
+
+
+def test_folders_of_the_first_version_stay_valid(data):
+    """What identified an autoencoder before its optimizer had settings."""
+    config, (train, _) = make_config(SETTINGS), read_images(data)
+    network = {
+        "in_channels": 1, "out_channels": 1, "latent_channels": 4, "num_channels": [8, 8], "num_res_blocks": [1, 1],
+        "norm_num_groups": 4, "norm_eps": 1e-6,
+    }  # fmt: skip
+    settings = {
+        "max_train_steps": 80, "batch_size": 2, "patch": list(GRID), "lr": 5e-3, "kl_weight": 1e-6, "seed": 0,
+    }  # fmt: skip
+    parts = [network, settings, [image.sha256 for image in train]]
+    assert identity(config, train) == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    same = {"vae_training.checkpointing_seconds": 1}
+    assert identity(make_config(SETTINGS | same), train) == identity(config, train)
+    different = {f"vae_training.{key}": value for key, value in CHANGED.items()}
+    assert len({identity(make_config(SETTINGS | {key: value}), train) for key, value in different.items()}) == len(
+        CHANGED
+    )
+    assert identity(config, train) not in {
+        identity(make_config(SETTINGS | {k: v}), train) for k, v in different.items()
+    }
+
+
 def test_a_stopped_run_goes_on_to_the_same_weights(data, trained, tmp_path, monkeypatch):
+    settings = make_config(SETTINGS | {"vae_training.checkpointing_seconds": 0})
     calls = []
-    whole = module._step
+    whole = loop.train_step
 
     def dies(*arguments):
         calls.append(1)
@@ -110,14 +312,13 @@ def test_a_stopped_run_goes_on_to_the_same_weights(data, trained, tmp_path, monk
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(module, "_SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_step", dies)
+    monkeypatch.setattr(loop, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
-        train_vae(data, tmp_path / "vae", make_config(SETTINGS))
+        train_vae(data, tmp_path / "vae", settings)
     assert not (tmp_path / "vae" / "manifest.json").exists()
     with (tmp_path / "vae" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 4')  # a kill in mid-line
-    train_vae(data, tmp_path / "vae", make_config(SETTINGS))
+    train_vae(data, tmp_path / "vae", settings)
     assert len(calls) == 37 + 50  # from step 30, the last saved one
     assert metrics(tmp_path / "vae") == metrics(trained)
     expected, got = load_autoencoder(trained).state_dict(), load_autoencoder(tmp_path / "vae").state_dict()
@@ -137,7 +338,7 @@ def test_a_finished_run_is_kept_and_others_are_not_overwritten(data, trained, tm
     def never(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(module, "_train", never)
+    monkeypatch.setattr(run, "train_loop", never)
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()}
     train_vae(data, trained, make_config(SETTINGS))
     other_images = write_images(tmp_path, shift=0.1)
@@ -149,7 +350,7 @@ def test_a_finished_run_is_kept_and_others_are_not_overwritten(data, trained, tm
 
 def test_a_damaged_state_is_named(data, tmp_path):
     settings = make_config(SETTINGS)
-    write_json(tmp_path / "training.json", {"identity": module._identity(settings, read_images(data)[0])})
+    write_json(tmp_path / "training.json", {"identity": identity(settings, read_images(data)[0])})
     (tmp_path / "state.pt").write_bytes(b"PK not really")
     with pytest.raises(CheckpointError) as caught:
         train_vae(data, tmp_path, settings)
@@ -157,7 +358,7 @@ def test_a_damaged_state_is_named(data, tmp_path):
 
 
 def test_a_diverged_last_step_is_not_saved(data, tmp_path, monkeypatch):
-    whole = module._step
+    whole = loop.train_step
 
     def last(vae, *rest):
         loss = whole(vae, *rest)
@@ -165,7 +366,7 @@ def test_a_diverged_last_step_is_not_saved(data, tmp_path, monkeypatch):
             next(vae.parameters()).fill_(math.inf)  # as an update does whose gradients overflow
         return loss
 
-    monkeypatch.setattr(module, "_step", last)
+    monkeypatch.setattr(loop, "train_step", last)
     with pytest.raises(NonFiniteError, match="last step"):
         train_vae(data, tmp_path / "vae", make_config(SETTINGS | {"vae_training.max_train_steps": 1}))
     assert not (tmp_path / "vae" / "manifest.json").exists()
@@ -239,23 +440,16 @@ def test_augmented_patches_are_drawn_once_for_good_and_train(data, tmp_path):
     assert json.loads((tmp_path / "vae" / "run_record.json").read_text())["images"] == 3
 
 
-def test_kl_equals_torch_distributions():
-    mean, sigma = torch.randn(3, 4, 2, 2, 2), torch.rand(3, 4, 2, 2, 2) + 0.1
-    normal = torch.distributions.Normal
-    truth = torch.distributions.kl_divergence(normal(mean.double(), sigma.double()), normal(0.0, 1.0)).sum() / 3
-    assert kl_divergence(mean, sigma).item() == pytest.approx(truth.item(), rel=1e-5)
-    assert kl_divergence(mean, 2 * sigma).item() != pytest.approx(truth.item(), rel=1e-5)
-
-
-def test_learning_rate_equals_torch_schedulers():
-    settings = VaeTrainingConfig(max_train_steps=400, lr=2e-3)  # 20 steps of warm-up
+@pytest.mark.parametrize(("steps", "warm"), [(400, 20), (3000, 100)])  # 5 % of the run, 100 steps at most
+def test_learning_rate_equals_torch_schedulers(steps, warm):
+    settings = VaeTrainingConfig(max_train_steps=steps, lr=2e-3)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-3)
-    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 20, 1.0, total_iters=19)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=380, eta_min=2e-5)
-    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], milestones=[20])
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, 1.0, total_iters=warm - 1)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps - warm, eta_min=2e-5)
+    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, cosine], milestones=[warm])
     truth = []
-    for _ in range(400):
+    for _ in range(steps):
         truth.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         both.step()
-    np.testing.assert_allclose([learning_rate(settings, step) for step in range(400)], truth, rtol=1e-6)
+    np.testing.assert_allclose([learning_rate(settings, step) for step in range(steps)], truth, rtol=1e-6)

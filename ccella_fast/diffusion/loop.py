@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from operator import index
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from ccella_fast.diffusion.noise import generator, randn_per_sample
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import Plan, Solver, get_solver
 from ccella_fast.errors import ConfigError, NonFiniteError
+from ccella_fast.progress import refresh_interval
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # x (B, ...), t (B,) -> prediction (B, ...)
 Callback = Callable[[int, float, Tensor, Tensor | None], None]  # evaluation, t, the new x, x0 as estimated there
@@ -103,7 +103,9 @@ def drive(
     progress: bool = True,
 ) -> Tensor:
     """The loop. advance(i) takes evaluation i: `trajectory.advance(denoiser)`, or the replay of a CUDA graph that holds it."""
-    bar = tqdm(range(len(trajectory)), desc=description, unit="step", disable=not progress, mininterval=_interval())
+    bar = tqdm(
+        range(len(trajectory)), desc=description, unit="step", disable=not progress, mininterval=refresh_interval()
+    )
     for i in bar:
         trajectory.draw_noise(i)
         advance(i)
@@ -204,8 +206,3 @@ def evaluate(denoiser: Denoiser, x: Tensor, t: Tensor) -> Tensor:
 def step_generators(seeds: Sequence[int] | None, device: torch.device) -> list[torch.Generator]:
     """The source of each sample's step noise."""
     return [generator(index(seed), "step", device=device) for seed in (() if seeds is None else seeds)]
-
-
-def _interval() -> float:
-    """Seconds between updates of the bar: a log file takes fewer lines than a terminal."""
-    return 0.1 if sys.stderr.isatty() else 1.0

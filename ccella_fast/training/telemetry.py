@@ -5,7 +5,6 @@ On a GPU also how busy, fast and full it is, from NVIDIA's management library: o
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ccella_fast.nvml import Gpu, open_gpu
-from ccella_fast.storage import atomic_path, disk_error, write_json
+from ccella_fast.storage import write_json
+from ccella_fast.training.metrics_log import append_metrics, discard_metrics_after
 
 LOG = logging.getLogger("ccella_fast")
 
@@ -40,7 +40,7 @@ class Telemetry:
         self.monitor.enabled = False
         self.last = (first, time.perf_counter())
         self.gpu = _gpu(engine.device)
-        _forget_after(self.path, first)
+        discard_metrics_after(self.path, first)
         self.bar = tqdm(total=total, initial=first, desc="train", unit="step", mininterval=1, smoothing=0.05)
 
     def __enter__(self) -> Telemetry:
@@ -57,11 +57,7 @@ class Telemetry:
         line = {**progress._asdict(), "seconds_per_step": round(seconds, 4), "samples_per_second": round(rate, 3)}
         gpu = self.gpu.read()._asdict() if self.gpu else {}
         line |= {f"gpu_{name}": value for name, value in gpu.items()}
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-        except OSError as error:
-            raise disk_error(error, self.path) from error
+        append_metrics(self.path, line)
         samples = progress.step * self.global_batch
         names = {
             "train_loss": "loss",
@@ -95,18 +91,3 @@ def write_status(
     """run_status.json: running, finished, terminated or failed. Launchers hide exit codes; this file does not."""
     status = {"state": state, "step": step, "total_steps": total_steps, "exit_code": exit_code, "why": why}
     write_json(run / "run_status.json", status)
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop what a killed run logged after the checkpoint that this one goes on from."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # half a line: the kill fell into the write
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
