@@ -283,6 +283,25 @@ def test_record_round_trip_page_and_table(record, tmp_path):
     assert "(results/some-cpu/2026-01-01-abc-scaling.png)" in text
 
 
+def test_bars_of_the_picture():
+    """Their lengths by hand: twice as fast; 40 % of the limit; a quarter and three quarters of the time, then half of that."""
+    from matplotlib.figure import Figure
+
+    work = {"seconds_by_kind": {"convolution": 7.0, "other": 3.0}}
+    reference = {"precision": "fp32", "seconds": {"median": 4.0}, "parts": {"forward": 10.0, "backward": 30.0}}
+    ours = {"precision": "fp32", "seconds": {"median": 2.0}, "parts": {"forward": 1.0}, "profile": work}
+    ours |= {"of_limit": 0.4, "floor": {"limit": "compute", "seconds": 0.8}}
+    sides = {"reference": reference, "ours": ours}
+    case = {"name": "toy", "status": "ok", "sides": sides, "speedups": {"ours": {"median": 2.0}}}
+    expected = {
+        report._faster: [(0, 1), (0, 2)], report._limit: [(0, 40)], report._where: [(0, 25), (25, 75), (0, 35), (35, 15)],
+    }  # fmt: skip
+    for draw, bars in expected.items():
+        axis = Figure().subplots()
+        draw(axis, [case])
+        assert [(bar.get_x(), bar.get_width()) for bar in axis.patches] == [pytest.approx(bar) for bar in bars], draw
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
