@@ -103,6 +103,7 @@ def _once(run: Callable[[Watch], Any], device: torch.device, repeats: int = 1) -
         torch.cuda.synchronize(device)
     watch = Watch(device)
     for _ in range(repeats):
+        watch.mark("")  # what the call before did after its last mark is no part of this one
         run(watch)
     whole, parts = watch.seconds()
     return whole / repeats, {name: value / repeats for name, value in parts.items()}

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,14 +22,14 @@ def mend_interpreter() -> None:
 
     Its tl.dot of bf16 multiplies the bit patterns. It checks each integer sum and product for overflow, which compiled kernels
     do not, in half of its time; and each call of a function within a kernel replaces triton.language anew, in half of the
-    rest."""
+    rest. Loads are watched for `guarded`."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder, function = interpreter.InterpreterBuilder, interpreter.InterpretedFunction
     if hasattr(builder, "plain_create_dot"):
         return
-    builder.plain_create_dot, plain_call = builder.create_dot, function.__call__
+    builder.plain_create_dot, plain_call, plain_load = builder.create_dot, function.__call__, builder.create_masked_load
     replaced: set[str] = set()
 
     def widened(handle):
@@ -45,7 +46,11 @@ def mend_interpreter() -> None:
         replaced.add(self.fn.__module__)
         return plain_call(self, *args, **kwargs)
 
-    builder.create_dot, function.__call__ = create_dot, call
+    def create_masked_load(self, ptrs, mask, *rest):
+        _GUARDS.see(ptrs.data[mask.data.astype(bool)])
+        return plain_load(self, ptrs, mask, *rest)
+
+    builder.create_dot, function.__call__, builder.create_masked_load = create_dot, call, create_masked_load
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
@@ -54,10 +59,32 @@ GUARD = 4096  # elements before and behind a tensor; a multiple of every alignme
 _SENTINEL = 1234.0
 
 
+class Guards:
+    """The guard elements of the tensors in a `guarded` block, and how many of them were loaded there."""
+
+    def __init__(self) -> None:
+        self.storages: list[Tensor] = []
+        self.edges = np.empty(0, np.uint64)  # first and end address of each run of guard elements, ascending
+        self.read = 0
+
+    def add(self, storage: Tensor) -> None:
+        self.storages.append(storage)  # kept, so that no other tensor gets these addresses
+        start, end, rim = storage.data_ptr(), storage.nbytes, GUARD * storage.element_size()
+        self.edges = np.sort(np.append(self.edges, np.uint64(start) + np.uint64([0, rim, end - rim, end])))
+
+    def see(self, addresses: np.ndarray) -> None:
+        if len(self.edges):
+            self.read += int((np.searchsorted(self.edges, addresses.astype(np.uint64), side="right") % 2).sum())
+
+
+_GUARDS = Guards()
+
+
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
     """Within: what torch.empty and its kin return is filled with NaN, so that an element nobody writes cannot pass by luck, and
-    has guard elements on both sides. AssertionError at the end if one of these was written."""
+    has guard elements on both sides. AssertionError at the end if one of these was written, or loaded by a kernel in Triton's
+    interpreter: on a GPU there may be no memory."""
     names = ("empty", "empty_like", "empty_strided")
     plain = {name: getattr(torch, name) for name in names}
     new_empty = Tensor.new_empty
@@ -69,6 +96,7 @@ def guarded() -> Iterator[None]:
         storage = plain["empty"](tensor.numel() + 2 * GUARD, dtype=tensor.dtype, device=tensor.device)
         storage.fill_(_SENTINEL)[GUARD:-GUARD] = float("nan")
         storages.append(storage)
+        _GUARDS.add(storage)
         return storage.as_strided(tensor.shape, tensor.stride(), GUARD)  # such tensors are dense
 
     try:
@@ -80,19 +108,24 @@ def guarded() -> Iterator[None]:
         for name in names:
             setattr(torch, name, plain[name])
         Tensor.new_empty = new_empty
+        read = _GUARDS.read
+        _GUARDS.__init__()
     for storage in storages:
         rims = torch.cat([storage[:GUARD], storage[-GUARD:]])
         written = int((rims != torch.tensor(_SENTINEL, dtype=rims.dtype)).sum())
         assert not written, f"{written} elements outside of an output were written"
+    assert not read, f"{read} elements outside of a tensor were loaded"
 
 
 def surrounded(tensor: Tensor) -> Tensor:
-    """An equal tensor of the same strides with NaN before and behind it: what is read from there and used shows."""
+    """An equal tensor of the same strides with NaN before and behind it: what is read from there and used shows, and within
+    `guarded` whatever is read from there."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return tensor
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     storage = tensor.new_full((extent + 2 * GUARD,), float("nan"))
     storage[GUARD:-GUARD] = tensor.detach().as_strided((extent,), (1,), tensor.storage_offset())
+    _GUARDS.add(storage)
     return storage.as_strided(tensor.shape, tensor.stride(), GUARD)
 
 

@@ -66,6 +66,49 @@ def test_our_library_ops_are_one_op_each_with_flops():
     assert fused.bytes < plain.bytes
 
 
+def test_flops_of_our_attention_are_those_of_plain_pytorch():
+    """By torch's own formulas over the plain path; the backward pass has one product more, which forms the scores again."""
+    from ccella_fast.kernels.attention import attention
+    from ccella_fast.kernels.cross_attention import cross_attention
+
+    def leaf(*shape):
+        return torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True)
+
+    parameters = {"ln_weight": leaf(64), "ln_bias": leaf(64), "w_q": leaf(64, 64), "w_out": leaf(64, 64)}
+    cases = {  # the call, and the FLOPs of its scores: 2 x batch x heads x queries x keys x width
+        "attention": (
+            lambda: attention(leaf(1, 2, 64, 32), leaf(1, 2, 48, 32), leaf(1, 2, 48, 32)), 2 * 1 * 2 * 64 * 48 * 32
+        ),
+        "cross_attention": (
+            lambda: cross_attention(
+                leaf(3, 40, 64), leaf(3, 2, 24, 32), leaf(3, 2, 24, 32), **parameters, b_out=leaf(64), num_heads=2
+            ),
+            2 * 3 * 2 * 40 * 24 * 32,
+        ),
+    }  # fmt: skip
+    for name, (call, scores) in cases.items():
+        counts = {}
+        for backend in ("triton", "reference"):
+            with counting.backend(backend):
+                loss = call().sum()
+                counts[backend] = counting.count(call).flops, counting.count(loss.backward).flops
+        forward, backward = counts["reference"]
+        assert counts["triton"] == (forward, backward + scores), (name, counts)
+        assert forward > 0 and backward > scores
+
+
+def test_flops_of_our_upsampling_convolution():
+    """By hand: each of the enlarged grid's voxels is a sum over 2 x 2 x 2 of the small grid's, for every pair of channels."""
+    from ccella_fast.kernels.upsample_conv3d import upsample_conv3d
+
+    x, weight = (
+        torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in ((2, 16, 3, 4, 5), (32, 16, 3, 3, 3))
+    )
+    with counting.backend("triton"):
+        flops = counting.count(lambda: upsample_conv3d(x, weight, weight[:, 0, 0, 0, 0])).flops
+    assert flops == 2 * 8 * (2 * 6 * 8 * 10) * 16 * 32
+
+
 def test_half_autocast_casts_weights_once_and_keeps_norms_in_fp32():
     with torch.device("meta"):
         net = torch.nn.Sequential(torch.nn.Conv3d(4, 4, 3, padding=1), torch.nn.GroupNorm(2, 4), torch.nn.SiLU())

@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from benchmark_fixtures import TINY
@@ -119,6 +121,35 @@ def test_ratio_is_of_neighbours():
     """A round in which the machine was three times slower changes nothing."""
     assert timer.ratio([2, 6, 2], [1, 3, 1])["median"] == 2
     assert timer.summary([4.0])["q1"] == 4.0 and timer.spread([1, 1, 1]) == 0
+
+
+def test_quartiles_spread_and_noise():
+    """Against numpy, whose percentiles interpolate alike."""
+    values = [5.0, 1.0, 2.0, 9.0, 4.0, 4.5]
+    q1, median, q3 = np.percentile(values, [25, 50, 75])
+    assert timer.summary(values) == pytest.approx({"median": median, "q1": q1, "q3": q3, "min": 1.0, "n": 6})
+    assert timer.spread(values) == pytest.approx((q3 - q1) / 2 / median)
+
+
+def test_a_short_call_is_repeated_and_its_parts_add_up(monkeypatch):
+    """1 + 2 ms in one part, 4 ms in another, 1 ms in none, by a clock of our own; three calls fill a timed stretch of 24 ms."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(timer, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def side(watch):
+        calls.append(now[0])
+        for part, seconds in (("a", 1e-3), ("b", 4e-3), ("a", 2e-3)):
+            now[0] += seconds
+            watch.mark(part)
+        now[0] += 1e-3
+
+    timing = timer.measure({"A": side}, CPU, budget=0.081)["A"]
+    assert timing.rounds == pytest.approx([8e-3] * 10) and len(calls) == 2 + 10
+    assert timing.parts == {"a": pytest.approx([3e-3] * 10), "b": pytest.approx([4e-3] * 10)}
+    monkeypatch.setattr(timer, "_LEAST_SECONDS", 0.024)
+    again = timer.measure({"A": side}, CPU, budget=0.1)["A"]
+    assert again.rounds == pytest.approx([8e-3] * 4) and len(calls) == 12 + 2 + 3 * 4
+    assert again.parts["a"] == pytest.approx([3e-3] * 4)
 
 
 def test_measure_interleaves_and_collects_parts():
@@ -252,6 +283,25 @@ def test_record_round_trip_page_and_table(record, tmp_path):
     assert "(results/some-cpu/2026-01-01-abc-scaling.png)" in text
 
 
+def test_bars_of_the_picture():
+    """Their lengths by hand: twice as fast; 40 % of the limit; a quarter and three quarters of the time, then half of that."""
+    from matplotlib.figure import Figure
+
+    work = {"seconds_by_kind": {"convolution": 7.0, "other": 3.0}}
+    reference = {"precision": "fp32", "seconds": {"median": 4.0}, "parts": {"forward": 10.0, "backward": 30.0}}
+    ours = {"precision": "fp32", "seconds": {"median": 2.0}, "parts": {"forward": 1.0}, "profile": work}
+    ours |= {"of_limit": 0.4, "floor": {"limit": "compute", "seconds": 0.8}}
+    sides = {"reference": reference, "ours": ours}
+    case = {"name": "toy", "status": "ok", "sides": sides, "speedups": {"ours": {"median": 2.0}}}
+    expected = {
+        report._faster: [(0, 1), (0, 2)], report._limit: [(0, 40)], report._where: [(0, 25), (25, 75), (0, 35), (35, 15)],
+    }  # fmt: skip
+    for draw, bars in expected.items():
+        axis = Figure().subplots()
+        draw(axis, [case])
+        assert [(bar.get_x(), bar.get_width()) for bar in axis.patches] == [pytest.approx(bar) for bar in bars], draw
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -270,15 +320,22 @@ def test_records_of_another_form_are_refused(record, tmp_path, change, field):
     assert caught.value.field == field
 
 
-def changed(record, *, factor=1.0, spread=0.0, ops=300, machine="Some (R) CPU", speedup=2.0):
+def changed(record, *, factor=1.0, spread=0.0, noise=0.01, ops=300, machine="Some (R) CPU", speedup=2.0):
     new = copy.deepcopy(record)
-    new["machine"] = machine
+    new["machine"], new["noise_floor"] = machine, {"noise": noise}
     for side in new["cases"][0]["sides"].values():
         side["seconds"]["median"], side["spread"] = 1.0, spread
     new["cases"][0]["sides"]["ours"]["seconds"]["median"] = factor
     new["cases"][0]["speedups"]["ours"]["median"] = speedup
     new["counts"]["denoising step"]["ours"]["ops"] = ops
     return new
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(123.4, "123 s"), (1.0, "1 s"), (0.0456, "45.6 ms"), (1e-3, "1 ms"), (7.89e-6, "7.89 us")]
+)
+def test_seconds_are_written_in_their_unit(value, text):
+    assert results.seconds(value) == text
 
 
 @pytest.mark.parametrize(
@@ -299,6 +356,19 @@ def test_what_counts_as_a_regression(record, new, worse):
     found, remarks = results.regressions(changed(record, **new), changed(record))
     assert bool(found) == worse, found
     assert bool(remarks) == ("machine" in new)
+
+
+def test_the_noise_of_either_run_counts(record):
+    """20 % slower, against twice the sum of both spreads, and against each run's noise floor."""
+
+    def found(now, then):
+        return bool(results.regressions(changed(record, factor=1.2, **now), changed(record, **then))[0])
+
+    assert found({"spread": 0.04}, {"spread": 0.04}) and found({"noise": 0.15}, {"noise": 0.15})
+    for now, then in ((0.06, 0.06), (0.12, 0.0), (0.0, 0.12)):
+        assert not found({"spread": now}, {"spread": then})
+    for now, then in ((0.25, 0.01), (0.01, 0.25)):
+        assert not found({"noise": now}, {"noise": then})
 
 
 def test_a_case_that_broke_is_a_regression(record):

@@ -204,6 +204,19 @@ def test_stable_far_from_zero(last, programs, request):
     torch.testing.assert_close(shifted.double(), expected, **tolerance)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("programs", ["one", "many"])
+def test_a_constant_volume_becomes_its_bias(last, programs, request):
+    """Whatever a rounded mean leaves over is multiplied by 1 / sqrt(eps), 316."""
+    if programs == "many":
+        request.getfixturevalue("many_programs")
+    x = torch.full((1, 12, 9, 10, 11), 1000.1)
+    x = channels_last(x) if last else x
+    bias = draw(12, seed=2, dtype=torch.float32)
+    y = group_norm_silu(x, 4, torch.ones(12), bias, 1e-5, backend="triton")
+    torch.testing.assert_close(y, nn.functional.silu(bias)[:, None, None, None].expand_as(y), rtol=1e-5, atol=1e-5)
+
+
 def test_the_one_pass_formula_is_not_stable_far_from_zero():
     x, weight, bias, _ = case(1, 8, 9, 10, 11, dtype=torch.float32, shift=False, mean=1000)
     expected = both(4)[1](x.double(), weight.double(), bias.double(), None)

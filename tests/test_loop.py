@@ -125,7 +125,10 @@ def test_schedule_is_an_array_or_whatever_holds_one():
     for same in (torch.from_numpy(betas), betas.tolist(), np.cumprod(1 - betas), DDIMScheduler(**settings), monai):
         torch.testing.assert_close(sample(network, x_T, schedule=same, num_steps=8), expected, rtol=1e-4, atol=1e-4)
     assert (sample(network, x_T, num_steps=8) - expected).abs().max() > 0.01
-    for wrong in (np.ones(5), betas[None], [0.1, 0.3, 0.2], [0.5]):
+    np.testing.assert_allclose(
+        Schedule.of([0.5] * 3).alphas_cumprod, [0.5, 0.25, 0.125]
+    )  # betas may stay, abar may not
+    for wrong in (np.ones(5), betas[None], [0.1, 0.3, 0.2], [0.3, 0.2, 0.2], [0.5]):
         with pytest.raises(ConfigError, match="schedule"):
             sample(network, x_T, schedule=wrong)
 

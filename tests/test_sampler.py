@@ -157,6 +157,26 @@ def test_given_class_is_needed_and_acts(tmp_path):
     assert json.loads((tmp_path / "pos" / "sample-000_seed3.json").read_text())["class_probabilities"] is None
 
 
+def test_every_volume_has_its_own_seed_spacing_and_class(tmp_path):
+    """A batch of three, of which two are alike but for one value, and each of them alone."""
+    sampler = FastSampler.from_checkpoint(
+        write_checkpoint(tmp_path / "step", "RADMAISI"), device="cpu", dtype="float32"
+    )
+    own = [(3, [1.5, 1.5, 3.0], "neg"), (3, [1.5, 1.5, 3.0], "pos"), (3, [3.0, 1.5, 1.5], "pos")]
+    seeds, spacing, pirads = (list(column) for column in zip(*own, strict=True))
+    three = sampler(seeds=seeds, spacing=spacing, pirads=pirads, batch_size=3)
+    for k, (seed, steps, name) in enumerate(own):
+        alone = sampler(seeds=[seed], spacing=steps, pirads=name).latents[0]
+        distances = [float((alone - latent).norm() / alone.norm()) for latent in three.latents]
+        assert distances.pop(k) < 1e-4 < 1e-3 < min(distances)
+    three.save(tmp_path / "out")
+    for k, (seed, steps, name) in enumerate(own):
+        sidecar = json.loads((tmp_path / "out" / f"sample-{k:03d}_seed{seed}.json").read_text())
+        assert (sidecar["spacing"], sidecar["class_given"], sidecar["class_override"]) == (steps, name, None)
+        image = nibabel.load(tmp_path / "out" / f"sample-{k:03d}_seed{seed}.nii.gz")
+        assert image.header.get_zooms() == tuple(steps)
+
+
 def test_three_sequences_are_split_scaled_and_named(tmp_path):
     folder = write_checkpoint(tmp_path / "step", **THREE)
     draw(folder, tmp_path / "out", reports=["abc"], num_samples=1)

@@ -134,6 +134,37 @@ def test_too_little_memory_is_said_beforehand_and_afterwards(sampler, monkeypatc
         sampler(reports=["abc"], num_steps=2)
 
 
+def test_the_table_s_estimate_is_what_a_model_keeps(sampler):
+    rows, steps = 3, 4
+    text, spacing = torch.zeros(rows * steps, TOKENS, WIDTH), torch.ones(rows * steps, 3)
+    kept = sampler.model.condition(torch.arange(rows * steps), spacing=spacing, text=text).keys_values
+    found = memory.table_bytes(sampler.model.config, rows, steps, torch.float32)
+    assert found == sum(each.nbytes for pair in kept for each in pair) > 0
+
+
+def test_the_cpu_s_allocator_is_understood_and_other_errors_stay():
+    with (
+        pytest.raises(ConfigError, match="decoding: this machine's memory is used up"),
+        memory.out_of_memory("decoding"),
+    ):
+        torch.empty(2**50, dtype=torch.uint8)  # more than an address space holds
+    with pytest.raises(RuntimeError, match="must match"), memory.out_of_memory("decoding"):
+        torch.zeros(2) + torch.zeros(3)
+
+
+def test_a_long_report_is_named_by_its_number_alone(checkpoint, caplog):
+    class Short(FakeEncoder):
+        def encode(self, reports):
+            encoded = super().encode(reports)
+            encoded.truncated = [len(report) > 3 for report in reports]
+            return encoded
+
+    sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype="float32", text_encoder=Short())
+    sampler(reports=["abc", "ab", "a secret", "abc"], num_steps=1, decode=False)
+    (warned,) = [record.getMessage() for record in caplog.records if "longer" in record.getMessage()]
+    assert warned.startswith(f"report 3 is longer than {TOKENS} tokens") and "secret" not in caplog.text
+
+
 def test_a_sampler_works_again_after_it_was_stopped(checkpoint, monkeypatch):
     sampler, request = make(checkpoint), {"reports": ["abc"], "seeds": [1], "num_steps": 4, "decode": False}
     whole = sampler(**request).latents

@@ -230,6 +230,20 @@ def test_flow_trajectory_equals_diffusers(schedule, diffusers_in_double, solver,
     assert_same(ours(schedule, get_solver(solver), num_steps, prediction="velocity", spacing="linspace"), expected)
 
 
+@pytest.mark.parametrize("num_steps", [2, 10, 50])
+def test_karras_spacing_of_a_flow_equals_diffusers(schedule, diffusers_in_double, num_steps):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    scheduler.set_timesteps(num_steps)
+    x, _ = start_and_noises(0)
+    expected = [x]
+    for t in scheduler.timesteps:
+        x = scheduler.step(fake_velocity(x, t.expand(len(x))), t, x).prev_sample
+        expected.append(x)
+    assert_same(ours(schedule, get_solver("euler_flow"), num_steps, prediction="velocity", spacing="karras"), expected)
+
+
 @pytest.mark.parametrize("solver", ["euler_flow", "heun_flow"])
 def test_a_flow_network_may_predict_x0_instead(schedule, solver):
     def clean(x, t):

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from ccella_fast.config import ModelConfig
 from ccella_fast.environment import free_memory
@@ -15,10 +14,6 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.sampling.hoist import TABLE_BYTES
 
 _FP32 = 4
-
-
-def weight_bytes(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(each.numel() * each.element_size() for each in module.parameters())
 
 
 def activation_bytes(config: ModelConfig, rows: int, grid: list[int], dtype: torch.dtype) -> int:
