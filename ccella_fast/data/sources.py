@@ -247,6 +247,8 @@ def _read_csv(table: Path, column: str = "case") -> list[tuple[int, dict[str, st
                 raise DataError(
                     "this line has too many or too few cells", path=table, field=f"line {reader.line_num}", fix=fix
                 )
+            if tab:  # BIDS: what is missing is written n/a
+                row = {name: "" if cell.strip() == "n/a" else cell for name, cell in row.items()}
             rows.append((reader.line_num, row))
     except csv.Error as bad:
         raise DataError(
