@@ -97,8 +97,11 @@ def test_the_memory_plan_chooses_and_says_so(prepared: Prepared, monkeypatch, ca
     dataset = prepared.dataset("latents")
     with caplog.at_level("INFO", logger="ccella_fast"):
         assert isinstance(choose_source(dataset, CPU, torch.float32), ResidentLatents)
-        monkeypatch.setattr(resident, "free_memory", lambda *_: 10_000)
-        assert choose_source(dataset, CPU, torch.float32) is dataset
+        needed = resident.bytes_needed(dataset, torch.float32)
+        for free, processes, fits in [(4 * needed, 1, True), (4 * needed - 1, 1, False), (4 * needed, 2, False)]:
+            monkeypatch.setattr(resident, "free_memory", lambda *_, free=free: free)
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))  # they share this machine's memory
+            assert (choose_source(dataset, CPU, torch.float32) is not dataset) == fits
     assert "resident on cpu" in caplog.text and "memory-mapped" in caplog.text and "12 volumes" in caplog.text
 
 
@@ -139,6 +142,7 @@ def test_copies_can_be_made_again_from_their_parameters(prepared: Prepared):
     assert np.abs(own - manifest.array(case, "latent_mean/t2w", files=case.augmented[0].files)).max() > 0.01
     item = prepared.dataset("latents").item(1, 2)
     np.testing.assert_allclose(item.spacing.numpy() / 100, case.augmented[1].spacing, rtol=1e-6)
+    assert torch.equal(item.latent_mean, mean[0]) and torch.equal(item.latent_sigma, sigma[0])  # of the second copy
 
 
 def test_copies_stay_until_they_are_dropped_or_asked_for_anew(prepared: Prepared, tmp_path: Path):

@@ -92,6 +92,7 @@ def test_csv_is_laid_over_the_studies(tmp_path: Path):
         ("case,split\na,val\n", "line 2, split", "no split"),
         ("case,pirad\na,1\n", "line 1, pirad", "did you mean 'pirads'"),
         ("case,Report\na,x\n", "line 1, Report", "did you mean 'report'"),
+        ("case,spilt\na,test\n", "line 1, spilt", "did you mean 'split'"),
         ("Case,pirads\na,1\n", "line 1", "no column 'case'"),
         ("case,pirads\nb,1\n", "line 2, case", "no study is called 'b'"),
         ("case,pirads\na,1\na,2\n", "line 3, case", "already on line 2"),
@@ -112,6 +113,23 @@ def test_csv_mistakes(tmp_path: Path, table: str, field: str, words: str):
         find_studies(tmp_path)
     assert caught.value.path == str(tmp_path / "studies.csv") and caught.value.field.startswith(field)
     assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 5
+
+
+def test_columns_of_the_users_own_are_ignored(tmp_path: Path):
+    touch(tmp_path, "a/t2w.nii.gz")
+    (tmp_path / "studies.csv").write_text("case,date,report_date,site,age,psad\na,2020-01-01,2020-01-02,x,70,0.1\n")
+    study = find_studies(tmp_path)[0]
+    assert study.dataset is None and study.report is None and study.pirads is None and study.split == "train"
+
+
+def test_the_longest_report(tmp_path: Path):
+    touch(tmp_path, "a/t2w.nii.gz")
+    (tmp_path / "studies.csv").write_text("case,report_file\na,a.txt\n")
+    (tmp_path / "a.txt").write_text("é" * 2**20)
+    assert len(find_studies(tmp_path)[0].report) == 2**20
+    (tmp_path / "a.txt").write_text("é" * (2**20 + 1))
+    with pytest.raises(DataError, match="the report has 1048577 characters"):
+        find_studies(tmp_path)
 
 
 @pytest.mark.parametrize("column", ["case", "split", "pirads", "synthetic", "report_file"])
@@ -153,6 +171,9 @@ def test_two_candidates_for_a_sequence(tmp_path: Path):
         find_studies(tmp_path)
     (tmp_path / "a/t2w.mha").unlink()
     assert found(tmp_path) == {"a": ["t2w"]}
+    touch(tmp_path, "a/7_t2w.mha")  # of the study 7, or of a?
+    with pytest.raises(DataError, match="two series for t2w: 7_t2w.mha and t2w.nii.gz"):
+        find_studies(tmp_path)
 
 
 def test_link_out_of_the_root(tmp_path: Path):
@@ -230,6 +251,8 @@ def test_reference_prepared_files_are_found(tmp_path: Path):
         ({"text_isnull": 1}, "[0].text_isnull"),  # there is a report
         ({"text": "  "}, "[0].text_isnull"),  # there is none
         ({"text_isnull": 2}, "[0].text_isnull"),
+        ({"text_isnull": False}, "[0].text_isnull"),
+        ({"text": "c0/text.npy", "text_isnull": 2}, "[0].text_isnull"),
         ({"folder": "DROP"}, "[0].folder"),
         ({"folder": "../x"}, "[0].folder"),
         ({"axt2": "../x.nii.gz"}, "[0].axt2"),

@@ -470,6 +470,6 @@ def _value(word: str) -> str:
 
 def _refuse_near_miss(word: str, known: set[str], *, path: Path, field: str) -> None:
     """Unknown words are someone else's and ignored, but not one that is nearly ours."""
-    near = difflib.get_close_matches(word.lower().strip(), known, n=1, cutoff=0.72)
+    near = difflib.get_close_matches(word.lower().strip(), known, n=1, cutoff=0.75)  # not date for dataset
     if near:
         raise DataError(f"unknown name '{_shown(word)}'", path=path, field=field, fix=f"did you mean '{near[0]}'?")
