@@ -47,6 +47,12 @@ def test_sessions_series_and_participants(tmp_path: Path):
     assert studies[1].report is None  # n/a, as BIDS writes what is missing
 
 
+def test_a_table_that_is_given_stands_in_for_participants(tmp_path: Path):
+    (tmp_path / "mine.csv").write_text("case,pirads\nsub-01,1\n")
+    studies = find_studies(write_bids(tmp_path / "bids"), csv_file=tmp_path / "mine.csv")
+    assert [(study.pirads, study.split) for study in studies] == [([1, 0], "train"), (None, "train"), (None, "train")]
+
+
 def test_a_bids_folder_is_prepared(tmp_path: Path):
     prepare(write_bids(tmp_path / "bids"), tmp_path / "out", config())
     cases = load_manifest(tmp_path / "out").cases

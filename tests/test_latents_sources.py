@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,21 @@ def test_copies_can_be_made_again_from_their_parameters(prepared: Prepared):
     assert torch.equal(item.latent_mean, mean[0]) and torch.equal(item.latent_sigma, sigma[0])  # of the second copy
 
 
+def test_augmented_latents_are_checked_as_the_studys_own(prepared: Prepared, tmp_path: Path):
+    out = Path(shutil.copytree(prepared.out, tmp_path / "out"))
+    cases = json.loads((out / "manifest.json").read_text())["cases"]
+    path = out / cases[0]["augmented"][1]["files"]["latent_sigma/t2w"]["path"]
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match="SHA-256") as caught:
+        PreparedDataset(out, prepared.settings)
+    assert caught.value.path == str(path)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["cases"][0]["augmented"][1]  # now not every study has a second copy
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert PreparedDataset(out, prepared.settings).copies == 1
+
+
 def test_copies_stay_until_they_are_dropped_or_asked_for_anew(prepared: Prepared, tmp_path: Path):
     out, settings = tmp_path / "out", prepared.settings
     prepare(prepared.studies, out, settings, vae=prepared.vae)
@@ -238,8 +254,6 @@ def test_online_training_resumes_with_the_same_losses(prepared: Prepared, tmp_pa
     assert train(settings, data=prepared.out, run=tmp_path / "whole") == 0
     short = tmp_path / "parts"
     assert train(settings, data=prepared.out, run=short) == 0
-    import shutil
-
     shutil.rmtree(short / "checkpoints" / "step-00000004")
     assert train(settings, data=prepared.out, run=short, resume="latest") == 0
     assert losses(short) == losses(tmp_path / "whole") and len({loss for _, loss in losses(short)}) == 4
@@ -275,8 +289,6 @@ def test_an_engine_that_cannot_be_had_leaves_nothing_behind(prepared: Prepared, 
 
 
 def test_an_image_that_vanishes_while_training_is_named(prepared: Prepared, tmp_path: Path):
-    import shutil
-
     shutil.copytree(prepared.out, tmp_path / "copy")
     dataset = PreparedDataset(tmp_path / "copy", prepared.settings, needs="images")
     source = OnlineLatents(dataset, prepared.out / "vae", CPU, seed=3)

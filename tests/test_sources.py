@@ -84,6 +84,15 @@ def test_csv_is_laid_over_the_studies(tmp_path: Path):
     assert studies["c2"].report is None and studies["c6"].report is None  # blank; not listed
 
 
+def test_every_score_has_its_class(tmp_path: Path):
+    """PI-RADS 1 and 2: no; 3 to 5: yes (docs/explanation/method.md, section 1.1)."""
+    scores = {"1": [1, 0], "2": [1, 0], "3": [0, 1], "4": [0, 1], "5": [0, 1], " neg": [1, 0], "POS ": [0, 1], "": None}
+    touch(tmp_path, *[f"c{number}/t2w.nii.gz" for number in range(len(scores))])
+    lines = [f"c{number},{score}\n" for number, score in enumerate(scores)]
+    (tmp_path / "studies.csv").write_text("case,pirads\n" + "".join(lines))
+    assert [study.pirads for study in find_studies(tmp_path)] == list(scores.values())
+
+
 @pytest.mark.parametrize(
     ("table", "field", "words"),
     [
@@ -167,8 +176,9 @@ def test_report_in_another_encoding(tmp_path: Path, content: bytes, words: str):
 
 def test_two_candidates_for_a_sequence(tmp_path: Path):
     touch(tmp_path, "a/t2w.nii.gz", "a/t2w.mha")
-    with pytest.raises(DataError, match="two series for t2w: t2w.mha and t2w.nii.gz"):
+    with pytest.raises(DataError, match="two series for t2w: t2w.mha and t2w.nii.gz") as caught:
         find_studies(tmp_path)
+    assert caught.value.path == str(tmp_path / "a")
     (tmp_path / "a/t2w.mha").unlink()
     assert found(tmp_path) == {"a": ["t2w"]}
     touch(tmp_path, "a/7_t2w.mha")  # of the study 7, or of a?
@@ -247,7 +257,7 @@ def test_reference_prepared_files_are_found(tmp_path: Path):
         ({"pirads": [True, False]}, "[0].pirads"),
         ({"pirads": 3}, "[0].pirads"),
         ({"spacing": [0.5, 0.5]}, "[0].spacing"),
-        ({"spacing": [0.5, 0.5, -1]}, "[0].spacing"),
+        ({"spacing": [0.5, 0.5, 0]}, "[0].spacing"),
         ({"text_isnull": 1}, "[0].text_isnull"),  # there is a report
         ({"text": "  "}, "[0].text_isnull"),  # there is none
         ({"text_isnull": 2}, "[0].text_isnull"),
@@ -273,7 +283,7 @@ def test_json_mistakes(tmp_path: Path, change: dict, field: str):
 
 def test_all_defects_are_counted_at_once(tmp_path: Path):
     manifest = write(tmp_path / "train.json", {"pirads": [1, 1]}, {"folder": "c1", "spacing": [0]}, {"folder": "c2"})
-    with pytest.raises(DataError, match="1 more defect"):
+    with pytest.raises(DataError, match=r"1 more defect, in train\.json\)"):
         find_studies(manifest)
 
 
