@@ -170,8 +170,9 @@ def test_report_in_another_encoding(tmp_path: Path, content: bytes, words: str):
     touch(tmp_path, "a/t2w.nii.gz")
     (tmp_path / "a.txt").write_bytes(b"ok\n" * 3 + content if words == "not UTF-8" else content)
     (tmp_path / "studies.csv").write_text("case,report_file\na,a.txt\n")
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=words) as caught:
         find_studies(tmp_path)
+    assert caught.value.field == ("line 4" if words == "not UTF-8" else None)
 
 
 def test_two_candidates_for_a_sequence(tmp_path: Path):
