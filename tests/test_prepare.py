@@ -284,6 +284,7 @@ def test_reference_prepared_files_are_taken_over(tmp_path: Path):
         np.testing.assert_array_equal(prepared.array(case, "text"), np.load(tmp_path / "emb" / case.id / "text.npy"))
         assert set(case.files) == {"latent_mean/t2w", "text"} and case.text_isnull == number % 2
         assert case.spacing == ([0.6, 0.6, 0.7] if number == 0 else [0.5, 0.5, 0.5625]) and case.affine[0][0] == -0.5
+    assert prepared.intensity_scale == {"t2w": 1}  # not known
     values = np.stack(list(latents.values())).astype(np.float64)
     assert prepared.scale_factor == [pytest.approx(1 / values.std(ddof=1), rel=1e-9)]
     before = times(out)
