@@ -19,3 +19,8 @@ def refuse(task: int) -> int:
     if task == 2:
         raise DataError("not this one", path="two")
     return os.getpid()
+
+
+def threads(task: int) -> tuple[int, str | None]:
+    """The process, and how many threads it was told to use."""
+    return os.getpid(), os.environ.get("OMP_NUM_THREADS")

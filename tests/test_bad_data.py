@@ -179,9 +179,11 @@ def test_grid_that_does_not_divide(tmp_path: Path):
 
 def test_sequence_that_studies_lack(tmp_path: Path):
     changes = {"data__sequences": ["t2w", "adc"], "model__latent_channels": [4, 4]}
+    studies = write_studies(tmp_path / "studies")
+    (studies / "studies.csv").unlink()
     with pytest.raises(DataError, match="the study 'case0' has no adc .and 2 more defects") as caught:
-        prepare(write_studies(tmp_path / "studies"), tmp_path / "out", config(**changes))
-    assert "data.sequences" in caught.value.fix
+        prepare(studies, tmp_path / "out", config(**changes))
+    assert "data.sequences" in caught.value.fix and caught.value.path == str(studies / "case0")
 
 
 def test_unwritable_output(tmp_path: Path):

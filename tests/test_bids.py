@@ -28,9 +28,7 @@ def write_bids(root: Path) -> Path:
     (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')
     (root / "participants.tsv").write_text(
         "participant_id\tage\tpirads\tsplit\treport\n"
-        'sub-01\t61\t4\ttrain\t"focus, 9 mm, left"\nsub-02\t70\tn/a\ttest\t\nsub-09\t55\t1\ttrain\t\n'.replace(
-            "n/a", ""
-        )
+        'sub-01\t61\t4\ttrain\t"focus, 9 mm, left"\nsub-02\t70\tn/a\ttest\tn/a\nsub-0\t55\t1\ttest\tno focus\n'
     )
     return root
 
@@ -46,6 +44,13 @@ def test_sessions_series_and_participants(tmp_path: Path):
     ]
     assert [study.split for study in studies] == ["train", "test", "test"]
     assert studies[0].pirads == [0, 1] and studies[0].report == "focus, 9 mm, left" and studies[1].pirads is None
+    assert studies[1].report is None  # n/a, as BIDS writes what is missing
+
+
+def test_a_table_that_is_given_stands_in_for_participants(tmp_path: Path):
+    (tmp_path / "mine.csv").write_text("case,pirads\nsub-01,1\n")
+    studies = find_studies(write_bids(tmp_path / "bids"), csv_file=tmp_path / "mine.csv")
+    assert [(study.pirads, study.split) for study in studies] == [([1, 0], "train"), (None, "train"), (None, "train")]
 
 
 def test_a_bids_folder_is_prepared(tmp_path: Path):

@@ -123,6 +123,68 @@ def test_reference_files_run_nothing_and_drop_nothing(tmp_path, section, key, va
     assert words in str(caught.value) and caught.value.field == f"{section}.{key}"
 
 
+def test_every_number_of_the_references_files_arrives(tmp_path):
+    """Other values than the reference's, so that none can be a default of ours."""
+    names = (
+        "data_base_dir embedding_base_dir train_json test_json model_dir model_filename output_dir "
+        "trained_autoencoder_path existing_ckpt_filepath"
+    )
+    given = {
+        None: {"exp_name": "mine", "institute1": True, **{name: f"of/{name}" for name in names.split()}},
+        "diffusion_unet_train": {"batch_size": 3, "lr": 0.5, "n_epochs": 7},
+        "diffusion_unet_inference": {"dim": [64, 96, 32], "random_seed": 5, "num_inference_steps": 77},
+        "diffusion_unet_def": {
+            "num_channels": [48, 96], "attention_levels": [True, False], "num_head_channels": [16, 24], "num_res_blocks": 1,
+            "norm_num_groups": 24, "norm_eps": 0.25, "cross_attention_dim": 40, "input_dim": 56, "num_classes": 2,
+        },
+        "autoencoder_def": {
+            "num_channels": [6, 12], "num_res_blocks": [3, 4], "norm_num_groups": 3, "norm_eps": 0.125,
+        },
+        "noise_scheduler": {
+            "num_train_timesteps": 50, "beta_start": 0.01, "beta_end": 0.02,
+        },
+    }  # fmt: skip
+    files = [json.loads(path.read_text()) for path in reference_files("CCELLA")]
+    for section, changes in given.items():
+        values = next(values for values in files if section is None or section in values)
+        (values if section is None else values[section]).update(changes)
+    paths = [tmp_path / f"{number}.json" for number in range(3)]
+    for path, values in zip(paths, files, strict=True):
+        path.write_text(json.dumps(values))
+    config = load_config(paths).dump()
+    sections = {
+        "diffusion_unet_train": ["training"], "diffusion_unet_inference": ["data", "sampling"],
+        "diffusion_unet_def": ["model"], "autoencoder_def": ["autoencoder"], "noise_scheduler": ["scheduler"],
+    }  # fmt: skip
+    for section, names_of_ours in sections.items():
+        ours = {key: value for name in names_of_ours for key, value in config[name].items()}
+        assert {key: ours[key] for key in given[section]} == given[section]
+    assert config["paths"] == {name: f"of/{name}" for name in names.split()}
+    assert config["name"] == "mine" and config["data"]["dataset"] == "Institute1"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        (None, "base_maisi", True),
+        (None, "use_pretrained_unet", True),
+        (None, "freeze_unet", True),
+        ("diffusion_unet_def", "include_spacing_input", False),
+        ("diffusion_unet_def", "resblock_updown", True),
+        ("autoencoder_def", "with_encoder_nonlocal_attn", True),
+        ("autoencoder_def", "with_decoder_nonlocal_attn", True),
+    ],
+)
+def test_what_would_be_another_network_is_refused(tmp_path, section, key, value):
+    values = json.loads((CONFIGS / "CCELLA_def.json").read_text())
+    body = values[section] if section else values
+    body[key] = not value
+    load_config([write(tmp_path, values)])
+    body[key] = value
+    with pytest.raises(ConfigError, match=f"set it to {not value}"):
+        load_config([write(tmp_path, values)])
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [

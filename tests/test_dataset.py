@@ -178,7 +178,8 @@ def test_reports_must_have_been_encoded_as_configured(folder: Path):
     edit(folder, lambda manifest: manifest["text"].update(text))
     right = {"text__encoder": "some/encoder", "text__max_length": 8, "text__dtype": "float32"}
     assert len(PreparedDataset(folder, settings(**right))) == 5
-    for key, value in {"text__encoder": "other", "text__max_length": 16, "text__dtype": "bfloat16"}.items():
+    others = {"text__encoder": "other", "text__revision": "v2", "text__max_length": 16, "text__dtype": "bfloat16"}
+    for key, value in others.items():
         with pytest.raises(DataError, match="reports were encoded with") as caught:
             PreparedDataset(folder, settings(**right | {key: value}))
         assert caught.value.field == key.replace("__", ".")

@@ -267,6 +267,10 @@ def test_metatensor_comes_in_and_a_tensor_goes_on():
     actual = net(MetaTensor(x), *rest)
     assert seen == [torch.Tensor, MetaTensor, torch.Tensor] and type(actual) is torch.Tensor
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    coder, (image,) = autoencoder()
+    speed_up(randomised(coder))
+    mean, _ = coder.encode(MetaTensor(image))
+    assert type(mean) is torch.Tensor and type(coder.decode(MetaTensor(mean))) is torch.Tensor
     timesteps, context = rest
     for volume in (MetaTensor(x), x):
         named = net(x=volume, timesteps=timesteps, context=MetaTensor(context))  # as MONAI's own inferers call it
@@ -313,6 +317,15 @@ def test_refusals_name_the_reason():
     assert "not by 2" in refusals(odd)["Sequential"]
     strided = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv3d(2, 2, 3, padding=1, stride=2))
     assert "dense 3x3x3" in refusals(strided)["Sequential"]
+    for changes in ({"dilation": 2, "padding": 2}, {"groups": 2}, {"kernel_size": 5, "padding": 2}):
+        other = nn.Conv3d(2, 2, **{"kernel_size": 3, "padding": 1} | changes)
+        assert "dense 3x3x3" in refusals(nn.Sequential(nn.Upsample(scale_factor=2), other))["Sequential"]
+    unpadded = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv3d(2, 2, 3))
+    assert "pad" in refusals(unpadded)["Sequential"]
+    sized = nn.Sequential(nn.Upsample(size=8), nn.Conv3d(2, 2, 3, padding=1))
+    assert "not by 2" in refusals(sized)["Sequential"]
+    smooth = nn.Sequential(nn.Upsample(scale_factor=2, mode="trilinear"), nn.Conv3d(2, 2, 3, padding=1))
+    assert not speed_up(smooth).swapped
     circular = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv3d(2, 2, 3, padding=1, padding_mode="circular"))
     assert "pad" in refusals(circular)["Sequential"]
 
@@ -325,6 +338,9 @@ def test_shared_watched_and_overridden_modules_are_left_alone():
 
     watched = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
     watched[0].register_forward_hook(lambda *args: None)
+    assert "hook" in speed_up(watched).refused["Sequential"]
+    watched = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    watched[1].register_forward_pre_hook(lambda *args: None)
     assert "hook" in speed_up(watched).refused["Sequential"]
 
     replaced, _ = unet()
@@ -358,6 +374,20 @@ def test_dropout_and_masks_are_monai_s():
     for before, after in zip(results[:3], results[3:], strict=True):
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(results[0], results[1]) and not torch.allclose(results[1], results[2])
+
+
+def test_cross_attentions_dropout_is_monai_s():
+    from monai.networks.blocks import CrossAttentionBlock
+
+    block = randomised(CrossAttentionBlock(8, 2, dropout_rate=0.5)).train()
+    x, context = draw(2, 5, 8), draw(2, 3, 8, seed=1)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        results.append(block(x, context))
+        speed_up(block)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(results[0], block.eval()(x, context))
 
 
 def test_kinds_can_be_left_out():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +98,11 @@ def test_the_memory_plan_chooses_and_says_so(prepared: Prepared, monkeypatch, ca
     dataset = prepared.dataset("latents")
     with caplog.at_level("INFO", logger="ccella_fast"):
         assert isinstance(choose_source(dataset, CPU, torch.float32), ResidentLatents)
-        monkeypatch.setattr(resident, "free_memory", lambda *_: 10_000)
-        assert choose_source(dataset, CPU, torch.float32) is dataset
+        needed = resident.bytes_needed(dataset, torch.float32)
+        for free, processes, fits in [(4 * needed, 1, True), (4 * needed - 1, 1, False), (4 * needed, 2, False)]:
+            monkeypatch.setattr(resident, "free_memory", lambda *_, free=free: free)
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))  # they share this machine's memory
+            assert (choose_source(dataset, CPU, torch.float32) is not dataset) == fits
     assert "resident on cpu" in caplog.text and "memory-mapped" in caplog.text and "12 volumes" in caplog.text
 
 
@@ -139,6 +143,22 @@ def test_copies_can_be_made_again_from_their_parameters(prepared: Prepared):
     assert np.abs(own - manifest.array(case, "latent_mean/t2w", files=case.augmented[0].files)).max() > 0.01
     item = prepared.dataset("latents").item(1, 2)
     np.testing.assert_allclose(item.spacing.numpy() / 100, case.augmented[1].spacing, rtol=1e-6)
+    assert torch.equal(item.latent_mean, mean[0]) and torch.equal(item.latent_sigma, sigma[0])  # of the second copy
+
+
+def test_augmented_latents_are_checked_as_the_studys_own(prepared: Prepared, tmp_path: Path):
+    out = Path(shutil.copytree(prepared.out, tmp_path / "out"))
+    cases = json.loads((out / "manifest.json").read_text())["cases"]
+    path = out / cases[0]["augmented"][1]["files"]["latent_sigma/t2w"]["path"]
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match="SHA-256") as caught:
+        PreparedDataset(out, prepared.settings)
+    assert caught.value.path == str(path)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["cases"][0]["augmented"][1]  # now not every study has a second copy
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert PreparedDataset(out, prepared.settings).copies == 1
 
 
 def test_copies_stay_until_they_are_dropped_or_asked_for_anew(prepared: Prepared, tmp_path: Path):
@@ -234,8 +254,6 @@ def test_online_training_resumes_with_the_same_losses(prepared: Prepared, tmp_pa
     assert train(settings, data=prepared.out, run=tmp_path / "whole") == 0
     short = tmp_path / "parts"
     assert train(settings, data=prepared.out, run=short) == 0
-    import shutil
-
     shutil.rmtree(short / "checkpoints" / "step-00000004")
     assert train(settings, data=prepared.out, run=short, resume="latest") == 0
     assert losses(short) == losses(tmp_path / "whole") and len({loss for _, loss in losses(short)}) == 4
@@ -271,8 +289,6 @@ def test_an_engine_that_cannot_be_had_leaves_nothing_behind(prepared: Prepared, 
 
 
 def test_an_image_that_vanishes_while_training_is_named(prepared: Prepared, tmp_path: Path):
-    import shutil
-
     shutil.copytree(prepared.out, tmp_path / "copy")
     dataset = PreparedDataset(tmp_path / "copy", prepared.settings, needs="images")
     source = OnlineLatents(dataset, prepared.out / "vae", CPU, seed=3)

@@ -60,6 +60,8 @@ def test_round_trip(folder: Path):
         array[0, 0, 0] = 1
 
 
+OUTSIDE = {"path": "../a.npy", "sha256": "0" * 64, "bytes": 1}
+AUGMENTED = {"parameters": {}, "spacing": [1.5, 1.5, 3.0], "files": {"latent_mean/t2w": OUTSIDE}}
 MISTAKES = [
     (("version",), 2, "version"),
     (("format",), "else", "format"),
@@ -76,6 +78,7 @@ MISTAKES = [
     (("cases", 0, "files", "image/t2w", "path"), "../a.npy", "cases[0].files.image/t2w.path"),
     (("cases", 0, "files", "image/t2w", "path"), "/etc/passwd", "cases[0].files.image/t2w.path"),
     (("cases", 0, "files", "image/t2w", "sha256"), "x", "cases[0].files.image/t2w.sha256"),
+    (("cases", 0, "augmented"), [AUGMENTED], "cases[0].files.latent_mean/t2w.path"),
     (("scale_factor",), [0], "scale_factor[0]"),
     (("data", "dims"), [1, 2, 3], "data.dims"),
 ]

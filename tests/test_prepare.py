@@ -272,7 +272,10 @@ def write_merged(folder: Path, count: int = 3) -> dict[str, np.ndarray]:
 
 def test_reference_prepared_files_are_taken_over(tmp_path: Path):
     latents = write_merged(tmp_path)
-    out = tmp_path / "out"
+    out, entries = tmp_path / "out", json.loads((tmp_path / "merged.json").read_text())
+    entries[0]["spacing"] = [0.6, 0.6, 0.7]  # what is stated counts, else the affine
+    del entries[1]["spacing"]
+    (tmp_path / "merged.json").write_text(json.dumps(entries))
     prepare(tmp_path / "merged.json", out, config(variant="CCELLA"), embedding_base_dir=tmp_path / "emb")
     prepared = load_manifest(out)
     for number, case in enumerate(prepared.cases):
@@ -280,7 +283,8 @@ def test_reference_prepared_files_are_taken_over(tmp_path: Path):
         np.testing.assert_array_equal(mean, latents[case.id].transpose(3, 0, 1, 2))
         np.testing.assert_array_equal(prepared.array(case, "text"), np.load(tmp_path / "emb" / case.id / "text.npy"))
         assert set(case.files) == {"latent_mean/t2w", "text"} and case.text_isnull == number % 2
-        assert case.spacing == [0.5, 0.5, 0.5625] and case.affine[0][0] == -0.5
+        assert case.spacing == ([0.6, 0.6, 0.7] if number == 0 else [0.5, 0.5, 0.5625]) and case.affine[0][0] == -0.5
+    assert prepared.intensity_scale == {"t2w": 1}  # not known
     values = np.stack(list(latents.values())).astype(np.float64)
     assert prepared.scale_factor == [pytest.approx(1 / values.std(ddof=1), rel=1e-9)]
     before = times(out)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from pool_tasks import die, refuse
+from pool_tasks import die, refuse, threads
 from study_fixtures import config, tree, write_nifti, write_studies
 
 from ccella_fast.data.images import ImageTask, bytes_needed
@@ -53,6 +53,16 @@ def test_defects_come_back_and_work_goes_on_elsewhere():
     assert again <= set(done.values())  # the same processes serve every run
     with Pool(1) as pool:
         assert {each.result for each in pool.run(refuse, [0, 1], list("ab"), bytes_each=1)} == {os.getpid()}
+
+
+def test_a_worker_uses_one_thread_and_this_process_what_it_did(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    main = dict(vars(sys.modules["__main__"]))
+    with Pool(2) as pool:
+        assert {each.result[1] for each in pool.run(threads, [0, 1], list("ab"), bytes_each=1)} == {"1"}
+    assert os.environ["OMP_NUM_THREADS"] == "5" and "MKL_NUM_THREADS" not in os.environ
+    assert vars(sys.modules["__main__"]) == main
 
 
 def test_every_defect_is_found_by_the_workers_too(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import subprocess
@@ -57,7 +58,8 @@ def test_architecture_is_found_from_names_and_shapes(name, tmp_path):
 
 def test_round_trip_is_bit_equal(ccella, tmp_path):
     scale, optimizer = [1 / 3], {"state": {0: {"step": torch.tensor(5.0)}}, "param_groups": [{"lr": 1e-4}]}
-    write_reference(tmp_path / "a.pt", ccella.state_dict(), scale, 7, 0.25, optimizer=optimizer)
+    state = copy.deepcopy(ccella).to(memory_format=torch.channels_last_3d).state_dict()
+    write_reference(tmp_path / "a.pt", state, scale, 7, 0.25, optimizer=optimizer)
     found = read_reference(tmp_path / "a.pt")
     assert (found.scale_factor, found.epoch, found.num_train_timesteps) == (scale, 7, 1000)
     assert list(found.state_dict) == list(ccella.state_dict())
@@ -65,6 +67,8 @@ def test_round_trip_is_bit_equal(ccella, tmp_path):
     raw = torch.load(tmp_path / "a.pt", weights_only=True)
     assert set(raw) == {"epoch", "loss", "num_train_timesteps", "scale_factor", "unet_state_dict", "optimizer"}
     assert raw["scale_factor"].shape == () and raw["optimizer"] == optimizer
+    assert not all(tensor.is_contiguous() for tensor in state.values())
+    assert all(tensor.is_contiguous() for tensor in raw["unet_state_dict"].values())
 
 
 def test_a_view_does_not_carry_its_whole_storage(ccella, tmp_path):

@@ -14,7 +14,8 @@ import pytest
 
 from ccella_fast.environment import recorded
 from ccella_fast.errors import DataError
-from ccella_fast.report.figures import Panel, curves, cut, histogram, montage
+from ccella_fast.report import html
+from ccella_fast.report.figures import Panel, _smooth, curves, cut, histogram, montage
 from ccella_fast.report.html import write_report
 from ccella_fast.sampling.results import write_nifti
 from ccella_fast.storage import sha256, write_json
@@ -150,6 +151,23 @@ def test_the_page_is_complete_offline_and_silent(tmp_path):
     assert all(picture.std() > 0.01 for picture in pictures(page))  # none is blank
 
 
+def test_studies_and_samples_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(html, "_pictures", lambda *_: [])
+    monkeypatch.setattr(html, "curves", lambda _: b"")
+    run = write_run(tmp_path, ["a", "b", "c", "d"])
+    manifest = json.loads((run / "prepared" / "manifest.json").read_text())
+    for case, pirads in zip(manifest["cases"], ([1, 0], [0, 1], [0, 1], None), strict=True):
+        case |= {"pirads": pirads, "text_isnull": int(pirads is None)}
+    (run / "prepared" / "manifest.json").write_text(json.dumps(manifest))
+    words = [word.strip() for word in read(write_report(run)).words if word.strip()]
+    shown = dict(zip(words, words[1:], strict=False))
+    assert shown["Studies"] == "3 train, 1 test" and shown["PI-RADS 1-2 / 3-5 / unknown"] == "1 / 2 / 1"
+    assert shown["Without a report"] == "1" and shown["Generated volumes (synthetic)"] == "2"
+    table = " ".join(words)
+    for number in (1, 2):  # volume, report, seed, solver, steps, class given, probabilities
+        assert f" {number} 1 {number - 1} ddim 50 - 0.250 0.750 " in table
+
+
 def test_the_offline_check_sees_a_link():
     text = '<html><body><img src="https://example.org/a.png"></body></html>'
     with pytest.raises(AssertionError):
@@ -232,6 +250,31 @@ def test_a_cube_in_mm_is_a_square_in_the_picture():
         columns = np.flatnonzero(pixels[square].sum(0) > 20)
         assert abs(len(square) - (columns[-1] - columns[0] + 1)) <= 4
     assert max(map(len, squares)) - min(map(len, squares)) <= 4
+
+
+def test_letters_and_scale_bar_are_where_the_sides_are(monkeypatch):
+    from matplotlib.axes import Axes
+
+    letters, bars = [], []
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **_: letters.append((text, round(x), round(2 * y) / 2)))
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **_: bars.append((self.get_xlim(), x)))
+    montage([Panel(volume(0), SPACING, "")], window=(0, 1))
+    found = [entry for entry in letters if entry[0] != "20 mm"]
+    assert [text for text, *_ in found] == list("RLAPRLSIAPSI")
+    left, right, top, bottom = (0, 0.5), (1, 0.5), (0, 1), (0, 0)  # 0.5 is rounded to 0
+    assert [place for _, *place in found] == [list(place) for place in (left, right, top, bottom)] * 3
+    ((low, high), (start, end)) = bars[0]
+    assert len(bars) == 1 and (low, high) == (0, 24 * 1.5) and end - start == 20 and low < start
+
+
+def test_curves_are_smoothed_by_the_mean_of_their_neighbours():
+    values = np.random.default_rng(0).random(200)
+    width = 200 // 33  # 6: three before, two after
+    expected = [values[max(0, n - 3) : n + 3].mean() for n in range(200)]
+    assert width == 6
+    np.testing.assert_allclose(_smooth(values), expected, rtol=1e-12)
+    np.testing.assert_array_equal(_smooth(values[:65]), values[:65])
+    assert not np.array_equal(_smooth(values[:66]), values[:66])
 
 
 def test_charts_show_their_data():

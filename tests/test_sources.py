@@ -84,6 +84,15 @@ def test_csv_is_laid_over_the_studies(tmp_path: Path):
     assert studies["c2"].report is None and studies["c6"].report is None  # blank; not listed
 
 
+def test_every_score_has_its_class(tmp_path: Path):
+    """PI-RADS 1 and 2: no; 3 to 5: yes (docs/explanation/method.md, section 1.1)."""
+    scores = {"1": [1, 0], "2": [1, 0], "3": [0, 1], "4": [0, 1], "5": [0, 1], " neg": [1, 0], "POS ": [0, 1], "": None}
+    touch(tmp_path, *[f"c{number}/t2w.nii.gz" for number in range(len(scores))])
+    lines = [f"c{number},{score}\n" for number, score in enumerate(scores)]
+    (tmp_path / "studies.csv").write_text("case,pirads\n" + "".join(lines))
+    assert [study.pirads for study in find_studies(tmp_path)] == list(scores.values())
+
+
 @pytest.mark.parametrize(
     ("table", "field", "words"),
     [
@@ -92,6 +101,7 @@ def test_csv_is_laid_over_the_studies(tmp_path: Path):
         ("case,split\na,val\n", "line 2, split", "no split"),
         ("case,pirad\na,1\n", "line 1, pirad", "did you mean 'pirads'"),
         ("case,Report\na,x\n", "line 1, Report", "did you mean 'report'"),
+        ("case,spilt\na,test\n", "line 1, spilt", "did you mean 'split'"),
         ("Case,pirads\na,1\n", "line 1", "no column 'case'"),
         ("case,pirads\nb,1\n", "line 2, case", "no study is called 'b'"),
         ("case,pirads\na,1\na,2\n", "line 3, case", "already on line 2"),
@@ -112,6 +122,23 @@ def test_csv_mistakes(tmp_path: Path, table: str, field: str, words: str):
         find_studies(tmp_path)
     assert caught.value.path == str(tmp_path / "studies.csv") and caught.value.field.startswith(field)
     assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 5
+
+
+def test_columns_of_the_users_own_are_ignored(tmp_path: Path):
+    touch(tmp_path, "a/t2w.nii.gz")
+    (tmp_path / "studies.csv").write_text("case,date,report_date,site,age,psad\na,2020-01-01,2020-01-02,x,70,0.1\n")
+    study = find_studies(tmp_path)[0]
+    assert study.dataset is None and study.report is None and study.pirads is None and study.split == "train"
+
+
+def test_the_longest_report(tmp_path: Path):
+    touch(tmp_path, "a/t2w.nii.gz")
+    (tmp_path / "studies.csv").write_text("case,report_file\na,a.txt\n")
+    (tmp_path / "a.txt").write_text("é" * 2**20)
+    assert len(find_studies(tmp_path)[0].report) == 2**20
+    (tmp_path / "a.txt").write_text("é" * (2**20 + 1))
+    with pytest.raises(DataError, match="the report has 1048577 characters"):
+        find_studies(tmp_path)
 
 
 @pytest.mark.parametrize("column", ["case", "split", "pirads", "synthetic", "report_file"])
@@ -143,16 +170,21 @@ def test_report_in_another_encoding(tmp_path: Path, content: bytes, words: str):
     touch(tmp_path, "a/t2w.nii.gz")
     (tmp_path / "a.txt").write_bytes(b"ok\n" * 3 + content if words == "not UTF-8" else content)
     (tmp_path / "studies.csv").write_text("case,report_file\na,a.txt\n")
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=words) as caught:
         find_studies(tmp_path)
+    assert caught.value.field == ("line 4" if words == "not UTF-8" else None)
 
 
 def test_two_candidates_for_a_sequence(tmp_path: Path):
     touch(tmp_path, "a/t2w.nii.gz", "a/t2w.mha")
-    with pytest.raises(DataError, match="two series for t2w: t2w.mha and t2w.nii.gz"):
+    with pytest.raises(DataError, match="two series for t2w: t2w.mha and t2w.nii.gz") as caught:
         find_studies(tmp_path)
+    assert caught.value.path == str(tmp_path / "a")
     (tmp_path / "a/t2w.mha").unlink()
     assert found(tmp_path) == {"a": ["t2w"]}
+    touch(tmp_path, "a/7_t2w.mha")  # of the study 7, or of a?
+    with pytest.raises(DataError, match="two series for t2w: 7_t2w.mha and t2w.nii.gz"):
+        find_studies(tmp_path)
 
 
 def test_link_out_of_the_root(tmp_path: Path):
@@ -226,10 +258,12 @@ def test_reference_prepared_files_are_found(tmp_path: Path):
         ({"pirads": [True, False]}, "[0].pirads"),
         ({"pirads": 3}, "[0].pirads"),
         ({"spacing": [0.5, 0.5]}, "[0].spacing"),
-        ({"spacing": [0.5, 0.5, -1]}, "[0].spacing"),
+        ({"spacing": [0.5, 0.5, 0]}, "[0].spacing"),
         ({"text_isnull": 1}, "[0].text_isnull"),  # there is a report
         ({"text": "  "}, "[0].text_isnull"),  # there is none
         ({"text_isnull": 2}, "[0].text_isnull"),
+        ({"text_isnull": False}, "[0].text_isnull"),
+        ({"text": "c0/text.npy", "text_isnull": 2}, "[0].text_isnull"),
         ({"folder": "DROP"}, "[0].folder"),
         ({"folder": "../x"}, "[0].folder"),
         ({"axt2": "../x.nii.gz"}, "[0].axt2"),
@@ -250,7 +284,7 @@ def test_json_mistakes(tmp_path: Path, change: dict, field: str):
 
 def test_all_defects_are_counted_at_once(tmp_path: Path):
     manifest = write(tmp_path / "train.json", {"pirads": [1, 1]}, {"folder": "c1", "spacing": [0]}, {"folder": "c2"})
-    with pytest.raises(DataError, match="1 more defect"):
+    with pytest.raises(DataError, match=r"1 more defect, in train\.json\)"):
         find_studies(manifest)
 
 

@@ -11,6 +11,7 @@ import torch
 from study_fixtures import write_bert
 
 from ccella_fast.config import TextConfig
+from ccella_fast.data import text
 from ccella_fast.data.text import TextEncoder
 from ccella_fast.errors import ConfigError
 
@@ -107,6 +108,24 @@ def test_identity_follows_what_features_depend_on(bert: Path, tmp_path: Path):
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
     assert encoder(copy).identity["fingerprint"] != same["fingerprint"]
+
+
+def test_of_a_large_file_the_ends_and_the_size_are_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights beyond 1 GiB are not read whole; here the limit is lower."""
+    mib, zeros = 2**20, bytes(3 * 2**20)
+
+    def fingerprint(content: bytes) -> str:
+        (tmp_path / "model.safetensors").write_bytes(content)
+        return text._fingerprint(tmp_path)
+
+    def changed(at: int) -> bytes:
+        return zeros[:at] + b"x" + zeros[at + 1 :]
+
+    assert fingerprint(changed(mib + 5)) != fingerprint(zeros)
+    monkeypatch.setattr(text, "_HASHED_WHOLE", 2 * mib)
+    assert fingerprint(changed(mib + 5)) == fingerprint(zeros)
+    seen = [changed(0), changed(mib - 1), changed(2 * mib), changed(3 * mib - 1), zeros + b"\0", zeros]
+    assert len({fingerprint(content) for content in seen}) == 6
 
 
 def test_package_encoder(require):

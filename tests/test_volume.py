@@ -252,6 +252,12 @@ def test_damaged_mha_and_nrrd(tmp_path: Path, suffix: str):
             flipped[len(content) * 2 // 3] ^= 4
             path.write_bytes(flipped)
             refused(path, "damaged|cannot be read")
+            smaller = content.replace(b"DimSize = 40 36 18", b"DimSize = 8 8 8").replace(
+                b"sizes: 40 36 18", b"sizes: 8 8 8"
+            )
+            assert smaller != content
+            path.write_bytes(smaller)
+            refused(path, "more than its header says")
     elsewhere = content.replace(b"ElementDataFile = LOCAL", b"ElementDataFile = x.raw")
     path.write_bytes(elsewhere.replace(b"encoding", b"data file: x\nencoding"))
     refused(path, "another file")

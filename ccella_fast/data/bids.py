@@ -4,7 +4,8 @@
     high b   dwi/sub-01_acq-b1400_dwi.nii.gz: a 3D image with b of 1000 or more in its `acq`, or acq-highb, acq-hbv
     ADC      dwi/sub-01_ADC.nii.gz, also under anat/
 
-Columns of `participants.tsv` called as those of studies.csv hold for all sessions of a `participant_id`."""
+Columns of `participants.tsv` called as those of studies.csv hold for all sessions of a `participant_id`; `n/a` is an empty
+cell."""
 
 from __future__ import annotations
 

@@ -247,6 +247,8 @@ def _read_csv(table: Path, column: str = "case") -> list[tuple[int, dict[str, st
                 raise DataError(
                     "this line has too many or too few cells", path=table, field=f"line {reader.line_num}", fix=fix
                 )
+            if tab:  # BIDS: what is missing is written n/a
+                row = {name: "" if cell.strip() == "n/a" else cell for name, cell in row.items()}
             rows.append((reader.line_num, row))
     except csv.Error as bad:
         raise DataError(
@@ -468,6 +470,6 @@ def _value(word: str) -> str:
 
 def _refuse_near_miss(word: str, known: set[str], *, path: Path, field: str) -> None:
     """Unknown words are someone else's and ignored, but not one that is nearly ours."""
-    near = difflib.get_close_matches(word.lower().strip(), known, n=1, cutoff=0.72)
+    near = difflib.get_close_matches(word.lower().strip(), known, n=1, cutoff=0.75)  # not date for dataset
     if near:
         raise DataError(f"unknown name '{_shown(word)}'", path=path, field=field, fix=f"did you mean '{near[0]}'?")
