@@ -14,9 +14,9 @@ from torch import Tensor
 from ccella_fast.config import Config
 from ccella_fast.errors import ConfigError
 from ccella_fast.models.ldm import CLASS_SCALE
+from ccella_fast.sampling.guidance import Guidance, Reuse
 from ccella_fast.sampling.hoist import PromptRows
 from ccella_fast.sampling.reports import EncodedReports
-from ccella_fast.sampling.guidance import Guidance, Reuse
 from ccella_fast.variants import get_variant
 
 CLASSES = ["neg", "pos"]  # PI-RADS 1-2, 3-5
