@@ -53,7 +53,7 @@ def train_vae(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
     from ccella_fast.sampling.folder import sample_to_folder
-    from ccella_fast.sampling.steps import Reuse
+    from ccella_fast.sampling.guidance import Reuse
 
     reports = list(arguments.report or []) + [_read_report(path) for path in arguments.report_file or []]
     sample_to_folder(

@@ -16,10 +16,11 @@ from ccella_fast.diffusion.noise import generator
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.models import build_model
 from ccella_fast.models.vae import Autoencoder
-from ccella_fast.sampling import Levers, Reuse, session
+from ccella_fast.sampling import Levers, Reuse, denoising
+from ccella_fast.sampling.denoising import DenoisingLoop
+from ccella_fast.sampling.guidance import Guidance, StepKind, step_kinds
 from ccella_fast.sampling.hoist import ConditioningTable, PromptRows
 from ccella_fast.sampling.packing import PackedConvolution, can_pack
-from ccella_fast.sampling.steps import Guidance, Kind, Steps, step_kinds
 
 STEPS = 6
 
@@ -101,7 +102,7 @@ def test_a_small_window_gives_what_a_large_one_gives(checkpoint, monkeypatch):
     whole = make(checkpoint)(**request)
     assert fills == [0]
     few = lambda *given, **options: ConditioningTable(*given, **options, max_bytes=20_000)  # noqa: E731
-    monkeypatch.setattr(session, "ConditioningTable", few)
+    monkeypatch.setattr(denoising, "ConditioningTable", few)
     windowed = make(checkpoint)(**request)
     assert fills[1:] == [0, 4]
     assert error(windowed.latents, whole.latents) < 2e-5
@@ -226,17 +227,17 @@ def test_a_request_does_not_take_over_what_the_one_before_it_left(hoist):
 def test_kinds_of_steps():
     kinds = step_kinds([900, 700, 500, 300, 100], 1000, Guidance(3, (0.2, 0.6)), Reuse(interval=2))
     assert kinds == [
-        Kind(False, "keep"),
-        Kind(False, "reuse"),
-        Kind(True, "keep"),
-        Kind(True, "reuse"),
-        Kind(False, "keep"),
+        StepKind(False, "keep"),
+        StepKind(False, "reuse"),
+        StepKind(True, "keep"),
+        StepKind(True, "reuse"),
+        StepKind(False, "keep"),
     ]
-    assert step_kinds([900, 100], 1000, Guidance(), None) == [Kind(False, "")] * 2
+    assert step_kinds([900, 100], 1000, Guidance(), None) == [StepKind(False, "")] * 2
     # The interval holds its ends: with the default, the first step and the last, at t = 0, too.
-    assert step_kinds([1000, 500, 0], 1000, Guidance(3), None) == [Kind(True, "")] * 3
+    assert step_kinds([1000, 500, 0], 1000, Guidance(3), None) == [StepKind(True, "")] * 3
     for times, guided in [([600, 200], True), ([601, 199], False)]:
-        assert step_kinds(times, 1000, Guidance(3, (0.2, 0.6)), None) == [Kind(guided, "")] * 2
+        assert step_kinds(times, 1000, Guidance(3, (0.2, 0.6)), None) == [StepKind(guided, "")] * 2
 
 
 # ---- captured steps, without a GPU ----
@@ -246,11 +247,12 @@ class Recorder:
     """Stands for a CUDA graph: replaying is running the step again. Every tensor that a step leaves behind must lie where it
     lay when it was recorded, or a real replay would write elsewhere."""
 
-    def __init__(self, walk, network):
-        self.walk, self.network, self.recorded = walk, network, 0
+    def __init__(self, loop):
+        self.loop, self.recorded = loop, 0
 
     def places(self):
-        kept = [self.walk.x, self.walk.x0, *self.walk.state, self.walk.index, *self.network._features.values()]
+        trajectory = self.loop._trajectory
+        kept = [trajectory.x, trajectory.x0, *trajectory.state, trajectory.index, *self.loop._features.values()]
         return [tensor.data_ptr() for tensor in kept]
 
     def __call__(self, step):
@@ -270,16 +272,11 @@ def test_steps_that_can_be_captured_equal_eager_ones(checkpoint, sampler, monkey
     request = {"reports": ["abc", "d"], "num_steps": 9, "solver": solver, "batch_size": 1, **extra}
     eager, recorders = sampler(**request), []
 
-    def capturing(walk, network, source, kinds, capture):
-        recorders.append(Recorder(walk, network))
-        return Steps(walk, network, source, kinds, recorders[-1])
+    def recording(loop, levers):
+        recorders.append(Recorder(loop))
+        return recorders[-1]
 
-    class Static(session.Trajectory):
-        def __init__(self, plan, x_T, seeds, *, static):
-            super().__init__(plan, x_T, seeds, static=True)
-
-    monkeypatch.setattr(session, "Steps", capturing)
-    monkeypatch.setattr(session, "Trajectory", Static)
+    monkeypatch.setattr(DenoisingLoop, "_capture", recording)
     captured = make(checkpoint)(**request)
     assert torch.equal(captured.latents, eager.latents)
     assert len(recorders) == 1  # the second report goes through what was recorded for the first
@@ -293,16 +290,15 @@ def test_on_cuda_a_replayed_step_equals_an_eager_one_and_never_waits(checkpoint)
     sampler = make(checkpoint, device="cuda")
     captured = sampler(**request)
     assert error(captured.latents, eager.latents) < 1e-4 > error(captured.volumes, eager.volumes)
-    (loop,) = sampler._sessions.values()
-    steps = loop._steps
+    (loop,) = sampler._loops.values()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad():
-            loop._walk.index.zero_()
+            loop._trajectory.index.zero_()
             for i in range(12):
-                loop._walk.draw_noise(i)
-                steps.advance(i)
+                loop._trajectory.draw_noise(i)
+                loop._step(i)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

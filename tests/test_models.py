@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ccella_fast.config import ModelConfig, make_config
 from ccella_fast.errors import ConfigError
-from ccella_fast.models import build_model
+from ccella_fast.models import build_model, unet3d
 from ccella_fast.models.adapter import PerceiverBlock
 from ccella_fast.models.blocks import ResidualBlock, SpatialSelfAttention, SpatialTransformer
 from ccella_fast.variants import VARIANTS
@@ -202,6 +202,49 @@ def test_condition_then_denoise_is_forward(name):
         assert torch.equal(output.class_logits, conditioning.class_logits) and output.class_logits.shape == (2, 2)
     else:
         assert output.class_logits is None
+
+
+class ResidualRegisteredEarlier(unet3d.MiddleBlock):
+    def __init__(self, config):
+        super().__init__(config)
+        self._modules["resnet_1"] = self._modules.pop("resnet_1")  # resnet_2 now stands one line before it
+
+
+class AttentionRegisteredEarlier(unet3d.UpBlock):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self.attentions:
+            self.attentions._modules["0"] = self.attentions._modules.pop("0")
+
+
+class ResidualLeftOut(unet3d.UpBlock):
+    def forward(self, h, skips, flow):
+        return super().forward(h, skips[1:] if self.upsampler is None else skips, flow)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "match"),
+    [
+        ("CCELLA", ResidualRegisteredEarlier, "a ResidualBlock runs when"),
+        ("MAISI", ResidualRegisteredEarlier, "a ResidualBlock runs when"),
+        ("CCELLA", AttentionRegisteredEarlier, "a SpatialTransformer runs when"),
+        ("MAISI", ResidualLeftOut, "every residual block"),
+    ],
+)
+def test_blocks_in_another_order_than_their_conditioning_are_refused(monkeypatch, name, wrong, match):
+    """All of these would compute: the tensors of the blocks that are mixed up have the same shapes."""
+    (base,) = wrong.__bases__
+    monkeypatch.setattr(unet3d, base.__name__, wrong)
+    model = tiny(name)
+    x, timesteps, conditions = inputs(model)
+    conditioning = model.condition(timesteps, **conditions)
+    with pytest.raises(RuntimeError, match=match):
+        model.denoise(x, conditioning)
+    monkeypatch.undo()
+    right = tiny(name)
+    right.denoise(x, right.condition(timesteps, **conditions))
+    with pytest.raises(ValueError):  # one too few
+        right.denoise(x, conditioning._replace(shifts=conditioning.shifts[:-1]))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -25,18 +25,20 @@ def check_depth(unet: UNet3d, depth: int) -> None:
 
 def denoise_keeping(unet: UNet3d, x: Tensor, conditioning: Conditioning, depth: int) -> tuple[Tensor, Tensor]:
     """What `UNet3d.denoise` predicts, and the feature that enters the last `depth` blocks of the up path."""
-    flow = Flow(iter(conditioning.shifts), iter(conditioning.keys_values))
+    flow = unet.flow(conditioning)
     skips = [unet.enter(x)]
     for down in unet.down_blocks:
         skips += down(skips[-1], flow)
     path = _up_path(unet)
     h = _climb(path[:-depth], unet.middle_block(skips[-1], flow), skips, flow)
-    return unet.out(_climb(path[-depth:], h, skips, flow)), h
+    output = _climb(path[-depth:], h, skips, flow)
+    flow.check_used_up()
+    return unet.out(output), h
 
 
 def denoise_reusing(unet: UNet3d, x: Tensor, conditioning: Conditioning, depth: int, feature: Tensor) -> Tensor:
     """The predicted noise, from a `feature` that was kept at an earlier timestep; conditioning is this timestep's."""
-    flow = Flow(iter(conditioning.shifts), iter(conditioning.keys_values))
+    flow = unet.flow(conditioning)
     skips = [unet.enter(x)]
     for level, index in _down_path(unet)[: depth - 1]:
         h = skips[-1]
@@ -44,8 +46,10 @@ def denoise_reusing(unet: UNet3d, x: Tensor, conditioning: Conditioning, depth: 
     path = _up_path(unet)[-depth:]
     attending = sum(bool(level.attentions) for level, _ in path)
     last = len(conditioning.keys_values) - (attending if conditioning.keys_values else 0)
-    flow = Flow(iter(conditioning.shifts[-depth:]), iter(conditioning.keys_values[last:]))
-    return unet.out(_climb(path, feature, skips, flow))
+    flow = unet.flow(conditioning, -depth, last)
+    output = _climb(path, feature, skips, flow)
+    flow.check_used_up()
+    return unet.out(output)
 
 
 def _downsampled(level: DownBlock, h: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,35 @@ class Conditioning(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """A `Conditioning` on its way through the blocks: each takes the next of what it needs."""
+    """A `Conditioning` on its way through the blocks. Each entry comes with the block that it was computed for, and only that
+    block can take it: the tensors of two blocks often have the same shape, so a mix-up would go unnoticed."""
 
-    shifts: Iterator[Tensor]
-    keys_values: Iterator[tuple[Tensor, Tensor]]
+    shifts: Iterator[tuple[nn.Module, Tensor]]
+    keys_values: Iterator[tuple[nn.Module, tuple[Tensor, Tensor]]]
+
+    def shift_of(self, block: nn.Module) -> Tensor:
+        """The shift of a residual block, which must be the next one."""
+        return _next_of(block, self.shifts)
+
+    def keys_values_of(self, attention: nn.Module) -> tuple[Tensor, ...]:
+        """The keys and values of a cross-attention, which must be the next one; () for self-attention, which needs none."""
+        return _next_of(attention, self.keys_values) if isinstance(attention, SpatialTransformer) else ()
+
+    def check_used_up(self) -> None:
+        """RuntimeError unless every entry has been taken."""
+        for kind, entries in (("residual block", self.shifts), ("cross-attention", self.keys_values)):
+            if next(entries, None) is not None:
+                raise RuntimeError(f"the forward pass ended before the conditioning of every {kind} was used")
+
+
+def _next_of(block: nn.Module, entries: Iterator[tuple[nn.Module, Any]]) -> Any:
+    owner, entry = next(entries, (None, None))
+    if owner is not block:
+        raise RuntimeError(
+            f"a {type(block).__name__} runs when the conditioning of another block is next: "
+            "register the blocks of a UNet3d in the order in which its forward pass uses them"
+        )
+    return entry
 
 
 class Level(Stack):
@@ -63,8 +88,12 @@ class Level(Stack):
             self.attentions = attentions
 
     def block(self, index: int, h: Tensor, flow: Flow) -> Tensor:
-        h = self.run(self.resnets[index], h, next(flow.shifts))
-        return self.run(self.attentions[index], h, *next(flow.keys_values, ())) if self.attentions else h
+        resnet = self.resnets[index]
+        h = self.run(resnet, h, flow.shift_of(resnet))
+        if not self.attentions:
+            return h
+        attention = self.attentions[index]
+        return self.run(attention, h, *flow.keys_values_of(attention))
 
 
 class DownBlock(Level):
@@ -91,9 +120,9 @@ class MiddleBlock(Stack):
         self.resnet_2 = _residual(config, channels, channels)
 
     def forward(self, h: Tensor, flow: Flow) -> Tensor:
-        h = self.run(self.resnet_1, h, next(flow.shifts))
-        h = self.run(self.attention, h, *next(flow.keys_values, ()))
-        return self.run(self.resnet_2, h, next(flow.shifts))
+        h = self.run(self.resnet_1, h, flow.shift_of(self.resnet_1))
+        h = self.run(self.attention, h, *flow.keys_values_of(self.attention))
+        return self.run(self.resnet_2, h, flow.shift_of(self.resnet_2))
 
 
 class UpBlock(Level):
@@ -144,7 +173,8 @@ class UNet3d(nn.Module):
         norm = GroupNormSiLU(config.norm_num_groups, first, config.norm_eps)
         self.out = nn.Sequential(OrderedDict({"0": norm, "2": zeroed(conv3d(first, latent, 3))}))
 
-        # Modules of one kind are registered in the order of their use. Plain lists: they are registered already.
+        # Modules of one kind are registered in the order of their use, which `Flow` checks. Plain lists: they are registered
+        # already.
         self._residuals = [module for module in self.modules() if isinstance(module, ResidualBlock)]
         self._transformers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]
 
@@ -169,7 +199,7 @@ class UNet3d(nn.Module):
         """The predicted noise, in the dtype of the weights (under autocast: of its convolutions).
 
         Raises ValueError when x has other channels than the model, or a grid that the levels cannot halve."""
-        flow = Flow(iter(conditioning.shifts), iter(conditioning.keys_values))
+        flow = self.flow(conditioning)
         skips = [self.enter(x)]
         for down in self.down_blocks:
             skips += down(skips[-1], flow)
@@ -178,7 +208,15 @@ class UNet3d(nn.Module):
         for up in self.up_blocks:
             h = up(h, skips[-each:], flow)
             del skips[-each:]
+        flow.check_used_up()
         return self.out(h)
+
+    def flow(self, conditioning: Conditioning, first_shift: int = 0, first_keys_values: int = 0) -> Flow:
+        """The conditioning for a forward pass, or for its end: from these entries on."""
+        return Flow(
+            zip(self._residuals[first_shift:], conditioning.shifts[first_shift:], strict=True),
+            zip(self._transformers[first_keys_values:], conditioning.keys_values[first_keys_values:], strict=True),
+        )
 
     def enter(self, x: Tensor) -> Tensor:
         """The first convolution, after a check of x."""

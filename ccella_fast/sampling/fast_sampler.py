@@ -20,15 +20,15 @@ from ccella_fast.models import Denoiser, build_model
 from ccella_fast.models.vae import Autoencoder
 from ccella_fast.sampling import memory, pretrained
 from ccella_fast.sampling.decoding import Decoded, Decoder
+from ccella_fast.sampling.denoising import DenoisingLoop, LoopSettings
 from ccella_fast.sampling.levers import Levers, channels_last, prepare, resolve_dtype
 from ccella_fast.sampling.packing import can_pack, pack
 from ccella_fast.sampling.reports import Reports
 from ccella_fast.sampling.request import Prompts, Request, check_inputs
 from ccella_fast.sampling.results import REFERENCE_INTENSITY, Generated, Job, Result, Writing
-from ccella_fast.sampling.session import Loop, Session
 from ccella_fast.variants import get_variant
 
-_SESSIONS = 2  # kept: whole batches, and the rest of a request
+_LOOPS = 2  # kept: whole batches, and the rest of a request
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Run:
 
     request: Request
     prompts: Prompts
-    loop: Loop
+    loop: LoopSettings
     latent: list[int]
     batch: int
     writing: Writing
@@ -119,7 +119,7 @@ class FastSampler:
         self.scale_factor = pretrained.scale_factors(scale_factor, self.sequences)
         given = intensity_scale or {}
         self.intensity_scale = {name: given.get(name, REFERENCE_INTENSITY[name]) for name in self.sequences}
-        self._sessions: dict[Any, Session] = {}
+        self._loops: dict[Any, DenoisingLoop] = {}
         self._reports = Reports(self.config, text_encoder, checks_length=config is not None)
         overlapped = self.device.type == "cuda" and self.levers.overlap_decode
         stream = torch.cuda.Stream(self.device) if overlapped else None
@@ -196,8 +196,17 @@ class FastSampler:
         plan = get_solver(solver) if isinstance(solver, str) else solver
         if isinstance(plan, Solver):
             plan = plan.plan(schedule, num_steps, prediction=prediction, timestep_spacing=spacing)
-        named = (solver, num_steps, prediction, spacing)
-        loop = Loop(plan, named, len(schedule), guidance, request.reuse, request.batch_invariant)
+        loop = LoopSettings(
+            plan,
+            solver,
+            num_steps,
+            prediction,
+            spacing,
+            len(schedule),
+            guidance,
+            request.reuse,
+            request.batch_invariant,
+        )
         has_text = not (request.reports is None and request.text is None)
         given = {"pirads": request.pirads, "class_override": request.class_override}
         check_inputs(config.model.variant, has_text=has_text, **given)
@@ -245,15 +254,14 @@ class FastSampler:
     def _denoise(self, run: Run, batch: list[int], title: str) -> tuple[Tensor, Tensor | None]:
         prompts = run.prompts.rows(batch, guided=run.loop.guidance.on, device=self.device)
         key = (run.loop, tuple(run.latent), len(batch), prompts.form)
-        session = self._sessions.pop(key, None)
-        while len(self._sessions) >= _SESSIONS:
-            self._sessions.pop(next(iter(self._sessions)))
-        if session is None:
-            session = Session(self.model, run.loop, self.levers, run.latent, self._layout)
+        loop = self._loops.pop(key, None)
+        while len(self._loops) >= _LOOPS:
+            self._loops.pop(next(iter(self._loops)))
+        if loop is None:
+            loop = DenoisingLoop(self.model, run.loop, self.levers, len(batch), run.latent, self._layout)
         seeds = [run.prompts.seeds[k] for k in batch]
-        latents = session.run(seeds, prompts, description=title, progress=run.request.progress)
-        self._sessions[key] = session  # one that was stopped half-way, or had no memory, is not kept
-        logits = session.class_logits
+        latents, logits = loop.run(seeds, prompts, description=title, progress=run.request.progress)
+        self._loops[key] = loop  # one that was stopped half-way, or had no memory, is not kept
         return latents, None if logits is None else logits.float()[: len(batch)].softmax(1).expand(len(batch), -1)
 
     def _collect(self, run: Run, batch: list[int], done: Iterator[Decoded]) -> Iterator[Generated]:
@@ -268,5 +276,5 @@ class FastSampler:
         model, rows = self.config.model, count * (2 if run.loop.guidance.on else 1)
         needed = memory.activation_bytes(model, rows, run.latent[1:], self.dtype)
         if get_variant(model.variant).text and self.levers.hoist:
-            needed += memory.table_bytes(model, rows, run.loop.named[1], self.dtype)
+            needed += memory.table_bytes(model, rows, run.loop.num_steps, self.dtype)
         memory.check_memory(needed, self.device, f"a batch of {count} latents {run.latent}")

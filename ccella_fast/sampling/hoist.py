@@ -23,6 +23,9 @@ _ROWS = {"cuda": 64, "cpu": 16}  # rows (timesteps x prompts) that go through th
 class PromptRows(NamedTuple):
     """The conditioning inputs of one network call, duplicates left out: U different prompts for R rows.
 
+    For a batch of B volumes, R is 1 if all are alike and B if not. Where guidance acts in any step of the run, R is 2B: one row
+    for each volume, then the same again with the null report. Steps without guidance use the first B rows, or the single one.
+
     text (U, L, E) or None; spacing (U, 3) in mm x 100; pirads (U, classes) x 100 or None; rows: R indices into them."""
 
     text: Tensor | None

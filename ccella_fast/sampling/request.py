@@ -14,9 +14,9 @@ from torch import Tensor
 from ccella_fast.config import Config
 from ccella_fast.errors import ConfigError
 from ccella_fast.models.ldm import CLASS_SCALE
+from ccella_fast.sampling.guidance import Guidance, Reuse
 from ccella_fast.sampling.hoist import PromptRows
 from ccella_fast.sampling.reports import EncodedReports
-from ccella_fast.sampling.steps import Guidance, Reuse
 from ccella_fast.variants import get_variant
 
 CLASSES = ["neg", "pos"]  # PI-RADS 1-2, 3-5
@@ -139,8 +139,7 @@ class Prompts:
         return max(row, 0), self._reports.identities[row] if row >= 0 else None, self.seeds[k], own
 
     def rows(self, volumes: Sequence[int], *, guided: bool, device: torch.device) -> PromptRows:
-        """The conditioning of these volumes: one row if all are alike, else one each; with guidance, one each and then the same
-        again for the null report."""
+        """The conditioning of these volumes."""
         wanted: list[tuple] = [(self._rows[k], self._spacings[k], self._classes[k]) for k in volumes]
         if guided:
             wanted += [("null", spacing, given) for _, spacing, given in wanted]
