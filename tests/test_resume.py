@@ -18,11 +18,6 @@ STEPS = {"max_train_steps": 24, "checkpointing_steps": 2, "batch_size": 1}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("resume") / "prepared")
-
-
-@pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("unbroken") / "model"
     train_here(folder, data, **STEPS)

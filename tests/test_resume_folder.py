@@ -7,16 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training_fixtures import losses, train_here, write_prepared
+from training_fixtures import losses, train_here
 
 from ccella_fast.errors import CheckpointError, ConfigError
 
 SETTINGS = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 9, "zero_stage": 1}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("folder") / "prepared")
 
 
 @pytest.fixture(scope="module")

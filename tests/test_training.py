@@ -26,11 +26,6 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("training") / "prepared")
-
-
 def tiny(**overrides):
     return make_config({**{key: value for key, value in CONFIG.items() if key != "name"}, **overrides})
 

@@ -23,11 +23,6 @@ OTHERWISE = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("exact") / "prepared")
-
-
 def check_equal(run, plain, *, precision: str = "fp32"):
     """At every step. Adam divides by a gradient's size, so weights differ by more than the gradients' rounding. Some releases
     of torch round the norm of a bf16 gradient to bf16."""
