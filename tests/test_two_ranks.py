@@ -35,25 +35,9 @@ JOBS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # In bf16 gradients are summed over the processes in bf16, and Adam divides by their size.
 ALLOWED = {
-    "fp32": {
-        "loss": 1e-5,
-        "loss_l1": 1e-5,
-        "loss_class": 1e-5,
-        "lr": 1e-12,
-        "grad_norm": 1e-5,
-        "model": 2e-3,
-        "ema": 2e-3,
-    },
-    "bf16": {
-        "loss": 5e-3,
-        "loss_l1": 5e-3,
-        "loss_class": 2e-2,
-        "lr": 1e-12,
-        "grad_norm": 2e-2,
-        "model": 0.5,
-        "ema": 0.5,
-    },
-}
+    "fp32": {"loss": 1e-5, "loss_l1": 1e-5, "loss_class": 1e-5, "grad_norm": 1e-5, "lr": 1e-12, "model": 2e-3, "ema": 2e-3},
+    "bf16": {"loss": 5e-3, "loss_l1": 5e-3, "loss_class": 2e-2, "grad_norm": 2e-2, "lr": 1e-12, "model": 0.5, "ema": 0.5},
+}  # fmt: skip
 REST = ["0-bf16", "1-fp32", "1-bf16", "3-bf16"]
 
 
@@ -102,8 +86,7 @@ def check_equal_to_the_plain_loop(run: Path, plain) -> None:
     precision = run.name.partition("-")[2]
     two, one = plain[precision]
     found = difference(run, two, at=[1, 2, 3, 4])
-    allowed = ALLOWED[precision]
-    assert not {key: value for key, value in found.items() if value > allowed[key]}, found
+    assert not {key: value for key, value in found.items() if value > ALLOWED[precision][key]}, found
     other = difference(run, one, at=[1, 2, 3, 4])
     assert min(other["loss"], other["loss_class"], other["model"]) > 1e-2
 
