@@ -138,7 +138,7 @@ def build_engine(bench: Workbench, config: Config, folder: Path) -> Any:
     processes.initialise()
     from ccella_fast.training import engine as engines
 
-    config, values = merge(config, None, world_size=1, output_dir=folder, auto_precision="fp32")
+    config, values = merge(config, None, world_size=1, output_dir=folder, auto_precision=lambda: "fp32")
     values["tensorboard"] = {"enabled": False}
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         engine = engines.build_engine(config, values, total_steps=100_000, device=bench.device, path=None)

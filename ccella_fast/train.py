@@ -61,11 +61,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
         print(describe(config, **settings))
         return 0
-    import torch.distributed as dist
-
     from ccella_fast.training.run import train
 
     code = train(config, resume=arguments.resume, **settings)
+    import torch.distributed as dist  # a mistake is answered before torch is there
+
     if dist.is_initialized():  # not where a complete run had nothing to do
         dist.destroy_process_group()
     return code

@@ -98,13 +98,16 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"the tensors are on {device.type}, not on a GPU"
 
 
-@torch.compiler.assume_constant_result
 def _too_old(device: torch.device) -> str | None:
     """Why Triton does not compile for this GPU; None if it does."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"the GPU is sm_{major}{minor}, Triton compiles for sm_80 and newer"
+
+
+# What torch.compiler.assume_constant_result does. That imports torch._dynamo, which takes a second of every command.
+_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def xformers_refusal(device: torch.device, dtype: torch.dtype) -> str | None:

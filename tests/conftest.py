@@ -16,12 +16,21 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
-# The files that take longest: started first, so that no process works on one while the others have nothing left.
+# The files that take longest, in this order: started first, so that no process works on one while the others have nothing left.
 LONGEST = ("test_launch", "test_benchmarks", "test_two_ranks", "test_demo", "test_golden", "test_resume")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of five studies on which a small network trains in a second; nobody writes to it."""
+    from training_fixtures import write_prepared
+
+    return write_prepared(tmp_path_factory.mktemp("data") / "prepared")
 
 
 @pytest.fixture(scope="session")

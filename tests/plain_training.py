@@ -26,6 +26,13 @@ SETTINGS: dict[str, Any] = {
     "scale": 0.97, "eps": 1e-8, "variant": "CCELLA",
 }  # fmt: skip
 
+# Settings of which each differs from its default; gradients are clipped.
+UNUSUAL: dict[str, Any] = {
+    "batch_size": 2, "gradient_accumulation_steps": 2, "lr": 3e-3, "max_train_steps": 4, "weight_decay": 0.3,
+    "adam_betas": (0.5, 0.7), "max_grad_norm": 0.05, "text_class_pred_weight": 3e-3, "ema_decay": 0.2, "seed": 5,
+}  # fmt: skip
+EVERY_STEP = {"checkpointing_steps": 1, "checkpoints_total_limit": 9}  # a checkpoint after each step, and all are kept
+
 
 class Step(NamedTuple):
     """After an optimizer step. `logged`: loss, loss_l1, loss_class, lr, grad_norm; None where the step was skipped."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sampling_fixtures import FakeEncoder, write_checkpoint
 from study_fixtures import config, write_bert, write_studies
-from training_fixtures import train_here, write_prepared
+from training_fixtures import train_here
 
 from ccella_fast import FastSampler, environment
 from ccella_fast.config import make_config
@@ -42,11 +42,6 @@ def answer(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.delenv("RANK", raising=False)
     return lambda value: monkeypatch.setattr(environment, "cpu_multiplies_bf16", lambda: value)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("bf16") / "prepared")
 
 
 @pytest.fixture(scope="module")

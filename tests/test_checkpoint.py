@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import CONFIG, remade, train_here, weights, write_prepared
+from training_fixtures import CONFIG, remade, train_here, weights
 
 import ccella_fast
 from ccella_fast import checkpoint
@@ -27,11 +27,6 @@ from ccella_fast.checkpoint import (
 )
 from ccella_fast.errors import CheckpointError, ConfigError, DiskError
 from ccella_fast.storage import read_json, write_json
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("checkpoint") / "prepared")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ def merged(tmp_path: Path, text: str | dict, *, world_size: int = 2, auto_precis
     file = tmp_path / "ds.json"
     file.write_text(text if isinstance(text, str) else json.dumps(text))
     config = make_config({f"training.{key}": value for key, value in training.items()})
-    return merge(config, file, world_size=world_size, output_dir=tmp_path, auto_precision=auto_precision)
+    return merge(config, file, world_size=world_size, output_dir=tmp_path, auto_precision=lambda: auto_precision)
 
 
 def refusal(tmp_path: Path, text: str | dict, **kwargs) -> str:
@@ -34,7 +34,7 @@ def test_shipped_files_are_short_and_pass_deepspeeds_own_check(file, tmp_path):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     assert len(file.read_text().splitlines()) <= 30
-    config, values = merge(make_config(), file, world_size=1, output_dir=tmp_path, auto_precision="bf16")
+    config, values = merge(make_config(), file, world_size=1, output_dir=tmp_path, auto_precision=lambda: "bf16")
     checked(values, DeepSpeedConfig, file)
     assert values["zero_optimization"]["stage"] == config.training.zero_stage
 

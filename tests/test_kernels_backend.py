@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -80,3 +82,14 @@ def test_triton_takes_meta_tensors_and_no_float64(monkeypatch):
     assert "float64" in str(backend.triton_refusal(torch.device("cuda"), torch.float64))
     monkeypatch.setattr(backend, "triton", None)
     assert backend.triton_refusal(torch.device("cuda"), torch.bfloat16) == "triton is not installed"
+
+
+def test_torch_compile_asks_for_the_gpu_and_does_not_trace_the_question(monkeypatch):
+    def capability(device):
+        torch._dynamo.graph_break()
+        return 7, 5
+
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=capability)
+    monkeypatch.setattr(backend, "torch", SimpleNamespace(cuda=cuda, version=SimpleNamespace(hip=None)))
+    compiled = torch.compile(lambda x: (x + 1, backend._too_old(torch.device("cuda"))), backend="eager", fullgraph=True)
+    assert "sm_75" in compiled(torch.ones(1))[1]

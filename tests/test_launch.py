@@ -1,4 +1,4 @@
-"""Ways to start the door, two processes, and what the user is told."""
+"""Ways to start a training, and what the user is told."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from training_fixtures import (
-    CONFIG,
     DOOR,
     ROOT,
     TOKENS,
@@ -22,17 +20,12 @@ from training_fixtures import (
     losses,
     run,
     start,
-    train_here,
     write_config,
-    write_prepared,
 )
 
 from ccella_fast.storage import read_json, write_json
 
 BIN = Path(sys.executable).parent
-TORCHRUN = (str(BIN / "torchrun"), "--nproc-per-node", "2")
-FAST = [(0, "fp32"), (2, "bf16"), (3, "fp32")]
-REST = [(0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
 
 
 def free_port() -> str:
@@ -43,73 +36,6 @@ def free_port() -> str:
 
 def deepspeed(processes: int) -> tuple[str, ...]:
     return (str(BIN / "deepspeed"), "--master_port", free_port(), "--num_gpus", str(processes))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("launch") / "prepared")
-
-
-def train_on_two(folder, data, stages):
-    """Each (stage, precision) on two processes, all in one launch: {(stage, precision): run folder}."""
-    write_json(folder / "config.json", CONFIG)
-    common = {"config": str(folder / "config.json"), "data": str(data)}
-    jobs = []
-    for stage, precision in stages:
-        settings = {"zero_stage": stage, "precision": precision, "batch_size": 1, "max_train_steps": 4}
-        values = [f"training.{key}={value}" for key, value in settings.items()]
-        jobs.append(
-            {**common, "run": str(folder / f"{stage}{precision}"), "set": [*values, "training.checkpointing_steps=2"]}
-        )
-    write_json(folder / "jobs.json", jobs)
-    command = [*TORCHRUN, "--master-port", free_port(), str(ROOT / "tests" / "two_ranks.py"), str(folder / "jobs.json")]
-    subprocess.run(command, env=environment(), check=True, timeout=600, capture_output=True, text=True)
-    return {(stage, precision): folder / f"{stage}{precision}" for stage, precision in stages}
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, data):
-    return train_on_two(tmp_path_factory.mktemp("two"), data, FAST)
-
-
-def check_equal_to_one_process(folder, data, runs):
-    train_here(folder / "one", data, batch_size=2, max_train_steps=4)
-    alone = np.array(losses(folder / "one"))
-    assert not np.allclose(
-        alone[1:, 1], alone[:-1, 1], rtol=5e-3
-    )  # the control: steps differ by more than the tolerance
-    for (stage, precision), run_folder in runs.items():
-        tolerance = 1e-5 if precision == "fp32" else 5e-3
-        message = f"ZeRO {stage} {precision}"
-        np.testing.assert_allclose(losses(run_folder), alone, rtol=tolerance, err_msg=message)
-
-
-def test_two_processes_equal_one_with_the_same_global_batch(two_ranks, tmp_path, data):
-    check_equal_to_one_process(tmp_path, data, two_ranks)
-
-
-@pytest.mark.slow
-def test_the_other_stages_and_precisions_do_too(tmp_path, data):
-    check_equal_to_one_process(tmp_path, data, train_on_two(tmp_path, data, REST))
-
-
-def test_two_processes_resume_like_one(two_ranks, data, tmp_path):
-    """ZeRO 2 in bf16: remove the last checkpoint, go on, and compare to the bit."""
-    import shutil
-
-    from ccella_fast.checkpoint import load_checkpoint
-
-    source = two_ranks[2, "bf16"]
-    folder = Path(shutil.copytree(source, tmp_path / "run"))
-    shutil.rmtree(folder / "checkpoints" / "step-00000004")
-    arguments = ["--config", folder / "config.json", "--data", data, "--output_dir", folder, "--resume"]
-    run(*arguments, launcher=(*TORCHRUN, "--master-port", free_port()))
-    assert losses(folder) == losses(source)
-    first, second = (load_checkpoint(path, weights="raw").model.state_dict() for path in (source, folder))
-    assert all((first[name] == second[name]).all() for name in first)
-    # Another number of processes is refused before DeepSpeed is started.
-    shutil.rmtree(folder / "checkpoints" / "step-00000004")
-    assert "world_size is 1; this run was started with 2" in run(*arguments, code=2)
 
 
 def test_help_answers_without_torch_and_shows_an_example():

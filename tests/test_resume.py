@@ -10,16 +10,11 @@ import signal
 import time
 
 import pytest
-from training_fixtures import losses, run, start, train_here, write_config, write_prepared
+from training_fixtures import losses, start, train_here, write_config, write_prepared
 
 from ccella_fast.errors import CheckpointError, ConfigError
 
 STEPS = {"max_train_steps": 24, "checkpointing_steps": 2, "batch_size": 1}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("resume") / "prepared")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +114,7 @@ def killed_and_resumed(tmp_path, data, kills, seed):
         time.sleep(source.random() * 0.3)
         process.kill()
         process.communicate()
-    run(*arguments)
+    train_here(folder, data, resume="latest", **STEPS)
     assert not list(folder.rglob(".partial*"))
     return fingerprint(folder)
 
@@ -141,12 +136,9 @@ def test_twenty_kills_equal_the_unbroken_run(tmp_path, data, unbroken):
 )
 def test_a_signal_saves_in_time(tmp_path, data, unbroken, number, code):
     """No checkpoint is due (every 1000 steps): the one that is there was written because of the signal."""
-    config, folder = (
-        write_config(tmp_path / "config.json", **{**STEPS, "checkpointing_steps": 1000}),
-        tmp_path / "model",
-    )
-    arguments = ("--config", config, "--data", data, "--output_dir", folder, "--resume")
-    process = start(*arguments)
+    settings = {**STEPS, "checkpointing_steps": 1000}
+    config, folder = write_config(tmp_path / "config.json", **settings), tmp_path / "model"
+    process = start("--config", config, "--data", data, "--output_dir", folder, "--resume")
     while not (folder / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
@@ -157,7 +149,7 @@ def test_a_signal_saves_in_time(tmp_path, data, unbroken, number, code):
     status = json.loads((folder / "run_status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("terminated", code)
     assert (folder / "checkpoints" / f"step-{status['step']:08d}" / "manifest.json").is_file()
-    run(*arguments)
+    train_here(folder, data, resume="latest", **settings)
     assert fingerprint(folder) == fingerprint(unbroken)
 
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training_fixtures import losses, remade, train_here, weights, write_prepared
+from training_fixtures import losses, remade, train_here, weights
 
 from ccella_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from ccella_fast.storage import read_json, write_json
@@ -25,11 +25,6 @@ REFUSED = {
     "intensity_scale": {"t2w": 713.0},
 }
 FOLLOWED = {"step", "ema_updates", "bad_in_a_row"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("folder") / "prepared")
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,6 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("training") / "prepared")
-
-
 def tiny(**overrides):
     return make_config({**{key: value for key, value in CONFIG.items() if key != "name"}, **overrides})
 
@@ -214,20 +209,9 @@ def test_learning_rate_and_metrics(tmp_path, data):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
-@pytest.mark.parametrize(
-    ("stage", "precision"),
-    [
-        (0, "fp32"),
-        (0, "bf16"),
-        (1, "bf16"),
-        (2, "fp32"),
-        slow(1, "fp32"),
-        slow(2, "bf16"),
-        slow(3, "fp32"),
-        (3, "bf16"),
-    ],
-)
+@pytest.mark.parametrize(("stage", "precision"), [slow(1, "fp32"), slow(2, "bf16"), slow(3, "fp32"), (3, "bf16")])
 def test_ema_equals_a_hand_recursion(tmp_path, data, stage, precision):
+    """The other stages: `test_training_exact`."""
     every = {"checkpointing_steps": 1, "checkpoints_total_limit": 9, "max_train_steps": 4, "zero_stage": stage}
     train_here(tmp_path / "run", data, ema_decay=0.25, precision=precision, **every)
     torch.manual_seed(0)
@@ -244,15 +228,6 @@ def test_ema_equals_a_hand_recursion(tmp_path, data, stage, precision):
     for name in start:
         torch.testing.assert_close(found[name].double(), average[name], rtol=1e-5, atol=1e-6)
     assert any(not torch.allclose(found[name], raw[name], rtol=1e-5, atol=2e-6) for name in start)
-
-
-def test_gradient_accumulation_equals_the_larger_batch(tmp_path, data):
-    train_here(tmp_path / "whole", data, batch_size=4, gradient_accumulation_steps=1)
-    train_here(tmp_path / "parts", data, batch_size=1, gradient_accumulation_steps=4)
-    train_here(tmp_path / "other", data, batch_size=2, gradient_accumulation_steps=1)
-    whole, parts, other = (np.array(losses(tmp_path / name)) for name in ("whole", "parts", "other"))
-    np.testing.assert_allclose(parts, whole, rtol=1e-5)
-    assert not np.allclose(other, whole, rtol=1e-3)
 
 
 @pytest.mark.parametrize("section", [None, {"partition_activations": False}], ids=["torch", "deepspeed"])
@@ -280,7 +255,7 @@ def test_activation_checkpointing_acts_and_changes_nothing(tmp_path, data, monke
     np.testing.assert_allclose(losses(tmp_path / "again"), losses(tmp_path / "plain"), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "bf16"), (3, "bf16")])
 def test_a_nan_latent_is_named_and_its_step_skipped(tmp_path, caplog, stage, precision):
     data = write_prepared(tmp_path / "prepared", nan_in="case1")
     every = {"batch_size": 1, "max_train_steps": 5, "checkpointing_steps": 1, "checkpoints_total_limit": 9}

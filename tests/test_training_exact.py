@@ -6,24 +6,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from plain_training import difference, plain_training
+from plain_training import EVERY_STEP, UNUSUAL, difference, plain_training
 from training_fixtures import CONFIG, train_here, write_prepared
 
-KEEP = {"checkpointing_steps": 1, "checkpoints_total_limit": 9}
-# Every value differs from its default, gradients are clipped, and one study of five has no class.
-UNUSUAL = {
-    "batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "lr": 3e-3,
-    "max_train_steps": 4,
-    "weight_decay": 0.3,
-    "adam_betas": (0.5, 0.7),
-    "max_grad_norm": 0.05,
-    "text_class_pred_weight": 3e-3,
-    "ema_decay": 0.2,
-    "seed": 5,
-}
-# The same settings at their defaults, or nearly: for each the number that must then differ.
+# Settings of UNUSUAL at their defaults, or nearly: for each the number that must then differ. One study of five has no class.
 OTHERWISE = {
     "batch_size": (1, "loss"),
     "gradient_accumulation_steps": (1, "loss"),
@@ -35,11 +21,6 @@ OTHERWISE = {
     "ema_decay": (0.9999, "ema"),
     "seed": (0, "loss"),
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("exact") / "prepared")
 
 
 def check_equal(run, plain, *, precision: str = "fp32"):
@@ -54,17 +35,34 @@ def check_equal(run, plain, *, precision: str = "fp32"):
     assert found["lr"] < 1e-12
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp32"), (0, "bf16"), (1, "bf16")])
-def test_a_run_equals_a_plain_loop(tmp_path, data, stage, precision):
-    train_here(tmp_path / "run", data, **UNUSUAL, **KEEP, zero_stage=stage, precision=precision)
+@pytest.fixture(scope="module")
+def unusual(tmp_path_factory, data):
+    run = tmp_path_factory.mktemp("unusual") / "run"
+    train_here(run, data, **UNUSUAL, **EVERY_STEP)
+    return run
+
+
+def check_unusual(run, data, precision):
     plain = plain_training(data, **UNUSUAL, precision=precision)
     assert all(step.logged["grad_norm"] > UNUSUAL["max_grad_norm"] for step in plain[1:])
-    check_equal(tmp_path / "run", plain, precision=precision)
-    if (stage, precision) == (0, "fp32"):
-        for setting, (value, number) in OTHERWISE.items():
-            other = plain_training(data, **{**UNUSUAL, setting: value}, precision=precision)
-            apart = difference(tmp_path / "run", other, at=[1, 2, 3, 4])[number]
-            assert apart > 1e-2, f"{setting} {value} makes no difference: {apart}"
+    check_equal(run, plain, precision=precision)
+
+
+def test_a_run_equals_a_plain_loop(unusual, data):
+    check_unusual(unusual, data, "fp32")
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(2, "fp32"), (0, "bf16"), (1, "bf16")])
+def test_with_zero_and_in_bf16_too(tmp_path, data, stage, precision):
+    train_here(tmp_path / "run", data, **UNUSUAL, **EVERY_STEP, zero_stage=stage, precision=precision)
+    check_unusual(tmp_path / "run", data, precision)
+
+
+@pytest.mark.parametrize("setting", OTHERWISE)
+def test_each_setting_acts(unusual, data, setting):
+    value, number = OTHERWISE[setting]
+    other = plain_training(data, **{**UNUSUAL, setting: value})
+    assert difference(unusual, other, at=[4])[number] > 1e-2
 
 
 def test_what_a_deepspeed_file_says_acts(tmp_path, data):
@@ -80,7 +78,7 @@ def test_what_a_deepspeed_file_says_acts(tmp_path, data):
     }
     file.write_text(json.dumps(values))
     ours = {key: UNUSUAL[key] for key in ("max_train_steps", "text_class_pred_weight", "ema_decay", "seed")}
-    train_here(tmp_path / "run", data, **ours, **KEEP, batch_size=1, precision="bf16", deepspeed_file=file)
+    train_here(tmp_path / "run", data, **ours, **EVERY_STEP, batch_size=1, precision="bf16", deepspeed_file=file)
     check_equal(tmp_path / "run", plain_training(data, **UNUSUAL))
     assert list((tmp_path / "run" / "checkpoints").rglob("*zero_pp_rank_0*"))
 
@@ -88,7 +86,7 @@ def test_what_a_deepspeed_file_says_acts(tmp_path, data):
 def test_defaults_are_the_reference_s(tmp_path, data):
     """Only what CONFIG changes; 0.9999 as the average's decay is far off in so few steps, so its start counts: (1+n)/(10+n)."""
     changed = {"max_train_steps": 3, "lr": CONFIG["training"]["lr"]}
-    train_here(tmp_path / "run", data, **changed, **KEEP, ema_decay=0.9999)
+    train_here(tmp_path / "run", data, **changed, **EVERY_STEP, ema_decay=0.9999)
     check_equal(tmp_path / "run", plain_training(data, **changed, ema_decay=0.9999))
 
 
@@ -101,7 +99,7 @@ def test_other_variants_and_another_noise_schedule(tmp_path, variant):
     (data / "manifest.json").write_text(json.dumps(manifest))
     changed = {"max_train_steps": 2, "text_class_pred_weight": 0}
     other = {"scheduler__num_train_timesteps": 50, "scheduler__beta_start": 0.01, "scheduler__beta_end": 0.05}
-    train_here(tmp_path / "run", data, **changed, **KEEP, **other, model__variant=variant)
+    train_here(tmp_path / "run", data, **changed, **EVERY_STEP, **other, model__variant=variant)
     plain = plain_training(data, **changed, variant=variant, timesteps=50, betas=(0.01, 0.05))
     check_equal(tmp_path / "run", plain)
     for wrong in ({"timesteps": 51}, {"betas": (0.01, 0.06)}, {"betas": (0.02, 0.05)}):
@@ -111,7 +109,7 @@ def test_other_variants_and_another_noise_schedule(tmp_path, variant):
 
 def test_epochs_set_the_number_of_steps(tmp_path, data):
     """3 epochs of 5 studies in batches of 4 are 4 steps (the last reaches into a fourth epoch)."""
-    train_here(tmp_path / "run", data, **KEEP, n_epochs=3, max_train_steps=None, batch_size=4)
+    train_here(tmp_path / "run", data, **EVERY_STEP, n_epochs=3, max_train_steps=None, batch_size=4)
     check_equal(tmp_path / "run", plain_training(data, batch_size=4, max_train_steps=4))
 
 
@@ -120,7 +118,7 @@ def test_a_step_that_is_not_finite_changes_only_the_rate(tmp_path, stage):
     """Neither weights, Adam's state nor the averages move; the schedule goes on."""
     data = write_prepared(tmp_path / "prepared", nan_in="case1")
     changed = {"batch_size": 1, "max_train_steps": 6, "seed": 1}
-    train_here(tmp_path / "run", data, **changed, **KEEP, zero_stage=stage)
+    train_here(tmp_path / "run", data, **changed, **EVERY_STEP, zero_stage=stage)
     plain = plain_training(data, **changed)
     skipped = [number for number, step in enumerate(plain[1:], start=1) if step.logged is None]
     assert len(skipped) == 1 and 1 < skipped[0] < 6 and plain[-1].ema_updates == 5

@@ -59,11 +59,11 @@ def merge(
     *,
     world_size: int,
     output_dir: Path,
-    auto_precision: Literal["bf16", "fp32"],
+    auto_precision: Callable[[], Literal["bf16", "fp32"]],
 ) -> tuple[Config, dict[str, Any]]:
     """Our configuration and the file `path` (JSON or HJSON, comments allowed; None: no file) for `world_size` processes.
 
-    auto_precision: what `training.precision` becomes where it is "auto" and the file names none.
+    auto_precision: asked for what `training.precision` becomes where it is "auto" and the file names none.
     Raises ConfigError naming file, field and fix."""
     given = read(path) if path else {}
     values = {key: value for key, value in given.items() if value != "auto"}
@@ -78,7 +78,7 @@ def merge(
     merged = make_config(overrides, base=config)
     _tell(config, merged, path)
     if merged.training.precision == "auto":
-        merged = make_config({"training.precision": auto_precision}, base=merged)
+        merged = make_config({"training.precision": auto_precision()}, base=merged)
     result = {key: value for key, value in values.items() if key in PASSED or key == "activation_checkpointing"}
     return merged, result | _engine_values(merged, result, zero, world_size, output_dir)
 

@@ -52,7 +52,7 @@ def make_plan(config: Config, *, data: Path, run: Path, deepspeed_file: Path | N
     """Settings, data and length of a run that starts fresh, or goes on from the step folder `start`. Reads only."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config, engine_values = merge(
-        config, deepspeed_file, world_size=world_size, output_dir=run, auto_precision=auto_precision(start)
+        config, deepspeed_file, world_size=world_size, output_dir=run, auto_precision=lambda: auto_precision(start)
     )
     prepared = check_data(config, data)
     facts = {
