@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cases import HEADLINES, Case
+from benchmark_case import HEADLINES, BenchmarkCase
 
 LIMITS_SECONDS = 30.0  # for the machine's limits, whatever the machine
 _AFTER = 25.0  # seconds kept for counts, table, page and picture
@@ -48,7 +48,7 @@ class Budget:
         """Seconds for cases."""
         return self.limit - _AFTER - self.spent()
 
-    def choose_latent(self, cases: Sequence[Case], rates: dict[str, Any], shrink: int) -> int:
+    def choose_latent(self, cases: Sequence[BenchmarkCase], rates: dict[str, Any], shrink: int) -> int:
         """The divisor of the latent's axes at which the headline cases among these fit, as far as they can."""
         if self.device != "cpu":
             return shrink
@@ -59,11 +59,11 @@ class Budget:
             self.slow = slowness(rates, shrink)
         return shrink
 
-    def needed(self, case: Case) -> float:
+    def needed(self, case: BenchmarkCase) -> float:
         """Seconds of this case with a single round."""
         return self._pace() * self.slow * case.least_seconds(self.device)
 
-    def fitting(self, waiting: Sequence[Case]) -> list[Case]:
+    def fitting(self, waiting: Sequence[BenchmarkCase]) -> list[BenchmarkCase]:
         """Those of the cases that still fit, in their order; what users ask for first has its time kept for it."""
         left, chosen = self.left(), []
         importance = list(HEADLINES)
@@ -75,16 +75,16 @@ class Budget:
                 chosen.append(case)
         return [case for case in waiting if case in chosen]
 
-    def allowed(self, fitting: Sequence[Case]) -> float:
+    def allowed(self, fitting: Sequence[BenchmarkCase]) -> float:
         """Seconds that the first of the fitting cases may take, so that the others are left enough for theirs."""
         return self.left() - sum(self.needed(case) for case in fitting[1:])
 
-    def learn(self, case: Case, seconds: float, rounds: float) -> None:
+    def learn(self, case: BenchmarkCase, seconds: float, rounds: float) -> None:
         """A case took these seconds, `rounds` of them for its timed rounds."""
         self._expected += self.slow * case.set_up.get(self.device, 10)
         self._spent += seconds - rounds
 
-    def why_not(self, case: Case) -> str:
+    def why_not(self, case: BenchmarkCase) -> str:
         return (
             f"with one round it needs about {self.needed(case):.0f} s here, {max(0.0, self.left()):.0f} s are left of the "
             f"{self.limit / 60:g} minutes for this and what matters more; --case {case.name} measures it"

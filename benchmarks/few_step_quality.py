@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ccella_fast import build_model, doors, load_checkpoint
+from ccella_fast import build_model, entrypoint, load_checkpoint
 from ccella_fast.config import Config, make_config
-from ccella_fast.diffusion.loop import Denoiser, Trajectory
 from ccella_fast.diffusion.noise import start_noise
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import SOLVERS, get_solver
-from ccella_fast.environment import describe
+from ccella_fast.diffusion.trajectory import DenoiserFn, Trajectory
+from ccella_fast.environment import describe_environment
 from ccella_fast.errors import NonFiniteError
 from ccella_fast.sampling.request import CLASSES
 from ccella_fast.storage import atomic_path, check_writable, write_json
@@ -41,7 +41,7 @@ NAMES = [name for name, solver in SOLVERS.items() if not solver.flow]
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    return doors.run(lambda: run(arguments), debug=arguments.debug)
+    return entrypoint.run_command(lambda: run(arguments), debug=arguments.debug)
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         "what": "relative L2 distance of the latent to the same solver's with every timestep, mean over seeds",
         "command": " ".join(["python benchmarks/few_step_quality.py", *sys.argv[1:]]),
         "model": subject, "latent": shape, "reference_steps": len(schedule), "seeds": arguments.seeds,
-        "results": results, "seconds": round(time.perf_counter() - began, 1), "environment": describe(),
+        "results": results, "seconds": round(time.perf_counter() - began, 1), "environment": describe_environment(),
     }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "few_step_quality.json", record)
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(
-    denoiser: Denoiser, schedule: Schedule, shape: Sequence[int], steps: Sequence[int], solvers: Sequence[str],
+    denoiser: DenoiserFn, schedule: Schedule, shape: Sequence[int], steps: Sequence[int], solvers: Sequence[str],
     seeds: Sequence[int], device: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One entry for each solver and number of steps: the mean distance, each seed's, and the spread (the standard deviation of
@@ -105,7 +105,7 @@ def measure(
 
 
 def together(
-    denoiser: Denoiser, schedule: Schedule, shape: Sequence[int], num_steps: int, solvers: Sequence[str], seed: int,
+    denoiser: DenoiserFn, schedule: Schedule, shape: Sequence[int], num_steps: int, solvers: Sequence[str], seed: int,
     device: str, done: Callable[[], Any],
 ) -> list[Tensor]:  # fmt: skip
     """The sample of each solver from one seed. They walk side by side, one batch for all: they take as many evaluations."""
@@ -123,19 +123,19 @@ def together(
     return results
 
 
-def checkpoint_denoiser(model: Any, config: Config, arguments: argparse.Namespace, device: str) -> Denoiser:
+def checkpoint_denoiser(model: Any, config: Config, arguments: argparse.Namespace, device: str) -> DenoiserFn:
     """The checkpoint's network under one report (or the null report) and, where it takes one, one class."""
     row, text, pirads = model.variant, None, None
     if row.class_input == "given":
         pirads = torch.tensor([[100.0 * (arguments.pirads == name) for name in CLASSES]], device=device)
     if row.text:
-        from ccella_fast.data.text import TextEncoder
+        from ccella_fast.data.text_encoder import TextEncoder
 
         text = torch.from_numpy(TextEncoder(config.text).encode([arguments.report]).features).float().to(device)
     return conditioned(model, torch.tensor([config.data.spacing], device=device) * 100, text, pirads)
 
 
-def random_denoiser(config: Config, schedule: Schedule, grid: Sequence[int], device: str) -> Denoiser:
+def random_denoiser(config: Config, schedule: Schedule, grid: Sequence[int], device: str) -> DenoiserFn:
     """sigma_t x, which is the noise expected in unit Gaussian data, and the random network's word on top."""
     torch.manual_seed(0)
     model = build_model(config).eval().to(device)
@@ -150,7 +150,7 @@ def random_denoiser(config: Config, schedule: Schedule, grid: Sequence[int], dev
     return lambda x, t: sigma[t].view(-1, 1, 1, 1, 1) * x + strength * network(x, t)
 
 
-def conditioned(model: Any, spacing: Tensor, text: Tensor | None, pirads: Tensor | None) -> Denoiser:
+def conditioned(model: Any, spacing: Tensor, text: Tensor | None, pirads: Tensor | None) -> DenoiserFn:
     """model under one condition. What its adapter makes of the text at a timestep is remembered: all solvers visit the same."""
     if text is not None:
         adapter, known = model.ella.forward, {}
@@ -222,7 +222,7 @@ def plot(record: dict[str, Any]) -> bytes:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = doors.Parser(description=__doc__)
+    parser = entrypoint.Parser(description=__doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", type=Path, help="run folder, step folder or reference .pt")
     model.add_argument("--random_full_model", action="store_true", help="full size, random weights, small latent")

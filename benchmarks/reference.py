@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from ccella_fast.config import AutoencoderConfig, ModelConfig, SchedulerConfig
 from ccella_fast.losses import focal_terms
+from ccella_fast.models.autoencoder.network import Autoencoder
 from ccella_fast.models.embeddings import sinusoidal
-from ccella_fast.models.ldm import Denoiser
-from ccella_fast.models.vae import Autoencoder
+from ccella_fast.models.ldm import DiffusionModel
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -46,7 +46,7 @@ class SquaredRelu(nn.Module):
         return torch.square(F.relu(x))
 
 
-class PerceiverBlock(nn.Module):
+class ReferencePerceiverBlock(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
@@ -73,7 +73,7 @@ class ClassAdaptor(nn.Module):
         return self.fc2(F.relu(self.fc1(latents.flatten(1))))
 
 
-class Connector(nn.Module):
+class ReferenceConnector(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         width = config.cross_attention_dim
@@ -81,7 +81,7 @@ class Connector(nn.Module):
         self.time_aware_linear = nn.Linear(width, width)
         self.proj_in = nn.Linear(config.input_dim, width)
         blocks = range(config.adapter_blocks)
-        self.perceiver_blocks = nn.ModuleList(PerceiverBlock(width, config.adapter_heads) for _ in blocks)
+        self.perceiver_blocks = nn.ModuleList(ReferencePerceiverBlock(width, config.adapter_heads) for _ in blocks)
         self.cascade_blocks = nn.ModuleList(ClassAdaptor(config) for _ in blocks)
 
     def forward(self, text: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ class ReferenceModel(nn.Module):
         self.ella.time_embedding = nn.Module()
         self.ella.time_embedding.linear_1 = nn.Linear(config.adapter_time_dim, config.cross_attention_dim)
         self.ella.time_embedding.linear_2 = nn.Linear(config.cross_attention_dim, config.cross_attention_dim)
-        self.ella.connector = Connector(config)
+        self.ella.connector = ReferenceConnector(config)
         self.classifier = nn.Linear(config.adapter_blocks * config.num_classes, config.num_classes)
 
     def forward(self, x: Tensor, timesteps: Tensor, *, spacing: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ class ReferenceModel(nn.Module):
         return noise, logits
 
 
-def shared_with(model: Denoiser) -> ReferenceModel:
+def shared_with(model: DiffusionModel) -> ReferenceModel:
     """A reference whose parameters are `model`'s own: same tensors, same gradients."""
     parameters = dict(model.named_parameters())
     with torch.device("meta"):
@@ -199,7 +199,7 @@ def sample(
     return x.float()
 
 
-class TrainingStep:
+class ReferenceTrainingStep:
     """The reference's loop body (docs/explanation/method.md, section 3). `marks(name)` is called where a part ends."""
 
     def __init__(self, model: ReferenceModel, scheduler_config: SchedulerConfig, *, weight: float):

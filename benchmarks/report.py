@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import model_counts
-from cases import HEADLINES
+import op_counts
+from benchmark_case import HEADLINES
 from ccella_fast.storage import atomic_path
 from results import seconds
 from timer import slope
@@ -44,7 +44,7 @@ def table(record: dict[str, Any]) -> str:
     lines += ["", *(f"not measured: {line}" for line in absent)] if absent else []
     lines += [f"reduced: {line}" for line in record["reduced"]]
     lines += [f"left out: {name}: {why}" for name, why in record["left_out"].items()]
-    return "\n".join(["", *lines, "", model_counts.table(record["counts"]), ""])
+    return "\n".join(["", *lines, "", op_counts.table(record["counts"]), ""])
 
 
 def _absent(record: dict[str, Any]) -> list[str]:

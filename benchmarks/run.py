@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from ccella_fast import doors
+from ccella_fast import entrypoint
 
 SUITES = ["quick", "kernels", "sampler", "training", "data", "memory", "all"]
 QUICK_MINUTES = {"cpu": 5, "cuda": 8}
@@ -23,15 +23,15 @@ exit codes: 0 ok; 1 a wrong result, a failed case, nothing measured, or with --b
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    return doors.run(lambda: run(arguments), debug=arguments.debug)
+    return entrypoint.run_command(lambda: run(arguments), debug=arguments.debug)
 
 
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
     import results
-    import session
-    from cases import emulated, registry, select
+    import runner
+    from benchmark_case import emulated, registry, select
     from ccella_fast.errors import ConfigError, did_you_mean
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     baseline = results.read(arguments.baseline) if arguments.baseline else None  # before the long work
     quick = not arguments.case and (arguments.suite or ["quick"]) == ["quick"]
     minutes = arguments.minutes or (QUICK_MINUTES[device.type] if quick else None)
-    run_session = session.Session(device, minutes=minutes, command=_command(arguments), debug=arguments.debug)
+    run_session = runner.BenchmarkRun(device, minutes=minutes, command=_command(arguments), debug=arguments.debug)
     if arguments.dry_run:
         print(run_session.plan(chosen))
         return 0
@@ -92,7 +92,7 @@ def _command(arguments: argparse.Namespace) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = doors.Parser(prog="benchmarks/run.py", description=__doc__, epilog=EPILOG)
+    parser = entrypoint.Parser(prog="benchmarks/run.py", description=__doc__, epilog=EPILOG)
     parser.add_argument("--suite", nargs="+", choices=SUITES, help="one or several (default: quick)")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this case; repeat for several")
     parser.add_argument("--list", action="store_true", help="print all cases and stop")

@@ -21,7 +21,7 @@ _LEAST_SECONDS_CUDA = 0.002
 _LONG = 2.0
 
 
-class Watch:
+class Stopwatch:
     """The clock of one timed call. `watch.mark("forward")` ends a part and begins the next; nothing waits for the GPU."""
 
     def __init__(self, device: torch.device):
@@ -64,7 +64,7 @@ class Timing:
 
 
 def measure(
-    sides: dict[str, Callable[[Watch], Any]],
+    sides: dict[str, Callable[[Stopwatch], Any]],
     device: torch.device,
     *,
     budget: float,  # seconds for the rounds of all sides together; LEAST_ROUNDS even where they take longer
@@ -98,10 +98,10 @@ def measure(
     return timings
 
 
-def _once(run: Callable[[Watch], Any], device: torch.device, repeats: int = 1) -> tuple[float, dict[str, float]]:
+def _once(run: Callable[[Stopwatch], Any], device: torch.device, repeats: int = 1) -> tuple[float, dict[str, float]]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    watch = Watch(device)
+    watch = Stopwatch(device)
     for _ in range(repeats):
         watch.mark("")  # what the call before did after its last mark is no part of this one
         run(watch)
@@ -128,7 +128,7 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
     return summary([a / b for a, b in zip(slow, fast, strict=True)])
 
 
-def noise_floor(run: Callable[[Watch], Any], device: torch.device, *, budget: float) -> dict[str, float]:
+def noise_floor(run: Callable[[Stopwatch], Any], device: torch.device, *, budget: float) -> dict[str, float]:
     """The same call as both sides. `noise`: how far the ratio of equals is from 1, bias and quartile together."""
     timings = measure({"A": run, "A again": run}, device, budget=budget)
     facts = ratio(timings["A"].rounds, timings["A again"].rounds)

@@ -29,7 +29,7 @@ from ccella_fast.kernels.cross_attention import cross_attention
 from ccella_fast.kernels.geglu import geglu
 from ccella_fast.kernels.group_norm_silu import group_norm_silu
 from ccella_fast.kernels.residual_shift import residual_shift
-from ccella_fast.kernels.tuning import SHIPPED, Config
+from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig
 from ccella_fast.kernels.upsample_conv3d import upsample_conv3d
 from ccella_fast.storage import atomic_path
 
@@ -39,7 +39,7 @@ GAIN = 1.03  # less is noise
 Result = list[Tensor]  # the output and its gradients
 
 
-class Problem(NamedTuple):
+class TuningProblem(NamedTuple):
     """One call of a kernel, forward and backward, at a size of the default model."""
 
     kernel: str
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
     run: Callable[[], Result]
 
 
-def problems(device: torch.device, config: ModelConfig, batch: int) -> Iterator[Problem]:
+def problems(device: torch.device, config: ModelConfig, batch: int) -> Iterator[TuningProblem]:
     """The default model's calls at every level, for a batch."""
     for level, channels in enumerate(config.num_channels):
         grid = [size >> level for size in LATENT]
@@ -58,8 +58,8 @@ def problems(device: torch.device, config: ModelConfig, batch: int) -> Iterator[
         def norm(x=volume, w=weight, b=bias, groups=groups):
             return group_norm_silu(x, groups, w, b, backend="triton")
 
-        yield Problem("group_norm_silu", where, _both(norm, volume, weight, bias))
-        yield Problem(
+        yield TuningProblem("group_norm_silu", where, _both(norm, volume, weight, bias))
+        yield TuningProblem(
             "residual_shift",
             where,
             _both(lambda x=volume, b=bias: residual_shift(x, x, b, backend="triton"), volume, bias),
@@ -70,18 +70,18 @@ def problems(device: torch.device, config: ModelConfig, batch: int) -> Iterator[
             def upsample(x=volume, w=kernel, b=bias):
                 return upsample_conv3d(x, w, b, backend="triton")
 
-            yield Problem("upsample_conv3d", where, _both(upsample, volume))
+            yield TuningProblem("upsample_conv3d", where, _both(upsample, volume))
         if config.attention_levels[level]:
             yield from _attentions(device, config, batch, level, channels, math.prod(grid), where)
 
 
 def _attentions(
     device: torch.device, config: ModelConfig, batch: int, level: int, channels: int, voxels: int, where: str
-) -> Iterator[Problem]:
+) -> Iterator[TuningProblem]:
     width = config.num_head_channels[level]
     heads = channels // width
     q, k, v = (_draw(device, batch, heads, voxels, width) for _ in range(3))
-    yield Problem("attention", where, _both(lambda: attention(q, k, v, backend="triton"), q, k, v))
+    yield TuningProblem("attention", where, _both(lambda: attention(q, k, v, backend="triton"), q, k, v))
     tokens, gated = _draw(device, batch, voxels, channels), _draw(device, batch, voxels, 8 * channels)
     keys, values = (_draw(device, batch, heads, config.num_latents, width) for _ in range(2))
     square, vector = [_draw(device, channels, channels) for _ in range(2)], [_draw(device, channels) for _ in range(3)]
@@ -92,17 +92,17 @@ def _attentions(
             b_out=vector[2], num_heads=heads, backend="triton",
         )  # fmt: skip
 
-    yield Problem("cross_attention", where, _both(cross, tokens))
-    yield Problem("geglu", where, _both(lambda: geglu(gated, backend="triton"), gated))
+    yield TuningProblem("cross_attention", where, _both(cross, tokens))
+    yield TuningProblem("geglu", where, _both(lambda: geglu(gated, backend="triton"), gated))
 
 
-def candidates(shipped: Config) -> list[Config]:
+def candidates(shipped: LaunchConfig) -> list[LaunchConfig]:
     """The neighbours of a configuration, itself first."""
     sizes = [(size, max(16, size // 2), 2 * size) for size in shipped.constants.values()]
     warps = (shipped.num_warps, max(1, shipped.num_warps // 2), min(16, 2 * shipped.num_warps))
     stages = (shipped.num_stages, max(1, shipped.num_stages - 1), shipped.num_stages + 1)
     found = {
-        (*blocks, w, s): Config(dict(zip(shipped.constants, blocks, strict=True)), w, s)
+        (*blocks, w, s): LaunchConfig(dict(zip(shipped.constants, blocks, strict=True)), w, s)
         for blocks in itertools.product(*sizes)
         for w in warps
         for s in stages
@@ -110,12 +110,12 @@ def candidates(shipped: Config) -> list[Config]:
     return list(found.values())
 
 
-def keys_of(problem: Problem) -> list[str]:
+def keys_of(problem: TuningProblem) -> list[str]:
     """Which configurations of its kernel a problem reads, in order of use."""
     asked: list[str] = []
-    plain = tuning.config
+    plain = tuning.launch_config
 
-    def noted(kernel: str, key: str, device: torch.device) -> Config:
+    def noted(kernel: str, key: str, device: torch.device) -> LaunchConfig:
         if kernel == problem.kernel and key not in asked:
             asked.append(key)
         return plain(kernel, key, device)
@@ -128,20 +128,20 @@ def keys_of(problem: Problem) -> list[str]:
 def best(
     kernel: str,
     key: str,
-    members: Sequence[Problem],
+    members: Sequence[TuningProblem],
     measure: Callable[[Callable[[], Result]], float],
     *,
     deadline: float = math.inf,
-) -> tuple[Config, float]:
+) -> tuple[LaunchConfig, float]:
     """The fastest right candidate and its speed-up over the shipped one: the geometric mean over the key's problems."""
-    shipped, *others = candidates(SHIPPED[kernel][key])
+    shipped, *others = candidates(DEFAULT_LAUNCH_CONFIGS[kernel][key])
     truth = [problem.run() for problem in members]
     base = [measure(problem.run) for problem in members]
     winner, gain = shipped, 1.0
     for candidate in others:
         if time.monotonic() > deadline:
             break
-        with tuning.tried(kernel, key, candidate):
+        with tuning.override_launch_config(kernel, key, candidate):
             try:
                 if not all(_same(problem.run(), right) for problem, right in zip(members, truth, strict=True)):
                     continue
@@ -155,7 +155,7 @@ def best(
     return winner, gain
 
 
-def write(chip: str, kernel: str, key: str, config: Config) -> Path:
+def write(chip: str, kernel: str, key: str, config: LaunchConfig) -> Path:
     """Add one configuration to the chip's file."""
     file = tuning.tuned_file(chip)
     table = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -216,14 +216,14 @@ class _replaced_everywhere:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--kernel", choices=sorted(SHIPPED), help="only this one")
+    parser.add_argument("--kernel", choices=sorted(DEFAULT_LAUNCH_CONFIGS), help="only this one")
     parser.add_argument("--seconds", type=float, default=300.0, help="stop after this long (default 300)")
     parser.add_argument("--dry_run", action="store_true", help="list what would be tried")
     arguments = parser.parse_args()
-    kernels = [arguments.kernel] if arguments.kernel else sorted(SHIPPED)
+    kernels = [arguments.kernel] if arguments.kernel else sorted(DEFAULT_LAUNCH_CONFIGS)
     if arguments.dry_run:
         for kernel in kernels:
-            for key, shipped in SHIPPED[kernel].items():
+            for key, shipped in DEFAULT_LAUNCH_CONFIGS[kernel].items():
                 print(f"{kernel:18} {key:24} {len(candidates(shipped)):4} candidates")
         return 0
     if not torch.cuda.is_available():
@@ -235,7 +235,7 @@ def main() -> int:
     from triton.testing import do_bench
 
     device, deadline = torch.device("cuda"), time.monotonic() + arguments.seconds
-    groups: dict[tuple[str, str], list[Problem]] = {}
+    groups: dict[tuple[str, str], list[TuningProblem]] = {}
     for batch in (1, 8):
         for problem in problems(device, ModelConfig(), batch):
             if problem.kernel in kernels:

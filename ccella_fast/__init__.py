@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ccella_fast.checkpoint import load_checkpoint
     from ccella_fast.config import load_config
-    from ccella_fast.diffusion.loop import sample
-    from ccella_fast.dropin import speed_up
+    from ccella_fast.diffusion.trajectory import sample
+    from ccella_fast.dropin.matching import speed_up
     from ccella_fast.models import build_model
     from ccella_fast.sampling import FastSampler
 

@@ -16,7 +16,7 @@ from ccella_fast.config import Config, load_config, make_config
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.storage import publish_folder, read_json, sha256, write_json
 
-LOG = logging.getLogger("ccella_fast")
+logger = logging.getLogger("ccella_fast")
 FORMAT, VERSION = "ccella_fast.checkpoint", 1
 _FIX = "use another checkpoint, or train again"
 
@@ -58,12 +58,12 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
         raise ValueError(f"weights is 'ema', 'raw' or None, not {weights!r}")
     if path.is_file():
         return _load_reference(path, weights, device)
-    folder = path if (path / "manifest.json").is_file() else newest(path)
+    folder = path if (path / "manifest.json").is_file() else newest_checkpoint(path)
     if folder is None:
         raise CheckpointError(
             "there is no checkpoint here", path=path, fix="give a run folder, a step folder or a .pt file"
         )
-    verify(folder)
+    verify_checkpoint(folder)
     from safetensors.torch import load_file
 
     if weights is None:
@@ -108,17 +108,17 @@ def step_folders(run: Path) -> list[Path]:
     return sorted((folder for folder in found if folder.is_dir()), reverse=True)
 
 
-def newest(run: Path) -> Path | None:
+def newest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint whose hashes are right; a corrupt one is named in a warning and passed over. None: there is none.
 
     Raises CheckpointError when there are checkpoints and all are corrupt."""
     folders = step_folders(run)
     for folder in folders:
         try:
-            verify(folder)
+            verify_checkpoint(folder)
             return folder
         except CheckpointError as error:
-            LOG.warning("%s is passed over: %s", error.path or folder, error.why)
+            logger.warning("%s is passed over: %s", error.path or folder, error.why)
     if folders:
         raise CheckpointError("no checkpoint of this run is intact", path=run / "checkpoints", fix=_FIX)
     return None
@@ -134,7 +134,7 @@ def write_manifest(folder: Path, **facts: Any) -> None:
     write_json(folder / "manifest.json", {"format": FORMAT, "version": VERSION, **facts, "files": files})
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """Compare every file with the manifest; returns the manifest. CheckpointError names the first file that differs."""
     path = folder / "manifest.json"
     manifest = read_json(path, error=CheckpointError)
@@ -159,7 +159,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return read_json(folder / "training_state.json", error=CheckpointError)
 
 
-def publish(partial: Path, final: Path, *, keep: int) -> None:
+def publish_checkpoint(partial: Path, final: Path, *, keep: int) -> None:
     """Give a complete folder its name, then remove all but `keep` checkpoints: this one and the newest others.
 
     It need not be the newest: a run may go on from an older checkpoint than its last."""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ccella_fast import doors
+from ccella_fast import entrypoint
 
 EXIT_CODES = "exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss"
 
@@ -18,17 +18,17 @@ EXIT_CODES = "exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 che
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit code."""
     arguments = _parser().parse_args(argv)
-    return doors.run(lambda: arguments.run(arguments) or 0, debug=arguments.debug)
+    return entrypoint.run_command(lambda: arguments.run(arguments) or 0, debug=arguments.debug)
 
 
 def phantom(arguments: argparse.Namespace) -> None:
-    from ccella_fast.data.phantom import write_phantoms
+    from ccella_fast.data.phantom.phantom import write_phantoms
 
     write_phantoms(arguments.out, num_studies=arguments.num_studies, seed=arguments.seed)
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    from ccella_fast.data.prepare import prepare as run
+    from ccella_fast.data.preparation.prepare import prepare as run
 
     run(
         arguments.data,
@@ -52,7 +52,7 @@ def train_vae(arguments: argparse.Namespace) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    from ccella_fast.sampling.folder import sample_to_folder
+    from ccella_fast.sampling.command import sample_to_folder
     from ccella_fast.sampling.guidance import Reuse
 
     reports = list(arguments.report or []) + [_read_report(path) for path in arguments.report_file or []]
@@ -93,13 +93,13 @@ def export(arguments: argparse.Namespace) -> None:
 def env(arguments: argparse.Namespace) -> None:
     import json
 
-    from ccella_fast.environment import card, describe, warnings
+    from ccella_fast.environment import describe_environment, environment_warnings, format_environment
 
-    facts = describe()
+    facts = describe_environment()
     if arguments.json:
-        print(json.dumps({**facts, "warnings": warnings(facts)}, indent=2))
+        print(json.dumps({**facts, "warnings": environment_warnings(facts)}, indent=2))
     else:
-        print(card(facts))
+        print(format_environment(facts))
 
 
 def _config(arguments: argparse.Namespace):
@@ -122,7 +122,7 @@ def _read_report(path: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = doors.Parser(
+    parser = entrypoint.Parser(
         prog="ccella-fast",
         description="Report-conditioned 3D prostate MRI: prepare studies, train, sample, report.",
         epilog=f"Train the diffusion model with: deepspeed ccella_fast/train.py --help\n\n{EXIT_CODES}",

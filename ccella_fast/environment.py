@@ -17,7 +17,7 @@ from typing import Any
 
 from ccella_fast.storage import write_json
 
-LOG = logging.getLogger("ccella_fast")
+logger = logging.getLogger("ccella_fast")
 PACKAGES = [
     "torch", "deepspeed", "triton", "xformers", "monai", "transformers", "nvidia-dali-cuda130", "numpy", "nvidia-ml-py",
     "safetensors", "nibabel", "SimpleITK", "pydantic", "pynvml",
@@ -44,7 +44,7 @@ _TRAPS = {
 }
 
 
-def describe() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """Plain values; no host name, no user name, no path."""
     import torch
 
@@ -70,7 +70,7 @@ def describe() -> dict[str, Any]:
     }
 
 
-def warnings(facts: dict[str, Any]) -> list[str]:
+def environment_warnings(facts: dict[str, Any]) -> list[str]:
     """What is known to be slow or wrong about a machine that `describe` has described, one sentence each."""
     found, cpu, packages, settings = [], facts["cpu"], facts["packages"], facts["settings"]
     cudnn = facts["cudnn"]
@@ -107,7 +107,7 @@ def warnings(facts: dict[str, Any]) -> list[str]:
     return found
 
 
-def card(facts: dict[str, Any]) -> str:
+def format_environment(facts: dict[str, Any]) -> str:
     """`describe`'s result and its `warnings` as lines of text."""
     cpu, packages = facts["cpu"], facts["packages"]
     quota = "" if cpu["quota"] is None else f", a quota of {cpu['quota']:g}"
@@ -128,14 +128,14 @@ def card(facts: dict[str, Any]) -> str:
         *(f"{kernel:19} {entry['backend']}: {entry['why']}" for kernel, entry in facts["kernels"].items()),
         *(f"set         {name}={value}" for name, value in facts["settings"].items()),
     ]
-    found = warnings(facts)
+    found = environment_warnings(facts)
     return "\n".join(
         [*lines, *(f"WARNING     {line}" for line in found), *([] if found else ["nothing known is slow here"])]
     )
 
 
 @contextmanager
-def recorded(folder: str | Path, command: str, **facts: Any) -> Iterator[dict[str, Any]]:
+def write_run_record(folder: str | Path, command: str, **facts: Any) -> Iterator[dict[str, Any]]:
     """Time a command; on success write `folder/run_record.json`. The yielded dictionary takes further facts."""
     start = time.perf_counter()
     yield facts
@@ -144,7 +144,7 @@ def recorded(folder: str | Path, command: str, **facts: Any) -> Iterator[dict[st
         "seconds": round(time.perf_counter() - start, 2),
         **peak_memory(),
         **facts,
-        "environment": describe(),
+        "environment": describe_environment(),
     }
     write_json(Path(folder) / "run_record.json", record)
 
@@ -203,7 +203,7 @@ def cpu_multiplies_bf16() -> bool:
 def warn_of_emulated_bf16(remedy: str) -> None:
     """Warn, if bf16 is emulated, that float32 is faster: once a process for each `remedy`, and on the first rank alone."""
     if not cpu_multiplies_bf16() and os.environ.get("RANK", "0") == "0":
-        LOG.warning("%s; float32 is faster: %s", _BF16_EMULATED, remedy)
+        logger.warning("%s; float32 is faster: %s", _BF16_EMULATED, remedy)
 
 
 def _version(name: str) -> str | None:

@@ -81,7 +81,7 @@ def check_writable(folder: str | Path, field: str) -> None:
         raise DiskError(why, path=folder, field=field, fix="choose a folder you can write to")
 
 
-def sweep(folder: str | Path) -> None:
+def remove_partial_files(folder: str | Path) -> None:
     """Remove what killed writers left in `folder`. Call only where no other writer is at work."""
     for left in Path(folder).rglob(f"{_TEMPORARY}*"):
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def inside(root: str | Path, entry: str, *, path: object = None, field: str | None = None) -> Path:
+def safe_join(root: str | Path, entry: str, *, path: object = None, field: str | None = None) -> Path:
     """`root / entry`, refused when it is absolute or leaves `root` (also through a link). `path`, `field` say who named it."""
     root = Path(root)
     parts = PurePosixPath(entry).parts

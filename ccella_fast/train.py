@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ccella_fast import doors
+from ccella_fast import entrypoint
 from ccella_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 checkpoint, 5 dis
 def main() -> int:
     """Parse, train, and say what went wrong in one message; the return value is the exit code."""
     arguments = _parser().parse_args()
-    return doors.run(lambda: _run(arguments), debug=arguments.debug)
+    return entrypoint.run_command(lambda: _run(arguments), debug=arguments.debug)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -57,9 +57,9 @@ def _run(arguments: argparse.Namespace) -> int:
         "deepspeed_file": Path(files[0]) if files else None,
     }
     if arguments.dry_run:
-        from ccella_fast.training.estimate import describe
+        from ccella_fast.training.dry_run import describe_run
 
-        print(describe(config, **settings))
+        print(describe_run(config, **settings))
         return 0
     from ccella_fast.training.run import train
 
@@ -79,7 +79,7 @@ def _reference_run(paths: PathsConfig) -> Path | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = doors.Parser(description="Train the diffusion model on a prepared folder.", epilog=EXAMPLE)
+    parser = entrypoint.Parser(description="Train the diffusion model on a prepared folder.", epilog=EXAMPLE)
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="our single configuration file")
     add("--env_config", type=Path, metavar="FILE", help="the reference's three files instead: env,")

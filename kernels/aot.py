@@ -4,7 +4,7 @@
 
 Needs Triton, no GPU and no driver. For each case and architecture: registers, spilled bytes, shared memory, tensor-core
 instructions, 16-byte global loads. A case fails when it spills, needs more shared memory than the chip gives a block, or lacks
-the instructions that it was written for. tests/test_kernels_aot.py compares with the committed table.
+the instructions that it was written for. tests/kernels/test_aot.py compares with the committed table.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ccella_fast.kernels.backend import KERNELS, interpreted, triton
-from ccella_fast.kernels.tuning import Config
+from ccella_fast.kernels.tuning import LaunchConfig
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block, CUDA programming guide, table 27
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")  # Ampere, Hopper, Blackwell
 
 
-class Case(NamedTuple):
+class CompileCase(NamedTuple):
     """One kernel at one configuration.
 
     signature: Triton types by parameter ("*bf16", "fp32", "i32"); divisible: integer parameters that are multiples of 16 in
@@ -37,7 +37,7 @@ class Case(NamedTuple):
     name: str
     kernel: Any
     signature: dict[str, str]
-    config: Config
+    config: LaunchConfig
     constants: dict[str, Any] = {}
     divisible: tuple[str, ...] = ()
     wide_loads: bool = False
@@ -57,13 +57,13 @@ class Compiled(NamedTuple):
     problems: list[str]
 
 
-def cases() -> list[Case]:
+def all_cases() -> list[CompileCase]:
     """The cases of every kernel module that has Triton kernels, in the order of `KERNELS`."""
     modules = [importlib.import_module(f"ccella_fast.kernels.{name}") for name in KERNELS]
     return [case for module in modules for case in module.aot_cases()]
 
 
-def compile_case(case: Case, arch: int) -> Compiled:
+def compile_case(case: CompileCase, arch: int) -> Compiled:
     """Compile for compute capability `arch` (80, 90, 100). Raises what Triton raises where a case does not compile."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -84,7 +84,7 @@ def compile_case(case: Case, arch: int) -> Compiled:
     return _inspect(case, arch, built)
 
 
-def _inspect(case: Case, arch: int, built: Any) -> Compiled:
+def _inspect(case: CompileCase, arch: int, built: Any) -> Compiled:
     from triton.backends.nvidia.compiler import get_ptxas  # which of its two it compiled with differs between releases
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -115,7 +115,7 @@ def _inspect(case: Case, arch: int, built: Any) -> Compiled:
     return result._replace(problems=_problems(case, result))
 
 
-def _problems(case: Case, result: Compiled) -> list[str]:
+def _problems(case: CompileCase, result: Compiled) -> list[str]:
     limit = SHARED_LIMIT[result.arch]
     found = [f"spills {result.spilled_bytes} bytes"] if result.spilled_bytes else []
     found += [f"{result.shared_bytes} bytes of shared memory, the chip has {limit}"] * (result.shared_bytes > limit)
@@ -165,7 +165,7 @@ def main() -> int:
     rows: list[Compiled] = []
     line = "{:44} {:>6} {:>5} {:>7} {:>8} {:>6} {:>6}  {}".format
     print(line("case", "arch", "regs", "spilled", "shared", "tensor", "wide", "problems"))
-    for case in cases():
+    for case in all_cases():
         if arguments.case not in case.name:
             continue
         for arch in arguments.arch:

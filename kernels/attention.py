@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccella_fast.kernels import tuning
-from ccella_fast.kernels.aot import Case
+from ccella_fast.kernels.aot import CompileCase
 from ccella_fast.kernels.backend import (
-    Refusals,
+    BackendSupport,
     choose,
     compute_dtype,
     jit,
@@ -116,7 +116,7 @@ def attend_keys(
 
 
 @jit
-def _forward_kernel(
+def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, M, N, L, scale,
     stride_qb, stride_qm, stride_qn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
     K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -137,7 +137,7 @@ def _forward_kernel(
 
 
 @jit
-def _dq_kernel(
+def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, M, N, L, scale,
     stride_qb, stride_qm, stride_qn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
     stride_ob, stride_om, stride_on, stride_db, stride_dm, stride_dn,
@@ -178,7 +178,7 @@ def _dq_kernel(
 
 
 @jit
-def _dkdv_kernel(
+def _attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, M, N, L, scale,
     stride_qb, stride_qm, stride_qn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
     stride_db, stride_dm, stride_dn,
@@ -252,9 +252,9 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     batch, heads, queries, width = q.shape
     o, lse = attention_fake(q, k, v)
-    config = tuning.config("attention", tuning_key("forward", width, q.dtype), q.device)
+    config = tuning.launch_config("attention", tuning_key("forward", width, q.dtype), q.device)
     grid = (triton.cdiv(queries, config.constants["BLOCK_N"]), batch * heads)
-    _forward_kernel[grid](
+    _attention_fwd_kernel[grid](
         q, k, v, o, lse, heads, queries, k.shape[2], width**-0.5,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **head_constants(width, q.dtype), **config.launch(),
     )  # fmt: skip
@@ -279,13 +279,13 @@ def attention_backward_op(
     sizes = (heads, queries, keys, width**-0.5)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     constants = head_constants(width, q.dtype)
-    config = tuning.config("attention", tuning_key("dq", width, q.dtype), q.device)
-    _dq_kernel[triton.cdiv(queries, config.constants["BLOCK_N"]), batch * heads](
+    config = tuning.launch_config("attention", tuning_key("dq", width, q.dtype), q.device)
+    _attention_bwd_dq_kernel[triton.cdiv(queries, config.constants["BLOCK_N"]), batch * heads](
         q, k, v, o, do, lse, delta, dq, *sizes, *strides, *o.stride()[:3], *do.stride()[:3],
         **constants, **config.launch(),
     )  # fmt: skip
-    config = tuning.config("attention", tuning_key("dkdv", width, q.dtype), q.device)
-    _dkdv_kernel[triton.cdiv(keys, config.constants["BLOCK_L"]), batch * heads](
+    config = tuning.launch_config("attention", tuning_key("dkdv", width, q.dtype), q.device)
+    _attention_bwd_dkdv_kernel[triton.cdiv(keys, config.constants["BLOCK_L"]), batch * heads](
         q, k, v, do, lse, delta, dk, dv, *sizes, *strides, *do.stride()[:3], **constants, **config.launch()
     )
     return dq, dk, dv
@@ -340,7 +340,7 @@ def head_width_refusal(
     return f"it takes heads of up to {limit} in {str(dtype).removeprefix('torch.')}, not {head_width}"
 
 
-def refusals(device: torch.device, dtype: torch.dtype, *, head_width: int = 32) -> Refusals:
+def backend_support(device: torch.device, dtype: torch.dtype, *, head_width: int = 32) -> BackendSupport:
     """Implementations in order of preference. PyTorch's goes first: ours has not been measured on a GPU yet."""
     ours = triton_refusal(device, dtype) or head_width_refusal(device, dtype, head_width, MAX_HEAD_WIDTH)
     theirs = xformers_refusal(device, dtype)
@@ -349,8 +349,8 @@ def refusals(device: torch.device, dtype: torch.dtype, *, head_width: int = 32) 
     return {"sdpa": None, "triton": ours, "xformers": theirs, "reference": None}
 
 
-def aot_cases() -> list[Case]:
-    steps = {"forward": _forward_kernel, "dq": _dq_kernel, "dkdv": _dkdv_kernel}
+def aot_cases() -> list[CompileCase]:
+    steps = {"forward": _attention_fwd_kernel, "dq": _attention_bwd_dq_kernel, "dkdv": _attention_bwd_dkdv_kernel}
     widths = {torch.bfloat16: (32, 64, 96, 128), torch.float32: (64,)}
     return [
         aot_case("attention", step, kernel, width, dtype, tuning_key(step, width, dtype))
@@ -368,10 +368,10 @@ def aot_case(
     dtype: torch.dtype,
     key: str,
     constants: dict[str, Any] | None = None,
-) -> Case:
+) -> CompileCase:
     """Of a kernel named by this file's rules: x_ptr tensors of `dtype`, fp32 lse, delta and scalars, the rest integers."""
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    config = tuning.SHIPPED[name][key]
+    config = tuning.DEFAULT_LAUNCH_CONFIGS[name][key]
     settled = {**head_constants(head_width, dtype), **(constants or {})}
     settled = {argument: value for argument, value in settled.items() if argument in kernel.arg_names}
     signature = {
@@ -382,7 +382,7 @@ def aot_case(
         for argument in kernel.arg_names if argument not in settled and argument not in config.constants
     }  # fmt: skip
     strides = tuple(argument for argument in signature if argument.startswith("stride"))
-    return Case(
+    return CompileCase(
         f"{name} {step} {element} d{head_width}", kernel, signature, config, settled, strides, tensor_cores=True
     )
 
@@ -397,5 +397,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) ->
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: (batch, heads, tokens, head width) is needed, "
             "the same but for the tokens of q"
         )
-    chosen = choose("attention", refusals(q.device, compute_dtype(q), head_width=q.shape[-1]), backend)
+    chosen = choose("attention", backend_support(q.device, compute_dtype(q), head_width=q.shape[-1]), backend)
     return IMPLEMENTATIONS[chosen](q, k, v)

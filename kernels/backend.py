@@ -1,6 +1,6 @@
 """Which implementation a kernel takes, and why: the one dispatcher of `kernels/`.
 
-Every kernel module has a function `refusals(device, dtype, **sizes)` that lists its implementations in order of preference,
+Every kernel module has a function `backend_support(device, dtype, **sizes)` that lists its implementations in order of preference,
 each with the reason why it cannot run here, or None if it can. `choose` takes the first that can. A caller overrides that with
 the kernel's `backend=` argument, a user with the environment variable CCELLA_FAST_BACKEND:
 
@@ -39,7 +39,7 @@ KERNELS = ("group_norm_silu", "cross_attention", "attention", "upsample_conv3d",
 XFORMERS = importlib.util.find_spec("xformers") is not None  # found, not imported
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-Refusals = Mapping[str, str | None]  # backend -> why it cannot run here, None if it can; preferred ones first
+BackendSupport = Mapping[str, str | None]  # backend -> why it cannot run here, None if it can; preferred ones first
 
 
 class BackendError(ValueError):
@@ -52,24 +52,24 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(kernel: str, refusals: Refusals, requested: str | None = None) -> str:
+def choose(kernel: str, support: BackendSupport, requested: str | None = None) -> str:
     """The backend to take: `requested`, else what the environment variable says, else the first that can run."""
-    return explain_choice(kernel, refusals, requested).backend
+    return explain_choice(kernel, support, requested).backend
 
 
-def explain_choice(kernel: str, refusals: Refusals, requested: str | None = None) -> Choice:
+def explain_choice(kernel: str, support: BackendSupport, requested: str | None = None) -> Choice:
     """As `choose`, with the reason as text. Raises BackendError when what was asked for by name cannot be had."""
     wanted, asker = requested, "by argument"
     if wanted is None:
-        wanted, asker = _from_environment(kernel, refusals), f"by {ENVIRONMENT}"
+        wanted, asker = _from_environment(kernel, support), f"by {ENVIRONMENT}"
     if wanted is not None:
-        if wanted not in refusals:
-            raise BackendError(f"{kernel} has no backend {wanted!r}; it has: {', '.join(refusals)}")
-        if refusals[wanted] is not None:
-            raise BackendError(f"{kernel}: backend {wanted!r} was asked for {asker}, but {refusals[wanted]}")
+        if wanted not in support:
+            raise BackendError(f"{kernel} has no backend {wanted!r}; it has: {', '.join(support)}")
+        if support[wanted] is not None:
+            raise BackendError(f"{kernel}: backend {wanted!r} was asked for {asker}, but {support[wanted]}")
         return Choice(kernel, wanted, f"asked for {asker}")
     passed: list[str] = []
-    for backend, why_not in refusals.items():
+    for backend, why_not in support.items():
         if why_not is None:
             return Choice(kernel, backend, "; ".join(passed) or "preferred here")
         passed.append(f"{backend}: {why_not}")
@@ -82,7 +82,7 @@ def explain(device: torch.device | str | None = None, dtype: torch.dtype | None 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     modules = {name: importlib.import_module(f"ccella_fast.kernels.{name}") for name in KERNELS}
-    return [explain_choice(name, module.refusals(device, dtype)) for name, module in modules.items()]
+    return [explain_choice(name, module.backend_support(device, dtype)) for name, module in modules.items()]
 
 
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -150,7 +150,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
-def _from_environment(kernel: str, refusals: Refusals) -> str | None:
+def _from_environment(kernel: str, support: BackendSupport) -> str | None:
     """What CCELLA_FAST_BACKEND says of this kernel. A bare name leaves alone the kernels that do not have it."""
     chosen = None
     for entry in os.environ.get(ENVIRONMENT, "").split(","):
@@ -160,6 +160,6 @@ def _from_environment(kernel: str, refusals: Refusals) -> str | None:
             raise BackendError(f"{ENVIRONMENT}: there is no backend {name!r}; there are: {', '.join(BACKENDS)}")
         if equals and left not in KERNELS:
             raise BackendError(f"{ENVIRONMENT}: there is no kernel {left!r}; there are: {', '.join(KERNELS)}")
-        if name and (left == kernel if equals else name in refusals):
+        if name and (left == kernel if equals else name in support):
             chosen = name
     return chosen

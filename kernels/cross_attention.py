@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccella_fast.kernels import tuning
-from ccella_fast.kernels.aot import Case
+from ccella_fast.kernels.aot import CompileCase
 from ccella_fast.kernels.attention import (
     IMPLEMENTATIONS,
     aot_case,
@@ -45,7 +45,7 @@ from ccella_fast.kernels.attention import (
     store_rows,
 )
 from ccella_fast.kernels.backend import (
-    Refusals,
+    BackendSupport,
     choose,
     compute_dtype,
     jit,
@@ -115,7 +115,7 @@ def _normalised_rows(
 
 
 @jit
-def _heads_kernel(
+def _cross_attention_heads_kernel(
     x_ptr, ln_weight_ptr, ln_bias_ptr, w_q_ptr, k_ptr, v_ptr, o_ptr, M, N, L, heads, scale, eps,
     stride_xb, stride_xn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
     C: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -147,7 +147,7 @@ def _heads_kernel(
 
 
 @jit
-def _output_kernel(
+def _cross_attention_output_kernel(
     o_ptr, w_out_ptr, b_out_ptr, x_ptr, y_ptr, N, stride_xb, stride_xn,
     C: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -209,23 +209,23 @@ def cross_attention_op(
     o = torch.empty(batch, tokens, channels, dtype=w_q.dtype, device=x.device)
     y = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
     constants = {"C": channels, **head_constants(width, w_q.dtype)}
-    config = tuning.config("cross_attention", _heads_key(channels, width, w_q.dtype), x.device)
+    config = tuning.launch_config("cross_attention", _heads_key(channels, width, w_q.dtype), x.device)
     blocks = triton.cdiv(tokens, config.constants["BLOCK_N"])
     heads = _heads_per_program(num_heads, blocks * batch, x.device)
-    _heads_kernel[blocks, triton.cdiv(num_heads, heads), batch](
+    _cross_attention_heads_kernel[blocks, triton.cdiv(num_heads, heads), batch](
         x, ln_weight, ln_bias, w_q, k, v, o, num_heads, tokens, k.shape[2], heads, width**-0.5, eps,
         *x.stride()[:2], *k.stride()[:3], *v.stride()[:3], **constants, **_launch(config, channels),
     )  # fmt: skip
-    config = tuning.config("cross_attention", "output" + " fp32" * (w_q.dtype == torch.float32), x.device)
+    config = tuning.launch_config("cross_attention", "output" + " fp32" * (w_q.dtype == torch.float32), x.device)
     blocks = triton.cdiv(tokens, config.constants["BLOCK_N"])
-    _output_kernel[blocks, triton.cdiv(channels, config.constants["BLOCK_O"]), batch](
+    _cross_attention_output_kernel[blocks, triton.cdiv(channels, config.constants["BLOCK_O"]), batch](
         o, w_out, b_out, x, y, tokens, *x.stride()[:2], C=channels, PRECISION=constants["PRECISION"],
         **_launch(config, channels),
     )  # fmt: skip
     return y
 
 
-def _launch(config: tuning.Config, channels: int) -> dict[str, int]:
+def _launch(config: tuning.LaunchConfig, channels: int) -> dict[str, int]:
     """The channels are taken in pieces that divide them: no piece needs a mask."""
     return {**config.launch(), "BLOCK_C": math.gcd(channels, config.constants["BLOCK_C"])}
 
@@ -316,7 +316,9 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype, channels: int, hea
     return head_width_refusal(device, dtype, head_width, MAX_HEAD_WIDTH)
 
 
-def refusals(device: torch.device, dtype: torch.dtype, *, channels: int = 256, head_width: int = 32) -> Refusals:
+def backend_support(
+    device: torch.device, dtype: torch.dtype, *, channels: int = 256, head_width: int = 32
+) -> BackendSupport:
     """Implementations in order of preference; on a GPU ours first because it launches and moves least, by count and not yet by
     measurement. All but ours are the plain block around that attention."""
     ours = _triton_refusal(device, dtype, channels, head_width)
@@ -326,15 +328,15 @@ def refusals(device: torch.device, dtype: torch.dtype, *, channels: int = 256, h
     return {"triton": ours, "sdpa": None, "xformers": theirs, "reference": None}
 
 
-def aot_cases() -> list[Case]:
-    def heads(channels: int, head_width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+def aot_cases() -> list[CompileCase]:
+    def heads(channels: int, head_width: int, dtype: torch.dtype = torch.bfloat16) -> CompileCase:
         key = _heads_key(channels, head_width, dtype)
         step = f"heads c{channels}"
-        return aot_case("cross_attention", step, _heads_kernel, head_width, dtype, key, {"C": channels})
+        return aot_case("cross_attention", step, _cross_attention_heads_kernel, head_width, dtype, key, {"C": channels})
 
     sizes = [(256, 32), (512, 32), (512, 64), (512, 128)]
     outputs = [
-        aot_case("cross_attention", "output c256", _output_kernel, 32, dtype, key, {"C": 256})
+        aot_case("cross_attention", "output c256", _cross_attention_output_kernel, 32, dtype, key, {"C": 256})
         for dtype, key in ((torch.bfloat16, "output"), (torch.float32, "output fp32"))
     ]
     return [*(heads(*size) for size in sizes), heads(256, 32, torch.float32), *outputs]
@@ -384,7 +386,7 @@ def cross_attention(
     if context_k.shape[0] not in (1, batch):
         raise ValueError(f"context_k has batch {context_k.shape[0]}, x has {batch}: give the same, or 1 for all")
     dtype = compute_dtype(x)
-    chosen = choose("cross_attention", refusals(x.device, dtype, channels=channels, head_width=width), backend)
+    chosen = choose("cross_attention", backend_support(x.device, dtype, channels=channels, head_width=width), backend)
     if chosen == "triton":
         k, v = (tensor.expand(batch, -1, -1, -1).to(dtype) for tensor in (context_k, context_v))
         return cross_attention_op(x, k, v, ln_weight, ln_bias, w_q.to(dtype), w_out.to(dtype), b_out, num_heads, eps)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import Refusals, choose, jit, library_op, tl, triton_refusal
-from ccella_fast.kernels.tuning import SHIPPED, config
+from ccella_fast.kernels.aot import CompileCase
+from ccella_fast.kernels.backend import BackendSupport, choose, jit, library_op, tl, triton_refusal
+from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 
 
 def geglu_reference(h: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def _geglu_bwd_kernel(dy_ptr, h_ptr, dh_ptr, rows, C, BLOCK_R: tl.constexpr, BLO
 
 def _launch(kernel: Any, key: str, h: Tensor, *tensors: Tensor) -> None:
     rows, C = h.shape[:-1].numel(), h.shape[-1] // 2
-    tuned = config("geglu", key, h.device)
+    tuned = launch_config("geglu", key, h.device)
     blocks = tuned.constants
     programs = -(-rows // blocks["BLOCK_R"]) * -(-C // blocks["BLOCK_C"])
     kernel[(programs,)](*tensors, rows, C, **tuned.launch())
@@ -114,19 +114,27 @@ def _backward(ctx: Any, dy: Tensor) -> Tensor:
 _geglu_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> Refusals:
+def backend_support(device: torch.device, dtype: torch.dtype) -> BackendSupport:
     """The backends in order of preference, each with why it cannot run here; None if it can."""
     why = triton_refusal(device, dtype)
     return {"triton": why, "reference": None} if device.type == "cuda" else {"reference": None, "triton": why}
 
 
-def aot_cases() -> list[Case]:
+def aot_cases() -> list[CompileCase]:
     """What `kernels/aot.py` compiles."""
     pointers = dict.fromkeys(("h_ptr", "y_ptr", "dy_ptr", "dh_ptr"), "*bf16")
     signature = {**pointers, "rows": "i32", "C": "i32"}
     kernels = {"forward": _geglu_fwd_kernel, "backward": _geglu_bwd_kernel}
     return [
-        Case(f"geglu {key} bf16", kernel, signature, SHIPPED["geglu"][key], {}, ("rows", "C"), wide_loads=True)
+        CompileCase(
+            f"geglu {key} bf16",
+            kernel,
+            signature,
+            DEFAULT_LAUNCH_CONFIGS["geglu"][key],
+            {},
+            ("rows", "C"),
+            wide_loads=True,
+        )
         for key, kernel in kernels.items()
     ]
 
@@ -137,6 +145,6 @@ def geglu(h: Tensor, *, backend: str | None = None) -> Tensor:
     Raises ValueError for an odd last axis, BackendError for a `backend` that cannot run here."""
     if h.shape[-1] % 2:
         raise ValueError(f"h is {tuple(h.shape)}: its last axis holds value and gate, an even number is needed")
-    if choose("geglu", refusals(h.device, h.dtype), backend) == "reference":
+    if choose("geglu", backend_support(h.device, h.dtype), backend) == "reference":
         return geglu_reference(h)
     return _geglu_op(h)

@@ -35,30 +35,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import Refusals, choose, jit, library_op, tl, triton_refusal
+from ccella_fast.kernels.aot import CompileCase
+from ccella_fast.kernels.backend import BackendSupport, choose, jit, library_op, tl, triton_refusal
 from ccella_fast.kernels.group_norm_silu_backward import aot_cases as backward_cases
 from ccella_fast.kernels.group_norm_silu_backward import backward_op
 from ccella_fast.kernels.layout import (
     PARTS,
+    channel_lanes,
     channel_parameters,
-    dense,
-    in_a_row,
+    contiguous_or_none,
     is_channels_last,
-    lanes,
+    launch_grid,
+    layout_compile_case,
     layout_key,
-    origin,
     power_of_two,
-    program,
+    program_coords,
     sizes,
+    tile_offsets,
+    tile_origin,
     to_channels,
     to_groups,
+    to_supported_layout,
     voxel_range,
-    walk,
-    walk_case,
-    within,
 )
-from ccella_fast.kernels.tuning import SHIPPED, config
+from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 
 WHOLE = (2048, 8192, 16384)  # tiles, in elements, for a group that one program takes whole
 
@@ -119,16 +119,16 @@ def _statistics_reference(x: Tensor, num_groups: int, shift: Tensor | None) -> t
 
 
 @jit
-def _statistics_kernel(
+def _group_norm_statistics_kernel(
     x_ptr, shift_ptr, mean_ptr, m2_ptr, S, rows, shares,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
     LAST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations (B, P, G) of each share of the voxels."""
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
-    b, block, k = program(shares, C // (GROUPS * CPG), False)
-    lane, channels, inside = lanes(block, CPG, GROUPS, BLOCK_C)
-    offsets, voxels = within(channels, S, C, BLOCK_S, LAST), tl.arange(0, BLOCK_S)
+    b, block, k = program_coords(shares, C // (GROUPS * CPG), False)
+    lane, channels, inside = channel_lanes(block, CPG, GROUPS, BLOCK_C)
+    offsets, voxels = tile_offsets(channels, S, C, BLOCK_S, LAST), tl.arange(0, BLOCK_S)
     start, end = voxel_range(k, rows, S)
 
     # Welford, each element of the tile by itself: no exchange between threads in the loop.
@@ -137,7 +137,7 @@ def _statistics_kernel(
     seen = 0.0
     for first in range(start, end, BLOCK_S):
         valid = (first + voxels < end)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + origin(b, first, S, C, LAST) + offsets, mask=valid, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + tile_origin(b, first, S, C, LAST) + offsets, mask=valid, other=0.0).to(tl.float32)
         seen += 1.0
         delta = tl.where(valid, x - mean, 0.0)
         mean += delta * (1.0 / seen)
@@ -170,7 +170,7 @@ def _merge(
     part_mean_ptr, part_m2_ptr, b, block, S, part_rows, parts,
     G: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance [BLOCK_G] from what `_statistics_kernel` wrote (Chan's formula for many parts)."""
+    """Mean and variance [BLOCK_G] from what `_group_norm_statistics_kernel` wrote (Chan's formula for many parts)."""
     part = tl.arange(0, BLOCK_P)
     groups = tl.arange(0, BLOCK_G)
     inside = (part < parts)[:, None] & (groups < GROUPS)[None, :]
@@ -186,7 +186,7 @@ def _merge(
 
 
 @jit
-def _apply_kernel(
+def _group_norm_silu_apply_kernel(
     x_ptr, y_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, part_mean_ptr, part_m2_ptr,
     S, rows, shares, part_rows, parts, eps,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -195,9 +195,9 @@ def _apply_kernel(
     """y from mean and rstd (B, G), which are read, or if there are parts, merged from these and written."""
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
     G: tl.constexpr = C // CPG
-    b, block, k = program(shares, C // (GROUPS * CPG), True)
-    lane, channels, inside = lanes(block, CPG, GROUPS, BLOCK_C)
-    offsets, voxels = within(channels, S, C, BLOCK_S, LAST), tl.arange(0, BLOCK_S)
+    b, block, k = program_coords(shares, C // (GROUPS * CPG), True)
+    lane, channels, inside = channel_lanes(block, CPG, GROUPS, BLOCK_C)
+    offsets, voxels = tile_offsets(channels, S, C, BLOCK_S, LAST), tl.arange(0, BLOCK_S)
     start, end = voxel_range(k, rows, S)
 
     if part_mean_ptr is None:
@@ -220,7 +220,7 @@ def _apply_kernel(
 
     for first in range(start, end, BLOCK_S):
         valid = (first + voxels < end)[:, None] & inside[None, :]
-        place = origin(b, first, S, C, LAST)
+        place = tile_origin(b, first, S, C, LAST)
         x = tl.load(x_ptr + place + offsets, mask=valid, other=0.0).to(tl.float32)
         z = (x - centre[None, :]) * scale[None, :] + bias[None, :]
         if SILU:
@@ -229,7 +229,7 @@ def _apply_kernel(
 
 
 @jit
-def _whole_kernel(
+def _group_norm_silu_whole_kernel(
     x_ptr, y_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, S, eps,
     C: tl.constexpr, CPG: tl.constexpr, BLOCK_C: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr,
     TILE: tl.constexpr,
@@ -239,9 +239,9 @@ def _whole_kernel(
     G: tl.constexpr = C // CPG
     b = (tl.program_id(0) // G).to(tl.int64)
     g = tl.program_id(0) % G
-    _, channels, inside = lanes(g, CPG, 1, BLOCK_C)
+    _, channels, inside = channel_lanes(g, CPG, 1, BLOCK_C)
     valid = (tl.arange(0, BLOCK_S) < S)[:, None] & inside[None, :]
-    offsets = origin(b, 0, S, C, LAST) + within(channels, S, C, BLOCK_S, LAST)
+    offsets = tile_origin(b, 0, S, C, LAST) + tile_offsets(channels, S, C, BLOCK_S, LAST)
 
     weight, bias, shift = channel_parameters(weight_ptr, bias_ptr, shift_ptr, b, channels, inside, C)
     h = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32) + shift[None, :]
@@ -263,8 +263,8 @@ def _forward_op(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean and rstd (B, G) in fp32."""
-    x = dense(x)
-    weight, bias, shift = weight.contiguous(), bias.contiguous(), in_a_row(shift)
+    x = to_supported_layout(x)
+    weight, bias, shift = weight.contiguous(), bias.contiguous(), contiguous_or_none(shift)
     outputs = _empty_outputs(x, num_groups)
     B, C, S, last = sizes(x)
     block = power_of_two(C // num_groups)
@@ -274,8 +274,8 @@ def _forward_op(
         _launch_apply(x, *outputs, weight, bias, shift, silu, eps, parts)
         return outputs
     y, mean, rstd = outputs
-    tuned = config("group_norm_silu", f"whole {whole}", x.device)
-    _whole_kernel[(B * num_groups,)](
+    tuned = launch_config("group_norm_silu", f"whole {whole}", x.device)
+    _group_norm_silu_whole_kernel[(B * num_groups,)](
         x, y, weight, bias, shift, mean, rstd, S, eps,
         C=C, CPG=C // num_groups, BLOCK_C=block, LAST=last, SILU=silu, TILE=whole, **tuned.launch(),
     )  # fmt: skip
@@ -284,7 +284,7 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(x, num_groups, weight, bias, eps, silu, shift):
-    return _empty_outputs(dense(x), num_groups)
+    return _empty_outputs(to_supported_layout(x), num_groups)
 
 
 def _empty_outputs(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,7 +292,7 @@ def _empty_outputs(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
-class Parts(NamedTuple):
+class PartialStatistics(NamedTuple):
     """Partial statistics (B, P, G): means, sums of squared deviations, and the voxels of a part (the last has fewer)."""
 
     mean: Tensor
@@ -300,24 +300,26 @@ class Parts(NamedTuple):
     rows: int
 
 
-def _launch_statistics(x: Tensor, num_groups: int, shift: Tensor | None) -> Parts:
-    tuned = config("group_norm_silu", layout_key("statistics", x), x.device)
-    plan = walk(x, num_groups, tuned)
+def _launch_statistics(x: Tensor, num_groups: int, shift: Tensor | None) -> PartialStatistics:
+    tuned = launch_config("group_norm_silu", layout_key("statistics", x), x.device)
+    plan = launch_grid(x, num_groups, tuned)
     mean = x.new_empty(x.shape[0], plan.shares, num_groups, dtype=torch.float32)
     m2 = torch.empty_like(mean)
     S = sizes(x)[2]
-    _statistics_kernel[(plan.programs,)](x, shift, mean, m2, S, plan.rows, plan.shares, **plan.sizes, **tuned.launch())
-    return Parts(mean, m2, plan.rows)
+    _group_norm_statistics_kernel[(plan.programs,)](
+        x, shift, mean, m2, S, plan.rows, plan.shares, **plan.sizes, **tuned.launch()
+    )
+    return PartialStatistics(mean, m2, plan.rows)
 
 
 def _launch_apply(
     x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None,
-    silu: bool, eps: float, parts: Parts | None,
+    silu: bool, eps: float, parts: PartialStatistics | None,
 ) -> None:  # fmt: skip
-    tuned = config("group_norm_silu", layout_key("apply", x), x.device)
-    plan = walk(x, mean.shape[1], tuned)
+    tuned = launch_config("group_norm_silu", layout_key("apply", x), x.device)
+    plan = launch_grid(x, mean.shape[1], tuned)
     part_mean, part_m2, part_rows, count = (None, None, 0, 0) if parts is None else (*parts, parts.mean.shape[1])
-    _apply_kernel[(plan.programs,)](
+    _group_norm_silu_apply_kernel[(plan.programs,)](
         x, y, weight, bias, shift, mean, rstd, part_mean, part_m2,
         sizes(x)[2], plan.rows, plan.shares, part_rows, count, eps,
         BLOCK_P=PARTS, SILU=silu, **plan.sizes, **tuned.launch(),
@@ -344,23 +346,23 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 def _apply_op(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, silu: bool
 ) -> Tensor:
-    x = dense(x)
+    x = to_supported_layout(x)
     y = torch.empty_like(x)
-    mean, rstd, shift = mean.contiguous(), rstd.contiguous(), in_a_row(shift)
+    mean, rstd, shift = mean.contiguous(), rstd.contiguous(), contiguous_or_none(shift)
     _launch_apply(x, y, mean, rstd, weight.contiguous(), bias.contiguous(), shift, silu, 0.0, None)
     return y
 
 
 @_apply_op.register_fake
 def _(x, mean, rstd, weight, bias, shift, silu):
-    return torch.empty_like(dense(x))
+    return torch.empty_like(to_supported_layout(x))
 
 
 @library_op("group_norm_statistics")
 def _statistics_op(x: Tensor, num_groups: int, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    x = dense(x)
+    x = to_supported_layout(x)
     _, C, S, _ = sizes(x)
-    means, m2, rows = _launch_statistics(x, num_groups, in_a_row(shift))
+    means, m2, rows = _launch_statistics(x, num_groups, contiguous_or_none(shift))
     counts = torch.full(means.shape[1:2], rows, device=x.device, dtype=torch.float32)
     counts[-1] = S - rows * (counts.numel() - 1)
     share = (counts / S)[:, None]
@@ -375,24 +377,24 @@ def _(x, num_groups, shift):
     return mean, variance
 
 
-def aot_cases() -> list[Case]:
+def aot_cases() -> list[CompileCase]:
     """What `kernels/aot.py` compiles: each kernel and shipped configuration, widths with and without idle lanes."""
-    statistics = {"step": "statistics", "function": _statistics_kernel}
-    apply = {"step": "apply", "function": _apply_kernel, "BLOCK_P": PARTS, "SILU": True}
+    statistics = {"step": "statistics", "function": _group_norm_statistics_kernel}
+    apply = {"step": "apply", "function": _group_norm_silu_apply_kernel, "BLOCK_P": PARTS, "SILU": True}
     signature = {"x_ptr": "*bf16", "y_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "shift_ptr": "*bf16"}
     signature |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "S": "i32", "eps": "fp32"}
     whole = {"C": 256, "CPG": 8, "BLOCK_C": 8, "LAST": True, "SILU": True}
-    shipped = SHIPPED["group_norm_silu"]
+    shipped = DEFAULT_LAUNCH_CONFIGS["group_norm_silu"]
     return [
-        walk_case("group_norm_silu", channels=64, voxels=2**17, last=True, **statistics),
-        walk_case("group_norm_silu", channels=64, voxels=2**17, last=False, **statistics),
-        walk_case("group_norm_silu", channels=64, voxels=2**17, last=True, **apply),
-        walk_case("group_norm_silu", channels=192, voxels=2**17, last=True, dtype="fp32", **apply),
-        walk_case("group_norm_silu", channels=64, voxels=2**17, last=False, **apply),
+        layout_compile_case("group_norm_silu", channels=64, voxels=2**17, last=True, **statistics),
+        layout_compile_case("group_norm_silu", channels=64, voxels=2**17, last=False, **statistics),
+        layout_compile_case("group_norm_silu", channels=64, voxels=2**17, last=True, **apply),
+        layout_compile_case("group_norm_silu", channels=192, voxels=2**17, last=True, dtype="fp32", **apply),
+        layout_compile_case("group_norm_silu", channels=64, voxels=2**17, last=False, **apply),
         *(
-            Case(
+            CompileCase(
                 f"group_norm_silu whole {n} c256 bf16",
-                _whole_kernel,
+                _group_norm_silu_whole_kernel,
                 signature,
                 shipped[f"whole {n}"],
                 {**whole, "TILE": n},
@@ -405,7 +407,7 @@ def aot_cases() -> list[Case]:
     ]
 
 
-def refusals(device: torch.device, dtype: torch.dtype, *, channels_per_group: int = 32) -> Refusals:
+def backend_support(device: torch.device, dtype: torch.dtype, *, channels_per_group: int = 32) -> BackendSupport:
     """The backends in order of preference, each with why it cannot run here; None if it can."""
     why = triton_refusal(device, dtype)
     if why is None and channels_per_group > 2048:
@@ -431,7 +433,7 @@ def _choose(
         if parameter is not None and parameter.shape != x.shape[1:2]:
             raise ValueError(f"{name} is {tuple(parameter.shape)}, (C,) = ({x.shape[1]},) is needed")
     sizes = {"channels_per_group": x.shape[1] // num_groups}
-    return choose("group_norm_silu", refusals(x.device, x.dtype, **sizes), backend)
+    return choose("group_norm_silu", backend_support(x.device, x.dtype, **sizes), backend)
 
 
 def group_norm_silu(

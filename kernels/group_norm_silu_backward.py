@@ -9,27 +9,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ccella_fast.kernels.aot import Case
+from ccella_fast.kernels.aot import CompileCase
 from ccella_fast.kernels.backend import jit, library_op, tl
 from ccella_fast.kernels.layout import (
     PARTS,
+    channel_lanes,
     channel_parameters,
-    dense,
-    in_a_row,
+    contiguous_or_none,
     laid_out_like,
-    lanes,
+    launch_grid,
+    layout_compile_case,
     layout_key,
-    origin,
-    program,
+    program_coords,
     sizes,
+    tile_offsets,
+    tile_origin,
     to_channels,
     to_groups,
+    to_supported_layout,
     voxel_range,
-    walk,
-    walk_case,
-    within,
 )
-from ccella_fast.kernels.tuning import SHIPPED, config
+from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 
 
 @jit
@@ -41,7 +41,7 @@ def _silu_gradient(z, dy, SILU: tl.constexpr):
 
 
 @jit
-def _sums_kernel(
+def _group_norm_silu_bwd_sums_kernel(
     x_ptr, dy_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, channel_ptr, group_ptr, S, rows, shares,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
     LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr,
@@ -50,9 +50,9 @@ def _sums_kernel(
     weight dz h^ into (B, P, 2, G)."""
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
     G: tl.constexpr = C // CPG
-    b, block, k = program(shares, C // (GROUPS * CPG), False)
-    lane, channels, inside = lanes(block, CPG, GROUPS, BLOCK_C)
-    offsets, voxels = within(channels, S, C, BLOCK_S, LAST), tl.arange(0, BLOCK_S)
+    b, block, k = program_coords(shares, C // (GROUPS * CPG), False)
+    lane, channels, inside = channel_lanes(block, CPG, GROUPS, BLOCK_C)
+    offsets, voxels = tile_offsets(channels, S, C, BLOCK_S, LAST), tl.arange(0, BLOCK_S)
     start, end = voxel_range(k, rows, S)
 
     weight, bias, shift = channel_parameters(weight_ptr, bias_ptr, shift_ptr, b, channels, inside, C)
@@ -64,7 +64,7 @@ def _sums_kernel(
     sum_h = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for first in range(start, end, BLOCK_S):
         valid = (first + voxels < end)[:, None] & inside[None, :]
-        place = origin(b, first, S, C, LAST)
+        place = tile_origin(b, first, S, C, LAST)
         x = tl.load(x_ptr + place + offsets, mask=valid, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + place + offsets, mask=valid, other=0.0).to(tl.float32)  # 0 outside, so dz is
         h = (x - centre[None, :]) * rstd[None, :]
@@ -88,17 +88,17 @@ def _sums_kernel(
 
 
 @jit
-def _input_gradient_kernel(
+def _group_norm_silu_bwd_dx_kernel(
     x_ptr, dy_ptr, dx_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, group_ptr, S, rows, shares, parts,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dx, from the sums of `_sums_kernel`."""
+    """dx, from the sums of `_group_norm_silu_bwd_sums_kernel`."""
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
     G: tl.constexpr = C // CPG
-    b, block, k = program(shares, C // (GROUPS * CPG), True)
-    lane, channels, inside = lanes(block, CPG, GROUPS, BLOCK_C)
-    offsets, voxels = within(channels, S, C, BLOCK_S, LAST), tl.arange(0, BLOCK_S)
+    b, block, k = program_coords(shares, C // (GROUPS * CPG), True)
+    lane, channels, inside = channel_lanes(block, CPG, GROUPS, BLOCK_C)
+    offsets, voxels = tile_offsets(channels, S, C, BLOCK_S, LAST), tl.arange(0, BLOCK_S)
     start, end = voxel_range(k, rows, S)
 
     part = tl.arange(0, BLOCK_P)
@@ -116,7 +116,7 @@ def _input_gradient_kernel(
 
     for first in range(start, end, BLOCK_S):
         valid = (first + voxels < end)[:, None] & inside[None, :]
-        place = origin(b, first, S, C, LAST)
+        place = tile_origin(b, first, S, C, LAST)
         x = tl.load(x_ptr + place + offsets, mask=valid, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + place + offsets, mask=valid, other=0.0).to(tl.float32)
         h = (x - centre[None, :]) * rstd[None, :]
@@ -126,11 +126,11 @@ def _input_gradient_kernel(
 
 
 @jit
-def _parameter_gradients_kernel(
+def _group_norm_silu_bwd_parameters_kernel(
     channel_ptr, group_ptr, weight_ptr, rstd_ptr, dweight_ptr, dbias_ptr, dshift_ptr, B, S, parts,
     C: tl.constexpr, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dweight, dbias (C,) and, if there is one, dshift (B, C), from the sums of `_sums_kernel`."""
+    """dweight, dbias (C,) and, if there is one, dshift (B, C), from the sums of `_group_norm_silu_bwd_sums_kernel`."""
     G: tl.constexpr = C // CPG
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channels < C
@@ -164,30 +164,30 @@ def backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, mean: Tensor, rstd: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dshift; the last is empty where there is no shift. mean and rstd (B, G) as from the forward op."""
-    x = dense(x)
+    x = to_supported_layout(x)
     dy = laid_out_like(dy, x)
-    weight, bias, shift = weight.contiguous(), bias.contiguous(), in_a_row(shift)
+    weight, bias, shift = weight.contiguous(), bias.contiguous(), contiguous_or_none(shift)
     dx, dweight, dbias, dshift = _empty_gradients(x, weight, bias, shift)
     B, C, S, _ = sizes(x)
     G = mean.shape[1]
     given = (weight, bias, shift, mean, rstd)
 
-    tuned = config("group_norm_silu", layout_key("sums", x), x.device)
-    plan = walk(x, G, tuned)
+    tuned = launch_config("group_norm_silu", layout_key("sums", x), x.device)
+    plan = launch_grid(x, G, tuned)
     parts = plan.shares
     channel_sums = x.new_empty(B, parts, 3, C, dtype=torch.float32)
     group_sums = x.new_empty(B, parts, 2, G, dtype=torch.float32)
-    _sums_kernel[(plan.programs,)](
+    _group_norm_silu_bwd_sums_kernel[(plan.programs,)](
         x, dy, *given, channel_sums, group_sums, S, plan.rows, plan.shares, SILU=silu, **plan.sizes, **tuned.launch()
     )
-    tuned = config("group_norm_silu", layout_key("input gradient", x), x.device)
-    plan = walk(x, G, tuned)
-    _input_gradient_kernel[(plan.programs,)](
+    tuned = launch_config("group_norm_silu", layout_key("input gradient", x), x.device)
+    plan = launch_grid(x, G, tuned)
+    _group_norm_silu_bwd_dx_kernel[(plan.programs,)](
         x, dy, dx, *given, group_sums, S, plan.rows, plan.shares, parts,
         BLOCK_P=PARTS, SILU=silu, **plan.sizes, **tuned.launch(),
     )  # fmt: skip
-    tuned = config("group_norm_silu", "parameter gradients", x.device)
-    _parameter_gradients_kernel[(-(-C // tuned.constants["BLOCK_C"]),)](
+    tuned = launch_config("group_norm_silu", "parameter gradients", x.device)
+    _group_norm_silu_bwd_parameters_kernel[(-(-C // tuned.constants["BLOCK_C"]),)](
         channel_sums, group_sums, weight, rstd, dweight, dbias, None if shift is None else dshift, B, S, parts,
         C=C, CPG=C // G, BLOCK_P=PARTS, **tuned.launch(),
     )  # fmt: skip
@@ -196,7 +196,7 @@ def backward_op(
 
 @backward_op.register_fake
 def _(dy, x, weight, bias, shift, mean, rstd, silu):
-    return _empty_gradients(dense(x), weight, bias, shift)
+    return _empty_gradients(to_supported_layout(x), weight, bias, shift)
 
 
 def _empty_gradients(
@@ -206,19 +206,19 @@ def _empty_gradients(
     return torch.empty_like(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape), dshift
 
 
-def aot_cases() -> list[Case]:
+def aot_cases() -> list[CompileCase]:
     """What `kernels/aot.py` compiles of the backward pass."""
-    sums = {"step": "sums", "function": _sums_kernel, "SILU": True}
-    gradient = {"step": "input gradient", "function": _input_gradient_kernel, "BLOCK_P": PARTS, "SILU": True}
-    function = _parameter_gradients_kernel
+    sums = {"step": "sums", "function": _group_norm_silu_bwd_sums_kernel, "SILU": True}
+    gradient = {"step": "input gradient", "function": _group_norm_silu_bwd_dx_kernel, "BLOCK_P": PARTS, "SILU": True}
+    function = _group_norm_silu_bwd_parameters_kernel
     pointers = {name: "*fp32" for name in function.arg_names if name.endswith("_ptr")}
     signature = {**pointers, "B": "i32", "S": "i32", "parts": "i32"}
-    tuned = SHIPPED["group_norm_silu"]["parameter gradients"]
+    tuned = DEFAULT_LAUNCH_CONFIGS["group_norm_silu"]["parameter gradients"]
     sizes_of_64 = {"C": 64, "CPG": 2, "BLOCK_P": PARTS}
     return [
-        walk_case("group_norm_silu", channels=64, voxels=2**17, last=True, **sums),
-        walk_case("group_norm_silu", channels=64, voxels=2**17, last=False, **sums),
-        walk_case("group_norm_silu", channels=192, voxels=2**17, last=True, **gradient),
-        walk_case("group_norm_silu", channels=64, voxels=2**17, last=False, **gradient),
-        Case("group_norm_silu parameter gradients c64", function, signature, tuned, sizes_of_64, ("S",)),
+        layout_compile_case("group_norm_silu", channels=64, voxels=2**17, last=True, **sums),
+        layout_compile_case("group_norm_silu", channels=64, voxels=2**17, last=False, **sums),
+        layout_compile_case("group_norm_silu", channels=192, voxels=2**17, last=True, **gradient),
+        layout_compile_case("group_norm_silu", channels=64, voxels=2**17, last=False, **gradient),
+        CompileCase("group_norm_silu parameter gradients c64", function, signature, tuned, sizes_of_64, ("S",)),
     ]

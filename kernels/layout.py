@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ccella_fast.kernels.aot import Case
+from ccella_fast.kernels.aot import CompileCase
 from ccella_fast.kernels.backend import jit, tl
-from ccella_fast.kernels.tuning import SHIPPED, Config
+from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig
 
 PARTS = 256  # most shares of a sample: as many partial results a program merges in one tile
 PROGRAMS_EACH = 2  # programs that a multiprocessor gets of a walk: few, as each merges partial results first
@@ -26,7 +26,7 @@ def is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
-def dense(x: Tensor) -> Tensor:
+def to_supported_layout(x: Tensor) -> Tensor:
     """`x` in one of the two layouts: itself, or a contiguous copy where its strides are others."""
     return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
 
@@ -47,12 +47,12 @@ def layout_key(kernel: str, x: Tensor) -> str:
     return f"{kernel} {'last' if is_channels_last(x) else 'first'}"
 
 
-def in_a_row(tensor: Tensor | None) -> Tensor | None:
+def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:
     """A small parameter as the kernels read it: contiguous."""
     return None if tensor is None else tensor.contiguous()
 
 
-class Walk(NamedTuple):
+class LaunchGrid(NamedTuple):
     """How one kernel goes over a tensor: programs in the grid, voxels (`rows`) of each, programs (`shares`) to a block of
     channels of a sample, and the kernel's compile-time sizes."""
 
@@ -62,14 +62,14 @@ class Walk(NamedTuple):
     sizes: dict[str, Any]
 
 
-def walk(x: Tensor, groups: int, tuned: Config) -> Walk:
+def launch_grid(x: Tensor, groups: int, tuned: LaunchConfig) -> LaunchGrid:
     """For dense `x` of which a program takes whole groups: one where channels are first; where they are last so many that it
     reads pieces of rows of at most 128 channels."""
-    return _walk(*sizes(x), groups, tuned.constants["TILE"], PROGRAMS_EACH * multiprocessors(x.device))
+    return _launch_grid(*sizes(x), groups, tuned.constants["TILE"], PROGRAMS_EACH * multiprocessors(x.device))
 
 
 @functools.lru_cache(4096)
-def _walk(B: int, C: int, S: int, last: bool, groups: int, tile: int, programs: int) -> Walk:
+def _launch_grid(B: int, C: int, S: int, last: bool, groups: int, tile: int, programs: int) -> LaunchGrid:
     width = C // groups
     taken = max(d for d in range(1, 33) if groups % d == 0 and (d == 1 or (last and d * width <= 128)))
     block = power_of_two(taken * width)
@@ -80,10 +80,10 @@ def _walk(B: int, C: int, S: int, last: bool, groups: int, tile: int, programs: 
     rows = -(-tiles // shares) * voxels
     shares = max(1, -(-S // rows))
     constants = dict(C=C, CPG=width, GROUPS=taken, BLOCK_G=power_of_two(taken), BLOCK_C=block, LAST=last)
-    return Walk(blocks * shares, rows, shares, constants)
+    return LaunchGrid(blocks * shares, rows, shares, constants)
 
 
-def walk_case(
+def layout_compile_case(
     kernel: str,
     step: str,
     function: Any,
@@ -93,20 +93,20 @@ def walk_case(
     last: bool,
     dtype: str = "bf16",
     **constants: Any,
-) -> Case:
+) -> CompileCase:
     """The case for `kernels/aot.py` of a kernel that walks x (1, channels, voxels) in 32 groups. Parameters and statistics are
     fp32; `dtype` is that of what is as large as x, and of the shift. constants: those that `walk` does not set."""
     x = torch.empty((1, voxels, channels) if last else (1, channels, voxels), device="meta")
     x = x.movedim(-1, 1) if last else x
-    tuned = SHIPPED[kernel][layout_key(step, x)]
+    tuned = DEFAULT_LAUNCH_CONFIGS[kernel][layout_key(step, x)]
     large = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "h_ptr", "residual_ptr", "shift_ptr")
     pointers = [name for name in function.arg_names if name.endswith("_ptr")]
     signature = {name: f"*{dtype}" if name in large else "*fp32" for name in pointers}
     signature |= dict.fromkeys(("S", "rows", "shares", "part_rows", "parts", "shift_stride"), "i32") | {"eps": "fp32"}
     title = f"{kernel} {layout_key(step, x)} c{channels} {dtype}"
-    known = {**walk(x, 32, tuned).sizes, **constants}
+    known = {**launch_grid(x, 32, tuned).sizes, **constants}
     sizes_and_more = {key: value for key, value in known.items() if key in function.arg_names}
-    return Case(title, function, signature, tuned, sizes_and_more, ("S", "rows", "part_rows"), wide_loads=True)
+    return CompileCase(title, function, signature, tuned, sizes_and_more, ("S", "rows", "part_rows"), wide_loads=True)
 
 
 def sizes(x: Tensor) -> tuple[int, int, int, bool]:
@@ -120,7 +120,7 @@ def power_of_two(n: int) -> int:
 
 
 @jit
-def program(shares, blocks, REVERSED: tl.constexpr):
+def program_coords(shares, blocks, REVERSED: tl.constexpr):
     """(sample as int64, channel block, share of the voxels) of this program in a flat grid. REVERSED: last ones first, to meet
     in the L2 cache what the launch before touched last."""
     pid = tl.program_id(0)
@@ -131,20 +131,20 @@ def program(shares, blocks, REVERSED: tl.constexpr):
 
 
 @jit
-def origin(b, first, S, C: tl.constexpr, LAST: tl.constexpr):
+def tile_origin(b, first, S, C: tl.constexpr, LAST: tl.constexpr):
     """Offset of voxel `first`, channel 0 of sample `b`; b is int64."""
     return (b * S + first) * C if LAST else b * S * C + first
 
 
 @jit
-def within(channels, S, C: tl.constexpr, BLOCK_S: tl.constexpr, LAST: tl.constexpr):
+def tile_offsets(channels, S, C: tl.constexpr, BLOCK_S: tl.constexpr, LAST: tl.constexpr):
     """Offsets [BLOCK_S, BLOCK_C] of a tile from its origin."""
     voxels = tl.arange(0, BLOCK_S)
     return voxels[:, None] * C + channels[None, :] if LAST else channels[None, :].to(tl.int64) * S + voxels[:, None]
 
 
 @jit
-def lanes(block, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr):
+def channel_lanes(block, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Lanes of a program, their channels, and which of them there are."""
     lane = tl.arange(0, BLOCK_C)
     return lane, block * GROUPS * CPG + lane, lane < GROUPS * CPG

@@ -16,23 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import Refusals, choose, jit, library_op, tl, triton_refusal
+from ccella_fast.kernels.aot import CompileCase
+from ccella_fast.kernels.backend import BackendSupport, choose, jit, library_op, tl, triton_refusal
 from ccella_fast.kernels.layout import (
-    dense,
-    in_a_row,
+    channel_lanes,
+    contiguous_or_none,
     laid_out_like,
-    lanes,
+    launch_grid,
+    layout_compile_case,
     layout_key,
-    origin,
-    program,
+    program_coords,
     sizes,
+    tile_offsets,
+    tile_origin,
+    to_supported_layout,
     voxel_range,
-    walk,
-    walk_case,
-    within,
 )
-from ccella_fast.kernels.tuning import config
+from ccella_fast.kernels.tuning import launch_config
 
 
 def residual_shift_reference(h: Tensor, residual: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -52,9 +52,9 @@ def _residual_shift_kernel(
 ):  # fmt: skip
     """shift_stride: C, or 0 where all samples have the same shift."""
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
-    b, block, k = program(shares, C // (GROUPS * CPG), False)
-    _, channels, inside = lanes(block, CPG, GROUPS, BLOCK_C)
-    offsets, voxels = within(channels, S, C, BLOCK_S, LAST), tl.arange(0, BLOCK_S)
+    b, block, k = program_coords(shares, C // (GROUPS * CPG), False)
+    _, channels, inside = channel_lanes(block, CPG, GROUPS, BLOCK_C)
+    offsets, voxels = tile_offsets(channels, S, C, BLOCK_S, LAST), tl.arange(0, BLOCK_S)
     start, end = voxel_range(k, rows, S)
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + b * shift_stride + channels, mask=inside, other=0.0).to(tl.float32)
@@ -62,7 +62,7 @@ def _residual_shift_kernel(
         shift = tl.zeros([BLOCK_C], tl.float32)
     for first in range(start, end, BLOCK_S):
         valid = (first + voxels < end)[:, None] & inside[None, :]
-        place = origin(b, first, S, C, LAST) + offsets
+        place = tile_origin(b, first, S, C, LAST) + offsets
         h = tl.load(h_ptr + place, mask=valid, other=0.0).to(tl.float32)
         residual = tl.load(residual_ptr + place, mask=valid, other=0.0).to(tl.float32)
         y = h + residual + shift[None, :]
@@ -71,12 +71,12 @@ def _residual_shift_kernel(
 
 @library_op("residual_shift")
 def _residual_shift_op(h: Tensor, residual: Tensor, shift: Tensor | None) -> Tensor:
-    h = dense(h)
-    residual, shift = laid_out_like(residual, h), in_a_row(shift)
+    h = to_supported_layout(h)
+    residual, shift = laid_out_like(residual, h), contiguous_or_none(shift)
     y = torch.empty_like(h)
     _, C, S, _ = sizes(h)
-    tuned = config("residual_shift", layout_key("sum", h), h.device)
-    plan = walk(h, _blocks(C), tuned)
+    tuned = launch_config("residual_shift", layout_key("sum", h), h.device)
+    plan = launch_grid(h, _blocks(C), tuned)
     constants = {name: value for name, value in plan.sizes.items() if name != "BLOCK_G"}
     stride = C if shift is not None and shift.ndim == 2 else 0
     _residual_shift_kernel[(plan.programs,)](
@@ -92,7 +92,7 @@ def _blocks(C: int) -> int:
 
 @_residual_shift_op.register_fake
 def _(h, residual, shift):
-    return torch.empty_like(dense(h))
+    return torch.empty_like(to_supported_layout(h))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -113,7 +113,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 _residual_shift_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def refusals(device: torch.device, dtype: torch.dtype, *, shifted: bool = True) -> Refusals:
+def backend_support(device: torch.device, dtype: torch.dtype, *, shifted: bool = True) -> BackendSupport:
     """The backends in order of preference, each with why it cannot run here; None if it can."""
     why = triton_refusal(device, dtype)
     if device.type == "cuda" and shifted:
@@ -121,10 +121,10 @@ def refusals(device: torch.device, dtype: torch.dtype, *, shifted: bool = True) 
     return {"reference": None, "triton": why}
 
 
-def aot_cases() -> list[Case]:
+def aot_cases() -> list[CompileCase]:
     """What `kernels/aot.py` compiles."""
     return [
-        walk_case("residual_shift", "sum", _residual_shift_kernel, channels=64, voxels=2**17, last=last)
+        layout_compile_case("residual_shift", "sum", _residual_shift_kernel, channels=64, voxels=2**17, last=last)
         for last in (True, False)
     ]
 
@@ -140,7 +140,7 @@ def residual_shift(h: Tensor, residual: Tensor, shift: Tensor | None = None, *, 
         )
     if shift is not None and shift.shape not in (h.shape[1:2], h.shape[:2]):
         raise ValueError(f"shift is {tuple(shift.shape)}: (C,) or (B, C) = {tuple(h.shape[:2])} is needed")
-    usable = refusals(h.device, h.dtype, shifted=shift is not None)
+    usable = backend_support(h.device, h.dtype, shifted=shift is not None)
     if choose("residual_shift", usable, backend) == "reference":
         return residual_shift_reference(h, residual, shift)
     return _residual_shift_op(h, residual, shift)

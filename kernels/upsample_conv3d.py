@@ -25,9 +25,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv3d_weight
 
-from ccella_fast.kernels.aot import Case
-from ccella_fast.kernels.backend import Refusals, choose, compute_dtype, jit, library_op, tl, triton, triton_refusal
-from ccella_fast.kernels.tuning import SHIPPED, Config, config
+from ccella_fast.kernels.aot import CompileCase
+from ccella_fast.kernels.backend import (
+    BackendSupport,
+    choose,
+    compute_dtype,
+    jit,
+    library_op,
+    tl,
+    triton,
+    triton_refusal,
+)
+from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig, launch_config
 
 AXES = (2, 3, 4)
 OFFSETS = [(p, q, r) for p in (0, 1) for q in (0, 1) for r in (0, 1)]  # of the phases, and of the taps within one
@@ -116,10 +125,10 @@ def _upsample_fwd_kernel(
     tl.store(y_ptr + out[:, None] * O + n[None, :], y, mask=in_range[:, None] & in_width[None, :])
 
 
-SHIPPED["upsample_conv3d"] = {
-    "16bit": Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3),
-    "narrow": Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
-    "fp32": Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, num_warps=4, num_stages=2),
+DEFAULT_LAUNCH_CONFIGS["upsample_conv3d"] = {
+    "16bit": LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3),
+    "narrow": LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
+    "fp32": LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, num_warps=4, num_stages=2),
 }
 
 
@@ -134,7 +143,7 @@ def _upsample_op(x: Tensor, weight: Tensor, bias: Tensor | None, phases: Tensor 
     y = _output_like(x, outputs)
     voxels = batch * grid[0] * grid[1] * grid[2]
     key = "fp32" if x.dtype == torch.float32 else "16bit" if outputs >= 128 else "narrow"
-    tile = config("upsample_conv3d", key, x.device)
+    tile = launch_config("upsample_conv3d", key, x.device)
     blocks = tile.constants
     launch = (triton.cdiv(voxels, blocks["BLOCK_M"]), triton.cdiv(outputs, blocks["BLOCK_N"]), 8)
     given = table if bias is None else bias.contiguous()
@@ -229,9 +238,9 @@ def upsample_conv3d_phase(
     return y
 
 
-def refusals(
+def backend_support(
     device: torch.device, dtype: torch.dtype, *, voxels: int = 2048, summed: bool = True, training: bool = False
-) -> Refusals:
+) -> BackendSupport:
     """voxels: B X Y Z of the small grid. summed: the sums of taps are there already. training: a gradient will be asked for,
     and on a CPU the many small operations of eight backward passes cost more than they save."""
     # Eight cuDNN convolutions go before our kernel until a measurement on a GPU says otherwise.
@@ -260,7 +269,7 @@ def upsample_conv3d(
         raise ValueError(f"bias is {tuple(bias.shape)}, (O,) = ({weight.shape[0]},) is needed")
     training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     voxels = x.shape[0] * x.shape[2:].numel()
-    where = refusals(x.device, x.dtype, voxels=voxels, summed=phases is not None, training=training)
+    where = backend_support(x.device, x.dtype, voxels=voxels, summed=phases is not None, training=training)
     chosen = choose("upsample_conv3d", where, backend)
     if chosen == "triton":
         dtype = compute_dtype(x)
@@ -303,16 +312,16 @@ class UpsampleConv3d(torch.nn.Conv3d):
         return self._summed[1]
 
 
-def aot_cases() -> Iterator[Case]:
+def aot_cases() -> Iterator[CompileCase]:
     """The three shipped configurations at their dtypes."""
     for key, dtype in (("16bit", "bf16"), ("narrow", "bf16"), ("fp32", "fp32")):
         types = {name: f"*{dtype}" for name in ("x_ptr", "w_ptr", "b_ptr", "y_ptr")}
         sizes = {name: "i32" for name in ("n_voxels", "X", "Y", "Z", "C", "O")}
-        yield Case(
+        yield CompileCase(
             f"upsample_conv3d {key} {dtype}",
             _upsample_fwd_kernel,
             types | sizes,
-            SHIPPED["upsample_conv3d"][key],
+            DEFAULT_LAUNCH_CONFIGS["upsample_conv3d"][key],
             {"HAS_BIAS": True},
             divisible=("C", "O"),
             wide_loads=True,

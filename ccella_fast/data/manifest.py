@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from ccella_fast.config import GridConfig
 from ccella_fast.errors import DataError
-from ccella_fast.storage import inside, read_json, sha256
+from ccella_fast.storage import read_json, safe_join, sha256
 
 NAME = "manifest.json"
 IMPORTED = "imported"  # in place of the fingerprint of an encoder
@@ -43,7 +43,7 @@ class AugmentedLatents(_Model):
     files: dict[str, FileEntry]
 
 
-class Case(_Model):
+class StudyEntry(_Model):
     """One study. files: `image/t2w` (X, Y, Z), `latent_mean/t2w` and `latent_sigma/t2w` (C, X, Y, Z), `text` (L, E), all
     float32. Imported latents come without image and sigma. window: the intensities that were mapped to 0 and 1."""
 
@@ -84,7 +84,7 @@ class VaeInfo(_Model):
     sha256: Sha256
 
 
-class Prepared(_Model):
+class Manifest(_Model):
     """`manifest.json`. scale_factor: one a sequence, 1 / std of the train latents as drawn; null until there are latents."""
 
     format: Literal["ccella_fast.prepared"]
@@ -95,7 +95,7 @@ class Prepared(_Model):
     scale_factor: list[PositiveFinite] | None
     intensity_scale: dict[str, PositiveFinite]
     truncated_reports: list[str]
-    cases: Annotated[list[Case], Field(min_length=1)]
+    cases: Annotated[list[StudyEntry], Field(min_length=1)]
     _folder: Path = PrivateAttr()
 
     @property
@@ -103,7 +103,7 @@ class Prepared(_Model):
         return self._folder
 
     def array(
-        self, case: Case, key: str, *, verify: bool = False, files: dict[str, FileEntry] | None = None
+        self, case: StudyEntry, key: str, *, verify: bool = False, files: dict[str, FileEntry] | None = None
     ) -> np.ndarray:
         """The file `key` of `case` (or of `files`, those of an augmented copy of it) as a read-only memory map, float32.
         verify: compare its SHA-256 first.
@@ -142,7 +142,7 @@ def open_array(path: Path, *, field: str | None = None) -> np.ndarray:
     return array
 
 
-def load_manifest(folder: str | Path) -> Prepared:
+def load_manifest(folder: str | Path) -> Manifest:
     """The manifest of a prepared folder, checked: form, version, unique ids, paths inside. Opens no other file."""
     path = Path(folder) / NAME
     if not path.is_file():
@@ -153,7 +153,7 @@ def load_manifest(folder: str | Path) -> Prepared:
         why = f"written in version {values.get('version')!r:.20}, this program reads version 1"
         raise DataError(why, path=path, field="version", fix="prepare the studies again")
     try:
-        prepared = Prepared.model_validate(values)
+        prepared = Manifest.model_validate(values)
     except ValidationError as bad:
         raise _first_error(bad, path) from None
     seen: set[str] = set()
@@ -164,7 +164,7 @@ def load_manifest(folder: str | Path) -> Prepared:
         seen.add(case.id)
         listed = [*case.files.items(), *(item for copy in case.augmented for item in copy.files.items())]
         for key, entry in listed:
-            inside(folder, entry.path, path=path, field=f"cases[{index}].files.{key}.path")
+            safe_join(folder, entry.path, path=path, field=f"cases[{index}].files.{key}.path")
     prepared._folder = Path(folder)
     return prepared
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccella_fast.diffusion.loop import Denoiser, evaluate, step_generators
 from ccella_fast.diffusion.prediction import ALIASES
 from ccella_fast.diffusion.solvers import SOLVERS
+from ccella_fast.diffusion.trajectory import DenoiserFn, evaluate_denoiser, step_generators
 from ccella_fast.errors import ConfigError
 
 
@@ -64,10 +64,10 @@ class SchedulerTrajectory:
     def draw_noise(self, i: int) -> None:
         """The scheduler draws its own."""
 
-    def advance(self, denoiser: Denoiser) -> None:
+    def advance(self, denoiser: DenoiserFn) -> None:
         t = self.timesteps[self._done]
         seen = self.scheduler.scale_model_input(self.x, t) if hasattr(self.scheduler, "scale_model_input") else self.x
-        output = evaluate(denoiser, seen.to(self.dtype), t.expand(len(self.x))).float()
+        output = evaluate_denoiser(denoiser, seen.to(self.dtype), t.expand(len(self.x))).float()
         done = self.scheduler.step(output, t, self.x, **self._extra)
         self.x, self.x0 = done.prev_sample, getattr(done, "pred_original_sample", None)
         self._done += 1

@@ -14,7 +14,7 @@ TimestepSpacing = Literal["leading", "trailing", "linspace", "karras"]
 _RHO = 7.0  # Karras et al. 2022, arXiv 2206.00364, eq. 5
 
 
-class Levels(NamedTuple):
+class NoiseLevels(NamedTuple):
     """timesteps: (N,) for the network, descending. signal, sigma: float64 (N + 1,), x_t = signal x0 + sigma eps; the last
     entry is where the trajectory ends, signal 1 and sigma 0."""
 
@@ -23,7 +23,7 @@ class Levels(NamedTuple):
     sigma: np.ndarray
 
 
-def diffusion_levels(schedule: Schedule, num_steps: int, spacing: str, *, includes_last: bool) -> Levels:
+def diffusion_levels(schedule: Schedule, num_steps: int, spacing: str, *, includes_last: bool) -> NoiseLevels:
     """Levels of a noise schedule. Timesteps are int64; names and values are those of diffusers:
 
     linspace, leading, trailing   Lin et al. 2024, arXiv 2305.08891, table 2
@@ -46,10 +46,10 @@ def diffusion_levels(schedule: Schedule, num_steps: int, spacing: str, *, includ
             ascending = np.arange(total, 0, -total / num_steps)[num_steps - 1 :: -1].round() - 1
     timesteps = ascending.round()[::-1][:num_steps].astype(np.int64)
     abar = np.append(schedule.alphas_cumprod[timesteps], 1.0)
-    return Levels(timesteps, np.sqrt(abar), np.sqrt(1 - abar))
+    return NoiseLevels(timesteps, np.sqrt(abar), np.sqrt(1 - abar))
 
 
-def flow_levels(schedule: Schedule, num_steps: int, spacing: str) -> Levels:
+def flow_levels(schedule: Schedule, num_steps: int, spacing: str) -> NoiseLevels:
     """Levels of a rectified flow: signal = 1 - sigma, timestep = sigma T (float64), T the schedule's length.
 
     trailing: sigma = 1, 1 - 1/N, ..., 1/N, then 0. linspace: N values from 1 to 1/T, then 0 (diffusers' default). karras: the
@@ -67,15 +67,15 @@ def flow_levels(schedule: Schedule, num_steps: int, spacing: str) -> Levels:
             why, fix = "leading timesteps leave out pure noise, where a flow starts", "use trailing, linspace or karras"
             raise ConfigError(why, field="timestep_spacing", fix=fix)
     sigma = np.append(sigma, 0.0)
-    return Levels(sigma[:-1] * total, 1 - sigma, sigma)
+    return NoiseLevels(sigma[:-1] * total, 1 - sigma, sigma)
 
 
-def _karras_levels(schedule: Schedule, num_steps: int) -> Levels:
+def _karras_levels(schedule: Schedule, num_steps: int) -> NoiseLevels:
     known = np.sqrt((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod)
     ratio = _karras(known[-1], known[0], num_steps)
     timesteps = np.interp(np.log(ratio), np.log(known), np.arange(len(known))).round().astype(np.int64)
     signal = np.append(1 / np.sqrt(1 + ratio**2), 1.0)
-    return Levels(timesteps, signal, np.append(ratio, 0.0) * signal)
+    return NoiseLevels(timesteps, signal, np.append(ratio, 0.0) * signal)
 
 
 def _karras(first: float, last: float, num_steps: int) -> np.ndarray:

@@ -8,14 +8,14 @@ from pydantic import ValidationError
 
 from ccella_fast.config import Config, ModelConfig
 from ccella_fast.errors import ConfigError, did_you_mean
-from ccella_fast.models.ldm import Denoiser, ModelOutput, TextFreeModel, TextModel
+from ccella_fast.models.ldm import DiffusionModel, ModelOutput, TextFreeModel, TextModel
 from ccella_fast.models.unet3d import Conditioning
 from ccella_fast.variants import get_variant
 
 __all__ = ["Conditioning", "Denoiser", "ModelOutput", "build_model", "model_config"]
 
 
-def build_model(source: str | ModelConfig | Config, **overrides: Any) -> Denoiser:
+def build_model(source: str | ModelConfig | Config, **overrides: Any) -> DiffusionModel:
     """Build a freshly initialised model: `build_model("CCELLA", input_dim=384)`.
 
     Random numbers come from torch's global generator; `with torch.device(...)` says where the parameters go ("meta" for names

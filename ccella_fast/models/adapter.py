@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from ccella_fast.config import ModelConfig
 from ccella_fast.kernels.attention import attention
-from ccella_fast.models.blocks import Stack, zeroed
+from ccella_fast.models.blocks import Checkpointed, zero_module
 from ccella_fast.models.embeddings import sinusoidal
 from ccella_fast.variants import get_variant
 
 _PIECE = 16384
 
 
-def _long_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+def _chunked_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     """`linear(x)` for very many inputs.
 
     With AMX, oneDNN's bf16 matrix product (3.12) ends the process with a division by zero for some of them, 8 rows of the
@@ -43,7 +43,7 @@ class ClassHead(nn.Module):
         self.fc2 = nn.Linear(config.class_head_dim, config.num_classes)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.fc2(F.relu(_long_linear(latents.flatten(1), self.fc1)))
+        return self.fc2(F.relu(_chunked_linear(latents.flatten(1), self.fc1)))
 
 
 class AdaptiveLayerNorm(nn.Module):
@@ -51,7 +51,7 @@ class AdaptiveLayerNorm(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.linear = zeroed(nn.Linear(width, 2 * width))
+        self.linear = zero_module(nn.Linear(width, 2 * width))
 
     def forward(self, tokens: Tensor, embedding: Tensor) -> Tensor:
         """tokens (B, N, E), embedding (B, 1, E) after its SiLU."""
@@ -107,7 +107,7 @@ class PerceiverBlock(nn.Module):
         return latents + self.mlp(self.ln_ff(latents, embedding))
 
 
-class Connector(Stack):
+class Connector(Checkpointed):
     """The resampler proper, with class heads where the variant has them."""
 
     def __init__(self, config: ModelConfig):

@@ -18,7 +18,7 @@ from ccella_fast.kernels.backend import choose
 from ccella_fast.kernels.cross_attention import cross_attention
 from ccella_fast.kernels.geglu import geglu
 from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
-from ccella_fast.kernels.residual_shift import refusals, residual_shift
+from ccella_fast.kernels.residual_shift import backend_support, residual_shift
 from ccella_fast.models.thin_grids import on_three_voxels
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -27,7 +27,7 @@ Runner = Callable[
 ]  # runner(module, *tensors) -> module(*tensors), perhaps recomputing it in the backward pass
 
 
-def named(module: nn.Module, *names: str) -> nn.Module:
+def nest(module: nn.Module, *names: str) -> nn.Module:
     """`module` below the child names `names`: named(conv, "op", "conv") holds `op.conv.weight`."""
     for name in reversed(names):
         module = nn.Sequential(OrderedDict({name: module}))
@@ -52,10 +52,10 @@ class StridedConv3d(nn.Conv3d):
 def conv3d(inputs: int, outputs: int, kernel: int, stride: int = 1, *, names: tuple[str, ...] = ("conv",)) -> nn.Module:
     """A convolution with bias that keeps the grid (or divides it by `stride`)."""
     kind = Conv3d if stride == 1 else StridedConv3d
-    return named(kind(inputs, outputs, kernel, stride, padding=kernel // 2), *names)
+    return nest(kind(inputs, outputs, kernel, stride, padding=kernel // 2), *names)
 
 
-def zeroed(module: AnyModule) -> AnyModule:
+def zero_module(module: AnyModule) -> AnyModule:
     """Start at zero, so that the block begins as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -66,13 +66,13 @@ def run(module: nn.Module, *tensors: Tensor) -> Tensor:
     return module(*tensors)
 
 
-class Stack(nn.Module):
+class Checkpointed(nn.Module):
     """A module that calls its blocks through `self.run`, which activation checkpointing replaces."""
 
     run: Runner = staticmethod(run)
 
 
-class ShiftedConv3d(Conv3d):
+class BiaslessConv3d(Conv3d):
     """A convolution that leaves its bias to the caller, who adds it together with what else is added per channel."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class ResidualConv3d(Conv3d):
     the convolution adds it for nothing."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        if choose("residual_shift", refusals(x.device, x.dtype)) == "triton":
+        if choose("residual_shift", backend_support(x.device, x.dtype)) == "triton":
             return residual_shift(self._conv_forward(x, self.weight, None), residual, self.bias)
         return residual + self._conv_forward(x, self.weight, self.bias)
 
@@ -95,10 +95,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, embedding: int, groups: int, eps: float):
         super().__init__()
         self.norm1 = GroupNormSiLU(groups, inputs, eps)
-        self.conv1 = named(ShiftedConv3d(inputs, outputs, 3, padding=1), "conv")
+        self.conv1 = nest(BiaslessConv3d(inputs, outputs, 3, padding=1), "conv")
         self.time_emb_proj = nn.Linear(embedding, outputs)
         self.norm2 = GroupNormSiLU(groups, outputs, eps)
-        self.conv2 = zeroed(named(ResidualConv3d(outputs, outputs, 3, padding=1), "conv"))
+        self.conv2 = zero_module(nest(ResidualConv3d(outputs, outputs, 3, padding=1), "conv"))
         self.skip_connection = nn.Identity() if inputs == outputs else conv3d(inputs, outputs, 1)
 
     def shift(self, embedding: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class SpatialTransformer(nn.Module):
         self.norm = GroupNormSiLU(groups, channels, eps, silu=False)
         self.proj_in = conv3d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, head_width, context_width)])
-        self.proj_out = zeroed(named(ResidualConv3d(channels, channels, 1), "conv"))
+        self.proj_out = zero_module(nest(ResidualConv3d(channels, channels, 1), "conv"))
 
     @property
     def _block(self) -> TransformerBlock:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ccella_fast.errors import ConfigError
-from ccella_fast.models.unet3d import Conditioning, DownBlock, Flow, UNet3d, UpBlock
+from ccella_fast.models.unet3d import Conditioning, ConditioningCursor, DownBlock, UNet3d, UpBlock
 
 
 def check_depth(unet: UNet3d, depth: int) -> None:
@@ -30,8 +30,8 @@ def denoise_keeping(unet: UNet3d, x: Tensor, conditioning: Conditioning, depth: 
     for down in unet.down_blocks:
         skips += down(skips[-1], flow)
     path = _up_path(unet)
-    h = _climb(path[:-depth], unet.middle_block(skips[-1], flow), skips, flow)
-    output = _climb(path[-depth:], h, skips, flow)
+    h = _run_up_path(path[:-depth], unet.middle_block(skips[-1], flow), skips, flow)
+    output = _run_up_path(path[-depth:], h, skips, flow)
     flow.check_used_up()
     return unet.out(output), h
 
@@ -47,7 +47,7 @@ def denoise_reusing(unet: UNet3d, x: Tensor, conditioning: Conditioning, depth: 
     attending = sum(bool(level.attentions) for level, _ in path)
     last = len(conditioning.keys_values) - (attending if conditioning.keys_values else 0)
     flow = unet.flow(conditioning, -depth, last)
-    output = _climb(path, feature, skips, flow)
+    output = _run_up_path(path, feature, skips, flow)
     flow.check_used_up()
     return unet.out(output)
 
@@ -72,7 +72,7 @@ def _up_path(unet: UNet3d) -> list[tuple[UpBlock, int]]:
     return [(level, index) for level in levels for index in range(len(level.resnets))]
 
 
-def _climb(path: list[tuple[UpBlock, int]], h: Tensor, skips: list[Tensor], flow: Flow) -> Tensor:
+def _run_up_path(path: list[tuple[UpBlock, int]], h: Tensor, skips: list[Tensor], flow: ConditioningCursor) -> Tensor:
     """h through blocks of the up path, each with the last of the skips that are left."""
     for level, index in path:
         h = level.block(index, torch.cat([h, skips.pop()], dim=1), flow)

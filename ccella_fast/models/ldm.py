@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ccella_fast.config import ModelConfig
 from ccella_fast.models.adapter import Adapter, ClassHead
-from ccella_fast.models.blocks import Runner, Stack, run
+from ccella_fast.models.blocks import Checkpointed, Runner, run
 from ccella_fast.models.unet3d import Conditioning, UNet3d
 from ccella_fast.variants import Variant, get_variant
 
@@ -24,7 +24,7 @@ class ModelOutput(NamedTuple):
     class_logits: Tensor | None  # (B, num_classes); None where no class is predicted
 
 
-class Denoiser(nn.Module):
+class DiffusionModel(nn.Module):
     """What every variant offers. `variant` is its row of the table, `config` its sizes."""
 
     config: ModelConfig
@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
 
         For instance `functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)`."""
         for module in self.modules():
-            if isinstance(module, Stack):
+            if isinstance(module, Checkpointed):
                 module.run = run if function is None else function
 
     def _check_inputs(self, spacing: Tensor, text: Tensor | None, pirads: Tensor | None) -> None:
@@ -84,7 +84,7 @@ class Denoiser(nn.Module):
                 raise ValueError(f"pirads has shape {tuple(pirads.shape)}; this model takes (B, {config.num_classes})")
 
 
-class TextFreeModel(Denoiser, UNet3d):
+class TextFreeModel(DiffusionModel, UNet3d):
     """RADMAISI and MAISI."""
 
     def __init__(self, config: ModelConfig):
@@ -106,7 +106,7 @@ class TextFreeModel(Denoiser, UNet3d):
         return UNet3d.denoise(self, x, conditioning)
 
 
-class TextModel(Denoiser):
+class TextModel(DiffusionModel):
     """The variants with a report: adapter, U-Net and, for some, a last classifier."""
 
     def __init__(self, config: ModelConfig):

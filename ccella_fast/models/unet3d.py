@@ -17,14 +17,14 @@ from torch.nn import functional as F
 from ccella_fast.config import ModelConfig
 from ccella_fast.kernels.upsample_conv3d import UpsampleConv3d
 from ccella_fast.models.blocks import (
+    Checkpointed,
     GroupNormSiLU,
     ResidualBlock,
     SpatialSelfAttention,
     SpatialTransformer,
-    Stack,
     conv3d,
-    named,
-    zeroed,
+    nest,
+    zero_module,
 )
 from ccella_fast.models.embeddings import perceptron, sinusoidal
 from ccella_fast.models.thin_grids import on_three_voxels
@@ -41,7 +41,7 @@ class Conditioning(NamedTuple):
     class_logits: Tensor | None  # (B, num_classes); None where no class is predicted
 
 
-class Flow(NamedTuple):
+class ConditioningCursor(NamedTuple):
     """A `Conditioning` on its way through the blocks. Each entry comes with the block that it was computed for, and only that
     block can take it: the tensors of two blocks often have the same shape, so a mix-up would go unnoticed."""
 
@@ -73,7 +73,7 @@ def _next_of(block: nn.Module, entries: Iterator[tuple[nn.Module, Any]]) -> Any:
     return entry
 
 
-class Level(Stack):
+class Level(Checkpointed):
     """The residual blocks of one resolution, each followed by attention where the level has it."""
 
     def __init__(self, config: ModelConfig, level: int, inputs: list[int], *, attentions_first: bool):
@@ -87,7 +87,7 @@ class Level(Stack):
         if not attentions_first:
             self.attentions = attentions
 
-    def block(self, index: int, h: Tensor, flow: Flow) -> Tensor:
+    def block(self, index: int, h: Tensor, flow: ConditioningCursor) -> Tensor:
         resnet = self.resnets[index]
         h = self.run(resnet, h, flow.shift_of(resnet))
         if not self.attentions:
@@ -102,7 +102,7 @@ class DownBlock(Level):
         channels = config.num_channels[level]
         self.downsampler = conv3d(channels, channels, 3, stride=2, names=("op", "conv")) if resample else None
 
-    def forward(self, h: Tensor, flow: Flow) -> list[Tensor]:
+    def forward(self, h: Tensor, flow: ConditioningCursor) -> list[Tensor]:
         """Every output of the level, the last one being what goes on: all of them are skips."""
         outputs = []
         for index in range(len(self.resnets)):
@@ -111,7 +111,7 @@ class DownBlock(Level):
         return outputs if self.downsampler is None else [*outputs, self.downsampler(h)]
 
 
-class MiddleBlock(Stack):
+class MiddleBlock(Checkpointed):
     def __init__(self, config: ModelConfig):
         super().__init__()
         channels = config.num_channels[-1]
@@ -119,7 +119,7 @@ class MiddleBlock(Stack):
         self.attention = _attention(config, -1, get_variant(config.variant).text)
         self.resnet_2 = _residual(config, channels, channels)
 
-    def forward(self, h: Tensor, flow: Flow) -> Tensor:
+    def forward(self, h: Tensor, flow: ConditioningCursor) -> Tensor:
         h = self.run(self.resnet_1, h, flow.shift_of(self.resnet_1))
         h = self.run(self.attention, h, *flow.keys_values_of(self.attention))
         return self.run(self.resnet_2, h, flow.shift_of(self.resnet_2))
@@ -128,9 +128,9 @@ class MiddleBlock(Stack):
 class UpBlock(Level):
     def __init__(self, config: ModelConfig, level: int, inputs: list[int], *, resample: bool):
         super().__init__(config, level, inputs, attentions_first=get_variant(config.variant).text)
-        self.upsampler = named(UpsampleConv3d(config.num_channels[level]), "postconv", "conv") if resample else None
+        self.upsampler = nest(UpsampleConv3d(config.num_channels[level]), "postconv", "conv") if resample else None
 
-    def forward(self, h: Tensor, skips: list[Tensor], flow: Flow) -> Tensor:
+    def forward(self, h: Tensor, skips: list[Tensor], flow: ConditioningCursor) -> Tensor:
         """skips: one a residual block, the last one is used first. Not changed: ZeRO-3 hands a module copies of lists."""
         for index, skip in enumerate(reversed(skips)):
             h = self.block(index, torch.cat([h, skip], dim=1), flow)
@@ -171,7 +171,7 @@ class UNet3d(nn.Module):
             self.up_blocks.append(UpBlock(config, level, inputs, resample=level != 0))
 
         norm = GroupNormSiLU(config.norm_num_groups, first, config.norm_eps)
-        self.out = nn.Sequential(OrderedDict({"0": norm, "2": zeroed(conv3d(first, latent, 3))}))
+        self.out = nn.Sequential(OrderedDict({"0": norm, "2": zero_module(conv3d(first, latent, 3))}))
 
         # Modules of one kind are registered in the order of their use, which `Flow` checks. Plain lists: they are registered
         # already.
@@ -211,9 +211,9 @@ class UNet3d(nn.Module):
         flow.check_used_up()
         return self.out(h)
 
-    def flow(self, conditioning: Conditioning, first_shift: int = 0, first_keys_values: int = 0) -> Flow:
+    def flow(self, conditioning: Conditioning, first_shift: int = 0, first_keys_values: int = 0) -> ConditioningCursor:
         """The conditioning for a forward pass, or for its end: from these entries on."""
-        return Flow(
+        return ConditioningCursor(
             zip(self._residuals[first_shift:], conditioning.shifts[first_shift:], strict=True),
             zip(self._transformers[first_keys_values:], conditioning.keys_values[first_keys_values:], strict=True),
         )

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ccella_fast.data.manifest import Case, Prepared, load_manifest, open_array
-from ccella_fast.data.volume import read_nifti_array
-from ccella_fast.environment import describe
+from ccella_fast.data.manifest import Manifest, StudyEntry, load_manifest, open_array
+from ccella_fast.data.readers.volume_file import read_nifti_array
+from ccella_fast.environment import describe_environment
 from ccella_fast.errors import DataError
 from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage
 from ccella_fast.report.page import TEMPLATE
@@ -82,7 +82,7 @@ def _samples(folder: Path) -> list[Sample]:
     return found
 
 
-def _notices(prepared: Prepared | None) -> list[str]:
+def _notices(prepared: Manifest | None) -> list[str]:
     if prepared is not None and any(case.synthetic for case in prepared.cases):
         return [
             f"{'All' if _all_synthetic(prepared) else 'Some'} studies are synthetic too: drawn by a program, not patients. "
@@ -92,12 +92,12 @@ def _notices(prepared: Prepared | None) -> list[str]:
     return [_SYNTHETIC]
 
 
-def _all_synthetic(prepared: Prepared) -> bool:
+def _all_synthetic(prepared: Manifest) -> bool:
     return all(case.synthetic for case in prepared.cases)
 
 
 def _facts(
-    prepared: Prepared | None, config: dict[str, Any], folder: Path, samples: list[Sample]
+    prepared: Manifest | None, config: dict[str, Any], folder: Path, samples: list[Sample]
 ) -> list[tuple[str, str]]:
     facts = []
     if prepared:
@@ -130,7 +130,7 @@ def _facts(
     return facts
 
 
-def _pictures(prepared: Prepared | None, folder: Path, samples: list[Sample]) -> list[dict[str, Any]]:
+def _pictures(prepared: Manifest | None, folder: Path, samples: list[Sample]) -> list[dict[str, Any]]:
     """Real, reconstructed and generated montages, then their intensities."""
     cases = _shown(prepared)
     real = [
@@ -177,7 +177,7 @@ def _previews(folder: Path) -> list[dict[str, Any]]:
     return [_figure(path.read_bytes(), caption.format(number), "") for number, path in enumerate(found, start=1)]
 
 
-def _shown(prepared: Prepared | None) -> list[Case]:
+def _shown(prepared: Manifest | None) -> list[StudyEntry]:
     """A row of studies: of the test split, in the manifest's order, as train-vae reconstructs them; else of the train split."""
     if prepared is None:
         return []
@@ -185,13 +185,13 @@ def _shown(prepared: Prepared | None) -> list[Case]:
     return (test or prepared.cases)[: max(1, COLUMNS // len(prepared.data.sequences))]
 
 
-def _word(cases: Sequence[Case]) -> str:
+def _word(cases: Sequence[StudyEntry]) -> str:
     """What these studies are called."""
     synthetic = [case.synthetic for case in cases]
     return "Phantom" if all(synthetic) and synthetic else "Real and phantom" if any(synthetic) else "Real"
 
 
-def _title(text: str, sequence: str, prepared: Prepared | None) -> str:
+def _title(text: str, sequence: str, prepared: Manifest | None) -> str:
     return text if prepared and len(prepared.data.sequences) == 1 else f"{text}, {sequence}"
 
 
@@ -286,7 +286,7 @@ def _timing(command: str, record: dict[str, Any]) -> dict[str, Any]:
 def _environment(folder: Path) -> list[tuple[str, str]]:
     """Of the training run, or of this machine where there was none."""
     record = _read(folder / "model" / "run_record.json")
-    found = record["environment"] if record else describe()
+    found = record["environment"] if record else describe_environment()
     cpu, gpus = found["cpu"], found["gpu"]
     instructions = ", ".join(cpu["instructions"]) or "no AVX2"
     packages = [f"{name} {version}" for name, version in found["packages"].items() if version]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ccella_fast.sampling.fast_sampler import FastSampler
 from ccella_fast.sampling.guidance import Reuse
-from ccella_fast.sampling.levers import Levers
+from ccella_fast.sampling.optimizations import Optimizations
+from ccella_fast.sampling.output import GeneratedVolume, Result
 from ccella_fast.sampling.request import Request
-from ccella_fast.sampling.results import Generated, Result
+from ccella_fast.sampling.sampler import FastSampler
 
-__all__ = ["FastSampler", "Generated", "Levers", "Request", "Result", "Reuse"]
+__all__ = ["FastSampler", "Generated", "Optimizations", "Request", "Result", "Reuse"]

@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ccella_fast.diffusion.loop import Trajectory, drive
 from ccella_fast.diffusion.noise import start_noise
 from ccella_fast.diffusion.scheduler_adapter import SchedulerTrajectory
-from ccella_fast.diffusion.solvers import Plan
-from ccella_fast.models import Conditioning, Denoiser
+from ccella_fast.diffusion.solvers import SamplingPlan
+from ccella_fast.diffusion.trajectory import Trajectory, run_trajectory
+from ccella_fast.models import Conditioning, DiffusionModel
 from ccella_fast.models.feature_reuse import check_depth, denoise_keeping, denoise_reusing
 from ccella_fast.models.unet3d import UNet3d
+from ccella_fast.sampling.conditioning import Conditioner, ConditioningCache, PromptRows, UncachedConditioning
 from ccella_fast.sampling.cuda_graph import CudaGraphCapture, StepGraphs
 from ccella_fast.sampling.guidance import Guidance, Reuse, StepKind, step_kinds
-from ccella_fast.sampling.hoist import ConditioningSource, ConditioningTable, PromptRows, StepByStep
-from ccella_fast.sampling.levers import Levers
+from ccella_fast.sampling.optimizations import Optimizations
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class LoopSettings:
     """How every batch of a request goes through the loop. Two are equal when they are made from equal settings.
 
     plan: a Plan of ours, or a diffusers scheduler that makes its own; it follows from the four fields after it.
-    schedule_length: training timesteps. row_by_row: see `ConditioningTable`."""
+    schedule_length: training timesteps. row_by_row: see `ConditioningCache`."""
 
-    plan: Plan | Any = field(compare=False)
+    plan: SamplingPlan | Any = field(compare=False)
     solver: Any
     num_steps: int
     prediction: str
@@ -59,9 +59,9 @@ class DenoisingLoop:
 
     def __init__(
         self,
-        model: Denoiser,
+        model: DiffusionModel,
         settings: LoopSettings,
-        levers: Levers,
+        optimizations: Optimizations,
         batch: int,
         latent: Sequence[int],
         layout: torch.memory_format,
@@ -73,25 +73,25 @@ class DenoisingLoop:
         if settings.reuse is not None:
             check_depth(unet, settings.reuse.depth)
         # dynamic=False: every shape is compiled for itself.
-        wrap: Callable = (lambda f: torch.compile(f, dynamic=False)) if levers.compile else (lambda f: f)
+        wrap: Callable = (lambda f: torch.compile(f, dynamic=False)) if optimizations.compile else (lambda f: f)
         self._unet = unet
         self._whole, self._keeping, self._reusing = wrap(unet.denoise), wrap(denoise_keeping), wrap(denoise_reusing)
         self._features: dict[bool, Tensor] = {}  # by guided: with guidance there are twice the rows
 
-        capture = self._capture(levers)
+        capture = self._capture(optimizations)
         self._graphs = StepGraphs(capture)
         x_T = torch.zeros(batch, *self._latent, device=self._device).contiguous(memory_format=layout)
         self._trajectory: Trajectory | SchedulerTrajectory
-        if isinstance(settings.plan, Plan):
+        if isinstance(settings.plan, SamplingPlan):
             self._trajectory = Trajectory(settings.plan, x_T, range(batch), static=capture is not None)
         else:
             self._trajectory = self._scheduled(x_T, range(batch))
         timesteps = self._trajectory.timesteps
-        self._source: ConditioningSource
-        if levers.hoist:
-            self._source = ConditioningTable(model, timesteps, row_by_row=settings.row_by_row)
+        self._source: Conditioner
+        if optimizations.precompute_conditioning:
+            self._source = ConditioningCache(model, timesteps, row_by_row=settings.row_by_row)
         else:
-            self._source = StepByStep(model, timesteps)
+            self._source = UncachedConditioning(model, timesteps)
         times = [self._trajectory.timestep(i) for i in range(len(self._trajectory))]
         self._kinds = step_kinds(times, settings.schedule_length, settings.guidance, settings.reuse)
 
@@ -106,7 +106,7 @@ class DenoisingLoop:
         cudnn = torch.backends.cudnn
         kept = {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
         with torch.no_grad(), cudnn.flags(**kept, benchmark=True):
-            latents = drive(self._trajectory, self._step, description=description, progress=progress)
+            latents = run_trajectory(self._trajectory, self._step, description=description, progress=progress)
         return Denoised(latents.contiguous(), self._source.class_logits)
 
     def _step(self, i: int) -> None:
@@ -137,9 +137,11 @@ class DenoisingLoop:
         self._features[kind.guided].copy_(feature)
         return noise
 
-    def _capture(self, levers: Levers) -> Callable | None:
+    def _capture(self, optimizations: Optimizations) -> Callable | None:
         """How a step is recorded; None where every step is executed."""
-        possible = levers.cuda_graph and self._device.type == "cuda" and isinstance(self._settings.plan, Plan)
+        possible = (
+            optimizations.cuda_graph and self._device.type == "cuda" and isinstance(self._settings.plan, SamplingPlan)
+        )
         return CudaGraphCapture(self._device) if possible else None
 
     def _scheduled(self, x_T: Tensor, seeds: Sequence[int]) -> SchedulerTrajectory:

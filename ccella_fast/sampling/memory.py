@@ -11,7 +11,7 @@ import torch
 from ccella_fast.config import ModelConfig
 from ccella_fast.environment import free_memory
 from ccella_fast.errors import ConfigError
-from ccella_fast.sampling.hoist import TABLE_BYTES
+from ccella_fast.sampling.conditioning import TABLE_BYTES
 
 _FP32 = 4
 

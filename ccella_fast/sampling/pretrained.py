@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ccella_fast.checkpoint import Checkpoint, load_checkpoint, write_manifest
 from ccella_fast.config import Config, make_config
 from ccella_fast.errors import CheckpointError, ConfigError
-from ccella_fast.models import Denoiser
-from ccella_fast.models.vae import Autoencoder, load_autoencoder, save_autoencoder, weights_file
-from ccella_fast.sampling.results import digest
+from ccella_fast.models import DiffusionModel
+from ccella_fast.models.autoencoder.network import Autoencoder, load_autoencoder, save_autoencoder, weights_file
+from ccella_fast.sampling.output import volume_digest
 from ccella_fast.storage import atomic_folder, read_json, sha256, write_json
 
 if TYPE_CHECKING:
-    from ccella_fast.sampling.fast_sampler import FastSampler
+    from ccella_fast.sampling.sampler import FastSampler
 
 
-class Origin(NamedTuple):
+class Provenance(NamedTuple):
     """facts: what a sidecar says of the weights. path, weights: what an error names."""
 
     facts: dict[str, Any]
@@ -30,13 +30,13 @@ class Origin(NamedTuple):
     weights: str
 
     @classmethod
-    def of_objects(cls, config: Config) -> Origin:
+    def of_objects(cls, config: Config) -> Provenance:
         """Of a model that was handed over in memory: there is no file to hash."""
-        facts = {"synthetic": True, "variant": config.model.variant, "config_sha256": digest(config.dump())}
+        facts = {"synthetic": True, "variant": config.model.variant, "config_sha256": volume_digest(config.dump())}
         return cls(facts, None, "given")
 
     @classmethod
-    def of_checkpoint(cls, loaded: Checkpoint, vae: Path | None) -> Origin:
+    def of_checkpoint(cls, loaded: Checkpoint, vae: Path | None) -> Provenance:
         name = {"ema": "ema.safetensors", "raw": "model.safetensors"}[loaded.weights]
         if loaded.path.is_file():
             weights_hash = sha256(loaded.path)
@@ -49,26 +49,26 @@ class Origin(NamedTuple):
             "weights": loaded.weights,
             "weights_sha256": weights_hash,
             "vae_sha256": None if vae is None else sha256(weights_file(vae)),
-            "config_sha256": digest(loaded.config.dump()),
+            "config_sha256": volume_digest(loaded.config.dump()),
         }
         return cls(facts, loaded.path, loaded.weights)
 
 
-class Loaded(NamedTuple):
+class LoadedSampler(NamedTuple):
     checkpoint: Checkpoint
     autoencoder: Autoencoder | None
-    origin: Origin
+    origin: Provenance
 
 
-def load(path: str | Path | Checkpoint, *, vae: str | Path | None, weights: str | None) -> Loaded:
+def load_pretrained(path: str | Path | Checkpoint, *, vae: str | Path | None, weights: str | None) -> LoadedSampler:
     """A checkpoint, with the autoencoder `vae` or its own, on the CPU. Raises CheckpointError."""
     checkpoint = path if isinstance(path, Checkpoint) else load_checkpoint(path, weights=weights)
     where = checkpoint.autoencoder if vae is None else Path(vae)
     autoencoder = None if where is None else load_autoencoder(where, checkpoint.config.autoencoder)
-    return Loaded(checkpoint, autoencoder, Origin.of_checkpoint(checkpoint, where))
+    return LoadedSampler(checkpoint, autoencoder, Provenance.of_checkpoint(checkpoint, where))
 
 
-def save(sampler: FastSampler, folder: Path) -> None:
+def save_pretrained_files(sampler: FastSampler, folder: Path) -> None:
     """What `load` reads. Atomic."""
     from safetensors.torch import save_file
 
@@ -102,7 +102,7 @@ def local_folder(path: str | Path) -> Path:
         raise CheckpointError(why, path=path, fix="check the name, or download the folder once") from None
 
 
-def config_of(model: Denoiser, autoencoder: Autoencoder | None) -> Config:
+def config_of(model: DiffusionModel, autoencoder: Autoencoder | None) -> Config:
     """The reference's configuration around a model that came without one."""
     latents = model.config.latent_channels
     overrides: dict[str, Any] = {

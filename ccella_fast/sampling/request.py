@@ -14,9 +14,9 @@ from torch import Tensor
 from ccella_fast.config import Config
 from ccella_fast.errors import ConfigError
 from ccella_fast.models.ldm import CLASS_SCALE
+from ccella_fast.sampling.conditioning import PromptRows
 from ccella_fast.sampling.guidance import Guidance, Reuse
-from ccella_fast.sampling.hoist import PromptRows
-from ccella_fast.sampling.reports import EncodedReports
+from ccella_fast.sampling.text_features import PromptFeatures
 from ccella_fast.variants import get_variant
 
 CLASSES = ["neg", "pos"]  # PI-RADS 1-2, 3-5
@@ -105,7 +105,7 @@ class Request:
 class Prompts:
     """The conditioning of every volume of a request."""
 
-    def __init__(self, request: Request, config: Config, reports: EncodedReports):
+    def __init__(self, request: Request, config: Config, reports: PromptFeatures):
         given_seeds = None if request.seeds is None else _integers(request.seeds, "seeds")
         given = [given_seeds, reports.rows or None, _several(request.spacing), request.pirads, request.class_override]
         lengths = {len(values) for values in given if values is not None and not isinstance(values, str)} - {1}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ccella_fast.config import Config, make_config
 from ccella_fast.errors import ConfigError, did_you_mean
 
-LOG = logging.getLogger("ccella_fast")
+logger = logging.getLogger("ccella_fast")
 
 # Top-level keys that reach DeepSpeed and act there.
 PASSED = frozenset(
@@ -53,7 +53,7 @@ _PLAIN_SECTIONS = {  # DeepSpeed reads these by name and ignores the rest
 _ADAM_EPS = 1e-8
 
 
-def merge(
+def merge_deepspeed_config(
     config: Config,
     path: str | Path | None,
     *,
@@ -65,7 +65,7 @@ def merge(
 
     auto_precision: asked for what `training.precision` becomes where it is "auto" and the file names none.
     Raises ConfigError naming file, field and fix."""
-    given = read(path) if path else {}
+    given = read_deepspeed_file(path) if path else {}
     values = {key: value for key, value in given.items() if value != "auto"}
     overrides = {**_batch(values, config, world_size, path), **_precision(values, path), **_optimizer(values, path)}
     if "gradient_clipping" in values:
@@ -76,14 +76,14 @@ def merge(
     if "activation_checkpointing" in values:
         overrides["training.activation_checkpointing"] = True
     merged = make_config(overrides, base=config)
-    _tell(config, merged, path)
+    _log_differences(config, merged, path)
     if merged.training.precision == "auto":
         merged = make_config({"training.precision": auto_precision()}, base=merged)
     result = {key: value for key, value in values.items() if key in PASSED or key == "activation_checkpointing"}
     return merged, result | _engine_values(merged, result, zero, world_size, output_dir)
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
     """Parse a DeepSpeed file and refuse keys that nobody reads."""
     import hjson  # DeepSpeed's own reader
 
@@ -209,7 +209,7 @@ def _engine_values(
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
         "train_batch_size": micro * steps * world_size,
-        # Without ZeRO and bf16 the optimizer is ours alone and clips itself (engine.GuardedAdamW).
+        # Without ZeRO and bf16 the optimizer is ours alone and clips itself (engine.NonFiniteSkippingAdamW).
         "gradient_clipping": training.max_grad_norm if bf16 or training.zero_stage else 0.0,
         "bf16": {"enabled": bf16},
         "zero_optimization": {**zero, "stage": training.zero_stage},
@@ -224,11 +224,11 @@ def _engine_values(
     }
 
 
-def _tell(before: Config, after: Config, path: object) -> None:
+def _log_differences(before: Config, after: Config, path: object) -> None:
     old, new = before.training.model_dump(), after.training.model_dump()
     for key in old:
         if old[key] != new[key]:
-            LOG.info("training.%s is %s (from %s), not %s", key, new[key], path, old[key])
+            logger.info("training.%s is %s (from %s), not %s", key, new[key], path, old[key])
 
 
 def _section(values: Mapping[str, Any], name: str, path: object) -> dict[str, Any]:

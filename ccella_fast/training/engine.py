@@ -18,10 +18,10 @@ from ccella_fast.config import Config
 from ccella_fast.models import build_model
 from ccella_fast.training.deepspeed_config import checked
 
-LOG = logging.getLogger("ccella_fast")
+logger = logging.getLogger("ccella_fast")
 
 
-class GuardedAdamW(torch.optim.AdamW):
+class NonFiniteSkippingAdamW(torch.optim.AdamW):
     """AdamW that clips the global gradient norm and leaves everything as it is when that norm is not finite.
 
     DeepSpeed's ZeRO and bf16 wrappers do both themselves and report it in `overflow` and `_global_grad_norm`. Stage 0 in fp32
@@ -63,7 +63,9 @@ def build_engine(
         "fused": True,  # one pass, on the CPU too
     }
     if training.precision == "fp32" and training.zero_stage == 0:
-        optimizer: torch.optim.AdamW = GuardedAdamW(model.parameters(), max_norm=training.max_grad_norm, **settings)
+        optimizer: torch.optim.AdamW = NonFiniteSkippingAdamW(
+            model.parameters(), max_norm=training.max_grad_norm, **settings
+        )
     else:
         optimizer = torch.optim.AdamW(model.parameters(), **settings)
     engine, *_ = deepspeed.initialize(

@@ -13,12 +13,12 @@ from torch import Tensor
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.errors import NonFiniteError
 from ccella_fast.losses import class_loss, noise_loss
+from ccella_fast.training.batches import BatchStream, MicroBatch
+from ccella_fast.training.distributed import HostCollectives, SignalHandler
 from ccella_fast.training.ema import Ema
-from ccella_fast.training.feed import Feed, Samples
-from ccella_fast.training.processes import Control, StopRequest
 from ccella_fast.training.telemetry import Progress, Telemetry
 
-LOG = logging.getLogger("ccella_fast")
+logger = logging.getLogger("ccella_fast")
 PATIENCE = 10  # non-finite steps in a row
 
 
@@ -29,7 +29,7 @@ class Losses(NamedTuple):
     finite: Tensor  # (B,) bool: is the sample's prediction finite?
 
 
-def joint_loss(model: Any, samples: Samples, schedule: Schedule, weight: float) -> Losses:
+def joint_loss(model: Any, samples: MicroBatch, schedule: Schedule, weight: float) -> Losses:
     """L1 between predicted and true noise + weight x focal loss of the predicted class. `model`: a Denoiser or its engine.
 
     Scalars are fp32; nothing is read back to the host."""
@@ -52,7 +52,7 @@ def joint_loss(model: Any, samples: Samples, schedule: Schedule, weight: float) 
 
 def train_loop(
     engine: Any,
-    feed: Feed,
+    feed: BatchStream,
     schedule: Schedule,
     ema: Ema | None,
     *,
@@ -63,8 +63,8 @@ def train_loop(
     save_steps: int,
     bad_in_a_row: int,
     save: Callable[[int, int], None],  # (steps done, non-finite steps in a row)
-    stop: StopRequest,
-    control: Control,
+    stop: SignalHandler,
+    control: HostCollectives,
     telemetry: Telemetry | None,  # rank 0 only
 ) -> tuple[int, int]:
     """Train to step `total` or until asked to stop; returns (steps done, signal or 0). The last step is always saved.
@@ -98,7 +98,7 @@ def train_loop(
         if telemetry is not None:
             telemetry.bar.update()
 
-        signal = control.largest(stop.signal)
+        signal = control.max(stop.signal)
         if done % save_steps == 0 or done == total or signal:
             save(done, bad_in_a_row)
         if signal:
@@ -113,15 +113,17 @@ def _mean(losses: list[Losses]) -> list[float]:
     return (values / dist.get_world_size()).tolist()
 
 
-def _report_non_finite(done: int, in_a_row: int, seen: list[tuple[list[str], Losses]], control: Control) -> None:
+def _report_non_finite(
+    done: int, in_a_row: int, seen: list[tuple[list[str], Losses]], control: HostCollectives
+) -> None:
     mine = [
         case for ids, losses in seen for case, finite in zip(ids, losses.finite.tolist(), strict=True) if not finite
     ]
     everybodys = [case for ids, _ in seen for case in ids]
-    named, all_of_it = ([case for part in control.gathered(own) for case in part] for own in (mine, everybodys))
+    named, all_of_it = ([case for part in control.all_gather(own) for case in part] for own in (mine, everybodys))
     cases = ", ".join(sorted(set(named or all_of_it)))
     why = f"step {done}: loss or gradient is not finite; step skipped ({in_a_row} in a row); cases: {cases:.400}"
-    LOG.warning("%s", why)
+    logger.warning("%s", why)
     if in_a_row >= PATIENCE:
         fix = "look at these cases' latents and text, or lower training.lr"
         raise NonFiniteError(f"stopped at {why}", field="training", fix=fix)

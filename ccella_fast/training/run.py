@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ccella_fast.checkpoint import newest, read_state, step_folder, verify
+from ccella_fast.checkpoint import newest_checkpoint, read_state, step_folder, verify_checkpoint
 from ccella_fast.config import Config, load_config
-from ccella_fast.data.augment import check_conditioning
-from ccella_fast.data.manifest import Prepared, load_manifest
+from ccella_fast.data.augmentation.parameters import check_conditioning
+from ccella_fast.data.manifest import Manifest, load_manifest
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError
-from ccella_fast.storage import disk_error, sha256, sweep, write_json
-from ccella_fast.training.deepspeed_config import merge
+from ccella_fast.storage import disk_error, remove_partial_files, sha256, write_json
+from ccella_fast.training.deepspeed_config import merge_deepspeed_config
 
 if TYPE_CHECKING:
-    from ccella_fast.data.dataset import PreparedDataset, Source
-    from ccella_fast.training.feed import Feed
+    from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset
+    from ccella_fast.training.batches import BatchStream
 
-LOG = logging.getLogger("ccella_fast")
+logger = logging.getLogger("ccella_fast")
 LATEST = "latest"
 # May differ between a run and its continuation; everything else shapes the result.
 _FREE = {
@@ -32,7 +32,7 @@ _FREE = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A checked run. `facts` go into every checkpoint's training_state.json; `start` is the step folder to go on from."""
 
     config: Config
@@ -48,10 +48,12 @@ class Plan:
         return self.facts["total_steps"]
 
 
-def make_plan(config: Config, *, data: Path, run: Path, deepspeed_file: Path | None, start: Path | None = None) -> Plan:
+def make_run_plan(
+    config: Config, *, data: Path, run: Path, deepspeed_file: Path | None, start: Path | None = None
+) -> RunPlan:
     """Settings, data and length of a run that starts fresh, or goes on from the step folder `start`. Reads only."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config, engine_values = merge(
+    config, engine_values = merge_deepspeed_config(
         config, deepspeed_file, world_size=world_size, output_dir=run, auto_precision=lambda: auto_precision(start)
     )
     prepared = check_data(config, data)
@@ -64,7 +66,7 @@ def make_plan(config: Config, *, data: Path, run: Path, deepspeed_file: Path | N
         "scale_factor": prepared.scale_factor,
         "intensity_scale": prepared.intensity_scale,
     }
-    return Plan(config, engine_values, deepspeed_file, data, run, facts, start)
+    return RunPlan(config, engine_values, deepspeed_file, data, run, facts, start)
 
 
 def train(
@@ -74,12 +76,12 @@ def train(
 
     resume: None (a run that is already there is refused), "latest", or a step folder. Raises CcellaError."""
     start = find_start(run, resume)
-    plan = make_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, start=start)
+    plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, start=start)
     if start is not None:
         state = read_state(start)
         check_same(plan, start, state)
         if state["step"] >= plan.total_steps:
-            LOG.info("%s is complete (%d steps), nothing to do", run, plan.total_steps)
+            logger.info("%s is complete (%d steps), nothing to do", run, plan.total_steps)
             return 0
     return _train(plan)
 
@@ -89,12 +91,12 @@ def auto_precision(start: Path | None) -> Literal["bf16", "fp32"]:
     if start is not None:
         return "bf16" if load_config(start / "config.json").training.precision == "bf16" else "fp32"
     from ccella_fast import environment
-    from ccella_fast.training import processes
+    from ccella_fast.training import distributed
 
-    return "bf16" if processes.on_gpu() or environment.cpu_multiplies_bf16() else "fp32"
+    return "bf16" if distributed.uses_gpu() or environment.cpu_multiplies_bf16() else "fp32"
 
 
-def check_data(config: Config, data: Path) -> Prepared:
+def check_data(config: Config, data: Path) -> Manifest:
     """The prepared folder's manifest, if this configuration can train on it."""
     prepared = load_manifest(data)
     path, fix = data / "manifest.json", "prepare the data with this configuration"
@@ -113,7 +115,7 @@ def check_data(config: Config, data: Path) -> Prepared:
     return prepared
 
 
-def count_steps(config: Config, prepared: Prepared, world_size: int) -> int:
+def count_steps(config: Config, prepared: Manifest, world_size: int) -> int:
     """T: `max_train_steps`, or `n_epochs` over the training set."""
     training = config.training
     if training.max_train_steps is not None:
@@ -134,22 +136,22 @@ def find_start(run: Path, resume: str | None) -> Path | None:
             )
         return None
     if resume == LATEST:
-        found = newest(run)
-        LOG.info("resuming from %s", found) if found else LOG.info("nothing to resume in %s: a fresh start", run)
+        found = newest_checkpoint(run)
+        logger.info("resuming from %s", found) if found else logger.info("nothing to resume in %s: a fresh start", run)
         return found
     folder = Path(resume)
     if not (folder / "manifest.json").is_file():
         raise CheckpointError(
             "there is no checkpoint here", path=folder, fix="name a step folder, or give --resume alone"
         )
-    verify(folder)
+    verify_checkpoint(folder)
     if folder.resolve().parent.parent != run.resolve():
         why = "a run goes on in its own folder"
         raise ConfigError(why, path=folder, field="--resume", fix=f"use --output_dir {folder.parent.parent}")
     return folder
 
 
-def check_same(plan: Plan, start: Path, state: dict[str, Any]) -> None:
+def check_same(plan: RunPlan, start: Path, state: dict[str, Any]) -> None:
     """Refuse to go on with anything that shapes the run changed; the message names the first key."""
     before, now = (_flat(values.dump()) for values in (load_config(start / "config.json"), plan.config))
     before |= {key: state.get(key) for key in plan.facts}
@@ -164,28 +166,28 @@ def check_same(plan: Plan, start: Path, state: dict[str, Any]) -> None:
             )
 
 
-def _train(plan: Plan) -> int:
+def _train(plan: RunPlan) -> int:
     """Train, and leave run_status.json with the ending, whatever it is."""
-    from ccella_fast.training import processes
+    from ccella_fast.training import distributed
 
-    device = processes.initialise()  # before anything imports DeepSpeed
+    device = distributed.initialise_processes()  # before anything imports DeepSpeed
 
     import torch.distributed as dist
 
-    from ccella_fast.environment import recorded, warn_of_emulated_bf16
+    from ccella_fast.environment import warn_of_emulated_bf16, write_run_record
     from ccella_fast.training.telemetry import write_status
 
     main, precision = dist.get_rank() == 0, plan.config.training.precision
     if main:
-        LOG.info("training in %s on %s", precision, device)
+        logger.info("training in %s on %s", precision, device)
     if device.type == "cpu" and precision == "bf16":
         warn_of_emulated_bf16("set training.precision to fp32" + (" in a new run" if plan.start else ""))
     saved = {"step": read_state(plan.start)["step"] if plan.start else 0}
     ending: dict[str, Any] = {"state": "failed", "exit_code": 1}
     try:
         facts = {"world_size": plan.facts["world_size"], "total_steps": plan.total_steps, "precision": precision}
-        record = recorded(plan.run, "train", **facts) if main else contextlib.nullcontext()
-        with processes.ending_together(), record:
+        record = write_run_record(plan.run, "train", **facts) if main else contextlib.nullcontext()
+        with distributed.translate_peer_failure(), record:
             code = _steps(plan, device, saved)
         ending = {"state": "terminated" if code else "finished", "exit_code": code}
         return code
@@ -201,22 +203,22 @@ def _train(plan: Plan) -> int:
                 write_status(plan.run, step=saved["step"], total_steps=plan.total_steps, **ending)
 
 
-def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
+def _steps(plan: RunPlan, device: Any, saved: dict[str, int]) -> int:
     """Build everything, restore, loop. `saved["step"]` follows the newest checkpoint."""
     import torch.distributed as dist
 
-    from ccella_fast.data.dataset import PreparedDataset
-    from ccella_fast.data.volumes import check_engine
+    from ccella_fast.data.augmentation.engine import check_engine
+    from ccella_fast.data.loading.dataset import PreparedDataset
     from ccella_fast.diffusion.schedule import Schedule
-    from ccella_fast.training import processes, saving
+    from ccella_fast.training import checkpointing, distributed
     from ccella_fast.training.ema import Ema
     from ccella_fast.training.engine import build_engine
     from ccella_fast.training.loop import train_loop
     from ccella_fast.training.telemetry import Telemetry
 
     config, training, total, first = plan.config, plan.config.training, plan.total_steps, saved["step"]
-    control, main = processes.Control(), dist.get_rank() == 0
-    if len(set(control.gathered(training.precision))) > 1:
+    control, main = distributed.HostCollectives(), dist.get_rank() == 0
+    if len(set(control.all_gather(training.precision))) > 1:
         why, fix = "this run's CPUs differ: some multiply bf16, others emulate it", "set it to fp32 or bf16"
         raise ConfigError(why, field="training.precision", fix=fix)
     needs: Literal["latents", "images"] = "images" if training.latents == "online" else "latents"
@@ -230,18 +232,18 @@ def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
     bad_in_a_row = 0
     if plan.start:
         state = read_state(plan.start)
-        saving.restore(plan.start, engine, ema, state)
+        checkpointing.restore_checkpoint(plan.start, engine, ema, state)
         bad_in_a_row = state["bad_in_a_row"]
     vae = plan.data / "vae" if (plan.data / "vae").is_dir() else None
     feed = _feed(plan, dataset, device)
 
     def save(done: int, bad: int) -> None:
         progress = {"step": done, "ema_updates": ema.updates if ema else 0, "bad_in_a_row": bad}
-        saving.save(plan.run, done, engine, ema, config, plan.facts | progress, vae, control)
+        checkpointing.save_checkpoint(plan.run, done, engine, ema, config, plan.facts | progress, vae, control)
         saved["step"] = done
 
     bar = Telemetry(plan.run, engine, first, total, feed.global_batch) if main else contextlib.nullcontext()
-    with processes.StopRequest() as stop, bar as telemetry:
+    with distributed.SignalHandler() as stop, bar as telemetry:
         done, number = train_loop(
             engine,
             feed,
@@ -259,25 +261,27 @@ def _steps(plan: Plan, device: Any, saved: dict[str, int]) -> int:
             telemetry=telemetry,
         )
     if number:
-        LOG.warning("stopped by signal %d after step %d; saved as %s", number, done, step_folder(plan.run, done))
+        logger.warning("stopped by signal %d after step %d; saved as %s", number, done, step_folder(plan.run, done))
     return 128 + number if number else 0
 
 
-def _feed(plan: Plan, dataset: PreparedDataset, device: Any) -> Feed:
+def _feed(plan: RunPlan, dataset: PreparedDataset, device: Any) -> BatchStream:
     """The stream of samples of this process. After the engine: what it has left of the device decides where latents lie."""
     import torch
     import torch.distributed as dist
 
-    from ccella_fast.data.online import OnlineLatents
-    from ccella_fast.data.resident import choose_source
-    from ccella_fast.training.feed import Feed
+    from ccella_fast.data.loading.online_latents import OnlineLatents
+    from ccella_fast.data.loading.resident_latents import choose_latent_source
+    from ccella_fast.training.batches import BatchStream
 
     config, training = plan.config, plan.config.training
     if training.latents == "online":
-        source: Source = OnlineLatents(dataset, plan.data / "vae", device, training.seed)
+        source: LatentSource = OnlineLatents(dataset, plan.data / "vae", device, training.seed)
     else:
-        source = choose_source(dataset, device, torch.bfloat16 if training.precision == "bf16" else torch.float32)
-    return Feed(
+        source = choose_latent_source(
+            dataset, device, torch.bfloat16 if training.precision == "bf16" else torch.float32
+        )
+    return BatchStream(
         dataset,
         seed=training.seed,
         batch_size=training.batch_size,
@@ -291,14 +295,14 @@ def _feed(plan: Plan, dataset: PreparedDataset, device: Any) -> Feed:
     )
 
 
-def _open_run(plan: Plan, step: int) -> None:
+def _open_run(plan: RunPlan, step: int) -> None:
     from ccella_fast.training.telemetry import write_status
 
     try:
         plan.run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, plan.run) from error
-    sweep(plan.run)
+    remove_partial_files(plan.run)
     write_json(plan.run / "config.json", plan.config.dump())
     write_status(plan.run, "running", step=step, total_steps=plan.total_steps)
 

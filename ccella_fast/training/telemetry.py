@@ -16,7 +16,7 @@ from ccella_fast.nvml import Gpu, open_gpu
 from ccella_fast.storage import write_json
 from ccella_fast.training.metrics_log import append_metrics, discard_metrics_after
 
-LOG = logging.getLogger("ccella_fast")
+logger = logging.getLogger("ccella_fast")
 
 
 class Progress(NamedTuple):
@@ -81,7 +81,7 @@ def _gpu(device: Any) -> Gpu | None:
     found = open_gpu(device.index or 0)
     if isinstance(found, Gpu):
         return found
-    LOG.info("no GPU telemetry: %s", found)
+    logger.info("no GPU telemetry: %s", found)
     return None
 
 

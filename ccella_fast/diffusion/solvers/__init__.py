@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ccella_fast.diffusion.solvers.base import Plan, Solver, Step
+from ccella_fast.diffusion.solvers.base import SamplingPlan, Solver, StepResult
 from ccella_fast.diffusion.solvers.ddpm import Ddim, Ddpm
 from ccella_fast.diffusion.solvers.dpm_solver import DpmSolverPlusPlus2M, DpmSolverPlusPlus2MSde
 from ccella_fast.diffusion.solvers.rectified_flow import EulerFlow, HeunFlow

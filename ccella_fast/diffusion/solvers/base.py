@@ -27,14 +27,14 @@ from torch import Tensor
 
 from ccella_fast.diffusion.prediction import check_prediction, velocity_coefficients, x0_coefficients
 from ccella_fast.diffusion.schedule import Schedule
-from ccella_fast.diffusion.timesteps import Levels, diffusion_levels, flow_levels
+from ccella_fast.diffusion.timesteps import NoiseLevels, diffusion_levels, flow_levels
 
 Term = tuple[str, str]  # (what is formed, from what)
 # What is remembered for the next evaluation, and which value of this one that is.
 MEMORY = {"corrected_1": "corrected", "velocity_1": "velocity", "x0_1": "x0", "x0_2": "x0_1"}
 
 
-class Step(NamedTuple):
+class StepResult(NamedTuple):
     """x: the sample at the next level. x0: the clean sample as estimated now. state: for the next call."""
 
     x: Tensor
@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class SamplingPlan:
     """A trajectory's numbers: everything that is known before the first evaluation.
 
     timesteps: (E,) what the network is told, int64 (diffusion) or float64 (flow). coefficients: float64 (E, K), a row for each
@@ -75,7 +75,9 @@ class Plan:
         used |= {"x0_1"} if "x0_2" in used else set()
         return tuple(name for name in MEMORY if name in used)
 
-    def step(self, x: Tensor, output: Tensor, row: Tensor, noise: Tensor | None, state: tuple[Tensor, ...]) -> Step:
+    def step(
+        self, x: Tensor, output: Tensor, row: Tensor, noise: Tensor | None, state: tuple[Tensor, ...]
+    ) -> StepResult:
         """x, output, noise, state: (B, ...) of one dtype, fp32 or fp64; row: (K,) on their device; noise may be None where
         the plan is not stochastic. Pure arithmetic without host synchronisation: which terms exist is known beforehand."""
         tensors = {"x": x, "corrected": x, "output": output, **dict(zip(self.memory, state, strict=True))}
@@ -88,10 +90,10 @@ class Plan:
                 tensors[target] = reduce(torch.add, parts)
         x = tensors["corrected"] + tensors["next"]
         following = tuple(tensors[MEMORY[name]] for name in self.memory)
-        return Step(x, tensors["x0"], following)
+        return StepResult(x, tensors["x0"], following)
 
 
-class Table(NamedTuple):
+class Tableau(NamedTuple):
     """evaluated_at: (E,) index of the level that each evaluation sees. columns: float64 (E,) each."""
 
     evaluated_at: np.ndarray
@@ -109,7 +111,7 @@ class Solver(ABC):
     includes_last: ClassVar[bool] = False  # see `diffusion_levels`
 
     @abstractmethod
-    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Table:
+    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
         """signal, sigma: float64 (N + 1,); the last level is where the trajectory ends. sigma may be 0 only there."""
 
     def plan(
@@ -119,7 +121,7 @@ class Solver(ABC):
         *,
         prediction: str = "epsilon",
         timestep_spacing: str | None = None,
-    ) -> Plan:
+    ) -> SamplingPlan:
         """The plan of `num_steps` steps. ConfigError: more steps than the schedule has, an unknown spacing, a prediction that
         does not fit."""
         prediction = check_prediction(prediction, flow=self.flow, solver=self.name)
@@ -130,7 +132,7 @@ class Solver(ABC):
             levels = diffusion_levels(schedule, num_steps, spacing, includes_last=self.includes_last)
         return self.plan_levels(levels, prediction)
 
-    def plan_levels(self, levels: Levels, prediction: str) -> Plan:
+    def plan_levels(self, levels: NoiseLevels, prediction: str) -> SamplingPlan:
         """The plan through given noise levels."""
         at, columns = self.table(levels.signal, levels.sigma)
         columns = dict(columns)
@@ -142,7 +144,7 @@ class Solver(ABC):
             columns = {(target, "x"): from_x, (target, "output"): from_output, **columns}
         columns["next", "corrected"] = columns["next", "corrected"] - 1
         columns = {term: column for term, column in columns.items() if column.any()}
-        return Plan(levels.timesteps[at], np.stack(list(columns.values()), axis=1), tuple(columns))
+        return SamplingPlan(levels.timesteps[at], np.stack(list(columns.values()), axis=1), tuple(columns))
 
 
 def log_snr_steps(signal: np.ndarray, sigma: np.ndarray) -> np.ndarray:

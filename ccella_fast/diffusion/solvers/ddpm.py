@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ccella_fast.diffusion.solvers.base import Solver, Table
+from ccella_fast.diffusion.solvers.base import Solver, Tableau
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Ddpm(Solver):
     timestep_spacing = "linspace"
     includes_last = True
 
-    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Table:
+    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
         alpha = (signal[:-1] / signal[1:]) ** 2
         from_x0 = signal[1:] * (1 - alpha) / sigma[:-1] ** 2
         from_x = np.sqrt(alpha) * sigma[1:] ** 2 / sigma[:-1] ** 2
         noise = np.sqrt(1 - alpha) * sigma[1:] / sigma[:-1]
         columns = {("next", "corrected"): from_x, ("next", "x0"): from_x0, ("next", "noise"): noise}
-        return Table(np.arange(len(alpha)), columns)
+        return Tableau(np.arange(len(alpha)), columns)
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Ddim(Solver):
     timestep_spacing = "linspace"
     includes_last = True
 
-    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Table:
+    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
         noise = self.eta * sigma[1:] / sigma[:-1] * np.sqrt(1 - (signal[:-1] / signal[1:]) ** 2)
         from_eps = np.sqrt(sigma[1:] ** 2 - noise**2)
         # eps = (x - signal x0) / sigma
         from_x, from_x0 = from_eps / sigma[:-1], signal[1:] - from_eps * signal[:-1] / sigma[:-1]
         columns = {("next", "corrected"): from_x, ("next", "x0"): from_x0, ("next", "noise"): noise}
-        return Table(np.arange(len(noise)), columns)
+        return Tableau(np.arange(len(noise)), columns)

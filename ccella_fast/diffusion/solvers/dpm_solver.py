@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ccella_fast.diffusion.solvers.base import Solver, Table, Term, log_snr_steps
+from ccella_fast.diffusion.solvers.base import Solver, Tableau, Term, log_snr_steps
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class DpmSolverPlusPlus2M(Solver):
     name, order = "dpmpp_2m", 2
     timestep_spacing = "karras"
 
-    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Table:
+    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
         h = log_snr_steps(signal, sigma)
-        return Table(np.arange(len(h)), two_step(signal, sigma, h))
+        return Tableau(np.arange(len(h)), two_step(signal, sigma, h))
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DpmSolverPlusPlus2MSde(Solver):
     name, order = "dpmpp_2m_sde", 2
     timestep_spacing = "karras"
 
-    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Table:
+    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
         h = log_snr_steps(signal, sigma)
         second = second_order(h)
         weight = -signal[1:] * np.expm1(-2 * h)
@@ -48,7 +48,7 @@ class DpmSolverPlusPlus2MSde(Solver):
             ("next", "x0_1"): -weight * second,
             ("next", "noise"): sigma[1:] * np.sqrt(-np.expm1(-2 * h)),
         }
-        return Table(np.arange(len(h)), columns)
+        return Tableau(np.arange(len(h)), columns)
 
 
 def two_step(signal: np.ndarray, sigma: np.ndarray, h: np.ndarray) -> dict[Term, np.ndarray]:

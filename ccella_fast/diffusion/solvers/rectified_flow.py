@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ccella_fast.diffusion.solvers.base import Solver, Table
+from ccella_fast.diffusion.solvers.base import Solver, Tableau
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class EulerFlow(Solver):
     timestep_spacing = "trailing"
     flow = True
 
-    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Table:
+    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
         step = np.diff(sigma)
         columns = {("next", "corrected"): np.ones_like(step), ("next", "velocity"): step}
-        return Table(np.arange(len(step)), columns)
+        return Tableau(np.arange(len(step)), columns)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class HeunFlow(Solver):
     timestep_spacing = "linspace"
     flow = True
 
-    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Table:
+    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
         evaluated_at = np.repeat(np.arange(len(sigma) - 1), 2)[1:]
         predicts = np.arange(len(evaluated_at)) % 2 == 0
         step = np.diff(sigma)
@@ -49,4 +49,4 @@ class HeunFlow(Solver):
             ("next", "corrected"): np.ones_like(half),
             ("next", "velocity"): np.where(predicts, step[evaluated_at], 0.0),
         }
-        return Table(evaluated_at, columns)
+        return Tableau(evaluated_at, columns)

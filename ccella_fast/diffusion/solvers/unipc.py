@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ccella_fast.diffusion.solvers.base import Solver, Table, Term, log_snr_steps
+from ccella_fast.diffusion.solvers.base import Solver, Tableau, Term, log_snr_steps
 from ccella_fast.diffusion.solvers.dpm_solver import second_order, two_step
 
 
@@ -20,10 +20,10 @@ class UniPc2(Solver):
     name, order = "unipc", 3
     timestep_spacing = "karras"
 
-    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Table:
+    def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
         h = log_snr_steps(signal, sigma)
         columns = {**_corrector(signal, sigma, h, second_order(h)), **two_step(signal, sigma, h)}
-        return Table(np.arange(len(h)), columns)
+        return Tableau(np.arange(len(h)), columns)
 
 
 def _corrector(signal: np.ndarray, sigma: np.ndarray, h: np.ndarray, second: np.ndarray) -> dict[Term, np.ndarray]:

@@ -15,12 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ccella_fast.config import Config, VaeTrainingConfig
-from ccella_fast.data.augment import IDENTITY, draw
+from ccella_fast.data.augmentation.engine import VolumeRequest, make_engine
+from ccella_fast.data.augmentation.parameters import IDENTITY, draw_augmentation
 from ccella_fast.data.manifest import load_manifest
-from ccella_fast.data.volumes import Job, make_engine
 from ccella_fast.diffusion.noise import generator
 from ccella_fast.progress import refresh_interval
-from ccella_fast.training.feed import epoch_order
+from ccella_fast.training.batches import epoch_order
 
 
 class Image(NamedTuple):
@@ -47,7 +47,7 @@ def read_images(data: str | Path) -> tuple[list[Image], list[Image]]:
     return splits["train"], splits["test"]
 
 
-def patch_jobs(images: Sequence[Image], settings: VaeTrainingConfig, step: int) -> list[Job]:
+def patch_requests(images: Sequence[Image], settings: VaeTrainingConfig, step: int) -> list[VolumeRequest]:
     """The patches of `step`, at random positions. Every image is used once before any is used again."""
     places, (i, j, k) = generator(settings.seed, "place", step), settings.patch
     jobs = []
@@ -59,11 +59,11 @@ def patch_jobs(images: Sequence[Image], settings: VaeTrainingConfig, step: int) 
         )
         drawn, strengths = IDENTITY, settings.augmentation
         if strengths.active:
-            drawn = draw(
+            drawn = draw_augmentation(
                 strengths, seed=settings.seed, case_id=f"{image.case} {x} {y} {z}", epoch=epoch, shape=settings.patch,
                 spacing=image.spacing, keep_gland=False,
             ).for_sequence(image.sequence)  # fmt: skip
-        jobs.append(Job(image.path, image.values.shape, (x, y, z), (i, j, k), image.spacing, drawn))
+        jobs.append(VolumeRequest(image.path, image.values.shape, (x, y, z), (i, j, k), image.spacing, drawn))
     return jobs
 
 
@@ -73,7 +73,7 @@ def patch_batches(images: list[Image], config: Config, device: torch.device, sta
     first, last = (step * settings.batch_size for step in (start, settings.max_train_steps))
     engine = make_engine(config.data.engine, settings.augmentation, device, settings.patch)
     paths = [_image_at(images, settings, number)[0].path for number in range(first, last)]
-    return engine.stream(paths, lambda n: patch_jobs(images, settings, start + n), settings.max_train_steps - start)
+    return engine.stream(paths, lambda n: patch_requests(images, settings, start + n), settings.max_train_steps - start)
 
 
 def _image_at(images: Sequence[Image], settings: VaeTrainingConfig, number: int) -> tuple[Image, int]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from ccella_fast.config import Config
-from ccella_fast.data.volumes import check_engine
-from ccella_fast.environment import recorded
+from ccella_fast.data.augmentation.engine import check_engine
+from ccella_fast.environment import write_run_record
 from ccella_fast.errors import ConfigError, DataError, NonFiniteError
-from ccella_fast.models.vae import save_autoencoder
+from ccella_fast.models.autoencoder.network import save_autoencoder
 from ccella_fast.storage import write_json
 from ccella_fast.training.autoencoder.checkpointing import identity, is_finished, remove_state
 from ccella_fast.training.autoencoder.evaluation import NUM_EXAMPLES, evaluate
@@ -40,7 +40,7 @@ def train_vae(data: str | Path, out: str | Path, config: Config) -> None:
         return
     write_json(out / "training.json", {"identity": wanted})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with recorded(out, "train-vae", device=str(device), images=len(train)) as facts:
+    with write_run_record(out, "train-vae", device=str(device), images=len(train)) as facts:
         vae, facts["steps_per_second"] = train_loop(train, out, config, device)
         if not all(bool(parameter.isfinite().all()) for parameter in vae.parameters()):
             fix = f"delete the folder and lower vae_training.lr ({config.vae_training.lr:g})"

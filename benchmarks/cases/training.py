@@ -1,0 +1,307 @@
+"""A training step with its parts, through the engine that train.py builds; and how it scales with ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import compiled_baseline
+import reference
+from benchmark_case import BenchmarkCase, Implementation, Roofline, Skip, Trial
+from cases.sampler import step_floor
+from ccella_fast.config import Config, load_config, make_config
+from ccella_fast.diffusion.schedule import Schedule
+from ccella_fast.environment import free_memory
+from ccella_fast.storage import write_json
+from fixtures import Workbench
+from op_counter import FlashAttention, backend, count
+from synthetic_dataset import write_prepared
+from timer import Stopwatch, slope
+
+# Gradients that have come through everything: the U-Net's first convolution, the adapter's latents.
+_LOOKED_AT = ("unet.conv_in.conv.weight", "ella.connector.latents")
+ROOT = Path(__file__).resolve().parents[2]
+_SCALE = 1.0  # latents of the random folder have unit variance
+_MOST_STEPS = 1000
+_TOLERANCE = {"fp32": 5e-3, "bf16": 0.25, "fp16": 0.25}  # of a gradient: L1's flips sign where the error is near zero
+_ADAMW_BYTES = 28  # a parameter: read p, g, m, v, write p, m, v, in fp32
+
+
+def training_step(bench: Workbench, precision: str | None = None, *, peer: bool = False) -> Trial:
+    """loader, forward, backward, optimizer. The reference: fp16 autocast and GradScaler on a GPU, fp32 on a CPU, default
+    AdamW. Ours: train.py's engine, without EMA, which the reference has not. peer: against the tuned peer instead."""
+    bench.release()
+    default = "bf16" if bench.device.type == "cuda" or peer else "fp32"
+    if precision == default:
+        raise Skip(f"on this device the case training_step is in {default}")
+    precision = precision or default
+    batch = bench.config.training.batch_size if bench.device.type == "cuda" else 1
+    config = _config(bench, precision, batch)
+    needed = _bytes_per_parameter(precision) * bench.parameters / 2**30
+    free = free_memory(bench.device) / 2**30
+    if needed > free:
+        raise Skip(f"it needs about {needed:.0f} GiB of memory, {free:.0f} are free")
+    folder = tempfile.TemporaryDirectory(prefix="ccella-bench-")
+    data = write_prepared(Path(folder.name) / "prepared", config, cases=2 * batch)
+    bench.tick("building the engine")
+    engine = build_engine(bench, config, Path(folder.name))
+    theirs = _reference(engine, precision)
+    schedule = Schedule.from_config(config.scheduler)
+    feed = _feed(config, data, bench.device)
+    items = [feed.dataset.item(index, 0) for index in range(len(feed.dataset))]
+    make = compiled_baseline.CompiledTrainingStep if peer else reference.ReferenceTrainingStep
+    body = make(theirs, config.scheduler, weight=config.class_loss_weight)
+    if precision == "fp32":  # one set of moments for both, as there is one set of weights: half the memory
+        _share_state(body.optimizer, engine.optimizer)
+    steps = feed.steps(0, _MOST_STEPS, background=bench.device.type == "cuda")
+
+    def run_reference(watch: Stopwatch) -> None:
+        body(_collated(items[:batch]), watch.mark)
+
+    def run_ours(watch: Stopwatch) -> None:
+        from ccella_fast.training.loop import joint_loss
+
+        samples = next(steps)[0]
+        watch.mark("loader")
+        losses = joint_loss(engine, samples, schedule, config.class_loss_weight)
+        watch.mark("forward")
+        engine.backward(losses.total)
+        watch.mark("backward")
+        engine.step()
+        torch.stack(losses[:3]).tolist()  # logged at every step, as the default is
+        watch.mark("optimizer")
+
+    trial = Trial(shapes={"latent": [batch, bench.latent_channels, *bench.latent_grid]}, tolerance=_TOLERANCE)
+    samples = feed.micro_batch(0, 0)
+    gate = _Gate(engine, theirs, body, samples, schedule, config)
+    first, name = ("tuned peer", "bf16") if peer else ("reference", bench.reference_precision)
+    trial.sides[first] = Implementation(name, run_reference, lambda: gate.reference(autocast=True))
+    trial.sides["ours"] = Implementation(precision, run_ours, gate.ours)
+    trial.truth = lambda: gate.reference(autocast=False)
+    for side, row in trial.sides.items():
+        trial.floor[side] = training_floor(bench, batch, row.precision)
+    trial.notes.append(f"batch {batch}; gate: gradients of {' and '.join(_LOOKED_AT)}")
+    trial.holds.append(folder)
+    return trial
+
+
+class _Gate:
+    """The same samples through both, and two gradients of each, scaled by the largest of the true ones."""
+
+    def __init__(self, engine: Any, theirs: nn.Module, body: Any, samples: Any, schedule: Schedule, config: Config):
+        self.engine, self.theirs, self.body, self.samples = engine, theirs, body, samples
+        self.schedule, self.weight = schedule, config.class_loss_weight
+        self.scales: list[float] = []
+
+    def reference(self, *, autocast: bool) -> Tensor:
+        batch = {key: value for key, value in self.samples._asdict().items() if isinstance(value, Tensor)}
+        batch["text"] = batch["text"].float()  # which ours keeps in the dtype of its weights
+        with self.body.autocast() if autocast else torch.autocast(self.body.device.type, enabled=False):
+            loss = self.body.loss(batch)
+        # The loss is scaled as GradScaler would: fp16 gradients underflow otherwise.
+        scale = 2.0**14 if autocast and self.body.scaler.is_enabled() else 1.0
+        (loss * scale).backward()
+        return self._take(self.theirs, 1 / scale)
+
+    def ours(self) -> Tensor:
+        from ccella_fast.training.loop import joint_loss
+
+        loss = joint_loss(self.engine.module, self.samples, self.schedule, self.weight).total
+        loss.backward()
+        return self._take(self.engine.module, 1.0)
+
+    def _take(self, module: nn.Module, factor: float) -> Tensor:
+        parameters = dict(module.named_parameters())
+        found = [parameters[name].grad.detach().float().flatten() * factor for name in _LOOKED_AT]
+        for parameter in module.parameters():
+            parameter.grad = None
+        if not self.scales:  # the truth comes first
+            self.scales = [float(gradient.abs().max()) for gradient in found]
+        return torch.cat([gradient / scale for gradient, scale in zip(found, self.scales, strict=True)])
+
+
+def build_engine(bench: Workbench, config: Config, folder: Path) -> Any:
+    """What train.py trains with, alone in its world, without TensorBoard; no parameter starts at zero."""
+    from ccella_fast.training import distributed
+    from ccella_fast.training.deepspeed_config import merge_deepspeed_config
+
+    distributed.initialise_processes()
+    from ccella_fast.training import engine as engines
+
+    config, values = merge_deepspeed_config(
+        config, None, world_size=1, output_dir=folder, auto_precision=lambda: "fp32"
+    )
+    values["tensorboard"] = {"enabled": False}
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        engine = engines.build_engine(config, values, total_steps=100_000, device=bench.device, path=None)
+    bench.fill_zeros(engine.module)
+    if hasattr(engine.optimizer, "refresh_fp32_params"):
+        engine.optimizer.refresh_fp32_params()
+    return engine
+
+
+def training_floor(bench: Workbench, batch: int, precision: str) -> Roofline:
+    """FLOPs of forward and backward of the whole model, counted on meta tensors, less 19 of 27 taps of the upsamplers."""
+    from ccella_fast.models import build_model
+
+    with torch.device("meta"):
+        model = build_model(bench.config)
+        x = torch.empty(batch, bench.latent_channels, *bench.latent_grid)
+        text = torch.empty(batch, bench.config.text.max_length, bench.config.model.input_dim)
+        times, spacing = torch.zeros(batch), torch.zeros(batch, 3)
+
+    def step() -> None:
+        with FlashAttention(), backend("reference"):
+            loss = model(x, times, spacing=spacing, text=text)[0].sum()
+        loss.backward()
+
+    flops = count(step).flops
+    forward = step_floor(bench, batch, precision)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    saved = 3 * forward.upsampler_flops * (1 - 8 / 27)
+    why = (
+        f"{flops / 1e9:,.0f} GFLOP forward and backward (counted) - {saved / 1e9:,.0f} (upsamplers as 8-tap phases); AdamW "
+        f"{_ADAMW_BYTES} bytes for each of {parameters / 1e6:,.0f} M parameters; convolutions' inputs and outputs three times"
+    )
+    moved = parameters * _ADAMW_BYTES + 3 * forward.activation_bytes
+    return Roofline(flops - saved, moved, forward.precision, why)
+
+
+def _config(bench: Workbench, precision: str, batch: int) -> Config:
+    factor = bench.config.autoencoder.factor
+    changes = {
+        "training.precision": precision, "training.batch_size": batch, "training.zero_stage": 0,
+        "training.ema_decay": 0.0, "data.dim": [axis * factor for axis in bench.latent_grid],
+    }  # fmt: skip
+    return make_config(changes, base=bench.config)
+
+
+def _feed(config: Config, data: Path, device: torch.device) -> Any:
+    """As train.py makes it: the latents resident on the device where they fit."""
+    from ccella_fast.data.loading.dataset import PreparedDataset
+    from ccella_fast.data.loading.resident_latents import choose_latent_source
+    from ccella_fast.training.batches import BatchStream
+
+    dataset = PreparedDataset(data, config, "train")
+    text_dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    return BatchStream(
+        dataset, seed=0, batch_size=config.training.batch_size, accumulation=1, rank=0, world_size=1,
+        scale=torch.full((sum(config.model.latent_channels),), _SCALE),
+        num_timesteps=config.scheduler.num_train_timesteps, source=choose_latent_source(dataset, device, text_dtype),
+        device=device,
+    )  # fmt: skip
+
+
+def _reference(engine: Any, precision: str) -> reference.ReferenceModel:
+    """On the engine's own weights in fp32; on an fp32 copy of them otherwise."""
+    if precision == "fp32":
+        return reference.shared_with(engine.module)
+    import copy
+
+    return reference.shared_with(copy.deepcopy(engine.module).float())
+
+
+def _share_state(theirs: torch.optim.Optimizer, ours: torch.optim.Optimizer) -> None:
+    for group in ours.param_groups:
+        for parameter in group["params"]:
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            ours.state[parameter] = theirs.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+
+
+def _collated(items: list[Any]) -> dict[str, Tensor]:
+    """What the reference's loader hands over: its stored latents, stacked from RAM, and the loop's random numbers."""
+    fields = {"latents": "latent_mean", "text": "text", "pirads": "pirads", "spacing": "spacing"}
+    batch = {name: torch.stack([getattr(item, field) for item in items]) for name, field in fields.items()}
+    batch["has_class"] = torch.tensor([item.has_class for item in items])
+    batch["noise"] = torch.randn_like(batch["latents"])
+    batch["timesteps"] = torch.randint(0, 1000, (len(items),))
+    return batch
+
+
+def _bytes_per_parameter(precision: str) -> int:
+    return 20 if precision == "fp32" else 20 + 16
+
+
+def scaling_with_ranks(bench: Workbench) -> Trial:
+    """Samples a second of train.py with 1, 2, 4 ... processes at a fixed batch a process: a GPU each, or on a CPU a core each.
+    The slope in a log-log plot is 1 when ranks cost nothing."""
+    cuda = bench.device.type == "cuda"
+    most = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
+    if most < 2:
+        raise Skip(f"one {'GPU' if cuda else 'core'}: there is nothing to scale over")
+    bench.release()
+    config = bench.config if cuda else load_config(ROOT / "configs" / "demo.json")
+    ranks = [count for count in (1, 2, 4, 8) if count <= most]
+    trial = Trial(shapes={"ranks": ranks, "batch a rank": config.training.batch_size, "latent": config.check_grid()})
+    points = []
+    with tempfile.TemporaryDirectory(prefix="ccella-bench-") as folder:
+        data = write_prepared(Path(folder) / "prepared", config, cases=8 * config.training.batch_size)
+        write_json(Path(folder) / "config.json", config.dump())
+        for count in ranks:
+            bench.tick(f"{count} processes")
+            points.append((count, _samples_a_second(Path(folder), data, count, cuda)))
+            trial.facts.append((f"{count} ranks", points[-1][1], "samples/s"))
+    trial.facts.append(("slope of samples/s with ranks", slope(points), "log-log"))
+    trial.curves["samples/s against ranks"] = points
+    if not cuda:
+        trial.notes.append("the demo's model, one thread a process: gloo over cores that share one memory")
+    return trial
+
+
+def _samples_a_second(folder: Path, data: Path, ranks: int, cuda: bool) -> float:
+    """The median of the second half of a short run's metrics."""
+    run, steps = folder / f"run-{ranks}", 20
+    settings = [f"training.max_train_steps={steps}", f"training.checkpointing_steps={steps}", "training.ema_decay=0"]
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        ROOT / "ccella_fast" / "train.py",
+        "--config",
+        folder / "config.json",
+        "--data",
+        data,
+        "--output_dir",
+        run,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | (
+        {} if cuda else {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    )
+    done = subprocess.run([*map(str, command), *overrides], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"train.py ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]:.200}")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["samples_per_second"] for line in lines[len(lines) // 2 :])
+
+
+CASES = [
+    BenchmarkCase(
+        "training_step", "training", "one training step: the reference's loop body, and ours through DeepSpeed",
+        training_step, quick=("cpu", "cuda"), budget=30, set_up={"cpu": 50, "cuda": 40},
+    ),
+    BenchmarkCase(
+        "training_step_bf16", "training", "one training step on a CPU: the reference in fp32, ours in bf16",
+        lambda bench: training_step(bench, "bf16"), budget=30, set_up={"cpu": 90, "cuda": 40}, bf16=True,
+    ),
+    BenchmarkCase(
+        "training_step_tuned", "training", "one training step: the tuned peer (compiled, bf16 autocast, fused AdamW), and ours",
+        lambda bench: training_step(bench, peer=True), budget=20, set_up={"cpu": 90, "cuda": 180}, bf16=True, last=True,
+    ),
+    BenchmarkCase(
+        "scaling_with_ranks", "training", "samples a second of train.py with 1, 2, 4 ... processes", scaling_with_ranks,
+        budget=0, set_up={"cpu": 90, "cuda": 120},
+    ),
+]  # fmt: skip

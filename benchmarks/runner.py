@@ -1,0 +1,287 @@
+"""One run: what the machine is and can do, then each case: set up, gate, time, judge. Returns the record that is stored."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import math
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import machine
+import op_counts
+import profile_summary
+import results
+import timer
+from benchmark_case import BenchmarkCase, Skip, Trial
+from budget import LIMITS_SECONDS, Budget
+from ccella_fast.config import Config
+from ccella_fast.environment import cpu_name, describe_environment, environment_warnings, format_environment
+from ccella_fast.errors import CcellaError
+from ccella_fast.nvml import Gpu, Monitor, open_gpu
+from fixtures import Workbench
+
+
+class BenchmarkRun:
+    def __init__(self, device: torch.device, *, minutes: float | None, command: str, debug: bool = False):
+        self.device, self.command, self.debug = device, command, debug
+        self.budget = Budget(device.type, minutes)
+        self.bench = Workbench(device, Config(), self._tick)
+        self.give_up = math.inf  # on the clock, while a case runs
+        self.reduced: list[str] = []  # what was measured at less than its usual size, and why
+        self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+        self.gpu: Gpu | str = open_gpu() if device.type == "cuda" else "no GPU"
+
+    def plan(self, cases: list[BenchmarkCase]) -> str:
+        """What would run: cases, sizes, and a rough time."""
+        model, kind = self.bench.config.model, self.device.type
+        seconds = min(self.budget.limit, LIMITS_SECONDS + sum(case.seconds(kind) for case in cases))
+        head = [
+            f"machine  {self.name}, {torch.get_num_threads()} threads",
+            f"model    {model.variant}, channels {model.num_channels}, latent {self.bench.latent_grid}, "
+            f"text {self.bench.config.text.max_length} x {model.input_dim}",
+            f"time     about {seconds / 60:.0f} minutes",
+        ]
+        return "\n".join(head + [f"case     {case.suite}/{case.name}: {case.about}" for case in cases])
+
+    def measure(self, cases: list[BenchmarkCase], traces: Path | None, left_out: dict[str, str]) -> dict[str, Any]:
+        """`left_out`: cases that were asked for and are not among `cases`, with the reason; others may join them here."""
+        logging.getLogger("ccella_fast").setLevel(logging.WARNING)  # a case's own tales belong to other logs
+        environment = describe_environment()
+        found = environment_warnings(environment)
+        print(self._card(environment), flush=True)
+        grid, widths = self.bench.latent_grid, self.bench.config.model.num_channels
+        rates = machine.rates(self.device, widths=widths, grid=grid, budget=LIMITS_SECONDS, tick=self._tick)
+        self.bench.machine, self.reduced = rates, list(rates["reduced"])
+        self._tick("noise floor")
+        noise, overhead = self._noise(), timer.overhead(self.device)
+        self._say(f"limits      {machine.describe(rates)}")
+        self._say(f"noise       A against A {noise['noise']:.1%}, the runner itself {overhead * 1e6:.1f} us a call")
+        left_out, done = dict(left_out), []
+        for number, case in enumerate(cases):
+            self._choose_latent(cases[number:])
+            fitting = self.budget.fitting(cases[number:])
+            if case not in fitting:
+                left_out[case.name] = self.budget.why_not(case)
+                continue
+            self.label = f"[{number + 1}/{len(cases)}] {case.name}"
+            done.append(self._case(case, traces, seconds=self.budget.allowed(fitting)))
+            self._say(f"{self.label}: {_outcome(done[-1])}")
+        self.bench.release()
+        self.label = "counts"
+        self._tick("ops, bytes and FLOPs on meta tensors")
+        counts = op_counts.counted(self.bench.config)
+        self._tick("")
+        return {
+            "schema": results.SCHEMA, "date": results.now(), "commit": results.commit(), "command": self.command,
+            "device": self.device.type, "machine": self.name, "environment": environment, "warnings": found,
+            "rates": rates, "noise_floor": noise, "overhead_seconds": overhead, "telemetry": self._telemetry(),
+            "cases": done, "counts": counts, "reduced": self.reduced, "left_out": left_out,
+            "seconds": round(self.budget.spent(), 1),
+        }  # fmt: skip
+
+    def _choose_latent(self, waiting: list[BenchmarkCase]) -> None:
+        whole = self.bench.latent_grid
+        self.bench.shrink = self.budget.choose_latent(waiting, self.bench.machine, self.bench.shrink)
+        if self.bench.latent_grid != whole:
+            small, large = (" x ".join(map(str, grid)) for grid in (self.bench.latent_grid, whole))
+            self.reduced.append(
+                f"from {waiting[0].name} on: latent {small} in place of {large}, where the most important cases would not fit"
+            )
+            self._say(f"reduced     {self.reduced[-1]}")
+
+    def _case(self, case: BenchmarkCase, traces: Path | None, seconds: float = math.inf) -> dict[str, Any]:
+        """One case's row; `seconds`: what it should take at most."""
+        begin = time.perf_counter()
+        self.give_up = begin + self.budget.left()
+        row: dict[str, Any] = {
+            "name": case.name, "suite": case.suite, "about": case.about, "status": "ok", "why": "", "shapes": {},
+            "sides": {}, "speedups": {}, "facts": [], "curves": {}, "missing": {}, "notes": [],
+        }  # fmt: skip
+        try:
+            self._tick("setting up")
+            trial = case.build(self.bench)
+            row |= {"shapes": trial.shapes, "facts": trial.facts, "missing": trial.missing, "notes": trial.notes}
+            row |= {"curves": trial.curves}
+            self._run(case, trial, row, traces, begin + seconds)
+        except Skip as why:
+            row |= {"status": "skipped", "why": str(why)}
+        except torch.OutOfMemoryError as error:
+            row |= {"status": "failed", "why": f"out of memory: {str(error).splitlines()[0]:.150}", "speedups": {}}
+        except CcellaError as error:
+            row |= {"status": "failed", "why": error.why, "speedups": {}}
+        except Exception as error:  # one case must not take the others' results with it; the exit code tells
+            row |= {"status": "failed", "why": f"{type(error).__name__}: {str(error):.300}", "speedups": {}}
+            if self.debug:
+                traceback.print_exc()
+        self.give_up = math.inf
+        trial = None  # what it holds must be gone before the next case
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        row["case_seconds"] = round(time.perf_counter() - begin, 1)
+        if row["status"] == "ok":
+            rounds = sum(sum(side["rounds"]) * side["calls"] for side in row["sides"].values())
+            self.budget.learn(case, row["case_seconds"], rounds)
+        return row
+
+    def _run(self, case: BenchmarkCase, trial: Trial, row: dict[str, Any], traces: Path | None, end: float) -> None:
+        """`end`: on the clock; past it no further round begins."""
+        if not trial.sides:
+            return
+        errors = self._errors(trial)
+        with self._nvtx(case.name), self._monitor() as monitor:
+            timings = timer.measure(
+                {name: side.run for name, side in trial.sides.items()}, self.device,
+                budget=case.rounds_budget(self.device.type), most=end - time.perf_counter(), tick=self._tick,
+            )  # fmt: skip
+        if isinstance(monitor, Monitor):
+            row["telemetry"] = monitor.summary()
+        for name, timing in timings.items():
+            side = trial.sides[name]
+            per_call = [value / side.calls for value in timing.rounds]
+            facts: dict[str, Any] = {
+                "precision": side.precision, "seconds": timer.summary(per_call), "spread": timer.spread(per_call),
+                "first_call": timing.first, "rounds": per_call, "calls": side.calls,
+                "parts": {part: timer.summary(values)["median"] / side.calls for part, values in timing.parts.items()},
+            }  # fmt: skip
+            if name in errors:
+                passed = errors[name] <= trial.allowed(side.precision, errors)
+                facts |= {"error": errors[name] if math.isfinite(errors[name]) else None, "passed": passed}
+            if name in trial.floor:
+                floor = trial.floor[name]
+                least, limit = floor.seconds(self.bench.machine)
+                facts["floor"] = {"seconds": least, "limit": limit, "flops": floor.flops, "bytes": floor.bytes,
+                                  "derivation": floor.derivation}  # fmt: skip
+                facts["of_limit"] = least / facts["seconds"]["median"]
+            row["sides"][name] = facts
+        rounds = min(len(timing.rounds) for timing in timings.values())
+        if rounds < timer.LEAST_ROUNDS:
+            self.reduced.append(
+                f"{case.name}: rounds timed {rounds}, otherwise at least {timer.LEAST_ROUNDS}: time is short"
+            )
+        judge(row, *_checked(trial, row))
+        if row["status"] == "ok" and (traces is not None or (case.profile and rounds >= timer.LEAST_ROUNDS)):
+            for name, side in trial.sides.items():
+                self._tick(f"{name}: profile")
+                trace = None if traces is None else traces / f"{case.name}-{results.slug(name)}.json"
+                run = lambda: side.run(timer.Stopwatch(self.device))  # noqa: E731, B023
+                row["sides"][name]["profile"] = profile_summary.profiled(run, self.device, trace)
+
+    def _errors(self, trial: Trial) -> dict[str, float]:
+        """Largest difference from the truth over the largest value, for every side that has an output."""
+        if trial.truth is None:
+            return {}
+        self._tick("gate: the truth")
+        # TF32, which PyTorch allows in convolutions by itself, is no truth.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            truth = trial.truth().double()
+        errors = {}
+        for name, side in trial.sides.items():
+            if side.output is not None:
+                self._tick(f"gate: {name}")
+                errors[name] = relative_error(side.output(), truth)
+        return errors
+
+    def _noise(self) -> dict[str, float]:
+        """A convolution of the model's second level against itself."""
+        width, grid = self.bench.config.model.num_channels[1], [axis // 2 for axis in self.bench.latent_grid]
+        x = torch.randn(1, width, *grid, device=self.device)
+        w = torch.randn(width, width, 3, 3, 3, device=self.device)
+        with torch.no_grad():
+            return timer.noise_floor(lambda watch: F.conv3d(x, w, padding=1), self.device, budget=3.0)
+
+    def _card(self, environment: dict[str, Any]) -> str:
+        model = self.bench.config.model
+        telemetry = self.gpu if isinstance(self.gpu, str) else "NVML"
+        size = f"{model.variant}, channels {model.num_channels}, latent {self.bench.latent_grid}"
+        return f"{format_environment(environment)}\nmodel       {size}\ntelemetry   {telemetry}"
+
+    def _telemetry(self) -> dict[str, Any]:
+        return {"absent": self.gpu} if isinstance(self.gpu, str) else self.gpu.read()._asdict()
+
+    @contextlib.contextmanager
+    def _monitor(self) -> Iterator[Monitor | None]:
+        if isinstance(self.gpu, str):
+            yield None
+            return
+        with Monitor(self.gpu) as monitor:
+            yield monitor
+
+    @contextlib.contextmanager
+    def _nvtx(self, name: str) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.nvtx.range(name):
+            yield
+
+    label = "machine"
+
+    def _tick(self, text: str) -> None:
+        """What is going on now, on one line that is written over. A case that has no time left for it ends here."""
+        if time.perf_counter() > self.give_up:
+            raise Skip("given up: the time limit came before its first round")
+        if sys.stderr.isatty():
+            print(f"\r\033[K{self.label}: {text}" if text else "\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def _say(self, text: str) -> None:
+        self._tick("")
+        print(text, flush=True)
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """Largest difference / largest value of the truth, in float64; infinite where a shape differs or a NaN is."""
+    if found.shape != truth.shape:
+        return float("inf")
+    error = float((found.double() - truth.double()).abs().max() / truth.double().abs().max())
+    return error if error == error else float("inf")
+
+
+def _error(side: dict[str, Any]) -> str:
+    return "another shape, or NaN" if side["error"] is None else f"{side['error']:.2g}"
+
+
+def _checked(trial: Trial, row: dict[str, Any]) -> list[str]:
+    """What the trial's own check has against it; what it measured becomes facts."""
+    if trial.check is None:
+        return []
+    try:
+        row["facts"] = [*row["facts"], *((what, value, "") for what, value in trial.check().items())]
+    except AssertionError as why:
+        return [f"its check failed: {why}"[:200]]
+    return []
+
+
+def judge(row: dict[str, Any], *complaints: str) -> None:
+    """Speed-ups over the first side; none at all where a result is wrong."""
+    sides = row["sides"]
+    wrong = [name for name, side in sides.items() if side.get("passed") is False]
+    why = [*(f"{name} differs from the truth by {_error(sides[name])}" for name in wrong), *complaints]
+    if why:
+        row |= {"status": "wrong", "why": "; ".join(why), "speedups": {}}
+        return
+    baseline = next(iter(sides), None)
+    for name in list(sides)[1:]:
+        row["speedups"][name] = timer.ratio(sides[baseline]["rounds"], sides[name]["rounds"])
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    if row["status"] != "ok":
+        return f"{row['status'].upper()}: {row['why']}"
+    sides = [
+        f"{name} {results.seconds(side['seconds']['median'])}"
+        + (f" ({row['speedups'][name]['median']:.2f}x)" if name in row["speedups"] else "")
+        for name, side in row["sides"].items()
+    ]
+    facts = [f"{what} {value:.3g} {unit}" for what, value, unit in row["facts"]]
+    return ", ".join(sides + facts)

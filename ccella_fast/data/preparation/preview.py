@@ -1,0 +1,74 @@
+"""`prepare --preview`: a picture of every study as it was read, as it is prepared, and of each augmentation at its largest.
+
+For a person to look at before a training is started: is it the prostate, the right way round, in true proportions?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from ccella_fast.data.augmentation.engine import VolumeRequest
+from ccella_fast.data.augmentation.parameters import Augmentation, extremes, operators_of
+from ccella_fast.data.augmentation.torch_engine import TorchEngine
+from ccella_fast.data.manifest import open_array
+from ccella_fast.data.preparation.images import ImageTask, read_series
+from ccella_fast.data.preparation.stage_cache import file_entry, fingerprint_of
+from ccella_fast.data.preparation.stages import RECIPE, Stage, progress_bar
+from ccella_fast.data.readers.discovery import Study
+from ccella_fast.report.figures import Panel, montage
+from ccella_fast.storage import atomic_path
+
+FOLDER = "preview"
+_CAPTION = (
+    "As read, as prepared, and augmentations at their largest. R, L: the patient's right and left. Not for diagnosis."
+)
+
+
+class PreviewStage(Stage):
+    """`preview/<id>.png`. The picture itself names no study."""
+
+    name = "preview"
+
+    def inputs(self, study: Study) -> str:
+        images = self.records.get(study.id, "image").get("files", {})
+        sha256s = {key: entry["sha256"] for key, entry in sorted(images.items())}
+        return fingerprint_of([RECIPE, sha256s, self.config.augmentation.model_dump(exclude={"preset"})])
+
+    def run(self, todo: list[Study]) -> dict[str, float]:
+        for study in progress_bar(todo, "previews"):
+            path = self.records.out / FOLDER / f"{study.id}.png"
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(montage(list(self._panels(study)), window=(0, 1), caption=_CAPTION))
+            entry = file_entry(self.records.out, f"{FOLDER}/{study.id}.png")
+            self.records.put(study.id, self.name, self.inputs(study), {"preview": entry}, {})
+        return {}
+
+    def _panels(self, study: Study) -> Iterator[Panel]:
+        record, spacing = self.records.get(study.id, "image"), self.config.data.spacing
+        task = ImageTask(
+            study.id, {name: study.files[name] for name in self.sequences}, self.config.data, self.records.out
+        )
+        series, _ = read_series(task)
+        for name in self.sequences:
+            low, high = record["facts"]["window"][name]
+            volume = series[name]
+            yield Panel((volume.array - low) / (high - low), volume.spacing.tolist(), f"{name} as read")
+            yield Panel(self._image(record, name), spacing, f"{name} prepared")
+        for title, augmentation in extremes(self.config.augmentation, self.config.data.dim, spacing):
+            image = self._augmented(record, augmentation)
+            yield Panel(image, augmentation.spacing(spacing), title)
+
+    def _image(self, record: dict[str, Any], sequence: str) -> np.ndarray:
+        return open_array(self.records.out / record["files"][f"image/{sequence}"]["path"])
+
+    def _augmented(self, record: dict[str, Any], augmentation: Augmentation) -> np.ndarray:
+        """The first sequence, through the engine."""
+        x, y, z = self.config.data.dim
+        r, a, s = self.config.data.spacing
+        path = self.records.out / record["files"][f"image/{self.sequences[0]}"]["path"]
+        engine = TorchEngine(operators_of(augmentation), torch.device("cpu"), (x, y, z))
+        return engine.make(VolumeRequest(path, (x, y, z), (0, 0, 0), (x, y, z), (r, a, s), augmentation))[0].numpy()

@@ -1,0 +1,63 @@
+"""The report's pictures hold the volumes that were written, in [0, 1]: decoded from the page and compared with known ones."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli.test_report import SPACING, pictures, read, volume, write_run
+from matplotlib.axes import Axes
+from matplotlib.image import imread
+
+from ccella_fast.report import html
+from ccella_fast.report.figures import Panel, histogram, montage
+
+
+def decoded(panels: list[Panel]) -> np.ndarray:
+    return imread(io.BytesIO(montage(panels, window=(0, 1))))
+
+
+def test_a_sample_is_what_was_written_divided_by_its_intensity(tmp_path: Path):
+    samples = html._samples(write_run(tmp_path, ["a", "b"]) / "samples")
+    assert len(samples) == 2
+    for number, sample in enumerate(samples):
+        np.testing.assert_allclose(sample.volume("t2w"), volume(number), rtol=1e-6)
+
+
+def test_the_pages_montages_show_the_known_volumes(tmp_path: Path):
+    shown = pictures(read(html.write_report(write_run(tmp_path, ["a", "b"]))))
+    for picture, panels in zip(shown, [
+        [Panel(volume(0), SPACING, "Real 1, test")],
+        [Panel(volume(0) * 0.9, SPACING, "Reconstructed 1, test")],
+        [Panel(volume(n), SPACING, f"Generated {n + 1}, seed {n}") for n in range(2)],
+    ], strict=False):  # fmt: skip
+        truth = decoded(panels)
+        assert picture.shape == truth.shape and np.abs(picture - truth).max() <= 2 / 255
+        brighter = decoded([panel._replace(volume=panel.volume * 1.2) for panel in panels])
+        assert np.abs(picture - brighter).max() > 0.1
+
+
+def test_histograms_count_the_shown_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def stairs(self: Axes, values: np.ndarray, edges: np.ndarray, *, label: str, **_: Any) -> None:
+        drawn[label] = (values, edges)
+
+    monkeypatch.setattr(Axes, "stairs", stairs)
+    monkeypatch.setattr(Axes, "legend", lambda *_, **__: None)
+    groups: dict[str, np.ndarray] = {}
+    monkeypatch.setattr(
+        html, "histogram", lambda samples, **options: groups.update(samples) or histogram(samples, **options)
+    )
+    html.write_report(write_run(tmp_path, ["a", "b"]))
+    np.testing.assert_allclose(groups["real"], volume(0).ravel(), rtol=1e-6)
+    np.testing.assert_allclose(groups["generated"], np.concatenate([volume(0).ravel(), volume(1).ravel()]), rtol=1e-6)
+    histogram({"known": np.array([-1.0, 0.0, 0.26, 0.26, 2.0])}, window=(0, 1), unit="")
+    shares, edges = drawn["known"]
+    assert shares.sum() == pytest.approx(100) and len(edges) == 65
+    assert (shares[0], shares[16], shares[-1]) == pytest.approx(
+        (40, 40, 20)
+    )  # what lies outside is in the outermost bins

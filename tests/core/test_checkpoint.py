@@ -1,0 +1,301 @@
+"""What counts as a checkpoint, what is refused, and what survives a failed write."""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_fixtures import CONFIG, remade, train_here, weights
+
+import ccella_fast
+from ccella_fast import checkpoint
+from ccella_fast.checkpoint import (
+    export_reference,
+    load_checkpoint,
+    newest_checkpoint,
+    publish_checkpoint,
+    step_folders,
+    verify_checkpoint,
+    write_manifest,
+)
+from ccella_fast.errors import CheckpointError, ConfigError, DiskError
+from ccella_fast.storage import read_json, write_json
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("run") / "model"
+    train_here(folder, data, checkpointing_steps=2, zero_stage=1)
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "model"))
+
+
+def step(run, number):
+    return run / "checkpoints" / f"step-{number:08d}"
+
+
+def test_the_newest_are_kept_and_nothing_half_done(run):
+    assert [folder.name for folder in step_folders(run)] == ["step-00000006", "step-00000004"]
+    assert not list(run.rglob(".partial*"))
+
+
+def test_a_run_folder_and_a_step_folder_load(run):
+    loaded = ccella_fast.load_checkpoint(run)
+    assert (loaded.step, loaded.variant, loaded.weights) == (6, "CCELLA", "ema")
+    assert loaded.scale_factor == [0.97] and loaded.intensity_scale == {"t2w": 712.0}
+    assert not loaded.model.training
+    for name, value in load_file(step(run, 6) / "ema.safetensors").items():
+        assert torch.equal(loaded.model.state_dict()[name], value)
+    raw = load_checkpoint(step(run, 4), weights="raw")
+    assert raw.step == 4
+    name = "unet.conv_in.conv.weight"
+    assert torch.equal(raw.model.state_dict()[name], weights(run, 4)[name])
+    assert not torch.equal(raw.model.state_dict()[name], loaded.model.state_dict()[name])
+
+
+def test_one_flipped_bit_anywhere_is_found_and_named(run):
+    source = random.Random(5)
+    files = [file for file in step(run, 6).rglob("*") if file.is_file() and file.name != "manifest.json"]
+    assert len(files) >= 6
+    for number in range(60):
+        file = files[number % len(files)]
+        content = bytearray(file.read_bytes())
+        place, bit = source.randrange(len(content)), 1 << source.randrange(8)
+        content[place] ^= bit
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="damaged") as caught:
+            verify_checkpoint(step(run, 6))
+        assert caught.value.path == str(file)
+        content[place] ^= bit
+        file.write_bytes(content)
+    verify_checkpoint(step(run, 6))
+
+
+def test_a_corrupt_newest_checkpoint_is_passed_over_with_a_warning(run, caplog):
+    (step(run, 6) / "model.safetensors").write_bytes(b"")
+    assert newest_checkpoint(run) == step(run, 4)
+    assert "model.safetensors" in caplog.text and "passed over" in caplog.text
+    (step(run, 4) / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint of this run is intact"):
+        newest_checkpoint(run)
+
+
+def test_an_empty_folder_and_a_file_outside_are_refused(run, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        load_checkpoint(tmp_path)
+    manifest = read_json(step(run, 6) / "manifest.json")
+    manifest["files"]["../../../outside"] = manifest["files"]["model.safetensors"]
+    write_json(step(run, 6) / "manifest.json", manifest)
+    with pytest.raises(CheckpointError, match="leaves the folder"):
+        verify_checkpoint(step(run, 6))
+
+
+def test_a_checkpoint_of_another_variant_is_refused(run):
+    folder = step(run, 6)
+    config = read_json(folder / "config.json")
+    config["model"]["variant"] = "LAST"
+    write_json(folder / "config.json", config)
+    remade(folder)
+    with pytest.raises(CheckpointError, match="not those of the configured LAST"):
+        load_checkpoint(folder)
+
+
+class Hostile:
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+def test_a_hostile_shard_is_refused_and_not_run(run, data, tmp_path):
+    canary = tmp_path / "executed"
+    shard = next((step(run, 6) / "deepspeed").rglob("*optim_states.pt"))
+    torch.save({"optimizer_state_dict": Hostile(canary)}, shard)
+    remade(step(run, 6))
+    with pytest.raises(CheckpointError, match="read safely") as caught:
+        _resume(run, data)
+    assert caught.value.path == str(shard) and not canary.exists()
+    pickle.loads(pickle.dumps(Hostile(canary)))  # noqa: S301  the control: unsafe loading does run it
+    assert canary.exists()
+
+
+def _resume(run, data):
+    """Make step 6 an unfinished run, so that its shards are loaded."""
+    folder = step(run, 6)
+    state = read_json(folder / "training_state.json")
+    state["step"] = 5
+    write_json(folder / "training_state.json", state)
+    remade(folder)
+    train_here(run, data, checkpointing_steps=2, zero_stage=1, resume="latest")
+
+
+def test_export_to_the_reference_layout_loads_back(run, tmp_path):
+    export_reference(run, tmp_path / "CCELLA.pt", weights="raw")
+    values = torch.load(tmp_path / "CCELLA.pt", weights_only=True)
+    assert float(values["scale_factor"]) == 0.97
+    for name, value in weights(run, 6).items():
+        assert torch.equal(values["unet_state_dict"][name], value)
+    before = (tmp_path / "CCELLA.pt").read_bytes()
+    with pytest.raises(ConfigError, match="exists"):
+        export_reference(run, tmp_path / "CCELLA.pt")
+    assert (tmp_path / "CCELLA.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["shards", "weights", "publish"])
+def test_a_full_disk_leaves_the_previous_checkpoint(run, data, monkeypatch, where):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shutil.rmtree(step(run, 6))
+    hashes = verify_checkpoint(step(run, 4))
+    target = {"shards": "torch.save", "weights": "ccella_fast.training.checkpointing.save_file"}
+    import ccella_fast.training.checkpointing  # noqa: F401
+
+    monkeypatch.setattr(target.get(where, "ccella_fast.training.checkpointing.publish_checkpoint"), full)
+    with pytest.raises(DiskError, match="No space left.*bytes written.*bytes free"):
+        train_here(run, data, checkpointing_steps=2, zero_stage=1, resume="latest")
+    assert verify_checkpoint(step(run, 4)) == hashes
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    status = json.loads((run / "run_status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 5, 4)
+    monkeypatch.undo()
+    assert train_here(run, data, checkpointing_steps=2, zero_stage=1, resume="latest") == 0
+
+
+def small(folder, content="weights"):
+    """A step folder with right hashes and no training behind it."""
+    (folder / "deepspeed").mkdir(parents=True)
+    (folder / "model.safetensors").write_text(content)
+    (folder / "deepspeed" / "shard.pt").write_text("shard")
+    write_manifest(folder, step=1)
+    return folder
+
+
+def publish_small(run, number, keep, content="weights"):
+    publish_checkpoint(
+        small(run / "checkpoints" / f".partial-step-{number:08d}", content), step(run, number), keep=keep
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "words", "file"),
+    [
+        (lambda m: m | {"format": "ccella_fast.prepared"}, "not a ccella_fast.checkpoint of version 1", "manifest.json"),
+        (lambda m: m | {"version": 2}, "not a ccella_fast.checkpoint of version 1", "manifest.json"),
+        (lambda m: m | {"version": "1"}, "not a ccella_fast.checkpoint of version 1", "manifest.json"),
+        *[(lambda m, key=key: {k: v for k, v in m.items() if k != key}, f"malformed.*{key}", "manifest.json")
+          for key in ("format", "version", "files")],
+        (lambda m: m | {"files": ["model.safetensors"]}, "malformed", "manifest.json"),
+        (lambda m: [m], "malformed", "manifest.json"),
+        (lambda m: entry(m, sha256="0" * 64), "damaged", "model.safetensors"),
+        (lambda m: entry(m, bytes=8), "damaged", "model.safetensors"),
+        (lambda m: entry(m, bytes=6), "damaged", "model.safetensors"),
+        (lambda m: m | {"files": m["files"] | {"absent.pt": m["files"]["model.safetensors"]}}, "missing", "absent.pt"),
+        *[(lambda m, key=key: m | {"files": {"model.safetensors": {key: m["files"]["model.safetensors"][key]}}},
+           "malformed", "manifest.json") for key in ("sha256", "bytes")],
+    ],
+)  # fmt: skip
+def test_a_wrong_manifest_is_refused_by_name(tmp_path, edit, words, file):
+    folder = small(tmp_path / "step")
+    manifest = read_json(folder / "manifest.json")
+    assert verify_checkpoint(folder) == manifest and set(manifest["files"]) == {
+        "model.safetensors",
+        "deepspeed/shard.pt",
+    }
+    assert manifest["files"]["model.safetensors"]["bytes"] == len("weights")
+    write_json(folder / "manifest.json", edit(manifest))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        verify_checkpoint(folder)
+    assert caught.value.path == str(folder / file)
+
+
+def entry(manifest, **changed):
+    """The manifest with another entry for the weights."""
+    files = manifest["files"]
+    return manifest | {"files": files | {"model.safetensors": files["model.safetensors"] | changed}}
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_as_many_are_kept_as_asked(tmp_path, keep, monkeypatch):
+    intact = []
+    remove = checkpoint._remove
+
+    def watched(folder):
+        intact.append(newest_checkpoint(tmp_path))
+        remove(folder)
+
+    monkeypatch.setattr(checkpoint, "_remove", watched)
+    for number in range(1, 6):
+        publish_small(tmp_path, number, keep)
+    assert step_folders(tmp_path) == [step(tmp_path, number) for number in range(5, 5 - keep, -1)]
+    assert all(verify_checkpoint(folder) for folder in step_folders(tmp_path))
+    # Each was complete under its final name before an older one went.
+    assert intact == [step(tmp_path, number) for number in range(keep + 1, 6)]
+    assert not list(tmp_path.rglob(".partial*"))
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [3]), (2, [6, 3]), (3, [6, 4, 3]), (4, [6, 4, 3, 2])])
+def test_an_older_step_stays_with_the_newest_others(tmp_path, keep, left):
+    for number in (2, 4, 6):
+        publish_small(tmp_path, number, keep=9)
+    publish_small(tmp_path, 3, keep=keep)
+    assert step_folders(tmp_path) == [step(tmp_path, number) for number in left]
+
+
+def test_the_newest_intact_one_is_found_past_two_corrupt_ones(tmp_path, caplog):
+    for number in (1, 2, 3):
+        publish_small(tmp_path, number, keep=3)
+    assert newest_checkpoint(tmp_path) == step(tmp_path, 3)
+    (step(tmp_path, 3) / "deepspeed" / "shard.pt").write_text("shaRd")
+    (step(tmp_path, 2) / "manifest.json").write_text("{")
+    assert newest_checkpoint(tmp_path) == step(tmp_path, 1)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 2 and str(step(tmp_path, 3) / "deepspeed" / "shard.pt") in warned[0]
+    assert str(step(tmp_path, 2) / "manifest.json") in warned[1]
+
+
+def test_a_corrupt_checkpoint_of_the_same_step_is_replaced(run, trained, data):
+    """The run goes on from step 4 and comes by step 6 again."""
+    (step(run, 6) / "model.safetensors").write_bytes(b"half")
+    (step(run, 6) / "left.behind").write_text("")
+    train_here(run, data, checkpointing_steps=2, zero_stage=1, resume="latest")
+    verify_checkpoint(step(run, 6))
+    for name in ("model", "ema"):
+        file = f"{name}.safetensors"
+        assert (step(run, 6) / file).read_bytes() == (step(trained, 6) / file).read_bytes()
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"step-00000004", "step-00000006"} and not (step(run, 6) / "left.behind").exists()
+
+
+def test_config_of_a_checkpoint_is_the_configuration_of_the_run(run):
+    from ccella_fast.config import load_config
+
+    config = load_config(step(run, 6) / "config.json")
+    assert config.model.num_channels == CONFIG["model"]["num_channels"] and config.training.zero_stage == 1
+
+
+def test_shards_hold_no_enumeration(tmp_path):
+    """Some Pythons pickle one as a call of getattr, and then no shard could be read safely."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    from ccella_fast.training.checkpointing import SafeShards
+
+    stage = ZeroStageEnum(2)
+    SafeShards().save({"state": [{"zero_stage": stage}], "pair": (stage, torch.ones(2))}, str(tmp_path / "shard.pt"))
+    found = torch.load(tmp_path / "shard.pt", weights_only=True)  # nothing beyond torch's own is allowed here
+    assert found["state"] == [{"zero_stage": 2}] and type(found["pair"][0]) is int and found["pair"][1].sum() == 2
+    torch.save({"zero_stage": stage}, tmp_path / "plain.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "plain.pt", weights_only=True)

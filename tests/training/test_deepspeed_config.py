@@ -1,0 +1,204 @@
+"""DeepSpeed files: what they say is done, and what nobody would do is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from training_fixtures import ROOT
+
+from ccella_fast.config import make_config
+from ccella_fast.errors import ConfigError
+from ccella_fast.training.deepspeed_config import (
+    PASSED,
+    REFUSED,
+    TAKEN,
+    checked,
+    merge_deepspeed_config,
+    read_deepspeed_file,
+)
+
+CONFIGS = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
+
+
+def merged(tmp_path: Path, text: str | dict, *, world_size: int = 2, auto_precision="bf16", **training):
+    file = tmp_path / "ds.json"
+    file.write_text(text if isinstance(text, str) else json.dumps(text))
+    config = make_config({f"training.{key}": value for key, value in training.items()})
+    return merge_deepspeed_config(
+        config, file, world_size=world_size, output_dir=tmp_path, auto_precision=lambda: auto_precision
+    )
+
+
+def refusal(tmp_path: Path, text: str | dict, **kwargs) -> str:
+    with pytest.raises(ConfigError) as caught:
+        merged(tmp_path, text, **kwargs)
+    assert len(str(caught.value).splitlines()) <= 5
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_files_are_short_and_pass_deepspeeds_own_check(file, tmp_path):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    assert len(file.read_text().splitlines()) <= 30
+    config, values = merge_deepspeed_config(
+        make_config(), file, world_size=1, output_dir=tmp_path, auto_precision=lambda: "bf16"
+    )
+    checked(values, DeepSpeedConfig, file)
+    assert values["zero_optimization"]["stage"] == config.training.zero_stage
+
+
+@pytest.mark.parametrize("key", sorted(PASSED | TAKEN))
+def test_every_misspelt_top_level_key_is_refused(key, tmp_path):
+    typo = key[:-3] + key[-2] + key[-3] + key[-1] if key[-2] != key[-3] else key[:-1]
+    message = refusal(tmp_path, {typo: {}})
+    assert "unknown key" in message and f"did you mean '{key}'?" in message
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_what_has_no_meaning_here_is_refused_by_name(key, tmp_path):
+    assert key in refusal(tmp_path, {key: {}})
+
+
+def test_lists_cover_deepspeeds_own_top_level_keys():
+    """Read from DeepSpeed's sources, so that a key that a new version adds is noticed."""
+    import inspect
+    import re
+
+    from deepspeed.runtime import config as module
+    from deepspeed.runtime import constants
+
+    source = inspect.getsource(module)
+    names = re.findall(r"get_scalar_param\(\s*param_dict,\s*(\w+)", source)
+    found = {getattr(constants, name, None) for name in names} | set(module._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert len(found) > 20
+    assert found - {None} <= PASSED | TAKEN | REFUSED
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("activation_checkpointing", "partition_activation"),
+        ("optimizer", "parms"),
+        ("bf16", "enable"),
+        ("data_types", "grad_acum_dtype"),
+        ("checkpoint", "tag_validaton"),
+    ],
+)
+def test_misspelt_keys_in_plain_sections_are_refused(section, key, tmp_path):
+    assert "did you mean" in refusal(tmp_path, {section: {key: True}})
+
+
+def test_deepspeeds_own_refusal_is_one_message(tmp_path):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    _, values = merged(tmp_path, {"zero_optimization": {"stage": 2, "overlap_com": True}}, world_size=1)
+    with pytest.raises(ConfigError, match="overlap_com") as caught:
+        checked(values, DeepSpeedConfig, tmp_path / "ds.json")
+    assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_file_wins_and_says_so(tmp_path, caplog):
+    file = {
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 5,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": False},
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AdamW", "params": {"lr": 7e-4, "betas": [0.8, 0.9], "weight_decay": 0.1}},
+        "activation_checkpointing": {"partition_activations": False},
+    }
+    caplog.set_level("INFO", logger="ccella_fast")
+    config, values = merged(tmp_path, file)
+    training = config.training
+    assert (training.batch_size, training.gradient_accumulation_steps, values["train_batch_size"]) == (3, 5, 30)
+    assert (training.lr, training.adam_betas, training.weight_decay) == (7e-4, (0.8, 0.9), 0.1)
+    assert (training.precision, training.zero_stage, training.max_grad_norm) == ("fp32", 2, 0.5)
+    assert training.activation_checkpointing and "activation_checkpointing" in values
+    assert "optimizer" not in values  # ours is handed over, with these values
+    assert "training.lr is 0.0007" in caplog.text and "not 0.0001" in caplog.text
+
+
+def test_auto_and_absent_take_our_values(tmp_path):
+    auto = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
+    auto["zero_optimization"] = {"stage": "auto", "reduce_bucket_size": "auto"}
+    auto["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}
+    config, values = merged(tmp_path, auto, batch_size=4, zero_stage=1, max_grad_norm=2.0, lr=3e-4)
+    assert config.training.lr == 3e-4
+    assert values["train_micro_batch_size_per_gpu"] == 4
+    assert values["zero_optimization"] == {"stage": 1}
+    assert (values["bf16"]["enabled"], values["gradient_clipping"]) == (True, 2.0)
+
+
+@pytest.mark.parametrize("faster", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("section", "setting", "expected"),
+    [
+        ({"enabled": "auto"}, "auto", None),  # None: the faster one
+        ({"enabled": "auto"}, "fp32", "fp32"),
+        ({"enabled": "auto"}, "bf16", "bf16"),
+        ({"enabled": True}, "auto", "bf16"),
+        ({"enabled": False}, "auto", "fp32"),
+    ],
+)
+def test_precision_auto_is_resolved_in_both_places(tmp_path, faster, section, setting, expected):
+    config, values = merged(tmp_path, {"bf16": section}, precision=setting, auto_precision=faster)
+    expected = expected or faster
+    assert config.training.precision == expected
+    assert values["bf16"]["enabled"] == (expected == "bf16")
+
+
+@pytest.mark.parametrize(
+    ("file", "micro", "steps"),
+    [
+        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 3}, 3, 4),
+        ({"train_batch_size": 24, "gradient_accumulation_steps": 2}, 6, 2),
+        ({"train_batch_size": 24}, 12, 1),
+        ({"train_micro_batch_size_per_gpu": 3}, 3, 1),
+    ],
+)
+def test_batch_sizes_complete_each_other(file, micro, steps, tmp_path):
+    config, _ = merged(tmp_path, file)
+    assert (config.training.batch_size, config.training.gradient_accumulation_steps) == (micro, steps)
+
+
+@pytest.mark.parametrize(
+    ("file", "word"),
+    [
+        ({"train_batch_size": 25}, "25 is not"),
+        (
+            {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 5},
+            "x 2 processes (= 30)",
+        ),
+        ({"train_micro_batch_size_per_gpu": 0}, "whole number"),
+        ({"fp16": {"enabled": True}}, "fp16 is refused"),
+        ({"optimizer": {"type": "Lamb"}}, "'Lamb' is not supported"),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "not supported"),
+        ({"scheduler": {"type": "WarmupLR"}}, "WarmupLR"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "NVMe"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "JSON object"),
+        ({"optimizer": {"type": "AdamW", "params": [1e-4]}}, "JSON object"),
+        ({"zero_optimization": {"stage": 4}}, "less than or equal to 3"),
+        ({"gradient_clipping": -1}, "greater than 0"),
+        ('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}', "appears twice"),
+        ('{"zero_optimization": {', "line 1"),
+        ("[]", "one JSON object"),
+    ],
+)
+def test_contradictions_and_unsupported_values_are_refused(file, word, tmp_path):
+    assert word in refusal(tmp_path, file)
+
+
+def test_comments_and_trailing_commas_are_read(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(
+        '{\n  // why\n  "zero_optimization": {"stage": 1,},  # here\n  /* and there */ "dump_state": true,\n}'
+    )
+    assert read_deepspeed_file(file)["zero_optimization"] == {"stage": 1}
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_deepspeed_file(tmp_path / "absent.json")

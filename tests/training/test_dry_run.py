@@ -1,0 +1,93 @@
+"""What a run says of its memory, its disk and its speed, against sums by hand and files that were written."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from training_fixtures import CONFIG, train_here, weights, write_prepared
+
+from ccella_fast.config import make_config
+from ccella_fast.training import telemetry
+from ccella_fast.training.dry_run import bytes_per_parameter, checkpoint_bytes_per_parameter, describe_run
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "ema", "expected"),
+    [
+        ("fp32", 0, 0, 4 + 4 + 8),  # weights, gradients, two moments of Adam
+        ("fp32", 0, 0.999, 4 + 4 + 8 + 4),
+        ("bf16", 0, 0, 2 + 2 + 8 + 4),  # and fp32 copies of the weights
+        ("bf16", 0, 0.999, 2 + 2 + 8 + 4 + 4),
+        ("bf16", 1, 0, 2 + 2 + (8 + 4) / 4),
+        ("bf16", 2, 0, 2 + 2 / 4 + (8 + 4) / 4),
+        ("bf16", 3, 0, (2 + 2 + 8 + 4) / 4),
+        ("fp32", 3, 0.999, (4 + 4 + 8 + 4 + 4) / 4),  # ZeRO keeps its own fp32 copy
+    ],
+)
+def test_bytes_per_parameter_on_four_processes(precision, stage, ema, expected):
+    values = {"training.precision": precision, "training.zero_stage": stage, "training.ema_decay": ema}
+    assert bytes_per_parameter(make_config(values), 4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "ema"),
+    [("fp32", 0, 0), ("fp32", 0, 0.9), ("bf16", 0, 0.9), ("bf16", 1, 0.9), ("fp32", 2, 0.9), ("bf16", 3, 0.9)],
+)
+def test_disk_of_a_checkpoint_is_that_of_its_files(tmp_path, precision, stage, ema):
+    """Two sizes of one model: what the files of the larger have more is due to its parameters alone."""
+    data = write_prepared(tmp_path / "prepared")
+    settings = {"training.precision": precision, "training.zero_stage": stage, "training.ema_decay": ema}
+    written = {key.removeprefix("training."): value for key, value in settings.items()}
+    counts, sizes = [], []
+    for width in (8, 16):
+        run = tmp_path / str(width)
+        train_here(run, data, **written, max_train_steps=1, model__num_channels=[width, 2 * width, 2 * width])
+        counts.append(sum(value.numel() for value in weights(run, 1).values()))
+        sizes.append(sum(file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file()))
+    found = (sizes[1] - sizes[0]) / (counts[1] - counts[0])
+    assert counts[1] > 2 * counts[0]  # the control: enough of them to tell one byte a parameter
+    assert found == pytest.approx(checkpoint_bytes_per_parameter(make_config(settings)), abs=0.1)
+
+
+def test_a_dry_run_tells_memory_and_disk(tmp_path):
+    """The autoencoder's copy counts, and one checkpoint more than are kept."""
+    data = write_prepared(tmp_path / "prepared")
+    (data / "vae").mkdir()
+    with open(data / "vae" / "model.safetensors", "wb") as file:
+        file.truncate(3 * 2**30)  # a hole: no block is written
+    sizes = {"num_channels": [64, 128, 256], "num_head_channels": [0, 32, 32], "norm_num_groups": 32}
+    training = {**CONFIG["training"], "precision": "bf16", "zero_stage": 0, "checkpoints_total_limit": 3}
+    config = make_config(
+        {"model": {**CONFIG["model"], **sizes}, "data": CONFIG["data"], "text": CONFIG["text"], "training": training}
+    )
+    text = describe_run(config, data=data, run=tmp_path / "run", deepspeed_file=None)
+    parameters = int(re.search(r"([\d,]+) parameters, 6 steps", text)[1].replace(",", ""))
+    assert parameters > 30e6
+    memory, disk = (2 + 2 + 8 + 4 + 4) * parameters, (2 + 8 + 4 + 4 + 4) * parameters + 3 * 2**30
+    assert f"memory a process: {memory / 2**30:.2f} GiB" in text
+    assert f"disk: {disk / 2**30:.2f} GiB a checkpoint, 4 of them at most" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_logged_rates(tmp_path, monkeypatch):
+    """Three steps in six seconds, eight samples each."""
+    monitor = SimpleNamespace(enabled=True, events=[])
+    monitor.write_events = monitor.events.extend
+    clock = iter([100.0, 106.0])
+    monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(clock))
+    engine = SimpleNamespace(monitor=monitor, device=torch.device("cpu"))
+    progress = telemetry.Progress(step=13, epoch=2, loss=0.5, loss_l1=0.4, loss_class=0.1, lr=1e-4, grad_norm=2.0)
+    with telemetry.Telemetry(tmp_path, engine, first=10, total=20, global_batch=8) as log:
+        monkeypatch.setattr(
+            log, "bar", SimpleNamespace(update=lambda *_: None, set_postfix=lambda *_, **__: None, close=lambda: None)
+        )
+        log.log(progress)
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    assert line == {**progress._asdict(), "seconds_per_step": 2.0, "samples_per_second": 4.0}
+    assert monitor.enabled is False
+    expected = {"train_loss": 0.5, "loss_l1": 0.4, "loss_class": 0.1, "lr": 1e-4, "grad_norm": 2.0}
+    assert monitor.events == [(f"Train/Samples/{name}", value, 13 * 8) for name, value in expected.items()]

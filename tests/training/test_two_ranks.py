@@ -1,0 +1,137 @@
+"""Two processes in one launch: equal to the plain loop, going on like one, and what befalls one of them ends both alike."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain_training import EVERY_STEP, UNUSUAL, difference, plain_training
+from training_fixtures import CONFIG, ROOT, environment, losses, train_here, weights
+
+from ccella_fast.checkpoint import verify_checkpoint
+from ccella_fast.errors import ConfigError
+from ccella_fast.storage import write_json
+
+SETTINGS = {**UNUSUAL, "batch_size": 1}
+ZERO2_BF16 = {**SETTINGS, "zero_stage": 2, "precision": "bf16"}
+# With ZeRO 2 each process writes a shard of its own, so a disk can be full for one of them. Two steps of four are done when
+# "signal" ends.
+JOBS: dict[str, dict[str, Any]] = {
+    "0-fp32": {"set": {**SETTINGS, **EVERY_STEP}},
+    "2-fp32": {"set": {**SETTINGS, **EVERY_STEP, "zero_stage": 2}},
+    "3-fp32": {"set": {**SETTINGS, **EVERY_STEP, "zero_stage": 3}},
+    "2-bf16": {"set": {**ZERO2_BF16, **EVERY_STEP}},
+    "signal": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "fault": "signal", "code": 143},
+    "resumed": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "continues": "signal"},
+    "disk": {
+        "set": {"batch_size": 1, "max_train_steps": 1, "checkpointing_steps": 1, "zero_stage": 2}, "fault": "disk", "code": 5
+    },
+}  # fmt: skip
+# In bf16 gradients are summed over the processes in bf16, and Adam divides by their size.
+ALLOWED = {
+    "fp32": {"loss": 1e-5, "loss_l1": 1e-5, "loss_class": 1e-5, "grad_norm": 1e-5, "lr": 1e-12, "model": 2e-3, "ema": 2e-3},
+    "bf16": {"loss": 5e-3, "loss_l1": 5e-3, "loss_class": 2e-2, "grad_norm": 2e-2, "lr": 1e-12, "model": 0.5, "ema": 0.5},
+}  # fmt: skip
+REST = ["0-bf16", "1-fp32", "1-bf16", "3-bf16"]
+
+
+def launch(folder: Path, data: Path, jobs: dict[str, dict[str, Any]]) -> None:
+    """Run them in the folders `folder`/NAME and check the exit codes of both processes."""
+    write_json(folder / "config.json", CONFIG)
+    values = [
+        {
+            "config": str(folder / "config.json"),
+            "data": str(data),
+            "run": str(folder / name),
+            "set": [f"training.{key}={json.dumps(value)}" for key, value in job["set"].items()],
+            "fault": job.get("fault"),
+            "continues": str(folder / job["continues"]) if "continues" in job else None,
+        }
+        for name, job in jobs.items()
+    ]
+    write_json(folder / "jobs.json", values)
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(ROOT / "tests" / "two_ranks.py"), str(folder / "jobs.json")]
+    done = subprocess.run(command, env=environment(), timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    codes = [json.loads((folder / f"jobs.json.{rank}").read_text()) for rank in (0, 1)]
+    expected = [job.get("code", 0) for job in jobs.values()]
+    assert codes == [expected, expected]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, data):
+    """The folder of the runs of JOBS."""
+    folder = tmp_path_factory.mktemp("launched")
+    launch(folder, data, JOBS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(data):
+    """Of a precision: the plain loop with the samples of two processes, and with those of one."""
+    return {
+        precision: [plain_training(data, **SETTINGS, precision=precision, processes=count) for count in (2, 1)]
+        for precision in ("fp32", "bf16")
+    }
+
+
+def check_equal_to_the_plain_loop(run: Path, plain) -> None:
+    precision = run.name.partition("-")[2]
+    two, one = plain[precision]
+    found = difference(run, two, at=[1, 2, 3, 4])
+    assert not {key: value for key, value in found.items() if value > ALLOWED[precision][key]}, found
+    other = difference(run, one, at=[1, 2, 3, 4])
+    assert min(other["loss"], other["loss_class"], other["model"]) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["0-fp32", "2-fp32", "3-fp32", "2-bf16"])
+def test_two_processes_equal_the_plain_loop(launched, plain, name):
+    check_equal_to_the_plain_loop(launched / name, plain)
+
+
+@pytest.mark.slow
+def test_the_other_stages_and_precisions_do_too(tmp_path, data, plain):
+    settings = {name: (int(name[0]), name[2:]) for name in REST}
+    jobs = {
+        name: {"set": {**SETTINGS, **EVERY_STEP, "zero_stage": stage, "precision": precision}}
+        for name, (stage, precision) in settings.items()
+    }
+    launch(tmp_path, data, jobs)
+    for name in jobs:
+        check_equal_to_the_plain_loop(tmp_path / name, plain)
+
+
+def test_a_signal_to_one_process_saves_and_ends_both(launched):
+    status = json.loads((launched / "signal" / "run_status.json").read_text())
+    assert (status["state"], status["step"], status["exit_code"]) == ("terminated", 2, 143)
+    (saved,) = (launched / "signal" / "checkpoints").iterdir()
+    assert saved.name == "step-00000002" and verify_checkpoint(saved)["step"] == 2
+
+
+def test_two_processes_go_on_as_if_nothing_had_stopped_them(launched):
+    """ZeRO 2 in bf16, to the bit."""
+    unbroken, resumed = launched / "2-bf16", launched / "resumed"
+    assert losses(resumed) == losses(unbroken) and len(losses(resumed)) == 4
+    for name in ("model", "ema"):
+        found, expected = weights(resumed, 4, name), weights(unbroken, 4, name)
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_another_number_of_processes_is_refused(launched, data, tmp_path):
+    folder = Path(shutil.copytree(launched / "signal", tmp_path / "run"))
+    with pytest.raises(ConfigError, match="world_size is 1; this run was started with 2"):
+        train_here(folder, data, resume="latest", **JOBS["signal"]["set"])
+
+
+def test_a_full_disk_of_one_process_publishes_nothing(launched):
+    status = json.loads((launched / "disk" / "run_status.json").read_text())
+    assert (status["state"], status["step"], status["exit_code"]) == ("failed", 0, 5)
+    assert "could not be written" in status["why"]
+    assert list((launched / "disk" / "checkpoints").iterdir()) == []
