@@ -1,4 +1,4 @@
-"""Networks. `build_model` is the way in; `vae` holds the autoencoder."""
+"""Networks. `build_model` is the way in; `autoencoder` holds the autoencoder."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from ccella_fast.config import Config, ModelConfig
+from ccella_fast.deprecation import deprecated_names
 from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.models.ldm import DiffusionModel, ModelOutput, TextFreeModel, TextModel
 from ccella_fast.models.unet3d import Conditioning
 from ccella_fast.variants import get_variant
 
-__all__ = ["Conditioning", "Denoiser", "ModelOutput", "build_model", "model_config"]
+__all__ = ["Conditioning", "DiffusionModel", "ModelOutput", "build_model", "model_config"]
+__getattr__ = deprecated_names(__name__, {"Denoiser": "DiffusionModel"})
 
 
 def build_model(source: str | ModelConfig | Config, **overrides: Any) -> DiffusionModel:

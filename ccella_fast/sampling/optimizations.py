@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ccella_fast import environment
+from ccella_fast.deprecation import deprecated_arguments
 from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.kernels.upsample_conv3d import UpsampleConv3d
 
@@ -16,13 +17,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
+@deprecated_arguments(hoist="precompute_conditioning")
 @dataclass(frozen=True)
 class Optimizations:
     """The sampler's optimisations. All are exact up to rounding. (Lower precision is the sampler's `dtype`; `Reuse` is an
     approximation.)
 
     Attributes:
-        precompute_conditioning: compute adapter, class vector, embeddings, keys and values before the loop instead of in every step.
+        precompute_conditioning: compute adapter, class vector, embeddings, keys and values before the loop instead of in every
+            step.
         channels_last: convolutions in channels_last_3d; None: on CUDA, and on a CPU where the weights are bf16.
         packed_weights: with channels_last where oneDNN supports bf16: convolution weights in its layout; None: unless compiled.
         phase_upsampler: nearest x2 and convolution as eight small convolutions: 3.4 times fewer multiplications there.

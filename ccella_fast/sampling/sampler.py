@@ -13,6 +13,7 @@ from torch import Tensor
 from ccella_fast import environment
 from ccella_fast.checkpoint import Checkpoint
 from ccella_fast.config import Config
+from ccella_fast.deprecation import deprecated_arguments
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import Solver, get_solver
 from ccella_fast.errors import ConfigError, NonFiniteError
@@ -73,6 +74,7 @@ class FastSampler:
         origin: where the weights come from, for the sidecars of written volumes.
     """
 
+    @deprecated_arguments(levers="optimizations")
     def __init__(
         self,
         model: DiffusionModel,
@@ -130,6 +132,7 @@ class FastSampler:
         self._decoder = Decoder(self.autoencoder, self.config.model.latent_channels, self.scale_factor, stream)
 
     @classmethod
+    @deprecated_arguments(levers="optimizations")
     def from_checkpoint(
         cls,
         path: str | Path | Checkpoint,

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmark_fixtures import TINY
 
 import benchmark_case
 import cases.memory
@@ -25,6 +24,7 @@ import results
 import run
 import runner
 import timer
+from benchmark_fixtures import TINY
 from ccella_fast import environment, nvml
 from ccella_fast.config import Config, SchedulerConfig
 from ccella_fast.errors import DataError

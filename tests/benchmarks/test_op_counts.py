@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark_fixtures import TINY
 from torch.nn import functional as F
 
 import op_counter
 import op_counts
+from benchmark_fixtures import TINY
 from ccella_fast.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]

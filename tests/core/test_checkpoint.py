@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import CONFIG, remade, train_here, weights
 
 import ccella_fast
 from ccella_fast import checkpoint
@@ -27,6 +26,7 @@ from ccella_fast.checkpoint import (
 )
 from ccella_fast.errors import CheckpointError, ConfigError, DiskError
 from ccella_fast.storage import read_json, write_json
+from training_fixtures import CONFIG, remade, train_here, weights
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from study_fixtures import SHAPE, config, patch_header, tree, voxels, write_bert, write_nifti, write_studies
 
 from ccella_fast.data.loading.dataset import PreparedDataset
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import CcellaError, ConfigError, DataError, DiskError
+from study_fixtures import SHAPE, config, patch_header, tree, voxels, write_bert, write_nifti, write_studies
 
 
 class Bad(NamedTuple):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from study_fixtures import config, write_nifti
 
 from ccella_fast.data.manifest import load_manifest
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.data.readers.discovery import find_studies
 from ccella_fast.errors import DataError
+from study_fixtures import config, write_nifti
 
 
 def write_bids(root: Path) -> Path:

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_fixtures import CONFIG, write_prepared
 
 from ccella_fast.config import Config, make_config
 from ccella_fast.data.loading.dataset import PreparedDataset, collate
 from ccella_fast.errors import DataError
 from ccella_fast.storage import read_json, sha256, write_json
+from training_fixtures import CONFIG, write_prepared
 
 
 def settings(**changes) -> Config:

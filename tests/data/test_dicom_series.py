@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from study_fixtures import SHAPE, voxels, write_dicom
 
 from ccella_fast.data.readers.volume_file import read_volume
 from ccella_fast.errors import DataError
+from study_fixtures import SHAPE, voxels, write_dicom
 
 
 def cosines(degrees: float, axis: str = "normal") -> str:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from study_fixtures import config, write_nifti
 
 from ccella_fast.config import AugmentationConfig
 from ccella_fast.data.augmentation.engine import AugmentationEngine, VolumeRequest, make_engine
@@ -19,6 +18,7 @@ from ccella_fast.data.augmentation.torch_engine import TorchEngine, blur
 from ccella_fast.data.manifest import load_manifest
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import ConfigError, DataError
+from study_fixtures import config, write_nifti
 
 CPU = torch.device("cpu")
 SHAPE, SPACING = (96, 96, 32), (1.0, 1.0, 2.25)

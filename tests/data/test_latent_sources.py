@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from study_fixtures import config, write_bert, write_studies, write_vae
-from training_fixtures import losses, train_here, write_prepared
 
 from ccella_fast.config import Config
 from ccella_fast.data.augmentation.engine import VolumeRequest, check_engine, make_engine
@@ -26,6 +24,8 @@ from ccella_fast.errors import ConfigError, DataError
 from ccella_fast.training.autoencoder.run import train_vae
 from ccella_fast.training.batches import BatchStream
 from ccella_fast.training.run import train
+from study_fixtures import config, write_bert, write_studies, write_vae
+from training_fixtures import losses, train_here, write_prepared
 
 CPU = torch.device("cpu")
 

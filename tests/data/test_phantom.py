@@ -8,12 +8,12 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from study_fixtures import tree
 
 from ccella_fast.data.phantom import phantom
 from ccella_fast.data.phantom.phantom import write_phantoms
 from ccella_fast.data.readers.discovery import find_studies
 from ccella_fast.errors import ConfigError
+from study_fixtures import tree
 
 
 @pytest.fixture(scope="module")

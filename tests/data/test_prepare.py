@@ -15,11 +15,11 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from study_fixtures import config, tree, voxels, write_bert, write_nifti, write_studies, write_vae
 
 from ccella_fast.data.manifest import load_manifest
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import ConfigError, DataError
+from study_fixtures import config, tree, voxels, write_bert, write_nifti, write_studies, write_vae
 
 TESTS = Path(__file__).parent
 

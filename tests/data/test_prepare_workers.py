@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from pool_tasks import die, refuse, threads
-from study_fixtures import config, tree, write_nifti, write_studies
 
 from ccella_fast.data.preparation.images import ImageTask, bytes_needed
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.data.preparation.worker_pool import WorkerPool, count_workers
 from ccella_fast.errors import DataError
+from pool_tasks import die, refuse, threads
+from study_fixtures import config, tree, write_nifti, write_studies
 
 
 def test_the_number_of_workers_changes_no_bit(tmp_path: Path):

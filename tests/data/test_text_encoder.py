@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from study_fixtures import write_bert
 
 from ccella_fast.config import TextConfig
 from ccella_fast.data import text_encoder
 from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.errors import ConfigError
+from study_fixtures import write_bert
 
 HOUSE = "translate English to German: The house is wonderful."
 HOUSE_IDS = [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5, 1]  # data/README.md

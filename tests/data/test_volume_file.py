@@ -12,12 +12,12 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from study_fixtures import SHAPE, oblique, patch_header, voxels, write_nifti
 
 from ccella_fast.data.preparation import resampling as module
 from ccella_fast.data.preparation.resampling import covers_centre, make_grid, normalise, resample
 from ccella_fast.data.readers.volume_file import Volume, check_axial, read_volume
 from ccella_fast.errors import DataError
+from study_fixtures import SHAPE, oblique, patch_header, voxels, write_nifti
 
 LPS = np.array([-1.0, -1.0, 1.0])
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_fixtures import DTYPES, check_fused, guarded, mend_interpreter, outputs_and_gradients
 
 from ccella_fast.kernels.attention import attention, attention_op, attention_reference, backend_support, rows_contiguous
 from ccella_fast.kernels.backend import BackendError, explain_choice, interpreted
+from kernel_fixtures import DTYPES, check_fused, guarded, mend_interpreter, outputs_and_gradients
 
 NAMES = ["o", "dq", "dk", "dv"]
 CPU = torch.device("cpu")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter
 from torch.nn import functional as F
 
 from ccella_fast.kernels import cross_attention as module
@@ -16,6 +15,7 @@ from ccella_fast.kernels.cross_attention import (
     cross_attention_op,
     cross_attention_reference,
 )
+from kernel_fixtures import DTYPES, check_fused, mend_interpreter
 
 NAMES = ["y", "dx", "dk", "dv", "dln_weight", "dln_bias", "dw_q", "dw_out", "db_out"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter
 
 from ccella_fast.kernels import geglu as module
 from ccella_fast.kernels.backend import BackendError, choose
 from ccella_fast.kernels.geglu import backend_support, geglu, geglu_reference
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
+from kernel_fixtures import DTYPES, check_fused, mend_interpreter
 
 mend_interpreter()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter
 from torch import nn
 
 from ccella_fast.kernels import group_norm_silu as module
@@ -21,6 +20,7 @@ from ccella_fast.kernels.group_norm_silu import (
 )
 from ccella_fast.kernels.group_norm_silu_backward import backward_op
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
+from kernel_fixtures import DTYPES, check_fused, mend_interpreter
 
 mend_interpreter()
 pytestmark = pytest.mark.filterwarnings(

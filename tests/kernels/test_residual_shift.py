@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter
 
 from ccella_fast.kernels import layout
 from ccella_fast.kernels import residual_shift as module
 from ccella_fast.kernels.backend import BackendError, choose
 from ccella_fast.kernels.residual_shift import backend_support, residual_shift, residual_shift_reference
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
+from kernel_fixtures import DTYPES, check_fused, mend_interpreter
 
 mend_interpreter()
 NAMES = ["y", "dh", "dresidual", "dshift"]

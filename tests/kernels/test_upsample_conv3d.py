@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter
 from torch.nn import functional as F
 
 from ccella_fast.kernels.backend import BackendError, choose
@@ -18,6 +17,7 @@ from ccella_fast.kernels.upsample_conv3d import (
     upsample_conv3d_phase,
     upsample_conv3d_reference,
 )
+from kernel_fixtures import DTYPES, check_fused, mend_interpreter
 
 mend_interpreter()
 NAMES = ["y", "x", "weight", "bias"]

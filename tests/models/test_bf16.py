@@ -9,9 +9,6 @@ import sys
 
 import pytest
 import torch
-from sampling_fixtures import FakeEncoder, write_checkpoint
-from study_fixtures import config, write_bert, write_studies
-from training_fixtures import train_here
 
 from ccella_fast import FastSampler, environment
 from ccella_fast.config import make_config
@@ -22,6 +19,9 @@ from ccella_fast.sampling.onednn_prepack import PackedConvolution, can_pack
 from ccella_fast.sampling.optimizations import resolve_dtype
 from ccella_fast.training import distributed
 from ccella_fast.training.run import make_run_plan
+from sampling_fixtures import FakeEncoder, write_checkpoint
+from study_fixtures import config, write_bert, write_studies
+from training_fixtures import train_here
 
 CPU = torch.device("cpu")
 on_cpu = pytest.mark.skipif(

@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from study_fixtures import config, write_bert, write_dicom, write_studies
 
 from ccella_fast import cli
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import DataError
 from ccella_fast.report.html import write_report
 from ccella_fast.storage import write_json
+from study_fixtures import config, write_bert, write_dicom, write_studies
 
 WORD, NAME, STUDY = "kanarienvogel", "Quagga^Zebedee", "aardvark-1971"
 REPORT = f"left zone lesion of 9 mm {WORD} 8 7 6 5"

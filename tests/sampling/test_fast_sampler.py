@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sampling_fixtures import TINY, TOKENS, WIDTH, FakeEncoder, scrambled, write_checkpoint
 from torch.utils._pytree import tree_leaves
 
 from ccella_fast import FastSampler, load_checkpoint
@@ -21,6 +20,7 @@ from ccella_fast.sampling.conditioning import ConditioningCache, PromptRows
 from ccella_fast.sampling.denoising import DenoisingLoop
 from ccella_fast.sampling.guidance import Guidance, StepKind, step_kinds
 from ccella_fast.sampling.onednn_prepack import PackedConvolution, can_pack
+from sampling_fixtures import TINY, TOKENS, WIDTH, FakeEncoder, scrambled, write_checkpoint
 
 STEPS = 6
 

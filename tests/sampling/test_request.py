@@ -8,7 +8,6 @@ import weakref
 
 import pytest
 import torch
-from sampling_fixtures import TINY, TOKENS, WIDTH, FakeEncoder, write_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,6 +16,7 @@ from ccella_fast.config import make_config
 from ccella_fast.errors import ConfigError, NonFiniteError
 from ccella_fast.models import build_model
 from ccella_fast.sampling import Reuse, memory
+from sampling_fixtures import TINY, TOKENS, WIDTH, FakeEncoder, write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from sampling_fixtures import THREE, FakeEncoder, scrambled, write_checkpoint
 
 from ccella_fast.checkpoint import load_checkpoint
 from ccella_fast.diffusion.noise import generator
@@ -22,6 +21,7 @@ from ccella_fast.models.autoencoder.network import Autoencoder, load_autoencoder
 from ccella_fast.sampling import FastSampler, pretrained
 from ccella_fast.sampling.command import sample_to_folder
 from ccella_fast.sampling.output import OutputWriter
+from sampling_fixtures import THREE, FakeEncoder, scrambled, write_checkpoint
 
 CANARY = "Patient Zebedee, 14 mm focus in the left peripheral zone"
 

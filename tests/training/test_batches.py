@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from training_fixtures import CONFIG, write_prepared
 
 from ccella_fast.config import make_config
 from ccella_fast.data.loading.dataset import PreparedDataset
 from ccella_fast.training.batches import BatchStream
+from training_fixtures import CONFIG, write_prepared
 
 VALUES = 4 * 8 * 8 * 4  # of one latent
 

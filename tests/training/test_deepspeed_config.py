@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from training_fixtures import ROOT
 
 from ccella_fast.config import make_config
 from ccella_fast.errors import ConfigError
@@ -18,6 +17,7 @@ from ccella_fast.training.deepspeed_config import (
     merge_deepspeed_config,
     read_deepspeed_file,
 )
+from training_fixtures import ROOT
 
 CONFIGS = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
 

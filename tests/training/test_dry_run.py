@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_fixtures import CONFIG, train_here, weights, write_prepared
 
 from ccella_fast.config import make_config
 from ccella_fast.training import telemetry
 from ccella_fast.training.dry_run import bytes_per_parameter, checkpoint_bytes_per_parameter, describe_run
+from training_fixtures import CONFIG, train_here, weights, write_prepared
 
 
 @pytest.mark.parametrize(

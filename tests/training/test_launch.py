@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from ccella_fast.storage import read_json, write_json
 from training_fixtures import (
     DOOR,
     ROOT,
@@ -22,8 +24,6 @@ from training_fixtures import (
     start,
     write_config,
 )
-
-from ccella_fast.storage import read_json, write_json
 
 BIN = Path(sys.executable).parent
 

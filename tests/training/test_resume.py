@@ -10,9 +10,9 @@ import signal
 import time
 
 import pytest
-from training_fixtures import losses, start, train_here, write_config, write_prepared
 
 from ccella_fast.errors import CheckpointError, ConfigError
+from training_fixtures import losses, start, train_here, write_config, write_prepared
 
 STEPS = {"max_train_steps": 24, "checkpointing_steps": 2, "batch_size": 1}
 

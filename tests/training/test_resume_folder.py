@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training_fixtures import losses, remade, train_here, weights
 
 from ccella_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from ccella_fast.storage import read_json, write_json
 from ccella_fast.training import loop
+from training_fixtures import losses, remade, train_here, weights
 
 SETTINGS = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 9, "zero_stage": 1}
 # Each field of training_state.json with another value. What a run is made of is refused; how far it has come is followed.

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from training_fixtures import CONFIG, losses, train_here, weights, write_prepared
 
 from ccella_fast.config import SchedulerConfig, make_config
 from ccella_fast.data.loading.dataset import PreparedDataset
@@ -20,6 +19,7 @@ from ccella_fast.models import build_model
 from ccella_fast.training import distributed, loop
 from ccella_fast.training.batches import BatchStream, epoch_order
 from ccella_fast.training.loop import joint_loss
+from training_fixtures import CONFIG, losses, train_here, weights, write_prepared
 
 
 def slow(*values):

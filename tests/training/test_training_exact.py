@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from plain_training import EVERY_STEP, UNUSUAL, difference, plain_training
 from training_fixtures import CONFIG, train_here, write_prepared
 

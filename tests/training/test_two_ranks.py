@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from plain_training import EVERY_STEP, UNUSUAL, difference, plain_training
-from training_fixtures import CONFIG, ROOT, environment, losses, train_here, weights
 
 from ccella_fast.checkpoint import verify_checkpoint
 from ccella_fast.errors import ConfigError
 from ccella_fast.storage import write_json
+from plain_training import EVERY_STEP, UNUSUAL, difference, plain_training
+from training_fixtures import CONFIG, ROOT, environment, losses, train_here, weights
 
 SETTINGS = {**UNUSUAL, "batch_size": 1}
 ZERO2_BF16 = {**SETTINGS, "zero_stage": 2, "precision": "bf16"}

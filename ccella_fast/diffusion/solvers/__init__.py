@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ccella_fast.deprecation import deprecated_names
 from ccella_fast.diffusion.solvers.base import SamplingPlan, Solver, StepResult
 from ccella_fast.diffusion.solvers.ddpm import Ddim, Ddpm
 from ccella_fast.diffusion.solvers.dpm_solver import DpmSolverPlusPlus2M, DpmSolverPlusPlus2MSde
@@ -9,7 +10,8 @@ from ccella_fast.diffusion.solvers.rectified_flow import EulerFlow, HeunFlow
 from ccella_fast.diffusion.solvers.unipc import UniPc2
 from ccella_fast.errors import ConfigError, did_you_mean
 
-__all__ = ["SOLVERS", "Ddim", "Ddpm", "Plan", "Solver", "Step", "get_solver"]
+__all__ = ["SOLVERS", "Ddim", "Ddpm", "SamplingPlan", "Solver", "StepResult", "get_solver"]
+__getattr__ = deprecated_names(__name__, {"Plan": "SamplingPlan", "Step": "StepResult"})
 
 SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver

@@ -1,0 +1,1 @@
+"""Prepared studies as batches for training."""

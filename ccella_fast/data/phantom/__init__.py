@@ -1,0 +1,1 @@
+"""Synthetic studies with reports, for the demo and the tests."""

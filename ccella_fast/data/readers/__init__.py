@@ -1,0 +1,1 @@
+"""Medical image files and folders of studies, as they come."""

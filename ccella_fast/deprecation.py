@@ -1,0 +1,48 @@
+"""Names of the previous release that still work, each with a DeprecationWarning; they go in release 0.3."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def deprecated_names(module: str, renamed: dict[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of `module`, in which each old name of `renamed` gives what its new name does."""
+
+    def find(name: str) -> Any:
+        if name not in renamed:
+            raise AttributeError(f"module {module} has no attribute {name}")
+        _warn(f"{module}.{name}", f"{module}.{renamed[name]}", stacklevel=3)
+        return getattr(sys.modules[module], renamed[name])
+
+    return find
+
+
+def deprecated_arguments(**renamed: str) -> Callable[[T], T]:
+    """Decorate a function, or a class for its constructor, so that each old keyword is passed on under its new name."""
+
+    def decorate(target: T) -> T:
+        if isinstance(target, type):
+            target.__init__ = decorate(target.__init__)  # type: ignore[misc]
+            return target
+
+        @functools.wraps(target)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old, new in renamed.items():
+                if old in kwargs:
+                    _warn(f"the argument {old}", new, stacklevel=3)
+                    kwargs[new] = kwargs.pop(old)
+            return target(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _warn(old: str, new: str, stacklevel: int) -> None:
+    warnings.warn(f"{old} is deprecated and goes in release 0.3; use {new}", DeprecationWarning, stacklevel + 1)

@@ -1,0 +1,9 @@
+"""Our kernels inside other projects' MONAI networks: `matching` finds the modules, `replacements` holds what computes in their place."""
+
+from __future__ import annotations
+
+from ccella_fast.deprecation import deprecated_names
+from ccella_fast.dropin.matching import SpeedUpReport, speed_up
+
+__all__ = ["SpeedUpReport", "speed_up"]
+__getattr__ = deprecated_names(__name__, {"SpedUp": "SpeedUpReport"})

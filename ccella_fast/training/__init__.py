@@ -1,0 +1,1 @@
+"""Training of the diffusion model and of the autoencoder."""
