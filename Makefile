@@ -15,10 +15,11 @@ REPORTS := --report "Prostate 42 cc, PSA 9.8. 14 mm low T2 focus in the left per
 PROMPTS := $(if $(DATA),$(if $(wildcard $(DATA)/studies.csv),$(REPORTS),--num_samples 4),$(REPORTS))
 
 # Tests whose result depends on how the CPU computes; the last is a sample in bf16.
-NUMERICS := $(addprefix tests/test_, schedule.py solvers.py solver_order.py losses.py models.py vae.py bf16.py thin_grids.py \
-            kernels_attention.py kernels_cross_attention.py kernels_geglu.py kernels_group_norm_silu.py \
-            kernels_residual_shift.py kernels_upsample_conv3d.py \
-            fast_sampler.py::test_bfloat16_stays_near_float32)
+NUMERICS := $(addprefix tests/, \
+            $(addprefix diffusion/test_, schedule.py solvers.py solver_order.py) training/test_losses.py \
+            $(addprefix models/test_, models.py autoencoder.py bf16.py thin_grids.py) \
+            $(addprefix kernels/test_, attention.py cross_attention.py geglu.py group_norm_silu.py residual_shift.py upsample_conv3d.py) \
+            sampling/test_fast_sampler.py::test_bfloat16_stays_near_float32)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DS_ACCELERATOR ?= $(if $(filter cpu,$(EXTRA)),cpu,cuda)

@@ -501,17 +501,17 @@ def test_door_dry_run_and_usage(capsys):
 
 
 TINY_RUN = """
-import dataclasses, json, sys, torch, cases, session
+import dataclasses, json, sys, torch, benchmark_case, runner
 from ccella_fast.config import make_config
 from benchmark_fixtures import TINY
-from workbench import Workbench
+from fixtures import Workbench
 sizes = {f"model.{key}": value for key, value in (TINY | {"latent_channels": [4]}).items()}
 vae = {"autoencoder.num_channels": [8, 16, 16], "autoencoder.norm_num_groups": 8}
 config = make_config({**sizes, **vae, "data.dim": [64, 64, 32], "text.max_length": 8, "training.batch_size": 2})
-run = session.Session(torch.device("cpu"), minutes=None, command="", debug=True)
+run = runner.BenchmarkRun(torch.device("cpu"), minutes=None, command="", debug=True)
 run.bench = Workbench(torch.device("cpu"), config)
 run.bench.machine = {"matmul_flops": {"fp32": 1e11, "bf16": 1e12}, "copy_bytes_per_second": 1e10}
-known = {case.name: dataclasses.replace(case, budget=0.0) for case in cases.registry()}
+known = {case.name: dataclasses.replace(case, budget=0.0) for case in benchmark_case.registry()}
 print(json.dumps({name: run._case(known[name], None) for name in sys.argv[1:]}))
 """
 
@@ -520,7 +520,7 @@ def test_whole_cases_at_a_tiny_size():
     """Set-up, gate, timing and parts as at full size, training through DeepSpeed in both precisions."""
     names = ["training_step", "training_step_bf16", "training_step_tuned", "denoising_step", "denoising_step_batch_8",
              "denoising_step_tuned", "sampling", "checkpoint"]  # fmt: skip
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks", ROOT / "tests")))
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks", ROOT / "tests" / "fixtures")))
     done = subprocess.run(
         [sys.executable, "-c", TINY_RUN, *names], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
     )  # fmt: skip

@@ -2,119 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import json
 import re
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ccella_fast.environment import write_run_record
 from ccella_fast.errors import DataError
 from ccella_fast.report import html
 from ccella_fast.report.figures import Panel, _smooth, curves, cut, histogram, montage
 from ccella_fast.report.html import write_report
-from ccella_fast.sampling.output import write_nifti
-from ccella_fast.storage import sha256, write_json
-
-CANARY_ID, CANARY_TEXT = "zebedee-1971", "Focus in the left peripheral zone of Mr Quagga"
-SPACING, DIM = [1.5, 1.5, 3.0], (24, 16, 8)
-
-
-def volume(number: int) -> np.ndarray:
-    return np.random.default_rng(number).random(DIM).astype(np.float32)
-
-
-def write_prepared(folder: Path, ids: list[str], synthetic: bool = False) -> None:
-    cases = []
-    for number, name in enumerate(ids):
-        file = folder / "images" / name / "t2w.npy"
-        file.parent.mkdir(parents=True)
-        np.save(file, volume(number))
-        entry = {"path": file.relative_to(folder).as_posix(), "sha256": sha256(file), "bytes": file.stat().st_size}
-        cases.append({
-            "id": name, "split": "train" if number else "test", "dataset": None, "spacing": SPACING, "pirads": [1, 0],
-            "synthetic": synthetic and name != "measured", "text_isnull": 1,
-            "affine": np.eye(4).tolist(), "window": {"t2w": [0.0, 1.0]}, "files": {"image/t2w": entry},
-        })  # fmt: skip
-    write_json(folder / "manifest.json", {
-        "format": "ccella_fast.prepared", "version": 1,
-        "data": {"sequences": ["t2w"], "spacing": SPACING, "dim": list(DIM), "dataset": None}, "text": None, "vae": None,
-        "scale_factor": None, "intensity_scale": {"t2w": 700.0}, "truncated_reports": [ids[0]], "cases": cases,
-    })  # fmt: skip
-    stage = {"studies": len(ids), "seconds": 12.5, "peak_memory_mib": 400}
-    stages = {"image": stage, "latent": stage | {"seconds": 77.5, "peak_gpu_memory_mib": 1234}}
-    with write_run_record(folder, "prepare", studies=len(ids), stages=stages):
-        pass
-
-
-def write_run(out: Path, ids: list[str], synthetic: bool = False) -> Path:
-    """Everything that the commands leave behind, in small."""
-    write_prepared(out / "prepared", ids, synthetic)
-    reconstruction = out / "vae" / "reconstructions" / ids[0] / "t2w.npy"
-    reconstruction.parent.mkdir(parents=True)
-    np.save(reconstruction, volume(0) * 0.9)
-    with write_run_record(out / "vae", "train-vae", test={"volumes": 1, "l1": 0.0321, "psnr": 27.5}):
-        pass
-    lines = [{"step": k, "loss": 1 / k, "loss_l1": 1 / k, "loss_kl": 50.0, "lr": 1e-3} for k in range(1, 50)]
-    (out / "vae" / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    config = {
-        "name": "<b>tiny</b>", "model": {"variant": "CCELLA", "num_channels": [8, 16]},
-        "training": {"batch_size": 2, "precision": "fp32"},
-    }  # fmt: skip
-    write_json(out / "model" / "config.json", config)
-    status = {"state": "finished", "step": 49, "total_steps": 49, "exit_code": 0, "why": None}
-    write_json(out / "model" / "run_status.json", status)
-    more = {"loss_class": 3.0, "samples_per_second": 4.0}
-    text = "".join(f"{json.dumps(line | more)}\n" for line in lines)
-    (out / "model" / "metrics.jsonl").write_text(text + '{"step": 50, "lo')  # a kill in mid-line
-    with write_run_record(out / "model", "train", world_size=2, total_steps=49):
-        pass
-    for number in range(2):
-        name = f"sample-{number:03d}_seed{number}"
-        write_json(out / "samples" / f"{name}.json", {
-            "seed": number, "report": 0, "solver": "ddim", "num_inference_steps": 50, "spacing": SPACING,
-            "class_given": None, "class_probabilities": {"neg": 0.25, "pos": 0.75}, "files": {"t2w": f"{name}.nii.gz"},
-            "intensity_scale": {"t2w": 700.0},
-        })  # fmt: skip
-        write_nifti(out / "samples" / f"{name}.nii.gz", volume(number) * 700, SPACING)
-    (out / "prepared" / "reports.csv").write_text(CANARY_TEXT)
-    return out
-
-
-class Page(HTMLParser):
-    """Checks nesting while it reads; collects text and attributes."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.tags: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attributes]
-        if tag not in ("meta", "img", "br", "link"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-
-def read(path: Path) -> Page:
-    page = Page(path.read_text(encoding="utf-8"))
-    assert page.open == []
-    return page
+from report_fixtures import CANARY_ID, CANARY_TEXT, SPACING, Page, pictures, read, volume, write_prepared, write_run
 
 
 def assert_offline(page: Page, text: str) -> None:
@@ -122,14 +20,6 @@ def assert_offline(page: Page, text: str) -> None:
     assert all(value.startswith("data:image/png;base64,") for value in loaded)
     assert not re.search(r"https?://|url\(|@import|//[a-z]+\.", re.sub(r"base64,[^\"]+", "", text))
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
-
-
-def pictures(page: Page) -> list[np.ndarray]:
-    from matplotlib.image import imread
-
-    return [
-        imread(io.BytesIO(base64.b64decode(value.split(",", 1)[1]))) for name, value in page.attributes if name == "src"
-    ]
 
 
 def test_the_page_is_complete_offline_and_silent(tmp_path):

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli.test_report import SPACING, pictures, read, volume, write_run
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from ccella_fast.report import html
 from ccella_fast.report.figures import Panel, histogram, montage
+from report_fixtures import SPACING, pictures, read, volume, write_run
 
 
 def decoded(panels: list[Panel]) -> np.ndarray:

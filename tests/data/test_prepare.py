@@ -19,9 +19,9 @@ import pytest
 from ccella_fast.data.manifest import load_manifest
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import ConfigError, DataError
-from study_fixtures import config, tree, voxels, write_bert, write_nifti, write_studies, write_vae
+from study_fixtures import config, times, tree, voxels, write_bert, write_merged, write_nifti, write_studies, write_vae
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1] / "fixtures"
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,6 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def studies(tmp_path: Path) -> Path:
     return write_studies(tmp_path / "studies")
-
-
-def times(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def test_images_hold_what_the_protocol_says(studies: Path, tmp_path: Path):
@@ -251,23 +247,6 @@ def test_real_patients(real_data: Path, tmp_path: Path):
 
 
 # ---- the reference's prepared files ----
-
-
-def write_merged(folder: Path, count: int = 3) -> dict[str, np.ndarray]:
-    """merged.json with latents and text features, and no image. Returns the latents (X, Y, Z, C)."""
-    rng = np.random.default_rng(0)
-    entries, latents = [], {}
-    for number in range(count):
-        case = f"c{number}"
-        latents[case] = (rng.standard_normal((8, 8, 4, 4)) * 1.5).astype(np.float32)
-        (folder / "emb" / case).mkdir(parents=True)
-        image = nibabel.Nifti1Image(latents[case], np.diag([-0.5, -0.5, 0.5625, 1]))
-        nibabel.save(image, folder / "emb" / case / "axt2_emb.nii.gz")
-        np.save(folder / "emb" / case / "text.npy", rng.standard_normal((12, 32)).astype(np.float32))
-        entry = {"axt2": f"{case}/axt2.nii.gz", "folder": case, "pirads": [0, 1], "spacing": [0.5, 0.5, 0.5625]}
-        entries.append({**entry, "text": f"{case}/text.npy", "text_isnull": number % 2})
-    (folder / "merged.json").write_text(json.dumps(entries))
-    return latents
 
 
 def test_reference_prepared_files_are_taken_over(tmp_path: Path):

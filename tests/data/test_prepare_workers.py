@@ -104,7 +104,7 @@ def test_workers_end_with_a_parent_that_is_killed():
         "        print(done.result, flush=True)\n"
         "    time.sleep(60)\n"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[1] / "fixtures"), os.environ.get("PYTHONPATH", "")])
     parent = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
     )
@@ -136,7 +136,7 @@ def test_a_script_without_a_guard_is_not_run_again(tmp_path: Path):
         "print('here')\n"
         f"prepare({str(tmp_path / 'studies')!r}, {str(tmp_path / 'out')!r}, config(), workers=2)\n"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[1] / "fixtures"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=120
     )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.test_prepare import times, write_merged
 from matplotlib.image import imread
 
 from ccella_fast import cli
@@ -14,7 +13,7 @@ from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import ConfigError
 from ccella_fast.report.figures import Panel, montage
 from ccella_fast.report.html import write_report
-from study_fixtures import config, tree, write_nifti, write_studies, write_vae
+from study_fixtures import config, times, tree, write_merged, write_nifti, write_studies, write_vae
 
 MIRRORED = {"augmentation__preset": "none", "augmentation__flip": 1.0, "augmentation__noise": 0.02}
 

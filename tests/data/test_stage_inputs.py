@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data.test_prepare import write_merged
 
 from ccella_fast.config import AugmentationConfig, Config, DataConfig, TextConfig
 from ccella_fast.data.preparation import resampling
@@ -18,7 +17,17 @@ from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.data.preparation.preview import PreviewStage
 from ccella_fast.data.preparation.stage_cache import StageCache
 from ccella_fast.data.readers.discovery import find_studies
-from study_fixtures import config, tree, voxels, write_bert, write_dicom, write_nifti, write_studies, write_vae
+from study_fixtures import (
+    config,
+    tree,
+    voxels,
+    write_bert,
+    write_dicom,
+    write_merged,
+    write_nifti,
+    write_studies,
+    write_vae,
+)
 
 BASE: dict[str, Any] = {"data__sequences": ["t2w"], "data__engine": "torch", "model__latent_channels": [4]}
 # A part that is small enough that every value below changes what is drawn.

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ print(ours, eager)
 def test_a_sample_in_bf16_with_instructions_narrowed_to_avx2(checkpoint):
     """For real, in a process of its own: the same program on a CPU that has nothing for bf16."""
     narrow = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"}
-    path = os.pathsep.join([*sys.path, os.path.dirname(__file__)])
+    path = os.pathsep.join([*sys.path, str(Path(__file__).resolve().parents[1] / "fixtures")])
     done = subprocess.run(
         [sys.executable, "-c", SAMPLE, checkpoint], env={**os.environ, **narrow, "PYTHONPATH": path},
         capture_output=True, text=True,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent / "mutants"
+HERE = Path(__file__).resolve().parents[1] / "mutants"
 CODE = """def larger(a, b):
     return a if a > b else b
 

@@ -57,7 +57,7 @@ def launch(folder: Path, data: Path, jobs: dict[str, dict[str, Any]]) -> None:
     ]
     write_json(folder / "jobs.json", values)
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(ROOT / "tests" / "two_ranks.py"), str(folder / "jobs.json")]
+    command = [*torchrun, str(ROOT / "tests" / "fixtures" / "two_ranks.py"), str(folder / "jobs.json")]
     done = subprocess.run(command, env=environment(), timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     codes = [json.loads((folder / f"jobs.json.{rank}").read_text()) for rank in (0, 1)]
