@@ -1,4 +1,5 @@
-"""What each lever of the sampler is worth, and what feature reuse costs: `python benchmarks/sampler_optimizations.py --out DIR`.
+"""What each optimization of the sampler gains, and what feature reuse costs:
+`python benchmarks/sampler_optimizations.py --out DIR`.
 
 The same request is drawn with everything on, with one lever off at a time, with all off, and with deep features reused at
 several intervals and depths: all in turn in one process. Beside each time stands the relative distance |x - x_off| / |x_off| of
@@ -42,9 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = _model(arguments.checkpoint, device)
     request, features = _request(model, config, arguments), _features(model, config)
-    make = lambda optimizations, dtype="auto": FastSampler(
-        model, config=config, optimizations=optimizations, dtype=dtype
-    )  # noqa: E731
+
+    def make(optimizations: Optimizations, dtype: str = "auto") -> FastSampler:
+        return FastSampler(model, config=config, optimizations=optimizations, dtype=dtype)
+
     sides: dict[str, Callable[[], torch.Tensor]] = {}
 
     def add(name: str, sampler: FastSampler, **more: Any) -> None:

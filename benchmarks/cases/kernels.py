@@ -219,7 +219,7 @@ def cross_problem(bench: Workbench, *, batch: int = 1) -> KernelProblem:
     precision = _precision(dtype)
     return KernelProblem(
         make, 8, call(cross_attention_reference, attend=_best_sdpa), call(cross_attention), call(cross_attention_reference),
-        Roofline(flops, size, precision, "two projections and attention on the text latents; x in, y out, keys, values, weights"),
+        Roofline(flops, size, precision, "two projections, attention on the text latents; x in, y out, keys, values, weights"),
         Roofline(5 * flops / 2, 2 * size, precision, "2.5 times the forward pass's products; everything and its gradient once"),
         {"xformers": lambda: _backend(bench, call(cross_attention_reference, attend=_xformers(bench)), None, "xformers")},
     )  # fmt: skip

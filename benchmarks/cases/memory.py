@@ -241,9 +241,9 @@ def checkpoint(bench: Workbench) -> Trial:
 
 
 CASES = [
-    BenchmarkCase("training_memory", "memory", "bytes kept for the backward pass: the reference under fp16 autocast, ours in bf16",
+    BenchmarkCase("training_memory", "memory", "bytes kept for backward: the reference under fp16 autocast, ours in bf16",
          training_memory, quick=("cpu", "cuda"), budget=0, set_up={"cpu": 5, "cuda": 10}),
-    BenchmarkCase("denoising_memory", "memory", "peak memory of one denoising step: the reference's, and ours", denoising_memory,
+    BenchmarkCase("denoising_memory", "memory", "peak memory of one denoising step: the reference's and ours", denoising_memory,
          quick=("cuda",), budget=0, set_up={"cpu": 20, "cuda": 5}),
     BenchmarkCase("decode_memory", "memory", "peak memory of the decoder: MONAI's, and ours", decode_memory,
          quick=("cuda",), budget=0, set_up={"cpu": 30, "cuda": 5}),

@@ -1,4 +1,4 @@
-"""Our kernels inside other projects' MONAI networks: `matching` finds the modules, `replacements` holds what computes in their place."""
+"""Our kernels in other projects' MONAI networks: `matching` finds the modules, `replacements` holds what takes their place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that weighs the sampler's optimizations: its distances, on a tiny checkpoint. Its times are nobody's business here."""
+"""`benchmarks/sampler_optimizations.py` on a tiny checkpoint: the differences that it reports. Times are not tested."""
 
 from __future__ import annotations
 
