@@ -196,7 +196,7 @@ def _volume(device: torch.device, batch: int, channels: int, grid: Sequence[int]
 
 
 class _replaced_everywhere:
-    """`tuning.config` under another function, in every module that has imported it."""
+    """`tuning.launch_config` under another function, in every module that has imported it."""
 
     def __init__(self, old: Callable, new: Callable):
         self.old, self.new = old, new
@@ -210,8 +210,8 @@ class _replaced_everywhere:
     @staticmethod
     def _swap(old: Callable, new: Callable) -> None:
         for name, module in list(sys.modules.items()):
-            if name.startswith("ccella_fast.kernels") and getattr(module, "config", None) is old:
-                module.config = new  # type: ignore[attr-defined]
+            if name.startswith("ccella_fast.kernels") and getattr(module, "launch_config", None) is old:
+                module.launch_config = new  # type: ignore[attr-defined]
 
 
 def main() -> int:

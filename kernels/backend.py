@@ -1,8 +1,8 @@
 """Which implementation a kernel takes, and why: the one dispatcher of `kernels/`.
 
 Every kernel module has a function `backend_support(device, dtype, **sizes)` that lists its implementations in order of
-preference, each with the reason why it cannot run here, or None if it can. `choose` takes the first that can. A caller overrides that with
-the kernel's `backend=` argument, a user with the environment variable CCELLA_FAST_BACKEND:
+preference, each with the reason why it cannot run here, or None if it can. `choose` takes the first that can. A caller
+overrides that with the kernel's `backend=` argument, a user with the environment variable CCELLA_FAST_BACKEND:
 
     CCELLA_FAST_BACKEND=reference                              every kernel that has it
     CCELLA_FAST_BACKEND=attention=xformers,geglu=reference     these kernels only

@@ -213,7 +213,7 @@ def measured(monkeypatch, clock, toys, *, minutes=5.0):
         runner.machine, "rates", lambda *_, **__: limits(5e11, 4.4e10) | {"reduced": [], "emulated": []}
     )
     monkeypatch.setattr(runner.timer, "overhead", lambda device: 1e-6)
-    monkeypatch.setattr(runner.model_counts, "counted", lambda config: {})
+    monkeypatch.setattr(runner.op_counts, "counted", lambda config: {})
     return runner.BenchmarkRun(CPU, minutes=minutes, command="").measure(toys, None, {})
 
 

@@ -133,7 +133,7 @@ def test_saved_bytes_counts_each_storage_once():
 def test_model_counts_have_not_grown():
     """When they have fallen: python benchmarks/op_counts.py --write."""
     # In a process of its own, as the command counts: what other tests leave in this one may add an op to a layer.
-    code = "import json, model_counts; print(json.dumps(model_counts.counted()))"
+    code = "import json, op_counts; print(json.dumps(op_counts.counted()))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

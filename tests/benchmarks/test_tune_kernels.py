@@ -39,7 +39,7 @@ def test_candidates_are_the_neighbours_and_the_shipped_one_is_first():
 
 def test_notes_which_configuration_a_problem_reads():
     assert tune_kernels.keys_of(problem()) == [KEY]
-    assert tuning.launch_config.__name__ == "config"  # as before
+    assert tuning.launch_config.__name__ == "launch_config"  # as before
 
 
 def test_the_fastest_right_candidate_wins():

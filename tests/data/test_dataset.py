@@ -8,21 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from ccella_fast.config import Config, make_config
 from ccella_fast.data.loading.dataset import PreparedDataset, collate
 from ccella_fast.errors import DataError
 from ccella_fast.storage import read_json, sha256, write_json
-from training_fixtures import CONFIG, write_prepared
-
-
-def settings(**changes) -> Config:
-    flat = {
-        f"{section}.{key}": value
-        for section, keys in CONFIG.items()
-        if section != "name"
-        for key, value in keys.items()
-    }
-    return make_config({**flat, **{key.replace("__", "."): value for key, value in changes.items()}})
+from training_fixtures import settings, write_prepared
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from ccella_fast.training.autoencoder.run import train_vae
 from ccella_fast.training.batches import BatchStream
 from ccella_fast.training.run import train
 from study_fixtures import config, write_bert, write_studies, write_vae
-from training_fixtures import losses, train_here, write_prepared
+from training_fixtures import losses, settings, train_here, write_prepared
 
 CPU = torch.device("cpu")
 
@@ -85,8 +85,6 @@ def test_equal_reports_are_kept_once(tmp_path: Path):
     for case in manifest["cases"]:
         case["files"]["text"] = manifest["cases"][0]["files"]["text"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    from data.test_dataset import settings
-
     dataset = PreparedDataset(tmp_path, settings())
     kept = ResidentLatents(dataset, CPU, torch.bfloat16)
     assert kept._text is not None and kept._text.shape[0] == 1 and kept._text.dtype == torch.bfloat16

@@ -97,9 +97,9 @@ def test_a_full_dev_shm_means_one_after_another(monkeypatch: pytest.MonkeyPatch,
 def test_workers_end_with_a_parent_that_is_killed():
     code = (
         "import sys, os, time\n"
-        "from ccella_fast.data.preparation.worker_pool import Pool\n"
-        "from test_prepare_workers import refuse\n"
-        "with Pool(2) as pool:\n"
+        "from ccella_fast.data.preparation.worker_pool import WorkerPool\n"
+        "from pool_tasks import refuse\n"
+        "with WorkerPool(2) as pool:\n"
         "    for done in pool.run(refuse, [0, 1, 3, 4], list('abcd'), bytes_each=1):\n"
         "        print(done.result, flush=True)\n"
         "    time.sleep(60)\n"

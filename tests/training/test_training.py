@@ -294,7 +294,7 @@ def test_a_case_of_another_process_is_named(caplog):
     """`mine` is empty here; the other process has found one."""
     losses = loop.Losses(*torch.zeros(3), torch.ones(2, dtype=torch.bool))
     theirs = iter([["case7"], ["case6", "case7"]])
-    control = SimpleNamespace(gathered=lambda mine: [mine, next(theirs)])
+    control = SimpleNamespace(all_gather=lambda mine: [mine, next(theirs)])
     loop._report_non_finite(3, 1, [(["case0", "case1"], losses)], control)
     assert caplog.records[-1].getMessage().endswith("cases: case7")
 
