@@ -17,7 +17,7 @@ def deprecated_names(module: str, renamed: dict[str, str]) -> Callable[[str], An
     def find(name: str) -> Any:
         if name not in renamed:
             raise AttributeError(f"module {module} has no attribute {name}")
-        _warn(f"{module}.{name}", f"{module}.{renamed[name]}", stacklevel=3)
+        _warn(f"{module}.{name}", f"{module}.{renamed[name]}")
         return getattr(sys.modules[module], renamed[name])
 
     return find
@@ -35,7 +35,7 @@ def deprecated_arguments(**renamed: str) -> Callable[[T], T]:
         def call(*args: Any, **kwargs: Any) -> Any:
             for old, new in renamed.items():
                 if old in kwargs:
-                    _warn(f"the argument {old}", new, stacklevel=3)
+                    _warn(f"the argument {old}", new)
                     kwargs[new] = kwargs.pop(old)
             return target(*args, **kwargs)
 
@@ -44,5 +44,6 @@ def deprecated_arguments(**renamed: str) -> Callable[[T], T]:
     return decorate
 
 
-def _warn(old: str, new: str, stacklevel: int) -> None:
-    warnings.warn(f"{old} is deprecated and goes in release 0.3; use {new}", DeprecationWarning, stacklevel + 1)
+def _warn(old: str, new: str) -> None:
+    message = f"{old} is deprecated and goes in release 0.3; use {new}"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)  # of who uses the old name
