@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parents[1]
 # The files that take longest, in this order: started first, so that no process works on one while the others have nothing left.
-LONGEST = ("test_launch", "test_benchmarks", "test_two_ranks", "test_demo", "test_golden", "test_resume")
+LONGEST = ("test_demo", "test_benchmarks", "test_two_ranks", "test_aot", "test_launch", "test_golden", "test_resume")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
