@@ -13,6 +13,8 @@ import nibabel
 import numpy as np
 import pytest
 
+from training_fixtures import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = "Canary-Quokka prostate 40 cc. 12 mm focus in the left peripheral zone. PI-RADS 4."
 SMALL = {
@@ -56,7 +58,7 @@ def journey(studies: Path, out: Path, config: Path) -> str:
     vae = ["--vae", out / "vae"]
     said += ccella_fast("prepare", "--data", studies, "--out", out / "prepared", "--config", config, *vae)
     train = ["--config", config, "--data", out / "prepared", "--output_dir", out / "model", "--resume"]
-    said += run(launcher, ROOT / "ccella_fast" / "train.py", *train)
+    said += run(launcher, "--master_port", free_port(), ROOT / "ccella_fast" / "train.py", *train)
     sample = ["--report", REPORT, "--num_samples", 2, "--out", out / "samples"]
     said += ccella_fast("sample", "--checkpoint", out / "model", *sample)
     return said + ccella_fast("report", out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from training_fixtures import (
     TOKENS,
     WIDTH,
     environment,
+    free_port,
     losses,
     run,
     start,
@@ -26,12 +26,6 @@ from training_fixtures import (
 )
 
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
 
 
 def deepspeed(processes: int) -> tuple[str, ...]:

@@ -15,18 +15,19 @@ import torch
 from ccella_fast.checkpoint import verify_checkpoint
 from ccella_fast.errors import ConfigError
 from ccella_fast.storage import write_json
-from plain_training import EVERY_STEP, UNUSUAL, difference, plain_training
+from plain_training import UNUSUAL, difference, plain_training
 from training_fixtures import CONFIG, ROOT, environment, losses, train_here, weights
 
 SETTINGS = {**UNUSUAL, "batch_size": 1}
+TWICE = {"checkpointing_steps": 2}  # gathering weights takes longer than a step
 ZERO2_BF16 = {**SETTINGS, "zero_stage": 2, "precision": "bf16"}
 # With ZeRO 2 each process writes a shard of its own, so a disk can be full for one of them. Two steps of four are done when
 # "signal" ends.
 JOBS: dict[str, dict[str, Any]] = {
-    "0-fp32": {"set": {**SETTINGS, **EVERY_STEP}},
-    "2-fp32": {"set": {**SETTINGS, **EVERY_STEP, "zero_stage": 2}},
-    "3-fp32": {"set": {**SETTINGS, **EVERY_STEP, "zero_stage": 3}},
-    "2-bf16": {"set": {**ZERO2_BF16, **EVERY_STEP}},
+    "0-fp32": {"set": {**SETTINGS, **TWICE}},
+    "2-fp32": {"set": {**SETTINGS, **TWICE, "zero_stage": 2}},
+    "3-fp32": {"set": {**SETTINGS, **TWICE, "zero_stage": 3}},
+    "2-bf16": {"set": {**ZERO2_BF16, **TWICE}},
     "signal": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "fault": "signal", "code": 143},
     "resumed": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "continues": "signal"},
     "disk": {
@@ -85,9 +86,9 @@ def plain(data):
 def check_equal_to_the_plain_loop(run: Path, plain) -> None:
     precision = run.name.partition("-")[2]
     two, one = plain[precision]
-    found = difference(run, two, at=[1, 2, 3, 4])
+    found = difference(run, two, at=[2, 4])
     assert not {key: value for key, value in found.items() if value > ALLOWED[precision][key]}, found
-    other = difference(run, one, at=[1, 2, 3, 4])
+    other = difference(run, one, at=[2, 4])
     assert min(other["loss"], other["loss_class"], other["model"]) > 1e-2
 
 
@@ -100,7 +101,7 @@ def test_two_processes_equal_the_plain_loop(launched, plain, name):
 def test_the_other_stages_and_precisions_do_too(tmp_path, data, plain):
     settings = {name: (int(name[0]), name[2:]) for name in REST}
     jobs = {
-        name: {"set": {**SETTINGS, **EVERY_STEP, "zero_stage": stage, "precision": precision}}
+        name: {"set": {**SETTINGS, **TWICE, "zero_stage": stage, "precision": precision}}
         for name, (stage, precision) in settings.items()
     }
     launch(tmp_path, data, jobs)
