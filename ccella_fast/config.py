@@ -7,6 +7,8 @@ be on the list of targets that we implement, `$` expressions are refused, nothin
 
 from __future__ import annotations
 
+import functools
+import logging
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from ccella_fast import reference_config
 from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.storage import read_json
 from ccella_fast.variants import VARIANTS, get_variant
+
+logger = logging.getLogger("ccella_fast")
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -279,21 +283,15 @@ class SamplingConfig(Section):
     #: classifier-free guidance against the null report; 1: off
     guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)  #: fractions of the schedule between which guidance acts
-    random_seed: Count = 0  #: not used; ``--seed`` decides
     batch_size: Positive = 1  #: volumes denoised at a time
 
 
 class PathsConfig(Section):
     """The reference's env file. Unused by the single-file form, whose commands take paths as arguments."""
 
-    data_base_dir: str | None = None  #: start of the manifest's image paths; not used, see ``--data_base_dir``
     embedding_base_dir: str | None = None  #: prepared folder, where ``--data`` is not given
-    train_json: str | None = None  #: manifest of the training set; not used, see ``--data``
-    test_json: str | None = None  #: manifest of the test set; not used, see ``--test_data``
     model_dir: str | None = None  #: parent of the run folder, where ``--output_dir`` is not given
     model_filename: str | None = None  #: name of the run folder, without its suffix
-    output_dir: str | None = None  #: folder of samples; not used, see ``--out``
-    trained_autoencoder_path: str | None = None  #: autoencoder weights; not used, see ``--vae``
     existing_ckpt_filepath: str | None = None  #: must be null: a start from another checkpoint is not supported
 
 
@@ -350,6 +348,17 @@ class Config(Section):
         return [size // self.autoencoder.factor for size in self.data.dim]
 
 
+# Settings of earlier releases and of the reference's files that nothing reads -> the option that decides.
+_REMOVED = {
+    "paths.data_base_dir": "--data_base_dir",
+    "paths.train_json": "--data",
+    "paths.test_json": "--test_data",
+    "paths.output_dir": "--out",
+    "paths.trained_autoencoder_path": "--vae",
+    "sampling.random_seed": "--seed",
+}
+
+
 def load_config(source: str | Path | Sequence[str | Path], overrides: Mapping[str, Any] | Sequence[str] = ()) -> Config:
     """Read a configuration.
 
@@ -404,6 +413,7 @@ def _split(text: str) -> tuple[str, Any]:
 
 
 def _validate(values: dict[str, Any], origin: object) -> Config:
+    values = _without_removed(values, origin)
     try:
         return Config.model_validate(values)
     except ValidationError as bad:
@@ -420,6 +430,25 @@ def _validate(values: dict[str, Any], origin: object) -> Config:
             else "mend these keys together"
         )
         raise ConfigError(why, path=origin, field=field or None, fix=fix) from None
+
+
+def _without_removed(values: dict[str, Any], origin: object) -> dict[str, Any]:
+    """`values` without the settings that had no effect and are gone; a warning names those that were set."""
+    values, ignored = dict(values), []
+    for dotted, instead in _REMOVED.items():
+        section, key = dotted.split(".")
+        if isinstance(values.get(section), dict) and key in values[section]:
+            if values[section][key] not in (None, 0):  # files that we wrote spell out every default
+                ignored.append(f"{key} (use {instead})")
+            values[section] = {name: value for name, value in values[section].items() if name != key}
+    if ignored:
+        _warn_once(f"{origin or 'overrides'}: these settings have no effect and are ignored: {', '.join(ignored)}")
+    return values
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -37,6 +37,36 @@ def test_reference_files_of_every_variant(variant):
     assert config.paths.model_filename == f"{variant}.pt" and config.sampling.num_inference_steps == 1000
 
 
+UNREAD = {
+    "paths": ["data_base_dir", "train_json", "test_json", "output_dir", "trained_autoencoder_path"],
+    "sampling": ["random_seed"],
+}
+
+
+def test_settings_that_nothing_reads_are_ignored_with_one_warning(tmp_path, caplog):
+    """Those of the reference's files and of configurations that earlier releases stored."""
+    paths = reference_files("CCELLA")
+    values = json.loads(paths[1].read_text())
+    values["diffusion_unet_inference"]["random_seed"] = 7
+    changed = tmp_path / "CCELLA_config.json"
+    changed.write_text(json.dumps(values))
+    for _ in range(2):
+        config = load_config([paths[0], changed, paths[2]])
+    assert len(caplog.messages) == 1 and all(key in caplog.text for keys in UNREAD.values() for key in keys)
+    assert "(use --seed)" in caplog.text and "embedding_base_dir" not in caplog.text
+    assert config == load_config(paths)
+    assert not any(key in config.dump()[section] for section, keys in UNREAD.items() for key in keys)
+
+    caplog.clear()
+    stored = config.dump()
+    stored["paths"] |= dict.fromkeys(UNREAD["paths"])
+    stored["sampling"]["random_seed"] = 0
+    assert load_config(write(tmp_path, stored)) == config and not caplog.messages  # defaults, spelt out
+    stored["sampling"]["random_sed"] = 0
+    with pytest.raises(ConfigError, match="unknown key 'random_sed'"):
+        load_config(write(tmp_path, stored))
+
+
 def test_ccella_plus_plus_definition(tmp_path):
     values = json.loads((CONFIGS / "CCELLA_def.json").read_text())
     values |= {"latent_channels": 12, "autoencoder_latent_channels": 4}
@@ -125,14 +155,11 @@ def test_reference_files_run_nothing_and_drop_nothing(tmp_path, section, key, va
 
 def test_every_number_of_the_references_files_arrives(tmp_path):
     """Other values than the reference's, so that none can be a default of ours."""
-    names = (
-        "data_base_dir embedding_base_dir train_json test_json model_dir model_filename output_dir "
-        "trained_autoencoder_path existing_ckpt_filepath"
-    )
+    names = "embedding_base_dir model_dir model_filename existing_ckpt_filepath"
     given = {
         None: {"exp_name": "mine", "institute1": True, **{name: f"of/{name}" for name in names.split()}},
         "diffusion_unet_train": {"batch_size": 3, "lr": 0.5, "n_epochs": 7},
-        "diffusion_unet_inference": {"dim": [64, 96, 32], "random_seed": 5, "num_inference_steps": 77},
+        "diffusion_unet_inference": {"dim": [64, 96, 32], "num_inference_steps": 77},
         "diffusion_unet_def": {
             "num_channels": [48, 96], "attention_levels": [True, False], "num_head_channels": [16, 24], "num_res_blocks": 1,
             "norm_num_groups": 24, "norm_eps": 0.25, "cross_attention_dim": 40, "input_dim": 56, "num_classes": 2,
