@@ -1,7 +1,8 @@
-"""Checkpoint folders: what makes one valid, which is the newest, and loading one for sampling.
+"""Checkpoint folders: validation, search for the newest one, loading for sampling.
 
-RUN/checkpoints/step-00000400/ is published by a rename after its manifest.json, with the SHA-256 of every other file, has been
-written last. Nothing else counts: no marker file, no newest name. Training writes them (`training.saving`).
+The last file written to a checkpoint is manifest.json, with the SHA-256 of every other file; then the folder is renamed to
+its final name, RUN/checkpoints/step-00000400/. A checkpoint is valid if its files have these hashes. Checkpoints are written by
+`training.checkpointing`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _FIX = "use another checkpoint, or train again"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model in evaluation mode and what else sampling needs.
+    """A model in evaluation mode, with everything else that sampling needs.
 
     Attributes:
         scale_factor: one entry per sequence.
         weights: "ema" or "raw".
-        autoencoder: folder for `load_autoencoder`; None where the checkpoint has none (a reference .pt).
+        autoencoder: folder for `load_autoencoder`; None if the checkpoint has none (a reference .pt).
     """
 
     model: Any
@@ -43,34 +44,35 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any = "cpu") -> Checkpoint:
-    """Load a trained model. Every hash is checked before use.
+    """Load a trained model, after all hashes have been checked.
 
     Args:
         path: a run folder (its newest valid step), a step folder, or a reference .pt file.
-        weights: "ema", "raw", or None for the averaged ones where there are any.
-        device: where the model goes.
+        weights: "ema", "raw", or None for the averaged weights if there are any.
+        device: device of the model.
 
     Raises:
         CheckpointError: naming the file.
     """
     path = Path(path)
     if weights not in ("ema", "raw", None):
-        raise ValueError(f"weights is 'ema', 'raw' or None, not {weights!r}")
+        raise ValueError(f"weights must be 'ema', 'raw' or None, got {weights!r}")
     if path.is_file():
         return _load_reference(path, weights, device)
     folder = path if (path / "manifest.json").is_file() else newest_checkpoint(path)
     if folder is None:
         raise CheckpointError(
-            "there is no checkpoint here", path=path, fix="give a run folder, a step folder or a .pt file"
+            "this folder contains no checkpoint", path=path, fix="give a run folder, a step folder or a .pt file"
         )
-    verify_checkpoint(folder)
+    listed = verify_checkpoint(folder)["files"]  # a file that the manifest does not list has not been checked
     from safetensors.torch import load_file
 
     if weights is None:
-        weights = "ema" if (folder / "ema.safetensors").is_file() else "raw"
+        weights = "ema" if "ema.safetensors" in listed else "raw"
     file = folder / ("ema.safetensors" if weights == "ema" else "model.safetensors")
-    if not file.is_file():
-        raise CheckpointError("this run kept no averaged weights", path=file, fix="load the raw weights")
+    if file.name not in listed:
+        which, other = ("averaged", "raw") if weights == "ema" else ("raw", "averaged")
+        raise CheckpointError(f"this checkpoint has no {which} weights", path=file, fix=f"load the {other} weights")
     config, state = load_config(folder / "config.json"), read_state(folder)
     model = _build(config, load_file(file), file, device)
     vae = folder / "vae"
@@ -81,13 +83,15 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
 
 
 def export_reference(path: str | Path, out: str | Path, *, weights: str | None = None) -> None:
-    """Write a checkpoint in the reference's layout: one .pt that `torch.load(weights_only=True)` reads.
+    """Write a checkpoint in the reference's format: one .pt file that `torch.load(weights_only=True)` reads.
 
-    Raises ConfigError when `out` exists: it may be the reference's own, of the same name."""
+    Raises:
+        ConfigError: `out` exists. It may be the reference's own file of the same name.
+    """
     from ccella_fast.reference_checkpoint import write_reference
 
     if Path(out).exists():
-        raise ConfigError("this file exists", path=out, field="--out", fix="remove it, or choose another name")
+        raise ConfigError("this file already exists", path=out, field="--out", fix="remove it, or choose another name")
     loaded = load_checkpoint(path, weights=weights)
     write_reference(
         out,
@@ -99,33 +103,36 @@ def export_reference(path: str | Path, out: str | Path, *, weights: str | None =
 
 
 def step_folder(run: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
 def step_folders(run: Path) -> list[Path]:
-    """Published checkpoints of a run, newest first; not verified."""
+    """The published checkpoints of a run, newest first, without verification."""
     found = (run / "checkpoints").glob("step-*")
     return sorted((folder for folder in found if folder.is_dir()), reverse=True)
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint whose hashes are right; a corrupt one is named in a warning and passed over. None: there is none.
+    """The newest checkpoint whose hashes match, or None if the run has no checkpoint. A warning names each corrupt one.
 
-    Raises CheckpointError when there are checkpoints and all are corrupt."""
+    Raises:
+        CheckpointError: the run has checkpoints, and all are corrupt.
+    """
     folders = step_folders(run)
     for folder in folders:
         try:
             verify_checkpoint(folder)
             return folder
         except CheckpointError as error:
-            logger.warning("%s is passed over: %s", error.path or folder, error.why)
+            logger.warning("%s is skipped: %s", error.path or folder, error.why)
     if folders:
-        raise CheckpointError("no checkpoint of this run is intact", path=run / "checkpoints", fix=_FIX)
+        raise CheckpointError("every checkpoint of this run is damaged", path=run / "checkpoints", fix=_FIX)
     return None
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
-    """Hash every file of `folder` into its manifest.json."""
+    """Write manifest.json with `facts` and the SHA-256 and size of every file in `folder`."""
     files = {
         file.relative_to(folder).as_posix(): {"sha256": sha256(file), "bytes": file.stat().st_size}
         for file in sorted(folder.rglob("*"))
@@ -135,7 +142,11 @@ def write_manifest(folder: Path, **facts: Any) -> None:
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """Compare every file with the manifest; returns the manifest. CheckpointError names the first file that differs."""
+    """Compare every listed file with the manifest and return the manifest.
+
+    Raises:
+        CheckpointError: naming the first file that is missing or differs.
+    """
     path = folder / "manifest.json"
     manifest = read_json(path, error=CheckpointError)
     try:
@@ -144,26 +155,27 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         for name, entry in manifest["files"].items():
             file = folder / name
             if not file.resolve().is_relative_to(folder.resolve()):
-                raise CheckpointError(f"the entry {name!r} leaves the folder", path=path, fix=_FIX)
+                raise CheckpointError(f"the entry {name!r} is outside of the checkpoint", path=path, fix=_FIX)
             if not file.is_file():
                 raise CheckpointError("this file is missing", path=file, fix=_FIX)
             if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
                 raise CheckpointError("this file is damaged (its SHA-256 differs)", path=file, fix=_FIX)
     except (KeyError, TypeError, AttributeError) as bad:
-        raise CheckpointError(f"a malformed manifest ({bad})", path=path, fix=_FIX) from None
+        raise CheckpointError(f"this manifest is malformed ({bad})", path=path, fix=_FIX) from None
     return manifest
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """training_state.json: what the run is made of, which a resume compares, and how far it has come."""
+    """Read training_state.json: the facts of the run, which a resumed run must share, and its progress."""
     return read_json(folder / "training_state.json", error=CheckpointError)
 
 
 def publish_checkpoint(partial: Path, final: Path, *, keep: int) -> None:
-    """Give a complete folder its name, then remove all but `keep` checkpoints: this one and the newest others.
+    """Rename a complete folder to its final name, then remove all checkpoints but this one and the newest `keep` - 1 others.
 
-    It need not be the newest: a run may go on from an older checkpoint than its last."""
-    if final.exists():  # a corrupt one that was passed over
+    It need not be the newest, because a run can be resumed from an older checkpoint.
+    """
+    if final.exists():  # a corrupt checkpoint that was skipped
         _remove(final)
     publish_folder(partial, final)
     others = [folder for folder in step_folders(final.parent.parent) if folder != final]
@@ -172,7 +184,7 @@ def publish_checkpoint(partial: Path, final: Path, *, keep: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # Renamed first, so that a kill in between never leaves half a checkpoint under a valid name.
+    # Renamed first, so that a kill during the removal does not leave a partial checkpoint under a valid name.
     doomed = folder.rename(folder.with_name(f".partial-old-{folder.name}"))
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -187,10 +199,8 @@ def _build(config: Config, state: dict[str, Any], file: Path, device: Any) -> An
         model = build_model(config)
     difference = first_difference(model.state_dict(), state)
     if difference is not None:
-        why = f"these weights are not those of the configured {config.model.variant}: {difference}"
-        raise CheckpointError(
-            why, path=file, field="model", fix="load them with the configuration they were trained with"
-        )
+        why = f"these weights do not fit the configured {config.model.variant}: {difference}"
+        raise CheckpointError(why, path=file, field="model", fix="load them with the configuration of their training")
     model.load_state_dict(state, assign=True)
     return model.to(device).eval()
 

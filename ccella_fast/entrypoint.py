@@ -1,7 +1,7 @@
-"""What both doors, `cli.py` and `train.py`, do alike: how they parse, log, and end.
+"""Parsing, logging and exiting, as `cli.py` and `train.py` share them.
 
-Every ending is one message and an exit code; a traceback is for `--debug`. Under a launcher the first process of a machine
-speaks first: mostly the others fail for the same reason at the same time, and the launcher ends them before they repeat it.
+A command that fails prints one message and returns an exit code; `--debug` shows the traceback. Under a launcher the process of
+local rank 0 prints first: the others usually fail for the same reason, and the launcher stops them before they repeat it.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ from typing import NoReturn
 
 from ccella_fast.errors import CcellaError, ConfigError, DataError
 
-_PATIENCE = 2.0  # seconds; launchers kill all processes when one ends: let the first one say what is wrong
+_PATIENCE = (
+    2.0  # seconds that other ranks wait: a launcher kills all processes when one ends, and rank 0 prints the error
+)
 
 
 def is_local_rank_zero() -> bool:
-    """Does this process speak for its machine?"""
+    """Whether this process prints messages for its machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a usage mistake like any other, in one message. Abbreviated options are refused: they are misspellings."""
+    """An argument parser that reports a usage error as a `ConfigError` and does not accept abbreviated options."""
 
     def __init__(self, **settings: object):
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(allow_abbrev=False, formatter_class=raw, **settings)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
+        """Print the message of a usage error and exit."""
         if is_local_rank_zero():
             print(ConfigError(message, fix=f"see {self.prog} --help"), file=sys.stderr)
         else:
@@ -40,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def log_to_stderr() -> None:
-    """Show our own messages as they are, and of processes that are not the first only the errors."""
+    """Write messages of ccella_fast to stderr without a prefix; ranks other than local rank 0 write errors only."""
     logger = logging.getLogger("ccella_fast")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -49,18 +52,18 @@ def log_to_stderr() -> None:
 
 
 def run_command(work: Callable[[], int], *, debug: bool) -> int:
-    """The exit code of `work`, or of what stopped it."""
+    """Run `work` and return its exit code, or that of the error or signal that ended it."""
     log_to_stderr()
     try:
         code = work()
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # who read our output has seen enough (`| head`)
+    except BrokenPipeError:  # the reader has closed the pipe (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         if is_local_rank_zero():
-            print("stopped; run the same command again to go on", file=sys.stderr)
+            print("stopped; run the same command again to continue", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
@@ -70,14 +73,16 @@ def run_command(work: Callable[[], int], *, debug: bool) -> int:
             print(message, file=sys.stderr)
             return message.exit_code
         time.sleep(_PATIENCE)
-        # Still alive: the others may be well (a study that only this process came to is at fault), and nobody else would tell.
+        # Not killed by the launcher: the error may be of this rank alone, such as a study that only this rank has read.
         print(message, file=sys.stderr)
         return message.exit_code
 
 
 def _unexpected(error: Exception) -> CcellaError:
     if isinstance(error, OSError) and error.filename is not None:
-        why = f"cannot be read or written: {os.strerror(error.errno or 0)}"
-        return DataError(why, path=error.filename, fix="check that this file is there and that you may use it")
-    # The type alone: a library's message may quote what it was working on, a report for instance.
-    return CcellaError(f"internal: {type(error).__name__}", fix="run again with --debug and report it")
+        why = f"this file cannot be read or written: {os.strerror(error.errno or 0)}"
+        return DataError(why, path=error.filename, fix="check that it exists and that you have permission")
+    # Only the type: the message of a library may quote its input, for example a report.
+    return CcellaError(
+        f"internal: {type(error).__name__}", fix="run the command again with --debug and report the traceback"
+    )

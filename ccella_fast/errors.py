@@ -1,7 +1,7 @@
-"""The one error that users see: what is wrong, in which file and field, and how to mend it.
+"""Errors for users: what is wrong, in which file and field, and how to correct it.
 
-The doors (`cli.py`, `train.py`) print `str(error)`, at most five lines, and exit with `error.exit_code`. Raise these for the
-user's mistakes; an `assert` is for ours.
+The commands (`cli.py`, `train.py`) print `str(error)`, at most five lines, and exit with `error.exit_code`. Raise these for a
+user's mistake; use `assert` for one of ours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from collections.abc import Iterable
 
 
 class CcellaError(Exception):
-    """A mistake in what the user gave. Plain strings only, so that it crosses process borders unharmed."""
+    """A mistake in the input. It contains plain strings only, so it can be pickled between processes.
+
+    Args:
+        why: a sentence that says what is wrong, with the value and the bound.
+        path: the file.
+        field: the setting, key or option.
+        fix: what to do, as an imperative.
+    """
 
     exit_code = 1
 
@@ -25,7 +32,9 @@ class CcellaError(Exception):
         lines += [f"  file:  {self.path}"] if self.path else []
         lines += [f"  field: {self.field}"] if self.field else []
         lines += [f"  fix:   {self.fix}"] if self.fix else []
-        return "\n".join(" ".join(line.splitlines()) for line in lines)  # whatever a name in a user's file holds
+        return "\n".join(
+            " ".join(line.splitlines()) for line in lines
+        )  # names in a user's file may contain line breaks
 
     def __reduce__(self):
         return _rebuild, (type(self), self.why, self.path, self.field, self.fix)
@@ -36,38 +45,38 @@ def _rebuild(cls, why, path, field, fix):
 
 
 class ConfigError(CcellaError):
-    """Usage or configuration."""
+    """Wrong usage or configuration."""
 
     exit_code = 2
 
 
 class DataError(CcellaError):
-    """A study, a report, a manifest or a prepared file."""
+    """A defect in a study, a report, a manifest or a prepared file."""
 
     exit_code = 3
 
 
 class CheckpointError(CcellaError):
-    """A checkpoint or a weight file."""
+    """A missing or damaged checkpoint or weight file."""
 
     exit_code = 4
 
 
 class DiskError(CcellaError):
-    """No room, or not writable."""
+    """A full disk, or a folder without write permission."""
 
     exit_code = 5
 
 
 class NonFiniteError(CcellaError):
-    """Training diverged."""
+    """A loss that is not finite in too many consecutive steps."""
 
     exit_code = 6
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'spacing'?`, or the list of what is known when nothing is near."""
+    """The nearest known name as a question, or the list of known names if none is similar."""
     known = sorted(known)
     by_lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return f"did you mean '{by_lower[near[0]]}'?" if near else f"known: {', '.join(known)}"
+    return f"did you mean '{by_lower[near[0]]}'?" if near else f"use one of: {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""The door to training: `deepspeed ccella_fast/train.py`, `torchrun ccella_fast/train.py`, `python ccella_fast/train.py`."""
+"""Training of the diffusion model: `deepspeed ccella_fast/train.py`, or the same with `torchrun` or `python`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 checkpoint, 5 dis
 
 
 def main() -> int:
-    """Parse, train, and say what went wrong in one message; the return value is the exit code."""
+    """Parse the arguments, train, report an error in one message, and return the exit code."""
     arguments = _parser().parse_args()
     return entrypoint.run_command(lambda: _run(arguments), debug=arguments.debug)
 
@@ -33,7 +33,7 @@ def _run(arguments: argparse.Namespace) -> int:
     three = [arguments.env_config, arguments.model_config, arguments.model_def]
     if (None in three) if arguments.config is None else any(three):
         fix = "give --config FILE alone, or all of --env_config, --model_config and --model_def"
-        raise ConfigError("no configuration, or parts of two", fix=fix)
+        raise ConfigError("the configuration must be one file, or the reference's three files", fix=fix)
     overrides = list(arguments.set)
     if arguments.max_train_steps is not None:
         overrides.append(f"training.max_train_steps={arguments.max_train_steps}")
@@ -43,14 +43,19 @@ def _run(arguments: argparse.Namespace) -> int:
         overrides.append(f"training.latents={arguments.latents}")
     config = load_config(arguments.config or three, overrides)
     if config.paths.existing_ckpt_filepath is not None:
-        fix = "set it to null; --resume goes on with a run of ours"
-        raise ConfigError("a start from another checkpoint is not supported", field="existing_ckpt_filepath", fix=fix)
+        fix = "set it to null; --resume continues a run of ccella_fast"
+        raise ConfigError("training cannot start from a reference checkpoint", field="existing_ckpt_filepath", fix=fix)
     data, run = arguments.data or config.paths.embedding_base_dir, arguments.output_dir or _reference_run(config.paths)
     if data is None or run is None:
-        raise ConfigError("no folders", fix="give --data PREPARED_FOLDER and --output_dir FOLDER")
+        raise ConfigError(
+            "the prepared folder and the output folder must be given",
+            fix="add --data PREPARED_FOLDER and --output_dir FOLDER",
+        )
     files = [file for file in (arguments.deepspeed, arguments.deepspeed_config) if file not in (None, True)]
     if len(files) > 1:
-        raise ConfigError("two DeepSpeed files", field="--deepspeed", fix="give one of them")
+        raise ConfigError(
+            f"two DeepSpeed files are given, {files[0]} and {files[1]}", field="--deepspeed", fix="give one of them"
+        )
     settings: dict[str, Any] = {
         "data": Path(data),
         "run": Path(run),
@@ -64,15 +69,15 @@ def _run(arguments: argparse.Namespace) -> int:
     from ccella_fast.training.run import train
 
     code = train(config, resume=arguments.resume, **settings)
-    import torch.distributed as dist  # a mistake is answered before torch is there
+    import torch.distributed as dist  # late, so that mistakes are reported before torch is imported
 
-    if dist.is_initialized():  # not where a complete run had nothing to do
+    if dist.is_initialized():  # it is not if the run was already complete
         dist.destroy_process_group()
     return code
 
 
 def _reference_run(paths: PathsConfig) -> Path | None:
-    """The reference keeps all models in one folder, a file each; we keep a folder each."""
+    """The run folder that corresponds to the reference's model file: model_dir/model_filename without its suffix."""
     if paths.model_dir is None:
         return None
     return Path(paths.model_dir, Path(paths.model_filename or "").stem)
@@ -97,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="latest",
         metavar="STEP_FOLDER",
-        help="go on from the newest checkpoint, if any, or this one",
+        help="continue from the newest checkpoint if there is one, or from this one",
     )
     add(
         "--max_train_steps",
@@ -105,20 +110,28 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="length of the run in optimizer steps; fixed once it has started",
     )
-    about = "stored, or online: load, augment and encode studies while training (needs a folder prepared with --vae)"
+    about = "stored latents, or online: augmented and encoded during training (needs a folder prepared with --vae)"
     add("--latents", choices=["stored", "online"], help=f"{about}; default: training.latents")
-    add("--seed", type=int, metavar="N", help="data order, noise and initial weights follow from it")
+    add("--seed", type=int, metavar="N", help="seed of data order, noise and initial weights")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated")
-    add("--deepspeed", nargs="?", const=True, metavar="FILE", help="a DeepSpeed file (its values win), or a bare flag")
-    add("--deepspeed_config", metavar="FILE", help="the same, under DeepSpeed's own name")
-    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it; LOCAL_RANK says the same
+    add(
+        "--deepspeed",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="DeepSpeed file, whose values take precedence; without FILE the option has no effect",
+    )
+    add("--deepspeed_config", metavar="FILE", help="the same under DeepSpeed's own name")
+    add(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # added by launchers; LOCAL_RANK has the same value
     add(
         "--dry-run",
         "--dry_run",
         action="store_true",
-        help="show resolved settings, parameters, memory and disk; write nothing",
+        help="print resolved settings, parameters, memory and disk space, and write nothing",
     )
-    add("--debug", action="store_true", help="show a traceback instead of one message")
+    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

@@ -71,7 +71,8 @@ def test_a_usage_mistake_is_one_message(tmp_path, arguments):
 
 def ends(work, debug=False):
     """`entrypoint.run_command` in a process of its own: (exit code, stdout, stderr)."""
-    code = f"import sys, logging\nfrom ccella_fast import entrypoint, errors\n{work}\nsys.exit(entrypoint.run_command(work, debug={debug}))"
+    imports = "import sys, logging\nfrom ccella_fast import entrypoint, errors"
+    code = f"{imports}\n{work}\nsys.exit(entrypoint.run_command(work, debug={debug}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
@@ -79,7 +80,9 @@ def ends(work, debug=False):
 def test_an_unexpected_error_is_one_message_and_asks_for_a_report():
     code, _, said = ends("def work(): raise RuntimeError('first\\nsecond')")
     assert code == 1
-    assert said == "error: internal: RuntimeError\n  fix:   run again with --debug and report it\n"
+    assert (
+        said == "error: internal: RuntimeError\n  fix:   run the command again with --debug and report the traceback\n"
+    )
     code, _, said = ends("def work(): raise RuntimeError('first\\nsecond')", debug=True)
     assert code == 1 and said.startswith("Traceback") and "second" in said
 
@@ -91,7 +94,7 @@ def test_only_our_own_messages_are_shown():
 
 def test_an_interrupt_and_a_closed_pipe_end_quietly(tmp_path):
     code, _, said = ends("def work(): raise KeyboardInterrupt")
-    assert code == 130 and "go on" in said and "Traceback" not in said
+    assert code == 130 and "to continue" in said and "Traceback" not in said
     command = f"{sys.executable} -m ccella_fast.cli env 2>{tmp_path}/said | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "141" and (tmp_path / "said").read_text() == ""

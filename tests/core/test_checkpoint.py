@@ -85,20 +85,30 @@ def test_one_flipped_bit_anywhere_is_found_and_named(run):
 def test_a_corrupt_newest_checkpoint_is_passed_over_with_a_warning(run, caplog):
     (step(run, 6) / "model.safetensors").write_bytes(b"")
     assert newest_checkpoint(run) == step(run, 4)
-    assert "model.safetensors" in caplog.text and "passed over" in caplog.text
+    assert "model.safetensors" in caplog.text and "skipped" in caplog.text
     (step(run, 4) / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint of this run is intact"):
+    with pytest.raises(CheckpointError, match="every checkpoint of this run is damaged"):
         newest_checkpoint(run)
 
 
 def test_an_empty_folder_and_a_file_outside_are_refused(run, tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint here"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
         load_checkpoint(tmp_path)
     manifest = read_json(step(run, 6) / "manifest.json")
     manifest["files"]["../../../outside"] = manifest["files"]["model.safetensors"]
     write_json(step(run, 6) / "manifest.json", manifest)
-    with pytest.raises(CheckpointError, match="leaves the folder"):
+    with pytest.raises(CheckpointError, match="outside of the checkpoint"):
         verify_checkpoint(step(run, 6))
+
+
+def test_weights_that_the_manifest_does_not_list_are_not_loaded(run):
+    folder = step(run, 6)
+    manifest = read_json(folder / "manifest.json")
+    del manifest["files"]["ema.safetensors"]
+    write_json(folder / "manifest.json", manifest)
+    assert load_checkpoint(folder).weights == "raw"
+    with pytest.raises(CheckpointError, match="no averaged weights"):
+        load_checkpoint(folder, weights="ema")
 
 
 def test_a_checkpoint_of_another_variant_is_refused(run):
@@ -107,7 +117,7 @@ def test_a_checkpoint_of_another_variant_is_refused(run):
     config["model"]["variant"] = "LAST"
     write_json(folder / "config.json", config)
     remade(folder)
-    with pytest.raises(CheckpointError, match="not those of the configured LAST"):
+    with pytest.raises(CheckpointError, match="do not fit the configured LAST"):
         load_checkpoint(folder)
 
 

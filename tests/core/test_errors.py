@@ -30,4 +30,4 @@ def test_the_nearest_word_is_proposed():
     known = ["spacing", "Spline", "dim"]
     assert errors.did_you_mean("SPACNIG", known) == "did you mean 'spacing'?"
     assert errors.did_you_mean("spine", known) == "did you mean 'Spline'?"
-    assert errors.did_you_mean("zebra", known) == "known: Spline, dim, spacing"
+    assert errors.did_you_mean("zebra", known) == "use one of: Spline, dim, spacing"

@@ -146,13 +146,13 @@ def test_full_disk_is_named_and_loses_nothing(tmp_path):
     target = tmp_path / "a.bin"
     target.write_text("old")
     done = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True, text=True, check=True)
-    assert "no room left" in done.stdout and str(target) in done.stdout
+    assert "the disk is full" in done.stdout and str(target) in done.stdout
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["a.bin"]
 
 
 def test_unwritable_folder_is_a_disk_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="cannot write"):
+    with pytest.raises(DiskError, match="cannot be written"):
         storage.write_json(tmp_path / "file" / "a.json", {})
 
 
@@ -164,7 +164,7 @@ def test_folders_above_are_made_and_long_names_of_files_refused(tmp_path):
     for name in ("x" * 255, "ä" * 127, "a/" + "x" * 255):
         assert storage.safe_join(tmp_path, name) == tmp_path / name
     for name in ("x" * 256, "ä" * 128, "a/" + "x" * 256):  # bytes, not letters
-        with pytest.raises(DataError, match="too long for a file name"):
+        with pytest.raises(DataError, match="more than 255 bytes"):
             storage.safe_join(tmp_path, name)
 
 
@@ -183,7 +183,7 @@ def test_where_nothing_can_be_written_is_known_before_the_work(tmp_path, monkeyp
     assert (caught.value.path, caught.value.field) == (str(tmp_path / "file" / "deep"), "--out")
     for refused in (os.W_OK, os.X_OK):  # root may do all, so the system's answer is replaced
         monkeypatch.setattr(os, "access", lambda path, mode, refused=refused: not mode & refused)
-        with pytest.raises(DiskError, match="cannot write here"):
+        with pytest.raises(DiskError, match="this folder cannot be written"):
             storage.check_writable(tmp_path / "new", "--out")
 
 

@@ -196,7 +196,7 @@ def test_unwritable_output(tmp_path: Path):
     assert (tmp_path / "file").read_text() == "x"
     if os.geteuid() != 0:
         (tmp_path / "locked").mkdir(mode=0o500)
-        with pytest.raises(DiskError, match="cannot write here"):
+        with pytest.raises(DiskError, match="this folder cannot be written"):
             prepare(folder, tmp_path / "locked" / "out", config())
 
 

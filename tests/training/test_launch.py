@@ -65,7 +65,7 @@ def test_dry_run_tells_sizes_and_writes_nothing(tmp_path, data):
     [
         (["--set", "training.lrr=1"], 2, "did you mean 'lr'?"),
         (["--deepspeed", "absent.json"], 2, "does not exist"),
-        (["--resume", "absent"], 4, "there is no checkpoint here"),
+        (["--resume", "absent"], 4, "this folder contains no checkpoint"),
         (["--max_train_stepss", "3"], 2, "unrecognized arguments"),
         (["--data", "absent"], 3, "not prepared"),
     ],

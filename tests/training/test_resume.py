@@ -74,7 +74,7 @@ def test_changed_data_is_refused_and_free_settings_are_not(unbroken, data, tmp_p
 
 
 def test_what_is_not_there_is_refused(tmp_path, unbroken, data, caplog):
-    with pytest.raises(CheckpointError, match="no checkpoint here"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
         train_here(tmp_path / "run", data, resume=str(tmp_path / "nowhere"), **STEPS)
     with pytest.raises(ConfigError, match="already holds a run"):
         train_here(unbroken, data, **STEPS)
