@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccella_fast import environment
+from ccella_fast import hardware
 from timer import LEAST_ROUNDS, Stopwatch
 
 SUITES = ["kernels", "sampler", "training", "data", "memory"]
@@ -130,7 +130,7 @@ def select(suites: list[str], device: torch.device) -> list[BenchmarkCase]:
 
 def emulated(cases: list[BenchmarkCase], device: torch.device) -> dict[str, str]:
     """Those of these cases that would spend their time in emulated bf16, each with the reason; none on other machines."""
-    if device.type != "cpu" or environment.cpu_multiplies_bf16():
+    if device.type != "cpu" or hardware.cpu_multiplies_bf16():
         return {}
     why = "this CPU emulates bf16, many times slower than fp32; --case {} measures it all the same"
     return {case.name: why.format(case.name) for case in cases if case.bf16}

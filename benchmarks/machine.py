@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import timer
-from ccella_fast import environment
+from ccella_fast import hardware
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SIDES = {"cpu": [256, 512, 1024, 2048], "cuda": [8192]}  # of the square matrices: the largest that the time allows
@@ -39,7 +39,7 @@ def rates(
     found: dict[str, Any] = {
         "copy_bytes_per_second": _copy_rate(device, share()), "matmul_flops": {}, "conv3d_flops": {}, "reduced": [],
     }  # fmt: skip
-    emulated = {"bf16"} if device.type == "cpu" and not environment.cpu_multiplies_bf16() else set()
+    emulated = {"bf16"} if device.type == "cpu" and not hardware.cpu_multiplies_bf16() else set()
     found["emulated"] = sorted(emulated)
     for name, dtype in PRECISIONS.items():
         tick(f"matmul {name}")

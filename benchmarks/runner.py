@@ -25,8 +25,9 @@ import timer
 from benchmark_case import BenchmarkCase, Skip, Trial
 from budget import LIMITS_SECONDS, Budget
 from ccella_fast.config import Config
-from ccella_fast.environment import cpu_name, describe_environment, environment_warnings, format_environment
+from ccella_fast.environment import describe_environment, environment_warnings, format_environment
 from ccella_fast.errors import CcellaError
+from ccella_fast.hardware import cpu_name
 from ccella_fast.nvml import Gpu, Monitor, open_gpu
 from fixtures import Workbench
 

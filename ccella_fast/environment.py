@@ -1,38 +1,23 @@
-"""What this machine is, and what of it is known to be slow or wrong: for `ccella-fast env`, and beside every result."""
+"""Versions and hardware of this machine, and its known problems: for `ccella-fast env` and for run records."""
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
-import re
-import resource
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from ccella_fast.storage import write_json
+from ccella_fast import hardware
 
-logger = logging.getLogger("ccella_fast")
 PACKAGES = [
     "torch", "deepspeed", "triton", "xformers", "monai", "transformers", "nvidia-dali-cuda130", "numpy", "nvidia-ml-py",
     "safetensors", "nibabel", "SimpleITK", "pydantic", "pynvml",
 ]  # fmt: skip
-_ISA = ["avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_fp16"]
 _SETTINGS = [
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TRITON_INTERPRET", "CCELLA_FAST_BACKEND",
     "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
 ]  # fmt: skip
-# Values of ONEDNN_MAX_CPU_ISA that exclude the instructions for bf16 products.
-_ISA_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
-_BF16_EMULATED = "bf16 is emulated on this CPU (no AVX512-BF16 or AMX, or ONEDNN_MAX_CPU_ISA excludes them)"
-
-
-# Public reports about 3D convolutions in half precision, each with where to read more.
+# Known defects, each with the public report.
 _CUDNN_WRONG = range(90800, 91100)
 _TRAPS = {
     "slow": "PyTorch 2.9 runs 3D convolutions in half precision 4 to 20 times slower and in 3 times the memory "
@@ -45,7 +30,7 @@ _TRAPS = {
 
 
 def describe_environment() -> dict[str, Any]:
-    """Plain values; no host name, no user name, no path."""
+    """Describe this machine in plain values, without host name, user name or paths."""
     import torch
 
     return {
@@ -54,12 +39,12 @@ def describe_environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {
-            "name": cpu_name(),
+            "name": hardware.cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
-            "quota": _cpu_quota(),
+            "quota": hardware.cpu_quota(),
             "torch_threads": torch.get_num_threads(),
-            "instructions": cpu_instructions(),
-            "multiplies_bf16": cpu_multiplies_bf16(),
+            "instructions": hardware.cpu_instructions(),
+            "multiplies_bf16": hardware.cpu_multiplies_bf16(),
             "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         },
         "gpu": _gpus(torch),
@@ -71,7 +56,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def environment_warnings(facts: dict[str, Any]) -> list[str]:
-    """What is known to be slow or wrong about a machine that `describe` has described, one sentence each."""
+    """Known problems of a machine, as sentences. facts: from `describe_environment`."""
     found, cpu, packages, settings = [], facts["cpu"], facts["packages"], facts["settings"]
     cudnn = facts["cudnn"]
     if cudnn is not None:
@@ -85,12 +70,12 @@ def environment_warnings(facts: dict[str, Any]) -> list[str]:
     if not facts["gpu"] and "amx_fp16" in cpu["instructions"] and (packages["torch"] or "").startswith("2.14.0"):
         found.append(_TRAPS["fp16"])
     if not facts["gpu"] and not cpu["multiplies_bf16"]:
-        found.append(f"{_BF16_EMULATED}; float32 is faster, and what `auto` takes for sampling and training")
+        found.append(f"{hardware.BF16_EMULATED}; float32 is faster, and what `auto` takes for sampling and training")
     if facts["gpu"] and packages["triton"] is None:
-        found.append("there is a GPU but no Triton: none of our kernels can run on it; pip install triton")
+        found.append("there is a GPU but Triton is not installed, so our kernels cannot run on it: pip install triton")
     if settings.get("TRITON_INTERPRET", "0") not in ("0", ""):
         found.append(
-            "TRITON_INTERPRET is set: kernels run in Triton's interpreter, thousands of times slower; unset it"
+            "TRITON_INTERPRET is set, so kernels run in Triton's interpreter, thousands of times slower: unset it"
         )
     if cpu["quota"] is not None and cpu["torch_threads"] > cpu["quota"]:
         found.append(
@@ -108,7 +93,7 @@ def environment_warnings(facts: dict[str, Any]) -> list[str]:
 
 
 def format_environment(facts: dict[str, Any]) -> str:
-    """`describe`'s result and its `warnings` as lines of text."""
+    """Format the result of `describe_environment`, and its warnings, as lines of text."""
     cpu, packages = facts["cpu"], facts["packages"]
     quota = "" if cpu["quota"] is None else f", a quota of {cpu['quota']:g}"
     installed = [f"{name} {version}" for name, version in packages.items() if version]
@@ -134,78 +119,6 @@ def format_environment(facts: dict[str, Any]) -> str:
     )
 
 
-@contextmanager
-def write_run_record(folder: str | Path, command: str, **facts: Any) -> Iterator[dict[str, Any]]:
-    """Time a command; on success write `folder/run_record.json`. The yielded dictionary takes further facts."""
-    start = time.perf_counter()
-    yield facts
-    record = {
-        "command": command,
-        "seconds": round(time.perf_counter() - start, 2),
-        **peak_memory(),
-        **facts,
-        "environment": describe_environment(),
-    }
-    write_json(Path(folder) / "run_record.json", record)
-
-
-def peak_memory() -> dict[str, int]:
-    """MiB since this process began: of the largest process, and of the GPU if this process has used it."""
-    import torch
-
-    children, own = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
-    peak = {"peak_memory_mib": round(max(children, own) / 1024)}
-    if torch.cuda.is_initialized():
-        peak["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
-    return peak
-
-
-def cpu_instructions() -> list[str]:
-    """Which of the vector and matrix instructions that torch's kernels are written for this CPU has."""
-    flags = _cpuinfo().get("flags", "").split()
-    return [flag for flag in _ISA if flag in flags]
-
-
-def cpu_name() -> str:
-    return _cpuinfo().get("model name", platform.machine())
-
-
-def free_memory(device: Any = None) -> int:
-    """Bytes that can still be allocated on this torch device; for the CPU (None) what its machine has, or its container if
-    less."""
-    if device is not None and device.type == "cuda":
-        import torch
-
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
-        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
-        used = int((group / "memory.current").read_text()) - (int(cached[1]) if cached else 0)
-        free = min(free, int(limit) - used)
-    return free
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether products of bf16 use instructions for them in this process (AVX512-BF16, AMX); without, bf16 is slower than fp32.
-
-    Convolutions and matrix products in bf16 are oneDNN's, so its limit ONEDNN_MAX_CPU_ISA (or DNNL_MAX_CPU_ISA, the older name)
-    counts; ATEN_CPU_CAPABILITY narrows only PyTorch's own kernels. `_is_mkldnn_bf16_supported` of torch is another question: it
-    is also true where oneDNN emulates bf16 with AVX-512."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
-    present = not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_instructions())
-    return present and limit.upper() not in _ISA_WITHOUT_BF16
-
-
-@cache
-def warn_of_emulated_bf16(remedy: str) -> None:
-    """Warn, if bf16 is emulated, that float32 is faster: once a process for each `remedy`, and on the first rank alone."""
-    if not cpu_multiplies_bf16() and os.environ.get("RANK", "0") == "0":
-        logger.warning("%s; float32 is faster: %s", _BF16_EMULATED, remedy)
-
-
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -213,26 +126,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's entry."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
-
-
-def _cpu_quota() -> float | None:
-    """CPUs that the container may use on average; None without a limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else int(quota) / int(period)
-
-
 def _driver() -> str | None:
-    """Version of NVIDIA's driver; None where there is none."""
+    """The version of NVIDIA's driver, or None if it is not installed."""
     try:
         import pynvml as nvml
 
@@ -245,7 +140,7 @@ def _driver() -> str | None:
 
 
 def _kernels() -> dict[str, dict[str, str]]:
-    """Which backend each kernel takes here, and why."""
+    """The backend that each kernel uses here, with the reason."""
     from ccella_fast.kernels.backend import explain
 
     return {choice.kernel: {"backend": choice.backend, "why": choice.reason} for choice in explain()}

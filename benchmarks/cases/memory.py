@@ -16,7 +16,7 @@ import torch
 import reference
 from benchmark_case import BenchmarkCase, Implementation, Skip, Trial
 from cases.sampler import TIMESTEP
-from ccella_fast.environment import free_memory
+from ccella_fast.hardware import free_memory
 from fixtures import Workbench
 from op_counter import FlashAttention, HalfAutocast, backend, saved_bytes
 from timer import Stopwatch

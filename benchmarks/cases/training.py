@@ -21,7 +21,7 @@ from benchmark_case import BenchmarkCase, Implementation, Roofline, Skip, Trial
 from cases.sampler import step_floor
 from ccella_fast.config import Config, load_config, make_config
 from ccella_fast.diffusion.schedule import Schedule
-from ccella_fast.environment import free_memory
+from ccella_fast.hardware import free_memory
 from ccella_fast.storage import write_json
 from fixtures import Workbench
 from op_counter import FlashAttention, backend, count

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from ccella_fast.data.readers.volume_file import read_nifti_array
-from ccella_fast.environment import write_run_record
 from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.run_record import write_run_record
 from ccella_fast.sampling.output import OutputVolume, OutputWriter
 from ccella_fast.sampling.request import CLASSES, Request
 from ccella_fast.sampling.sampler import FastSampler

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from ccella_fast.config import ModelConfig
-from ccella_fast.environment import free_memory
 from ccella_fast.errors import ConfigError
+from ccella_fast.hardware import free_memory
 from ccella_fast.sampling.conditioning import TABLE_BYTES
 
 _FP32 = 4

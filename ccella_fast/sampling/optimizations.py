@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ccella_fast import environment
+from ccella_fast import hardware
 from ccella_fast.deprecation import deprecated_arguments
 from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.kernels.upsample_conv3d import UpsampleConv3d
@@ -56,7 +56,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
-        fast = device.type == "cuda" or (device.type == "cpu" and environment.cpu_multiplies_bf16())
+        fast = device.type == "cuda" or (device.type == "cpu" and hardware.cpu_multiplies_bf16())
         return torch.bfloat16 if fast else torch.float32
     if dtype not in DTYPES:
         fix = did_you_mean(dtype, [*DTYPES, "auto"])

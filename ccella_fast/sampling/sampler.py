@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccella_fast import environment
+from ccella_fast import hardware
 from ccella_fast.checkpoint import Checkpoint
 from ccella_fast.config import Config
 from ccella_fast.deprecation import deprecated_arguments
@@ -101,7 +101,7 @@ class FastSampler:
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self.dtype = resolve_dtype(dtype, self.device)
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
-            environment.warn_of_emulated_bf16("choose dtype float32 or auto for sampling")
+            hardware.warn_of_emulated_bf16("choose dtype float32 or auto for sampling")
         self.config = config or pretrained.config_of(model, autoencoder)
         self.origin = origin or pretrained.Provenance.of_objects(self.config)
         last = channels_last(self.optimizations, self.dtype, self.device)

@@ -90,10 +90,10 @@ def auto_precision(start: Path | None) -> Literal["bf16", "fp32"]:
     """What precision "auto" means: that of the run which goes on from the step folder `start`; None: the faster one here."""
     if start is not None:
         return "bf16" if load_config(start / "config.json").training.precision == "bf16" else "fp32"
-    from ccella_fast import environment
+    from ccella_fast import hardware
     from ccella_fast.training import distributed
 
-    return "bf16" if distributed.uses_gpu() or environment.cpu_multiplies_bf16() else "fp32"
+    return "bf16" if distributed.uses_gpu() or hardware.cpu_multiplies_bf16() else "fp32"
 
 
 def check_data(config: Config, data: Path) -> Manifest:
@@ -174,7 +174,8 @@ def _train(plan: RunPlan) -> int:
 
     import torch.distributed as dist
 
-    from ccella_fast.environment import warn_of_emulated_bf16, write_run_record
+    from ccella_fast.hardware import warn_of_emulated_bf16
+    from ccella_fast.run_record import write_run_record
     from ccella_fast.training.telemetry import write_status
 
     main, precision = dist.get_rank() == 0, plan.config.training.precision

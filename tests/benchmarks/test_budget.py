@@ -15,7 +15,7 @@ import machine
 import run
 import runner
 import timer
-from ccella_fast import environment
+from ccella_fast import hardware
 
 CPU = torch.device("cpu")
 QUICK = benchmark_case.select(["quick"], CPU)
@@ -75,7 +75,7 @@ def test_rates_of_this_machine_are_found_for_every_precision():
 
 @pytest.mark.parametrize("convolution", [1.0, 0.15])  # an emulated convolution can be far slower than a product
 def test_limits_keep_to_their_budget_where_bf16_is_emulated(monkeypatch, clock, convolution):
-    monkeypatch.setattr(environment, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: False)
     fake_hardware(monkeypatch, clock, EMULATED, convolution=convolution)
     found = find_rates()
     assert clock.now < 1.3 * budget.LIMITS_SECONDS
@@ -86,7 +86,7 @@ def test_limits_keep_to_their_budget_where_bf16_is_emulated(monkeypatch, clock, 
 
 def test_a_fast_machine_is_measured_at_full_size(monkeypatch, clock):
     """The control: nothing is reduced, and every convolution is there."""
-    monkeypatch.setattr(environment, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: True)
     fake_hardware(monkeypatch, clock, NATIVE)
     found = find_rates()
     assert found["reduced"] == found["emulated"] == [] and "emulated" not in machine.describe(found)
@@ -269,12 +269,12 @@ def stuck(clock, seconds):
 
 def test_bf16_cases_are_for_those_who_ask_where_it_is_emulated(monkeypatch):
     every = benchmark_case.registry()
-    monkeypatch.setattr(environment, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: False)
     found = benchmark_case.emulated(every, CPU)
     assert set(found) == {"training_step_bf16", "training_step_tuned"}
     assert all("emulates bf16" in why and f"--case {name}" in why for name, why in found.items())
     assert benchmark_case.emulated(every, torch.device("cuda")) == {}
-    monkeypatch.setattr(environment, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: True)
     assert benchmark_case.emulated(every, CPU) == {}
 
 

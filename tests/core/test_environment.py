@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ccella_fast import environment
+from ccella_fast import environment, hardware, run_record
 
 GIB = 2**30
 MEMINFO = f"MemTotal: {16 * 2**20} kB\nMemFree: 4 kB\nMemAvailable:   {8 * 2**20} kB\nBuffers: 12 kB\n"
@@ -18,7 +18,7 @@ MEMINFO = f"MemTotal: {16 * 2**20} kB\nMemFree: 4 kB\nMemAvailable:   {8 * 2**20
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     """Replace the file of this absolute path; files that were not written are absent."""
-    monkeypatch.setattr(environment, "Path", lambda path: tmp_path / str(path).lstrip("/"))
+    monkeypatch.setattr(hardware, "Path", lambda path: tmp_path / str(path).lstrip("/"))
 
     def replace(path: str, text: str) -> None:
         file = tmp_path / path.lstrip("/")
@@ -30,7 +30,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str
 
 def test_free_memory_is_the_machines_or_its_containers_if_less(write):
     write("/proc/meminfo", MEMINFO)
-    assert environment.free_memory() == 8 * GIB
+    assert hardware.free_memory() == 8 * GIB
     for limit, stat, expected in [
         ("max", "", 8 * GIB),
         (4 * GIB, f"active_file {GIB}\ninactive_file {2 * GIB}\nslab 5", 3 * GIB),  # 3 GiB in use, 2 can be dropped
@@ -40,7 +40,7 @@ def test_free_memory_is_the_machines_or_its_containers_if_less(write):
         write("/sys/fs/cgroup/memory.max", f"{limit}\n")
         write("/sys/fs/cgroup/memory.current", f"{3 * GIB}\n")
         write("/sys/fs/cgroup/memory.stat", stat)
-        assert environment.free_memory() == expected
+        assert hardware.free_memory() == expected
 
 
 def test_the_containers_share_of_the_cpus(write):
@@ -53,19 +53,19 @@ def test_the_containers_share_of_the_cpus(write):
 def test_name_and_instructions_are_those_of_the_first_processor(write):
     entry = "processor\t: {}\nmodel name\t: Some CPU: {} GHz\nflags\t\t: fpu avx2 {}\n"
     write("/proc/cpuinfo", "\n".join([entry.format(0, 3, "avx512_bf16x avx512f"), entry.format(1, 2, "amx_bf16")]))
-    assert environment.cpu_name() == "Some CPU: 3 GHz"
-    assert environment.cpu_instructions() == ["avx2", "avx512f"]
+    assert hardware.cpu_name() == "Some CPU: 3 GHz"
+    assert hardware.cpu_instructions() == ["avx2", "avx512f"]
 
 
 def test_peak_memory_is_that_of_the_largest_process(monkeypatch: pytest.MonkeyPatch):
     for children, own in ((5 * 1024, 3 * 1024), (3 * 1024, 5 * 1024)):
         kib = {resource.RUSAGE_CHILDREN: children, resource.RUSAGE_SELF: own}
         monkeypatch.setattr(resource, "getrusage", lambda who, kib=kib: SimpleNamespace(ru_maxrss=kib[who]))
-        assert environment.peak_memory()["peak_memory_mib"] == 5
+        assert hardware.peak_memory()["peak_memory_mib"] == 5
 
 
 def test_a_record_is_left_by_success_alone(tmp_path: Path):
-    with pytest.raises(ZeroDivisionError), environment.write_run_record(tmp_path, "prepare"):
+    with pytest.raises(ZeroDivisionError), run_record.write_run_record(tmp_path, "prepare"):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
 

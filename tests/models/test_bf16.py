@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccella_fast import FastSampler, environment
+from ccella_fast import FastSampler, environment, hardware
 from ccella_fast.config import make_config
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import ConfigError
@@ -32,9 +32,9 @@ on_cpu = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def forget_warnings():
-    environment.warn_of_emulated_bf16.cache_clear()
+    hardware.warn_of_emulated_bf16.cache_clear()
     yield
-    environment.warn_of_emulated_bf16.cache_clear()
+    hardware.warn_of_emulated_bf16.cache_clear()
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def answer(monkeypatch):
     """`answer(True)`: from now on this CPU multiplies bf16."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.delenv("RANK", raising=False)
-    return lambda value: monkeypatch.setattr(environment, "cpu_multiplies_bf16", lambda: value)
+    return lambda value: monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: value)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def test_instructions_and_onednns_limit_decide(monkeypatch, instructions, limit,
         monkeypatch.delenv(name, raising=False)
     for name, value in limit.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(environment, "cpu_instructions", lambda: instructions)
-    assert environment.cpu_multiplies_bf16() == expected
+    monkeypatch.setattr(hardware, "cpu_instructions", lambda: instructions)
+    assert hardware.cpu_multiplies_bf16() == expected
     assert resolve_dtype("auto", CPU) == (torch.bfloat16 if expected else torch.float32)
 
 
@@ -86,7 +86,7 @@ def test_instructions_and_onednns_limit_decide(monkeypatch, instructions, limit,
 def test_onednn_dispatches_as_the_answer_says(limit):
     """Judged by oneDNN's own log of a product: which implementation, made for which instructions, did it choose?"""
     code = (
-        "import torch\nfrom ccella_fast.environment import cpu_multiplies_bf16\n"
+        "import torch\nfrom ccella_fast.hardware import cpu_multiplies_bf16\n"
         "a = torch.ones(64, 64).bfloat16()\n"
         "with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):\n    a @ a\n"
         "print('answer', cpu_multiplies_bf16())"
@@ -170,11 +170,11 @@ def test_float32_and_auto_give_no_warning(checkpoint, caplog, answer):
 def test_other_ranks_are_silent(caplog, answer, monkeypatch):
     answer(False)
     monkeypatch.setenv("RANK", "1")
-    environment.warn_of_emulated_bf16("choose float32")
+    hardware.warn_of_emulated_bf16("choose float32")
     assert not warnings_in(caplog)
     monkeypatch.setenv("RANK", "0")
-    environment.warn_of_emulated_bf16.cache_clear()
-    environment.warn_of_emulated_bf16("choose float32")
+    hardware.warn_of_emulated_bf16.cache_clear()
+    hardware.warn_of_emulated_bf16("choose float32")
     assert len(warnings_in(caplog)) == 1
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ccella_fast.data.loading.dataset import Batch, LatentSource, PreparedDataset, StudyEpoch
-from ccella_fast.environment import free_memory
+from ccella_fast.hardware import free_memory
 
 logger = logging.getLogger("ccella_fast")
 _SHARE = 0.25  # of free memory; the rest is for activations

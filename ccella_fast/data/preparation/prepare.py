@@ -40,8 +40,9 @@ from ccella_fast.data.preparation.stages import (
 from ccella_fast.data.preparation.worker_pool import WorkerPool
 from ccella_fast.data.readers.discovery import Defects, Study, find_studies
 from ccella_fast.data.text_encoder import TextEncoder
-from ccella_fast.environment import peak_memory, write_run_record
 from ccella_fast.errors import ConfigError, DataError, DiskError
+from ccella_fast.hardware import peak_memory
+from ccella_fast.run_record import write_run_record
 from ccella_fast.storage import check_writable, existing_parent, read_json, remove_partial_files, write_json
 from ccella_fast.variants import get_variant
 

@@ -22,8 +22,8 @@ from ccella_fast.data.preparation.stage_cache import StageCache, fingerprint_of
 from ccella_fast.data.preparation.worker_pool import TaskResult, WorkerPool
 from ccella_fast.data.readers.discovery import Study
 from ccella_fast.data.text_encoder import TextEncoder
-from ccella_fast.environment import warn_of_emulated_bf16
 from ccella_fast.errors import DataError
+from ccella_fast.hardware import warn_of_emulated_bf16
 
 # Part of every digest; raise it when the same inputs give other results.
 RECIPE, IMAGE_RECIPE, AUGMENTED_RECIPE = 1, 2, 2

@@ -14,8 +14,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
-from ccella_fast.environment import free_memory
 from ccella_fast.errors import DataError
+from ccella_fast.hardware import free_memory
 
 logger = logging.getLogger("ccella_fast")
 Task = TypeVar("Task")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ccella_fast.environment import free_memory
+from ccella_fast.hardware import free_memory
 from ccella_fast.kernels.group_norm_silu import GroupNormSiLU, group_norm_silu_apply
 from ccella_fast.models.autoencoder.tiling_plan import (
     HALO,
