@@ -70,10 +70,8 @@ def test_a_usage_mistake_is_one_message(tmp_path, arguments):
 
 
 def ends(work, debug=False):
-    """`doors.run` in a process of its own: (exit code, stdout, stderr)."""
-    code = (
-        f"import sys, logging\nfrom ccella_fast import doors, errors\n{work}\nsys.exit(doors.run(work, debug={debug}))"
-    )
+    """`entrypoint.run_command` in a process of its own: (exit code, stdout, stderr)."""
+    code = f"import sys, logging\nfrom ccella_fast import entrypoint, errors\n{work}\nsys.exit(entrypoint.run_command(work, debug={debug}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
