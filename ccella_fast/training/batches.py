@@ -18,29 +18,26 @@ import torch
 from torch import Tensor
 
 from ccella_fast.data.augmentation.engine import threads_per_process
-from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset, StudyEpoch
+from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset, StudyEpoch, TrainingSample, to_device
 from ccella_fast.diffusion.noise import generator
 
 _CPU = torch.device("cpu")
 
 
 class MicroBatch(NamedTuple):
-    """One micro-batch, on the device. `class_share` corrects the class loss, a mean over the local samples that have a class,
-    to the mean over those of the whole global batch (the reference's own value on one process)."""
+    """The studies of one micro-step and what was drawn for each of them, on the device."""
 
-    ids: list[str]
-    latents: Tensor  # (B, C, X, Y, Z) float32, times the scale factor: x0
+    batch: TrainingSample
+    latents: Tensor  # x0: a draw from the posterior (B, C, X, Y, Z) float32, times the scale factor
     noise: Tensor  # like latents
     timesteps: Tensor  # (B,) int64
-    text: Tensor | None  # (B, L, E); None: a variant without text
-    pirads: Tensor  # (B, 2) one-hot x 100
-    spacing: Tensor  # (B, 3) mm x 100
-    has_class: Tensor  # (B,) bool: a report and a class
+    # Corrects the class loss, a mean over the local samples that have a class, to the mean over those of the global batch
+    # (which is what the reference computes on one process).
     class_share: float
 
-    def to(self, device: torch.device) -> MicroBatch:
-        moved: dict[str, Any] = {k: _to(part, device) for k, part in self._asdict().items() if isinstance(part, Tensor)}
-        return self._replace(**moved)
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor of the micro-batch."""
+        return (part for part in (*self, *self.batch) if isinstance(part, Tensor))
 
 
 @lru_cache(maxsize=8)
@@ -118,20 +115,12 @@ class BatchStream:
         for (step, micro), batch in zip(wanted, self.source.batches(picks, len(wanted)), strict=True):
             positions, shape = self._positions(step, micro), batch.latent_mean.shape[1:]
             draws = mapped(lambda position, shape=shape: self._draw(position, shape), positions)
-            posterior, noise, timesteps = (_to(torch.stack(part), self.device) for part in zip(*draws, strict=True))
-            mean, sigma = _to(batch.latent_mean, self.device), _to(batch.latent_sigma, self.device)
-            text = None if batch.text is None else _to(batch.text, self.device)
-            yield MicroBatch(
-                ids=batch.ids,
-                latents=(mean + sigma * posterior) * self.scale,
-                noise=noise,
-                timesteps=timesteps,
-                text=text,
-                pirads=_to(batch.pirads, self.device),
-                spacing=_to(batch.spacing, self.device),
-                has_class=_to(batch.has_class, self.device),
-                class_share=self._class_share(step, positions),
+            posterior, noise, timesteps = (
+                to_device(torch.stack(part), self.device) for part in zip(*draws, strict=True)
             )
+            batch = batch.to(self.device)
+            latents = (batch.latent_mean + batch.latent_sigma * posterior) * self.scale
+            yield MicroBatch(batch, latents, noise, timesteps, self._class_share(step, positions))
 
     def _class_share(self, step: int, positions: range) -> float:
         start, has_class = step * self.global_batch, self.dataset.has_class
@@ -160,20 +149,12 @@ class BatchStream:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
             coming = pool.submit(make)
             while True:
-                samples, made = coming.result()
-                if samples is None:
+                micro_batch, made = coming.result()
+                if micro_batch is None:
                     return
                 coming = pool.submit(make)
                 if made is not None:
                     torch.cuda.current_stream(self.device).wait_event(made)
-                    for part in samples:
-                        if isinstance(part, Tensor):
-                            part.record_stream(torch.cuda.current_stream(self.device))
-                yield samples
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, through pinned memory where it comes from the host."""
-    if tensor.device.type == device.type:
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+                    for tensor in micro_batch.tensors():
+                        tensor.record_stream(torch.cuda.current_stream(self.device))
+                yield micro_batch

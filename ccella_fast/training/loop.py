@@ -29,24 +29,25 @@ class Losses(NamedTuple):
     finite: Tensor  # (B,) bool: is the sample's prediction finite?
 
 
-def joint_loss(model: Any, samples: MicroBatch, schedule: Schedule, weight: float) -> Losses:
+def joint_loss(model: Any, micro_batch: MicroBatch, schedule: Schedule, weight: float) -> Losses:
     """L1 between predicted and true noise + weight x focal loss of the predicted class. `model`: a Denoiser or its engine.
 
     Scalars are fp32; nothing is read back to the host."""
     network = getattr(model, "module", model)
     variant, dtype = network.variant, next(network.parameters()).dtype
-    noisy = schedule.add_noise(samples.latents, samples.noise, samples.timesteps)
-    inputs: dict[str, Tensor] = {"spacing": samples.spacing}
-    if samples.text is not None:
-        inputs["text"] = samples.text.to(dtype)
+    batch = micro_batch.batch
+    noisy = schedule.add_noise(micro_batch.latents, micro_batch.noise, micro_batch.timesteps)
+    inputs: dict[str, Tensor] = {"spacing": batch.spacing}
+    if batch.text is not None:
+        inputs["text"] = batch.text.to(dtype)
     if variant.class_input == "given":
-        inputs["pirads"] = samples.pirads
-    predicted, logits = model(noisy.to(dtype), samples.timesteps, **inputs)
-    noise = noise_loss(predicted, samples.noise)
+        inputs["pirads"] = batch.pirads
+    predicted, logits = model(noisy.to(dtype), micro_batch.timesteps, **inputs)
+    noise = noise_loss(predicted, micro_batch.noise)
     if logits is None or weight == 0:
         classes = torch.zeros_like(noise)
     else:
-        classes = class_loss(logits, samples.pirads, samples.has_class) * samples.class_share
+        classes = class_loss(logits, batch.pirads, batch.has_class) * micro_batch.class_share
     return Losses(noise + weight * classes, noise, classes, predicted.detach().isfinite().flatten(1).all(1))
 
 
@@ -74,13 +75,13 @@ def train_loop(
     for step, micro_batches in enumerate(feed.steps(first, total, background=on_gpu), start=first):
         done, seen = step + 1, []
         lr = engine.lr_scheduler.get_last_lr()[0]
-        for samples in micro_batches:
-            losses = joint_loss(engine, samples, schedule, weight)
+        for micro_batch in micro_batches:
+            losses = joint_loss(engine, micro_batch, schedule, weight)
             # A non-finite loss makes every gradient NaN, on every process once they are averaged: so all agree to skip.
             poison = torch.where(losses.total.detach().isfinite(), 1.0, torch.nan)
             engine.backward(losses.total * poison)
             engine.step()  # updates the weights at the last micro-step
-            seen.append((samples.ids, losses))
+            seen.append((micro_batch.batch.ids, losses))
 
         if engine.optimizer.overflow:  # gradient norm not finite: DeepSpeed has left the weights as they were
             engine.lr_scheduler.step()

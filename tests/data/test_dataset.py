@@ -37,7 +37,7 @@ def test_a_batch_carries_the_references_scaling(folder: Path):
     assert batch.ids == ["case1", "case4", "case0"] and len(dataset) == 5
     torch.testing.assert_close(batch.pirads, torch.tensor([[0.0, 100.0], [0.0, 0.0], [100.0, 0.0]]))
     torch.testing.assert_close(batch.spacing, torch.tensor([[50.0, 50.0, 56.25]] * 3))
-    assert batch.text_isnull.tolist() == [False, True, False] and batch.has_class.tolist() == [True, False, True]
+    assert batch.has_class.tolist() == [True, False, True]
     assert dataset.has_class == [True, True, True, True, False]
     for position, case in enumerate(batch.ids):
         mean = np.load(folder / f"latents/{case}/t2w_mean.npy")

@@ -27,7 +27,7 @@ def feed(dataset, *, batch_size=1, accumulation=1, rank=0, world_size=1, seed=3,
 
 def posteriors(dataset, samples):
     """The standard normal draws behind the latents; sigma is 0.1."""
-    numbers = [dataset.ids.index(case) for case in samples.ids]
+    numbers = [dataset.ids.index(case) for case in samples.batch.ids]
     mean = torch.stack([dataset[number].latent_mean for number in numbers])
     return (samples.latents - mean) / 0.1
 
@@ -82,7 +82,7 @@ def test_an_epoch_shows_every_study_once_whatever_the_batch(dataset, batch_size,
         for step in range(20 // whole + 1)
         for micro in range(accumulation)
         for one in feeds
-        for case in one.micro_batch(step, micro).ids
+        for case in one.micro_batch(step, micro).batch.ids
     ]
     epochs = [seen[first : first + 5] for first in range(0, 20, 5)]
     assert all(sorted(epoch) == sorted(dataset.ids) for epoch in epochs)
@@ -103,7 +103,7 @@ def test_shares_make_local_means_the_global_mean(dataset, accumulation, world_si
             for rank in range(world_size)
             for micro in range(accumulation)
         ]
-        known = [[value[case] for case in part.ids if case != classless] for part in every]
+        known = [[value[case] for case in part.batch.ids if case != classless] for part in every]
         expected = np.mean(sum(known, []))
         parts = [np.mean(local or [0.0]) * part.class_share for local, part in zip(known, every, strict=True)]
         assert np.mean(parts) == pytest.approx(expected, rel=1e-12)
@@ -115,6 +115,6 @@ def test_a_feed_begun_later_goes_on_with_the_same_numbers(dataset):
     whole = [samples for batches in feed(dataset, batch_size=2).steps(0, 5, background=False) for samples in batches]
     later = [samples for batches in feed(dataset, batch_size=2).steps(3, 5, background=False) for samples in batches]
     for one, other in zip(whole[3:], later, strict=True):
-        assert one.ids == other.ids and torch.equal(one.timesteps, other.timesteps)
+        assert one.batch.ids == other.batch.ids and torch.equal(one.timesteps, other.timesteps)
         assert torch.equal(one.latents, other.latents) and torch.equal(one.noise, other.noise)
     assert not torch.equal(whole[2].noise, later[0].noise)

@@ -64,7 +64,7 @@ def float64_loss(samples, predicted, logits, weight):
     l1 = np.abs(predicted.double().numpy() - samples.noise.double().numpy()).mean()
     focal, count = 0.0, 0
     for row, target, known in zip(
-        logits.double().numpy(), samples.pirads.double().numpy(), samples.has_class.numpy(), strict=True
+        logits.double().numpy(), samples.batch.pirads.double().numpy(), samples.batch.has_class.numpy(), strict=True
     ):
         p = np.exp(row) / np.exp(row).sum()
         count += known
@@ -100,9 +100,9 @@ def test_ranks_and_micro_steps_share_out_one_stream(data):
             for micro in (0, 1)
             for rank in (0, 1)
         ]
-        assert [part.ids[0] for part in parts] == whole.ids
-        for name in ("latents", "noise", "timesteps", "text", "pirads", "has_class"):
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
+        assert [part.batch.ids[0] for part in parts] == whole.batch.ids
+        for number, expected in enumerate(whole.tensors()):
+            assert torch.equal(torch.cat([list(part.tensors())[number] for part in parts]), expected), number
     other = feed(data, batch_size=4, seed=4).micro_batch(0, 0)
     assert not torch.equal(other.noise, feed(data, batch_size=4).micro_batch(0, 0).noise)
 
@@ -124,10 +124,12 @@ def test_the_stream_that_reads_ahead_waits_for_what_the_training_has_put_on_the_
 
     def made():
         calls.append("made")
-        yield ("sample",)
+        yield micro_batch
 
-    assert list(ahead._ahead(made())) == [("sample",)]
-    assert calls == ["wait for training", "made", "wait for event"]
+    tensor = SimpleNamespace(record_stream=lambda stream: calls.append("recorded" if stream is current else "lost"))
+    micro_batch = SimpleNamespace(tensors=lambda: [tensor])
+    assert list(ahead._ahead(made())) == [micro_batch]
+    assert calls == ["wait for training", "made", "wait for event", "recorded"]
 
 
 def test_a_process_that_ends_because_another_did_is_no_bug(monkeypatch):
@@ -151,10 +153,10 @@ def test_posterior_is_drawn_anew_and_scaled(data):
     seen: dict[str, list[torch.Tensor]] = {}
     for step in range(10):  # two epochs
         samples = stream.micro_batch(step, 0)
-        mean = np.load(data / cases[samples.ids[0]].files["latent_mean/t2w"].path)
+        mean = np.load(data / cases[samples.batch.ids[0]].files["latent_mean/t2w"].path)
         draw = (samples.latents[0].numpy() / 0.97 - mean) / 0.1
         assert abs(draw.mean()) < 0.15 and 0.9 < draw.std() < 1.1
-        seen.setdefault(samples.ids[0], []).append(samples.latents)
+        seen.setdefault(samples.batch.ids[0], []).append(samples.latents)
     assert all(len(pair) == 2 and not torch.equal(*pair) for pair in seen.values())
 
 
@@ -166,16 +168,16 @@ def test_class_loss_of_parts_is_that_of_the_whole(data):
     def classes(samples, rows):
         return float(joint_loss(Answer(samples.noise, logits[rows]), samples, schedule, 1.0).classes)
 
-    batch = feed(data, batch_size=5).micro_batch(0, 0)
+    whole = feed(data, batch_size=5).micro_batch(0, 0)
     p = np.exp(logits.double().numpy())
     p /= p.sum(1, keepdims=True)
     target = {"case0": 0, "case1": 1, "case2": 0, "case3": 1}  # case4 has neither class nor report
     by_hand = [
         100 * (0.25, 0.75)[target[case]] * (1 - row[target[case]]) ** 2 * -np.log(row[target[case]])
-        for case, row in zip(batch.ids, p, strict=True)
+        for case, row in zip(whole.batch.ids, p, strict=True)
         if case in target
     ]
-    assert classes(batch, slice(None)) == pytest.approx(np.mean(by_hand), rel=1e-5)
+    assert classes(whole, slice(None)) == pytest.approx(np.mean(by_hand), rel=1e-5)
     micro = [feed(data, batch_size=1, accumulation=5).micro_batch(0, m) for m in range(5)]
     parts = [classes(samples, slice(m, m + 1)) for m, samples in enumerate(micro)]
     assert np.mean(parts) == pytest.approx(np.mean(by_hand), rel=1e-5) and parts.count(0.0) == 1

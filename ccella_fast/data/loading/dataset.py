@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -19,34 +20,27 @@ from tqdm import tqdm
 from ccella_fast.config import Config
 from ccella_fast.data.manifest import IMPORTED, NAME, FileEntry, StudyEntry, load_manifest
 from ccella_fast.errors import DataError, did_you_mean
-from ccella_fast.variants import get_variant
+from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE, get_variant
 
 
-class Item(NamedTuple):
-    """One study. Latents of several sequences lie one after the other on the channel axis. latent_sigma is 0 where only the
-    mean is known. pirads is one-hot x 100, zeros where not known. has_class: there is a class and a report to read it from."""
+class TrainingSample(NamedTuple):
+    """What training reads of one study; or of B studies, when collated: every tensor then has a leading dimension B.
 
-    id: str
-    latent_mean: Tensor  # (C, X, Y, Z) float32
-    latent_sigma: Tensor  # (C, X, Y, Z) float32
-    text: Tensor | None  # (L, E) float32; None: a variant without text
-    pirads: Tensor  # (2,) float32
-    spacing: Tensor  # (3,) float32, mm x 100
-    text_isnull: bool
-    has_class: bool
-
-
-class Batch(NamedTuple):
-    """Items stacked: the same fields, with B in front; `text_isnull` and `has_class` are (B,) bool."""
+    Latents of several sequences are concatenated along the channels.
+    """
 
     ids: list[str]
-    latent_mean: Tensor
-    latent_sigma: Tensor
-    text: Tensor | None
-    pirads: Tensor
-    spacing: Tensor
-    text_isnull: Tensor
-    has_class: Tensor
+    latent_mean: Tensor  # (C, X, Y, Z) float32
+    latent_sigma: Tensor  # (C, X, Y, Z) float32; 0 where only the mean was stored
+    text: Tensor | None  # (L, E) float32; None: the variant does not use text
+    pirads: Tensor  # (2,) float32, one-hot x CLASS_SCALE; zeros if unknown
+    spacing: Tensor  # (3,) float32, mm x SPACING_SCALE
+    has_class: Tensor  # () bool: the study has a class and a report to predict it from
+
+    def to(self, device: torch.device) -> TrainingSample:
+        """A copy with all tensors on `device`."""
+        moved = {name: to_device(part, device) for name, part in self._asdict().items() if isinstance(part, Tensor)}
+        return self._replace(**moved)
 
 
 class StudyEpoch(NamedTuple):
@@ -57,7 +51,7 @@ class StudyEpoch(NamedTuple):
 
 
 class LatentSource(Protocol):
-    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[Batch]:
+    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[TrainingSample]:
         """The batch of `picks(n)` for n = 0 ... count-1."""
         ...
 
@@ -96,10 +90,10 @@ class PreparedDataset:
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> TrainingSample:
         return self.item(index)
 
-    def item(self, index: int, copy: int = 0) -> Item:
+    def item(self, index: int, copy: int = 0) -> TrainingSample:
         """copy: 0, the study as it was prepared; 1 ... `copies`, an augmented one."""
         case = self.cases[index]
         files = case.augmented[copy - 1].files if copy else case.files
@@ -111,27 +105,26 @@ class PreparedDataset:
                 self._tensor(case, f"latent_sigma/{sequence}", files) if has_sigma else torch.zeros_like(means[-1])
             )
         spacing = case.augmented[copy - 1].spacing if copy else case.spacing
-        return self.described(index, torch.cat(means), torch.cat(sigmas), spacing)
+        return self.make_sample(index, torch.cat(means), torch.cat(sigmas), spacing)
 
-    def described(self, index: int, mean: Tensor, sigma: Tensor, spacing: Sequence[float]) -> Item:
-        """A study's latents, wherever they come from, with what is known of the study."""
+    def make_sample(self, index: int, mean: Tensor, sigma: Tensor, spacing: Sequence[float]) -> TrainingSample:
+        """The sample of study `index` from its latents (C, X, Y, Z) and the spacing in mm of the images behind them."""
         case = self.cases[index]
-        return Item(
-            case.id,
+        return TrainingSample(
+            [case.id],
             mean,
             sigma,
             self._tensor(case, "text", case.files) if self.variant.text else None,
-            100 * torch.tensor(case.pirads or [0, 0], dtype=torch.float32),
-            100 * torch.tensor(spacing, dtype=torch.float32),
-            bool(case.text_isnull),
-            self.has_class[index],
+            CLASS_SCALE * torch.tensor(case.pirads or [0, 0], dtype=torch.float32),
+            SPACING_SCALE * torch.tensor(spacing, dtype=torch.float32),
+            torch.tensor(self.has_class[index]),
         )
 
     def copy_of(self, pick: StudyEpoch) -> int:
         """Which of a study's latents an epoch sees: each once in `copies` + 1 epochs."""
         return (pick.study + pick.epoch) % (self.copies + 1)
 
-    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[Batch]:
+    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[TrainingSample]:
         for n in range(count):
             yield collate([self.item(pick.study, self.copy_of(pick)) for pick in picks(n)])
 
@@ -208,16 +201,15 @@ class PreparedDataset:
             raise DataError(why, path=path, field=field, fix=fix)
 
 
-def collate(items: Sequence[Item]) -> Batch:
-    """Stack items into a batch, on the CPU."""
-    texts = [item.text for item in items if item.text is not None]
-    return Batch(
-        ids=[item.id for item in items],
-        latent_mean=torch.stack([item.latent_mean for item in items]),
-        latent_sigma=torch.stack([item.latent_sigma for item in items]),
-        text=torch.stack(texts) if texts else None,
-        pirads=torch.stack([item.pirads for item in items]),
-        spacing=torch.stack([item.spacing for item in items]),
-        text_isnull=torch.tensor([item.text_isnull for item in items]),
-        has_class=torch.tensor([item.has_class for item in items]),
-    )
+def collate(samples: Sequence[TrainingSample]) -> TrainingSample:
+    """Stack the samples of single studies into a batch."""
+    ids, *columns = zip(*samples, strict=True)
+    stacked = [None if column[0] is None else torch.stack(column) for column in columns]
+    return TrainingSample(list(chain(*ids)), *stacked)  # type: ignore[arg-type]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; a copy from the host to a GPU goes through pinned memory and does not wait."""
+    if tensor.device.type == device.type:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

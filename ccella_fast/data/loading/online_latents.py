@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ccella_fast.data.augmentation.engine import VolumeRequest, augmentation_of, make_engine, study_requests
-from ccella_fast.data.loading.dataset import Batch, PreparedDataset, StudyEpoch, collate
+from ccella_fast.data.loading.dataset import PreparedDataset, StudyEpoch, TrainingSample, collate
 from ccella_fast.data.preparation.latent_encoder import LatentEncoder
 
 
@@ -25,7 +25,7 @@ class OnlineLatents:
         self.encoder = LatentEncoder(vae, self.config.autoencoder, device)
         self.engine = make_engine(self.config.data.engine, self.config.augmentation, device, self.config.data.dim)
 
-    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[Batch]:
+    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[TrainingSample]:
         cases, sequences = self.dataset.cases, self.config.data.sequences
         paths = [self._images(p)[name] for n in range(count) for p in picks(n) for name in sequences]
 
@@ -42,7 +42,7 @@ class OnlineLatents:
                 drawn = augmentation_of(self.config, cases[pick.study].id, seed=self.seed, epoch=pick.epoch)
                 spacing = drawn.spacing(self.config.data.spacing)
                 items.append(
-                    self.dataset.described(pick.study, mean[rows].flatten(0, 1), sigma[rows].flatten(0, 1), spacing)
+                    self.dataset.make_sample(pick.study, mean[rows].flatten(0, 1), sigma[rows].flatten(0, 1), spacing)
                 )
             yield collate(items)
 

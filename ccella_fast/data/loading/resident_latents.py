@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ccella_fast.data.loading.dataset import Batch, LatentSource, PreparedDataset, StudyEpoch
+from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset, StudyEpoch, TrainingSample
 from ccella_fast.environment import free_memory
 
 logger = logging.getLogger("ccella_fast")
@@ -27,46 +27,36 @@ class ResidentLatents:
     def __init__(self, dataset: PreparedDataset, device: torch.device, text_dtype: torch.dtype):
         self.dataset, self.device = dataset, device
         versions = [(index, copy) for copy in range(dataset.copies + 1) for index in range(len(dataset))]
-        texts: dict[str, int] = {}
-        rows: list[Tensor] = []
-        mean = sigma = spacing = None
+        text_rows: dict[str, int] = {}
+        texts: list[Tensor] = []
+        self._stacked: dict[str, Tensor] = {}  # every tensor of a sample but the text, one row per version
         for row, (index, copy) in enumerate(
             tqdm(versions, "loading latents", unit="study", mininterval=1, disable=None)
         ):
-            item = dataset.item(index, copy)
-            if mean is None or sigma is None or spacing is None:
-                mean, sigma, spacing = (
-                    torch.empty(len(versions), *part.shape, device=device)
-                    for part in (item.latent_mean, item.latent_sigma, item.spacing)
-                )
-            mean[row], sigma[row], spacing[row] = item.latent_mean, item.latent_sigma, item.spacing
-            if item.text is not None and _report(dataset, index) not in texts:
-                texts[_report(dataset, index)] = len(rows)
-                rows.append(item.text.to(device, text_dtype))
-        assert mean is not None and sigma is not None and spacing is not None
-        self._mean, self._sigma, self._spacing = mean, sigma, spacing
-        self._text = torch.stack(rows) if rows else None
-        self._text_row = [texts.get(_report(dataset, index), 0) for index in range(len(dataset))]
-        cases = dataset.cases
-        self._pirads = 100 * torch.tensor([case.pirads or [0, 0] for case in cases], dtype=torch.float32, device=device)
-        self._isnull = torch.tensor([bool(case.text_isnull) for case in cases], device=device)
-        self._has_class = torch.tensor(dataset.has_class, device=device)
+            sample = dataset.item(index, copy)
+            parts = {name: part for name, part in sample._asdict().items() if name not in ("ids", "text")}
+            if not self._stacked:
+                self._stacked = {
+                    name: torch.empty(len(versions), *part.shape, dtype=part.dtype, device=device)
+                    for name, part in parts.items()
+                }
+            for name, part in parts.items():
+                self._stacked[name][row] = part
+            if sample.text is not None and _report(dataset, index) not in text_rows:
+                text_rows[_report(dataset, index)] = len(texts)
+                texts.append(sample.text.to(device, text_dtype))
+        self._text = torch.stack(texts) if texts else None
+        self._text_row = [text_rows.get(_report(dataset, index), 0) for index in range(len(dataset))]
 
-    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[Batch]:
+    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[TrainingSample]:
         for n in range(count):
             wanted = picks(n)
-            index = [pick.study for pick in wanted]
             row = self._on_device([self.dataset.copy_of(p) * len(self.dataset) + p.study for p in wanted])
-            text_row, study = self._on_device([self._text_row[i] for i in index]), self._on_device(index)
-            yield Batch(
-                ids=[self.dataset.ids[i] for i in index],
-                latent_mean=self._mean[row],
-                latent_sigma=self._sigma[row],
+            text_row = self._on_device([self._text_row[pick.study] for pick in wanted])
+            yield TrainingSample(
+                ids=[self.dataset.ids[pick.study] for pick in wanted],
                 text=None if self._text is None else self._text[text_row],
-                pirads=self._pirads[study],
-                spacing=self._spacing[row],
-                text_isnull=self._isnull[study],
-                has_class=self._has_class[study],
+                **{name: stacked[row] for name, stacked in self._stacked.items()},
             )
 
     def _on_device(self, numbers: list[int]) -> Tensor:
