@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -39,7 +39,8 @@ class TrainingSample(NamedTuple):
 
     def to(self, device: torch.device) -> TrainingSample:
         """A copy with all tensors on `device`."""
-        moved = {name: to_device(part, device) for name, part in self._asdict().items() if isinstance(part, Tensor)}
+        parts = self._asdict().items()
+        moved: dict[str, Any] = {name: to_device(part, device) for name, part in parts if isinstance(part, Tensor)}
         return self._replace(**moved)
 
 
