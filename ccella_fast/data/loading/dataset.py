@@ -1,7 +1,7 @@
-"""Prepared studies as training samples (docs/explanation/method.md, section 1.5). The trainer decides which study comes when.
+"""Prepared studies as training samples (docs/explanation/method.md, section 1.5).
 
-Three things give batches of the studies that they are asked for, through `batches(picks, count)`: `PreparedDataset` from memory
-maps, `resident.ResidentLatents` from tensors on the device, `online.OnlineLatents` from images through the autoencoder.
+Three classes implement `LatentSource`, which yields the batches that the trainer requests: `PreparedDataset` reads memory maps,
+`ResidentLatents` holds tensors on the device, and `OnlineLatents` encodes images with the autoencoder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE, get_variant
 
 
 class TrainingSample(NamedTuple):
-    """What training reads of one study; or of B studies, when collated: every tensor then has a leading dimension B.
+    """The training inputs of one study, or of a batch of B studies, whose tensors have a leading dimension B.
 
     Latents of several sequences are concatenated along the channels.
     """
@@ -45,24 +45,40 @@ class TrainingSample(NamedTuple):
 
 
 class StudyEpoch(NamedTuple):
-    """A study, by its number in the dataset, as it is to be seen in an epoch."""
+    """A study and the epoch in which it is used, which together select one of its versions."""
 
-    study: int
+    study: int  # index in the dataset
     epoch: int
 
 
 class LatentSource(Protocol):
+    """Where the latents of a batch come from."""
+
     def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[TrainingSample]:
-        """The batch of `picks(n)` for n = 0 ... count-1."""
+        """Yield the batch of the studies `picks(n)` for n = 0 ... count-1."""
         ...
 
 
 class PreparedDataset:
     """The studies of one split of a prepared folder, for the variant and the grid of `config`.
 
-    Opening compares every file with the manifest's SHA-256 and every shape with the configuration, once; after that files
-    are read through memory maps. `ids` and `has_class` are lists over the studies; `copies`: how many augmented latents each
-    has beside its own. needs: what will be read, latents or images. Raises DataError, which names the study."""
+    The constructor compares every file with its SHA-256 in the manifest and every shape with the configuration; afterwards,
+    files are read through memory maps.
+
+    Args:
+        folder: the prepared folder.
+        config: the configuration to train with.
+        split: the split of the studies.
+        needs: whether latents or images will be read.
+
+    Attributes:
+        ids: the id of each study.
+        has_class: per study, whether it has a class and a report to predict it from.
+        copies: the number of augmented latents per study, in addition to those of the study as it was prepared.
+
+    Raises:
+        DataError: a file is missing or damaged, or the data does not fit the configuration. The error names the study.
+    """
 
     def __init__(
         self,
@@ -74,19 +90,19 @@ class PreparedDataset:
     ):
         self.prepared = load_manifest(folder)
         self.config, self.needs = config, needs
-        self._listed = self.prepared.folder / NAME
+        self._manifest_path = self.prepared.folder / NAME
         self.variant = get_variant(config.model.variant)
         self.cases = self._select(split)
         self.ids = [case.id for case in self.cases]
         self.copies = 0 if needs == "images" else min(len(case.augmented) for case in self.cases)
         self.has_class = [case.pirads is not None and not case.text_isnull for case in self.cases]
         self._check_classes()
-        self._check_sides()
+        self._check_flips()
         self._check_encoder()
         self._check_spacing()
         rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
         for case in tqdm(self.cases, "checking prepared files", unit="study", mininterval=1, disable=rank != "0"):
-            self._check(case)
+            self._check_study(case)
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -95,7 +111,7 @@ class PreparedDataset:
         return self.item(index)
 
     def item(self, index: int, copy: int = 0) -> TrainingSample:
-        """copy: 0, the study as it was prepared; 1 ... `copies`, an augmented one."""
+        """Read one study. copy: 0 for the study as it was prepared, 1 ... `copies` for an augmented version."""
         case = self.cases[index]
         files = case.augmented[copy - 1].files if copy else case.files
         means, sigmas = [], []
@@ -109,7 +125,10 @@ class PreparedDataset:
         return self.make_sample(index, torch.cat(means), torch.cat(sigmas), spacing)
 
     def make_sample(self, index: int, mean: Tensor, sigma: Tensor, spacing: Sequence[float]) -> TrainingSample:
-        """The sample of study `index` from its latents (C, X, Y, Z) and the spacing in mm of the images behind them."""
+        """Combine latents (C, X, Y, Z) with the text and the class of study `index`.
+
+        spacing: of the images that were encoded, in mm.
+        """
         case = self.cases[index]
         return TrainingSample(
             [case.id],
@@ -122,10 +141,11 @@ class PreparedDataset:
         )
 
     def copy_of(self, pick: StudyEpoch) -> int:
-        """Which of a study's latents an epoch sees: each once in `copies` + 1 epochs."""
+        """The number of the version that is used in an epoch; each version is used once in `copies` + 1 epochs."""
         return (pick.study + pick.epoch) % (self.copies + 1)
 
     def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[TrainingSample]:
+        """See `LatentSource`. Tensors are on the CPU."""
         for n in range(count):
             yield collate([self.item(pick.study, self.copy_of(pick)) for pick in picks(n)])
 
@@ -137,47 +157,51 @@ class PreparedDataset:
         cases = [case for case in self.prepared.cases if case.split == split and tag in (None, case.dataset)]
         if not cases:
             tags = {case.dataset for case in self.prepared.cases if case.dataset}
-            why = f"no study in the split '{split}'" + (f" with the dataset '{tag}'" if tag else "")
+            why = f"there is no study in the split '{split}'" + (f" with the dataset '{tag}'" if tag else "")
             fix = did_you_mean(tag, tags) if tag and tags else "prepare studies with this split"
-            raise DataError(why, path=self._listed, field="cases", fix=fix)
+            raise DataError(why, path=self._manifest_path, field="cases", fix=fix)
         return cases
 
     def _check_classes(self) -> None:
         unknown = [case.id for case in self.cases if case.pirads is None]
         if self.variant.class_input == "given" and unknown:
-            shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-            why = f"{self.variant.name} is given the class of every study, but it is not known for {shown}"
-            raise DataError(
-                why, path=self._listed, field=f"{unknown[0]}.pirads", fix="add the class, or leave these studies out"
-            )
+            listed = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            why = f"{self.variant.name} is given the class of every study, but it is not known for {listed}"
+            fix = "add the class, or leave these studies out"
+            raise DataError(why, path=self._manifest_path, field=f"{unknown[0]}.pirads", fix=fix)
 
-    def _check_sides(self) -> None:
-        """Copies may have been made for a variant without report, which may see mirrored studies."""
+    def _check_flips(self) -> None:
+        """Raise for mirrored latents, which only a variant without text may use: a report names sides."""
         for case in self.cases if self.variant.text else []:
             if any(copy.parameters.get("flip") for copy in case.augmented[: self.copies]):
                 why = f"{self.variant.name} reads the report, but augmented latents of '{case.id}' are mirrored"
                 fix = "prepare again with --augment and augmentation.flip=0, or with --augment 0"
-                raise DataError(why, path=self._listed, field=f"{case.id}.augmented", fix=fix)
+                raise DataError(why, path=self._manifest_path, field=f"{case.id}.augmented", fix=fix)
 
     def _check_encoder(self) -> None:
-        """New reports are encoded as configured, so the prepared ones must have been too. Imported ones do not say."""
+        """Raise unless reports were encoded as configured, because sampling encodes new ones so.
+
+        Imported features do not record how they were made.
+        """
         text = self.prepared.text
         if not self.variant.text or text is None or text.fingerprint == IMPORTED:
             return
         for key in ("encoder", "revision", "max_length", "dtype"):
             found, wanted = getattr(text, key), getattr(self.config.text, key)
             if found != wanted:
-                why = f"reports were encoded with {key} {found!r}, configured is {wanted!r}"
-                raise DataError(why, path=self._listed, field=f"text.{key}", fix="prepare with this configuration")
+                why = f"the reports were encoded with {key} {found!r}, but {wanted!r} is configured"
+                fix = "prepare the data with this configuration"
+                raise DataError(why, path=self._manifest_path, field=f"text.{key}", fix=fix)
 
     def _check_spacing(self) -> None:
-        """Sampling conditions on the configured spacing and writes it, so it must be that of the images."""
+        """Raise unless images have the configured spacing, because sampling uses it as condition and writes it."""
         found, wanted = self.prepared.data.spacing, self.config.data.spacing
         if found != wanted:
-            why, fix = f"prepared at {found} mm, configured are {wanted}", "prepare with this configuration"
-            raise DataError(why, path=self._listed, field="data.spacing", fix=fix)
+            why = f"the images were prepared at {found} mm, but {wanted} mm is configured"
+            fix = "prepare the data with this configuration"
+            raise DataError(why, path=self._manifest_path, field="data.spacing", fix=fix)
 
-    def _check(self, case: StudyEntry) -> None:
+    def _check_study(self, case: StudyEntry) -> None:
         latent = (self.config.autoencoder.latent_channels, *self.config.check_grid())
         for sequence in self.config.data.sequences:
             if self.needs == "images":
@@ -195,10 +219,12 @@ class PreparedDataset:
     def _check_shape(
         self, case: StudyEntry, key: str, expected: tuple[int, ...], source: str, files: dict[str, FileEntry]
     ) -> None:
+        """Raise unless the file `key` is undamaged and has the shape `expected`, which follows from `source`."""
         found = self.prepared.array(case, key, verify=True, files=files).shape
         if found != expected:
             path, field = self.prepared.folder / files[key].path, f"{case.id}.files.{key}"
-            why, fix = f"its shape is {found}, {source} give {expected}", "prepare with this configuration"
+            why = f"its shape is {found}, but {source} require {expected}"
+            fix = "prepare the data with this configuration"
             raise DataError(why, path=path, field=field, fix=fix)
 
 
