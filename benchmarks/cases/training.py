@@ -136,7 +136,7 @@ def build_engine(bench: Workbench, config: Config, folder: Path) -> Any:
     from ccella_fast.training import distributed
     from ccella_fast.training.deepspeed_config import merge_deepspeed_config
 
-    distributed.initialise_processes()
+    distributed.initialize_processes()
     from ccella_fast.training import engine as engines
 
     config, values = merge_deepspeed_config(

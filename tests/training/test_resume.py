@@ -76,7 +76,7 @@ def test_changed_data_is_refused_and_free_settings_are_not(unbroken, data, tmp_p
 def test_what_is_not_there_is_refused(tmp_path, unbroken, data, caplog):
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         train_here(tmp_path / "run", data, resume=str(tmp_path / "nowhere"), **STEPS)
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match="already contains a run"):
         train_here(unbroken, data, **STEPS)
     assert not (tmp_path / "run").exists()
 

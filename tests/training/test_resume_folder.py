@@ -73,7 +73,7 @@ def test_a_run_goes_on_from_the_folder_that_is_named(run, data, trained):
 
 
 def test_a_folder_of_another_run_is_refused(run, trained, data):
-    with pytest.raises(ConfigError, match="goes on in its own folder"):
+    with pytest.raises(ConfigError, match="resumed in its own folder"):
         train_here(run, data, resume=str(trained / "checkpoints" / "step-00000002"), **SETTINGS)
 
 

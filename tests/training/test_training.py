@@ -293,11 +293,11 @@ def test_cases_of_a_step_that_is_not_finite(tmp_path, data, caplog, monkeypatch,
 
 
 def test_a_case_of_another_process_is_named(caplog):
-    """`mine` is empty here; the other process has found one."""
+    """This process found nothing; the other one did."""
     losses = loop.Losses(*torch.zeros(3), torch.ones(2, dtype=torch.bool))
-    theirs = iter([["case7"], ["case6", "case7"]])
-    control = SimpleNamespace(all_gather=lambda mine: [mine, next(theirs)])
-    loop._report_non_finite(3, 1, [(["case0", "case1"], losses)], control)
+    of_the_other = iter([["case7"], ["case6", "case7"]])
+    collectives = SimpleNamespace(all_gather=lambda local: [local, next(of_the_other)])
+    loop._report_nonfinite_step(3, 1, [(["case0", "case1"], losses)], collectives)
     assert caplog.records[-1].getMessage().endswith("cases: case7")
 
 
