@@ -343,7 +343,7 @@ def test_a_finished_run_is_kept_and_others_are_not_overwritten(data, trained, tm
     train_vae(data, trained, make_config(SETTINGS))
     other_images = write_images(tmp_path, shift=0.1)
     for folder, settings in ((data, {"vae_training.lr": 1e-3}), (other_images, {})):
-        with pytest.raises(CheckpointError, match="other settings or other images"):
+        with pytest.raises(CheckpointError, match="with other settings or other images"):
             train_vae(folder, trained, make_config(SETTINGS | settings))
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()} == before
 

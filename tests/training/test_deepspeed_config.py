@@ -10,12 +10,12 @@ import pytest
 from ccella_fast.config import make_config
 from ccella_fast.errors import ConfigError
 from ccella_fast.training.deepspeed_config import (
-    PASSED,
-    REFUSED,
-    TAKEN,
-    checked,
+    MERGED_KEYS,
+    PASSED_KEYS,
+    UNSUPPORTED_KEYS,
     merge_deepspeed_config,
     read_deepspeed_file,
+    validate_with_deepspeed,
 )
 from training_fixtures import ROOT
 
@@ -46,18 +46,18 @@ def test_shipped_files_are_short_and_pass_deepspeeds_own_check(file, tmp_path):
     config, values = merge_deepspeed_config(
         make_config(), file, world_size=1, output_dir=tmp_path, auto_precision=lambda: "bf16"
     )
-    checked(values, DeepSpeedConfig, file)
+    validate_with_deepspeed(values, DeepSpeedConfig, file)
     assert values["zero_optimization"]["stage"] == config.training.zero_stage
 
 
-@pytest.mark.parametrize("key", sorted(PASSED | TAKEN))
+@pytest.mark.parametrize("key", sorted(PASSED_KEYS | MERGED_KEYS))
 def test_every_misspelt_top_level_key_is_refused(key, tmp_path):
     typo = key[:-3] + key[-2] + key[-3] + key[-1] if key[-2] != key[-3] else key[:-1]
     message = refusal(tmp_path, {typo: {}})
     assert "unknown key" in message and f"did you mean '{key}'?" in message
 
 
-@pytest.mark.parametrize("key", sorted(REFUSED))
+@pytest.mark.parametrize("key", sorted(UNSUPPORTED_KEYS))
 def test_what_has_no_meaning_here_is_refused_by_name(key, tmp_path):
     assert key in refusal(tmp_path, {key: {}})
 
@@ -74,7 +74,7 @@ def test_lists_cover_deepspeeds_own_top_level_keys():
     names = re.findall(r"get_scalar_param\(\s*param_dict,\s*(\w+)", source)
     found = {getattr(constants, name, None) for name in names} | set(module._REMOVED_TOP_LEVEL_CONFIG_KEYS)
     assert len(found) > 20
-    assert found - {None} <= PASSED | TAKEN | REFUSED
+    assert found - {None} <= PASSED_KEYS | MERGED_KEYS | UNSUPPORTED_KEYS
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_deepspeeds_own_refusal_is_one_message(tmp_path):
 
     _, values = merged(tmp_path, {"zero_optimization": {"stage": 2, "overlap_com": True}}, world_size=1)
     with pytest.raises(ConfigError, match="overlap_com") as caught:
-        checked(values, DeepSpeedConfig, tmp_path / "ds.json")
+        validate_with_deepspeed(values, DeepSpeedConfig, tmp_path / "ds.json")
     assert len(str(caught.value).splitlines()) <= 5
 
 
@@ -172,8 +172,11 @@ def test_batch_sizes_complete_each_other(file, micro, steps, tmp_path):
             {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 5},
             "x 2 processes (= 30)",
         ),
-        ({"train_micro_batch_size_per_gpu": 0}, "whole number"),
-        ({"fp16": {"enabled": True}}, "fp16 is refused"),
+        (
+            {"train_micro_batch_size_per_gpu": 0},
+            "train_micro_batch_size_per_gpu must be a whole number of at least 1, got 0",
+        ),
+        ({"fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"optimizer": {"type": "Lamb"}}, "'Lamb' is not supported"),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "not supported"),
         ({"scheduler": {"type": "WarmupLR"}}, "WarmupLR"),

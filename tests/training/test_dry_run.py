@@ -68,8 +68,8 @@ def test_a_dry_run_tells_memory_and_disk(tmp_path):
     parameters = int(re.search(r"([\d,]+) parameters, 6 steps", text)[1].replace(",", ""))
     assert parameters > 30e6
     memory, disk = (2 + 2 + 8 + 4 + 4) * parameters, (2 + 8 + 4 + 4 + 4) * parameters + 3 * 2**30
-    assert f"memory a process: {memory / 2**30:.2f} GiB" in text
-    assert f"disk: {disk / 2**30:.2f} GiB a checkpoint, 4 of them at most" in text
+    assert f"memory per process: {memory / 2**30:.2f} GiB" in text
+    assert f"disk: {disk / 2**30:.2f} GiB per checkpoint, at most 4 checkpoints" in text
     assert not (tmp_path / "run").exists()
 
 

@@ -128,7 +128,7 @@ def test_the_stream_that_reads_ahead_waits_for_what_the_training_has_put_on_the_
 
     tensor = SimpleNamespace(record_stream=lambda stream: calls.append("recorded" if stream is current else "lost"))
     micro_batch = SimpleNamespace(tensors=lambda: [tensor])
-    assert list(ahead._ahead(made())) == [micro_batch]
+    assert list(ahead._prefetch(made())) == [micro_batch]
     assert calls == ["wait for training", "made", "wait for event", "recorded"]
 
 
