@@ -258,7 +258,7 @@ def test_online_training_resumes_with_the_same_losses(prepared: Prepared, tmp_pa
 
 
 def test_online_training_needs_images_an_autoencoder_and_no_mirror(prepared: Prepared, tmp_path: Path):
-    with pytest.raises(DataError, match="the autoencoder is not here"):
+    with pytest.raises(DataError, match="does not contain an autoencoder"):
         train_here(tmp_path / "run", write_prepared(tmp_path / "data"), latents="online")
     mirrored = prepared.settings.model_copy(
         update={"augmentation": prepared.settings.augmentation.model_copy(update={"flip": 0.5})}
