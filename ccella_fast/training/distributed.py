@@ -32,8 +32,8 @@ def uses_gpu() -> bool:
 def initialize_processes() -> torch.device:
     """Join the process group, with NCCL on GPUs and gloo on CPUs. Returns the device of this process."""
     if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:  # plain `python`: one process
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+        single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ.update({name: str(value) for name, value in single.items()})
     gpu = uses_gpu()
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -69,8 +69,8 @@ class HostCollectives:
     """Collectives of small host values, over gloo, so that no process waits for its GPU."""
 
     def __init__(self) -> None:
-        alone = dist.get_world_size() == 1
-        self._group = None if alone else dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        single = dist.get_world_size() == 1
+        self._group = None if single else dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
     def max(self, value: int) -> int:
         """The largest `value` of any process."""
@@ -81,7 +81,7 @@ class HostCollectives:
         return int(tensor)
 
     def all_gather(self, value: object) -> list:
-        """The `value` of each process, in rank order. Values must be picklable."""
+        """The `value` of each process, in rank order. Values must be plain Python values."""
         if self._group is None:
             return [value]
         values: list = [None] * dist.get_world_size()

@@ -24,7 +24,7 @@ MAX_NONFINITE_STEPS = 10  # consecutive non-finite steps after which training st
 
 
 class Losses(NamedTuple):
-    """The losses of a micro-batch: fp32 scalars on the device."""
+    """The losses of a micro-batch, on the device; total, noise and classes are fp32 scalars."""
 
     total: Tensor  # noise + weight * classes
     noise: Tensor

@@ -86,7 +86,7 @@ def train(
         The exit code: 0, or 128 + signal after a signal.
 
     Raises:
-        CcellaError: with `resume=None`, also if `run` already holds a run.
+        CcellaError: with `resume=None`, also if `run` already contains a run.
     """
     start = find_start(run, resume)
     plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, start=start)
