@@ -131,7 +131,7 @@ def set_master_weights(engine: Any, values: dict[str, Tensor]) -> None:
         if masters:
             masters[parameter].data.copy_(value)
         elif engine.zero_optimization_stage() == 3:
-            # `ds_tensor` is DeepSpeed's part of the flat parameter on this process: parts have equal sizes, the last one is padded.
+            # `ds_tensor` is this process's part of DeepSpeed's flat parameter; parts have equal sizes, the last one is padded.
             part = parameter.ds_tensor.numel()
             padded = nn.functional.pad(value.flatten(), (0, part * engine.world_size - value.numel()))
             safe_set_local_fp32_param(parameter, padded.narrow(0, part * engine.global_rank, part))
