@@ -449,7 +449,9 @@ def test_augmented_patches_are_reproducible_and_train(data, tmp_path):
     assert json.loads((tmp_path / "vae" / "run_record.json").read_text())["images"] == 3
 
 
-@pytest.mark.parametrize(("steps", "warm"), [(400, 20), (3000, 100)])  # 5 % of the run, at most 100 steps
+@pytest.mark.parametrize(
+    ("steps", "warm"), [(400, 20), (3000, 100)], ids=["T400", "T3000"]
+)  # 5 % of the run, at most 100 steps
 def test_learning_rate_equals_torch_schedulers(steps, warm):
     settings = VaeTrainingConfig(max_train_steps=steps, lr=2e-3)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-3)

@@ -32,7 +32,7 @@ def posteriors(dataset, micro_batch):
     return (micro_batch.latents - mean) / 0.1
 
 
-@pytest.mark.parametrize("count", [4, 7])
+@pytest.mark.parametrize("count", [4, 7], ids=["T4", "T7"])
 def test_timesteps_are_uniform(dataset, count):
     stream = make_stream(dataset, batch_size=100, num_timesteps=count)
     drawn = torch.cat([stream.micro_batch(step, 0).timesteps for step in range(4)])

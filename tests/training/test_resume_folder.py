@@ -112,7 +112,7 @@ def test_the_step_of_the_state_is_restored(run, data, trained):
     assert losses(run)[0] == losses(trained)[0] and losses(run)[1] != losses(trained)[1]
 
 
-@pytest.mark.parametrize("updates", [2, 5])
+@pytest.mark.parametrize("updates", [2, 5], ids=["after2", "after5"])
 def test_the_number_of_ema_updates_is_restored(run, data, updates):
     """In float64: average = d * average + (1 - d) * weights with d = min(0.9, (1 + n) / (10 + n)) at update n."""
     before = weights(run, 2, "ema")
@@ -128,7 +128,7 @@ def test_the_number_of_ema_updates_is_restored(run, data, updates):
     assert off * abs(decay - (1 + n + 1) / (10 + n + 1)) > 1e-6  # negative control: one more update would be detected
 
 
-@pytest.mark.parametrize(("bad", "stops"), [(0, False), (8, False), (9, True)])
+@pytest.mark.parametrize(("bad", "stops"), [(0, False), (8, False), (9, True)], ids=["after0", "after8", "after9"])
 def test_consecutive_nonfinite_steps_are_counted_across_a_resume(run, data, monkeypatch, bad, stops):
     joint_loss = loop.joint_loss
 

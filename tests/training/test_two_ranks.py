@@ -23,10 +23,10 @@ ZERO2_BF16 = {**SETTINGS, "zero_stage": 2, "precision": "bf16"}
 # With ZeRO 2 each process writes its own shard, so the disk can be full for one process alone. "signal" ends after two of four
 # steps.
 JOBS: dict[str, dict[str, Any]] = {
-    "0-fp32": {"set": {**SETTINGS, **EVERY_STEP}},
-    "2-fp32": {"set": {**SETTINGS, **EVERY_STEP, "zero_stage": 2}},
-    "3-fp32": {"set": {**SETTINGS, **EVERY_STEP, "zero_stage": 3}},
-    "2-bf16": {"set": {**ZERO2_BF16, **EVERY_STEP}},
+    "zero0-fp32": {"set": {**SETTINGS, **EVERY_STEP}},
+    "zero2-fp32": {"set": {**SETTINGS, **EVERY_STEP, "zero_stage": 2}},
+    "zero3-fp32": {"set": {**SETTINGS, **EVERY_STEP, "zero_stage": 3}},
+    "zero2-bf16": {"set": {**ZERO2_BF16, **EVERY_STEP}},
     "signal": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "fault": "signal", "code": 143},
     "resumed": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "continues": "signal"},
     "disk": {
@@ -38,7 +38,7 @@ TOLERANCE = {
     "fp32": {"loss": 1e-5, "loss_l1": 1e-5, "loss_class": 1e-5, "grad_norm": 1e-5, "lr": 1e-12, "model": 2e-3, "ema": 2e-3},
     "bf16": {"loss": 5e-3, "loss_l1": 5e-3, "loss_class": 2e-2, "grad_norm": 2e-2, "lr": 1e-12, "model": 0.5, "ema": 0.5},
 }  # fmt: skip
-SLOW = ["0-bf16", "1-fp32", "1-bf16", "3-bf16"]
+SLOW = ["zero0-bf16", "zero1-fp32", "zero1-bf16", "zero3-bf16"]
 
 
 def launch(folder: Path, data: Path, jobs: dict[str, dict[str, Any]]) -> None:
@@ -91,14 +91,14 @@ def check_equal_to_the_plain_loop(run: Path, plain) -> None:
     assert min(other["loss"], other["loss_class"], other["model"]) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["0-fp32", "2-fp32", "3-fp32", "2-bf16"])
+@pytest.mark.parametrize("name", ["zero0-fp32", "zero2-fp32", "zero3-fp32", "zero2-bf16"])
 def test_two_processes_equal_the_plain_loop(launched, plain, name):
     check_equal_to_the_plain_loop(launched / name, plain)
 
 
 @pytest.mark.slow
 def test_two_processes_equal_the_plain_loop_at_other_stages(tmp_path, data, plain):
-    settings = {name: (int(name[0]), name[2:]) for name in SLOW}
+    settings = {name: (int(name[4]), name[6:]) for name in SLOW}
     jobs = {
         name: {"set": {**SETTINGS, **EVERY_STEP, "zero_stage": stage, "precision": precision}}
         for name, (stage, precision) in settings.items()
@@ -117,7 +117,7 @@ def test_a_signal_to_one_process_saves_and_ends_both(launched):
 
 def test_two_resumed_processes_equal_an_uninterrupted_run(launched):
     """Bit-equal, with ZeRO 2 in bf16."""
-    uninterrupted, resumed = launched / "2-bf16", launched / "resumed"
+    uninterrupted, resumed = launched / "zero2-bf16", launched / "resumed"
     assert losses(resumed) == losses(uninterrupted) and len(losses(resumed)) == 4
     for name in ("model", "ema"):
         found, expected = weights(resumed, 4, name), weights(uninterrupted, 4, name)
