@@ -31,6 +31,7 @@ from ccella_fast.environment import describe_environment
 from ccella_fast.errors import NonFiniteError
 from ccella_fast.sampling.request import CLASSES
 from ccella_fast.storage import atomic_path, check_writable, write_json
+from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
 
 STEPS = (10, 20, 30, 50)
 STRENGTH = 0.3  # of the random network, in standard deviations of the noise
@@ -127,12 +128,12 @@ def checkpoint_denoiser(model: Any, config: Config, arguments: argparse.Namespac
     """The checkpoint's network under one report (or the null report) and, where it takes one, one class."""
     row, text, pirads = model.variant, None, None
     if row.class_input == "given":
-        pirads = torch.tensor([[100.0 * (arguments.pirads == name) for name in CLASSES]], device=device)
+        pirads = torch.tensor([[CLASS_SCALE * (arguments.pirads == name) for name in CLASSES]], device=device)
     if row.text:
         from ccella_fast.data.text_encoder import TextEncoder
 
         text = torch.from_numpy(TextEncoder(config.text).encode([arguments.report]).features).float().to(device)
-    return conditioned(model, torch.tensor([config.data.spacing], device=device) * 100, text, pirads)
+    return conditioned(model, torch.tensor([config.data.spacing], device=device) * SPACING_SCALE, text, pirads)
 
 
 def random_denoiser(config: Config, schedule: Schedule, grid: Sequence[int], device: str) -> DenoiserFn:
@@ -143,7 +144,7 @@ def random_denoiser(config: Config, schedule: Schedule, grid: Sequence[int], dev
         if weight.ndim > 1 and not weight.any():  # fresh networks end in zeros
             weight.normal_(0, weight[0].numel() ** -0.5)
     text = torch.randn(1, TOKENS, config.model.input_dim, device=device)
-    network = conditioned(model, torch.tensor([config.data.spacing], device=device) * 100, text, None)
+    network = conditioned(model, torch.tensor([config.data.spacing], device=device) * SPACING_SCALE, text, None)
     sigma = torch.tensor((1 - schedule.alphas_cumprod) ** 0.5, dtype=torch.float32, device=device)
     probe = torch.randn(1, sum(config.model.latent_channels), *grid, device=device)
     strength = STRENGTH / network(probe, torch.tensor([len(schedule) // 2], device=device)).std()

@@ -17,6 +17,7 @@ from ccella_fast.models.autoencoder.network import Autoencoder
 from ccella_fast.models.ldm import DiffusionModel
 from ccella_fast.sampling import FastSampler
 from ccella_fast.sampling.optimizations import resolve_dtype
+from ccella_fast.variants import SPACING_SCALE
 
 SEED = 0
 
@@ -107,7 +108,7 @@ class Workbench:
         """spacing and text, as the model takes them."""
         text, data = self.config.text, self.config.data
         features = self.random(batch, text.max_length, self.config.model.input_dim, seed=seed)
-        spacing = torch.tensor([data.spacing], device=self.device).expand(batch, -1) * 100
+        spacing = torch.tensor([data.spacing], device=self.device).expand(batch, -1) * SPACING_SCALE
         return {"spacing": spacing, "text": features}
 
     def _ready(self, build: Callable[[Any], Any], config: Any) -> Any:

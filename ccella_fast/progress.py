@@ -6,5 +6,5 @@ import sys
 
 
 def refresh_interval() -> float:
-    """Seconds between two updates of a progress bar: fewer where stderr is a log file, in which every update stays."""
+    """Seconds between two updates of a progress bar; longer if stderr is a log file, which keeps every update."""
     return 0.1 if sys.stderr.isatty() else 1.0

@@ -10,6 +10,10 @@ from typing import Literal, NamedTuple
 
 from ccella_fast.errors import ConfigError, did_you_mean
 
+# The reference multiplies the inputs and targets of every variant by these.
+CLASS_SCALE = 100.0  # of one-hot classes and class probabilities
+SPACING_SCALE = 100.0  # of spacings in mm
+
 
 class Variant(NamedTuple):
     """One row. `head`: where class logits are read (`cascade`: one head after each adapter block; `shared`: one head used

@@ -18,6 +18,7 @@ from ccella_fast.diffusion.noise import generator, start_noise
 from ccella_fast.models.autoencoder.network import Autoencoder
 from ccella_fast.nvml import open_gpu
 from ccella_fast.sampling import FastSampler
+from ccella_fast.variants import SPACING_SCALE
 from compiled_baseline import CompiledSampler
 from fixtures import Workbench
 from op_counter import FlashAttention, backend, count
@@ -135,8 +136,9 @@ def _our_chain(
     bench: Workbench, sampler: FastSampler, seeds: Sequence[int], conditions: dict[str, Tensor], steps: int
 ) -> Tensor:
     result = sampler(
-        text=conditions["text"], spacing=(conditions["spacing"] / 100).tolist(), seeds=seeds, num_steps=steps, solver="ddpm",
-        latent_shape=(bench.latent_channels, *bench.latent_grid), batch_size=len(seeds), decode=False, progress=False,
+        text=conditions["text"], spacing=(conditions["spacing"] / SPACING_SCALE).tolist(), seeds=seeds, num_steps=steps,
+        solver="ddpm", latent_shape=(bench.latent_channels, *bench.latent_grid), batch_size=len(seeds), decode=False,
+        progress=False,
     )  # fmt: skip
     return result.latents.to(bench.device)
 

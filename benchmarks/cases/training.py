@@ -104,7 +104,8 @@ class _Gate:
         self.scales: list[float] = []
 
     def reference(self, *, autocast: bool) -> Tensor:
-        batch = {key: value for key, value in self.samples._asdict().items() if isinstance(value, Tensor)}
+        parts = {**self.samples._asdict(), **self.samples.batch._asdict()}
+        batch = {key: value for key, value in parts.items() if isinstance(value, Tensor)}
         batch["text"] = batch["text"].float()  # which ours keeps in the dtype of its weights
         with self.body.autocast() if autocast else torch.autocast(self.body.device.type, enabled=False):
             loss = self.body.loss(batch)
@@ -135,7 +136,7 @@ def build_engine(bench: Workbench, config: Config, folder: Path) -> Any:
     from ccella_fast.training import distributed
     from ccella_fast.training.deepspeed_config import merge_deepspeed_config
 
-    distributed.initialise_processes()
+    distributed.initialize_processes()
     from ccella_fast.training import engine as engines
 
     config, values = merge_deepspeed_config(
@@ -222,7 +223,7 @@ def _collated(items: list[Any]) -> dict[str, Tensor]:
     """What the reference's loader hands over: its stored latents, stacked from RAM, and the loop's random numbers."""
     fields = {"latents": "latent_mean", "text": "text", "pirads": "pirads", "spacing": "spacing"}
     batch = {name: torch.stack([getattr(item, field) for item in items]) for name, field in fields.items()}
-    batch["has_class"] = torch.tensor([item.has_class for item in items])
+    batch["has_class"] = torch.stack([item.has_class for item in items])
     batch["noise"] = torch.randn_like(batch["latents"])
     batch["timesteps"] = torch.randint(0, 1000, (len(items),))
     return batch

@@ -14,9 +14,7 @@ from ccella_fast.config import ModelConfig
 from ccella_fast.models.adapter import Adapter, ClassHead
 from ccella_fast.models.blocks import Checkpointed, Runner, run
 from ccella_fast.models.unet3d import Conditioning, UNet3d
-from ccella_fast.variants import Variant, get_variant
-
-CLASS_SCALE = 100.0  # the reference feeds classes and spacings times 100
+from ccella_fast.variants import CLASS_SCALE, Variant, get_variant
 
 
 class ModelOutput(NamedTuple):

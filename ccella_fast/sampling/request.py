@@ -13,14 +13,12 @@ from torch import Tensor
 
 from ccella_fast.config import Config
 from ccella_fast.errors import ConfigError
-from ccella_fast.models.ldm import CLASS_SCALE
 from ccella_fast.sampling.conditioning import PromptRows
 from ccella_fast.sampling.guidance import Guidance, Reuse
 from ccella_fast.sampling.text_features import PromptFeatures
-from ccella_fast.variants import get_variant
+from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE, get_variant
 
 CLASSES = ["neg", "pos"]  # PI-RADS 1-2, 3-5
-SPACING_SCALE = 100.0  # the reference feeds spacings times 100
 
 
 @dataclass(frozen=True, kw_only=True)

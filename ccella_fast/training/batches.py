@@ -1,9 +1,9 @@
-"""What the model sees at optimizer step s: a pure function of (seed, s), whatever the number of processes.
+"""The model's inputs at optimizer step s: a pure function of (seed, s), whatever the number of processes.
 
 The data is an endless stream: epoch after epoch, each a permutation drawn from (seed, epoch). Step s takes the next global
-batch of it; micro-steps and processes take slices. All randomness of a sample (posterior draw, timestep, noise) comes from one
-generator seeded by (seed, position in the stream). So a resumed run, another world size of the same global batch, and
-another micro-batch all see the same numbers.
+batch of the stream; micro-steps and processes take slices of it. All random numbers of a sample (posterior draw, noise,
+timestep) come from one generator, seeded by (seed, position in the stream). They are therefore the same in a resumed run, and
+for any number of processes and micro-steps with the same global batch.
 """
 
 from __future__ import annotations
@@ -18,42 +18,52 @@ import torch
 from torch import Tensor
 
 from ccella_fast.data.augmentation.engine import threads_per_process
-from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset, StudyEpoch
+from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset, StudyEpoch, TrainingSample, to_device
 from ccella_fast.diffusion.noise import generator
 
 _CPU = torch.device("cpu")
 
 
 class MicroBatch(NamedTuple):
-    """One micro-batch, on the device. `class_share` corrects the class loss, a mean over the local samples that have a class,
-    to the mean over those of the whole global batch (the reference's own value on one process)."""
+    """The studies of one micro-step and the random numbers drawn for them, on the device."""
 
-    ids: list[str]
-    latents: Tensor  # (B, C, X, Y, Z) float32, times the scale factor: x0
+    batch: TrainingSample
+    latents: Tensor  # (B, C, X, Y, Z) float32: x_0, a draw from the posterior times the scale factor
     noise: Tensor  # like latents
     timesteps: Tensor  # (B,) int64
-    text: Tensor | None  # (B, L, E); None: a variant without text
-    pirads: Tensor  # (B, 2) one-hot x 100
-    spacing: Tensor  # (B, 3) mm x 100
-    has_class: Tensor  # (B,) bool: a report and a class
+    # The class loss is a mean over the local samples that have a class. Times this factor, it averages over processes and
+    # micro-steps to the mean over all such samples of the global batch, which is what the reference computes on one process.
     class_share: float
 
-    def to(self, device: torch.device) -> MicroBatch:
-        moved: dict[str, Any] = {k: _to(part, device) for k, part in self._asdict().items() if isinstance(part, Tensor)}
-        return self._replace(**moved)
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of the micro-batch."""
+        return (part for part in (*self, *self.batch) if isinstance(part, Tensor))
 
 
 @lru_cache(maxsize=8)
 def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
-    """The permutation of `range(size)` that epoch `epoch` runs through."""
+    """The permutation of `range(size)` in which the studies of an epoch come."""
     return torch.randperm(size, generator=generator(seed, "order", epoch)).tolist()
 
 
 class BatchStream:
-    """`feed.micro_batch(step, micro)`, or `feed.steps(first, last)` for whole steps in order.
+    """The micro-batches of this process, by number with `micro_batch` or in order with `steps`.
 
-    source: what gives the latents (default: the dataset itself, from memory maps). scale: one factor a channel.
-    num_timesteps: T, the timesteps drawn are 0 ... T-1. waited: seconds that `steps` has kept its caller waiting."""
+    Args:
+        dataset: the studies.
+        seed: of the order of studies and of all random numbers.
+        batch_size: samples per micro-step and process.
+        accumulation: micro-steps per optimizer step.
+        rank: of this process.
+        world_size: number of processes.
+        scale: the latents' scale factor per channel, shape (C,).
+        num_timesteps: T; the timesteps that are drawn are 0 ... T-1.
+        source: where latents come from; default: `dataset`, through memory maps.
+        device: of the micro-batches.
+
+    Attributes:
+        waited: seconds for which the consumer of `steps` has waited for data.
+    """
 
     def __init__(
         self,
@@ -76,79 +86,79 @@ class BatchStream:
         self.scale = scale.view(-1, 1, 1, 1).to(device)
         self.waited = 0.0
 
-    def index(self, position: int) -> int:
-        """The case at `position` of the stream."""
-        return self.pick(position).study
-
-    def pick(self, position: int) -> StudyEpoch:
+    def study_at(self, position: int) -> StudyEpoch:
+        """The study at `position` of the stream, and the epoch."""
         epoch, offset = divmod(position, len(self.dataset))
         return StudyEpoch(epoch_order(self.seed, epoch, len(self.dataset))[offset], epoch)
 
     def epoch(self, step: int) -> int:
+        """The epoch in which the global batch of `step` begins."""
         return step * self.global_batch // len(self.dataset)
 
     def micro_batch(self, step: int, micro: int) -> MicroBatch:
-        """This process's micro-batch number `micro` of step `step` (both from 0)."""
+        """The micro-batch number `micro` of step `step`, both from 0."""
         return next(self._stream([(step, micro)], map))
 
     def steps(self, first: int, last: int, *, background: bool) -> Iterator[list[MicroBatch]]:
-        """The micro-batches of steps first ... last-1, a list a step. background: prepare the next while one is used.
+        """Yield the list of micro-batches of each of the steps first ... last-1.
 
-        Worth it beside a GPU only: on a CPU a second thread that computes makes OpenMP put the workers of the first to sleep
-        after every operation, which costs far more than the few milliseconds that it hides."""
-        wanted = [(step, micro) for step in range(first, last) for micro in range(self.accumulation)]
+        background: prepare the next micro-batch in a thread while one is used. This pays only when training on a GPU: on a CPU,
+        a second computing thread makes OpenMP put the workers of the first to sleep after every operation, which costs far more
+        than the few milliseconds that are hidden.
+        """
+        numbers = [(step, micro) for step in range(first, last) for micro in range(self.accumulation)]
         with ThreadPoolExecutor(threads_per_process(), thread_name_prefix="noise") as pool:
-            ready = self._ahead(self._stream(wanted, pool.map)) if background else self._stream(wanted, map)
+            stream = self._prefetch(self._stream(numbers, pool.map)) if background else self._stream(numbers, map)
             for _ in range(first, last):
                 begun = time.perf_counter()
-                micro_batches = [next(ready) for _ in range(self.accumulation)]
+                micro_batches = [next(stream) for _ in range(self.accumulation)]
                 self.waited += time.perf_counter() - begun
                 yield micro_batches
 
     def _positions(self, step: int, micro: int) -> range:
+        """The positions in the stream of the samples of a micro-batch."""
         start = step * self.global_batch + (micro * self.world_size + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
 
-    def _stream(self, wanted: Sequence[tuple[int, int]], mapped: Callable[..., Iterable[Any]]) -> Iterator[MicroBatch]:
-        """The micro-batches `wanted`, on the device. mapped: draws a batch's samples, one after the other or side by side."""
+    def _stream(self, numbers: Sequence[tuple[int, int]], map_: Callable[..., Iterable[Any]]) -> Iterator[MicroBatch]:
+        """Yield the micro-batches with the given numbers (step, micro), on the device.
+
+        map_: `map`, or that of a thread pool; applied to draw the random numbers of a batch's samples.
+        """
 
         def picks(n: int) -> list[StudyEpoch]:
-            return [self.pick(position) for position in self._positions(*wanted[n])]
+            return [self.study_at(position) for position in self._positions(*numbers[n])]
 
-        for (step, micro), batch in zip(wanted, self.source.batches(picks, len(wanted)), strict=True):
+        for (step, micro), batch in zip(numbers, self.source.batches(picks, len(numbers)), strict=True):
             positions, shape = self._positions(step, micro), batch.latent_mean.shape[1:]
-            draws = mapped(lambda position, shape=shape: self._draw(position, shape), positions)
-            posterior, noise, timesteps = (_to(torch.stack(part), self.device) for part in zip(*draws, strict=True))
-            mean, sigma = _to(batch.latent_mean, self.device), _to(batch.latent_sigma, self.device)
-            text = None if batch.text is None else _to(batch.text, self.device)
-            yield MicroBatch(
-                ids=batch.ids,
-                latents=(mean + sigma * posterior) * self.scale,
-                noise=noise,
-                timesteps=timesteps,
-                text=text,
-                pirads=_to(batch.pirads, self.device),
-                spacing=_to(batch.spacing, self.device),
-                has_class=_to(batch.has_class, self.device),
-                class_share=self._class_share(step, positions),
+            draws = map_(lambda position, shape=shape: self._draw(position, shape), positions)
+            posterior, noise, timesteps = (
+                to_device(torch.stack(part), self.device) for part in zip(*draws, strict=True)
             )
+            batch = batch.to(self.device)
+            latents = (batch.latent_mean + batch.latent_sigma * posterior) * self.scale
+            yield MicroBatch(batch, latents, noise, timesteps, self._class_share(step, positions))
 
     def _class_share(self, step: int, positions: range) -> float:
-        start, has_class = step * self.global_batch, self.dataset.has_class
-        in_all = sum(has_class[self.index(start + i)] for i in range(self.global_batch))
-        here = sum(has_class[self.index(position)] for position in positions)
-        return here * self.accumulation * self.world_size / max(1, in_all)
+        start = step * self.global_batch
+        total = self._count_classes(range(start, start + self.global_batch))
+        return self._count_classes(positions) * self.accumulation * self.world_size / max(1, total)
+
+    def _count_classes(self, positions: range) -> int:
+        """The number of samples that have a class."""
+        return sum(self.dataset.has_class[self.study_at(position).study] for position in positions)
 
     def _draw(self, position: int, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Posterior draw, noise and timestep of the sample at `position`."""
         source = generator(self.seed, "sample", position)
         posterior = torch.randn(shape, generator=source)
         noise = torch.randn(shape, generator=source)
         return posterior, noise, torch.randint(self.num_timesteps, (), generator=source)
 
-    def _ahead(self, stream: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        """One micro-batch ahead, made by a thread; on a GPU in a CUDA stream of its own, beside the training's."""
+    def _prefetch(self, stream: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Prepare one micro-batch ahead in a thread; on a GPU, in a CUDA stream of its own."""
         side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        if side is not None:  # resident latents, the scale and the autoencoder were put there by the training's stream
+        if side is not None:  # latents, scale and autoencoder were written to the device in the training's CUDA stream
             side.wait_stream(torch.cuda.current_stream(self.device))
 
         def make() -> tuple[MicroBatch | None, torch.cuda.Event | None]:
@@ -157,23 +167,15 @@ class BatchStream:
             with torch.cuda.device(self.device), torch.cuda.stream(side):
                 return next(stream, None), side.record_event()
 
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
-            coming = pool.submit(make)
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
+            pending = pool.submit(make)
             while True:
-                samples, made = coming.result()
-                if samples is None:
+                micro_batch, made = pending.result()
+                if micro_batch is None:
                     return
-                coming = pool.submit(make)
+                pending = pool.submit(make)
                 if made is not None:
                     torch.cuda.current_stream(self.device).wait_event(made)
-                    for part in samples:
-                        if isinstance(part, Tensor):
-                            part.record_stream(torch.cuda.current_stream(self.device))
-                yield samples
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, through pinned memory where it comes from the host."""
-    if tensor.device.type == device.type:
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+                    for tensor in micro_batch.tensors():  # keeps the allocator from reusing memory that training reads
+                        tensor.record_stream(torch.cuda.current_stream(self.device))
+                yield micro_batch

@@ -1,7 +1,7 @@
 """Write a checkpoint from all processes, and restore one.
 
-A failure on any process (a full disk, mostly) reaches all of them before anybody waits for the other: the partial folder goes,
-the previous checkpoint stays.
+A failure on any process (usually a full disk) is raised on all of them, and no process is left waiting. The partial folder is
+removed; earlier checkpoints stay.
 """
 
 from __future__ import annotations
@@ -31,27 +31,32 @@ from ccella_fast.training.ema import Ema
 from ccella_fast.training.engine import full_weights
 
 _TAG = "shards"
-# All that DeepSpeed's shards hold beyond tensors and plain values.
-_ALLOWED = [fragment_address, ZeroStageEnum, LossScaler]
+# The only classes that DeepSpeed's shards contain besides tensors and plain values.
+_SAFE_CLASSES = [fragment_address, ZeroStageEnum, LossScaler]
 
 
 class SafeShards(TorchCheckpointEngine):
-    """DeepSpeed's reader and writer of shards, without code execution on loading and without a process left waiting on failure.
+    """DeepSpeed's checkpoint engine, which reads shards without executing code.
 
-    A failed write is kept in `failure` instead of raised, because DeepSpeed's save ends in a barrier."""
+    Attributes:
+        failure: the error of a failed write. It is not raised, because the other processes would wait in the barrier with which
+            DeepSpeed's `save_checkpoint` ends.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.failure: Exception | None = None
 
     def save(self, state_dict: Any, path: str) -> None:
+        """Write one shard."""
         try:
             torch.save(_without_enums(state_dict), path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             self.failure = error
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(_ALLOWED):
+        """Read one shard. Raises CheckpointError if it is damaged or contains anything but the allowed classes."""
+        with torch.serialization.safe_globals(_SAFE_CLASSES):
             try:
                 return torch.load(path, map_location=map_location, weights_only=True)
             except Exception as error:
@@ -60,8 +65,10 @@ class SafeShards(TorchCheckpointEngine):
 
 
 def _without_enums(value: Any) -> Any:
-    """Enumerations (the ZeRO stage) as the plain values that they equal: some Pythons, 3.11.2 among them, pickle one as a call
-    of getattr, which nobody should be asked to allow on loading. Only containers are copied."""
+    """Replace enumerations (the ZeRO stage) by their values, to which they are equal. Only containers are copied.
+
+    Some versions of Python, such as 3.11.2, pickle an enumeration as a call of getattr, which loading must not allow.
+    """
     if isinstance(value, Enum):
         return value.value
     if type(value) is dict:
@@ -79,9 +86,26 @@ def save_checkpoint(
     config: Config,
     state: dict[str, Any],
     vae: Path | None,
-    control: HostCollectives,
+    collectives: HostCollectives,
 ) -> Path:
-    """Publish RUN/checkpoints/step-XXXXXXXX. All processes call it. state: for training_state.json. Raises DiskError."""
+    """Write the step folder RUN/checkpoints/step-XXXXXXXX. All processes call it.
+
+    Args:
+        run: the run's folder.
+        step: finished optimizer steps.
+        engine: the DeepSpeed engine.
+        ema: the moving average, if there is one.
+        config: the configuration.
+        state: the content of training_state.json.
+        vae: folder of the autoencoder to copy into the checkpoint.
+        collectives: used to share failures.
+
+    Returns:
+        The step folder.
+
+    Raises:
+        DiskError: on all processes, if one of them could not write.
+    """
     final = step_folder(run, step)
     partial = final.with_name(f".partial-{final.name}")
     main = dist.get_rank() == 0
@@ -92,14 +116,14 @@ def save_checkpoint(
             partial.mkdir(parents=True)
     except OSError as error:
         failure = error
-    _raise_if_any_rank_failed(failure, partial, control)
-    engine.checkpoint_engine = shards = SafeShards()
+    _raise_if_any_rank_failed(failure, partial, collectives)
+    engine.checkpoint_engine = shards = SafeShards()  # DeepSpeed's configuration cannot select another class
     engine.save_checkpoint(str(partial / "deepspeed"), tag=_TAG, save_latest=False)
     failure = shards.failure
     failure = _write_weights(full_weights(engine), partial / "model.safetensors", failure)
     if ema is not None:
         failure = _write_weights(ema.full_weights(), partial / "ema.safetensors", failure)
-    _raise_if_any_rank_failed(failure, partial, control)
+    _raise_if_any_rank_failed(failure, partial, collectives)
     try:
         if main:
             write_json(partial / "config.json", config.dump())
@@ -111,22 +135,29 @@ def save_checkpoint(
             publish_checkpoint(partial, final, keep=config.training.checkpoints_total_limit)
     except (OSError, DiskError) as error:
         failure = error
-    _raise_if_any_rank_failed(failure, partial, control)
+    _raise_if_any_rank_failed(failure, partial, collectives)
     return final
 
 
 def restore_checkpoint(folder: Path, engine: Any, ema: Ema | None, state: dict[str, Any]) -> None:
-    """Weights, optimizer, learning rate and averages of a verified step folder. All processes call it."""
+    """Restore weights, optimizer, learning rate and averages from a verified step folder. All processes call it.
+
+    state: its training_state.json. Raises CheckpointError.
+    """
     engine.checkpoint_engine = SafeShards()
     loaded, _ = engine.load_checkpoint(str(folder / "deepspeed"), tag=_TAG)
     if loaded is None:
-        raise CheckpointError("DeepSpeed finds no shards in this checkpoint", path=folder, fix="use another checkpoint")
+        why = "DeepSpeed did not find its shards in this checkpoint"
+        raise CheckpointError(why, path=folder, fix="use another checkpoint")
     if ema is not None:
         ema.restore(load_file(folder / "ema.safetensors"), state["ema_updates"])
 
 
 def _write_weights(weights: Iterator[tuple[str, Tensor]], path: Path, failure: Exception | None) -> Exception | None:
-    """Gather on all processes, write on the first. The gathering must run to its end whatever has failed before."""
+    """Gather weights on all processes and write them on rank 0, unless writing has failed before. Returns the failure.
+
+    The weights must be gathered to the end in any case, because the other processes take part.
+    """
     main = dist.get_rank() == 0
     gathered: dict[str, Tensor] = {}
     for name, value in weights:
@@ -135,14 +166,14 @@ def _write_weights(weights: Iterator[tuple[str, Tensor]], path: Path, failure: E
     if main and failure is None:
         try:
             save_file(gathered, path, metadata={"format": "pt"})
-        except Exception as error:  # SafetensorError for what the disk refuses, OSError before that
+        except Exception as error:  # SafetensorError when writing fails, OSError when opening fails
             return error
     return failure
 
 
-def _raise_if_any_rank_failed(failure: Exception | None, partial: Path, control: HostCollectives) -> None:
-    """Raise DiskError on all processes when one has failed."""
-    reasons = [reason for reason in control.all_gather(str(failure) if failure else None) if reason]
+def _raise_if_any_rank_failed(failure: Exception | None, partial: Path, collectives: HostCollectives) -> None:
+    """Raise DiskError on all processes if one has failed, and remove the partial folder."""
+    reasons = [reason for reason in collectives.all_gather(str(failure) if failure else None) if reason]
     if not reasons:
         return
     bytes_written = 0

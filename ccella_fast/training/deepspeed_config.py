@@ -1,8 +1,8 @@
-"""Our training settings and the user's DeepSpeed file, brought to one truth.
+"""Merge the training settings with the user's DeepSpeed file.
 
-`merge` returns the configuration with the file's values folded in (what is stored with the run and compared on resume) and
-the dictionary for `deepspeed.initialize`. Where both say something the file wins, and a log line states it. DeepSpeed ignores
-a misspelt top-level key in silence and trains without it; here it is refused. Neither torch nor DeepSpeed is imported.
+`merge_deepspeed_config` returns the configuration with the file's values, which is stored with the run and compared on resume,
+and the dictionary for `deepspeed.initialize`. Where both set something, the file wins, and the difference is logged. DeepSpeed
+silently ignores a misspelled top-level key; here it raises ConfigError. Neither torch nor DeepSpeed is imported.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from ccella_fast.errors import ConfigError, did_you_mean
 
 logger = logging.getLogger("ccella_fast")
 
-# Top-level keys that reach DeepSpeed and act there.
-PASSED = frozenset(
+# Top-level keys that are passed to DeepSpeed.
+PASSED_KEYS = frozenset(
     "aio checkpoint comet comms_logger communication_data_type csv_monitor data_types disable_allgather disable_python_gc "
     "dump_state flops_profiler gradient_allreduce_op gradient_predivide_factor log_level memory_breakdown prescale_gradients "
     "steps_per_print tensorboard timers wall_clock_breakdown wandb zero_allow_untested_optimizer "
     "zero_force_ds_cpu_optimizer zero_optimization".split()
 )
-# Keys whose content we take over: it becomes part of our configuration.
-TAKEN = frozenset(
+# Top-level keys whose values are merged into the configuration.
+MERGED_KEYS = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 bfloat16 fp16 "
     "optimizer scheduler activation_checkpointing".split()
 )
-# Known to DeepSpeed, without a meaning or a test here. Refused by name, because ignoring them would be silent.
-REFUSED = frozenset(
+# Top-level keys of DeepSpeed that have no effect here or are not tested. They raise instead of being ignored silently.
+UNSUPPORTED_KEYS = frozenset(
     "amp autotuning compile compression_training curriculum_learning data_efficiency dataloader_drop_last datastates_ckpt "
     "eigenvalue elasticity expert_parallel expert_parallel_size graph_harvesting hybrid_engine load_from_fp32_weights "
     "managed_gradient_accumulation nebula pipeline pld progressive_layer_drop quantize_training "
@@ -40,7 +40,7 @@ REFUSED = frozenset(
 )
 _OPTIMIZER = {"type", "params"}
 _OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam", "bias_correction"}
-_PLAIN_SECTIONS = {  # DeepSpeed reads these by name and ignores the rest
+_KNOWN_KEYS = {  # of the sections in which DeepSpeed ignores unknown keys
     "activation_checkpointing": {
         "partition_activations", "number_checkpoints", "contiguous_memory_optimization", "synchronize_checkpoint_boundary",
         "profile", "cpu_checkpointing",
@@ -61,13 +61,28 @@ def merge_deepspeed_config(
     output_dir: Path,
     auto_precision: Callable[[], Literal["bf16", "fp32"]],
 ) -> tuple[Config, dict[str, Any]]:
-    """Our configuration and the file `path` (JSON or HJSON, comments allowed; None: no file) for `world_size` processes.
+    """Merge `config` with the user's DeepSpeed file.
 
-    auto_precision: asked for what `training.precision` becomes where it is "auto" and the file names none.
-    Raises ConfigError naming file, field and fix."""
-    given = read_deepspeed_file(path) if path else {}
-    values = {key: value for key, value in given.items() if value != "auto"}
-    overrides = {**_batch(values, config, world_size, path), **_precision(values, path), **_optimizer(values, path)}
+    Args:
+        config: the configuration.
+        path: the file, in JSON or HJSON (which allows comments), or None.
+        world_size: number of processes.
+        output_dir: folder of the TensorBoard logs.
+        auto_precision: returns the precision if `training.precision` is "auto" and the file does not set it.
+
+    Returns:
+        The merged configuration, and the dictionary for `deepspeed.initialize`.
+
+    Raises:
+        ConfigError: the file cannot be read, or contains a key or value that is not supported.
+    """
+    file_values = read_deepspeed_file(path) if path else {}
+    values = {key: value for key, value in file_values.items() if value != "auto"}
+    overrides = {
+        **_batch_sizes(values, config, world_size, path),
+        **_precision(values, path),
+        **_optimizer(values, path),
+    }
     if "gradient_clipping" in values:
         overrides["training.max_grad_norm"] = values["gradient_clipping"]
     zero = _zero(values, path)
@@ -79,44 +94,51 @@ def merge_deepspeed_config(
     _log_differences(config, merged, path)
     if merged.training.precision == "auto":
         merged = make_config({"training.precision": auto_precision()}, base=merged)
-    result = {key: value for key, value in values.items() if key in PASSED or key == "activation_checkpointing"}
-    return merged, result | _engine_values(merged, result, zero, world_size, output_dir)
+    passed = {key: value for key, value in values.items() if key in PASSED_KEYS or key == "activation_checkpointing"}
+    return merged, passed | _engine_values(merged, passed, zero, world_size, output_dir)
 
 
 def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
-    """Parse a DeepSpeed file and refuse keys that nobody reads."""
+    """Read a DeepSpeed file. Raises ConfigError for unreadable files, and for keys that are unknown or not supported."""
     import hjson  # DeepSpeed's own reader
 
     path = Path(path)
     try:
-        values = hjson.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+        values = hjson.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
     except FileNotFoundError:
         raise ConfigError("this DeepSpeed file does not exist", path=path, fix="check the path") from None
     except (OSError, UnicodeDecodeError) as bad:
         raise ConfigError(f"this DeepSpeed file cannot be read: {bad}", path=path, fix="check the path") from None
     except hjson.HjsonDecodeError as bad:
         where = f"line {bad.lineno}, column {bad.colno}"
-        raise ConfigError(f"malformed JSON at {where}: {bad.msg}", path=path, fix="mend the file there") from None
+        raise ConfigError(f"malformed JSON at {where}: {bad.msg}", path=path, fix="correct the file there") from None
     except KeyError as bad:
         raise ConfigError(f"the key '{bad.args[0]}' appears twice", path=path, fix="keep one of them") from None
     if not isinstance(values, dict):
-        raise ConfigError("a DeepSpeed configuration is one JSON object", path=path, fix="start the file with {")
+        raise ConfigError("a DeepSpeed configuration must be one JSON object", path=path, fix="enclose it in {...}")
     for key in values:
-        if key in REFUSED:
-            raise ConfigError(f"'{key}' is not supported here", path=path, field=key, fix="remove it")
-        if key not in PASSED | TAKEN:
-            raise ConfigError(f"unknown key '{key}'", path=path, field=key, fix=did_you_mean(key, PASSED | TAKEN))
-    for section, known in _PLAIN_SECTIONS.items():
-        _known(_section(values, section, path), known, section, path)
+        if key in UNSUPPORTED_KEYS:
+            raise ConfigError(f"the DeepSpeed key '{key}' is not supported", path=path, field=key, fix="remove it")
+        if key not in PASSED_KEYS | MERGED_KEYS:
+            raise ConfigError(
+                f"unknown key '{key}'", path=path, field=key, fix=did_you_mean(key, PASSED_KEYS | MERGED_KEYS)
+            )
+    for section, known in _KNOWN_KEYS.items():
+        _check_keys(_section(values, section, path), known, section, path)
     return values
 
 
-def checked(values: dict[str, Any], build: Callable[[dict[str, Any]], Any], path: str | Path | None) -> None:
-    """Let DeepSpeed's own classes check `values` (`build` is DeepSpeedConfig) and say what they found in our words."""
+def validate_with_deepspeed(
+    values: dict[str, Any], config_class: Callable[[dict[str, Any]], Any], path: str | Path | None
+) -> None:
+    """Validate `values` with DeepSpeed's own classes. Raises ConfigError for their errors.
+
+    config_class: `DeepSpeedConfig`; a parameter, so that this module does not import DeepSpeed.
+    """
     from pydantic import ValidationError
 
     try:
-        build(values)
+        config_class(values)
     except ValidationError as bad:
         first = bad.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -124,17 +146,20 @@ def checked(values: dict[str, Any], build: Callable[[dict[str, Any]], Any], path
             f"{bad.title}: {first['msg']}", path=path, field=field, fix="see deepspeed.ai, config-json"
         ) from None
     except (AssertionError, ValueError, TypeError) as bad:
-        raise ConfigError(
-            f"DeepSpeed refuses this: {str(bad).splitlines()[0]:.200}", path=path, fix="mend it"
-        ) from None
+        why = f"DeepSpeed rejects this configuration: {str(bad).splitlines()[0]:.200}"
+        raise ConfigError(why, path=path, fix="correct the value; see deepspeed.ai, config-json") from None
 
 
-def _batch(values: dict[str, Any], config: Config, world_size: int, path: object) -> dict[str, Any]:
-    """train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x processes; any one may be left out."""
+def _batch_sizes(values: dict[str, Any], config: Config, world_size: int, path: object) -> dict[str, Any]:
+    """Complete the batch sizes, of which any may be missing.
+
+    train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x processes.
+    """
     names = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
     for name in names:
         if name in values and (type(values[name]) is not int or values[name] < 1):
-            raise ConfigError("a batch size is a whole number from 1", path=path, field=name, fix="mend the number")
+            why = f"{name} must be a whole number of at least 1, got {values[name]!r:.40}"
+            raise ConfigError(why, path=path, field=name, fix="correct the number")
     total, micro, steps = (values.get(name) for name in names)
     if total is not None:
         if micro is not None and steps is None:
@@ -147,32 +172,31 @@ def _batch(values: dict[str, Any], config: Config, world_size: int, path: object
                 f"train_batch_size {total} is not train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "
                 f"{steps} x {world_size} processes (= {micro * steps * world_size})"
             )
-            raise ConfigError(why, path=path, field="train_batch_size", fix="leave one of the three out, or mend them")
-    found = {"training.batch_size": micro, "training.gradient_accumulation_steps": steps}
-    return {key: value for key, value in found.items() if value is not None}
+            raise ConfigError(why, path=path, field="train_batch_size", fix="remove or correct one of the three")
+    sizes = {"training.batch_size": micro, "training.gradient_accumulation_steps": steps}
+    return {key: value for key, value in sizes.items() if value is not None}
 
 
 def _precision(values: dict[str, Any], path: object) -> dict[str, Any]:
     if _section(values, "fp16", path).get("enabled", False) not in (False, "auto"):
-        why = "fp16 is refused: 3D latent diffusion and T5 features overflow in it"
+        why = "fp16 is not supported: 3D latent diffusion and T5 features overflow in it"
         raise ConfigError(why, path=path, field="fp16.enabled", fix='use "bf16": {"enabled": true}')
     bf16 = _section(values, "bf16", path) or _section(values, "bfloat16", path)
-    _known(bf16, {"enabled", "check_grad_overflow", "immediate_grad_update"}, "bf16", path)
+    _check_keys(bf16, {"enabled", "check_grad_overflow", "immediate_grad_update"}, "bf16", path)
     if bf16.get("check_grad_overflow", True) is not True:
-        why = "non-finite gradients are always checked"
+        why = "check_grad_overflow must be true: gradients are always checked for non-finite values"
         raise ConfigError(why, path=path, field="bf16.check_grad_overflow", fix="remove it")
     enabled = bf16.get("enabled", "auto" if not bf16 else False)
     return {} if enabled == "auto" else {"training.precision": "bf16" if enabled else "fp32"}
 
 
 def _optimizer(values: dict[str, Any], path: object) -> dict[str, Any]:
-    """The file's optimizer is honoured when it is the one we have, else refused."""
+    """The settings of the file's optimizer, which must be AdamW."""
     scheduler = _section(values, "scheduler", path)
     if scheduler:
-        why = f"the scheduler '{scheduler.get('type')}' is not supported: the rate is lr (1 - k/T)^2"
-        raise ConfigError(
-            why, path=path, field="scheduler", fix="remove the section; set training.lr and max_train_steps"
-        )
+        why = f"the scheduler '{scheduler.get('type')}' is not supported: the learning rate is always lr (1 - k/T)^2"
+        fix = "remove the section; set training.lr and max_train_steps"
+        raise ConfigError(why, path=path, field="scheduler", fix=fix)
     section = _section(values, "optimizer", path)
     if not section:
         return {}
@@ -180,51 +204,55 @@ def _optimizer(values: dict[str, Any], path: object) -> dict[str, Any]:
     if name.lower() not in ("adam", "adamw") or params.get("adam_w_mode", True) is not True:
         fix = 'use {"type": "AdamW"} or remove the section'
         raise ConfigError(f"the optimizer '{name}' is not supported", path=path, field="optimizer.type", fix=fix)
-    _known(params, _OPTIMIZER_PARAMS, "optimizer.params", path)
+    _check_keys(params, _OPTIMIZER_PARAMS, "optimizer.params", path)
     if params.get("eps", _ADAM_EPS) not in ("auto", _ADAM_EPS):
-        raise ConfigError("eps is fixed", path=path, field="optimizer.params.eps", fix=f"use {_ADAM_EPS}")
+        why = f"eps must be {_ADAM_EPS}, got {params['eps']!r:.40}"
+        raise ConfigError(why, path=path, field="optimizer.params.eps", fix=f"remove it, or use {_ADAM_EPS}")
     names = {"lr": "training.lr", "betas": "training.adam_betas", "weight_decay": "training.weight_decay"}
     return {names[key]: value for key, value in params.items() if key in names and value != "auto"}
 
 
 def _zero(values: dict[str, Any], path: object) -> dict[str, Any]:
+    """The file's section zero_optimization, without the values that are "auto"."""
     section = _section(values, "zero_optimization", path)
     zero = {key: value for key, value in section.items() if value != "auto"}
     for name in ("offload_optimizer", "offload_param"):
         device = _section(zero, name, path).get("device", "none")
         if device == "nvme":
-            why = "offload to NVMe is not supported"
+            why = "offloading to NVMe is not supported"
             raise ConfigError(why, path=path, field=f"zero_optimization.{name}.device", fix='use "cpu"')
     return zero
 
 
 def _engine_values(
-    config: Config, given: dict[str, Any], zero: dict[str, Any], world_size: int, output_dir: Path
+    config: Config, passed: dict[str, Any], zero: dict[str, Any], world_size: int, output_dir: Path
 ) -> dict[str, Any]:
+    """The values that follow from the configuration, and defaults where the file (`passed`) has none."""
     training = config.training
     micro, steps, bf16 = training.batch_size, training.gradient_accumulation_steps, training.precision == "bf16"
-    # bf16 gradients lose small contributions when many are summed; ZeRO can sum in fp32, stage 0 has no such buffer.
-    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and training.zero_stage else {}
+    # Sums of bf16 gradients lose small contributions. ZeRO can accumulate in fp32; stage 0 does not have a buffer for it.
+    accumulation = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and training.zero_stage else {}
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
         "train_batch_size": micro * steps * world_size,
-        # Without ZeRO and bf16 the optimizer is ours alone and clips itself (engine.NonFiniteSkippingAdamW).
+        # At stage 0 in fp32, the optimizer clips the gradients itself (engine.NonFiniteSkippingAdamW).
         "gradient_clipping": training.max_grad_norm if bf16 or training.zero_stage else 0.0,
         "bf16": {"enabled": bf16},
         "zero_optimization": {**zero, "stage": training.zero_stage},
-        "steps_per_print": given.get("steps_per_print"),
-        "tensorboard": given.get("tensorboard")
+        "steps_per_print": passed.get("steps_per_print"),
+        "tensorboard": passed.get("tensorboard")
         or {"enabled": True, "output_path": str(output_dir), "job_name": "tensorboard"},
-        # torch's fused AdamW runs on the CPU too; DeepSpeed's own would be compiled with g++.
-        "zero_force_ds_cpu_optimizer": given.get("zero_force_ds_cpu_optimizer", False),
-        # DeepSpeed's throughput timer waits for the GPU at every step.
-        "timers": given.get("timers", {"throughput": {"enabled": False}}),
-        **({} if "data_types" in given else sums),
+        # Use torch's fused AdamW also with offloading to the CPU: DeepSpeed's own would have to be compiled with g++.
+        "zero_force_ds_cpu_optimizer": passed.get("zero_force_ds_cpu_optimizer", False),
+        # DeepSpeed's throughput timer would synchronize with the GPU at every step.
+        "timers": passed.get("timers", {"throughput": {"enabled": False}}),
+        **({} if "data_types" in passed else accumulation),
     }
 
 
 def _log_differences(before: Config, after: Config, path: object) -> None:
+    """Log the training settings that the file `path` has changed."""
     old, new = before.training.model_dump(), after.training.model_dump()
     for key in old:
         if old[key] != new[key]:
@@ -232,19 +260,22 @@ def _log_differences(before: Config, after: Config, path: object) -> None:
 
 
 def _section(values: Mapping[str, Any], name: str, path: object) -> dict[str, Any]:
+    """A copy of the section `name`; empty if it is missing or "auto"."""
     section = values.get(name) or {}
     if section != "auto" and not isinstance(section, dict):
-        raise ConfigError("this section is a JSON object", path=path, field=name, fix="write it as {...}")
+        raise ConfigError(f"the section '{name}' must be a JSON object", path=path, field=name, fix="write it as {...}")
     return {} if section == "auto" else dict(section)
 
 
-def _known(section: Mapping[str, Any], known: set[str], name: str, path: object) -> None:
+def _check_keys(section: Mapping[str, Any], known: set[str], name: str, path: object) -> None:
+    """Raise ConfigError for a key of the section `name` that is not in `known`."""
     for key in section:
         if key not in known:
             raise ConfigError(f"unknown key '{key}'", path=path, field=f"{name}.{key}", fix=did_you_mean(key, known))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object as a dictionary. Raises KeyError for a key that occurs twice."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:

@@ -1,7 +1,7 @@
-"""The processes of a run: who am I, how do we talk, and when must we stop.
+"""The processes of a run: initialization, collectives in host memory, signals.
 
-`deepspeed`, `torchrun` and plain `python` all end up here with the same five environment variables. Imported before DeepSpeed,
-because DeepSpeed chooses its accelerator on import.
+The launchers `deepspeed` and `torchrun` set the same five environment variables; plain `python` is a world of one process. This
+module must be imported before DeepSpeed, which chooses its accelerator on import.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ _TIMEOUT = timedelta(minutes=30)
 
 
 def uses_gpu() -> bool:
-    """Whether training uses a GPU: there is one, and DS_ACCELERATOR does not name the CPU."""
+    """Whether training uses a GPU: one is available, and DS_ACCELERATOR does not select the CPU."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
-def initialise_processes() -> torch.device:
-    """Join the process group (NCCL on CUDA, gloo on CPU); returns this process's device."""
-    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:  # plain `python`: a world of one
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+def initialize_processes() -> torch.device:
+    """Join the process group, with NCCL on GPUs and gloo on CPUs. Returns the device of this process."""
+    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:  # plain `python`: one process
+        single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ.update({name: str(value) for name, value in single.items()})
     gpu = uses_gpu()
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # Notes from torch to DeepSpeed about names that will go; the reader of a training log can do nothing about them.
+    # torch warns DeepSpeed of deprecated names, about which the reader of a training log can do nothing.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     import deepspeed.ops
 
     if not gpu:
-        # DeepSpeed would compile a shared-memory all-reduce with g++ now: half a minute or more, a compiler on the user's
-        # machine, and a hang wherever a killed build left its lock. It is only a faster path beside gloo, and DeepSpeed
-        # goes without any op that this table does not call compatible.
+        # DeepSpeed would compile a shared-memory all-reduce with g++ here, which takes half a minute or more, needs a compiler,
+        # and hangs if a killed build has left its lock. It only accelerates gloo, and DeepSpeed omits every op that this
+        # private table of compatible ops does not contain: so replace the table with an empty one.
         vars(deepspeed.ops)["__compatible_ops__"] = {}
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", timeout=_TIMEOUT, verbose=False)
     if not gpu:
@@ -56,21 +56,21 @@ def initialise_processes() -> torch.device:
 
 @contextmanager
 def translate_peer_failure() -> Iterator[None]:
-    """What a process sees of another that ends is a connection that breaks: no fault of its own, and no bug."""
+    """Raise CcellaError in place of the broken connection that a process sees when another one has ended."""
     try:
         yield
     except RuntimeError as error:
         if dist.get_world_size() == 1 or "by peer" not in str(error):  # gloo: "Connection closed by peer"
             raise
-        raise CcellaError("another process of this run has ended", fix="its own message says why") from None
+        raise CcellaError("another process of this run has ended", fix="see that process's own message") from None
 
 
 class HostCollectives:
-    """Small decisions that all processes take together. They travel over gloo in host memory: no GPU is waited for."""
+    """Collectives of small host values, over gloo, so that no process waits for its GPU."""
 
     def __init__(self) -> None:
-        alone = dist.get_world_size() == 1
-        self._group = None if alone else dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        single = dist.get_world_size() == 1
+        self._group = None if single else dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
     def max(self, value: int) -> int:
         """The largest `value` of any process."""
@@ -81,7 +81,7 @@ class HostCollectives:
         return int(tensor)
 
     def all_gather(self, value: object) -> list:
-        """Every process's `value` (plain values), in rank order."""
+        """The `value` of each process, in rank order. Values must be plain Python values."""
         if self._group is None:
             return [value]
         values: list = [None] * dist.get_world_size()
@@ -90,18 +90,18 @@ class HostCollectives:
 
 
 class SignalHandler:
-    """Remembers SIGTERM and SIGINT until the step is over, and notices when the launcher has gone.
+    """Context manager that records SIGTERM and SIGINT for the loop to read, and detects that the launcher has ended.
 
-    SIGTERM to the `deepspeed` command kills that command alone; its launcher and our processes live on as orphans and nobody
-    tells them. So under a launcher the ancestors are watched as well. Used as a context; `signal` is 0 while nothing was
-    asked."""
+    SIGTERM to the `deepspeed` command ends only that command; its launcher and the training processes continue as orphans and
+    receive no signal. Under a launcher, a change of the parent processes therefore counts as SIGTERM.
+    """
 
     def __init__(self) -> None:
         self._signal = 0
         self._ancestors = _launchers()
 
     def __enter__(self) -> SignalHandler:
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._record) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -110,20 +110,21 @@ class SignalHandler:
 
     @property
     def signal(self) -> int:
+        """The number of the first signal, or 0."""
         if not self._signal and self._ancestors != _launchers():
             self._signal = signal.SIGTERM
         return self._signal
 
-    def _remember(self, number: int, frame: object) -> None:
+    def _record(self, number: int, frame: object) -> None:
         self._signal = self._signal or number
 
 
 def _launchers() -> list[int]:
-    """Process ids above us that belong to the launch: torchrun; DeepSpeed's launch.py and the `deepspeed` command above it."""
+    """Ids of the parent processes that launched this one: torchrun, or DeepSpeed's launch.py and the `deepspeed` command."""
     parent = os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return [parent]
-    # LOCAL_SIZE is set by DeepSpeed's launch.py alone.
+    # Only DeepSpeed's launch.py sets LOCAL_SIZE.
     return [parent, _parent_of(parent)] if "LOCAL_SIZE" in os.environ else []
 
 

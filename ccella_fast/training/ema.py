@@ -1,6 +1,7 @@
-"""Exponential moving average of the fp32 weights, kept where the optimizer keeps them: each process averages its own shards.
+"""Exponential moving average of the fp32 weights. With ZeRO, each process averages its own shards.
 
-decay_n = min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not stuck at its random start.
+The decay of update n is min(decay, (1 + n) / (10 + n)), so that the average of a short run does not stay at the random weights
+that the run started with.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from ccella_fast.training.engine import full_weights, master_weights, set_master
 
 
 class Ema:
-    """`decay` as configured, `updates` so far; `averages` are tensors like `master_weights(engine)`."""
+    """Exponential moving average of an engine's master weights.
+
+    Args:
+        engine: the DeepSpeed engine.
+        decay: the largest decay.
+
+    Attributes:
+        updates: the number of updates so far.
+        averages: fp32 tensors like `master_weights(engine)`.
+    """
 
     def __init__(self, engine: Any, decay: float):
         self.engine, self.decay, self.updates = engine, decay, 0
@@ -25,26 +35,26 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """average <- decay_n average + (1 - decay_n) weights."""
+        """Set each average to decay_n * average + (1 - decay_n) * weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         get_ema_multi_avg_fn(decay)(self.averages, master_weights(self.engine), self.updates)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and average of every parameter, on all processes, one at a time. All processes must call it."""
-        with self._in_place_of_the_weights():
+        """Yield name and average of every parameter, on every process. All processes must iterate to the end."""
+        with self._swapped():
             yield from full_weights(self.engine)
 
     @torch.no_grad()
     def restore(self, values: dict[str, Tensor], updates: int) -> None:
-        """Take over what `full_weights` gave; on any process."""
-        with self._in_place_of_the_weights():
+        """Restore averages from whole parameters, as yielded by `full_weights`. All processes must call it."""
+        with self._swapped():
             set_master_weights(self.engine, values)
         self.updates = updates
 
     @contextmanager
-    def _in_place_of_the_weights(self) -> Iterator[None]:
-        # DeepSpeed can gather and scatter its master weights and nothing else, so the averages take their place meanwhile.
+    def _swapped(self) -> Iterator[None]:
+        # DeepSpeed can gather and scatter nothing but its master weights, so exchange their values with the averages meanwhile.
         self._swap()
         try:
             yield

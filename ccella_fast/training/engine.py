@@ -1,7 +1,7 @@
-"""The DeepSpeed engine: model, AdamW, learning rate, activation checkpointing; and the fp32 weights behind it.
+"""The DeepSpeed engine (model, AdamW, learning rate, activation checkpointing) and its fp32 master weights.
 
-DeepSpeed keeps fp32 master weights in a different place for each ZeRO stage and precision. `master_weights` and
-`full_weights` hide that: the first gives this process's own shards, the second every parameter whole.
+DeepSpeed keeps the master weights in different attributes for each ZeRO stage and precision. In all cases, `master_weights`
+returns the shards of this process, and `full_weights` whole parameters.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from torch import Tensor, nn
 
 from ccella_fast.config import Config
 from ccella_fast.models import build_model
-from ccella_fast.training.deepspeed_config import checked
+from ccella_fast.training.deepspeed_config import validate_with_deepspeed
 
 logger = logging.getLogger("ccella_fast")
 
 
 class NonFiniteSkippingAdamW(torch.optim.AdamW):
-    """AdamW that clips the global gradient norm and leaves everything as it is when that norm is not finite.
+    """AdamW that clips the global gradient norm, and skips the step if that norm is not finite.
 
-    DeepSpeed's ZeRO and bf16 wrappers do both themselves and report it in `overflow` and `_global_grad_norm`. Stage 0 in fp32
-    has no wrapper, so this class does it there, under the same names."""
+    DeepSpeed's optimizer wrappers for ZeRO and bf16 do both, and report the outcome in `overflow` and `_global_grad_norm`. At
+    stage 0 in fp32 there is no wrapper; this class takes its place, with the same attributes.
+    """
 
     def __init__(self, *args: Any, max_norm: float, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.max_norm, self.overflow, self._global_grad_norm = max_norm, False, 0.0
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Clip the gradients and update, unless their norm is not finite."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
         self._global_grad_norm = float(norm)
@@ -43,24 +45,33 @@ class NonFiniteSkippingAdamW(torch.optim.AdamW):
 def build_engine(
     config: Config, deepspeed_values: dict[str, Any], *, total_steps: int, device: torch.device, path: Any
 ) -> Any:
-    """A `DeepSpeedEngine` around the configured model, initialised from `training.seed`.
+    """A `DeepSpeedEngine` around the configured model, initialized from `training.seed`.
 
-    path: the user's DeepSpeed file, for messages. Raises ConfigError when DeepSpeed refuses its values."""
+    Args:
+        config: the configuration.
+        deepspeed_values: the dictionary for `deepspeed.initialize`.
+        total_steps: T, the length of the run, after which the learning rate is 0.
+        device: of the model.
+        path: the user's DeepSpeed file, for error messages.
+
+    Raises:
+        ConfigError: DeepSpeed rejects a value.
+    """
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    checked(deepspeed_values, DeepSpeedConfig, path)
+    validate_with_deepspeed(deepspeed_values, DeepSpeedConfig, path)
     training = config.training
     torch.manual_seed(training.seed)
     with device:
         model = build_model(config)
     if training.activation_checkpointing:
-        model.set_activation_checkpointing(_checkpointing(deepspeed_values.get("activation_checkpointing")))
+        model.set_activation_checkpointing(_checkpoint_function(deepspeed_values.get("activation_checkpointing")))
     settings: dict[str, Any] = {
         "lr": training.lr,
         "betas": training.adam_betas,
         "weight_decay": training.weight_decay,
-        "fused": True,  # one pass, on the CPU too
+        "fused": True,  # one kernel, also on a CPU
     }
     if training.precision == "fp32" and training.zero_stage == 0:
         optimizer: torch.optim.AdamW = NonFiniteSkippingAdamW(
@@ -75,8 +86,8 @@ def build_engine(
         config=deepspeed_values,
     )
     if training.precision == "bf16" and training.zero_stage == 0:
-        # This wrapper has taken an optimizer step on zero gradients to allocate its state: Adam's bias correction would be one
-        # step off and the weights have decayed once.
+        # DeepSpeed's BF16_Optimizer allocates Adam's state by a step on zero gradients, which advances the bias correction and
+        # decays the weights: clear the state of the optimizer that it wraps, and copy the weights to the masters again.
         engine.basic_optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
     return engine
@@ -88,7 +99,8 @@ def polynomial_decay(optimizer: torch.optim.Optimizer, *, total_steps: int) -> t
 
 
 def master_weights(engine: Any) -> list[Tensor]:
-    """The fp32 tensors that this process's optimizer updates: whole parameters in stage 0, flat shards with ZeRO."""
+    """The fp32 tensors that this process's optimizer updates: whole parameters at stage 0, flat shards with ZeRO."""
+    # DeepSpeed has no public access to the shards as they are; the attributes below are those of its optimizer wrappers.
     optimizer = engine.optimizer
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, name):  # ZeRO 3; ZeRO 1 and 2; ZeRO 1 in bf16
@@ -98,7 +110,7 @@ def master_weights(engine: Any) -> list[Tensor]:
 
 
 def full_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Name and fp32 value of every parameter, on all processes, one at a time. All processes must call it."""
+    """Yield name and fp32 value of every parameter, on every process. All processes must iterate to the end."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     masters = _stage_0_masters(engine)
@@ -107,7 +119,10 @@ def full_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def set_master_weights(engine: Any, values: dict[str, Tensor]) -> None:
-    """Write whole fp32 parameters into the master weights; the weights that the model computes with stay as they are."""
+    """Copy whole fp32 parameters to the master weights, without changing the weights that the model computes with.
+
+    values: by parameter name, on any device.
+    """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     masters = _stage_0_masters(engine)
@@ -115,7 +130,8 @@ def set_master_weights(engine: Any, values: dict[str, Tensor]) -> None:
         value = values[name].to(engine.device)
         if masters:
             masters[parameter].data.copy_(value)
-        elif engine.zero_optimization_stage() == 3:  # equal parts, the last one padded
+        elif engine.zero_optimization_stage() == 3:
+            # `ds_tensor` is this process's part of DeepSpeed's flat parameter; parts have equal sizes, the last one is padded.
             part = parameter.ds_tensor.numel()
             padded = nn.functional.pad(value.flatten(), (0, part * engine.world_size - value.numel()))
             safe_set_local_fp32_param(parameter, padded.narrow(0, part * engine.global_rank, part))
@@ -124,18 +140,18 @@ def set_master_weights(engine: Any, values: dict[str, Tensor]) -> None:
 
 
 def _stage_0_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
-    """Parameter -> its fp32 master where no ZeRO stage shards them; empty otherwise."""
+    """Map from each parameter to its fp32 master weight at stage 0; empty with ZeRO, which shards them."""
     if engine.zero_optimization_stage() > 0:
         return {}
     optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_groups"):
+    if hasattr(optimizer, "fp32_groups"):  # BF16_Optimizer: `fp16_groups` are the model's parameters, in whatever dtype
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
         return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
     return {parameter: parameter for parameter in engine.module.parameters()}
 
 
-def _checkpointing(section: dict[str, Any] | None) -> Any:
-    """The function that reruns a block in the backward pass: DeepSpeed's when its section asks for it, else torch's."""
+def _checkpoint_function(section: dict[str, Any] | None) -> Any:
+    """The function for activation checkpointing: torch's, or DeepSpeed's if the user's file has a section for it."""
     if section is None:
         return functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     import deepspeed

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ccella_fast.config import Config
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.errors import NonFiniteError
 from ccella_fast.losses import class_loss, noise_loss
@@ -19,111 +20,142 @@ from ccella_fast.training.ema import Ema
 from ccella_fast.training.telemetry import Progress, Telemetry
 
 logger = logging.getLogger("ccella_fast")
-PATIENCE = 10  # non-finite steps in a row
+MAX_NONFINITE_STEPS = 10  # consecutive non-finite steps after which training stops
 
 
 class Losses(NamedTuple):
+    """The losses of a micro-batch, on the device; total, noise and classes are fp32 scalars."""
+
     total: Tensor  # noise + weight * classes
     noise: Tensor
     classes: Tensor
-    finite: Tensor  # (B,) bool: is the sample's prediction finite?
+    finite: Tensor  # (B,) bool: whether the prediction for a sample is finite
 
 
-def joint_loss(model: Any, samples: MicroBatch, schedule: Schedule, weight: float) -> Losses:
-    """L1 between predicted and true noise + weight x focal loss of the predicted class. `model`: a Denoiser or its engine.
+class LoopState(NamedTuple):
+    """How far training has come."""
 
-    Scalars are fp32; nothing is read back to the host."""
+    step: int  # finished optimizer steps, skipped ones included
+    nonfinite_steps: int  # how many of the last steps were skipped without a finite one in between
+
+
+def joint_loss(model: Any, micro_batch: MicroBatch, schedule: Schedule, weight: float) -> Losses:
+    """L1 between predicted and true noise + `weight` x focal loss of the predicted class.
+
+    model: a `DiffusionModel` or its DeepSpeed engine. Nothing is read back to the host.
+    """
     network = getattr(model, "module", model)
     variant, dtype = network.variant, next(network.parameters()).dtype
-    noisy = schedule.add_noise(samples.latents, samples.noise, samples.timesteps)
-    inputs: dict[str, Tensor] = {"spacing": samples.spacing}
-    if samples.text is not None:
-        inputs["text"] = samples.text.to(dtype)
+    batch = micro_batch.batch
+    noisy = schedule.add_noise(micro_batch.latents, micro_batch.noise, micro_batch.timesteps)
+    inputs: dict[str, Tensor] = {"spacing": batch.spacing}
+    if batch.text is not None:
+        inputs["text"] = batch.text.to(dtype)
     if variant.class_input == "given":
-        inputs["pirads"] = samples.pirads
-    predicted, logits = model(noisy.to(dtype), samples.timesteps, **inputs)
-    noise = noise_loss(predicted, samples.noise)
+        inputs["pirads"] = batch.pirads
+    predicted, logits = model(noisy.to(dtype), micro_batch.timesteps, **inputs)
+    noise = noise_loss(predicted, micro_batch.noise)
     if logits is None or weight == 0:
         classes = torch.zeros_like(noise)
     else:
-        classes = class_loss(logits, samples.pirads, samples.has_class) * samples.class_share
+        classes = class_loss(logits, batch.pirads, batch.has_class) * micro_batch.class_share
     return Losses(noise + weight * classes, noise, classes, predicted.detach().isfinite().flatten(1).all(1))
 
 
 def train_loop(
     engine: Any,
-    feed: BatchStream,
-    schedule: Schedule,
+    stream: BatchStream,
+    config: Config,
     ema: Ema | None,
     *,
-    first: int,  # optimizer steps already done
-    total: int,
-    weight: float,  # of the class loss
-    logging_steps: int,
-    save_steps: int,
-    bad_in_a_row: int,
-    save: Callable[[int, int], None],  # (steps done, non-finite steps in a row)
-    stop: SignalHandler,
-    control: HostCollectives,
-    telemetry: Telemetry | None,  # rank 0 only
+    state: LoopState,
+    total_steps: int,
+    save: Callable[[LoopState], None],
+    signals: SignalHandler,
+    collectives: HostCollectives,
+    telemetry: Telemetry | None,
 ) -> tuple[int, int]:
-    """Train to step `total` or until asked to stop; returns (steps done, signal or 0). The last step is always saved.
+    """Train to step `total_steps` or until a signal arrives. All processes call it.
 
-    Raises NonFiniteError after `PATIENCE` non-finite steps in a row."""
+    Args:
+        engine: the DeepSpeed engine around the diffusion model.
+        stream: the micro-batches of this process.
+        config: sets the noise schedule, the weight of the class loss, and the intervals of logging and saving.
+        ema: the moving average of the weights, updated after each finite step.
+        state: where to start.
+        total_steps: T, the length of the run in optimizer steps.
+        save: writes a checkpoint; called at the configured interval, after the last step and after a signal.
+        signals: records SIGTERM and SIGINT.
+        collectives: used for decisions that all processes must take alike.
+        telemetry: None on all processes but rank 0.
+
+    Returns:
+        The number of finished steps, and the number of the signal that ended the loop or 0.
+
+    Raises:
+        NonFiniteError: `MAX_NONFINITE_STEPS` consecutive steps were not finite.
+    """
+    training, schedule, weight = config.training, Schedule.from_config(config.scheduler), config.class_loss_weight
+    first, nonfinite_steps = state
     on_gpu = engine.device.type == "cuda"
-    for step, micro_batches in enumerate(feed.steps(first, total, background=on_gpu), start=first):
-        done, seen = step + 1, []
+    for done, micro_batches in enumerate(stream.steps(first, total_steps, background=on_gpu), start=first + 1):
         lr = engine.lr_scheduler.get_last_lr()[0]
-        for samples in micro_batches:
-            losses = joint_loss(engine, samples, schedule, weight)
-            # A non-finite loss makes every gradient NaN, on every process once they are averaged: so all agree to skip.
-            poison = torch.where(losses.total.detach().isfinite(), 1.0, torch.nan)
-            engine.backward(losses.total * poison)
+        micro_steps: list[tuple[list[str], Losses]] = []
+        for micro_batch in micro_batches:
+            losses = joint_loss(engine, micro_batch, schedule, weight)
+            # Makes all gradients NaN if the loss is not finite. Averaging then spreads them to all processes, so that all skip.
+            nan_if_nonfinite = torch.where(losses.total.detach().isfinite(), 1.0, torch.nan)
+            engine.backward(losses.total * nan_if_nonfinite)
             engine.step()  # updates the weights at the last micro-step
-            seen.append((samples.ids, losses))
+            micro_steps.append((micro_batch.batch.ids, losses))
 
-        if engine.optimizer.overflow:  # gradient norm not finite: DeepSpeed has left the weights as they were
+        if engine.optimizer.overflow:  # the gradient norm is not finite, and DeepSpeed has left the weights unchanged
             engine.lr_scheduler.step()
-            bad_in_a_row += 1
-            _report_non_finite(done, bad_in_a_row, seen, control)
+            nonfinite_steps += 1
+            _report_nonfinite_step(done, nonfinite_steps, micro_steps, collectives)
         else:
-            bad_in_a_row = 0
+            nonfinite_steps = 0
             if ema is not None:
                 ema.update()
-            if done % logging_steps == 0 or done == total:
-                loss, noise, classes = _mean([losses for _, losses in seen])
+            if done % training.logging_steps == 0 or done == total_steps:
+                loss, noise, classes = _mean_losses([losses for _, losses in micro_steps])
                 if telemetry is not None:
-                    norm = float(engine.get_global_grad_norm())
-                    telemetry.log(Progress(done, feed.epoch(step), loss, noise, classes, lr, norm))
+                    grad_norm = float(engine.get_global_grad_norm())
+                    telemetry.log(Progress(done, stream.epoch(done - 1), loss, noise, classes, lr, grad_norm))
         if telemetry is not None:
             telemetry.bar.update()
 
-        signal = control.max(stop.signal)
-        if done % save_steps == 0 or done == total or signal:
-            save(done, bad_in_a_row)
+        signal = collectives.max(signals.signal)
+        if done % training.checkpointing_steps == 0 or done == total_steps or signal:
+            save(LoopState(done, nonfinite_steps))
         if signal:
             return done, signal
-    return total, 0
+    return total_steps, 0
 
 
-def _mean(losses: list[Losses]) -> list[float]:
-    """Total, noise and class loss over micro-steps and processes: the one read of the device in a step."""
+def _mean_losses(losses: list[Losses]) -> list[float]:
+    """Total, noise and class loss averaged over micro-steps and processes: the one read of the device per step."""
     values = torch.stack([torch.stack(entry[:3]).detach() for entry in losses]).mean(0)
     dist.all_reduce(values)
     return (values / dist.get_world_size()).tolist()
 
 
-def _report_non_finite(
-    done: int, in_a_row: int, seen: list[tuple[list[str], Losses]], control: HostCollectives
+def _report_nonfinite_step(
+    step: int, consecutive: int, micro_steps: list[tuple[list[str], Losses]], collectives: HostCollectives
 ) -> None:
-    mine = [
-        case for ids, losses in seen for case, finite in zip(ids, losses.finite.tolist(), strict=True) if not finite
-    ]
-    everybodys = [case for ids, _ in seen for case in ids]
-    named, all_of_it = ([case for part in control.all_gather(own) for case in part] for own in (mine, everybodys))
-    cases = ", ".join(sorted(set(named or all_of_it)))
-    why = f"step {done}: loss or gradient is not finite; step skipped ({in_a_row} in a row); cases: {cases:.400}"
+    """Log the studies of all processes whose predictions are not finite, or all studies if only the gradient is not finite.
+
+    micro_steps: ids and losses of each micro-step of this process.
+    """
+    local_ids = [case for ids, _ in micro_steps for case in ids]
+    finite = [value for _, losses in micro_steps for value in losses.finite.tolist()]
+    local_nonfinite = [case for case, is_finite in zip(local_ids, finite, strict=True) if not is_finite]
+    nonfinite_ids, all_ids = (
+        [case for part in collectives.all_gather(ids) for case in part] for ids in (local_nonfinite, local_ids)
+    )
+    cases = ", ".join(sorted(set(nonfinite_ids or all_ids)))
+    why = f"step {step}: loss or gradient is not finite; step skipped ({consecutive} in a row); cases: {cases:.400}"
     logger.warning("%s", why)
-    if in_a_row >= PATIENCE:
-        fix = "look at these cases' latents and text, or lower training.lr"
-        raise NonFiniteError(f"stopped at {why}", field="training", fix=fix)
+    if consecutive >= MAX_NONFINITE_STEPS:
+        fix = "check the latents and the text of these cases, or lower training.lr"
+        raise NonFiniteError(f"training stopped at {why}", field="training", fix=fix)

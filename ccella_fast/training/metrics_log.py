@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run: one JSON object per logged step, with the number of finished steps as `step`."""
+"""metrics.jsonl of a run: one JSON object per logged step; `step` is the number of finished steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def discard_metrics_after(path: Path, step: int) -> None:
-    """Remove the lines of later steps than `step`: a resumed run takes those steps again."""
+    """Remove the lines of steps after `step`, which a resumed run repeats."""
     if not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _logged_up_to(line, step)]

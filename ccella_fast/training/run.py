@@ -1,4 +1,4 @@
-"""One training run from its arguments to its exit code: check, resume or start, train, say how it ended."""
+"""One training run from its arguments to its exit code: check, start or resume, train, record how it ended."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ccella_fast")
 LATEST = "latest"
-# May differ between a run and its continuation; everything else shapes the result.
-_FREE = {
+# Settings that may differ between a run and its continuation; all others influence the result.
+_MAY_CHANGE = {
     "name", "vae_training", "sampling", "paths", "data.engine", "training.activation_checkpointing",
     "training.checkpointing_steps", "training.checkpoints_total_limit", "training.logging_steps",
 }  # fmt: skip
@@ -33,25 +33,26 @@ _FREE = {
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A checked run. `facts` go into every checkpoint's training_state.json; `start` is the step folder to go on from."""
+    """A run whose settings and data have been checked."""
 
     config: Config
     engine_values: dict[str, Any]  # for deepspeed.initialize
     deepspeed_file: Path | None
-    data: Path
-    run: Path
-    facts: dict[str, Any]
-    start: Path | None = None
+    data: Path  # the prepared folder
+    run: Path  # the run's folder
+    facts: dict[str, Any]  # written to training_state.json of every checkpoint; a resumed run must have the same
+    start: Path | None = None  # the step folder to resume from
 
     @property
     def total_steps(self) -> int:
+        """The length of the run in optimizer steps."""
         return self.facts["total_steps"]
 
 
 def make_run_plan(
     config: Config, *, data: Path, run: Path, deepspeed_file: Path | None, start: Path | None = None
 ) -> RunPlan:
-    """Settings, data and length of a run that starts fresh, or goes on from the step folder `start`. Reads only."""
+    """Check and resolve a new run, or one that is resumed from the step folder `start`. Writes nothing."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config, engine_values = merge_deepspeed_config(
         config, deepspeed_file, world_size=world_size, output_dir=run, auto_precision=lambda: auto_precision(start)
@@ -72,14 +73,26 @@ def make_run_plan(
 def train(
     config: Config, *, data: Path, run: Path, resume: str | None = None, deepspeed_file: Path | None = None
 ) -> int:
-    """Train on the prepared folder `data`, write to `run`; returns the exit code (0, or 128 + signal when asked to stop).
+    """Train on the prepared folder `data` and write to the folder `run`.
 
-    resume: None (a run that is already there is refused), "latest", or a step folder. Raises CcellaError."""
+    Args:
+        config: the configuration.
+        data: the prepared folder.
+        run: the run's folder.
+        resume: "latest", a step folder, or None to start a new run.
+        deepspeed_file: the user's DeepSpeed configuration.
+
+    Returns:
+        The exit code: 0, or 128 + signal after a signal.
+
+    Raises:
+        CcellaError: with `resume=None`, also if `run` already contains a run.
+    """
     start = find_start(run, resume)
     plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, start=start)
     if start is not None:
         state = read_state(start)
-        check_same(plan, start, state)
+        check_unchanged(plan, start, state)
         if state["step"] >= plan.total_steps:
             logger.info("%s is complete (%d steps), nothing to do", run, plan.total_steps)
             return 0
@@ -87,7 +100,10 @@ def train(
 
 
 def auto_precision(start: Path | None) -> Literal["bf16", "fp32"]:
-    """What precision "auto" means: that of the run which goes on from the step folder `start`; None: the faster one here."""
+    """The precision that "auto" selects: that of the resumed run, or the faster one on this machine for a new run.
+
+    start: the step folder to resume from.
+    """
     if start is not None:
         return "bf16" if load_config(start / "config.json").training.precision == "bf16" else "fp32"
     from ccella_fast import hardware
@@ -97,26 +113,26 @@ def auto_precision(start: Path | None) -> Literal["bf16", "fp32"]:
 
 
 def check_data(config: Config, data: Path) -> Manifest:
-    """The prepared folder's manifest, if this configuration can train on it."""
+    """Read the manifest of the prepared folder and check that it fits the configuration. Raises DataError, ConfigError."""
     prepared = load_manifest(data)
     path, fix = data / "manifest.json", "prepare the data with this configuration"
     if prepared.scale_factor is None:
         raise DataError(
-            "this folder holds no latents yet", path=path, field="scale_factor", fix="run prepare with --vae"
+            "this folder does not contain latents yet", path=path, field="scale_factor", fix="run prepare with --vae"
         )
     if prepared.data.sequences != config.data.sequences:
-        why = f"prepared for {prepared.data.sequences}, configured are {config.data.sequences}"
+        why = f"the data was prepared for {prepared.data.sequences}, but {config.data.sequences} is configured"
         raise DataError(why, path=path, field="data.sequences", fix=fix)
     if config.training.latents == "online":
         check_conditioning(config)
         if not (data / "vae").is_dir():
-            why = "latents are to be made while training, but the autoencoder is not here"
+            why = "training.latents is 'online', but this folder does not contain an autoencoder"
             raise DataError(why, path=data / "vae", field="training.latents", fix="run prepare with --vae")
     return prepared
 
 
 def count_steps(config: Config, prepared: Manifest, world_size: int) -> int:
-    """T: `max_train_steps`, or `n_epochs` over the training set."""
+    """The length of the run in optimizer steps: `max_train_steps`, or `n_epochs` over the training set."""
     training = config.training
     if training.max_train_steps is not None:
         return training.max_train_steps
@@ -128,16 +144,18 @@ def count_steps(config: Config, prepared: Manifest, world_size: int) -> int:
 
 
 def find_start(run: Path, resume: str | None) -> Path | None:
-    """The step folder to go on from; None: start fresh."""
+    """The step folder to resume from, or None to start a new run. Raises ConfigError, CheckpointError."""
     if resume is None:
         if (run / "checkpoints").exists() or (run / "config.json").exists():
-            raise ConfigError(
-                "this folder already holds a run", path=run, fix="add --resume, or choose another --output_dir"
-            )
+            fix = "add --resume, or choose another --output_dir"
+            raise ConfigError("this folder already contains a run", path=run, fix=fix)
         return None
     if resume == LATEST:
         found = newest_checkpoint(run)
-        logger.info("resuming from %s", found) if found else logger.info("nothing to resume in %s: a fresh start", run)
+        if found:
+            logger.info("resuming from %s", found)
+        else:
+            logger.info("nothing to resume in %s, starting a new run", run)
         return found
     folder = Path(resume)
     if not (folder / "manifest.json").is_file():
@@ -146,31 +164,34 @@ def find_start(run: Path, resume: str | None) -> Path | None:
         )
     verify_checkpoint(folder)
     if folder.resolve().parent.parent != run.resolve():
-        why = "a run goes on in its own folder"
+        why = f"a run is resumed in its own folder, but --output_dir is {run}"
         raise ConfigError(why, path=folder, field="--resume", fix=f"use --output_dir {folder.parent.parent}")
     return folder
 
 
-def check_same(plan: RunPlan, start: Path, state: dict[str, Any]) -> None:
-    """Refuse to go on with anything that shapes the run changed; the message names the first key."""
-    before, now = (_flat(values.dump()) for values in (load_config(start / "config.json"), plan.config))
+def check_unchanged(plan: RunPlan, start: Path, state: dict[str, Any]) -> None:
+    """Raise ConfigError, naming the first key, if a setting or fact that influences the result has changed.
+
+    start: the step folder to resume from. state: its training_state.json.
+    """
+    before, now = (_flatten(values.dump()) for values in (load_config(start / "config.json"), plan.config))
     before |= {key: state.get(key) for key in plan.facts}
     now |= plan.facts
     for key, value in now.items():
-        if before.get(key) != value and not any(key == free or key.startswith(free + ".") for free in _FREE):
+        if before.get(key) != value and not any(key == free or key.startswith(free + ".") for free in _MAY_CHANGE):
             raise ConfigError(
                 f"{key} is {value!r:.80}; this run was started with {before.get(key)!r:.80}",
                 path=start,
                 field=key,
-                fix="restore it, or start another run with another --output_dir",
+                fix="restore the value, or start a new run in another --output_dir",
             )
 
 
 def _train(plan: RunPlan) -> int:
-    """Train, and leave run_status.json with the ending, whatever it is."""
+    """Train, and record the outcome in run_status.json, also when an error is raised."""
     from ccella_fast.training import distributed
 
-    device = distributed.initialise_processes()  # before anything imports DeepSpeed
+    device = distributed.initialize_processes()  # before anything imports DeepSpeed
 
     import torch.distributed as dist
 
@@ -183,13 +204,13 @@ def _train(plan: RunPlan) -> int:
         logger.info("training in %s on %s", precision, device)
     if device.type == "cpu" and precision == "bf16":
         warn_of_emulated_bf16("set training.precision to fp32" + (" in a new run" if plan.start else ""))
-    saved = {"step": read_state(plan.start)["step"] if plan.start else 0}
+    last_saved = {"step": read_state(plan.start)["step"] if plan.start else 0}
     ending: dict[str, Any] = {"state": "failed", "exit_code": 1}
     try:
         facts = {"world_size": plan.facts["world_size"], "total_steps": plan.total_steps, "precision": precision}
         record = write_run_record(plan.run, "train", **facts) if main else contextlib.nullcontext()
         with distributed.translate_peer_failure(), record:
-            code = _steps(plan, device, saved)
+            code = _build_and_train(plan, device, last_saved)
         ending = {"state": "terminated" if code else "finished", "exit_code": code}
         return code
     except CcellaError as error:
@@ -201,73 +222,72 @@ def _train(plan: RunPlan) -> int:
     finally:
         with contextlib.suppress(DiskError):  # a full disk must not hide what ended the run
             if main and plan.run.is_dir():
-                write_status(plan.run, step=saved["step"], total_steps=plan.total_steps, **ending)
+                write_status(plan.run, step=last_saved["step"], total_steps=plan.total_steps, **ending)
 
 
-def _steps(plan: RunPlan, device: Any, saved: dict[str, int]) -> int:
-    """Build everything, restore, loop. `saved["step"]` follows the newest checkpoint."""
+def _build_and_train(plan: RunPlan, device: Any, last_saved: dict[str, int]) -> int:
+    """Build dataset, engine and stream, restore the checkpoint, and train. Returns the exit code.
+
+    last_saved: its entry "step" is updated after each checkpoint, for the caller to record when an error is raised.
+    """
     import torch.distributed as dist
 
     from ccella_fast.data.augmentation.engine import check_engine
     from ccella_fast.data.loading.dataset import PreparedDataset
-    from ccella_fast.diffusion.schedule import Schedule
     from ccella_fast.training import checkpointing, distributed
     from ccella_fast.training.ema import Ema
     from ccella_fast.training.engine import build_engine
-    from ccella_fast.training.loop import train_loop
+    from ccella_fast.training.loop import LoopState, train_loop
     from ccella_fast.training.telemetry import Telemetry
 
-    config, training, total, first = plan.config, plan.config.training, plan.total_steps, saved["step"]
-    control, main = distributed.HostCollectives(), dist.get_rank() == 0
-    if len(set(control.all_gather(training.precision))) > 1:
-        why, fix = "this run's CPUs differ: some multiply bf16, others emulate it", "set it to fp32 or bf16"
-        raise ConfigError(why, field="training.precision", fix=fix)
+    config, training, first_step = plan.config, plan.config.training, last_saved["step"]
+    collectives, main = distributed.HostCollectives(), dist.get_rank() == 0
+    if len(set(collectives.all_gather(training.precision))) > 1:
+        why = "this run's CPUs differ: some multiply in bf16, others emulate it"
+        raise ConfigError(why, field="training.precision", fix="set it to fp32 or bf16")
     needs: Literal["latents", "images"] = "images" if training.latents == "online" else "latents"
     if needs == "images":
         check_engine(config.data.engine)
     dataset = PreparedDataset(plan.data, config, "train", needs=needs)
     if main:
-        _open_run(plan, first)
-    engine = build_engine(config, plan.engine_values, total_steps=total, device=device, path=plan.deepspeed_file)
+        _initialize_run_folder(plan, first_step)
+    engine = build_engine(
+        config, plan.engine_values, total_steps=plan.total_steps, device=device, path=plan.deepspeed_file
+    )
     ema = Ema(engine, training.ema_decay) if training.ema_decay else None
-    bad_in_a_row = 0
+    nonfinite_steps = 0
     if plan.start:
         state = read_state(plan.start)
         checkpointing.restore_checkpoint(plan.start, engine, ema, state)
-        bad_in_a_row = state["bad_in_a_row"]
+        nonfinite_steps = state["bad_in_a_row"]
     vae = plan.data / "vae" if (plan.data / "vae").is_dir() else None
-    feed = _feed(plan, dataset, device)
+    stream = _make_stream(plan, dataset, device)
 
-    def save(done: int, bad: int) -> None:
-        progress = {"step": done, "ema_updates": ema.updates if ema else 0, "bad_in_a_row": bad}
-        checkpointing.save_checkpoint(plan.run, done, engine, ema, config, plan.facts | progress, vae, control)
-        saved["step"] = done
+    def save(now: LoopState) -> None:
+        progress = {
+            "step": now.step, "ema_updates": ema.updates if ema else 0, "bad_in_a_row": now.nonfinite_steps,
+        }  # fmt: skip
+        checkpointing.save_checkpoint(plan.run, now.step, engine, ema, config, plan.facts | progress, vae, collectives)
+        last_saved["step"] = now.step
 
-    bar = Telemetry(plan.run, engine, first, total, feed.global_batch) if main else contextlib.nullcontext()
-    with distributed.SignalHandler() as stop, bar as telemetry:
+    log: Any = contextlib.nullcontext()
+    if main:
+        log = Telemetry(plan.run, engine, first_step, plan.total_steps, stream.global_batch)
+    with distributed.SignalHandler() as signals, log as telemetry:
         done, number = train_loop(
-            engine,
-            feed,
-            Schedule.from_config(config.scheduler),
-            ema,
-            first=first,
-            total=total,
-            weight=config.class_loss_weight,
-            logging_steps=training.logging_steps,
-            save_steps=training.checkpointing_steps,
-            bad_in_a_row=bad_in_a_row,
-            save=save,
-            stop=stop,
-            control=control,
-            telemetry=telemetry,
-        )
+            engine, stream, config, ema, state=LoopState(first_step, nonfinite_steps), total_steps=plan.total_steps,
+            save=save, signals=signals, collectives=collectives, telemetry=telemetry,
+        )  # fmt: skip
     if number:
         logger.warning("stopped by signal %d after step %d; saved as %s", number, done, step_folder(plan.run, done))
     return 128 + number if number else 0
 
 
-def _feed(plan: RunPlan, dataset: PreparedDataset, device: Any) -> BatchStream:
-    """The stream of samples of this process. After the engine: what it has left of the device decides where latents lie."""
+def _make_stream(plan: RunPlan, dataset: PreparedDataset, device: Any) -> BatchStream:
+    """The micro-batches of this process.
+
+    Call it when the engine exists: the device memory that the engine leaves free decides where latents are kept.
+    """
     import torch
     import torch.distributed as dist
 
@@ -296,7 +316,8 @@ def _feed(plan: RunPlan, dataset: PreparedDataset, device: Any) -> BatchStream:
     )
 
 
-def _open_run(plan: RunPlan, step: int) -> None:
+def _initialize_run_folder(plan: RunPlan, step: int) -> None:
+    """Create the run's folder if needed, remove partial files, write config.json and run_status.json."""
     from ccella_fast.training.telemetry import write_status
 
     try:
@@ -308,11 +329,12 @@ def _open_run(plan: RunPlan, step: int) -> None:
     write_status(plan.run, "running", step=step, total_steps=plan.total_steps)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

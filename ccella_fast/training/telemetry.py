@@ -1,6 +1,7 @@
-"""What a run tells: a bar on rank 0, metrics.jsonl, TensorBoard through DeepSpeed's monitor, run_status.json.
+"""Logs of a run: progress bar, metrics.jsonl, TensorBoard through DeepSpeed's monitor, run_status.json.
 
-On a GPU also how busy, fast and full it is, from NVIDIA's management library: of rank 0's, as Train/GPU/... in TensorBoard.
+On a GPU, the state of rank 0's device (utilization, clock, memory) is logged too, from NVIDIA's management library (NVML); in
+TensorBoard under Train/GPU/.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ logger = logging.getLogger("ccella_fast")
 
 
 class Progress(NamedTuple):
-    """One logged step; `step` counts finished optimizer steps."""
+    """The numbers of one logged step."""
 
-    step: int
+    step: int  # finished optimizer steps
     epoch: int
     loss: float
     loss_l1: float
@@ -32,14 +33,23 @@ class Progress(NamedTuple):
 
 
 class Telemetry:
-    """Used as a context on rank 0; `None` stands for it elsewhere."""
+    """Context manager that shows the bar and logs the steps. Only rank 0 has one.
+
+    Args:
+        run: the run's folder.
+        engine: the DeepSpeed engine, whose monitor is used.
+        first: finished steps at the start; lines of later steps are removed from metrics.jsonl.
+        total: length of the run in steps.
+        global_batch: samples per step over all processes.
+    """
 
     def __init__(self, run: Path, engine: Any, first: int, total: int, global_batch: int):
         self.path, self.monitor, self.global_batch = run / "metrics.jsonl", engine.monitor, global_batch
-        # The engine would read the loss back from the GPU at every micro-step for its own events; ours carry the same names.
+        # Disable the engine's own events, for which it would read the loss from the GPU at every micro-step. `log` writes
+        # events of the same names to this monitor.
         self.monitor.enabled = False
         self.last = (first, time.perf_counter())
-        self.gpu = _gpu(engine.device)
+        self.gpu = _open_gpu(engine.device)
         discard_metrics_after(self.path, first)
         self.bar = tqdm(total=total, initial=first, desc="train", unit="step", mininterval=1, smoothing=0.05)
 
@@ -50,6 +60,7 @@ class Telemetry:
         self.bar.close()
 
     def log(self, progress: Progress) -> None:
+        """Write one step to metrics.jsonl and TensorBoard, with rates since the step that was logged before."""
         step, then = self.last
         self.last = now = (progress.step, time.perf_counter())
         seconds = (now[1] - then) / (progress.step - step)
@@ -59,13 +70,7 @@ class Telemetry:
         line |= {f"gpu_{name}": value for name, value in gpu.items()}
         append_metrics(self.path, line)
         samples = progress.step * self.global_batch
-        names = {
-            "train_loss": "loss",
-            "loss_l1": "loss_l1",
-            "loss_class": "loss_class",
-            "lr": "lr",
-            "grad_norm": "grad_norm",
-        }
+        names = {"train_loss": "loss"} | {key: key for key in ("loss_l1", "loss_class", "lr", "grad_norm")}
         self.monitor.write_events([(f"Train/Samples/{name}", line[key], samples) for name, key in names.items()])
         numbers = [(name, value) for name, value in gpu.items() if isinstance(value, float)]
         self.monitor.write_events([(f"Train/GPU/{name}", value, samples) for name, value in numbers])
@@ -74,20 +79,29 @@ class Telemetry:
         )
 
 
-def _gpu(device: Any) -> Gpu | None:
-    """The GPU to read beside the steps; None on a CPU, and where NVML cannot be asked, which is said once."""
+def _open_gpu(device: Any) -> Gpu | None:
+    """The GPU to monitor; None on a CPU, or when NVML is not available, which is logged."""
     if device.type != "cuda":
         return None
     found = open_gpu(device.index or 0)
     if isinstance(found, Gpu):
         return found
-    logger.info("no GPU telemetry: %s", found)
+    logger.info("GPU telemetry is not available: %s", found)
     return None
 
 
 def write_status(
     run: Path, state: str, *, step: int, total_steps: int, exit_code: int | None = None, why: str | None = None
 ) -> None:
-    """run_status.json: running, finished, terminated or failed. Launchers hide exit codes; this file does not."""
+    """Write run_status.json, which has the exit code even where a launcher hides it.
+
+    Args:
+        run: the run's folder.
+        state: running, finished, terminated or failed.
+        step: step of the newest checkpoint.
+        total_steps: length of the run.
+        exit_code: of the process; None while running.
+        why: the reason of a failure.
+    """
     status = {"state": state, "step": step, "total_steps": total_steps, "exit_code": exit_code, "why": why}
     write_json(run / "run_status.json", status)

@@ -94,6 +94,7 @@ def test_reference_and_peer_loops_equal_ours(tiny, num_steps):
 
 
 def test_reference_loss_equals_ours(tiny):
+    from ccella_fast.data.loading.dataset import TrainingSample
     from ccella_fast.diffusion.schedule import Schedule
     from ccella_fast.training.batches import MicroBatch
     from ccella_fast.training.loop import joint_loss
@@ -101,12 +102,11 @@ def test_reference_loss_equals_ours(tiny):
     x, conditions = tiny_inputs()
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     pirads, known = torch.tensor([[100.0, 0.0], [0.0, 100.0]]), torch.tensor([True, False])
-    samples = MicroBatch(
-        ids=["a", "b"], latents=x, noise=noise, timesteps=torch.tensor([10, 900]), pirads=pirads, has_class=known,
-        class_share=1.0, **conditions,
-    )  # fmt: skip
+    studies = TrainingSample(["a", "b"], x, torch.zeros_like(x), pirads=pirads, has_class=known, **conditions)
+    samples = MicroBatch(studies, latents=x, noise=noise, timesteps=torch.tensor([10, 900]), class_share=1.0)
     body = reference.ReferenceTrainingStep(reference.shared_with(tiny), SchedulerConfig(), weight=1e-2)
-    batch = {key: value for key, value in samples._asdict().items() if isinstance(value, torch.Tensor)}
+    parts = {**samples._asdict(), **studies._asdict()}
+    batch = {key: value for key, value in parts.items() if isinstance(value, torch.Tensor)}
     ours = joint_loss(tiny, samples, Schedule.from_config(SchedulerConfig()), 1e-2)
     assert torch.allclose(body.loss(batch), ours.total, rtol=1e-5) and not torch.allclose(ours.noise, ours.total)
 

@@ -26,7 +26,7 @@ from ccella_fast.checkpoint import (
 )
 from ccella_fast.errors import CheckpointError, ConfigError, DiskError
 from ccella_fast.storage import read_json, write_json
-from training_fixtures import CONFIG, remade, train_here, weights
+from training_fixtures import CONFIG, rewrite_manifest, train_here, weights
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_checkpoint_of_another_variant_is_refused(run):
     config = read_json(folder / "config.json")
     config["model"]["variant"] = "LAST"
     write_json(folder / "config.json", config)
-    remade(folder)
+    rewrite_manifest(folder)
     with pytest.raises(CheckpointError, match="do not fit the configured LAST"):
         load_checkpoint(folder)
 
@@ -133,7 +133,7 @@ def test_a_hostile_shard_is_refused_and_not_run(run, data, tmp_path):
     canary = tmp_path / "executed"
     shard = next((step(run, 6) / "deepspeed").rglob("*optim_states.pt"))
     torch.save({"optimizer_state_dict": Hostile(canary)}, shard)
-    remade(step(run, 6))
+    rewrite_manifest(step(run, 6))
     with pytest.raises(CheckpointError, match="read safely") as caught:
         _resume(run, data)
     assert caught.value.path == str(shard) and not canary.exists()
@@ -147,7 +147,7 @@ def _resume(run, data):
     state = read_json(folder / "training_state.json")
     state["step"] = 5
     write_json(folder / "training_state.json", state)
-    remade(folder)
+    rewrite_manifest(folder)
     train_here(run, data, checkpointing_steps=2, zero_stage=1, resume="latest")
 
 

@@ -1,4 +1,4 @@
-"""Prepared studies as training samples: the numbers of docs/explanation/method.md, section 1.5; refusals name the study."""
+"""PreparedDataset: the numbers of docs/explanation/method.md, section 1.5, and errors that name the study."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def edit(folder: Path, change) -> None:
     write_json(folder / "manifest.json", manifest)
 
 
-def replace(folder: Path, manifest: dict, case: int, key: str, array: np.ndarray) -> None:
+def replace_array(folder: Path, manifest: dict, case: int, key: str, array: np.ndarray) -> None:
     entry = manifest["cases"][case]["files"][key]
     np.save(folder / entry["path"], array)
     entry |= {"sha256": sha256(folder / entry["path"]), "bytes": (folder / entry["path"]).stat().st_size}
 
 
-def test_a_batch_carries_the_references_scaling(folder: Path):
+def test_classes_and_spacings_of_a_batch_are_scaled(folder: Path):
     dataset = PreparedDataset(folder, settings())
     batch = collate([dataset[index] for index in (1, 4, 0)])
     assert batch.ids == ["case1", "case4", "case0"] and len(dataset) == 5
     torch.testing.assert_close(batch.pirads, torch.tensor([[0.0, 100.0], [0.0, 0.0], [100.0, 0.0]]))
     torch.testing.assert_close(batch.spacing, torch.tensor([[50.0, 50.0, 56.25]] * 3))
-    assert batch.text_isnull.tolist() == [False, True, False] and batch.has_class.tolist() == [True, False, True]
+    assert batch.has_class.tolist() == [True, False, True]
     assert dataset.has_class == [True, True, True, True, False]
     for position, case in enumerate(batch.ids):
         mean = np.load(folder / f"latents/{case}/t2w_mean.npy")
@@ -48,20 +48,20 @@ def test_a_batch_carries_the_references_scaling(folder: Path):
     assert (batch.latent_sigma == np.float32(0.1)).all() and batch.latent_mean.dtype == torch.float32
 
 
-def test_a_class_without_a_report_has_nothing_to_be_read_from(folder: Path):
+def test_has_class_is_false_without_a_report(folder: Path):
     edit(folder, lambda manifest: manifest["cases"][0].update(text_isnull=1))
     dataset = PreparedDataset(folder, settings())
     assert not dataset[0].has_class and dataset[0].pirads.tolist() == [100, 0] and dataset.has_class[0] is False
 
 
-def test_missing_sigma_means_no_spread(folder: Path):
+def test_a_missing_sigma_is_zero(folder: Path):
     edit(folder, lambda manifest: manifest["cases"][2]["files"].pop("latent_sigma/t2w"))
     dataset = PreparedDataset(folder, settings())
     assert not dataset[2].latent_sigma.any() and dataset[1].latent_sigma.all()
     assert dataset[2].latent_sigma.shape == dataset[2].latent_mean.shape
 
 
-def test_sequences_lie_on_the_channel_axis(folder: Path):
+def test_sequences_are_concatenated_along_the_channels(folder: Path):
     def add(manifest: dict) -> None:
         manifest["data"]["sequences"] = ["t2w", "adc"]
         for case in manifest["cases"]:
@@ -70,13 +70,13 @@ def test_sequences_lie_on_the_channel_axis(folder: Path):
 
     edit(folder, add)
     changes = {"data__sequences": ["t2w", "adc"], "model__latent_channels": [4, 4]}
-    item = PreparedDataset(folder, settings(**changes))[0]
-    assert item.latent_mean.shape == (8, 8, 8, 4)
-    np.testing.assert_array_equal(item.latent_mean[:4].numpy(), np.load(folder / "latents/case0/t2w_mean.npy"))
-    assert (item.latent_mean[4:] == np.float32(0.1)).all()
+    sample = PreparedDataset(folder, settings(**changes))[0]
+    assert sample.latent_mean.shape == (8, 8, 8, 4)
+    np.testing.assert_array_equal(sample.latent_mean[:4].numpy(), np.load(folder / "latents/case0/t2w_mean.npy"))
+    assert (sample.latent_mean[4:] == np.float32(0.1)).all()
 
 
-def test_split_and_dataset_choose_studies(folder: Path):
+def test_split_and_dataset_select_studies(folder: Path):
     def mark(manifest: dict) -> None:
         manifest["cases"][0]["split"] = "test"
         manifest["cases"][1]["dataset"] = "Institute1"
@@ -92,14 +92,14 @@ def test_split_and_dataset_choose_studies(folder: Path):
 
 
 @pytest.mark.parametrize("variant", ["DECOUPLED", "RADMAISI"])
-def test_given_variants_refuse_unknown_classes_by_name(folder: Path, variant: str):
+def test_variants_with_given_class_need_the_class_of_every_study(folder: Path, variant: str):
     with pytest.raises(DataError, match=f"{variant} is given the class of every study, but it is not known for case4"):
         PreparedDataset(folder, settings(model__variant=variant))
     edit(folder, lambda manifest: manifest["cases"].pop())
     assert len(PreparedDataset(folder, settings(model__variant=variant))) == 4
 
 
-def test_text_free_variants_read_no_text(folder: Path):
+def test_variants_without_text_do_not_read_text(folder: Path):
     edit(folder, lambda manifest: [case["files"].pop("text") for case in manifest["cases"]])
     dataset = PreparedDataset(folder, settings(model__variant="MAISI"))
     assert collate([dataset[0], dataset[1]]).text is None
@@ -107,17 +107,17 @@ def test_text_free_variants_read_no_text(folder: Path):
         PreparedDataset(folder, settings())
 
 
-def test_wrong_shapes_are_named(folder: Path):
+def test_wrong_shapes_raise(folder: Path):
     with pytest.raises(DataError, match="its shape is \\(4, 8, 8, 4\\).*\\(4, 16, 8, 4\\)") as caught:
         PreparedDataset(folder, settings(data__dim=[64, 32, 16]))
     assert caught.value.field == "case0.files.latent_mean/t2w"
-    edit(folder, lambda manifest: replace(folder, manifest, 3, "text", np.zeros((8, 31), np.float32)))
+    edit(folder, lambda manifest: replace_array(folder, manifest, 3, "text", np.zeros((8, 31), np.float32)))
     with pytest.raises(DataError, match="its shape is \\(8, 31\\).*\\(8, 32\\)") as caught:
         PreparedDataset(folder, settings())
     assert caught.value.field == "case3.files.text" and "text" in caught.value.path
 
 
-def test_missing_latents_and_sequences(folder: Path):
+def test_missing_latents_and_sequences_raise(folder: Path):
     changes = {"data__sequences": ["t2w", "adc"], "model__latent_channels": [4, 4]}
     with pytest.raises(DataError, match="has no latent_mean/adc"):
         PreparedDataset(folder, settings(**changes))
@@ -127,7 +127,7 @@ def test_missing_latents_and_sequences(folder: Path):
     assert "--vae" in caught.value.fix
 
 
-def test_another_spacing_is_refused(folder: Path):
+def test_another_spacing_raises(folder: Path):
     with pytest.raises(DataError, match="prepared at") as caught:
         PreparedDataset(folder, settings(data__spacing=[0.5, 0.5, 3.0]))
     assert caught.value.field == "data.spacing"
@@ -141,8 +141,9 @@ def test_another_spacing_is_refused(folder: Path):
         ({"LOCAL_RANK": "1"}, False),
         ({"RANK": "8", "LOCAL_RANK": "0"}, False),
     ],
+    ids=["no-rank", "rank0", "local-rank1", "rank8-local-rank0"],
 )
-def test_one_process_shows_a_bar(folder: Path, ranks: dict, shown: bool, monkeypatch, capfd):
+def test_only_rank_0_shows_a_bar(folder: Path, ranks: dict, shown: bool, monkeypatch, capfd):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in ranks.items():
@@ -151,7 +152,7 @@ def test_one_process_shows_a_bar(folder: Path, ranks: dict, shown: bool, monkeyp
     assert ("checking prepared files" in capfd.readouterr().err) == shown
 
 
-def test_a_changed_file_is_refused_at_the_start(folder: Path):
+def test_a_changed_file_raises_on_opening(folder: Path):
     path = folder / "latents/case3/t2w_mean.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -161,8 +162,8 @@ def test_a_changed_file_is_refused_at_the_start(folder: Path):
     assert caught.value.path == str(path) and "case3" in caught.value.field
 
 
-def test_reports_must_have_been_encoded_as_configured(folder: Path):
-    """Training on one encoder and sampling with another would go unseen."""
+def test_reports_must_be_encoded_as_configured(folder: Path):
+    """Training with one encoder and sampling with another would not be detected otherwise."""
     text = {"encoder": "some/encoder", "max_length": 8, "dtype": "float32", "fingerprint": "abc"}
     edit(folder, lambda manifest: manifest["text"].update(text))
     right = {"text__encoder": "some/encoder", "text__max_length": 8, "text__dtype": "float32"}

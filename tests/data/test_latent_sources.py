@@ -73,9 +73,9 @@ def test_resident_latents_are_the_memory_mapped_ones(tmp_path: Path, prepared: P
     kept = ResidentLatents(dataset, CPU, torch.float32)
     for step in range(9):  # four studies, three versions of each
         ours, mapped = (feed(dataset, source).micro_batch(step, 0) for source in (kept, dataset))
-        assert ours.ids == mapped.ids and ours.class_share == mapped.class_share
-        for mine, theirs in zip(ours[1:8], mapped[1:8], strict=True):
-            assert torch.equal(mine, theirs)
+        assert ours.batch.ids == mapped.batch.ids and ours.class_share == mapped.class_share
+        pairs = list(zip(ours.tensors(), mapped.tensors(), strict=True))
+        assert len(pairs) == 9 and all(torch.equal(resident, expected) for resident, expected in pairs)
     assert not torch.equal(feed(dataset, kept).micro_batch(0, 0).latents, feed(dataset, kept).micro_batch(4, 0).latents)
 
 
@@ -230,10 +230,10 @@ def test_every_rank_and_every_restart_sees_the_same_stream(prepared: Prepared):
     ]
     for step in (1, 2):
         both = [part[step - 1] for part in parts]
-        assert [name for part in both for name in part.ids] == whole[step].ids
+        assert [name for part in both for name in part.batch.ids] == whole[step].batch.ids
         torch.testing.assert_close(torch.cat([part.latents for part in both]), whole[step].latents, rtol=0, atol=1e-6)
     # Four studies, a global batch of four: each step is an epoch, in which each study comes once.
-    assert all(sorted(samples.ids) == sorted(dataset.ids) for samples in whole)
+    assert all(sorted(samples.batch.ids) == sorted(dataset.ids) for samples in whole)
 
 
 def test_both_engines_train_on_the_same_latents(prepared: Prepared, require):
@@ -258,7 +258,7 @@ def test_online_training_resumes_with_the_same_losses(prepared: Prepared, tmp_pa
 
 
 def test_online_training_needs_images_an_autoencoder_and_no_mirror(prepared: Prepared, tmp_path: Path):
-    with pytest.raises(DataError, match="the autoencoder is not here"):
+    with pytest.raises(DataError, match="does not contain an autoencoder"):
         train_here(tmp_path / "run", write_prepared(tmp_path / "data"), latents="online")
     mirrored = prepared.settings.model_copy(
         update={"augmentation": prepared.settings.augmentation.model_copy(update={"flip": 0.5})}

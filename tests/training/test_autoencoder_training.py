@@ -1,4 +1,4 @@
-"""Training the autoencoder: it learns, goes on after a stop as if nothing had happened, and loses nothing."""
+"""Training of the autoencoder: it equals a plain loop, and interrupted runs equal uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def write_images(folder: Path, *, shift: float = 0.0, test: int = 1, train: int = 3) -> Path:
-    """A prepared folder with images only: a bright ellipsoid at a place of its own in each, on a dim slope."""
+    """A prepared folder with images only: in each, a bright ellipsoid at another position, on a linear gradient."""
     cases = []
     axes = np.meshgrid(*[np.arange(size) / size for size in GRID], indexing="ij")
     for number in range(train + test):
@@ -79,7 +79,7 @@ def metrics(out: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key != "seconds_per_step"} for line in lines]
 
 
-# Small, and with patches smaller than the grid. The gradient's norm varies around 1 and 2, so that clipping changes directions.
+# A small network, with patches smaller than the grid. The gradient norm varies around 1 and 2, so that clipping has an effect.
 EXACT: dict[str, Any] = SETTINGS | {
     "autoencoder.num_channels": [4, 4],
     "autoencoder.norm_num_groups": 2,
@@ -87,12 +87,12 @@ EXACT: dict[str, Any] = SETTINGS | {
     "vae_training.max_train_steps": 44,
     "vae_training.kl_weight": 1e-4,
 }
-# What a run trains with where EXACT has nothing.
+# The values of settings that EXACT does not contain.
 DEFAULTS: dict[str, Any] = {
     "seed": 0, "weight_decay": 0.01, "adam_betas": (0.9, 0.95), "eps": 1e-8, "max_grad_norm": 1.0, "log_sigma": -4.0,
     "warmup_fraction": 0.05, "max_warmup_steps": 100, "final_lr_fraction": 0.01,
 }  # fmt: skip
-# Each setting of the optimizer and the schedule, changed.
+# Other values for each setting of the optimizer and the schedule.
 CHANGED: dict[str, Any] = {
     "weight_decay": 0.2, "adam_betas": [0.8, 0.98], "max_grad_norm": 2.0, "warmup_fraction": 0.25, "max_warmup_steps": 7,
     "final_lr_fraction": 0.3,
@@ -100,17 +100,18 @@ CHANGED: dict[str, Any] = {
 
 
 class PlainRun(NamedTuple):
-    """Of every step L1, KL, learning rate and the gradient's norm before clipping; the weights before and after."""
+    """The result of the plain loop."""
 
-    steps: list[tuple[float, float, float, float]]
-    begun: dict[str, torch.Tensor]
+    steps: list[tuple[float, float, float, float]]  # L1, KL, learning rate, norm of the gradient before clipping
+    begun: dict[str, torch.Tensor]  # initial weights
     weights: dict[str, torch.Tensor]
 
 
 def plain_training(folder: Path, settings: dict[str, Any], **changed: Any) -> PlainRun:
-    """The training in one plain loop: float64, with AdamW, clipping, losses and learning rate written out.
+    """Train in one plain loop, in float64, with AdamW, clipping, losses and learning rate written out.
 
-    It shares with ccella_fast the network and `noise.generator`; settings are read as written, not as `Config` has them."""
+    It shares the network and `noise.generator` with ccella_fast. Settings are read from the dictionary, not from `Config`.
+    """
     s = DEFAULTS | {key.removeprefix("vae_training."): value for key, value in settings.items()} | changed
     cases = json.loads((folder / "manifest.json").read_text())["cases"]
     images = [np.load(folder / case["files"]["image/t2w"]["path"]) for case in cases if case["split"] == "train"]
@@ -156,14 +157,14 @@ def plain_training(folder: Path, settings: dict[str, Any], **changed: Any) -> Pl
 
 
 def distance(weights: dict[str, torch.Tensor], plain: PlainRun) -> float:
-    """How far `weights` are from the plain loop's, relative to how far those have moved."""
+    """The distance between `weights` and those of the plain loop, relative to how far the latter have moved."""
     apart = math.hypot(*(float((weights[name].double() - p).norm()) for name, p in plain.weights.items()))
     return apart / math.hypot(*(float((plain.begun[name] - p).norm()) for name, p in plain.weights.items()))
 
 
 @pytest.fixture(scope="module")
 def exact(data, tmp_path_factory) -> tuple[Path, PlainRun]:
-    """A run with the settings EXACT, and the plain loop's."""
+    """A run with the settings EXACT, and the result of the plain loop."""
     out = tmp_path_factory.mktemp("exact") / "vae"
     train_vae(data, out, make_config(EXACT))
     return out, plain_training(data, EXACT)
@@ -182,7 +183,7 @@ def test_training_equals_a_plain_loop(exact):
         assert {key: lines[last][key] for key in expected} == pytest.approx(expected, rel=1e-3)
 
 
-def test_changed_settings_act_as_in_the_plain_loop(data, tmp_path):
+def test_training_with_changed_settings_equals_a_plain_loop(data, tmp_path):
     settings = EXACT | {f"vae_training.{key}": value for key, value in CHANGED.items()}
     train_vae(data, tmp_path / "vae", make_config(settings))
     weights = load_autoencoder(tmp_path / "vae").state_dict()
@@ -199,12 +200,12 @@ def test_changed_settings_act_as_in_the_plain_loop(data, tmp_path):
     ],
     ids=lambda wrong: next(iter(wrong)),
 )  # fmt: skip
-def test_the_plain_loop_notices_a_wrong_setting(data, exact, wrong):
+def test_a_wrong_setting_is_detected(data, exact, wrong):
     weights = load_autoencoder(exact[0]).state_dict()
     assert distance(weights, plain_training(data, EXACT, **wrong)) > 1e-2
 
 
-def test_it_learns_what_it_was_shown(data, trained):
+def test_training_reduces_the_reconstruction_error(data, trained):
     record = json.loads((trained / "run_record.json").read_text())
     _, test = read_images(data)
     untrained = evaluate(Autoencoder(make_config(SETTINGS).autoencoder), test, trained.parent, torch.device("cpu"))
@@ -219,8 +220,8 @@ def test_it_learns_what_it_was_shown(data, trained):
     ]  # fmt: skip
 
 
-def test_recorded_quality_is_that_of_the_written_weights(data, trained):
-    """The numbers, again, from the files alone and in float64."""
+def test_recorded_errors_are_those_of_the_written_weights(data, trained):
+    """The errors are computed again from the files, in float64."""
     record = json.loads((trained / "run_record.json").read_text())["test"]
     image = np.load(data / "images" / "case3" / "t2w.npy").astype(np.float64)
     vae = load_autoencoder(trained).double()
@@ -231,8 +232,8 @@ def test_recorded_quality_is_that_of_the_written_weights(data, trained):
     np.testing.assert_allclose(np.load(trained / "reconstructions" / "case3" / "t2w.npy"), decoded, atol=1e-5)
 
 
-def test_quality_is_the_mean_over_volumes(data, tmp_path):
-    """Mean L1 and the mean of each volume's PSNR, in float64; the first four reconstructions are written."""
+def test_errors_are_means_over_volumes(data, tmp_path):
+    """Compare with mean L1 and mean PSNR in float64. The first four reconstructions are written."""
     images = [image for split in read_images(write_images(tmp_path / "prepared", train=4, test=2)) for image in split]
     images = [image._replace(values=image.values / (1 + number)) for number, image in enumerate(images)]
     torch.manual_seed(0)
@@ -256,10 +257,12 @@ def test_quality_is_the_mean_over_volumes(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"), [({}, [20, 40, 45]), ({"vae_training.checkpointing_seconds": 80}, [30, 45])]
+    ("changes", "expected"),
+    [({}, [20, 40, 45]), ({"vae_training.checkpointing_seconds": 80}, [30, 45])],
+    ids=["default", "80-seconds"],
 )
 def test_the_state_is_saved_at_intervals(data, tmp_path, monkeypatch, changes, expected):
-    """A clock that each step advances by 3.5 seconds; the loss is read, and the clock with it, every 10 steps."""
+    """Each step advances the clock by 3.5 seconds. The clock is read with the loss, every 10 steps."""
     seconds, saved, save = 0.0, [], loop.save_state
 
     def step(*_):
@@ -267,19 +270,19 @@ def test_the_state_is_saved_at_intervals(data, tmp_path, monkeypatch, changes, e
         seconds += 3.5
         return torch.zeros(2)
 
-    def note(out, vae, optimizer, done):
+    def record_save(out, vae, optimizer, done):
         saved.append(done)
         save(out, vae, optimizer, done)
 
     monkeypatch.setattr(loop.time, "monotonic", lambda: seconds)
     monkeypatch.setattr(loop, "train_step", step)
-    monkeypatch.setattr(loop, "save_state", note)
+    monkeypatch.setattr(loop, "save_state", record_save)
     train_vae(data, tmp_path / "vae", make_config(SETTINGS | {"vae_training.max_train_steps": 45} | changes))
     assert saved == expected
 
 
 def test_folders_of_the_first_version_stay_valid(data):
-    """What identified an autoencoder before its optimizer had settings."""
+    """The identity is that of the version in which the optimizer did not have settings."""
     config, (train, _) = make_config(SETTINGS), read_images(data)
     network = {
         "in_channels": 1, "out_channels": 1, "latent_channels": 4, "num_channels": [8, 8], "num_res_blocks": [1, 1],
@@ -301,23 +304,23 @@ def test_folders_of_the_first_version_stay_valid(data):
     }
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(data, trained, tmp_path, monkeypatch):
+def test_an_interrupted_run_reaches_the_same_weights(data, trained, tmp_path, monkeypatch):
     settings = make_config(SETTINGS | {"vae_training.checkpointing_seconds": 0})
     calls = []
     whole = loop.train_step
 
-    def dies(*arguments):
+    def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 37:
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(loop, "train_step", dies)
+    monkeypatch.setattr(loop, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_vae(data, tmp_path / "vae", settings)
     assert not (tmp_path / "vae" / "manifest.json").exists()
     with (tmp_path / "vae" / "metrics.jsonl").open("a") as log:
-        log.write('{"step": 4')  # a kill in mid-line
+        log.write('{"step": 4')  # an incomplete line
     train_vae(data, tmp_path / "vae", settings)
     assert len(calls) == 37 + 50  # from step 30, the last saved one
     assert metrics(tmp_path / "vae") == metrics(trained)
@@ -325,7 +328,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(data, trained, tmp_path, monk
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_the_seed_decides_the_weights(data, tmp_path):
+def test_the_weights_depend_on_the_seed(data, tmp_path):
     few = SETTINGS | {"vae_training.max_train_steps": 2}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train_vae(data, tmp_path / name, make_config(few | {"vae_training.seed": seed}))
@@ -334,7 +337,7 @@ def test_the_seed_decides_the_weights(data, tmp_path):
     assert a != c
 
 
-def test_a_finished_run_is_kept_and_others_are_not_overwritten(data, trained, tmp_path, monkeypatch):
+def test_a_finished_run_is_kept_and_another_raises(data, trained, tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("trained again")
 
@@ -343,12 +346,12 @@ def test_a_finished_run_is_kept_and_others_are_not_overwritten(data, trained, tm
     train_vae(data, trained, make_config(SETTINGS))
     other_images = write_images(tmp_path, shift=0.1)
     for folder, settings in ((data, {"vae_training.lr": 1e-3}), (other_images, {})):
-        with pytest.raises(CheckpointError, match="other settings or other images"):
+        with pytest.raises(CheckpointError, match="with other settings or other images"):
             train_vae(folder, trained, make_config(SETTINGS | settings))
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()} == before
 
 
-def test_a_damaged_state_is_named(data, tmp_path):
+def test_a_damaged_state_raises(data, tmp_path):
     settings = make_config(SETTINGS)
     write_json(tmp_path / "training.json", {"identity": identity(settings, read_images(data)[0])})
     (tmp_path / "state.pt").write_bytes(b"PK not really")
@@ -363,7 +366,7 @@ def test_a_diverged_last_step_is_not_saved(data, tmp_path, monkeypatch):
     def last(vae, *rest):
         loss = whole(vae, *rest)
         with torch.no_grad():
-            next(vae.parameters()).fill_(math.inf)  # as an update does whose gradients overflow
+            next(vae.parameters()).fill_(math.inf)  # like an update with overflowing gradients
         return loss
 
     monkeypatch.setattr(loop, "train_step", last)
@@ -379,42 +382,46 @@ def test_a_diverged_loss_stops(data, tmp_path):
     assert not (tmp_path / "vae" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("patch", [[8, 8, 6], [32, 16, 8], [8, 8, 9]])
-def test_patches_that_do_not_fit_are_refused(data, tmp_path, patch):
+@pytest.mark.parametrize("patch", [[8, 8, 6], [32, 16, 8], [8, 8, 9]], ids=["8x8x6", "32x16x8", "8x8x9"])
+def test_patches_that_do_not_fit_raise(data, tmp_path, patch):
     factor_4 = {"autoencoder.num_channels": [8, 8, 8], "autoencoder.num_res_blocks": [1, 1, 1]}
-    with pytest.raises(ConfigError, match="multiple of 4") as refused:
+    with pytest.raises(ConfigError, match="multiple of 4") as caught:
         train_vae(data, tmp_path / "vae", make_config(SETTINGS | factor_4 | {"vae_training.patch": patch}))
-    assert refused.value.field == "vae_training.patch"
+    assert caught.value.field == "vae_training.patch"
     assert not (tmp_path / "vae").exists()
 
 
-def test_damaged_images_and_an_empty_split_are_refused(tmp_path):
+def test_damaged_images_and_an_empty_split_raise(tmp_path):
     folder = write_images(tmp_path / "damaged")
     file = folder / "images" / "case1" / "t2w.npy"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(DataError, match="SHA-256") as refused:
+    with pytest.raises(DataError, match="SHA-256") as caught:
         train_vae(folder, tmp_path / "vae", make_config(SETTINGS))
-    assert refused.value.path == str(file)
+    assert caught.value.path == str(file)
     with pytest.raises(DataError, match="train split is empty"):
         train_vae(write_images(tmp_path / "empty", train=0), tmp_path / "vae", make_config(SETTINGS))
 
 
-def test_without_a_test_split_there_is_no_quality(tmp_path):
+def test_without_a_test_split_no_errors_are_recorded(tmp_path):
     few = make_config(SETTINGS | {"vae_training.max_train_steps": 3})
     train_vae(write_images(tmp_path / "prepared", test=0), tmp_path / "vae", few)
     assert json.loads((tmp_path / "vae" / "run_record.json").read_text())["test"] is None
 
 
-def test_patches_cover_every_image_equally(data):
+def test_patches_use_every_image_equally_often(data):
     train, _ = read_images(data)
     settings = VaeTrainingConfig(patch=[8, 8, 8], batch_size=2)
     drawn = torch.cat(
-        [torch.from_numpy(job.read())[None] for step in range(30) for job in patch_requests(train, settings, step)]
+        [
+            torch.from_numpy(request.read())[None]
+            for step in range(30)
+            for request in patch_requests(train, settings, step)
+        ]
     )
     assert torch.equal(
-        drawn[14:16], torch.stack([torch.from_numpy(job.read()) for job in patch_requests(train, settings, 7)])
+        drawn[14:16], torch.stack([torch.from_numpy(request.read()) for request in patch_requests(train, settings, 7)])
     )
     windows = [np.lib.stride_tricks.sliding_window_view(image.values, (8, 8, 8)).reshape(-1, 512) for image in train]
     sources = [
@@ -424,14 +431,16 @@ def test_patches_cover_every_image_equally(data):
     assert len({patch.numpy().tobytes() for patch in drawn}) > 30
 
 
-def test_augmented_patches_are_drawn_once_for_good_and_train(data, tmp_path):
+def test_augmented_patches_are_reproducible_and_train(data, tmp_path):
     train, _ = read_images(data)
     changes = {"vae_training.augmentation.preset": "image", "vae_training.max_train_steps": 3}
     augmented = make_config(SETTINGS | changes)
-    jobs = [patch_requests(train, augmented.vae_training, step) for step in (0, 1, 0)]
-    assert jobs[0] == jobs[2] != jobs[1] and jobs[0][0].augmentation.rotation != (0.0, 0.0, 0.0)
+    requests = [patch_requests(train, augmented.vae_training, step) for step in (0, 1, 0)]
+    assert requests[0] == requests[2] != requests[1] and requests[0][0].augmentation.rotation != (0.0, 0.0, 0.0)
     plain = patch_requests(train, make_config(SETTINGS).vae_training, 0)
-    assert [job.corner for job in plain] == [job.corner for job in jobs[0]] and plain[0].augmentation.rotation == (
+    assert [request.corner for request in plain] == [request.corner for request in requests[0]] and plain[
+        0
+    ].augmentation.rotation == (
         0,
         0,
         0,
@@ -440,7 +449,9 @@ def test_augmented_patches_are_drawn_once_for_good_and_train(data, tmp_path):
     assert json.loads((tmp_path / "vae" / "run_record.json").read_text())["images"] == 3
 
 
-@pytest.mark.parametrize(("steps", "warm"), [(400, 20), (3000, 100)])  # 5 % of the run, 100 steps at most
+@pytest.mark.parametrize(
+    ("steps", "warm"), [(400, 20), (3000, 100)], ids=["T400", "T3000"]
+)  # 5 % of the run, at most 100 steps
 def test_learning_rate_equals_torch_schedulers(steps, warm):
     settings = VaeTrainingConfig(max_train_steps=steps, lr=2e-3)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-3)

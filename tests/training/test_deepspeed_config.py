@@ -1,4 +1,4 @@
-"""DeepSpeed files: what they say is done, and what nobody would do is refused."""
+"""DeepSpeed files: their values take effect, and values that would not take effect raise."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from ccella_fast.config import make_config
 from ccella_fast.errors import ConfigError
 from ccella_fast.training.deepspeed_config import (
-    PASSED,
-    REFUSED,
-    TAKEN,
-    checked,
+    MERGED_KEYS,
+    PASSED_KEYS,
+    UNSUPPORTED_KEYS,
     merge_deepspeed_config,
     read_deepspeed_file,
+    validate_with_deepspeed,
 )
 from training_fixtures import ROOT
 
@@ -31,7 +31,7 @@ def merged(tmp_path: Path, text: str | dict, *, world_size: int = 2, auto_precis
     )
 
 
-def refusal(tmp_path: Path, text: str | dict, **kwargs) -> str:
+def error_message(tmp_path: Path, text: str | dict, **kwargs) -> str:
     with pytest.raises(ConfigError) as caught:
         merged(tmp_path, text, **kwargs)
     assert len(str(caught.value).splitlines()) <= 5
@@ -39,31 +39,31 @@ def refusal(tmp_path: Path, text: str | dict, **kwargs) -> str:
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_files_are_short_and_pass_deepspeeds_own_check(file, tmp_path):
+def test_shipped_files_are_short_and_valid_for_deepspeed(file, tmp_path):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     assert len(file.read_text().splitlines()) <= 30
     config, values = merge_deepspeed_config(
         make_config(), file, world_size=1, output_dir=tmp_path, auto_precision=lambda: "bf16"
     )
-    checked(values, DeepSpeedConfig, file)
+    validate_with_deepspeed(values, DeepSpeedConfig, file)
     assert values["zero_optimization"]["stage"] == config.training.zero_stage
 
 
-@pytest.mark.parametrize("key", sorted(PASSED | TAKEN))
-def test_every_misspelt_top_level_key_is_refused(key, tmp_path):
+@pytest.mark.parametrize("key", sorted(PASSED_KEYS | MERGED_KEYS))
+def test_every_misspelled_top_level_key_raises(key, tmp_path):
     typo = key[:-3] + key[-2] + key[-3] + key[-1] if key[-2] != key[-3] else key[:-1]
-    message = refusal(tmp_path, {typo: {}})
+    message = error_message(tmp_path, {typo: {}})
     assert "unknown key" in message and f"did you mean '{key}'?" in message
 
 
-@pytest.mark.parametrize("key", sorted(REFUSED))
-def test_what_has_no_meaning_here_is_refused_by_name(key, tmp_path):
-    assert key in refusal(tmp_path, {key: {}})
+@pytest.mark.parametrize("key", sorted(UNSUPPORTED_KEYS))
+def test_unsupported_keys_raise_an_error_that_names_them(key, tmp_path):
+    assert key in error_message(tmp_path, {key: {}})
 
 
-def test_lists_cover_deepspeeds_own_top_level_keys():
-    """Read from DeepSpeed's sources, so that a key that a new version adds is noticed."""
+def test_every_top_level_key_of_deepspeed_is_listed():
+    """The keys are read from DeepSpeed's sources, so that keys of new versions are detected."""
     import inspect
     import re
 
@@ -74,7 +74,7 @@ def test_lists_cover_deepspeeds_own_top_level_keys():
     names = re.findall(r"get_scalar_param\(\s*param_dict,\s*(\w+)", source)
     found = {getattr(constants, name, None) for name in names} | set(module._REMOVED_TOP_LEVEL_CONFIG_KEYS)
     assert len(found) > 20
-    assert found - {None} <= PASSED | TAKEN | REFUSED
+    assert found - {None} <= PASSED_KEYS | MERGED_KEYS | UNSUPPORTED_KEYS
 
 
 @pytest.mark.parametrize(
@@ -87,20 +87,20 @@ def test_lists_cover_deepspeeds_own_top_level_keys():
         ("checkpoint", "tag_validaton"),
     ],
 )
-def test_misspelt_keys_in_plain_sections_are_refused(section, key, tmp_path):
-    assert "did you mean" in refusal(tmp_path, {section: {key: True}})
+def test_misspelled_keys_in_sections_raise(section, key, tmp_path):
+    assert "did you mean" in error_message(tmp_path, {section: {key: True}})
 
 
-def test_deepspeeds_own_refusal_is_one_message(tmp_path):
+def test_an_error_of_deepspeed_becomes_one_message(tmp_path):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     _, values = merged(tmp_path, {"zero_optimization": {"stage": 2, "overlap_com": True}}, world_size=1)
     with pytest.raises(ConfigError, match="overlap_com") as caught:
-        checked(values, DeepSpeedConfig, tmp_path / "ds.json")
+        validate_with_deepspeed(values, DeepSpeedConfig, tmp_path / "ds.json")
     assert len(str(caught.value).splitlines()) <= 5
 
 
-def test_file_wins_and_says_so(tmp_path, caplog):
+def test_values_of_the_file_win_and_are_logged(tmp_path, caplog):
     file = {
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": 5,
@@ -117,11 +117,11 @@ def test_file_wins_and_says_so(tmp_path, caplog):
     assert (training.lr, training.adam_betas, training.weight_decay) == (7e-4, (0.8, 0.9), 0.1)
     assert (training.precision, training.zero_stage, training.max_grad_norm) == ("fp32", 2, 0.5)
     assert training.activation_checkpointing and "activation_checkpointing" in values
-    assert "optimizer" not in values  # ours is handed over, with these values
+    assert "optimizer" not in values  # build_engine passes an optimizer object with these values
     assert "training.lr is 0.0007" in caplog.text and "not 0.0001" in caplog.text
 
 
-def test_auto_and_absent_take_our_values(tmp_path):
+def test_auto_and_missing_values_come_from_the_configuration(tmp_path):
     auto = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
     auto["zero_optimization"] = {"stage": "auto", "reduce_bucket_size": "auto"}
     auto["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}
@@ -136,14 +136,15 @@ def test_auto_and_absent_take_our_values(tmp_path):
 @pytest.mark.parametrize(
     ("section", "setting", "expected"),
     [
-        ({"enabled": "auto"}, "auto", None),  # None: the faster one
+        ({"enabled": "auto"}, "auto", None),  # None: the faster one of the machine
         ({"enabled": "auto"}, "fp32", "fp32"),
         ({"enabled": "auto"}, "bf16", "bf16"),
         ({"enabled": True}, "auto", "bf16"),
         ({"enabled": False}, "auto", "fp32"),
     ],
+    ids=["auto-auto", "auto-fp32", "auto-bf16", "enabled-auto", "disabled-auto"],
 )
-def test_precision_auto_is_resolved_in_both_places(tmp_path, faster, section, setting, expected):
+def test_precision_auto_is_resolved_in_configuration_and_file(tmp_path, faster, section, setting, expected):
     config, values = merged(tmp_path, {"bf16": section}, precision=setting, auto_precision=faster)
     expected = expected or faster
     assert config.training.precision == expected
@@ -158,8 +159,9 @@ def test_precision_auto_is_resolved_in_both_places(tmp_path, faster, section, se
         ({"train_batch_size": 24}, 12, 1),
         ({"train_micro_batch_size_per_gpu": 3}, 3, 1),
     ],
+    ids=["total-micro", "total-steps", "total", "micro"],
 )
-def test_batch_sizes_complete_each_other(file, micro, steps, tmp_path):
+def test_missing_batch_sizes_are_computed(file, micro, steps, tmp_path):
     config, _ = merged(tmp_path, file)
     assert (config.training.batch_size, config.training.gradient_accumulation_steps) == (micro, steps)
 
@@ -172,8 +174,11 @@ def test_batch_sizes_complete_each_other(file, micro, steps, tmp_path):
             {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 5},
             "x 2 processes (= 30)",
         ),
-        ({"train_micro_batch_size_per_gpu": 0}, "whole number"),
-        ({"fp16": {"enabled": True}}, "fp16 is refused"),
+        (
+            {"train_micro_batch_size_per_gpu": 0},
+            "train_micro_batch_size_per_gpu must be a whole number of at least 1, got 0",
+        ),
+        ({"fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"optimizer": {"type": "Lamb"}}, "'Lamb' is not supported"),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "not supported"),
         ({"scheduler": {"type": "WarmupLR"}}, "WarmupLR"),
@@ -186,9 +191,14 @@ def test_batch_sizes_complete_each_other(file, micro, steps, tmp_path):
         ('{"zero_optimization": {', "line 1"),
         ("[]", "one JSON object"),
     ],
-)
-def test_contradictions_and_unsupported_values_are_refused(file, word, tmp_path):
-    assert word in refusal(tmp_path, file)
+    ids=[
+        "total-not-divisible", "three-sizes-disagree", "micro-0", "fp16", "optimizer-Lamb", "Adam-L2", "scheduler",
+        "offload-nvme", "offload-not-object", "params-not-object", "stage-4", "clipping-negative", "key-twice",
+        "truncated", "list",
+    ],
+)  # fmt: skip
+def test_contradictory_and_unsupported_values_raise(file, word, tmp_path):
+    assert word in error_message(tmp_path, file)
 
 
 def test_comments_and_trailing_commas_are_read(tmp_path):
@@ -199,6 +209,6 @@ def test_comments_and_trailing_commas_are_read(tmp_path):
     assert read_deepspeed_file(file)["zero_optimization"] == {"stage": 1}
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_raises(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         read_deepspeed_file(tmp_path / "absent.json")

@@ -1,4 +1,4 @@
-"""What a run says of its memory, its disk and its speed, against sums by hand and files that were written."""
+"""The memory, disk space and speed that a run reports, against sums by hand and the sizes of written files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from training_fixtures import CONFIG, train_here, weights, write_prepared
     [
         ("fp32", 0, 0, 4 + 4 + 8),  # weights, gradients, two moments of Adam
         ("fp32", 0, 0.999, 4 + 4 + 8 + 4),
-        ("bf16", 0, 0, 2 + 2 + 8 + 4),  # and fp32 copies of the weights
+        ("bf16", 0, 0, 2 + 2 + 8 + 4),  # and fp32 master weights
         ("bf16", 0, 0.999, 2 + 2 + 8 + 4 + 4),
         ("bf16", 1, 0, 2 + 2 + (8 + 4) / 4),
         ("bf16", 2, 0, 2 + 2 / 4 + (8 + 4) / 4),
         ("bf16", 3, 0, (2 + 2 + 8 + 4) / 4),
-        ("fp32", 3, 0.999, (4 + 4 + 8 + 4 + 4) / 4),  # ZeRO keeps its own fp32 copy
+        ("fp32", 3, 0.999, (4 + 4 + 8 + 4 + 4) / 4),  # ZeRO keeps fp32 master weights also in fp32
     ],
-)
+    ids=[
+        "fp32-zero0", "fp32-zero0-ema", "bf16-zero0", "bf16-zero0-ema", "bf16-zero1", "bf16-zero2", "bf16-zero3",
+        "fp32-zero3-ema",
+    ],
+)  # fmt: skip
 def test_bytes_per_parameter_on_four_processes(precision, stage, ema, expected):
     values = {"training.precision": precision, "training.zero_stage": stage, "training.ema_decay": ema}
     assert bytes_per_parameter(make_config(values), 4) == pytest.approx(expected)
@@ -36,9 +40,10 @@ def test_bytes_per_parameter_on_four_processes(precision, stage, ema, expected):
 @pytest.mark.parametrize(
     ("precision", "stage", "ema"),
     [("fp32", 0, 0), ("fp32", 0, 0.9), ("bf16", 0, 0.9), ("bf16", 1, 0.9), ("fp32", 2, 0.9), ("bf16", 3, 0.9)],
+    ids=["fp32-zero0", "fp32-zero0-ema", "bf16-zero0-ema", "bf16-zero1-ema", "fp32-zero2-ema", "bf16-zero3-ema"],
 )
-def test_disk_of_a_checkpoint_is_that_of_its_files(tmp_path, precision, stage, ema):
-    """Two sizes of one model: what the files of the larger have more is due to its parameters alone."""
+def test_disk_space_of_a_checkpoint_is_that_of_its_files(tmp_path, precision, stage, ema):
+    """Two widths of one model: the difference in file sizes is due to the parameters alone."""
     data = write_prepared(tmp_path / "prepared")
     settings = {"training.precision": precision, "training.zero_stage": stage, "training.ema_decay": ema}
     written = {key.removeprefix("training."): value for key, value in settings.items()}
@@ -49,16 +54,16 @@ def test_disk_of_a_checkpoint_is_that_of_its_files(tmp_path, precision, stage, e
         counts.append(sum(value.numel() for value in weights(run, 1).values()))
         sizes.append(sum(file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file()))
     found = (sizes[1] - sizes[0]) / (counts[1] - counts[0])
-    assert counts[1] > 2 * counts[0]  # the control: enough of them to tell one byte a parameter
+    assert counts[1] > 2 * counts[0]  # negative control: enough to detect one byte per parameter
     assert found == pytest.approx(checkpoint_bytes_per_parameter(make_config(settings)), abs=0.1)
 
 
-def test_a_dry_run_tells_memory_and_disk(tmp_path):
-    """The autoencoder's copy counts, and one checkpoint more than are kept."""
+def test_a_dry_run_reports_memory_and_disk_space(tmp_path):
+    """Checkpoints include a copy of the autoencoder, and there is one more than is kept while one is written."""
     data = write_prepared(tmp_path / "prepared")
     (data / "vae").mkdir()
     with open(data / "vae" / "model.safetensors", "wb") as file:
-        file.truncate(3 * 2**30)  # a hole: no block is written
+        file.truncate(3 * 2**30)  # a sparse file
     sizes = {"num_channels": [64, 128, 256], "num_head_channels": [0, 32, 32], "norm_num_groups": 32}
     training = {**CONFIG["training"], "precision": "bf16", "zero_stage": 0, "checkpoints_total_limit": 3}
     config = make_config(
@@ -68,13 +73,13 @@ def test_a_dry_run_tells_memory_and_disk(tmp_path):
     parameters = int(re.search(r"([\d,]+) parameters, 6 steps", text)[1].replace(",", ""))
     assert parameters > 30e6
     memory, disk = (2 + 2 + 8 + 4 + 4) * parameters, (2 + 8 + 4 + 4 + 4) * parameters + 3 * 2**30
-    assert f"memory a process: {memory / 2**30:.2f} GiB" in text
-    assert f"disk: {disk / 2**30:.2f} GiB a checkpoint, 4 of them at most" in text
+    assert f"memory per process: {memory / 2**30:.2f} GiB" in text
+    assert f"disk: {disk / 2**30:.2f} GiB per checkpoint, at most 4 checkpoints" in text
     assert not (tmp_path / "run").exists()
 
 
-def test_logged_rates(tmp_path, monkeypatch):
-    """Three steps in six seconds, eight samples each."""
+def test_logged_rates_are_those_since_the_last_logged_step(tmp_path, monkeypatch):
+    """Three steps of eight samples in six seconds."""
     monitor = SimpleNamespace(enabled=True, events=[])
     monitor.write_events = monitor.events.extend
     clock = iter([100.0, 106.0])

@@ -1,4 +1,4 @@
-"""Ways to start a training, and what the user is told."""
+"""Ways to start a training, and its messages and exit codes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 
 from ccella_fast.storage import read_json, write_json
 from training_fixtures import (
-    DOOR,
     ROOT,
     TOKENS,
+    TRAIN_SCRIPT,
     WIDTH,
     environment,
     free_port,
@@ -32,9 +32,9 @@ def deepspeed(processes: int) -> tuple[str, ...]:
     return (str(BIN / "deepspeed"), "--master_port", free_port(), "--num_gpus", str(processes))
 
 
-def test_help_answers_without_torch_and_shows_an_example():
+def test_help_shows_an_example_and_does_not_import_torch():
     output = subprocess.run(
-        [sys.executable, "-X", "importtime", str(DOOR), "--help"],
+        [sys.executable, "-X", "importtime", str(TRAIN_SCRIPT), "--help"],
         env=environment(),
         capture_output=True,
         text=True,
@@ -45,7 +45,7 @@ def test_help_answers_without_torch_and_shows_an_example():
     assert "argparse" in modules and not modules & {"torch", "deepspeed", "pydantic"}
 
 
-def test_dry_run_tells_sizes_and_writes_nothing(tmp_path, data):
+def test_dry_run_reports_sizes_and_writes_nothing(tmp_path, data):
     config = write_config(tmp_path / "config.json")
     before = sorted(tmp_path.rglob("*"))
     output = run("--config", config, "--data", data, "--output_dir", tmp_path / "run", "--dry-run")
@@ -69,16 +69,17 @@ def test_dry_run_tells_sizes_and_writes_nothing(tmp_path, data):
         (["--max_train_stepss", "3"], 2, "unrecognized arguments"),
         (["--data", "absent"], 3, "not prepared"),
     ],
+    ids=["misspelled-setting", "no-deepspeed-file", "no-checkpoint", "misspelled-option", "no-data"],
 )
-def test_a_mistake_is_one_message_and_a_code(tmp_path, data, arguments, code, words):
+def test_a_mistake_gives_one_message_and_an_exit_code(tmp_path, data, arguments, code, words):
     config = write_config(tmp_path / "config.json")
     output = run("--config", config, "--data", data, "--output_dir", tmp_path / "run", *arguments, code=code)
     assert words in output and "Traceback" not in output
     assert not (tmp_path / "run").exists()
 
 
-def test_the_reference_s_three_files(tmp_path, data):
-    """They reach the data that they name; a run gets a folder of its own in their one folder of models."""
+def test_the_three_files_of_the_reference(tmp_path, data):
+    """The run reads the data that they name, and writes to a folder of its own in their folder of models."""
     values = read_json(ROOT / "configs" / "CCELLA_env.json")
     values |= {"embedding_base_dir": str(tmp_path / "absent"), "model_dir": str(tmp_path / "models")}
     names = {"--env_config": tmp_path / "env.json"}
@@ -96,7 +97,7 @@ def test_the_reference_s_three_files(tmp_path, data):
     assert "parts of two" in run(*arguments[:2], "--config", "configs/demo.json", code=2)
 
 
-def test_the_deepspeed_command_with_its_users_flags(tmp_path, data):
+def test_the_deepspeed_command_with_its_usual_flags(tmp_path, data):
     config = write_config(tmp_path / "config.json", max_train_steps=2, batch_size=1)
     file = ROOT / "configs" / "deepspeed" / "zero2.json"
     arguments = [
@@ -115,7 +116,7 @@ def test_the_deepspeed_command_with_its_users_flags(tmp_path, data):
     assert json.loads((tmp_path / "run" / "run_status.json").read_text())["state"] == "finished"
 
 
-def test_one_message_from_two_processes(tmp_path, data):
+def test_two_processes_print_one_message(tmp_path, data):
     config = write_config(tmp_path / "config.json")
     arguments = ["--config", config, "--data", data, "--output_dir", tmp_path / "run", "--set", "training.seed=-1"]
     output = run(*arguments, launcher=deepspeed(2), code=2)
@@ -133,8 +134,8 @@ def test_every_shipped_deepspeed_file_trains(tmp_path, data, file):
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_deepspeed_command_reaches_its_orphans(tmp_path, data):
-    """It kills that command alone; our processes must notice, save and go."""
+def test_sigterm_to_the_deepspeed_command_ends_its_orphaned_processes(tmp_path, data):
+    """The signal ends only that command; the training processes must detect this, save and exit."""
     import psutil
 
     config = write_config(tmp_path / "config.json", max_train_steps=500, batch_size=1, checkpointing_steps=1000)

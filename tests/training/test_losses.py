@@ -1,4 +1,4 @@
-"""The joint loss, against numbers worked out by hand in float64. (The reference's own numbers: test_golden.py.)"""
+"""The losses, against numbers computed by hand in float64. Numbers of the reference: test_golden.py."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def focal_by_hand(logits, target):
     return total
 
 
-@pytest.mark.parametrize("mask", [[1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 1, 0]])
+@pytest.mark.parametrize("mask", [[1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 1, 0]], ids=["all", "some", "one"])
 def test_class_loss_is_the_mean_over_masked_samples(mask):
     terms = [focal_by_hand(*pair) for pair, keep in zip(zip(LOGITS, TARGET, strict=True), mask, strict=True) if keep]
     actual = class_loss(torch.tensor(LOGITS), torch.tensor(TARGET), torch.tensor(mask))
     assert actual.item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
-    # Negative control: another alpha, another target.
+    # Negative controls: a target that is not scaled, and another target.
     assert actual.item() != pytest.approx(sum(terms) / len(terms) / 100, rel=1e-5)
     swapped = torch.tensor(TARGET).flip(1)
     assert class_loss(torch.tensor(LOGITS), swapped, torch.tensor(mask)).item() != pytest.approx(
@@ -41,14 +41,14 @@ def test_empty_mask_gives_zero_loss_and_zero_gradient():
     assert loss.item() == 0.0 and torch.equal(logits.grad, torch.zeros(4, 2))
 
 
-def test_masked_samples_cannot_spoil_the_others():
-    """Zeros for an unknown class, and even a non-finite logit, stay outside."""
+def test_masked_samples_do_not_affect_the_others():
+    """A sample without a class has no influence, even if its logits are not finite."""
     logits = torch.tensor([[0.3, -0.2], [float("nan"), 1.0]], requires_grad=True)
     loss = class_loss(logits, torch.tensor([[100.0, 0.0], [0.0, 0.0]]), torch.tensor([True, False]))
     assert loss.item() == pytest.approx(focal_by_hand(LOGITS[0], TARGET[0]), rel=1e-5)
 
 
-def test_gradients():
+def test_gradients_equal_finite_differences():
     logits = torch.tensor(LOGITS, dtype=torch.float64)
     loss = lambda values: class_loss(values, torch.tensor(TARGET), torch.tensor([1, 1, 0, 1]))  # noqa: E731
     analytic = torch.autograd.functional.jacobian(loss, logits)
@@ -73,8 +73,8 @@ def test_bfloat16_predictions_are_compared_in_fp32():
     assert terms.dtype == torch.float32
 
 
-def test_losses_never_ask_the_host():
-    """On the meta device there are no values: any `.item()` or `if tensor` raises."""
+def test_losses_do_not_read_the_device():
+    """Tensors on the meta device do not have values, so any `.item()` or `if tensor` raises."""
     meta = torch.zeros(4, 2, device="meta")
     assert class_loss(meta, meta, meta[:, 0]).shape == noise_loss(meta, meta).shape == ()
     with pytest.raises(RuntimeError):

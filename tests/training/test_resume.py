@@ -1,4 +1,4 @@
-"""A run that was stopped, by whatever, and goes on equals one that was not: every loss, and the weights by their SHA-256."""
+"""A run that was interrupted and resumed equals an uninterrupted one: every loss, and the SHA-256 of the weights."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import time
 import pytest
 
 from ccella_fast.errors import CheckpointError, ConfigError
-from training_fixtures import losses, start, train_here, write_config, write_prepared
+from training_fixtures import losses, stage_id, start, train_here, write_config, write_prepared
 
 STEPS = {"max_train_steps": 24, "checkpointing_steps": 2, "batch_size": 1}
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("unbroken") / "model"
+def uninterrupted(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "model"
     train_here(folder, data, **STEPS)
     return folder
 
 
 def fingerprint(folder, step=STEPS["max_train_steps"]):
-    """Losses, and hashes of weights and averages."""
+    """The losses, and the hashes of weights and averages."""
     files = [folder / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors" for name in ("model", "ema")]
     return losses(folder), [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")])
-def test_going_on_from_the_middle_changes_nothing(tmp_path, data, stage, precision):
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")], ids=stage_id)
+def test_resuming_from_the_middle_gives_the_same_result(tmp_path, data, stage, precision):
     training = {"zero_stage": stage, "precision": precision, "checkpointing_steps": 2, "max_train_steps": 4}
     train_here(tmp_path / "run", data, **training)
     expected = fingerprint(tmp_path / "run", 4)
@@ -41,72 +41,75 @@ def test_going_on_from_the_middle_changes_nothing(tmp_path, data, stage, precisi
     assert [step for step, _ in expected[0]] == [1, 2, 3, 4]
 
 
-def test_a_finished_run_ends_at_once_and_is_left_alone(unbroken, data):
-    before = fingerprint(unbroken)
-    status = (unbroken / "run_status.json").stat().st_mtime_ns
-    assert train_here(unbroken, data, resume="latest", **STEPS) == 0
-    assert fingerprint(unbroken) == before and (unbroken / "run_status.json").stat().st_mtime_ns == status
+def test_a_finished_run_is_left_unchanged(uninterrupted, data):
+    before = fingerprint(uninterrupted)
+    status = (uninterrupted / "run_status.json").stat().st_mtime_ns
+    assert train_here(uninterrupted, data, resume="latest", **STEPS) == 0
+    assert fingerprint(uninterrupted) == before and (uninterrupted / "run_status.json").stat().st_mtime_ns == status
 
 
 @pytest.mark.parametrize(
-    ("change", "field"),
+    ("field", "value"),
     [
-        ({"lr": 1e-4}, "training.lr"),
-        ({"max_train_steps": 30}, "training.max_train_steps"),
-        ({"zero_stage": 1}, "training.zero_stage"),
-        ({"batch_size": 2}, "training.batch_size"),
-        ({"seed": 1}, "training.seed"),
-        ({"model__num_latents": 8}, "model.num_latents"),
-        ({"scheduler__beta_end": 0.02}, "scheduler.beta_end"),
+        ("training.lr", 1e-4),
+        ("training.max_train_steps", 30),
+        ("training.zero_stage", 1),
+        ("training.batch_size", 2),
+        ("training.seed", 1),
+        ("model.num_latents", 8),
+        ("scheduler.beta_end", 0.02),
     ],
 )
-def test_a_changed_setting_is_refused_by_name(unbroken, data, change, field):
+def test_a_changed_setting_raises_an_error_that_names_it(uninterrupted, data, field, value):
+    name = field.removeprefix("training.").replace(".", "__")
     with pytest.raises(ConfigError) as caught:
-        train_here(unbroken, data, resume="latest", **{**STEPS, **change})
+        train_here(uninterrupted, data, resume="latest", **{**STEPS, name: value})
     assert caught.value.field == field
 
 
-def test_changed_data_is_refused_and_free_settings_are_not(unbroken, data, tmp_path):
+def test_changed_data_raises_but_some_settings_may_change(uninterrupted, data, tmp_path):
     other = write_prepared(tmp_path / "other", cases=4)
     with pytest.raises(ConfigError, match="data_sha256"):
-        train_here(unbroken, other, resume="latest", **STEPS)
-    assert train_here(unbroken, data, resume="latest", **STEPS, logging_steps=5, activation_checkpointing=True) == 0
+        train_here(uninterrupted, other, resume="latest", **STEPS)
+    assert (
+        train_here(uninterrupted, data, resume="latest", **STEPS, logging_steps=5, activation_checkpointing=True) == 0
+    )
 
 
-def test_what_is_not_there_is_refused(tmp_path, unbroken, data, caplog):
+def test_a_missing_checkpoint_and_an_existing_run_raise(tmp_path, uninterrupted, data, caplog):
     with pytest.raises(CheckpointError, match="contains no checkpoint"):
         train_here(tmp_path / "run", data, resume=str(tmp_path / "nowhere"), **STEPS)
-    with pytest.raises(ConfigError, match="already holds a run"):
-        train_here(unbroken, data, **STEPS)
+    with pytest.raises(ConfigError, match="already contains a run"):
+        train_here(uninterrupted, data, **STEPS)
     assert not (tmp_path / "run").exists()
 
 
-def test_nothing_to_resume_starts_fresh_and_says_so(tmp_path, data, caplog):
+def test_with_nothing_to_resume_a_new_run_starts(tmp_path, data, caplog):
     caplog.set_level("INFO", logger="ccella_fast")
     assert train_here(tmp_path / "run", data, resume="latest", max_train_steps=1) == 0
     assert "nothing to resume" in caplog.text
 
 
-def test_half_a_metrics_line_is_dropped(tmp_path, data, unbroken):
+def test_an_incomplete_metrics_line_is_removed(tmp_path, data, uninterrupted):
     folder = tmp_path / "model"
-    shutil.copytree(unbroken, folder)
+    shutil.copytree(uninterrupted, folder)
     shutil.rmtree(folder / "checkpoints" / "step-00000024")
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 25, "lo')
     train_here(folder, data, resume="latest", **STEPS)
-    assert fingerprint(folder) == fingerprint(unbroken)
+    assert fingerprint(folder) == fingerprint(uninterrupted)
 
 
 def killed_and_resumed(tmp_path, data, kills, seed):
-    """SIGKILL at random instants of training and saving, each time at a later step; then to the end."""
+    """Kill the run at random moments of training and saving, each time at a later step, then resume it to the end."""
     config, folder, source = write_config(tmp_path / "config.json", **STEPS), tmp_path / "model", random.Random(seed)
     arguments = ("--config", config, "--data", data, "--output_dir", folder, "--resume")
     for _ in range(kills):
         process = start(*arguments)
         logged = len(losses(folder)) if (folder / "metrics.jsonl").exists() else 0
-        wait = time.monotonic() + 120
+        deadline = time.monotonic() + 120
         target = min(logged + source.randrange(2, 7), STEPS["max_train_steps"] - 2)
-        while time.monotonic() < wait and process.poll() is None:
+        while time.monotonic() < deadline and process.poll() is None:
             lines = (folder / "metrics.jsonl").read_bytes().count(b"\n") if (folder / "metrics.jsonl").exists() else 0
             if lines >= target:
                 break
@@ -119,23 +122,27 @@ def killed_and_resumed(tmp_path, data, kills, seed):
     return fingerprint(folder)
 
 
-def test_killed_runs_equal_the_unbroken_one(tmp_path, data, unbroken):
-    assert killed_and_resumed(tmp_path, data, kills=2, seed=1) == fingerprint(unbroken)
+def test_killed_and_resumed_runs_equal_the_uninterrupted_one(tmp_path, data, uninterrupted):
+    assert killed_and_resumed(tmp_path, data, kills=2, seed=1) == fingerprint(uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_twenty_kills_equal_the_unbroken_run(tmp_path, data, unbroken):
+def test_runs_killed_twenty_times_equal_the_uninterrupted_one(tmp_path, data, uninterrupted):
     for seed in range(4):
         (tmp_path / str(seed)).mkdir()
-        assert killed_and_resumed(tmp_path / str(seed), data, kills=5, seed=seed) == fingerprint(unbroken)
+        assert killed_and_resumed(tmp_path / str(seed), data, kills=5, seed=seed) == fingerprint(uninterrupted)
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
+        pytest.param(signal.SIGINT, 130, id="SIGINT", marks=pytest.mark.slow),
+    ],
 )
-def test_a_signal_saves_in_time(tmp_path, data, unbroken, number, code):
-    """No checkpoint is due (every 1000 steps): the one that is there was written because of the signal."""
+def test_a_signal_saves_a_checkpoint(tmp_path, data, uninterrupted, number, code):
+    """Checkpoints are written every 1000 steps, so the one that is found was written because of the signal."""
     settings = {**STEPS, "checkpointing_steps": 1000}
     config, folder = write_config(tmp_path / "config.json", **settings), tmp_path / "model"
     process = start("--config", config, "--data", data, "--output_dir", folder, "--resume")
@@ -150,12 +157,12 @@ def test_a_signal_saves_in_time(tmp_path, data, unbroken, number, code):
     assert (status["state"], status["exit_code"]) == ("terminated", code)
     assert (folder / "checkpoints" / f"step-{status['step']:08d}" / "manifest.json").is_file()
     train_here(folder, data, resume="latest", **settings)
-    assert fingerprint(folder) == fingerprint(unbroken)
+    assert fingerprint(folder) == fingerprint(uninterrupted)
 
 
-def test_the_comparison_can_fail(unbroken, tmp_path, data):
-    """The control: another seed gives other losses and other weights."""
+def test_the_comparison_can_fail(uninterrupted, tmp_path, data):
+    """Negative control: another seed gives other losses and other weights."""
     train_here(tmp_path / "model", data, **{**STEPS, "seed": 1})
-    mine, hashes = fingerprint(tmp_path / "model")
-    theirs, other_hashes = fingerprint(unbroken)
-    assert mine != theirs and not set(hashes) & set(other_hashes)
+    losses_a, hashes_a = fingerprint(tmp_path / "model")
+    losses_b, hashes_b = fingerprint(uninterrupted)
+    assert losses_a != losses_b and not set(hashes_a) & set(hashes_b)

@@ -1,4 +1,4 @@
-"""`--resume FOLDER`: nothing of a step folder is used before its hash is checked."""
+"""`--resume FOLDER`: no file of a step folder is used before its hash is checked."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 from ccella_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from ccella_fast.storage import read_json, write_json
 from ccella_fast.training import loop
-from training_fixtures import losses, remade, train_here, weights
+from training_fixtures import losses, rewrite_manifest, train_here, weights
 
 SETTINGS = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 9, "zero_stage": 1}
-# Each field of training_state.json with another value. What a run is made of is refused; how far it has come is followed.
-REFUSED = {
+# The fields of training_state.json. Those that influence the result must be unchanged, and are listed with another value; the
+# others say how far the run has come, and are restored.
+MUST_MATCH = {
     "total_steps": 4,
     "world_size": 2,
     "data_sha256": "0" * 64,
@@ -24,7 +25,7 @@ REFUSED = {
     "scale_factor": [0.98],
     "intensity_scale": {"t2w": 713.0},
 }
-FOLLOWED = {"step", "ema_updates", "bad_in_a_row"}
+RESTORED = {"step", "ema_updates", "bad_in_a_row"}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def run(trained, tmp_path):
         "*model_states.pt",
     ],
 )
-def test_one_changed_byte_is_named(run, data, name):
+def test_a_changed_byte_is_reported_with_its_file(run, data, name):
     folder = run / "checkpoints" / "step-00000002"
     (file,) = folder.rglob(name)
     content = bytearray(file.read_bytes())
@@ -63,57 +64,57 @@ def test_one_changed_byte_is_named(run, data, name):
     assert (run / "run_status.json").read_bytes() == before
 
 
-def test_a_run_goes_on_from_the_folder_that_is_named(run, data, trained):
-    """From step 1, although 2 and 3 are there: metrics are written anew from there and equal those of the first time."""
-    marked = json.loads((run / "metrics.jsonl").read_text().splitlines()[2])
-    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace(json.dumps(marked["loss"]), "9.5"))
+def test_a_run_is_resumed_from_the_given_folder(run, data, trained):
+    """From step 1, although 2 and 3 exist: later lines of metrics.jsonl are written again, with the same numbers."""
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[2])
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace(json.dumps(last["loss"]), "9.5"))
     assert losses(run) != losses(trained)
     assert train_here(run, data, resume=str(run / "checkpoints" / "step-00000001"), **SETTINGS) == 0
     assert losses(run) == losses(trained)
 
 
-def test_a_folder_of_another_run_is_refused(run, trained, data):
-    with pytest.raises(ConfigError, match="goes on in its own folder"):
+def test_a_folder_of_another_run_raises(run, trained, data):
+    with pytest.raises(ConfigError, match="resumed in its own folder"):
         train_here(run, data, resume=str(trained / "checkpoints" / "step-00000002"), **SETTINGS)
 
 
 def changed(run, **values):
-    """Step 2 with other values in training_state.json, under hashes that fit."""
+    """Change values in training_state.json of step 2 and the hashes accordingly. Returns the step folder."""
     folder = run / "checkpoints" / "step-00000002"
     file = folder / "training_state.json"
     write_json(file, read_json(file) | values)
-    remade(folder)
+    rewrite_manifest(folder)
     return str(folder)
 
 
 def test_every_field_of_the_state_is_known(run, data):
-    """A new field belongs to REFUSED, or to FOLLOWED with a test."""
+    """A new field must be added to MUST_MATCH, or to RESTORED with a test."""
     state = read_json(run / "checkpoints" / "step-00000002" / "training_state.json")
-    assert set(state) == REFUSED.keys() | FOLLOWED
-    assert all(state[field] != value for field, value in REFUSED.items())
-    assert train_here(run, data, resume=changed(run), **SETTINGS) == 0  # the control: nothing is changed
+    assert set(state) == MUST_MATCH.keys() | RESTORED
+    assert all(state[field] != value for field, value in MUST_MATCH.items())
+    assert train_here(run, data, resume=changed(run), **SETTINGS) == 0  # control: no value is changed
 
 
-@pytest.mark.parametrize("field", REFUSED)
-def test_a_state_of_another_run_is_refused_by_field(run, data, field):
+@pytest.mark.parametrize("field", MUST_MATCH)
+def test_a_state_of_another_run_raises_and_names_the_field(run, data, field):
     before = (run / "run_status.json").read_bytes()
-    folder = changed(run, **{field: REFUSED[field]})
+    folder = changed(run, **{field: MUST_MATCH[field]})
     with pytest.raises(ConfigError) as caught:
         train_here(run, data, resume=folder, **SETTINGS)
     assert (caught.value.field, caught.value.path) == (field, folder)
     assert (run / "run_status.json").read_bytes() == before
 
 
-def test_the_step_of_the_state_is_followed(run, data, trained):
-    """Back at step 1 the second batch comes again, though the weights are those after step 2."""
+def test_the_step_of_the_state_is_restored(run, data, trained):
+    """With step set back to 1, the second batch is used again, with the weights after step 2."""
     assert train_here(run, data, resume=changed(run, step=1), **SETTINGS) == 0
     assert [step for step, _ in losses(run)] == [1, 2, 3]
     assert losses(run)[0] == losses(trained)[0] and losses(run)[1] != losses(trained)[1]
 
 
-@pytest.mark.parametrize("updates", [2, 5])
-def test_the_average_goes_on_by_its_number_of_updates(run, data, updates):
-    """average <- d average + (1 - d) weights with d = min(0.9, (1 + n) / (10 + n)) at its n-th update, in float64."""
+@pytest.mark.parametrize("updates", [2, 5], ids=["after2", "after5"])
+def test_the_number_of_ema_updates_is_restored(run, data, updates):
+    """In float64: average = d * average + (1 - d) * weights with d = min(0.9, (1 + n) / (10 + n)) at update n."""
     before = weights(run, 2, "ema")
     assert train_here(run, data, resume=changed(run, ema_updates=updates), **SETTINGS) == 0
     found, raw, n = weights(run, 3, "ema"), weights(run, 3), updates + 1
@@ -124,11 +125,11 @@ def test_the_average_goes_on_by_its_number_of_updates(run, data, updates):
     ]
     assert max(errors) < 1e-7
     off = (before["unet.conv_in.conv.weight"] - raw["unet.conv_in.conv.weight"]).abs().max().item()
-    assert off * abs(decay - (1 + n + 1) / (10 + n + 1)) > 1e-6  # the control: one update more would be seen
+    assert off * abs(decay - (1 + n + 1) / (10 + n + 1)) > 1e-6  # negative control: one more update would be detected
 
 
-@pytest.mark.parametrize(("bad", "stops"), [(0, False), (8, False), (9, True)])
-def test_non_finite_steps_are_counted_across_a_resume(run, data, monkeypatch, bad, stops):
+@pytest.mark.parametrize(("bad", "stops"), [(0, False), (8, False), (9, True)], ids=["after0", "after8", "after9"])
+def test_consecutive_nonfinite_steps_are_counted_across_a_resume(run, data, monkeypatch, bad, stops):
     joint_loss = loop.joint_loss
 
     def broken(*arguments):

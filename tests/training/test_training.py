@@ -1,4 +1,4 @@
-"""The loss, the data stream, the averages and the loop, each against a computation that shares no code with it."""
+"""Loss, data stream, moving average and training loop, each against an independent computation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ccella_fast.models import build_model
 from ccella_fast.training import distributed, loop
 from ccella_fast.training.batches import BatchStream, epoch_order
 from ccella_fast.training.loop import joint_loss
-from training_fixtures import CONFIG, losses, train_here, weights, write_prepared
+from training_fixtures import CONFIG, losses, stage_id, train_here, weights, write_prepared
 
 
 def slow(*values):
@@ -30,7 +30,7 @@ def tiny(**overrides):
     return make_config({**{key: value for key, value in CONFIG.items() if key != "name"}, **overrides})
 
 
-def feed(data, *, batch_size, accumulation=1, rank=0, world_size=1, seed=3):
+def make_stream(data, *, batch_size, accumulation=1, rank=0, world_size=1, seed=3):
     return BatchStream(
         PreparedDataset(data, tiny()),
         seed=seed,
@@ -43,8 +43,8 @@ def feed(data, *, batch_size, accumulation=1, rank=0, world_size=1, seed=3):
     )
 
 
-class Answer(torch.nn.Module):
-    """A 'network' with a fixed answer, which keeps what it was given."""
+class FixedOutput(torch.nn.Module):
+    """A network with a fixed output that records its input."""
 
     def __init__(self, noise, logits):
         super().__init__()
@@ -57,14 +57,14 @@ class Answer(torch.nn.Module):
 
 
 def float64_loss(samples, predicted, logits, weight):
-    """docs/explanation/method.md, section 3, in float64 and by loops."""
+    """The loss of docs/explanation/method.md, section 3, in float64 with loops."""
     betas = np.linspace(math.sqrt(0.0015), math.sqrt(0.0195), 1000) ** 2
     bar = np.cumprod(1 - betas)[samples.timesteps.numpy()].reshape(-1, 1, 1, 1, 1)
     x = np.sqrt(bar) * samples.latents.double().numpy() + np.sqrt(1 - bar) * samples.noise.double().numpy()
     l1 = np.abs(predicted.double().numpy() - samples.noise.double().numpy()).mean()
     focal, count = 0.0, 0
     for row, target, known in zip(
-        logits.double().numpy(), samples.pirads.double().numpy(), samples.has_class.numpy(), strict=True
+        logits.double().numpy(), samples.batch.pirads.double().numpy(), samples.batch.has_class.numpy(), strict=True
     ):
         p = np.exp(row) / np.exp(row).sum()
         count += known
@@ -73,11 +73,11 @@ def float64_loss(samples, predicted, logits, weight):
 
 
 def test_joint_loss_equals_float64(data):
-    samples = feed(data, batch_size=5).micro_batch(0, 0)
+    samples = make_stream(data, batch_size=5).micro_batch(0, 0)
     random = torch.Generator().manual_seed(0)
     predicted = torch.randn(samples.noise.shape, generator=random)
     logits = torch.randn(5, 2, generator=random)
-    model = Answer(predicted, logits)
+    model = FixedOutput(predicted, logits)
     found = joint_loss(model, samples, Schedule.from_config(SchedulerConfig()), 1e-4)
     x, expected = float64_loss(samples, predicted, logits, 1e-4)
     assert found.total.item() == pytest.approx(expected, rel=1e-6)
@@ -85,30 +85,30 @@ def test_joint_loss_equals_float64(data):
     assert found.total.item() != pytest.approx(float64_loss(samples, predicted, logits, 1e-6)[1], rel=1e-6)
 
 
-def test_an_epoch_is_a_permutation_drawn_from_seed_and_epoch():
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch():
     orders = [epoch_order(1, epoch, 40) for epoch in range(3)] + [epoch_order(2, 0, 40)]
     assert all(sorted(order) == list(range(40)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_ranks_and_micro_steps_share_out_one_stream(data):
-    """2 processes x 2 micro-steps x 1 sample = 1 process x 4 samples, to the bit."""
+def test_ranks_and_micro_steps_divide_one_stream(data):
+    """2 processes x 2 micro-steps x 1 sample are bit-equal to 1 process x 4 samples."""
     for step in (0, 1, 7):
-        whole = feed(data, batch_size=4).micro_batch(step, 0)
+        whole = make_stream(data, batch_size=4).micro_batch(step, 0)
         parts = [
-            feed(data, batch_size=1, accumulation=2, rank=rank, world_size=2).micro_batch(step, micro)
+            make_stream(data, batch_size=1, accumulation=2, rank=rank, world_size=2).micro_batch(step, micro)
             for micro in (0, 1)
             for rank in (0, 1)
         ]
-        assert [part.ids[0] for part in parts] == whole.ids
-        for name in ("latents", "noise", "timesteps", "text", "pirads", "has_class"):
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
-    other = feed(data, batch_size=4, seed=4).micro_batch(0, 0)
-    assert not torch.equal(other.noise, feed(data, batch_size=4).micro_batch(0, 0).noise)
+        assert [part.batch.ids[0] for part in parts] == whole.batch.ids
+        for number, expected in enumerate(whole.tensors()):
+            assert torch.equal(torch.cat([list(part.tensors())[number] for part in parts]), expected), number
+    other = make_stream(data, batch_size=4, seed=4).micro_batch(0, 0)
+    assert not torch.equal(other.noise, make_stream(data, batch_size=4).micro_batch(0, 0).noise)
 
 
-def test_the_stream_that_reads_ahead_waits_for_what_the_training_has_put_on_the_device(data, monkeypatch):
-    """CUDA's streams wait for nothing on their own: resident text could be read before it is written."""
+def test_prefetching_waits_for_the_cuda_stream_of_the_training(data, monkeypatch):
+    """CUDA streams are not ordered: without waiting, resident text could be read before it is written."""
     calls: list[str] = []
     side = SimpleNamespace(
         wait_stream=lambda other: calls.append("wait for training" if other is current else "wait"),
@@ -119,18 +119,20 @@ def test_the_stream_that_reads_ahead_waits_for_what_the_training_has_put_on_the_
              "current_stream": lambda device: current}  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    ahead = feed(data, batch_size=1)
-    ahead.device = torch.device("cuda")
+    stream = make_stream(data, batch_size=1)
+    stream.device = torch.device("cuda")
 
     def made():
         calls.append("made")
-        yield ("sample",)
+        yield micro_batch
 
-    assert list(ahead._ahead(made())) == [("sample",)]
-    assert calls == ["wait for training", "made", "wait for event"]
+    tensor = SimpleNamespace(record_stream=lambda stream: calls.append("recorded" if stream is current else "lost"))
+    micro_batch = SimpleNamespace(tensors=lambda: [tensor])
+    assert list(stream._prefetch(made())) == [micro_batch]
+    assert calls == ["wait for training", "made", "wait for event", "recorded"]
 
 
-def test_a_process_that_ends_because_another_did_is_no_bug(monkeypatch):
+def test_a_connection_that_another_process_closed_is_reported_as_such(monkeypatch):
     broken = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
     with (
@@ -145,47 +147,47 @@ def test_a_process_that_ends_because_another_did_is_no_bug(monkeypatch):
         raise RuntimeError(broken)
 
 
-def test_posterior_is_drawn_anew_and_scaled(data):
-    stream = feed(data, batch_size=1)
+def test_the_posterior_is_drawn_again_in_each_epoch_and_scaled(data):
+    stream = make_stream(data, batch_size=1)
     cases = {case.id: case for case in stream.dataset.cases}
     seen: dict[str, list[torch.Tensor]] = {}
     for step in range(10):  # two epochs
         samples = stream.micro_batch(step, 0)
-        mean = np.load(data / cases[samples.ids[0]].files["latent_mean/t2w"].path)
+        mean = np.load(data / cases[samples.batch.ids[0]].files["latent_mean/t2w"].path)
         draw = (samples.latents[0].numpy() / 0.97 - mean) / 0.1
         assert abs(draw.mean()) < 0.15 and 0.9 < draw.std() < 1.1
-        seen.setdefault(samples.ids[0], []).append(samples.latents)
+        seen.setdefault(samples.batch.ids[0], []).append(samples.latents)
     assert all(len(pair) == 2 and not torch.equal(*pair) for pair in seen.values())
 
 
-def test_class_loss_of_parts_is_that_of_the_whole(data):
-    """One sample of the batch has no class, so the mean of local means would be wrong. The truth is in float64 by hand."""
+def test_class_loss_of_micro_batches_averages_to_that_of_the_batch(data):
+    """One sample of the batch does not have a class, so the mean of local means would be wrong. The truth is in float64."""
     schedule = Schedule.from_config(SchedulerConfig())
     logits = torch.linspace(-1, 2, 10).view(5, 2)
 
     def classes(samples, rows):
-        return float(joint_loss(Answer(samples.noise, logits[rows]), samples, schedule, 1.0).classes)
+        return float(joint_loss(FixedOutput(samples.noise, logits[rows]), samples, schedule, 1.0).classes)
 
-    batch = feed(data, batch_size=5).micro_batch(0, 0)
+    whole = make_stream(data, batch_size=5).micro_batch(0, 0)
     p = np.exp(logits.double().numpy())
     p /= p.sum(1, keepdims=True)
     target = {"case0": 0, "case1": 1, "case2": 0, "case3": 1}  # case4 has neither class nor report
     by_hand = [
         100 * (0.25, 0.75)[target[case]] * (1 - row[target[case]]) ** 2 * -np.log(row[target[case]])
-        for case, row in zip(batch.ids, p, strict=True)
+        for case, row in zip(whole.batch.ids, p, strict=True)
         if case in target
     ]
-    assert classes(batch, slice(None)) == pytest.approx(np.mean(by_hand), rel=1e-5)
-    micro = [feed(data, batch_size=1, accumulation=5).micro_batch(0, m) for m in range(5)]
+    assert classes(whole, slice(None)) == pytest.approx(np.mean(by_hand), rel=1e-5)
+    micro = [make_stream(data, batch_size=1, accumulation=5).micro_batch(0, m) for m in range(5)]
     parts = [classes(samples, slice(m, m + 1)) for m, samples in enumerate(micro)]
     assert np.mean(parts) == pytest.approx(np.mean(by_hand), rel=1e-5) and parts.count(0.0) == 1
     unshared = [classes(samples._replace(class_share=1.0), slice(m, m + 1)) for m, samples in enumerate(micro)]
-    assert np.mean(unshared) == pytest.approx(np.mean(by_hand) * 4 / 5, rel=1e-5)  # the control: a fifth too small
+    assert np.mean(unshared) == pytest.approx(np.mean(by_hand) * 4 / 5, rel=1e-5)  # negative control: a fifth too small
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [False, True], ids=["inline", "background"])
 def test_steps_come_in_order(data, background):
-    stream = feed(data, batch_size=1, accumulation=2)
+    stream = make_stream(data, batch_size=1, accumulation=2)
     for step, batches in enumerate(stream.steps(3, 6, background=background), start=3):
         assert len(batches) == 2
         for micro, samples in enumerate(batches):
@@ -212,9 +214,11 @@ def test_learning_rate_and_metrics(tmp_path, data):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
-@pytest.mark.parametrize(("stage", "precision"), [slow(1, "fp32"), slow(2, "bf16"), slow(3, "fp32"), (3, "bf16")])
-def test_ema_equals_a_hand_recursion(tmp_path, data, stage, precision):
-    """The other stages: `test_training_exact`."""
+@pytest.mark.parametrize(
+    ("stage", "precision"), [slow(1, "fp32"), slow(2, "bf16"), slow(3, "fp32"), (3, "bf16")], ids=stage_id
+)
+def test_ema_equals_the_recursion_in_float64(tmp_path, data, stage, precision):
+    """Other stages and precisions: test_training_exact.py."""
     every = {"checkpointing_steps": 1, "checkpoints_total_limit": 9, "max_train_steps": 4, "zero_stage": stage}
     train_here(tmp_path / "run", data, ema_decay=0.25, precision=precision, **every)
     torch.manual_seed(0)
@@ -234,8 +238,8 @@ def test_ema_equals_a_hand_recursion(tmp_path, data, stage, precision):
 
 
 @pytest.mark.parametrize("section", [None, {"partition_activations": False}], ids=["torch", "deepspeed"])
-@pytest.mark.parametrize("stage", [0, slow(3)])
-def test_activation_checkpointing_acts_and_changes_nothing(tmp_path, data, monkeypatch, section, stage):
+@pytest.mark.parametrize("stage", [0, slow(3)], ids=stage_id)
+def test_activation_checkpointing_is_used_and_does_not_change_the_losses(tmp_path, data, monkeypatch, section, stage):
     import deepspeed
 
     calls = []
@@ -258,8 +262,8 @@ def test_activation_checkpointing_acts_and_changes_nothing(tmp_path, data, monke
     np.testing.assert_allclose(losses(tmp_path / "again"), losses(tmp_path / "plain"), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "bf16"), (3, "bf16")])
-def test_a_nan_latent_is_named_and_its_step_skipped(tmp_path, caplog, stage, precision):
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "bf16"), (3, "bf16")], ids=stage_id)
+def test_a_nan_latent_is_reported_and_its_step_skipped(tmp_path, caplog, stage, precision):
     data = write_prepared(tmp_path / "prepared", nan_in="case1")
     every = {"batch_size": 1, "max_train_steps": 5, "checkpointing_steps": 1, "checkpoints_total_limit": 9}
     train_here(tmp_path / "run", data, zero_stage=stage, precision=precision, **every)
@@ -276,9 +280,9 @@ def test_a_nan_latent_is_named_and_its_step_skipped(tmp_path, caplog, stage, pre
     assert rates == [pytest.approx(2e-3 * (1 - k / 5) ** 2) for k in range(5) if k != bad - 1]
 
 
-@pytest.mark.parametrize("inputs", [True, False], ids=["a case", "no case"])
-def test_cases_of_a_step_that_is_not_finite(tmp_path, data, caplog, monkeypatch, inputs):
-    """A case with a prediction that is not finite is named alone; where all are finite and the gradient is not, all are."""
+@pytest.mark.parametrize("inputs", [True, False], ids=["nan-latent", "nan-loss"])
+def test_cases_of_a_nonfinite_step_are_reported(tmp_path, data, caplog, monkeypatch, inputs):
+    """Only cases with non-finite predictions are reported; all cases if predictions are finite but the gradient is not."""
     if inputs:
         data = write_prepared(tmp_path / "prepared", nan_in="case2")
     else:
@@ -290,16 +294,16 @@ def test_cases_of_a_step_that_is_not_finite(tmp_path, data, caplog, monkeypatch,
     assert "case2" in first and message.endswith("cases: " + ("case2" if inputs else ", ".join(sorted(first))))
 
 
-def test_a_case_of_another_process_is_named(caplog):
-    """`mine` is empty here; the other process has found one."""
+def test_a_case_of_another_process_is_reported(caplog):
+    """This process found nothing; the other one did."""
     losses = loop.Losses(*torch.zeros(3), torch.ones(2, dtype=torch.bool))
-    theirs = iter([["case7"], ["case6", "case7"]])
-    control = SimpleNamespace(all_gather=lambda mine: [mine, next(theirs)])
-    loop._report_non_finite(3, 1, [(["case0", "case1"], losses)], control)
+    of_the_other = iter([["case7"], ["case6", "case7"]])
+    collectives = SimpleNamespace(all_gather=lambda local: [local, next(of_the_other)])
+    loop._report_nonfinite_step(3, 1, [(["case0", "case1"], losses)], collectives)
     assert caplog.records[-1].getMessage().endswith("cases: case7")
 
 
-def test_ten_non_finite_steps_in_a_row_stop_the_run(tmp_path):
+def test_ten_consecutive_nonfinite_steps_stop_the_run(tmp_path):
     data = write_prepared(tmp_path / "prepared", cases=1, nan_in="case0")
     with pytest.raises(NonFiniteError, match="step 10: .*case0"):
         train_here(tmp_path / "run", data, max_train_steps=30, checkpointing_steps=30)

@@ -1,5 +1,7 @@
-"""A run equals the plain loop of `plain_training`: every logged number, weights and averages. And each setting acts: the same
-loop with one setting at another value differs."""
+"""A run equals the plain loop of `plain_training` in every logged number, the weights and the averages.
+
+Each setting has an effect: the plain loop with one setting at another value differs.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ import json
 import pytest
 
 from plain_training import EVERY_STEP, UNUSUAL, difference, plain_training
-from training_fixtures import CONFIG, train_here, write_prepared
+from training_fixtures import CONFIG, stage_id, train_here, write_prepared
 
-# Settings of UNUSUAL at their defaults, or nearly: for each the number that must then differ. One study of five has no class.
+# For each setting of UNUSUAL another value (mostly the default), and the number that it must change.
 OTHERWISE = {
     "batch_size": (1, "loss"),
     "gradient_accumulation_steps": (1, "loss"),
@@ -25,8 +27,11 @@ OTHERWISE = {
 
 
 def check_equal(run, plain, *, precision: str = "fp32"):
-    """At every step. Adam divides by a gradient's size, so weights differ by more than the gradients' rounding. Some releases
-    of torch round the norm of a bf16 gradient to bf16."""
+    """Compare every step.
+
+    Adam divides by the magnitude of the gradient, so weights differ by more than the rounding of the gradients. Some releases
+    of torch round the norm of a bf16 gradient to bf16.
+    """
     numbers = ("loss", "loss_l1", "loss_class", "lr", "grad_norm")
     allowed = dict.fromkeys(numbers, 1e-5) | {"model": 2e-3, "ema": 2e-3}
     if precision == "bf16":
@@ -53,20 +58,20 @@ def test_a_run_equals_a_plain_loop(unusual, data):
     check_unusual(unusual, data, "fp32")
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(2, "fp32"), (0, "bf16"), (1, "bf16")])
-def test_with_zero_and_in_bf16_too(tmp_path, data, stage, precision):
+@pytest.mark.parametrize(("stage", "precision"), [(2, "fp32"), (0, "bf16"), (1, "bf16")], ids=stage_id)
+def test_a_run_with_zero_or_in_bf16_equals_a_plain_loop(tmp_path, data, stage, precision):
     train_here(tmp_path / "run", data, **UNUSUAL, **EVERY_STEP, zero_stage=stage, precision=precision)
     check_unusual(tmp_path / "run", data, precision)
 
 
 @pytest.mark.parametrize("setting", OTHERWISE)
-def test_each_setting_acts(unusual, data, setting):
+def test_each_setting_has_an_effect(unusual, data, setting):
     value, number = OTHERWISE[setting]
     other = plain_training(data, **{**UNUSUAL, setting: value})
     assert difference(unusual, other, at=[4])[number] > 1e-2
 
 
-def test_what_a_deepspeed_file_says_acts(tmp_path, data):
+def test_values_of_a_deepspeed_file_have_an_effect(tmp_path, data):
     file = tmp_path / "ds.json"
     params = {"lr": UNUSUAL["lr"], "betas": UNUSUAL["adam_betas"], "weight_decay": UNUSUAL["weight_decay"]}
     values = {
@@ -84,16 +89,16 @@ def test_what_a_deepspeed_file_says_acts(tmp_path, data):
     assert list((tmp_path / "run" / "checkpoints").rglob("*zero_pp_rank_0*"))
 
 
-def test_defaults_are_the_reference_s(tmp_path, data):
-    """Only what CONFIG changes; 0.9999 as the average's decay is far off in so few steps, so its start counts: (1+n)/(10+n)."""
+def test_defaults_are_those_of_the_method(tmp_path, data):
+    """The decay of the average is below 0.9999 in so few steps, so this also tests (1 + n) / (10 + n)."""
     changed = {"max_train_steps": 3, "lr": CONFIG["training"]["lr"]}
     train_here(tmp_path / "run", data, **changed, **EVERY_STEP, ema_decay=0.9999)
     check_equal(tmp_path / "run", plain_training(data, **changed, ema_decay=0.9999))
 
 
 @pytest.mark.parametrize("variant", ["MAISI", "RADMAISI", "DECOUPLED"])
-def test_other_variants_and_another_noise_schedule(tmp_path, variant):
-    """DECOUPLED and RADMAISI are given the class; they need it for every study."""
+def test_other_variants_with_another_noise_schedule_equal_a_plain_loop(tmp_path, variant):
+    """DECOUPLED and RADMAISI are given the class, and need it for every study."""
     data = write_prepared(tmp_path / "prepared", cases=5)
     manifest = json.loads((data / "manifest.json").read_text())
     manifest["cases"][-1]["pirads"] = [1, 0]
@@ -108,15 +113,15 @@ def test_other_variants_and_another_noise_schedule(tmp_path, variant):
         assert difference(tmp_path / "run", again)["loss"] > 1e-4, wrong
 
 
-def test_epochs_set_the_number_of_steps(tmp_path, data):
-    """3 epochs of 5 studies in batches of 4 are 4 steps (the last reaches into a fourth epoch)."""
+def test_epochs_determine_the_number_of_steps(tmp_path, data):
+    """3 epochs of 5 studies in batches of 4 are 4 steps, of which the last extends into a fourth epoch."""
     train_here(tmp_path / "run", data, **EVERY_STEP, n_epochs=3, max_train_steps=None, batch_size=4)
     check_equal(tmp_path / "run", plain_training(data, batch_size=4, max_train_steps=4))
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_a_step_that_is_not_finite_changes_only_the_rate(tmp_path, stage):
-    """Neither weights, Adam's state nor the averages move; the schedule goes on."""
+@pytest.mark.parametrize("stage", [0, 2], ids=stage_id)
+def test_a_nonfinite_step_changes_only_the_learning_rate(tmp_path, stage):
+    """Weights, Adam's state and averages stay the same; the schedule continues."""
     data = write_prepared(tmp_path / "prepared", nan_in="case1")
     changed = {"batch_size": 1, "max_train_steps": 6, "seed": 1}
     train_here(tmp_path / "run", data, **changed, **EVERY_STEP, zero_stage=stage)

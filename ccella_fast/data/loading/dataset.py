@@ -1,15 +1,16 @@
-"""Prepared studies as training samples (docs/explanation/method.md, section 1.5). The trainer decides which study comes when.
+"""Prepared studies as training samples (docs/explanation/method.md, section 1.5).
 
-Three things give batches of the studies that they are asked for, through `batches(picks, count)`: `PreparedDataset` from memory
-maps, `resident.ResidentLatents` from tensors on the device, `online.OnlineLatents` from images through the autoencoder.
+Three classes implement `LatentSource`, which yields the batches that the trainer requests: `PreparedDataset` reads memory maps,
+`ResidentLatents` holds tensors on the device, and `OnlineLatents` encodes images with the autoencoder.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,55 +20,65 @@ from tqdm import tqdm
 from ccella_fast.config import Config
 from ccella_fast.data.manifest import IMPORTED, NAME, FileEntry, StudyEntry, load_manifest
 from ccella_fast.errors import DataError, did_you_mean
-from ccella_fast.variants import get_variant
+from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE, get_variant
 
 
-class Item(NamedTuple):
-    """One study. Latents of several sequences lie one after the other on the channel axis. latent_sigma is 0 where only the
-    mean is known. pirads is one-hot x 100, zeros where not known. has_class: there is a class and a report to read it from."""
+class TrainingSample(NamedTuple):
+    """The training inputs of one study, or of a batch of B studies, whose tensors have a leading dimension B.
 
-    id: str
-    latent_mean: Tensor  # (C, X, Y, Z) float32
-    latent_sigma: Tensor  # (C, X, Y, Z) float32
-    text: Tensor | None  # (L, E) float32; None: a variant without text
-    pirads: Tensor  # (2,) float32
-    spacing: Tensor  # (3,) float32, mm x 100
-    text_isnull: bool
-    has_class: bool
-
-
-class Batch(NamedTuple):
-    """Items stacked: the same fields, with B in front; `text_isnull` and `has_class` are (B,) bool."""
+    Latents of several sequences are concatenated along the channels.
+    """
 
     ids: list[str]
-    latent_mean: Tensor
-    latent_sigma: Tensor
-    text: Tensor | None
-    pirads: Tensor
-    spacing: Tensor
-    text_isnull: Tensor
-    has_class: Tensor
+    latent_mean: Tensor  # (C, X, Y, Z) float32
+    latent_sigma: Tensor  # (C, X, Y, Z) float32; 0 where only the mean was stored
+    text: Tensor | None  # (L, E) float32; None: the variant does not use text
+    pirads: Tensor  # (2,) float32, one-hot x CLASS_SCALE; zeros if unknown
+    spacing: Tensor  # (3,) float32, mm x SPACING_SCALE
+    has_class: Tensor  # () bool: the study has a class and a report to predict it from
+
+    def to(self, device: torch.device) -> TrainingSample:
+        """A copy with all tensors on `device`."""
+        parts = self._asdict().items()
+        moved: dict[str, Any] = {name: to_device(part, device) for name, part in parts if isinstance(part, Tensor)}
+        return self._replace(**moved)
 
 
 class StudyEpoch(NamedTuple):
-    """A study, by its number in the dataset, as it is to be seen in an epoch."""
+    """A study and the epoch in which it is used, which together select one of its versions."""
 
-    study: int
+    study: int  # index in the dataset
     epoch: int
 
 
 class LatentSource(Protocol):
-    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[Batch]:
-        """The batch of `picks(n)` for n = 0 ... count-1."""
+    """Where the latents of a batch come from."""
+
+    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[TrainingSample]:
+        """Yield the batch of the studies `picks(n)` for n = 0 ... count-1."""
         ...
 
 
 class PreparedDataset:
     """The studies of one split of a prepared folder, for the variant and the grid of `config`.
 
-    Opening compares every file with the manifest's SHA-256 and every shape with the configuration, once; after that files
-    are read through memory maps. `ids` and `has_class` are lists over the studies; `copies`: how many augmented latents each
-    has beside its own. needs: what will be read, latents or images. Raises DataError, which names the study."""
+    The constructor compares every file with its SHA-256 in the manifest and every shape with the configuration; afterwards,
+    files are read through memory maps.
+
+    Args:
+        folder: the prepared folder.
+        config: the configuration to train with.
+        split: the split of the studies.
+        needs: whether latents or images will be read.
+
+    Attributes:
+        ids: the id of each study.
+        has_class: per study, whether it has a class and a report to predict it from.
+        copies: the number of augmented latents per study, in addition to those of the study as it was prepared.
+
+    Raises:
+        DataError: a file is missing or damaged, or the data does not fit the configuration. The error names the study.
+    """
 
     def __init__(
         self,
@@ -79,28 +90,28 @@ class PreparedDataset:
     ):
         self.prepared = load_manifest(folder)
         self.config, self.needs = config, needs
-        self._listed = self.prepared.folder / NAME
+        self._manifest_path = self.prepared.folder / NAME
         self.variant = get_variant(config.model.variant)
         self.cases = self._select(split)
         self.ids = [case.id for case in self.cases]
         self.copies = 0 if needs == "images" else min(len(case.augmented) for case in self.cases)
         self.has_class = [case.pirads is not None and not case.text_isnull for case in self.cases]
         self._check_classes()
-        self._check_sides()
+        self._check_flips()
         self._check_encoder()
         self._check_spacing()
         rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
         for case in tqdm(self.cases, "checking prepared files", unit="study", mininterval=1, disable=rank != "0"):
-            self._check(case)
+            self._check_study(case)
 
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> TrainingSample:
         return self.item(index)
 
-    def item(self, index: int, copy: int = 0) -> Item:
-        """copy: 0, the study as it was prepared; 1 ... `copies`, an augmented one."""
+    def item(self, index: int, copy: int = 0) -> TrainingSample:
+        """Read one study. copy: 0 for the study as it was prepared, 1 ... `copies` for an augmented version."""
         case = self.cases[index]
         files = case.augmented[copy - 1].files if copy else case.files
         means, sigmas = [], []
@@ -111,27 +122,30 @@ class PreparedDataset:
                 self._tensor(case, f"latent_sigma/{sequence}", files) if has_sigma else torch.zeros_like(means[-1])
             )
         spacing = case.augmented[copy - 1].spacing if copy else case.spacing
-        return self.described(index, torch.cat(means), torch.cat(sigmas), spacing)
+        return self.make_sample(index, torch.cat(means), torch.cat(sigmas), spacing)
 
-    def described(self, index: int, mean: Tensor, sigma: Tensor, spacing: Sequence[float]) -> Item:
-        """A study's latents, wherever they come from, with what is known of the study."""
+    def make_sample(self, index: int, mean: Tensor, sigma: Tensor, spacing: Sequence[float]) -> TrainingSample:
+        """Combine latents (C, X, Y, Z) with the text and the class of study `index`.
+
+        spacing: of the images that were encoded, in mm.
+        """
         case = self.cases[index]
-        return Item(
-            case.id,
+        return TrainingSample(
+            [case.id],
             mean,
             sigma,
             self._tensor(case, "text", case.files) if self.variant.text else None,
-            100 * torch.tensor(case.pirads or [0, 0], dtype=torch.float32),
-            100 * torch.tensor(spacing, dtype=torch.float32),
-            bool(case.text_isnull),
-            self.has_class[index],
+            CLASS_SCALE * torch.tensor(case.pirads or [0, 0], dtype=torch.float32),
+            SPACING_SCALE * torch.tensor(spacing, dtype=torch.float32),
+            torch.tensor(self.has_class[index]),
         )
 
     def copy_of(self, pick: StudyEpoch) -> int:
-        """Which of a study's latents an epoch sees: each once in `copies` + 1 epochs."""
+        """The number of the version that is used in an epoch; each version is used once in `copies` + 1 epochs."""
         return (pick.study + pick.epoch) % (self.copies + 1)
 
-    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[Batch]:
+    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[TrainingSample]:
+        """See `LatentSource`. Tensors are on the CPU."""
         for n in range(count):
             yield collate([self.item(pick.study, self.copy_of(pick)) for pick in picks(n)])
 
@@ -143,47 +157,51 @@ class PreparedDataset:
         cases = [case for case in self.prepared.cases if case.split == split and tag in (None, case.dataset)]
         if not cases:
             tags = {case.dataset for case in self.prepared.cases if case.dataset}
-            why = f"no study in the split '{split}'" + (f" with the dataset '{tag}'" if tag else "")
+            why = f"there is no study in the split '{split}'" + (f" with the dataset '{tag}'" if tag else "")
             fix = did_you_mean(tag, tags) if tag and tags else "prepare studies with this split"
-            raise DataError(why, path=self._listed, field="cases", fix=fix)
+            raise DataError(why, path=self._manifest_path, field="cases", fix=fix)
         return cases
 
     def _check_classes(self) -> None:
         unknown = [case.id for case in self.cases if case.pirads is None]
         if self.variant.class_input == "given" and unknown:
-            shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-            why = f"{self.variant.name} is given the class of every study, but it is not known for {shown}"
-            raise DataError(
-                why, path=self._listed, field=f"{unknown[0]}.pirads", fix="add the class, or leave these studies out"
-            )
+            listed = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            why = f"{self.variant.name} is given the class of every study, but it is not known for {listed}"
+            fix = "add the class, or leave these studies out"
+            raise DataError(why, path=self._manifest_path, field=f"{unknown[0]}.pirads", fix=fix)
 
-    def _check_sides(self) -> None:
-        """Copies may have been made for a variant without report, which may see mirrored studies."""
+    def _check_flips(self) -> None:
+        """Raise for mirrored latents, which only a variant without text may use: a report names sides."""
         for case in self.cases if self.variant.text else []:
             if any(copy.parameters.get("flip") for copy in case.augmented[: self.copies]):
                 why = f"{self.variant.name} reads the report, but augmented latents of '{case.id}' are mirrored"
                 fix = "prepare again with --augment and augmentation.flip=0, or with --augment 0"
-                raise DataError(why, path=self._listed, field=f"{case.id}.augmented", fix=fix)
+                raise DataError(why, path=self._manifest_path, field=f"{case.id}.augmented", fix=fix)
 
     def _check_encoder(self) -> None:
-        """New reports are encoded as configured, so the prepared ones must have been too. Imported ones do not say."""
+        """Raise unless reports were encoded as configured, because sampling encodes new ones so.
+
+        Imported features do not record how they were made.
+        """
         text = self.prepared.text
         if not self.variant.text or text is None or text.fingerprint == IMPORTED:
             return
         for key in ("encoder", "revision", "max_length", "dtype"):
             found, wanted = getattr(text, key), getattr(self.config.text, key)
             if found != wanted:
-                why = f"reports were encoded with {key} {found!r}, configured is {wanted!r}"
-                raise DataError(why, path=self._listed, field=f"text.{key}", fix="prepare with this configuration")
+                why = f"the reports were encoded with {key} {found!r}, but {wanted!r} is configured"
+                fix = "prepare the data with this configuration"
+                raise DataError(why, path=self._manifest_path, field=f"text.{key}", fix=fix)
 
     def _check_spacing(self) -> None:
-        """Sampling conditions on the configured spacing and writes it, so it must be that of the images."""
+        """Raise unless images have the configured spacing, because sampling uses it as condition and writes it."""
         found, wanted = self.prepared.data.spacing, self.config.data.spacing
         if found != wanted:
-            why, fix = f"prepared at {found} mm, configured are {wanted}", "prepare with this configuration"
-            raise DataError(why, path=self._listed, field="data.spacing", fix=fix)
+            why = f"the images were prepared at {found} mm, but {wanted} mm is configured"
+            fix = "prepare the data with this configuration"
+            raise DataError(why, path=self._manifest_path, field="data.spacing", fix=fix)
 
-    def _check(self, case: StudyEntry) -> None:
+    def _check_study(self, case: StudyEntry) -> None:
         latent = (self.config.autoencoder.latent_channels, *self.config.check_grid())
         for sequence in self.config.data.sequences:
             if self.needs == "images":
@@ -201,23 +219,24 @@ class PreparedDataset:
     def _check_shape(
         self, case: StudyEntry, key: str, expected: tuple[int, ...], source: str, files: dict[str, FileEntry]
     ) -> None:
+        """Raise unless the file `key` is undamaged and has the shape `expected`, which follows from `source`."""
         found = self.prepared.array(case, key, verify=True, files=files).shape
         if found != expected:
             path, field = self.prepared.folder / files[key].path, f"{case.id}.files.{key}"
-            why, fix = f"its shape is {found}, {source} give {expected}", "prepare with this configuration"
+            why = f"its shape is {found}, but {source} require {expected}"
+            fix = "prepare the data with this configuration"
             raise DataError(why, path=path, field=field, fix=fix)
 
 
-def collate(items: Sequence[Item]) -> Batch:
-    """Stack items into a batch, on the CPU."""
-    texts = [item.text for item in items if item.text is not None]
-    return Batch(
-        ids=[item.id for item in items],
-        latent_mean=torch.stack([item.latent_mean for item in items]),
-        latent_sigma=torch.stack([item.latent_sigma for item in items]),
-        text=torch.stack(texts) if texts else None,
-        pirads=torch.stack([item.pirads for item in items]),
-        spacing=torch.stack([item.spacing for item in items]),
-        text_isnull=torch.tensor([item.text_isnull for item in items]),
-        has_class=torch.tensor([item.has_class for item in items]),
-    )
+def collate(samples: Sequence[TrainingSample]) -> TrainingSample:
+    """Stack the samples of single studies into a batch."""
+    ids, *columns = zip(*samples, strict=True)
+    stacked = [None if column[0] is None else torch.stack(column) for column in columns]
+    return TrainingSample(list(chain(*ids)), *stacked)  # type: ignore[arg-type]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; a copy from the host to a GPU goes through pinned memory and does not wait."""
+    if tensor.device.type == device.type:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,7 +1,7 @@
-"""Latents made while training: load, augment, encode with the frozen autoencoder. A few hundred studies become endless.
+"""Latents made during training: images are loaded, augmented and encoded with the frozen autoencoder.
 
-What a study looks like in an epoch is drawn from (seed, case id, epoch) alone: a resumed run sees the same volumes as an
-unbroken one, and runs of one global batch see the same whatever their number of processes.
+The augmentation of a study in an epoch depends only on (seed, study id, epoch), so that a resumed run uses the same volumes as
+an uninterrupted one, and so do runs with the same global batch on any number of processes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,19 @@ from pathlib import Path
 import torch
 
 from ccella_fast.data.augmentation.engine import VolumeRequest, augmentation_of, make_engine, study_requests
-from ccella_fast.data.loading.dataset import Batch, PreparedDataset, StudyEpoch, collate
+from ccella_fast.data.loading.dataset import PreparedDataset, StudyEpoch, TrainingSample, collate
 from ccella_fast.data.preparation.latent_encoder import LatentEncoder
 
 
 class OnlineLatents:
-    """See dataset.Source. dataset: opened for images. vae: the frozen autoencoder's folder."""
+    """A `LatentSource` that encodes augmented images.
+
+    Args:
+        dataset: the studies, opened with `needs="images"`.
+        vae: folder of the frozen autoencoder.
+        device: where images are augmented and encoded.
+        seed: of the augmentation.
+    """
 
     def __init__(self, dataset: PreparedDataset, vae: Path, device: torch.device, seed: int):
         self.dataset = dataset
@@ -25,28 +32,29 @@ class OnlineLatents:
         self.encoder = LatentEncoder(vae, self.config.autoencoder, device)
         self.engine = make_engine(self.config.data.engine, self.config.augmentation, device, self.config.data.dim)
 
-    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[Batch]:
+    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[TrainingSample]:
+        """See `LatentSource`. Latents are on the device, the other tensors on the CPU."""
         cases, sequences = self.dataset.cases, self.config.data.sequences
         paths = [self._images(p)[name] for n in range(count) for p in picks(n) for name in sequences]
 
-        def jobs(n: int) -> list[VolumeRequest]:
-            return [job for pick in picks(n) for job in self._jobs(pick)]
+        def requests(n: int) -> list[VolumeRequest]:
+            return [request for pick in picks(n) for request in self._requests(pick)]
 
-        for n, volumes in enumerate(self.engine.stream(paths, jobs, count)):
-            # One at a time: an encoder holds gigabytes a volume.
+        for n, volumes in enumerate(self.engine.stream(paths, requests, count)):
+            # One volume at a time, because the encoder's activations take gigabytes per volume.
             parts = [self.encoder.posterior(volume[None]) for volume in volumes]
             mean, sigma = (torch.cat(part) for part in zip(*parts, strict=True))
-            items = []
+            samples = []
             for number, pick in enumerate(picks(n)):
                 rows = slice(number * len(sequences), (number + 1) * len(sequences))
                 drawn = augmentation_of(self.config, cases[pick.study].id, seed=self.seed, epoch=pick.epoch)
                 spacing = drawn.spacing(self.config.data.spacing)
-                items.append(
-                    self.dataset.described(pick.study, mean[rows].flatten(0, 1), sigma[rows].flatten(0, 1), spacing)
+                samples.append(
+                    self.dataset.make_sample(pick.study, mean[rows].flatten(0, 1), sigma[rows].flatten(0, 1), spacing)
                 )
-            yield collate(items)
+            yield collate(samples)
 
-    def _jobs(self, pick: StudyEpoch) -> list[VolumeRequest]:
+    def _requests(self, pick: StudyEpoch) -> list[VolumeRequest]:
         case = self.dataset.cases[pick.study]
         return study_requests(self.config, self._images(pick), case.id, seed=self.seed, epoch=pick.epoch)
 

@@ -1,7 +1,7 @@
-"""The whole training set as tensors on the device, and the plan that says whether it fits.
+"""The whole training set as tensors on the device, if it fits.
 
-Latents stay float32, so that a batch is bit for bit the memory-mapped one; text features are kept in the dtype that the model
-reads them in, and reports that are the same once.
+Latents stay float32, so that a batch is bit-equal to the memory-mapped one. Text features have the dtype of the model's inputs,
+and equal reports are stored once.
 """
 
 from __future__ import annotations
@@ -14,82 +14,74 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ccella_fast.data.loading.dataset import Batch, LatentSource, PreparedDataset, StudyEpoch
+from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset, StudyEpoch, TrainingSample, to_device
 from ccella_fast.hardware import free_memory
 
 logger = logging.getLogger("ccella_fast")
-_SHARE = 0.25  # of free memory; the rest is for activations
+_MEMORY_SHARE = 0.25  # of free memory; the rest is for activations
 
 
 class ResidentLatents:
-    """See dataset.Source. Every study and every augmented copy of it, stacked."""
+    """A `LatentSource` that holds all studies and all of their augmented copies on `device`."""
 
     def __init__(self, dataset: PreparedDataset, device: torch.device, text_dtype: torch.dtype):
         self.dataset, self.device = dataset, device
         versions = [(index, copy) for copy in range(dataset.copies + 1) for index in range(len(dataset))]
-        texts: dict[str, int] = {}
-        rows: list[Tensor] = []
-        mean = sigma = spacing = None
+        text_rows: dict[str, int] = {}
+        texts: list[Tensor] = []
+        self._stacked: dict[str, Tensor] = {}  # all tensors of a sample except text, with a row per version
         for row, (index, copy) in enumerate(
             tqdm(versions, "loading latents", unit="study", mininterval=1, disable=None)
         ):
-            item = dataset.item(index, copy)
-            if mean is None or sigma is None or spacing is None:
-                mean, sigma, spacing = (
-                    torch.empty(len(versions), *part.shape, device=device)
-                    for part in (item.latent_mean, item.latent_sigma, item.spacing)
-                )
-            mean[row], sigma[row], spacing[row] = item.latent_mean, item.latent_sigma, item.spacing
-            if item.text is not None and _report(dataset, index) not in texts:
-                texts[_report(dataset, index)] = len(rows)
-                rows.append(item.text.to(device, text_dtype))
-        assert mean is not None and sigma is not None and spacing is not None
-        self._mean, self._sigma, self._spacing = mean, sigma, spacing
-        self._text = torch.stack(rows) if rows else None
-        self._text_row = [texts.get(_report(dataset, index), 0) for index in range(len(dataset))]
-        cases = dataset.cases
-        self._pirads = 100 * torch.tensor([case.pirads or [0, 0] for case in cases], dtype=torch.float32, device=device)
-        self._isnull = torch.tensor([bool(case.text_isnull) for case in cases], device=device)
-        self._has_class = torch.tensor(dataset.has_class, device=device)
+            sample = dataset.item(index, copy)
+            parts = {name: part for name, part in sample._asdict().items() if name not in ("ids", "text")}
+            if not self._stacked:
+                self._stacked = {
+                    name: torch.empty(len(versions), *part.shape, dtype=part.dtype, device=device)
+                    for name, part in parts.items()
+                }
+            for name, part in parts.items():
+                self._stacked[name][row] = part
+            if sample.text is not None and _text_path(dataset, index) not in text_rows:
+                text_rows[_text_path(dataset, index)] = len(texts)
+                texts.append(sample.text.to(device, text_dtype))
+        self._text = torch.stack(texts) if texts else None
+        self._text_row = [text_rows.get(_text_path(dataset, index), 0) for index in range(len(dataset))]
 
-    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[Batch]:
+    def batches(self, picks: Callable[[int], Sequence[StudyEpoch]], count: int) -> Iterator[TrainingSample]:
+        """See `LatentSource`. Tensors are on the device."""
         for n in range(count):
-            wanted = picks(n)
-            index = [pick.study for pick in wanted]
-            row = self._on_device([self.dataset.copy_of(p) * len(self.dataset) + p.study for p in wanted])
-            text_row, study = self._on_device([self._text_row[i] for i in index]), self._on_device(index)
-            yield Batch(
-                ids=[self.dataset.ids[i] for i in index],
-                latent_mean=self._mean[row],
-                latent_sigma=self._sigma[row],
+            studies = picks(n)
+            row = self._index([self.dataset.copy_of(pick) * len(self.dataset) + pick.study for pick in studies])
+            text_row = self._index([self._text_row[pick.study] for pick in studies])
+            yield TrainingSample(
+                ids=[self.dataset.ids[pick.study] for pick in studies],
                 text=None if self._text is None else self._text[text_row],
-                pirads=self._pirads[study],
-                spacing=self._spacing[row],
-                text_isnull=self._isnull[study],
-                has_class=self._has_class[study],
+                **{name: stacked[row] for name, stacked in self._stacked.items()},
             )
 
-    def _on_device(self, numbers: list[int]) -> Tensor:
-        index = torch.tensor(numbers)
-        return index.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else index
+    def _index(self, rows: list[int]) -> Tensor:
+        return to_device(torch.tensor(rows), self.device)
 
 
 def choose_latent_source(dataset: PreparedDataset, device: torch.device, text_dtype: torch.dtype) -> LatentSource:
-    """The latents on `device` if they take at most a quarter of its free memory, else memory-mapped, where the processes of a
-    node share one copy in the page cache. Says which, and why, in the log."""
+    """Keep latents on `device` if they take at most a quarter of its free memory, else read them through memory maps.
+
+    The processes of a node share one copy of memory-mapped files in the page cache. The choice is logged with its reason.
+    """
     needed = bytes_needed(dataset, text_dtype)
-    room = int(_SHARE * _free(device))
+    available = int(_MEMORY_SHARE * _free_memory_per_process(device))
     studies = len(dataset) * (dataset.copies + 1)
-    told = f"memory plan: latents and text of {studies} volumes take {needed / 1e6:.0f} MB, there is room for {room / 1e6:.0f}"
-    if needed <= room:
-        logger.info("%s: resident on %s", told, device)
+    sizes = f"latents and text of {studies} volumes take {needed / 1e6:.0f} MB of {available / 1e6:.0f} MB available"
+    if needed <= available:
+        logger.info("%s: resident on %s", sizes, device)
         return ResidentLatents(dataset, device, text_dtype)
-    logger.info("%s: memory-mapped%s", told, ", read ahead into pinned memory" if device.type == "cuda" else "")
+    logger.info("%s: memory-mapped%s", sizes, ", prefetched into pinned memory" if device.type == "cuda" else "")
     return dataset
 
 
 def bytes_needed(dataset: PreparedDataset, text_dtype: torch.dtype) -> int:
-    """Of `ResidentLatents`, without its small parts."""
+    """The size of latents and text in `ResidentLatents`; the other tensors are small."""
     latents = 0
     for case in dataset.cases:
         for files in (case.files, *(copy.files for copy in case.augmented[: dataset.copies])):
@@ -98,12 +90,12 @@ def bytes_needed(dataset: PreparedDataset, text_dtype: torch.dtype) -> int:
     return latents + sum(texts.values()) * text_dtype.itemsize // torch.float32.itemsize
 
 
-def _free(device: torch.device) -> int:
+def _free_memory_per_process(device: torch.device) -> int:
     if device.type == "cuda":
         return free_memory(device)
     return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _report(dataset: PreparedDataset, index: int) -> str:
-    """The file that holds a study's text features: equal reports share it."""
+def _text_path(dataset: PreparedDataset, index: int) -> str:
+    """The path of the file with a study's text features, which equal reports share."""
     return dataset.cases[index].files["text"].path if dataset.variant.text else ""

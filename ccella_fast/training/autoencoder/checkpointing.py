@@ -1,4 +1,4 @@
-"""What a training of the autoencoder keeps in its folder: which autoencoder it makes, and the state to resume from."""
+"""The folder of an autoencoder's training: which autoencoder it contains, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ccella_fast.storage import atomic_path, read_json
 from ccella_fast.training.autoencoder.patches import Image
 
 _STATE = "state.pt"
-# Settings that the first version did not have. They are part of the identity only where they differ from their defaults, with
-# which that version trained: its folders stay valid.
+# Settings that the first version did not have; it trained with what are now their defaults. They are part of the identity only
+# if they differ from their defaults, so that folders of that version stay valid.
 _LATER_SETTINGS = [
     "weight_decay", "adam_betas", "max_grad_norm", "warmup_fraction", "max_warmup_steps", "final_lr_fraction",
 ]  # fmt: skip
@@ -33,27 +33,28 @@ def identity(config: Config, images: list[Image]) -> str:
 
 
 def is_finished(out: Path, expected: str) -> bool:
-    """Whether `out` holds the finished autoencoder of identity `expected`.
+    """Whether `out` contains the finished autoencoder of identity `expected`.
 
-    Raises CheckpointError when it holds another one, finished or not, or a damaged one."""
+    Raises CheckpointError if it contains another autoencoder, finished or not, or a damaged one.
+    """
     begun, complete = (out / "training.json").is_file(), (out / "manifest.json").is_file()
     same = begun and read_json(out / "training.json", error=CheckpointError).get("identity") == expected
     if not same and (complete or (out / _STATE).is_file()):
-        why = "this folder holds an autoencoder of other settings or other images"
-        raise CheckpointError(why, path=out, fix="choose another --out, or delete the folder to train anew")
+        why = "this folder contains an autoencoder that was trained with other settings or other images"
+        raise CheckpointError(why, path=out, fix="choose another --out, or delete the folder to train again")
     if same and complete:
-        load_autoencoder(out)  # a damaged one is an error here, not in the next command
+        load_autoencoder(out)  # raises if it is damaged
     return same and complete
 
 
 def save_state(out: Path, vae: Autoencoder, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write weights and optimizer after `step` steps, in place of the state before."""
+    """Save weights and optimizer after `step` steps, replacing the previous state."""
     with atomic_path(out / _STATE) as temporary:
         torch.save({"step": step, "model": vae.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
 
 
 def load_state(out: Path, vae: Autoencoder, optimizer: torch.optim.Optimizer) -> int:
-    """Load the saved state, if there is one. Returns the number of finished steps. Raises CheckpointError if it is damaged."""
+    """Load the saved state, if any, and return the number of finished steps. Raises CheckpointError if it is damaged."""
     if not (out / _STATE).is_file():
         return 0
     state = read_pt(out / _STATE)
@@ -63,5 +64,5 @@ def load_state(out: Path, vae: Autoencoder, optimizer: torch.optim.Optimizer) ->
 
 
 def remove_state(out: Path) -> None:
-    """Delete the saved state, which a finished autoencoder does not need."""
+    """Delete the saved state, which is not needed once training has finished."""
     (out / _STATE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""How well the autoencoder reconstructs whole volumes."""
+"""Reconstruction error of the autoencoder on whole volumes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from ccella_fast.progress import refresh_interval
 from ccella_fast.storage import atomic_path
 from ccella_fast.training.autoencoder.patches import Image
 
-NUM_EXAMPLES = 4  # volumes whose reconstruction is kept for the report
+NUM_EXAMPLES = 4  # reconstructions that are written, for the report
 
 
 @torch.no_grad()
 def evaluate(vae: Autoencoder, images: list[Image], out: Path, device: torch.device) -> dict[str, Any]:
-    """L1 and PSNR (peak 1, dB) of whole volumes decoded from their posterior mean, in fp32; the means over the volumes.
+    """Decode each volume from its posterior mean, in fp32, and measure the error.
 
-    The first few reconstructions are written to `out/<case>/<sequence>.npy`, float32 in [0, 1]."""
+    The first `NUM_EXAMPLES` reconstructions are written to `out/<case>/<sequence>.npy`, float32 in [0, 1].
+
+    Returns:
+        The number of volumes, and the means over them of L1 and PSNR (in dB, for a peak of 1).
+    """
     vae.eval()
     l1, psnr = [], []
     bar = tqdm(images, desc="reconstructing", unit="volume", mininterval=refresh_interval())

@@ -1,7 +1,7 @@
-"""The training loop of the autoencoder: L1 + KL, AdamW, gradient clipping, warm-up and cosine.
+"""The training loop of the autoencoder: L1 + KL, AdamW, gradient clipping, linear warm-up and cosine decay.
 
-Step k draws its patches and its posterior noise from (seed, k) alone, so a resumed run reaches the weights of an uninterrupted
-one.
+The patches and the posterior noise of step k depend only on (seed, k), so that a resumed run reaches the weights of an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,15 @@ _READ_EVERY = 10  # steps between two reads of the loss from the device
 
 
 def train_loop(images: list[Image], out: Path, config: Config, device: torch.device) -> tuple[Autoencoder, float]:
-    """Train to the last step, from the state saved in `out` if there is one. Returns the autoencoder and steps per second.
+    """Train to the last step, starting from the state saved in `out` if there is one.
 
-    Raises NonFiniteError when the loss is not finite, CheckpointError for a damaged state."""
+    Returns:
+        The autoencoder, and the number of steps per second.
+
+    Raises:
+        NonFiniteError: the loss is not finite.
+        CheckpointError: the saved state is damaged.
+    """
     settings = config.vae_training
     vae = _initial_autoencoder(config, device)
     optimizer = torch.optim.AdamW(
@@ -41,7 +47,7 @@ def train_loop(images: list[Image], out: Path, config: Config, device: torch.dev
     discard_metrics_after(out / "metrics.jsonl", start)
     latent = [config.autoencoder.latent_channels, *(width // config.autoencoder.factor for width in settings.patch)]
     begun = saved = time.monotonic()
-    waiting: list[Tensor] = []  # losses on the device that have not been read yet
+    unread: list[Tensor] = []  # losses on the device
     bar = tqdm(
         range(start, settings.max_train_steps), desc="training the autoencoder", unit="step",
         initial=start, total=settings.max_train_steps, mininterval=refresh_interval(),
@@ -50,14 +56,14 @@ def train_loop(images: list[Image], out: Path, config: Config, device: torch.dev
         rate = learning_rate(settings, step)
         x = patches.to(device, memory_format=torch.channels_last_3d)
         generators = [generator(settings.seed, "posterior", step, row) for row in range(len(x))]
-        waiting.append(
+        unread.append(
             train_step(vae, optimizer, x, randn_per_sample(latent, generators, device=device), rate, settings)
         )
         done = step + 1
         if done % _READ_EVERY and done < settings.max_train_steps:
             continue
-        l1, kl = torch.stack(waiting).mean(0).tolist()
-        waiting.clear()
+        l1, kl = torch.stack(unread).mean(0).tolist()
+        unread.clear()
         if not math.isfinite(l1 + kl):
             fix = f"lower vae_training.lr ({settings.lr:g})"
             raise NonFiniteError(f"the loss is not finite before step {done}", path=out, fix=fix)
@@ -80,11 +86,20 @@ def train_step(
     rate: float,
     settings: VaeTrainingConfig,
 ) -> Tensor:
-    """One update of the weights with learning rate `rate`.
+    """Update the weights once.
 
-    x: patches (B, 1, *patch), float32. noise: standard normal, shaped like the latents of `x`. Returns L1 and KL, shape (2,),
-    on the device."""
-    # bf16 is for GPUs: on a CPU it would make the result depend on which instructions the CPU has.
+    Args:
+        vae: the autoencoder.
+        optimizer: of its parameters.
+        x: patches (B, 1, *patch), float32.
+        noise: standard normal, of the shape of the latents of `x`.
+        rate: the learning rate.
+        settings: the weight of the KL divergence and the largest norm of the gradient.
+
+    Returns:
+        L1 and KL, shape (2,), on the device.
+    """
+    # bf16 only on GPUs: on a CPU, the result would depend on the instructions that the CPU has.
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
         reconstruction, mean, sigma = vae(x, noise)
     l1, kl = F.l1_loss(reconstruction.float(), x), kl_divergence(mean, sigma)
@@ -98,7 +113,7 @@ def train_step(
 
 
 def learning_rate(settings: VaeTrainingConfig, step: int) -> float:
-    """The learning rate of `step` (from 0): a linear warm-up to `lr`, then half a cosine down to `final_lr_fraction` of it."""
+    """The learning rate of `step`, from 0: linear warm-up to `lr`, then cosine decay to the fraction `final_lr_fraction`."""
     total, final = settings.max_train_steps, settings.final_lr_fraction
     warmup = min(settings.max_warmup_steps, max(1, int(settings.warmup_fraction * total)))
     if step < warmup:
@@ -108,12 +123,12 @@ def learning_rate(settings: VaeTrainingConfig, step: int) -> float:
 
 
 def _initial_autoencoder(config: Config, device: torch.device) -> Autoencoder:
-    """With random weights that follow from the seed, in training mode."""
+    """An autoencoder with random weights that depend only on the seed, in training mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.vae_training.seed, "weights").initial_seed())
         vae = Autoencoder(config.autoencoder).to(device).train()
     vae.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # faster on CPU and GPU
-    # Start with a nearly noiseless posterior (sigma e^-2): at sigma 1 the decoder sees only noise until the encoder's scale has
-    # grown, which wastes the first hundreds of steps. The KL term settles sigma afterwards.
+    # Start with a nearly noiseless posterior (sigma = e^-2). At sigma = 1 the decoder would see only noise until the scale of
+    # the means has grown, which takes hundreds of steps. The KL term adjusts sigma later.
     torch.nn.init.constant_(vae.get_parameter("quant_conv_log_sigma.conv.bias"), -4.0)
     return vae

@@ -1,6 +1,6 @@
-"""The images that the autoencoder is trained and tested on, and the random patches of each step.
+"""The images on which the autoencoder is trained and tested, and the random patches of each step.
 
-The patches of step k follow from (seed, k) alone, so a resumed run sees the same ones.
+The patches of step k depend only on (seed, k), so that a resumed run uses the same ones.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ccella_fast.training.batches import epoch_order
 
 
 class Image(NamedTuple):
-    """One prepared volume. values: a read-only memory map (X, Y, Z), float32 in [0, 1], of the file `path`. spacing: mm."""
+    """One prepared volume."""
 
     case: str
     sequence: str
-    sha256: str
-    values: np.ndarray
+    sha256: str  # of the file
+    values: np.ndarray  # (X, Y, Z) float32 in [0, 1], a read-only memory map of the file
     path: Path
-    spacing: tuple[float, float, float]
+    spacing: tuple[float, float, float]  # mm
 
 
 def read_images(data: str | Path) -> tuple[list[Image], list[Image]]:
-    """Every sequence of every study, by split: (train, test). Raises DataError when a file is missing or has changed."""
+    """All sequences of all studies, as the lists (train, test). Raises DataError if a file is missing or has changed."""
     prepared = load_manifest(data)
     splits: dict[str, list[Image]] = {"train": [], "test": []}
     for case in tqdm(prepared.cases, desc="checking images", unit="study", mininterval=refresh_interval()):
@@ -48,13 +48,13 @@ def read_images(data: str | Path) -> tuple[list[Image], list[Image]]:
 
 
 def patch_requests(images: Sequence[Image], settings: VaeTrainingConfig, step: int) -> list[VolumeRequest]:
-    """The patches of `step`, at random positions. Every image is used once before any is used again."""
-    places, (i, j, k) = generator(settings.seed, "place", step), settings.patch
-    jobs = []
+    """The patches of `step`, at random positions. Each image is used once before any is used again."""
+    source, (i, j, k) = generator(settings.seed, "place", step), settings.patch
+    requests = []
     for number in range(step * settings.batch_size, (step + 1) * settings.batch_size):
         image, epoch = _image_at(images, settings, number)
         x, y, z = (
-            int(torch.randint(size - width + 1, (1,), generator=places))
+            int(torch.randint(size - width + 1, (1,), generator=source))
             for size, width in zip(image.values.shape, settings.patch, strict=True)
         )
         drawn, strengths = IDENTITY, settings.augmentation
@@ -63,12 +63,12 @@ def patch_requests(images: Sequence[Image], settings: VaeTrainingConfig, step: i
                 strengths, seed=settings.seed, case_id=f"{image.case} {x} {y} {z}", epoch=epoch, shape=settings.patch,
                 spacing=image.spacing, keep_gland=False,
             ).for_sequence(image.sequence)  # fmt: skip
-        jobs.append(VolumeRequest(image.path, image.values.shape, (x, y, z), (i, j, k), image.spacing, drawn))
-    return jobs
+        requests.append(VolumeRequest(image.path, image.values.shape, (x, y, z), (i, j, k), image.spacing, drawn))
+    return requests
 
 
 def patch_batches(images: list[Image], config: Config, device: torch.device, start: int) -> Iterator[Tensor]:
-    """The patches (B, 1, *patch), float32, of each step from `start` to the last."""
+    """Yield the patches (B, 1, *patch), float32, of each step from `start` to the last."""
     settings = config.vae_training
     first, last = (step * settings.batch_size for step in (start, settings.max_train_steps))
     engine = make_engine(config.data.engine, settings.augmentation, device, settings.patch)
@@ -77,6 +77,6 @@ def patch_batches(images: list[Image], config: Config, device: torch.device, sta
 
 
 def _image_at(images: Sequence[Image], settings: VaeTrainingConfig, number: int) -> tuple[Image, int]:
-    """The image of patch `number` of the run, and the epoch."""
+    """The image and the epoch of patch `number` of the run."""
     epoch, position = divmod(number, len(images))
     return images[epoch_order(settings.seed, epoch, len(images))[position]], epoch
