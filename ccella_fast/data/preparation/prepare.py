@@ -7,7 +7,6 @@ inputs and settings only, never on where a run was interrupted.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import statistics
@@ -22,11 +21,11 @@ import numpy as np
 from ccella_fast.config import Config
 from ccella_fast.data.augmentation.engine import check_engine
 from ccella_fast.data.augmentation.parameters import check_conditioning
-from ccella_fast.data.manifest import FORMAT, IMPORTED, NAME, Manifest
-from ccella_fast.data.preparation.augmented_latents import AugmentedLatentStage, augmented_digest, listed
-from ccella_fast.data.preparation.latent_encoder import LatentEncoder, combine_moments
+from ccella_fast.data.manifest import NAME
+from ccella_fast.data.preparation.augmented_latents import AugmentedLatentStage
+from ccella_fast.data.preparation.latent_encoder import LatentEncoder
+from ccella_fast.data.preparation.manifest_builder import ManifestBuilder, join_ids
 from ccella_fast.data.preparation.preview import PreviewStage
-from ccella_fast.data.preparation.resampling import ADC_WINDOW
 from ccella_fast.data.preparation.stage_cache import StageCache
 from ccella_fast.data.preparation.stages import (
     ImageStage,
@@ -35,14 +34,13 @@ from ccella_fast.data.preparation.stages import (
     LatentStage,
     Stage,
     TextStage,
-    latent_digest,
 )
 from ccella_fast.data.preparation.worker_pool import WorkerPool
 from ccella_fast.data.readers.discovery import Defects, Study, find_studies
 from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.environment import peak_memory, write_run_record
 from ccella_fast.errors import ConfigError, DataError, DiskError
-from ccella_fast.storage import check_writable, existing_parent, read_json, remove_partial_files, write_json
+from ccella_fast.storage import check_writable, existing_parent, read_json, remove_partial_files
 from ccella_fast.variants import get_variant
 
 logger = logging.getLogger("ccella_fast")
@@ -80,10 +78,10 @@ def prepare(
     with WorkerPool(workers) as pool:
         stages = _plan(records, studies, config, vae, pool)
         stages += _extra_stages(records, studies, config, stages, augment, preview)
-        _run(out, config, records, stages, _ManifestBuilder(records, studies, config, stages, augment))
+        _run(out, config, records, stages, ManifestBuilder(records, studies, config, stages, augment))
 
 
-def _run(out: Path, config: Config, records: StageCache, stages: list[Stage], manifest: _ManifestBuilder) -> None:
+def _run(out: Path, config: Config, records: StageCache, stages: list[Stage], manifest: ManifestBuilder) -> None:
     """Do what is missing, the manifest last."""
     stale = {stage.name: stage.stale() for stage in stages}
     if not any(stale.values()) and all(stage.kept() for stage in stages) and manifest.is_current():
@@ -211,124 +209,8 @@ def _announce(records: StageCache, stage: Stage, todo: list[Study]) -> None:
     """Before files that the manifest lists are replaced, the manifest goes: it comes back when all is whole."""
     changed = [study.id for study in todo if records.get(study.id, stage.name)]
     if changed:
-        logger.warning("%s: inputs or settings changed, done again for %s", stage.name, _names(changed))
+        logger.warning("%s: inputs or settings changed, done again for %s", stage.name, join_ids(changed))
         (records.out / NAME).unlink(missing_ok=True)
-
-
-class _ManifestBuilder:
-    """manifest.json, assembled from the records."""
-
-    def __init__(
-        self, records: StageCache, studies: list[Study], config: Config, stages: list[Stage], augment: int | None
-    ):
-        self.augment = augment
-        self.records, self.studies, self.config = records, studies, config
-        self.path = records.out / NAME
-        self.stages = {stage.name: stage for stage in stages}
-
-    def is_current(self) -> bool:
-        return self.path.is_file() and read_json(self.path) == json.loads(json.dumps(self._build()))
-
-    def write(self) -> None:
-        manifest = self._build()
-        Manifest.model_validate(manifest)
-        write_json(self.path, manifest)
-        self._tell(manifest)
-
-    def _build(self) -> dict[str, Any]:
-        vae, with_latents = self._latents()
-        augmented = self._augmented(vae)
-        train = [study for study in self.studies if study.split == "train"] or self.studies
-        scale = None
-        if with_latents:
-            parts = [self._facts(study, "latent")["moments"] for study in train]
-            scale = [1 / combine_moments(part[name] for part in parts) ** 0.5 for name in self.config.data.sequences]
-        truncated = [
-            study.id for study in self.studies if "text" in self.stages and self._facts(study, "text")["truncated"]
-        ]
-        return {
-            "format": FORMAT,
-            "version": 1,
-            "data": self.config.data.model_dump(mode="json", exclude={"engine"}),
-            "text": self._text(),
-            "vae": None if vae is None else {"sha256": vae},
-            "scale_factor": scale,
-            "intensity_scale": {name: self._intensity_scale(name, train) for name in self.config.data.sequences},
-            "truncated_reports": truncated,
-            "cases": [self._case(study, with_latents) | augmented.get(study.id, {}) for study in self.studies],
-        }
-
-    def _latents(self) -> tuple[str | None, bool]:
-        """(SHA-256 of the VAE, are all latents there). Latents that an earlier run made of the same images stay."""
-        if isinstance(self.stages.get("latent"), ImportedLatentStage):
-            return None, True
-        found = [self.records.get(study.id, "latent") for study in self.studies]
-        vae = found[0]["facts"]["vae"] if found[0] else None
-        whole = vae is not None and all(
-            self.records.is_done(study.id, "latent", latent_digest(self.records, study, vae)) for study in self.studies
-        )
-        return (vae, True) if whole else (None, False)
-
-    def _augmented(self, vae: str | None) -> dict[str, dict[str, Any]]:
-        """Id -> {"augmented": ...} of the training studies, when they all have as many as are asked for, or had."""
-        train = [study for study in self.studies if study.split == "train"]
-        found = [self.records.get(study.id, AugmentedLatentStage.name) for study in train]
-        if vae is None or self.augment == 0 or not all(found) or not train:
-            return {}
-        copies = self.augment or len(found[0]["facts"]["copies"])
-        done = all(
-            self.records.is_done(
-                s.id, AugmentedLatentStage.name, augmented_digest(self.records, s, self.config, vae, copies)
-            )
-            for s in train
-        )
-        return {study.id: {"augmented": listed(self.records, study)} for study in train} if done else {}
-
-    def _case(self, study: Study, with_latents: bool) -> dict[str, Any]:
-        kept = [*(name for name in ("image", "text") if name in self.stages), *(["latent"] if with_latents else [])]
-        place = self._facts(study, "image" if "image" in self.stages else "latent")
-        isnull = study.text_isnull if study.text_file is not None else int(study.report is None)
-        return {
-            "id": study.id,
-            "split": study.split,
-            "synthetic": study.synthetic,
-            "dataset": study.dataset,
-            "spacing": place["spacing"],
-            "pirads": study.pirads,
-            "text_isnull": isnull,
-            "affine": place["affine"],
-            "window": place["window"],
-            "files": {key: entry for name in kept for key, entry in self.records.get(study.id, name)["files"].items()},
-        }
-
-    def _text(self) -> dict[str, Any] | None:
-        stage = self.stages.get("text")
-        if stage is None or isinstance(stage, TextStage):
-            return stage.encoder.identity if stage else None
-        text = self.config.text.model_dump(include={"encoder", "revision", "max_length", "dtype"})
-        return {**text, "width": self.config.model.input_dim, "fingerprint": IMPORTED}
-
-    def _intensity_scale(self, sequence: str, train: list[Study]) -> float:
-        """What a generated volume in [0, 1] is multiplied by; 1 where the intensities are not known (imported latents)."""
-        if sequence == "adc":
-            return ADC_WINDOW[1]
-        if "image" not in self.stages:
-            return 1.0
-        return statistics.median(self._facts(study, "image")["window"][sequence][1] for study in train)
-
-    def _facts(self, study: Study, stage: str) -> dict[str, Any]:
-        return self.records.get(study.id, stage)["facts"]
-
-    def _tell(self, manifest: dict[str, Any]) -> None:
-        cases, truncated = manifest["cases"], manifest["truncated_reports"]
-        reports = sum(not case["text_isnull"] for case in cases)
-        classes = sum(case["pirads"] is not None for case in cases)
-        logger.info("%d studies prepared, %d with a report, %d with a class", len(cases), reports, classes)
-        if truncated:
-            why = "%d reports are longer than %d tokens and lose their beginning: %s"
-            logger.warning(why, len(truncated), self.config.text.max_length, _names(truncated))
-        if manifest["scale_factor"] is None:
-            logger.info("no latents yet: run `ccella-fast train-vae`, then `prepare` again with --vae")
 
 
 def _check_room(out: Path, config: Config, images: int) -> None:
@@ -339,7 +221,3 @@ def _check_room(out: Path, config: Config, images: int) -> None:
     if needed > free:
         why = f"about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
         raise DiskError(why, path=out, field="--out", fix="free space or choose another folder")
-
-
-def _names(cases: list[str]) -> str:
-    return ", ".join(cases[:50]) + (f" and {len(cases) - 50} more" if len(cases) > 50 else "")
