@@ -34,11 +34,11 @@ ODD = {
     "orientation, tilted": ({"t0020_0037": lambda n: one(7, n, cosines(5, "rows"), cosines(0))}, "orientation"),
     "orientation, mirrored": ({"t0020_0037": lambda n: one(0, n, "-1\\0\\0\\0\\1\\0", cosines(0))}, "orientation"),
     "voxel size": ({"t0028_0030": lambda n: one(17, n, "1.5\\1.8", "1.5\\1.5")}, "voxel size"),
-    "height": ({"t0020_0032": lambda n: at(z=3.0 * n + one_mm(n))}, "uneven"),
+    "height": ({"t0020_0032": lambda n: at(z=3.0 * n + one_mm(n))}, "unevenly"),
     "place in its plane, right": ({"t0020_0032": lambda n: at(x=-31.5 + one_mm(n), z=3.0 * n)}, "shifted.* 1.00 mm"),
     "place in its plane, front": ({"t0020_0032": lambda n: at(y=-40.25 + one_mm(n), z=3.0 * n)}, "shifted.* 1.00 mm"),
     "sheared": ({"t0020_0032": lambda n: at(x=2.0 * n, z=3.0 * n)}, "shifted.* 34.00 mm"),
-    "twice at one place": ({"t0020_0032": lambda n: at(z=3.0 * min(n, SHAPE[2] - 2))}, "one position"),
+    "twice at one place": ({"t0020_0032": lambda n: at(z=3.0 * min(n, SHAPE[2] - 2))}, "same position"),
     "no position": ({"t0020_0032": lambda n: None if n == 3 else at(z=3.0 * n)}, "no position|cannot be read|position"),
     "series": ({"t0020_000e": lambda n: one(5, n, "1.2.3.9", "1.2.3.4")}, "2 DICOM series"),
 }  # fmt: skip
