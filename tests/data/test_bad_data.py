@@ -111,7 +111,13 @@ MANY = [
     Bad("path with ..", lambda f: _json(f, axt2="../x/t2w.nii.gz"), "leaves the data folder", "train.json", "[1].axt2"),
     Bad("absolute path", lambda f: _json(f, axt2="/etc/passwd"), "leaves the data folder", "train.json", "[1].axt2"),
     Bad("link out", _link, "leaves the data folder", "train.json", "[1].axt2"),
-    Bad("class", lambda f: _table(f, "train,2,", "train,7,"), "'7' is no class", "studies.csv", "line 2, pirads"),
+    Bad(
+        "class",
+        lambda f: _table(f, "train,2,", "train,7,"),
+        "pirads must be 1 to 5, neg, pos or empty, got '7'",
+        "studies.csv",
+        "line 2, pirads",
+    ),
     Bad(
         "misspelt column",
         lambda f: _table(f, "pirads", "pi_rads"),

@@ -81,6 +81,6 @@ def test_a_plain_folder_is_not_taken_for_bids(tmp_path: Path):
 def test_bad_values_in_participants_are_named(tmp_path: Path):
     root = write_bids(tmp_path)
     (root / "participants.tsv").write_text("participant_id\tpirads\nsub-01\t7\n")
-    with pytest.raises(DataError, match="'7' is no class") as caught:
+    with pytest.raises(DataError, match="pirads must be .* got '7'") as caught:
         find_studies(root)
     assert caught.value.path == str(root / "participants.tsv") and caught.value.field == "line 2, pirads"

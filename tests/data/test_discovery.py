@@ -96,23 +96,23 @@ def test_every_score_has_its_class(tmp_path: Path):
 @pytest.mark.parametrize(
     ("table", "field", "words"),
     [
-        ("case,pirads\na,6\n", "line 2, pirads", "no class"),
-        ("case,pirads\na,0\n", "line 2, pirads", "no class"),
-        ("case,split\na,val\n", "line 2, split", "no split"),
+        ("case,pirads\na,6\n", "line 2, pirads", "must be 1 to 5, neg, pos or empty"),
+        ("case,pirads\na,0\n", "line 2, pirads", "must be 1 to 5, neg, pos or empty"),
+        ("case,split\na,val\n", "line 2, split", "must be train or test, got 'val'"),
         ("case,pirad\na,1\n", "line 1, pirad", "did you mean 'pirads'"),
         ("case,Report\na,x\n", "line 1, Report", "did you mean 'report'"),
         ("case,spilt\na,test\n", "line 1, spilt", "did you mean 'split'"),
         ("Case,pirads\na,1\n", "line 1", "no column 'case'"),
         ("case,pirads\nb,1\n", "line 2, case", "no study is called 'b'"),
-        ("case,pirads\na,1\na,2\n", "line 3, case", "already on line 2"),
-        ("case,pirads\na,1,surplus\n", "line 2", "too many or too few"),
-        ("case,case\na,a\n", "line 1", "twice"),
-        ("case,synthetic\na,perhaps\n", "line 2, synthetic", "neither yes nor no"),
+        ("case,pirads\na,1\na,2\n", "line 3, case", "already listed on line 2"),
+        ("case,pirads\na,1,surplus\n", "line 2", "has 3 cells, the table has 2 columns"),
+        ("case,case\na,a\n", "line 1", "the column 'case' appears twice"),
+        ("case,synthetic\na,perhaps\n", "line 2, synthetic", "must be yes, no or empty, got 'perhaps'"),
         ("case,report,report_file\na,x,a.txt\n", "line 2, report_file", "both"),
         ("case,report_file\na,../secret.txt\n", "line 2, report_file", "leaves the data folder"),
         ("case,report_file\na,/etc/hostname\n", "line 2, report_file", "leaves the data folder"),
-        ("case,report_file\na,absent.txt\n", "line 2, report_file", "no such report"),
-        ('case,report\na,"open\n', "line", "malformed CSV"),
+        ("case,report_file\na,absent.txt\n", "line 2, report_file", "report file does not exist"),
+        ('case,report\na,"open\n', "line", "not valid CSV"),
     ],
 )
 def test_csv_mistakes(tmp_path: Path, table: str, field: str, words: str):
@@ -197,7 +197,7 @@ def test_link_out_of_the_root(tmp_path: Path):
 
 def test_nothing_found(tmp_path: Path):
     touch(tmp_path, "a/image.nii.gz")
-    with pytest.raises(DataError, match="no study found"):
+    with pytest.raises(DataError, match="no study was found"):
         find_studies(tmp_path)
 
 

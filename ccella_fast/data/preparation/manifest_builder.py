@@ -14,7 +14,7 @@ from ccella_fast.data.preparation.latent_encoder import combine_moments
 from ccella_fast.data.preparation.resampling import ADC_WINDOW
 from ccella_fast.data.preparation.stage_cache import StageCache
 from ccella_fast.data.preparation.stages import ImportedLatentStage, Stage, TextStage, latent_digest
-from ccella_fast.data.readers.discovery import Study
+from ccella_fast.data.readers.study import Study
 from ccella_fast.storage import read_json, write_json
 
 logger = logging.getLogger("ccella_fast")

@@ -36,7 +36,8 @@ from ccella_fast.data.preparation.stages import (
     TextStage,
 )
 from ccella_fast.data.preparation.worker_pool import WorkerPool
-from ccella_fast.data.readers.discovery import Defects, Study, find_studies
+from ccella_fast.data.readers.discovery import find_studies
+from ccella_fast.data.readers.study import Defects, Study
 from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.environment import peak_memory, write_run_record
 from ccella_fast.errors import ConfigError, DataError, DiskError

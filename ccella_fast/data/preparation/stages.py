@@ -20,7 +20,7 @@ from ccella_fast.data.preparation.images import ImageTask, bytes_needed, check_i
 from ccella_fast.data.preparation.latent_encoder import LatentEncoder, import_latent, moments
 from ccella_fast.data.preparation.stage_cache import StageCache, fingerprint_of
 from ccella_fast.data.preparation.worker_pool import TaskResult, WorkerPool
-from ccella_fast.data.readers.discovery import Study
+from ccella_fast.data.readers.study import Study
 from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.environment import warn_of_emulated_bf16
 from ccella_fast.errors import DataError
