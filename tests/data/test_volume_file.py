@@ -14,7 +14,7 @@ import pytest
 import SimpleITK as sitk
 
 from ccella_fast.data.preparation import resampling as module
-from ccella_fast.data.preparation.resampling import covers_centre, make_grid, normalise, resample
+from ccella_fast.data.preparation.resampling import covers_center, make_grid, normalize, resample
 from ccella_fast.data.readers.volume_file import Volume, check_axial, read_volume
 from ccella_fast.errors import DataError
 from study_fixtures import SHAPE, oblique, patch_header, voxels, write_nifti
@@ -128,8 +128,8 @@ def test_axis_by_axis_is_what_itk_does_voxel_by_voxel(real_data: Path, monkeypat
     """Finer, coarser and beyond the series' ends, of T2 and of ADC on T2's grid."""
     folder = real_data / "mri" / "prostatex-0000"
     leading, calls = read_volume(folder / "t2w.mha"), []
-    whole = module._with_itk
-    monkeypatch.setattr(module, "_with_itk", lambda *arguments: calls.append(1) or whole(*arguments))
+    whole = module._resample_with_itk
+    monkeypatch.setattr(module, "_resample_with_itk", lambda *arguments: calls.append(1) or whole(*arguments))
     for name, spacing, dim in [
         ("t2w", [0.5, 0.5, 1.5], [128, 128, 64]), ("t2w", [1.3, 0.9, 4.1], [160, 64, 32]),
         ("adc", [0.8, 0.8, 2.0], [96, 192, 48]),
@@ -138,7 +138,7 @@ def test_axis_by_axis_is_what_itk_does_voxel_by_voxel(real_data: Path, monkeypat
         ours = resample(volume, grid)
         assert not calls
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_along_axes", whole)
+            patch.setattr(module, "_resample_by_axis", whole)
             theirs = resample(volume, grid)
         assert np.abs(ours - theirs).max() < 2e-6 * np.ptp(volume.array) and np.ptp(theirs) > 0.3 * np.ptp(volume.array)
     turned = Volume(volume.array, leading.affine @ np.diag([4, 4, 1, 1]) @ nibabel.affines.from_matvec(_turn(5)))
@@ -169,11 +169,11 @@ def test_picai_prep_trio(real_data: Path):
     assert grid.inner[2] == slice(0, 19)
 
 
-def test_normalise_is_the_reference_protocol():
+def test_normalize_is_the_reference_protocol():
     volume = _volume()
     grid = make_grid(volume, [1.5, 1.5, 3.0], [48, 32, 16])
     values = resample(volume, grid)
-    image, (low, high) = normalise(values, "t2w", grid)
+    image, (low, high) = normalize(values, "t2w", grid)
     ordered = np.sort(values.ravel().astype(np.float64))
     position = 0.995 * (ordered.size - 1)
     below = int(position)
@@ -183,7 +183,7 @@ def test_normalise_is_the_reference_protocol():
     outside = np.ones(grid.shape, bool)
     outside[grid.inner] = False
     assert outside.any() and (image[outside] == 0).all() and image.dtype == np.float32
-    adc, window = normalise(values, "adc", grid)
+    adc, window = normalize(values, "adc", grid)
     np.testing.assert_allclose(adc[grid.inner], np.clip(values / 3000, 0, 1), atol=1e-6)
     assert window == (0, 3000)
 
@@ -193,7 +193,7 @@ def test_series_elsewhere_is_noticed():
     grid = make_grid(volume, [1.5, 1.5, 3.0], [32, 32, 16])
     moved = volume.affine.copy()
     moved[0, 3] += 80
-    assert covers_centre(volume, grid) and not covers_centre(Volume(volume.array, moved), grid)
+    assert covers_center(volume, grid) and not covers_center(Volume(volume.array, moved), grid)
 
 
 def test_coronal_and_sagittal_are_named(tmp_path: Path, real_data: Path):

@@ -1,8 +1,8 @@
-"""From studies and reports to a prepared folder, one study at a time: images, text and, once there is a VAE, latents.
+"""Studies and reports to a prepared folder, in stages: images, text features and, with an autoencoder, latents.
 
-Every file appears under its final name whole, and `cases/<id>.json` records it; `manifest.json` is written last. Run again, it
-goes on where it stopped, does again what depends on a changed study or setting, and keeps the rest. Results depend on
-inputs and settings only, never on where a run was interrupted.
+Every file appears under its final name only when it is complete, and `cases/<id>.json` records it; `manifest.json` is written
+last. A second run continues where the first one stopped, repeats what depends on a changed study or setting and keeps the
+rest. Results depend on inputs and settings only, never on where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -61,14 +61,27 @@ def prepare(
     preview: bool = False,
     workers: int | None = None,
 ) -> None:
-    """Prepare the studies of `data` (a folder, or a manifest in the reference's form) into the folder `out`.
+    """Prepare studies for training. All studies are read and checked before the first file is written.
 
-    csv: classes, splits and reports of a folder's studies. test_data: manifest of the test split. data_base_dir,
-    embedding_base_dir: where a manifest's images and the reference's own prepared files lie. vae: adds latents (posterior mean
-    and sigma) and the scale factor. augment: adds so many augmented latents of every training study (0: none; None: those
-    that are there stay). preview: adds a picture of every study. workers: processes that make images (None: as many as are
-    worth it); they change no bit of the result. Every study is read and checked before the first is written. Raises DataError,
-    ConfigError, CheckpointError, DiskError."""
+    Args:
+        data: Folder of studies, or a manifest in the form of the reference implementation.
+        out: The prepared folder. It may hold results of earlier runs.
+        config: The configuration.
+        vae: Autoencoder. With it, latents (mean and sigma of the posterior) and their scale factor are added.
+        csv: Splits, classes and reports of the studies of a folder.
+        test_data: Manifest of the test split.
+        data_base_dir: Folder that the image paths of a manifest are relative to.
+        embedding_base_dir: Folder of the latents and text features that the reference implementation prepared.
+        augment: Number of augmented latents per training study; 0 removes them from the manifest, None keeps existing ones.
+        preview: Whether to draw a picture of every study.
+        workers: Number of processes that make images; None chooses it. The result does not depend on it.
+
+    Raises:
+        DataError: If a study, report or manifest is unsound; the message counts all defects.
+        ConfigError: If the settings do not fit together or do not fit the studies.
+        CheckpointError: If the autoencoder cannot be used.
+        DiskError: If `out` cannot be written or the disk is too small.
+    """
     out = Path(out)
     config.check_grid()
     check_writable(out, "--out")
@@ -77,144 +90,159 @@ def prepare(
     )
     records = StageCache(out)
     with WorkerPool(workers) as pool:
-        stages = _plan(records, studies, config, vae, pool)
-        stages += _extra_stages(records, studies, config, stages, augment, preview)
-        _run(out, config, records, stages, ManifestBuilder(records, studies, config, stages, augment))
+        stages = _make_stages(records, studies, config, vae, pool)
+        stages += _make_optional_stages(records, studies, config, stages, augment, preview)
+        _run_stages(out, config, records, stages, ManifestBuilder(records, studies, config, stages, augment))
 
 
-def _run(out: Path, config: Config, records: StageCache, stages: list[Stage], manifest: ManifestBuilder) -> None:
-    """Do what is missing, the manifest last."""
+def _run_stages(out: Path, config: Config, records: StageCache, stages: list[Stage], manifest: ManifestBuilder) -> None:
+    """Run every stage for the studies that need it, then write the manifest."""
     stale = {stage.name: stage.stale() for stage in stages}
-    if not any(stale.values()) and all(stage.kept() for stage in stages) and manifest.is_current():
+    if not any(stale.values()) and all(stage.has_shared_files() for stage in stages) and manifest.is_current():
         logger.info("%s is complete, nothing to do", out)
         return
-    times = _earlier_times(out)
+    times = _read_earlier_times(out)
     with write_run_record(out, "prepare", studies=len(manifest.studies), stages=times):
-        with _timed(times, "check", sum(len(stale[stage.name]) for stage in stages if stage.checks)):
-            _check_all(stages, stale)
-        _check_room(out, config, len(stale.get("image", [])))
+        with _timed(times, "check", sum(len(stale[stage.name]) for stage in stages if stage.checks_inputs)):
+            _check_inputs(stages, stale)
+        _check_free_space(out, config, len(stale.get("image", [])))
         remove_partial_files(out)
         for stage in stages:
-            todo = stage.stale()  # again: latents depend on the images just made
-            _announce(records, stage, todo)
+            todo = stage.stale()  # once more, because latents depend on the images just made
+            _invalidate_manifest(records, stage, todo)
             with _timed(times, stage.name, len(todo)) as seconds:
                 seconds |= stage.run(todo)
         manifest.write()
 
 
-def _earlier_times(out: Path) -> dict[str, Any]:
-    """What earlier runs recorded of each stage: a run that only adds latents keeps the time that the images took."""
+def _read_earlier_times(out: Path) -> dict[str, Any]:
+    """The times of stages in earlier runs: a run that only adds latents keeps the time that images took."""
     path = out / "run_record.json"
     return read_json(path).get("stages", {}) if path.is_file() else {}
 
 
 @contextmanager
 def _timed(times: dict[str, Any], stage: str, studies: int) -> Iterator[dict[str, float]]:
-    """Record and tell how long a stage took. Yields a dictionary for the seconds of single studies."""
-    begun, each = time.perf_counter(), dict[str, float]()
-    yield each
+    """Record and log the duration of a stage. Yields a dictionary that the stage fills with the seconds per study."""
+    start, per_study = time.perf_counter(), dict[str, float]()
+    yield per_study
     if not studies:
         return
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     times[stage] = {"studies": studies, "seconds": round(seconds, 2), **peak_memory()}
-    told = f"{stage}: {studies} {'study' if studies == 1 else 'studies'} in {seconds:.1f} s"
-    if each:
-        times[stage]["seconds_per_study"] = {name: round(each[name], 3) for name in sorted(each)}
-        slowest = max(each, key=lambda name: each[name])
-        told += f"; median {statistics.median(each.values()):.2f} s, longest {each[slowest]:.2f} s ({slowest})"
-    logger.info("%s", told)
+    summary = f"{stage}: {studies} {'study' if studies == 1 else 'studies'} in {seconds:.1f} s"
+    if per_study:
+        times[stage]["seconds_per_study"] = {name: round(per_study[name], 3) for name in sorted(per_study)}
+        slowest = max(per_study, key=lambda name: per_study[name])
+        median = statistics.median(per_study.values())
+        summary += f"; median {median:.2f} s, longest {per_study[slowest]:.2f} s ({slowest})"
+    logger.info("%s", summary)
 
 
-def _plan(
+def _make_stages(
     records: StageCache, studies: list[Study], config: Config, vae: str | Path | None, pool: WorkerPool
 ) -> list[Stage]:
-    """The stages that these studies need. Imported and made text do not mix, nor do latents of two autoencoders."""
+    """The stages that these studies need. Neither imported and encoded text nor latents of two autoencoders are mixed."""
     sequences = config.data.sequences
-    as_latents = [study for study in studies if all(name in study.latent_files for name in sequences)]
-    as_features = [study for study in studies if study.text_file is not None]
-    if as_latents and (vae is not None or len(as_latents) < len(studies)):
-        other = "--vae is given" if vae is not None else "others as images"
-        why = f"{len(as_latents)} studies come as latents (_emb.nii.gz), {other}: two autoencoders do not mix"
-        fix = "give latents of all studies and no --vae, or of none"
-        raise DataError(why, path=as_latents[0].listed_in, field=as_latents[0].field, fix=fix)
-    if as_features and len(as_features) < len(studies):
-        why, fix = "some reports come as features (.npy), others as text", "give all in one form"
-        raise DataError(why, path=as_features[0].listed_in, field=f"{as_features[0].field}.text", fix=fix)
+    with_latents = [study for study in studies if all(name in study.latent_files for name in sequences)]
+    with_features = [study for study in studies if study.text_file is not None]
+    _check_one_form(studies, with_latents, with_features, vae)
     stages: list[Stage] = []
-    if not as_latents:
+    if not with_latents:
         _check_series(studies, sequences)
         stages.append(ImageStage(records, studies, config, pool))
-    if as_features:
+    if with_features:
         stages.append(ImportedTextStage(records, studies, config))
     elif get_variant(config.model.variant).text:
-        stages.append(TextStage(records, studies, config, _text_encoder(config)))
-    if as_latents:
+        stages.append(TextStage(records, studies, config, _make_text_encoder(config)))
+    if with_latents:
         stages.append(ImportedLatentStage(records, studies, config))
     elif vae is not None:
         stages.append(LatentStage(records, studies, config, LatentEncoder(vae, config.autoencoder)))
     return stages
 
 
-def _extra_stages(
+def _check_one_form(
+    studies: list[Study], with_latents: list[Study], with_features: list[Study], vae: str | Path | None
+) -> None:
+    if with_latents and (vae is not None or len(with_latents) < len(studies)):
+        other = "--vae is given" if vae is not None else f"the other {len(studies) - len(with_latents)} as images"
+        why = f"{len(with_latents)} studies come as latents (_emb.nii.gz) but {other}: two autoencoders do not mix"
+        fix = "give latents of all studies and no --vae, or of none"
+        raise DataError(why, path=with_latents[0].listed_in, field=with_latents[0].field, fix=fix)
+    if with_features and len(with_features) < len(studies):
+        why = f"{len(with_features)} of {len(studies)} reports come as features (.npy), the others as text"
+        first = with_features[0]
+        raise DataError(why, path=first.listed_in, field=f"{first.field}.text", fix="give all reports in one form")
+
+
+def _make_optional_stages(
     records: StageCache, studies: list[Study], config: Config, stages: list[Stage], augment: int | None, preview: bool
 ) -> list[Stage]:
-    """What may be added to prepared studies: augmented latents, previews."""
-    extra: list[Stage] = []
+    """The stages of --augment and --preview."""
+    optional: list[Stage] = []
     latents = next((stage for stage in stages if isinstance(stage, LatentStage)), None)
     if augment:
         check_conditioning(config)
         if latents is None:
             raise ConfigError("augmented latents need an autoencoder", field="--augment", fix="give --vae too")
         if not config.augmentation.active:
-            raise ConfigError("nothing is augmented", field="augmentation.preset", fix="take preset text or image")
+            why = "--augment is given, but no operator of the section augmentation is enabled"
+            raise ConfigError(why, field="augmentation.preset", fix="choose the preset text or image")
         check_engine(config.data.engine)
-        extra.append(AugmentedLatentStage(records, studies, config, latents.vae, augment))
+        optional.append(AugmentedLatentStage(records, studies, config, latents.vae, augment))
     if preview:
         if not any(isinstance(stage, ImageStage) for stage in stages):
-            raise ConfigError("these studies come without images", field="--preview", fix="leave --preview out")
-        extra.append(PreviewStage(records, studies, config))
-    return extra
+            why = "these studies come without images, which previews need"
+            raise ConfigError(why, field="--preview", fix="leave --preview out")
+        optional.append(PreviewStage(records, studies, config))
+    return optional
 
 
 def _check_series(studies: list[Study], sequences: list[Any]) -> None:
+    """Raise DataError unless every study has a file of every sequence."""
     defects = Defects()
     for study in studies:
         for sequence in sequences:
             path = study.files.get(sequence)
-            if path is None or not path.exists():
-                why = f"the study '{study.id}' has no {sequence}" if path is None else "this file does not exist"
-                where = study.listed_in if path is None else path
-                fix = "add the series, or leave it out of data.sequences" if path is None else "check the path"
-                defects.add(DataError(why, path=where, field=study.field or sequence, fix=fix))
+            if path is None:
+                why, place = f"the study '{study.id}' has no {sequence}", study.listed_in
+                fix = "add the series, or remove it from data.sequences"
+            elif not path.exists():
+                why, place, fix = "this file does not exist", path, "check the path"
+            else:
+                continue
+            defects.add(DataError(why, path=place, field=study.field or sequence, fix=fix))
     defects.raise_first()
 
 
-def _text_encoder(config: Config) -> TextEncoder:
+def _make_text_encoder(config: Config) -> TextEncoder:
     encoder = TextEncoder(config.text)
     if encoder.width != config.model.input_dim:
-        why = f"the encoder's features are {encoder.width} wide, model.input_dim is {config.model.input_dim}"
+        why = f"the features of the text encoder are {encoder.width} wide, model.input_dim is {config.model.input_dim}"
         fix = f"set model.input_dim={encoder.width}, or choose another encoder"
         raise ConfigError(why, field="model.input_dim", fix=fix)
     return encoder
 
 
-def _check_all(stages: list[Stage], stale: dict[str, list[Study]]) -> None:
-    """Read everything that will be used; DataError tells the first defect and how many more there are."""
+def _check_inputs(stages: list[Stage], stale: dict[str, list[Study]]) -> None:
+    """Read all inputs that will be used; raises the first defect, whose message counts the others."""
     defects = Defects()
     for stage in stages:
         defects.found += stage.check(stale[stage.name])
     defects.raise_first()
 
 
-def _announce(records: StageCache, stage: Stage, todo: list[Study]) -> None:
-    """Before files that the manifest lists are replaced, the manifest goes: it comes back when all is whole."""
+def _invalidate_manifest(records: StageCache, stage: Stage, todo: list[Study]) -> None:
+    """Delete the manifest before files that it lists are replaced; it is written again when all files are complete."""
     changed = [study.id for study in todo if records.get(study.id, stage.name)]
     if changed:
         logger.warning("%s: inputs or settings changed, done again for %s", stage.name, join_ids(changed))
         (records.out / NAME).unlink(missing_ok=True)
 
 
-def _check_room(out: Path, config: Config, images: int) -> None:
+def _check_free_space(out: Path, config: Config, images: int) -> None:
+    """Raise DiskError unless the images and text features of so many studies, in fp32, fit on the disk."""
     values = (
         int(np.prod(config.data.dim)) * len(config.data.sequences) + config.text.max_length * config.model.input_dim
     )

@@ -18,8 +18,11 @@ from ccella_fast.storage import safe_join
 
 PARTICIPANTS = "participants.tsv"
 _COLUMNS = {"case", "split", "pirads", "report", "report_file", "dataset", "synthetic"}
-_CLASSES = {"1": NEGATIVE, "2": NEGATIVE, "3": POSITIVE, "4": POSITIVE, "5": POSITIVE}
-_CLASSES |= {"neg": NEGATIVE, "pos": POSITIVE, "": None}
+_CLASSES: dict[str, list[int] | None] = {
+    **dict.fromkeys(("1", "2", "neg"), NEGATIVE),
+    **dict.fromkeys(("3", "4", "5", "pos"), POSITIVE),
+    "": None,
+}
 
 
 def apply_table(studies: list[Study], table: Path, defects: Defects) -> list[Study]:
