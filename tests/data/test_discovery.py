@@ -91,27 +91,29 @@ def test_every_score_has_its_class(tmp_path: Path):
     assert [study.pirads for study in find_studies(tmp_path)] == list(scores.values())
 
 
+TABLE_MISTAKES = [
+    ("case,pirads\na,6\n", "line 2, pirads", "must be 1 to 5, neg, pos or empty"),
+    ("case,pirads\na,0\n", "line 2, pirads", "must be 1 to 5, neg, pos or empty"),
+    ("case,split\na,val\n", "line 2, split", "must be train or test, got 'val'"),
+    ("case,pirad\na,1\n", "line 1, pirad", "did you mean 'pirads'"),
+    ("case,Report\na,x\n", "line 1, Report", "did you mean 'report'"),
+    ("case,spilt\na,test\n", "line 1, spilt", "did you mean 'split'"),
+    ("Case,pirads\na,1\n", "line 1", "no column 'case'"),
+    ("case,pirads\nb,1\n", "line 2, case", "no study is called 'b'"),
+    ("case,pirads\na,1\na,2\n", "line 3, case", "already listed on line 2"),
+    ("case,pirads\na,1,surplus\n", "line 2", "has 3 cells, the table has 2 columns"),
+    ("case,case\na,a\n", "line 1", "the column 'case' appears twice"),
+    ("case,synthetic\na,perhaps\n", "line 2, synthetic", "must be yes, no or empty, got 'perhaps'"),
+    ("case,report,report_file\na,x,a.txt\n", "line 2, report_file", "both"),
+    ("case,report_file\na,../secret.txt\n", "line 2, report_file", "leaves the data folder"),
+    ("case,report_file\na,/etc/hostname\n", "line 2, report_file", "leaves the data folder"),
+    ("case,report_file\na,absent.txt\n", "line 2, report_file", "report file does not exist"),
+    ('case,report\na,"open\n', "line", "not valid CSV"),
+]
+
+
 @pytest.mark.parametrize(
-    ("table", "field", "words"),
-    [
-        ("case,pirads\na,6\n", "line 2, pirads", "must be 1 to 5, neg, pos or empty"),
-        ("case,pirads\na,0\n", "line 2, pirads", "must be 1 to 5, neg, pos or empty"),
-        ("case,split\na,val\n", "line 2, split", "must be train or test, got 'val'"),
-        ("case,pirad\na,1\n", "line 1, pirad", "did you mean 'pirads'"),
-        ("case,Report\na,x\n", "line 1, Report", "did you mean 'report'"),
-        ("case,spilt\na,test\n", "line 1, spilt", "did you mean 'split'"),
-        ("Case,pirads\na,1\n", "line 1", "no column 'case'"),
-        ("case,pirads\nb,1\n", "line 2, case", "no study is called 'b'"),
-        ("case,pirads\na,1\na,2\n", "line 3, case", "already listed on line 2"),
-        ("case,pirads\na,1,surplus\n", "line 2", "has 3 cells, the table has 2 columns"),
-        ("case,case\na,a\n", "line 1", "the column 'case' appears twice"),
-        ("case,synthetic\na,perhaps\n", "line 2, synthetic", "must be yes, no or empty, got 'perhaps'"),
-        ("case,report,report_file\na,x,a.txt\n", "line 2, report_file", "both"),
-        ("case,report_file\na,../secret.txt\n", "line 2, report_file", "leaves the data folder"),
-        ("case,report_file\na,/etc/hostname\n", "line 2, report_file", "leaves the data folder"),
-        ("case,report_file\na,absent.txt\n", "line 2, report_file", "report file does not exist"),
-        ('case,report\na,"open\n', "line", "not valid CSV"),
-    ],
+    ("table", "field", "words"), TABLE_MISTAKES, ids=[f"{field}-{words}" for _, field, words in TABLE_MISTAKES]
 )
 def test_mistake_in_the_table_raises(tmp_path: Path, table: str, field: str, words: str):
     touch(tmp_path, "a/t2w.nii.gz")
@@ -252,32 +254,34 @@ def test_reference_prepared_files_are_found(tmp_path: Path):
         find_studies(merged)
 
 
+MANIFEST_MISTAKES = [
+    ({"pirads": [1, 1]}, "pirads", "the class must be one-hot or null, got [1, 1]"),
+    ({"pirads": [0, 0]}, "pirads", "got [0, 0]"),
+    ({"pirads": [True, False]}, "pirads", "got [true, false]"),
+    ({"pirads": 3}, "pirads", "got 3"),
+    ({"pirads": ["secret words"]}, "pirads", "got a value of type list"),
+    ({"spacing": [0.5, 0.5]}, "spacing", "must be three numbers between 0 and 100 mm, got [0.5, 0.5]"),
+    ({"spacing": [0.5, 0.5, 0]}, "spacing", "got [0.5, 0.5, 0]"),
+    ({"text_isnull": 1}, "text_isnull", "text_isnull is 1, but 'text' is not blank"),
+    ({"text": "  "}, "text_isnull", "text_isnull is 0, but 'text' is blank"),
+    ({"text_isnull": 2}, "text_isnull", "must be 0 or 1, got 2"),
+    ({"text_isnull": "secret words"}, "text_isnull", "must be 0 or 1, got a text of 12 characters"),
+    ({"text_isnull": False}, "text_isnull", "got false"),
+    ({"text": "c0/text.npy", "text_isnull": 2}, "text_isnull", "must be 0 or 1, got 2"),
+    ({"folder": "DROP"}, "folder", "'folder' must be a text that is not empty"),
+    ({"folder": "../x"}, "folder", "cannot be the id of a study"),
+    ({"axt2": "../x.nii.gz"}, "axt2", "leaves the data folder"),
+    ({"axt2": "/etc/passwd"}, "axt2", "leaves the data folder"),
+    ({"axt2": "a\0b"}, "axt2", "leaves the data folder"),
+    ({"axt2": 5}, "axt2", "'axt2' must be a text that is not empty"),
+    ({"b1600": 5}, "b1600", "'b1600' must be text, got 5"),
+    ({"text": ["x"]}, "text", "'text' must be text, got a value of type list"),
+    ({"text_is_null": 1}, "text_is_null", "the name 'text_is_null' is not known"),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "key", "words"),
-    [
-        ({"pirads": [1, 1]}, "pirads", "the class must be one-hot or null, got [1, 1]"),
-        ({"pirads": [0, 0]}, "pirads", "got [0, 0]"),
-        ({"pirads": [True, False]}, "pirads", "got [true, false]"),
-        ({"pirads": 3}, "pirads", "got 3"),
-        ({"pirads": ["secret words"]}, "pirads", "got a value of type list"),
-        ({"spacing": [0.5, 0.5]}, "spacing", "must be three numbers between 0 and 100 mm, got [0.5, 0.5]"),
-        ({"spacing": [0.5, 0.5, 0]}, "spacing", "got [0.5, 0.5, 0]"),
-        ({"text_isnull": 1}, "text_isnull", "text_isnull is 1, but 'text' is not blank"),
-        ({"text": "  "}, "text_isnull", "text_isnull is 0, but 'text' is blank"),
-        ({"text_isnull": 2}, "text_isnull", "must be 0 or 1, got 2"),
-        ({"text_isnull": "secret words"}, "text_isnull", "must be 0 or 1, got a text of 12 characters"),
-        ({"text_isnull": False}, "text_isnull", "got false"),
-        ({"text": "c0/text.npy", "text_isnull": 2}, "text_isnull", "must be 0 or 1, got 2"),
-        ({"folder": "DROP"}, "folder", "'folder' must be a text that is not empty"),
-        ({"folder": "../x"}, "folder", "cannot be the id of a study"),
-        ({"axt2": "../x.nii.gz"}, "axt2", "leaves the data folder"),
-        ({"axt2": "/etc/passwd"}, "axt2", "leaves the data folder"),
-        ({"axt2": "a\0b"}, "axt2", "leaves the data folder"),
-        ({"axt2": 5}, "axt2", "'axt2' must be a text that is not empty"),
-        ({"b1600": 5}, "b1600", "'b1600' must be text, got 5"),
-        ({"text": ["x"]}, "text", "'text' must be text, got a value of type list"),
-        ({"text_is_null": 1}, "text_is_null", "the name 'text_is_null' is not known"),
-    ],
+    ("change", "key", "words"), MANIFEST_MISTAKES, ids=[json.dumps(change) for change, _, _ in MANIFEST_MISTAKES]
 )
 def test_mistake_in_a_manifest_raises(tmp_path: Path, change: dict, key: str, words: str):
     manifest = write(tmp_path / "train.json", change)

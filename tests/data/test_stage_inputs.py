@@ -1,5 +1,5 @@
-"""The digests of stages cover all inputs: when a setting or an input byte changes, `prepare` into the old folder and into a new one
-give the same tree. A setting that is missing in a digest would keep the result of its old value.
+"""The digests of stages cover all inputs: after a change of a setting or an input byte, `prepare` into the old folder and into
+a new one give the same tree. A setting that is missing in a digest would keep the result of its old value.
 """
 
 from __future__ import annotations
