@@ -166,8 +166,8 @@ def _check_one_form(
     studies: list[Study], with_latents: list[Study], with_features: list[Study], vae: str | Path | None
 ) -> None:
     if with_latents and (vae is not None or len(with_latents) < len(studies)):
-        other = "--vae is given" if vae is not None else f"the other {len(studies) - len(with_latents)} as images"
-        why = f"{len(with_latents)} studies come as latents (_emb.nii.gz) but {other}: two autoencoders do not mix"
+        conflict = "but --vae is given" if vae is not None else f"{len(studies) - len(with_latents)} as images"
+        why = f"{len(with_latents)} studies come as latents (_emb.nii.gz), {conflict}: two autoencoders do not mix"
         fix = "give latents of all studies and no --vae, or of none"
         raise DataError(why, path=with_latents[0].listed_in, field=with_latents[0].field, fix=fix)
     if with_features and len(with_features) < len(studies):

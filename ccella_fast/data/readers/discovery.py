@@ -72,7 +72,7 @@ def find_studies(
     _check_unique_ids(studies, defects)
     defects.raise_first()
     if not studies:
-        fix = f"name the series {', '.join(SERIES_NAMES)}, as {FORMAT_NAMES}"
+        fix = f"name the series {', '.join(SERIES_NAMES)} and give them as {FORMAT_NAMES}"
         raise DataError("no study was found", path=data, fix=fix)
     return sorted(studies, key=lambda study: study.id)
 

@@ -51,8 +51,9 @@ def arrays_of_itk_image(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray]
 
 
 def last_words(error: RuntimeError) -> str:
-    """The end of an ITK message, which comes after its source lines and pointers."""
-    return " ".join(str(error).split())[-90:]
+    """The last words of an ITK message, at most 90 characters; source lines and pointers come first."""
+    message = " ".join(str(error).split())
+    return message if len(message) <= 90 else message[-90:].partition(" ")[2]
 
 
 def _check_shape(shape: tuple[int, ...], components: int, path: Path) -> None:
