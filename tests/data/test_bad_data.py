@@ -1,4 +1,4 @@
-"""Unsound studies raise one error of at most five lines that names file, field and fix, and nothing is written."""
+"""Invalid studies raise one error of at most five lines that names file, field and fix, and nothing is written."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_bad_study_raises(tmp_path: Path, bad: Bad):
     assert not out.exists(), "nothing is written"
 
 
-def test_sound_studies_are_accepted(tmp_path: Path):
+def test_valid_studies_are_accepted(tmp_path: Path):
     """Negative control of the table."""
     folder = write_studies(tmp_path / "studies")
     prepare(folder, tmp_path / "a", config())

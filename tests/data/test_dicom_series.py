@@ -67,7 +67,7 @@ def test_a_slice_of_another_size_raises(tmp_path: Path):
 
 
 @pytest.mark.parametrize("degrees", [0, 12], ids=["axial", "tilted"])
-def test_a_sound_series_is_where_its_tags_place_it(degrees: float, tmp_path: Path):
+def test_a_valid_series_is_where_its_tags_place_it(degrees: float, tmp_path: Path):
     """The affine is computed by hand from position, orientation and pixel spacing; the order of the files is irrelevant."""
     c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     rows, columns, normal = np.array([1, 0, 0]), np.array([0, c, s]), np.array([0, -s, c])

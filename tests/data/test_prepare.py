@@ -44,9 +44,10 @@ def test_images_follow_the_protocol(studies: Path, tmp_path: Path):
         image = nibabel.as_closest_canonical(nibabel.load(studies / case.id / "t2w.nii.gz"))
         raw = np.asarray(image.dataobj, dtype=np.float64)[4:36, 2:34, 1:17]
         low, high = raw.min(), np.percentile(raw, 99.5)
-        ours = prepared.array(case, "image/t2w", verify=True)
-        np.testing.assert_allclose(ours, np.clip((raw - low) / (high - low), 0, 1), atol=1e-6)
-        assert np.abs(ours - np.clip((raw[::-1] - low) / (high - low), 0, 1)).max() > 0.1  # control: a flip differs
+        expected = np.clip((raw - low) / (high - low), 0, 1)
+        values = prepared.array(case, "image/t2w", verify=True)
+        np.testing.assert_allclose(values, expected, atol=1e-6)
+        assert np.abs(values - expected[::-1]).max() > 0.1  # control: a flip differs
         corner = nibabel.affines.apply_affine(image.affine, [4, 2, 1])
         np.testing.assert_allclose(np.array(case.affine)[:3, 3], corner, atol=1e-3)
         assert case.window["t2w"] == pytest.approx((low, high))
@@ -226,14 +227,14 @@ def test_three_sequences_share_the_t2_grid(real_data: Path, tmp_path: Path):
         nibabel.load(real_data / "mri/prostatex-0000/resampled-by-picai_prep/adc.nii.gz")
     )
     values = truth.get_fdata()
-    ours = prepared.array(case, "image/adc") * 3000
+    adc = prepared.array(case, "image/adc") * 3000
     index = np.stack(np.meshgrid(*[np.arange(20, 44)] * 2, np.arange(3, 13), indexing="ij"), -1)
     at = nibabel.affines.apply_affine(np.linalg.inv(truth.affine) @ np.array(case.affine), index)
     at = np.rint(at).astype(int)
-    theirs = values[at[..., 0], at[..., 1], at[..., 2]]
-    inside = ours[20:44, 20:44, 3:13]
-    assert np.corrcoef(inside.ravel(), theirs.ravel())[0, 1] > 0.97
-    assert np.corrcoef(inside[::-1].ravel(), theirs.ravel())[0, 1] < 0.9
+    expected = values[at[..., 0], at[..., 1], at[..., 2]]
+    inside = adc[20:44, 20:44, 3:13]
+    assert np.corrcoef(inside.ravel(), expected.ravel())[0, 1] > 0.97
+    assert np.corrcoef(inside[::-1].ravel(), expected.ravel())[0, 1] < 0.9
 
 
 def test_real_studies_are_prepared(real_data: Path, tmp_path: Path):
@@ -243,8 +244,8 @@ def test_real_studies_are_prepared(real_data: Path, tmp_path: Path):
     assert all(case.pirads is None and case.text_isnull == 1 for case in prepared.cases)
     for case in prepared.cases:
         image = prepared.array(case, "image/t2w")
-        centre, rim = image[20:44, 20:44, 4:12], image[:4]
-        assert 0.1 < centre.mean() < 0.9 and rim.mean() < centre.mean() + 0.5 and image.max() == 1
+        center, rim = image[20:44, 20:44, 4:12], image[:4]
+        assert 0.1 < center.mean() < 0.9 and rim.mean() < center.mean() + 0.5 and image.max() == 1
         assert np.array(case.affine)[2, 1] > 0.4  # oblique: 12 degrees at least
 
 

@@ -153,12 +153,14 @@ def test_separable_resampling_equals_itk(real_data: Path, monkeypatch: pytest.Mo
         ("adc", [0.8, 0.8, 2.0], [96, 192, 48]),
     ]:  # fmt: skip
         volume, grid = read_volume(folder / f"{name}.mha"), make_grid(leading, spacing, dim)
-        ours = resample(volume, grid)
+        separable = resample(volume, grid)
         assert not calls
         with monkeypatch.context() as patch:
             patch.setattr(module, "_resample_by_axis", with_itk)
-            theirs = resample(volume, grid)
-        assert np.abs(ours - theirs).max() < 2e-6 * np.ptp(volume.array) and np.ptp(theirs) > 0.3 * np.ptp(volume.array)
+            expected = resample(volume, grid)
+        assert np.abs(separable - expected).max() < 2e-6 * np.ptp(volume.array) and np.ptp(expected) > 0.3 * np.ptp(
+            volume.array
+        )
     rotated = Volume(volume.array, leading.affine @ np.diag([4, 4, 1, 1]) @ nibabel.affines.from_matvec(_rotation(5)))
     resample(rotated, grid)
     assert calls == [1]  # grids that are rotated against each other are not separable
@@ -175,15 +177,15 @@ def test_resampling_matches_picai_prep(real_data: Path):
     grid = make_grid(read_volume(folder / "t2w.mha"), [0.5, 0.5, 3.0], [160, 160, 20])
     limits = {"t2w": 0.99999, "adc": 0.998, "hbv": 0.997}
     for name, limit in limits.items():
-        theirs = read_volume(folder / "resampled-by-picai_prep" / f"{name}.nii.gz")
-        ours = resample(read_volume(folder / f"{name}.mha"), grid)
-        np.testing.assert_allclose(grid.affine, theirs.affine, atol=1e-3)
-        inner = theirs.array[grid.inner]
-        assert np.corrcoef(ours.ravel(), inner.ravel())[0, 1] >= limit, name
-        assert np.corrcoef(ours[:-1].ravel(), inner[1:].ravel())[0, 1] < limit, "control: a shift by one voxel"
+        expected = read_volume(folder / "resampled-by-picai_prep" / f"{name}.nii.gz")
+        resampled = resample(read_volume(folder / f"{name}.mha"), grid)
+        np.testing.assert_allclose(grid.affine, expected.affine, atol=1e-3)
+        inner = expected.array[grid.inner]
+        assert np.corrcoef(resampled.ravel(), inner.ravel())[0, 1] >= limit, name
+        assert np.corrcoef(resampled[:-1].ravel(), inner[1:].ravel())[0, 1] < limit, "control: a shift by one voxel"
         if name == "t2w":
-            assert np.abs(ours - inner).max() <= 1
-    assert theirs.array[..., 19].max() == 0  # both add the slice at the head end
+            assert np.abs(resampled - inner).max() <= 1
+    assert expected.array[..., 19].max() == 0  # both add the slice at the head end
     assert grid.inner[2] == slice(0, 19)
 
 
@@ -224,12 +226,12 @@ def test_coronal_and_sagittal_series_raise(tmp_path: Path, real_data: Path):
     expect_defect(write_nifti(tmp_path / "s.nii", voxels(), sagittal), "sagittal")
 
 
-# ---- damaged files and unsound headers ----
+# ---- damaged files and invalid headers ----
 
 
 def test_flipped_bit_in_gzip_raises(tmp_path: Path):
     path = write_nifti(tmp_path / "t2w.nii.gz")
-    sound, content = read_volume(path), path.read_bytes()
+    expected, content = read_volume(path), path.read_bytes()
     rng = np.random.default_rng(3)
     accepted_by_nibabel = 0
     for position in rng.integers(10, len(content), 200):
@@ -245,7 +247,7 @@ def test_flipped_bit_in_gzip_raises(tmp_path: Path):
             pass
     assert accepted_by_nibabel > 0, "control: a reader that stops at the last voxel accepts some"
     path.write_bytes(content)
-    np.testing.assert_array_equal(read_volume(path).array, sound.array)
+    np.testing.assert_array_equal(read_volume(path).array, expected.array)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 9, 200, 5000, -1, -8])
@@ -314,7 +316,7 @@ def test_units_other_than_mm_raise(tmp_path: Path, unit: float):
 
 
 @pytest.mark.parametrize(("offset", "patch", "words"), [row[1:] for row in HEADER], ids=[row[0] for row in HEADER])
-def test_unsound_nifti_header_raises(tmp_path: Path, offset: int, patch: bytes, words: str):
+def test_invalid_nifti_header_raises(tmp_path: Path, offset: int, patch: bytes, words: str):
     for name in ("t2w.nii", "t2w.nii.gz"):
         expect_defect(patch_header(write_nifti(tmp_path / name), offset, patch), words)
 
@@ -330,7 +332,7 @@ def test_gzip_bomb_raises_without_being_inflated(tmp_path: Path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
 
-def test_unsound_voxels_axes_and_formats_raise(tmp_path: Path):
+def test_invalid_voxels_axes_and_formats_raise(tmp_path: Path):
     values = voxels().astype(np.float32)
     values[3, 4, 5] = np.nan
     expect_defect(write_nifti(tmp_path / "nan.nii.gz", values), "not finite")

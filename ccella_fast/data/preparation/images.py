@@ -46,7 +46,7 @@ class PreparedImages(NamedTuple):
 
 
 def check_images(task: ImageTask) -> None:
-    """Read all series; raises DataError if one is unsound or not in the same place as the others."""
+    """Read all series; raises DataError if one is invalid or not in the same place as the others."""
     read_series(task)
 
 

@@ -77,7 +77,7 @@ def prepare(
         workers: Number of processes that make images; None chooses it. The result does not depend on it.
 
     Raises:
-        DataError: If a study, report or manifest is unsound; the message counts all defects.
+        DataError: If a study, report or manifest is invalid; the message counts all defects.
         ConfigError: If the settings do not fit together or do not fit the studies.
         CheckpointError: If the autoencoder cannot be used.
         DiskError: If `out` cannot be written or the disk is too small.

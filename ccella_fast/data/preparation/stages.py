@@ -47,7 +47,7 @@ class Stage:
 
     @property
     def checks_inputs(self) -> bool:
-        """Whether the stage reads inputs that may be unsound."""
+        """Whether the stage reads inputs that may be invalid."""
         return type(self).check is not Stage.check
 
     def inputs(self, study: Study) -> str:

@@ -21,7 +21,7 @@ def read_nifti_array(path: Path, dimensions: int = 3) -> tuple[np.ndarray, np.nd
     """Read the voxels, float32 in the stored order of axes, and the affine (4, 4), voxel index -> RAS mm.
 
     Raises:
-        DataError: If the file is damaged, is cut off, does not have this number of dimensions or has an unsound header.
+        DataError: If the file is damaged, is cut off, does not have this number of dimensions or has an invalid header.
     """
     import nibabel
 

@@ -52,8 +52,8 @@ class _Entry:
     def field(self, key: str) -> str:
         return f"[{self.index}].{key}"
 
-    def require(self, is_sound: bool, key: str, why: str, fix: str) -> None:
-        if not is_sound:
+    def require(self, is_valid: bool, key: str, why: str, fix: str) -> None:
+        if not is_valid:
             raise DataError(why, path=self.path, field=self.field(key), fix=fix)
 
     def check(self) -> None:

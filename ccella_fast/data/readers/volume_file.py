@@ -1,7 +1,7 @@
 """Read one series from disk, completely and checked, as an array in RAS order with its affine.
 
 Common readers of medical images stop at the last voxel, so that a flipped bit in a gzip stream goes unnoticed, and they repair
-or guess what a header lacks. Here nothing is repaired: a file that is not a sound 3D volume raises a DataError with the reason.
+or guess what a header lacks. Here nothing is repaired: a file that is not a valid 3D volume raises a DataError with the reason.
 """
 
 from __future__ import annotations
