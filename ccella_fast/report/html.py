@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ccella_fast.data.manifest import Manifest, StudyEntry, load_manifest, open_array
-from ccella_fast.data.readers.volume_file import read_nifti_array
+from ccella_fast.data.readers.nifti import read_nifti_array
 from ccella_fast.environment import describe_environment
 from ccella_fast.errors import DataError
 from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ccella_fast.data.readers.volume_file import read_nifti_array
+from ccella_fast.data.readers.nifti import read_nifti_array
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.run_record import write_run_record
 from ccella_fast.sampling.output import OutputVolume, OutputWriter

@@ -1,5 +1,4 @@
-"""Everything that can be wrong with studies: one message of at most five lines that names file, field and fix, and nothing
-written."""
+"""Invalid studies raise one error of at most five lines that names file, field and fix, and nothing is written."""
 
 from __future__ import annotations
 
@@ -15,19 +14,26 @@ import pytest
 
 from ccella_fast.data.loading.dataset import PreparedDataset
 from ccella_fast.data.preparation.prepare import prepare
-from ccella_fast.errors import CcellaError, ConfigError, DataError, DiskError
+from ccella_fast.errors import ConfigError, DataError, DiskError
 from study_fixtures import SHAPE, config, patch_header, tree, voxels, write_bert, write_nifti, write_studies
 
 
 class Bad(NamedTuple):
-    """spoil(folder of studies) -> what is given as --data (None: the folder)."""
+    """A defect of a folder of studies.
+
+    Attributes:
+        name: Id of the test.
+        damage: Called with the folder of studies; returns the value of --data, or None for the folder itself.
+        words: Words of the message.
+        file: End of the path that the message names.
+        field: Field that the message names.
+    """
 
     name: str
-    spoil: Callable[[Path], Path | None]
-    words: str  # in the message
-    file: str  # how the named path ends
+    damage: Callable[[Path], Path | None]
+    words: str
+    file: str
     field: str | None
-    error: type[CcellaError] = DataError
 
 
 def _series(folder: Path, number: int = 1) -> Path:
@@ -42,7 +48,7 @@ def _cut(folder: Path) -> None:
 def _flip(folder: Path) -> None:
     path = _series(folder)
     content = bytearray(path.read_bytes())
-    content[-6] ^= 16  # its checksum
+    content[-6] ^= 16  # in the checksum
     path.write_bytes(content)
 
 
@@ -111,7 +117,13 @@ MANY = [
     Bad("path with ..", lambda f: _json(f, axt2="../x/t2w.nii.gz"), "leaves the data folder", "train.json", "[1].axt2"),
     Bad("absolute path", lambda f: _json(f, axt2="/etc/passwd"), "leaves the data folder", "train.json", "[1].axt2"),
     Bad("link out", _link, "leaves the data folder", "train.json", "[1].axt2"),
-    Bad("class", lambda f: _table(f, "train,2,", "train,7,"), "'7' is no class", "studies.csv", "line 2, pirads"),
+    Bad(
+        "class",
+        lambda f: _table(f, "train,2,", "train,7,"),
+        "pirads must be 1 to 5, neg, pos or empty, got '7'",
+        "studies.csv",
+        "line 2, pirads",
+    ),
     Bad(
         "misspelt column",
         lambda f: _table(f, "pirads", "pi_rads"),
@@ -131,10 +143,10 @@ MANY = [
 
 
 @pytest.mark.parametrize("bad", MANY, ids=[bad.name for bad in MANY])
-def test_bad_studies(tmp_path: Path, bad: Bad):
+def test_bad_study_raises(tmp_path: Path, bad: Bad):
     folder, out = write_studies(tmp_path / "studies"), tmp_path / "out"
-    data = bad.spoil(folder) or folder
-    with pytest.raises(bad.error) as caught:
+    data = bad.damage(folder) or folder
+    with pytest.raises(DataError) as caught:
         prepare(data, out, config())
     error = caught.value
     lines = str(error).splitlines()
@@ -144,7 +156,7 @@ def test_bad_studies(tmp_path: Path, bad: Bad):
     assert not out.exists(), "nothing is written"
 
 
-def test_sound_studies_pass(tmp_path: Path):
+def test_valid_studies_are_accepted(tmp_path: Path):
     """Negative control of the table."""
     folder = write_studies(tmp_path / "studies")
     prepare(folder, tmp_path / "a", config())
@@ -152,7 +164,7 @@ def test_sound_studies_pass(tmp_path: Path):
     assert (tmp_path / "a/manifest.json").is_file() and (tmp_path / "b/manifest.json").is_file()
 
 
-def test_a_bad_study_leaves_earlier_results_alone(tmp_path: Path):
+def test_a_bad_study_keeps_earlier_results(tmp_path: Path):
     folder, out = write_studies(tmp_path / "studies"), tmp_path / "out"
     prepare(folder, out, config())
     before = tree(out)
@@ -162,7 +174,7 @@ def test_a_bad_study_leaves_earlier_results_alone(tmp_path: Path):
     assert tree(out) == before
 
 
-def test_all_defects_in_one_pass(tmp_path: Path):
+def test_all_defects_are_counted(tmp_path: Path):
     folder = write_studies(tmp_path / "studies")
     _flip(folder)
     write_nifti(_series(folder, 2), np.ones(SHAPE))
@@ -171,13 +183,13 @@ def test_all_defects_in_one_pass(tmp_path: Path):
     assert len(str(caught.value).splitlines()) <= 5
 
 
-def test_grid_that_does_not_divide(tmp_path: Path):
+def test_grid_that_is_not_divisible_raises(tmp_path: Path):
     with pytest.raises(ConfigError, match="not divisible by 16"):
         prepare(write_studies(tmp_path / "studies"), tmp_path / "out", config(data__dim=[32, 40, 16]))
     assert not (tmp_path / "out").exists()
 
 
-def test_sequence_that_studies_lack(tmp_path: Path):
+def test_missing_sequence_raises(tmp_path: Path):
     changes = {"data__sequences": ["t2w", "adc"], "model__latent_channels": [4, 4]}
     studies = write_studies(tmp_path / "studies")
     (studies / "studies.csv").unlink()
@@ -186,7 +198,7 @@ def test_sequence_that_studies_lack(tmp_path: Path):
     assert "data.sequences" in caught.value.fix and caught.value.path == str(studies / "case0")
 
 
-def test_unwritable_output(tmp_path: Path):
+def test_unwritable_output_raises(tmp_path: Path):
     folder = write_studies(tmp_path / "studies")
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "out"):
@@ -200,7 +212,7 @@ def test_unwritable_output(tmp_path: Path):
             prepare(folder, tmp_path / "locked" / "out", config())
 
 
-def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_full_disk_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import shutil
 
     usage = shutil.disk_usage(tmp_path)
@@ -210,7 +222,7 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_corrupted_prepared_file(tmp_path: Path):
+def test_corrupted_prepared_file_raises(tmp_path: Path):
     from study_fixtures import write_vae
 
     folder, out, settings = write_studies(tmp_path / "studies"), tmp_path / "out", config()
@@ -227,8 +239,8 @@ def test_corrupted_prepared_file(tmp_path: Path):
     assert len(PreparedDataset(out, settings)) == 2
 
 
-def test_report_text_never_shows(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture):
-    """With the text stage; tests/project/test_privacy.py goes through all the others."""
+def test_report_text_never_appears(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture):
+    """With the text stage; tests/project/test_privacy.py covers the other stages."""
     folder, settings = (
         write_studies(tmp_path / "studies"),
         config(variant="CCELLA", encoder=write_bert(tmp_path / "bert")),
@@ -249,24 +261,24 @@ def test_report_text_never_shows(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert not any(secret.encode() in path.read_bytes() for path in written)
 
 
-def _mutate(content: bytes, reach: int, rng: np.random.Generator) -> bytes:
-    mutant = bytearray(content)
+def _damage(content: bytes, reach: int, rng: np.random.Generator) -> bytes:
+    damaged = bytearray(content)
     for _ in range(int(rng.integers(1, 4))):
         at = int(rng.integers(reach))
         patches = [
-            bytes([mutant[at] ^ (1 << int(rng.integers(8)))]),
+            bytes([damaged[at] ^ (1 << int(rng.integers(8)))]),
             bytes(4),
             b"\xff" * 4,
             b"\0\0\xc0\x7f",
             rng.bytes(4),
         ]
         patch = patches[int(rng.integers(len(patches)))]
-        mutant[at : at + len(patch)] = patch
-    return bytes(mutant)
+        damaged[at : at + len(patch)] = patch
+    return bytes(damaged)
 
 
-def test_mutants_raise_nothing_but_data_errors(tmp_path: Path):
-    """Headers, tables and manifests with random damage: read, or refused in at most five lines; never another exception."""
+def test_random_damage_raises_nothing_but_data_errors(tmp_path: Path):
+    """Headers, tables and manifests with random damage are read, or raise a DataError of at most five lines."""
     from ccella_fast.data.readers.discovery import find_studies
     from ccella_fast.data.readers.volume_file import read_volume
 
@@ -279,13 +291,13 @@ def test_mutants_raise_nothing_but_data_errors(tmp_path: Path):
     ]
     rng = np.random.default_rng(0)
     for path, reach, read in subjects:
-        content, refusals = path.read_bytes(), 0
+        content, errors = path.read_bytes(), 0
         for _ in range(400):
-            path.write_bytes(_mutate(content, reach, rng))
+            path.write_bytes(_damage(content, reach, rng))
             try:
                 read()
             except DataError as error:
-                refusals += 1
+                errors += 1
                 assert len(str(error).splitlines()) <= 5, str(error)
-        assert 100 < refusals <= 400, path  # control: mutants do reach the checks
+        assert 100 < errors <= 400, path  # control: the damage reaches the checks
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Studies in folders, in CSV tables and in the reference's JSON manifests."""
+"""Studies in folders, in CSV tables and in the JSON manifests of the reference implementation."""
 
 from __future__ import annotations
 
@@ -30,14 +30,12 @@ def found(root: Path, **options) -> dict[str, list[str]]:
     return {study.id: sorted(study.files) for study in find_studies(root, **options)}
 
 
-@pytest.mark.parametrize("below", ["mri", "."])
-def test_real_studies_from_either_root(real_data: Path, below: str):
-    studies = find_studies(real_data / below)
+@pytest.mark.parametrize("root", ["mri", "."])
+def test_real_studies_from_either_root(real_data: Path, root: str):
+    studies = find_studies(real_data / root)
     assert [study.id for study in studies] == PATIENTS
     assert [study.files["t2w"].name for study in studies] == ["t2w-dicom", *["t2w.nii.gz"] * 3, "t2w.mha"]
-    assert studies[-1].files["adc"] == real_data / below / "mri/prostatex-0000/adc.mha".removeprefix(
-        "mri/" * (below == "mri")
-    )
+    assert studies[-1].files["adc"] == real_data / "mri" / "prostatex-0000" / "adc.mha"
     assert all(study.report is None and study.pirads is None and study.split == "train" for study in studies)
 
 
@@ -53,7 +51,7 @@ def test_names_of_picai_and_dicom(tmp_path: Path):
     touch(tmp_path, *[f"10000/10000_1000000_{name}.mha" for name in ("t2w", "adc", "hbv", "sag", "cor")])
     dicom(tmp_path, "p1/t2w-dicom")
     dicom(tmp_path, "p2/t2_tse_tra")
-    (tmp_path / "p3/t2w").mkdir(parents=True)  # no DICOM file in it
+    (tmp_path / "p3/t2w").mkdir(parents=True)  # a folder without a DICOM file
     assert found(tmp_path) == {"10000_1000000": ["adc", "hbv", "t2w"], "p1": ["t2w"], "p2": ["t2w"]}
 
 
@@ -67,7 +65,7 @@ def test_equal_folder_names_become_paths(tmp_path: Path):
     assert sorted(found(tmp_path)) == ["002", "site1_001", "site2_001"]
 
 
-def test_csv_is_laid_over_the_studies(tmp_path: Path):
+def test_values_of_the_table_reach_the_studies(tmp_path: Path):
     touch(tmp_path, *[f"c{n}/t2w.nii.gz" for n in range(7)])
     (tmp_path / "c0.txt").write_bytes(b"\xef\xbb\xbfline one\r\nline two \x00 end\r\n")
     (tmp_path / "studies.csv").write_bytes(
@@ -85,7 +83,7 @@ def test_csv_is_laid_over_the_studies(tmp_path: Path):
 
 
 def test_every_score_has_its_class(tmp_path: Path):
-    """PI-RADS 1 and 2: no; 3 to 5: yes (docs/explanation/method.md, section 1.1)."""
+    """PI-RADS 1 and 2 are negative, 3 to 5 positive (docs/explanation/method.md, section 1.1)."""
     scores = {"1": [1, 0], "2": [1, 0], "3": [0, 1], "4": [0, 1], "5": [0, 1], " neg": [1, 0], "POS ": [0, 1], "": None}
     touch(tmp_path, *[f"c{number}/t2w.nii.gz" for number in range(len(scores))])
     lines = [f"c{number},{score}\n" for number, score in enumerate(scores)]
@@ -93,29 +91,31 @@ def test_every_score_has_its_class(tmp_path: Path):
     assert [study.pirads for study in find_studies(tmp_path)] == list(scores.values())
 
 
+TABLE_MISTAKES = [
+    ("case,pirads\na,6\n", "line 2, pirads", "must be 1 to 5, neg, pos or empty"),
+    ("case,pirads\na,0\n", "line 2, pirads", "must be 1 to 5, neg, pos or empty"),
+    ("case,split\na,val\n", "line 2, split", "must be train or test, got 'val'"),
+    ("case,pirad\na,1\n", "line 1, pirad", "did you mean 'pirads'"),
+    ("case,Report\na,x\n", "line 1, Report", "did you mean 'report'"),
+    ("case,spilt\na,test\n", "line 1, spilt", "did you mean 'split'"),
+    ("Case,pirads\na,1\n", "line 1", "no column 'case'"),
+    ("case,pirads\nb,1\n", "line 2, case", "no study is called 'b'"),
+    ("case,pirads\na,1\na,2\n", "line 3, case", "already listed on line 2"),
+    ("case,pirads\na,1,surplus\n", "line 2", "has 3 cells, the table has 2 columns"),
+    ("case,case\na,a\n", "line 1", "the column 'case' appears twice"),
+    ("case,synthetic\na,perhaps\n", "line 2, synthetic", "must be yes, no or empty, got 'perhaps'"),
+    ("case,report,report_file\na,x,a.txt\n", "line 2, report_file", "both"),
+    ("case,report_file\na,../secret.txt\n", "line 2, report_file", "leaves the data folder"),
+    ("case,report_file\na,/etc/hostname\n", "line 2, report_file", "leaves the data folder"),
+    ("case,report_file\na,absent.txt\n", "line 2, report_file", "report file does not exist"),
+    ('case,report\na,"open\n', "line", "not valid CSV"),
+]
+
+
 @pytest.mark.parametrize(
-    ("table", "field", "words"),
-    [
-        ("case,pirads\na,6\n", "line 2, pirads", "no class"),
-        ("case,pirads\na,0\n", "line 2, pirads", "no class"),
-        ("case,split\na,val\n", "line 2, split", "no split"),
-        ("case,pirad\na,1\n", "line 1, pirad", "did you mean 'pirads'"),
-        ("case,Report\na,x\n", "line 1, Report", "did you mean 'report'"),
-        ("case,spilt\na,test\n", "line 1, spilt", "did you mean 'split'"),
-        ("Case,pirads\na,1\n", "line 1", "no column 'case'"),
-        ("case,pirads\nb,1\n", "line 2, case", "no study is called 'b'"),
-        ("case,pirads\na,1\na,2\n", "line 3, case", "already on line 2"),
-        ("case,pirads\na,1,surplus\n", "line 2", "too many or too few"),
-        ("case,case\na,a\n", "line 1", "twice"),
-        ("case,synthetic\na,perhaps\n", "line 2, synthetic", "neither yes nor no"),
-        ("case,report,report_file\na,x,a.txt\n", "line 2, report_file", "both"),
-        ("case,report_file\na,../secret.txt\n", "line 2, report_file", "leaves the data folder"),
-        ("case,report_file\na,/etc/hostname\n", "line 2, report_file", "leaves the data folder"),
-        ("case,report_file\na,absent.txt\n", "line 2, report_file", "no such report"),
-        ('case,report\na,"open\n', "line", "malformed CSV"),
-    ],
+    ("table", "field", "words"), TABLE_MISTAKES, ids=[f"{field}-{words}" for _, field, words in TABLE_MISTAKES]
 )
-def test_csv_mistakes(tmp_path: Path, table: str, field: str, words: str):
+def test_mistake_in_the_table_raises(tmp_path: Path, table: str, field: str, words: str):
     touch(tmp_path, "a/t2w.nii.gz")
     (tmp_path / "studies.csv").write_text(table)
     with pytest.raises(DataError) as caught:
@@ -124,7 +124,7 @@ def test_csv_mistakes(tmp_path: Path, table: str, field: str, words: str):
     assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 5
 
 
-def test_columns_of_the_users_own_are_ignored(tmp_path: Path):
+def test_unknown_columns_are_ignored(tmp_path: Path):
     touch(tmp_path, "a/t2w.nii.gz")
     (tmp_path / "studies.csv").write_text("case,date,report_date,site,age,psad\na,2020-01-01,2020-01-02,x,70,0.1\n")
     study = find_studies(tmp_path)[0]
@@ -142,7 +142,7 @@ def test_the_longest_report(tmp_path: Path):
 
 
 @pytest.mark.parametrize("column", ["case", "split", "pirads", "synthetic", "report_file"])
-@pytest.mark.parametrize("report", ["Zebedee has a focus.", "Zebedee has a focus. " * 20])
+@pytest.mark.parametrize("report", ["Zebedee has a focus.", "Zebedee has a focus. " * 20], ids=["short", "long"])
 def test_a_report_in_the_wrong_column_is_not_repeated(tmp_path: Path, column: str, report: str):
     touch(tmp_path, "a/t2w.nii.gz")
     columns = ["case", "dataset"] if column == "case" else ["case", column]
@@ -165,29 +165,33 @@ def test_synthetic_studies_are_marked(tmp_path: Path):
     }
 
 
-@pytest.mark.parametrize(("content", "words"), [("é".encode("latin-1"), "not UTF-8"), ("é".encode("utf-16"), "UTF-16")])
-def test_report_in_another_encoding(tmp_path: Path, content: bytes, words: str):
+@pytest.mark.parametrize(
+    ("content", "words", "field"),
+    [("ok\nok\nok\né".encode("latin-1"), "not UTF-8", "line 4"), ("é".encode("utf-16"), "UTF-16", None)],
+    ids=["latin-1", "utf-16"],
+)
+def test_report_in_another_encoding_raises(tmp_path: Path, content: bytes, words: str, field: str | None):
     touch(tmp_path, "a/t2w.nii.gz")
-    (tmp_path / "a.txt").write_bytes(b"ok\n" * 3 + content if words == "not UTF-8" else content)
+    (tmp_path / "a.txt").write_bytes(content)
     (tmp_path / "studies.csv").write_text("case,report_file\na,a.txt\n")
     with pytest.raises(DataError, match=words) as caught:
         find_studies(tmp_path)
-    assert caught.value.field == ("line 4" if words == "not UTF-8" else None)
+    assert caught.value.field == field
 
 
-def test_two_candidates_for_a_sequence(tmp_path: Path):
+def test_two_series_for_a_sequence_raise(tmp_path: Path):
     touch(tmp_path, "a/t2w.nii.gz", "a/t2w.mha")
     with pytest.raises(DataError, match="two series for t2w: t2w.mha and t2w.nii.gz") as caught:
         find_studies(tmp_path)
     assert caught.value.path == str(tmp_path / "a")
     (tmp_path / "a/t2w.mha").unlink()
     assert found(tmp_path) == {"a": ["t2w"]}
-    touch(tmp_path, "a/7_t2w.mha")  # of the study 7, or of a?
+    touch(tmp_path, "a/7_t2w.mha")  # may belong to the study 7 or to a
     with pytest.raises(DataError, match="two series for t2w: 7_t2w.mha and t2w.nii.gz"):
         find_studies(tmp_path)
 
 
-def test_link_out_of_the_root(tmp_path: Path):
+def test_link_out_of_the_root_raises(tmp_path: Path):
     outside = touch(tmp_path / "outside", "t2w.nii.gz")
     root = touch(tmp_path / "root", "b/t2w.nii.gz")
     (root / "a").symlink_to(outside)
@@ -195,13 +199,13 @@ def test_link_out_of_the_root(tmp_path: Path):
         find_studies(root)
 
 
-def test_nothing_found(tmp_path: Path):
+def test_folder_without_studies_raises(tmp_path: Path):
     touch(tmp_path, "a/image.nii.gz")
-    with pytest.raises(DataError, match="no study found"):
+    with pytest.raises(DataError, match="no study was found"):
         find_studies(tmp_path)
 
 
-# ---- the reference's manifest ----
+# ---- the manifest of the reference implementation ----
 
 ENTRY = {
     "axt2": "c0/axt2.nii.gz",
@@ -250,49 +254,55 @@ def test_reference_prepared_files_are_found(tmp_path: Path):
         find_studies(merged)
 
 
+MANIFEST_MISTAKES = [
+    ({"pirads": [1, 1]}, "pirads", "the class must be one-hot or null, got [1, 1]"),
+    ({"pirads": [0, 0]}, "pirads", "got [0, 0]"),
+    ({"pirads": [True, False]}, "pirads", "got [true, false]"),
+    ({"pirads": 3}, "pirads", "got 3"),
+    ({"pirads": ["secret words"]}, "pirads", "got a value of type list"),
+    ({"spacing": [0.5, 0.5]}, "spacing", "must be three numbers between 0 and 100 mm, got [0.5, 0.5]"),
+    ({"spacing": [0.5, 0.5, 0]}, "spacing", "got [0.5, 0.5, 0]"),
+    ({"text_isnull": 1}, "text_isnull", "text_isnull is 1, but 'text' is not blank"),
+    ({"text": "  "}, "text_isnull", "text_isnull is 0, but 'text' is blank"),
+    ({"text_isnull": 2}, "text_isnull", "must be 0 or 1, got 2"),
+    ({"text_isnull": "secret words"}, "text_isnull", "must be 0 or 1, got a text of 12 characters"),
+    ({"text_isnull": False}, "text_isnull", "got false"),
+    ({"text": "c0/text.npy", "text_isnull": 2}, "text_isnull", "must be 0 or 1, got 2"),
+    ({"folder": "DROP"}, "folder", "'folder' must be a text that is not empty"),
+    ({"folder": "../x"}, "folder", "cannot be the id of a study"),
+    ({"axt2": "../x.nii.gz"}, "axt2", "leaves the data folder"),
+    ({"axt2": "/etc/passwd"}, "axt2", "leaves the data folder"),
+    ({"axt2": "a\0b"}, "axt2", "leaves the data folder"),
+    ({"axt2": 5}, "axt2", "'axt2' must be a text that is not empty"),
+    ({"b1600": 5}, "b1600", "'b1600' must be text, got 5"),
+    ({"text": ["x"]}, "text", "'text' must be text, got a value of type list"),
+    ({"text_is_null": 1}, "text_is_null", "the name 'text_is_null' is not known"),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"pirads": [1, 1]}, "[0].pirads"),
-        ({"pirads": [0, 0]}, "[0].pirads"),
-        ({"pirads": [True, False]}, "[0].pirads"),
-        ({"pirads": 3}, "[0].pirads"),
-        ({"spacing": [0.5, 0.5]}, "[0].spacing"),
-        ({"spacing": [0.5, 0.5, 0]}, "[0].spacing"),
-        ({"text_isnull": 1}, "[0].text_isnull"),  # there is a report
-        ({"text": "  "}, "[0].text_isnull"),  # there is none
-        ({"text_isnull": 2}, "[0].text_isnull"),
-        ({"text_isnull": False}, "[0].text_isnull"),
-        ({"text": "c0/text.npy", "text_isnull": 2}, "[0].text_isnull"),
-        ({"folder": "DROP"}, "[0].folder"),
-        ({"folder": "../x"}, "[0].folder"),
-        ({"axt2": "../x.nii.gz"}, "[0].axt2"),
-        ({"axt2": "/etc/passwd"}, "[0].axt2"),
-        ({"axt2": "a\0b"}, "[0].axt2"),
-        ({"axt2": 5}, "[0].axt2"),
-        ({"text": ["x"]}, "[0].text"),
-        ({"text_is_null": 1}, "[0].text_is_null"),  # misspelt
-    ],
+    ("change", "key", "words"), MANIFEST_MISTAKES, ids=[json.dumps(change) for change, _, _ in MANIFEST_MISTAKES]
 )
-def test_json_mistakes(tmp_path: Path, change: dict, field: str):
+def test_mistake_in_a_manifest_raises(tmp_path: Path, change: dict, key: str, words: str):
     manifest = write(tmp_path / "train.json", change)
     with pytest.raises(DataError) as caught:
         find_studies(manifest)
-    assert (caught.value.path, caught.value.field) == (str(manifest), field)
+    assert (caught.value.path, caught.value.field) == (str(manifest), f"[0].{key}")
+    assert words in caught.value.why and "secret" not in str(caught.value)
     assert caught.value.fix and len(str(caught.value).splitlines()) <= 5
 
 
-def test_all_defects_are_counted_at_once(tmp_path: Path):
+def test_all_defects_are_counted(tmp_path: Path):
     manifest = write(tmp_path / "train.json", {"pirads": [1, 1]}, {"folder": "c1", "spacing": [0]}, {"folder": "c2"})
     with pytest.raises(DataError, match=r"1 more defect, in train\.json\)"):
         find_studies(manifest)
 
 
-def test_overlap_of_train_and_test(tmp_path: Path):
+def test_overlap_of_train_and_test_raises(tmp_path: Path):
     train, test = write(tmp_path / "train.json", {}), write(tmp_path / "test.json", {})
     with pytest.raises(DataError, match="2 studies have the id 'c0'"):
         find_studies(train, test_data=test)
 
 
-def test_unknown_keys_are_someone_elses(tmp_path: Path):
+def test_unknown_keys_are_ignored(tmp_path: Path):
     assert len(find_studies(write(tmp_path / "train.json", {"scanner": "x", "gleason": 7}))) == 1

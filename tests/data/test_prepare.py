@@ -1,4 +1,4 @@
-"""Preparation: right values, nothing done twice, nothing lost, the same bytes whatever interrupts it."""
+"""Preparation: correct values, no repeated work, nothing lost, and the same bytes after any interruption."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def studies(tmp_path: Path) -> Path:
     return write_studies(tmp_path / "studies")
 
 
-def test_images_hold_what_the_protocol_says(studies: Path, tmp_path: Path):
-    """On a grid of the right spacing the whole computation can be done by hand."""
+def test_images_follow_the_protocol(studies: Path, tmp_path: Path):
+    """Without resampling, the whole computation can be done by hand."""
     out = tmp_path / "out"
     prepare(studies, out, config())
     prepared = load_manifest(out)
@@ -44,9 +44,10 @@ def test_images_hold_what_the_protocol_says(studies: Path, tmp_path: Path):
         image = nibabel.as_closest_canonical(nibabel.load(studies / case.id / "t2w.nii.gz"))
         raw = np.asarray(image.dataobj, dtype=np.float64)[4:36, 2:34, 1:17]
         low, high = raw.min(), np.percentile(raw, 99.5)
-        ours = prepared.array(case, "image/t2w", verify=True)
-        np.testing.assert_allclose(ours, np.clip((raw - low) / (high - low), 0, 1), atol=1e-6)
-        assert np.abs(ours - np.clip((raw[::-1] - low) / (high - low), 0, 1)).max() > 0.1  # a flip would be seen
+        expected = np.clip((raw - low) / (high - low), 0, 1)
+        values = prepared.array(case, "image/t2w", verify=True)
+        np.testing.assert_allclose(values, expected, atol=1e-6)
+        assert np.abs(values - expected[::-1]).max() > 0.1  # control: a flip differs
         corner = nibabel.affines.apply_affine(image.affine, [4, 2, 1])
         np.testing.assert_allclose(np.array(case.affine)[:3, 3], corner, atol=1e-3)
         assert case.window["t2w"] == pytest.approx((low, high))
@@ -66,18 +67,18 @@ def test_prepared_arrays_are_plain_npy(studies: Path, tmp_path: Path):
     assert (shape, fortran, dtype) == ((32, 32, 16), False, np.dtype("<f4"))
 
 
-def test_second_run_touches_nothing(studies: Path, tmp_path: Path, bert: Path):
+def test_second_run_writes_nothing(studies: Path, tmp_path: Path, bert: Path):
     out, settings = tmp_path / "out", config(variant="CCELLA", encoder=bert)
     prepare(studies, out, settings, vae=write_vae(tmp_path / "vae", settings))
     before = times(out)
     prepare(studies, out, settings, vae=tmp_path / "vae")
     assert times(out) == before
-    prepare(studies, out, settings)  # the first step of a demo that is run again: latents stay
+    prepare(studies, out, settings)  # without --vae latents are kept
     assert times(out) == before
     assert load_manifest(out).scale_factor is not None
 
 
-def test_the_record_keeps_every_stage(studies: Path, tmp_path: Path):
+def test_run_record_keeps_the_times_of_every_stage(studies: Path, tmp_path: Path):
     out, settings = tmp_path / "out", config()
     prepare(studies, out, settings)
     first = json.loads((out / "run_record.json").read_text())["stages"]
@@ -91,7 +92,7 @@ def test_the_record_keeps_every_stage(studies: Path, tmp_path: Path):
     assert [third[name]["studies"] for name in ("check", "image", "latent")] == [1, 1, 1]
 
 
-def test_only_what_changed_is_done_again(studies: Path, tmp_path: Path, bert: Path):
+def test_only_changed_inputs_are_prepared_again(studies: Path, tmp_path: Path, bert: Path):
     out, settings = tmp_path / "out", config(variant="CCELLA", encoder=bert)
     vae = write_vae(tmp_path / "vae", settings)
     prepare(studies, out, settings, vae=vae)
@@ -118,7 +119,7 @@ def test_only_what_changed_is_done_again(studies: Path, tmp_path: Path, bert: Pa
     assert {name.split("/")[0] for name in changed} == {"text", "cases", "manifest.json"}
 
 
-def test_damaged_or_missing_results_are_made_again(studies: Path, tmp_path: Path):
+def test_damaged_or_missing_results_are_prepared_again(studies: Path, tmp_path: Path):
     out, settings = tmp_path / "out", config()
     prepare(studies, out, settings)
     before = tree(out)
@@ -132,8 +133,8 @@ def test_damaged_or_missing_results_are_made_again(studies: Path, tmp_path: Path
     assert tree(out) == before
 
 
-def test_an_autoencoder_that_is_lost_comes_back(studies: Path, tmp_path: Path):
-    """Online training asks for it, and for this command when it is not there."""
+def test_deleted_autoencoder_is_stored_again(studies: Path, tmp_path: Path):
+    """Online training needs it, and refers to `prepare` if it is missing."""
     vae, out = write_vae(tmp_path / "vae", config()), tmp_path / "out"
     prepare(studies, out, config(), vae=vae)
     before = tree(out)
@@ -143,7 +144,7 @@ def test_an_autoencoder_that_is_lost_comes_back(studies: Path, tmp_path: Path):
     assert tree(out) == before
 
 
-def test_another_vae_means_other_latents(studies: Path, tmp_path: Path):
+def test_another_autoencoder_gives_other_latents(studies: Path, tmp_path: Path):
     out, settings = tmp_path / "out", config()
     prepare(studies, out, settings, vae=write_vae(tmp_path / "a", settings))
     first = load_manifest(out)
@@ -154,7 +155,7 @@ def test_another_vae_means_other_latents(studies: Path, tmp_path: Path):
     assert first.cases[0].files["latent_mean/t2w"] != second.cases[0].files["latent_mean/t2w"]
 
 
-def test_scale_factor_is_that_of_latents_as_drawn(studies: Path, tmp_path: Path):
+def test_scale_factor_is_that_of_sampled_latents(studies: Path, tmp_path: Path):
     out, settings = tmp_path / "out", config()
     prepare(studies, out, settings, vae=write_vae(tmp_path / "vae", settings))
     prepared = load_manifest(out)
@@ -164,12 +165,12 @@ def test_scale_factor_is_that_of_latents_as_drawn(studies: Path, tmp_path: Path)
     variance = means.var(ddof=1) + np.mean(sigmas**2)
     assert prepared.scale_factor == [pytest.approx(variance**-0.5, rel=1e-9)]
     rng = np.random.default_rng(0)
-    drawn = np.std([means + sigmas * rng.standard_normal(means.shape) for _ in range(20)], ddof=1)
-    assert prepared.scale_factor[0] == pytest.approx(1 / drawn, rel=0.01)
-    assert abs(means.std(ddof=1) - drawn) / drawn > 0.02, "sigma matters here"
+    sampled = np.std([means + sigmas * rng.standard_normal(means.shape) for _ in range(20)], ddof=1)
+    assert prepared.scale_factor[0] == pytest.approx(1 / sampled, rel=0.01)
+    assert abs(means.std(ddof=1) - sampled) / sampled > 0.02, "control: sigma contributes"
 
 
-def test_latents_are_the_encoders(studies: Path, tmp_path: Path):
+def test_latents_equal_the_output_of_the_encoder(studies: Path, tmp_path: Path):
     import torch
 
     from ccella_fast.models.autoencoder.network import load_autoencoder
@@ -185,7 +186,9 @@ def test_latents_are_the_encoders(studies: Path, tmp_path: Path):
     np.testing.assert_allclose(prepared.array(case, "latent_sigma/t2w"), sigma[0].numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_text_is_encoded_once_and_null_is_one_rule(tmp_path: Path, bert: Path, caplog: pytest.LogCaptureFixture):
+def test_each_report_is_encoded_once_and_blank_reports_are_null(
+    tmp_path: Path, bert: Path, caplog: pytest.LogCaptureFixture
+):
     from ccella_fast.data.text_encoder import TextEncoder
 
     studies = write_studies(tmp_path / "studies", 6)
@@ -197,7 +200,7 @@ def test_text_is_encoded_once_and_null_is_one_rule(tmp_path: Path, bert: Path, c
         prepare(studies, tmp_path / "out", settings)
     prepared = load_manifest(tmp_path / "out")
     paths = [case.files["text"].path for case in prepared.cases]
-    assert paths[0] == paths[1] and paths[2] == paths[5] and len(set(paths)) == 4  # blank = not listed
+    assert paths[0] == paths[1] and paths[2] == paths[5] and len(set(paths)) == 4  # a blank report equals a missing row
     assert [case.text_isnull for case in prepared.cases] == [0, 0, 1, 0, 0, 1]
     assert prepared.truncated_reports == ["case3"]
     assert "case3" in caplog.text and "word" not in caplog.text and "lesion" not in caplog.text
@@ -206,11 +209,11 @@ def test_text_is_encoded_once_and_null_is_one_rule(tmp_path: Path, bert: Path, c
         features = prepared.array(prepared.cases[number], "text", verify=True)
         np.testing.assert_allclose(features, encoder.encode([report]).features[0], atol=1e-5)
     difference = prepared.array(prepared.cases[0], "text") - prepared.array(prepared.cases[4], "text")
-    assert np.abs(difference).max() > 0.01  # left and right are told apart
+    assert np.abs(difference).max() > 0.01  # control: left and right differ
 
 
 def test_three_sequences_share_the_t2_grid(real_data: Path, tmp_path: Path):
-    """One real study with T2, high b and ADC, from folder to 12-channel latents."""
+    """One real study with T2, high b and ADC, from its folder to 12-channel latents."""
     (tmp_path / "studies").mkdir()
     shutil.copytree(real_data / "mri/prostatex-0000", tmp_path / "studies/a")
     changes = {"data__sequences": ["t2w", "hbv", "adc"], "model__latent_channels": [4, 4, 4]}
@@ -224,35 +227,35 @@ def test_three_sequences_share_the_t2_grid(real_data: Path, tmp_path: Path):
         nibabel.load(real_data / "mri/prostatex-0000/resampled-by-picai_prep/adc.nii.gz")
     )
     values = truth.get_fdata()
-    ours = prepared.array(case, "image/adc") * 3000
+    adc = prepared.array(case, "image/adc") * 3000
     index = np.stack(np.meshgrid(*[np.arange(20, 44)] * 2, np.arange(3, 13), indexing="ij"), -1)
     at = nibabel.affines.apply_affine(np.linalg.inv(truth.affine) @ np.array(case.affine), index)
     at = np.rint(at).astype(int)
-    theirs = values[at[..., 0], at[..., 1], at[..., 2]]
-    inside = ours[20:44, 20:44, 3:13]
-    assert np.corrcoef(inside.ravel(), theirs.ravel())[0, 1] > 0.97
-    assert np.corrcoef(inside[::-1].ravel(), theirs.ravel())[0, 1] < 0.9
+    expected = values[at[..., 0], at[..., 1], at[..., 2]]
+    inside = adc[20:44, 20:44, 3:13]
+    assert np.corrcoef(inside.ravel(), expected.ravel())[0, 1] > 0.97
+    assert np.corrcoef(inside[::-1].ravel(), expected.ravel())[0, 1] < 0.9
 
 
-def test_real_patients(real_data: Path, tmp_path: Path):
+def test_real_studies_are_prepared(real_data: Path, tmp_path: Path):
     prepare(real_data, tmp_path / "out", config(data__spacing=[3.0, 3.0, 3.0], data__dim=[64, 64, 16]))
     prepared = load_manifest(tmp_path / "out")
     assert len(prepared.cases) == 5
     assert all(case.pirads is None and case.text_isnull == 1 for case in prepared.cases)
     for case in prepared.cases:
         image = prepared.array(case, "image/t2w")
-        centre, rim = image[20:44, 20:44, 4:12], image[:4]
-        assert 0.1 < centre.mean() < 0.9 and rim.mean() < centre.mean() + 0.5 and image.max() == 1
+        center, rim = image[20:44, 20:44, 4:12], image[:4]
+        assert 0.1 < center.mean() < 0.9 and rim.mean() < center.mean() + 0.5 and image.max() == 1
         assert np.array(case.affine)[2, 1] > 0.4  # oblique: 12 degrees at least
 
 
-# ---- the reference's prepared files ----
+# ---- files that the reference implementation prepared ----
 
 
-def test_reference_prepared_files_are_taken_over(tmp_path: Path):
+def test_files_prepared_by_the_reference_are_imported(tmp_path: Path):
     latents = write_merged(tmp_path)
     out, entries = tmp_path / "out", json.loads((tmp_path / "merged.json").read_text())
-    entries[0]["spacing"] = [0.6, 0.6, 0.7]  # what is stated counts, else the affine
+    entries[0]["spacing"] = [0.6, 0.6, 0.7]  # a stated spacing has precedence over the affine
     del entries[1]["spacing"]
     (tmp_path / "merged.json").write_text(json.dumps(entries))
     prepare(tmp_path / "merged.json", out, config(variant="CCELLA"), embedding_base_dir=tmp_path / "emb")
@@ -263,7 +266,7 @@ def test_reference_prepared_files_are_taken_over(tmp_path: Path):
         np.testing.assert_array_equal(prepared.array(case, "text"), np.load(tmp_path / "emb" / case.id / "text.npy"))
         assert set(case.files) == {"latent_mean/t2w", "text"} and case.text_isnull == number % 2
         assert case.spacing == ([0.6, 0.6, 0.7] if number == 0 else [0.5, 0.5, 0.5625]) and case.affine[0][0] == -0.5
-    assert prepared.intensity_scale == {"t2w": 1}  # not known
+    assert prepared.intensity_scale == {"t2w": 1}  # unknown
     values = np.stack(list(latents.values())).astype(np.float64)
     assert prepared.scale_factor == [pytest.approx(1 / values.std(ddof=1), rel=1e-9)]
     before = times(out)
@@ -271,7 +274,7 @@ def test_reference_prepared_files_are_taken_over(tmp_path: Path):
     assert times(out) == before
 
 
-def test_imports_that_do_not_fit(tmp_path: Path):
+def test_imports_that_do_not_match_raise(tmp_path: Path):
     write_merged(tmp_path)
     arguments = {"embedding_base_dir": tmp_path / "emb"}
     with pytest.raises(DataError, match="text features are \\(12, 32\\)"):
@@ -287,8 +290,8 @@ def test_imports_that_do_not_fit(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_encoder_of_another_width(studies: Path, tmp_path: Path, bert: Path):
-    with pytest.raises(ConfigError, match="features are 32 wide, model.input_dim is 48"):
+def test_encoder_of_another_width_raises(studies: Path, tmp_path: Path, bert: Path):
+    with pytest.raises(ConfigError, match="features of the text encoder are 32 wide, model.input_dim is 48"):
         prepare(studies, tmp_path / "out", config(variant="CCELLA", encoder=bert, model__input_dim=48))
     assert not (tmp_path / "out").exists()
 
@@ -308,10 +311,10 @@ prepare({data!r}, {out!r}, settings, vae={vae!r})
 
 
 def _kill_and_finish(folder: Path, bert: Path, *, count: int, kills: int) -> int:
-    """Prepare `count` studies, killed at random instants, to the end. Returns how many kills hit it at work."""
+    """Prepare `count` studies to the end while killing the process at random times. Returns how many kills interrupted work."""
     settings = config(variant="CCELLA", encoder=bert)
     studies, vae = write_studies(folder / "studies", count), write_vae(folder / "vae", settings)
-    prepare(studies, folder / "whole", settings, vae=vae)
+    prepare(studies, folder / "unbroken", settings, vae=vae)
     out, delays, hits = folder / "killed", random.Random(0), 0
     code = _CHILD.format(tests=str(TESTS), encoder=str(bert), data=str(studies), out=str(out), vae=str(vae))
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -329,14 +332,14 @@ def _kill_and_finish(folder: Path, bert: Path, *, count: int, kills: int) -> int
         child.wait()
         for path in out.rglob("*.npy"):
             if not path.name.startswith(".partial"):
-                np.load(path, allow_pickle=False)  # whole
+                np.load(path, allow_pickle=False)  # the file is complete
     prepare(studies, out, settings, vae=vae)
-    assert tree(out) == tree(folder / "whole")
+    assert tree(out) == tree(folder / "unbroken")
     assert not list(out.rglob(".partial-*"))
     return hits
 
 
-def test_killed_and_rerun_is_byte_identical(tmp_path: Path, bert: Path):
+def test_killed_and_repeated_run_is_byte_identical(tmp_path: Path, bert: Path):
     assert _kill_and_finish(tmp_path, bert, count=5, kills=2) >= 1
 
 
@@ -345,8 +348,8 @@ def test_killed_many_times_is_byte_identical(tmp_path: Path, bert: Path):
     assert _kill_and_finish(tmp_path, bert, count=16, kills=12) >= 8
 
 
-def test_the_tree_comparison_sees_one_byte(tmp_path: Path):
-    """Negative control of the kill tests."""
+def test_comparison_of_trees_detects_one_byte(tmp_path: Path):
+    """Negative control of the tests with killed runs."""
     for name in "ab":
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "x.npy", voxels())

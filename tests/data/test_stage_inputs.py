@@ -1,5 +1,6 @@
-"""What a stage of preparation depends on: with any setting or input byte changed, a second `prepare` into a folder gives what a
-first one gives. A setting left out of a stage's digest keeps what was made with the old one."""
+"""The digests of stages cover all inputs: after a change of a setting or an input byte, `prepare` into the old folder and into
+a new one give the same tree. A setting that is missing in a digest would keep the result of its old value.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +31,18 @@ from study_fixtures import (
 )
 
 BASE: dict[str, Any] = {"data__sequences": ["t2w"], "data__engine": "torch", "model__latent_channels": [4]}
-# A part that is small enough that every value below changes what is drawn.
+# Small strengths, so that each value of AUGMENTATION below changes the parameters drawn.
 AUGMENTED = {
     "preset": "none", "rotation": [3.0, 3.0, 6.0], "translation": [2.0] * 3, "zoom": 0.1, "crop": [0.1] * 3, "gamma": 0.1,
     "contrast": 0.1, "brightness": 0.05, "bias": 0.1, "blur": 1.0, "noise": 0.05, "gland": [10.0] * 3, "flip": 0.0,
 }  # fmt: skip
 
-# field -> another value; None: what it says is part of the manifest, or it shapes no result.
+# Field -> another value.
 DATA: dict[str, Any] = {
     "sequences": ["t2w", "adc"], "spacing": [1.7, 1.5, 3.0], "dim": [32, 16, 16], "dataset": "one", "engine": "auto",
 }  # fmt: skip
 TEXT: dict[str, Any] = {
-    "encoder": None, "revision": "other", "max_length": 10, "dtype": "bfloat16", "batch_size": 1,
+    "revision": "other", "max_length": 10, "dtype": "bfloat16", "batch_size": 1,
 }  # fmt: skip
 AUGMENTATION: dict[str, Any] = {
     "preset": "text", "rotation": [3.0, 3.0, 9.0], "translation": [2.0, 4.0, 2.0], "zoom": 0.2, "crop": [0.2, 0.1, 0.1],
@@ -51,7 +52,7 @@ AUGMENTATION: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two studies, the first of the train split and as DICOM, with an ADC series each; encoders and autoencoders."""
+    """Two studies with ADC, the first one in the train split and as DICOM; a text encoder and two autoencoders."""
     folder = tmp_path_factory.mktemp("sources")
     write_studies(folder / "studies", 2)
     shutil.rmtree(folder / "studies" / "case0")
@@ -65,7 +66,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _affine(number: int) -> np.ndarray | None:
-    """The place of `write_dicom`'s series, for the study that has it."""
+    """The affine of the series that `write_dicom` writes, for the study that has it; else None."""
     return np.array([[-1.5, 0, 0, 31.5], [0, -1.5, 0, 40.25], [0, 0, 3, -20.75], [0, 0, 0, 1]]) if number == 0 else None
 
 
@@ -78,21 +79,27 @@ def assert_redone(
     tmp_path: Path, first: Config, second: Config, studies: Path, *, change: Callable[[], Any] = lambda: None,
     other: dict[str, Any] | None = None, same: bool = False, **options: Any,
 ) -> None:  # fmt: skip
-    """prepare with `first`, then with `second` into the same folder, and `second` into a fresh one: equal trees."""
+    """Prepare with `first` and then `second` into one folder, and with `second` into a new one: the trees must be equal.
+
+    Args:
+        change: Called before the second run; changes the studies.
+        other: Options of `prepare` that differ in the second run.
+        same: Whether the change must have no effect.
+    """
     prepare(studies, tmp_path / "twice", first, **options)
     before = tree(tmp_path / "twice")
     change()
     options |= other or {}
     prepare(studies, tmp_path / "twice", second, **options)
-    prepare(studies, tmp_path / "fresh", second, **options)
-    after, fresh = tree(tmp_path / "twice"), tree(tmp_path / "fresh")
+    prepare(studies, tmp_path / "once", second, **options)
+    after, fresh = tree(tmp_path / "twice"), tree(tmp_path / "once")
     differing = {name for name in fresh if after.get(name) != fresh[name]}
     assert not differing
-    assert (before == fresh) == same  # the change does change something, where it should
+    assert (before == fresh) == same  # control: the change has an effect where it should
 
 
 @pytest.mark.parametrize("field", DataConfig.model_fields)
-def test_every_data_setting(field: str, sources: Path, tmp_path: Path):
+def test_data_setting_is_an_input(field: str, sources: Path, tmp_path: Path):
     changed: dict[str, Any] = {f"data__{field}": DATA[field]}
     if field == "sequences":
         changed["model__latent_channels"] = [4, 4]
@@ -101,14 +108,14 @@ def test_every_data_setting(field: str, sources: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("field", [field for field in TextConfig.model_fields if field != "encoder"])
-def test_every_text_setting(field: str, sources: Path, tmp_path: Path):
+def test_text_setting_is_an_input(field: str, sources: Path, tmp_path: Path):
     first, second = settings_of(sources), settings_of(sources, **{f"text__{field}": TEXT[field]})
     assert_redone(tmp_path, first, second, sources / "studies", same=field == "batch_size")
 
 
 @pytest.fixture(scope="module")
 def latents(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images and latents, which no strength of augmentation shapes, and in another folder augmented latents too."""
+    """A folder with images and latents, which do not depend on augmentation, and another one with augmented latents too."""
     folder = tmp_path_factory.mktemp("latents")
     settings = settings_of(sources, "MAISI")
     prepare(sources / "studies", folder / "plain", settings, vae=sources / "vae")
@@ -118,8 +125,8 @@ def latents(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("field", AugmentationConfig.model_fields)
-def test_every_strength_of_augmentation(field: str, sources: Path, latents: Path, tmp_path: Path):
-    """`preset` only fills in strengths that are not given; here all are."""
+def test_augmentation_strength_is_an_input(field: str, sources: Path, latents: Path, tmp_path: Path):
+    """Except `preset`, which only fills in strengths that are not given; here all are given."""
     settings = settings_of(sources, "MAISI", **{f"augmentation__{field}": AUGMENTATION[field]})
     trees = []
     for name in ("augmented", "plain"):
@@ -131,8 +138,8 @@ def test_every_strength_of_augmentation(field: str, sources: Path, latents: Path
 
 
 @pytest.mark.parametrize("field", AugmentationConfig.model_fields)
-def test_every_strength_is_an_input_of_the_previews(field: str, sources: Path, latents: Path):
-    """By the digest alone, because pictures take seconds."""
+def test_augmentation_strength_is_an_input_of_previews(field: str, sources: Path, latents: Path):
+    """Only digests are compared, because drawing takes seconds."""
     records = StageCache(latents / "plain")
     studies = find_studies(sources / "studies")
     before, after = (
@@ -142,13 +149,13 @@ def test_every_strength_is_an_input_of_the_previews(field: str, sources: Path, l
     assert (before == after) == (field == "preset")
 
 
-def test_previews_are_drawn_again(sources: Path, tmp_path: Path):
+def test_changed_augmentation_draws_previews_again(sources: Path, tmp_path: Path):
     one = {"augmentation__preset": "none", "data__dim": [32, 16, 16]}
     first, second = (config(augmentation__gamma=gamma, **one) for gamma in (0.1, 0.5))
     assert_redone(tmp_path, first, second, sources / "studies", preview=True)
 
 
-def test_the_seed_the_copies_and_the_autoencoder(sources: Path, tmp_path: Path):
+def test_seed_copies_and_autoencoder_are_inputs(sources: Path, tmp_path: Path):
     first, second = settings_of(sources, "MAISI"), settings_of(sources, "MAISI", training__seed=5)
     options = {"vae": sources / "vae", "augment": 1}
     assert_redone(tmp_path / "seed", first, second, sources / "studies", **options)
@@ -164,7 +171,7 @@ ENCODER = {
 
 
 @pytest.mark.parametrize("name", [*ENCODER, "model.safetensors"])
-def test_every_file_of_the_encoder(name: str, sources: Path, tmp_path: Path):
+def test_file_of_the_text_encoder_is_an_input(name: str, sources: Path, tmp_path: Path):
     folder = Path(shutil.copytree(sources / "bert", tmp_path / "bert"))
     settings = config(variant="CCELLA", encoder=folder)
 
@@ -175,14 +182,14 @@ def test_every_file_of_the_encoder(name: str, sources: Path, tmp_path: Path):
             assert old in content
             content = content.replace(old, new)
         else:
-            content[-1] ^= 64  # a high bit of the last weight's exponent
+            content[-1] ^= 64  # a high bit of the exponent of the last weight
         (folder / name).write_bytes(content)
 
     assert_redone(tmp_path, settings, settings, sources / "studies", change=change)
 
 
-@pytest.mark.parametrize("number", [0, 8, 17])
-def test_every_slice_of_a_dicom_series(number: int, sources: Path, tmp_path: Path):
+@pytest.mark.parametrize("number", [0, 8, 17], ids="slice{}".format)
+def test_slice_of_a_dicom_series_is_an_input(number: int, sources: Path, tmp_path: Path):
     studies = Path(shutil.copytree(sources / "studies", tmp_path / "studies"))
     slices = sorted((studies / "case0" / "t2w").iterdir())
 
@@ -195,7 +202,7 @@ def test_every_slice_of_a_dicom_series(number: int, sources: Path, tmp_path: Pat
     assert_redone(tmp_path, settings, settings, studies, change=change, vae=sources / "vae", augment=1)
 
 
-def test_a_slice_that_comes_or_goes(sources: Path, tmp_path: Path):
+def test_set_of_dicom_slices_is_an_input(sources: Path, tmp_path: Path):
     studies = Path(shutil.copytree(sources / "studies", tmp_path / "studies"))
     positions = {path: float(_position(path)) for path in (studies / "case0" / "t2w").iterdir()}
     last = max(positions, key=lambda path: positions[path])
@@ -211,7 +218,7 @@ def _position(path: Path) -> str:
     return reader.GetMetaData("0020|0032").split("\\")[2]
 
 
-def test_voxels_position_report_class_and_split(sources: Path, tmp_path: Path):
+def test_voxels_position_report_class_and_split_are_inputs(sources: Path, tmp_path: Path):
     studies = Path(shutil.copytree(sources / "studies", tmp_path / "studies"))
     series, table = studies / "case1" / "t2w.nii.gz", studies / "studies.csv"
     values, moved = voxels(seed=1), np.diag([-1.5, -1.5, 3.0, 1.0])
@@ -230,7 +237,7 @@ def test_voxels_position_report_class_and_split(sources: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["axt2_emb.nii.gz", "text.npy"])
-def test_the_references_prepared_files(name: str, tmp_path: Path):
+def test_files_prepared_by_the_reference_are_inputs(name: str, tmp_path: Path):
     write_merged(tmp_path)
     path = tmp_path / "emb" / "c1" / name
 
@@ -243,8 +250,8 @@ def test_the_references_prepared_files(name: str, tmp_path: Path):
     assert_redone(tmp_path, settings, settings, tmp_path / "merged.json", change=change, **options)
 
 
-def test_the_protocols_numbers_are_part_of_the_recipe(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A change of code is no change of a setting: whoever changes these numbers raises IMAGE_RECIPE, and then this line."""
+def test_constants_of_the_protocol_belong_to_the_recipe():
+    """Digests do not cover code: when these constants change, increase IMAGE_RECIPE and update this line."""
     from ccella_fast.data.preparation import stages
 
     assert (resampling.PERCENTILES, resampling.ADC_WINDOW, stages.IMAGE_RECIPE) == ((0.0, 99.5), (0.0, 3000.0), 2)

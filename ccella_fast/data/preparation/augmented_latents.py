@@ -12,7 +12,7 @@ from ccella_fast.data.augmentation.engine import VolumeRequest, augmentation_of,
 from ccella_fast.data.preparation.latent_encoder import LatentEncoder
 from ccella_fast.data.preparation.stage_cache import StageCache, fingerprint_of
 from ccella_fast.data.preparation.stages import AUGMENTED_RECIPE, Stage, latent_digest, progress_bar
-from ccella_fast.data.readers.discovery import Study
+from ccella_fast.data.readers.study import Study
 
 
 class AugmentedLatentStage(Stage):

@@ -1,6 +1,7 @@
-"""One study's series to images on its grid: read, check, resample, normalise, write.
+"""The series of one study to images on its grid: read, check, resample, normalize, write.
 
-Runs in `prepare`'s worker processes too, so nothing here imports torch."""
+This module is imported by the worker processes of `prepare`, so it does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +11,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ccella_fast.config import DataConfig
-from ccella_fast.data.preparation.resampling import Grid, covers_centre, make_grid, normalise, resample
+from ccella_fast.data.preparation.resampling import Grid, covers_center, make_grid, normalize, resample
 from ccella_fast.data.preparation.stage_cache import write_array
 from ccella_fast.data.readers.volume_file import Volume, check_axial, read_volume
 from ccella_fast.errors import DataError
 
 
 class ImageTask(NamedTuple):
-    """files: sequence -> file or DICOM folder. out: the prepared folder."""
+    """What a worker process needs to know of one study.
+
+    Attributes:
+        id: The study's id.
+        files: Sequence -> image file or folder of DICOM files.
+        data: The configuration of the grid.
+        out: The prepared folder.
+    """
 
     id: str
     files: dict[str, Path]
@@ -26,31 +34,36 @@ class ImageTask(NamedTuple):
 
 
 class PreparedImages(NamedTuple):
-    """files: the manifest's entries of what was written. facts: affine, spacing, window."""
+    """What was written for one study.
+
+    Attributes:
+        files: Key -> entry of the manifest's `files`.
+        facts: affine, spacing and window, for the manifest.
+    """
 
     files: dict[str, dict[str, Any]]
     facts: dict[str, Any]
 
 
 def check_images(task: ImageTask) -> None:
-    """Read everything; DataError where a series is unsound or does not lie with the others."""
+    """Read all series; raises DataError if one is invalid or not in the same place as the others."""
     read_series(task)
 
 
 def make_images(task: ImageTask) -> PreparedImages:
-    """Write `images/<id>/<sequence>.npy` below `task.out`."""
+    """Write `images/<id>/<sequence>.npy`, float32 in [0, 1], below `task.out`."""
     series, grid = read_series(task)
     files, windows = {}, {}
     for sequence in task.data.sequences:
         values = resample(series.pop(sequence), grid)
-        image, windows[sequence] = normalise(values, sequence, grid, path=task.files[sequence])
+        image, windows[sequence] = normalize(values, sequence, grid, path=task.files[sequence])
         files[f"image/{sequence}"] = write_array(task.out, f"images/{task.id}/{sequence}.npy", image)
     facts = {"affine": grid.affine.tolist(), "spacing": list(task.data.spacing), "window": windows}
     return PreparedImages(files, facts)
 
 
 def read_series(task: ImageTask) -> tuple[dict[str, Volume], Grid]:
-    """The study's series as they were measured, and its grid, which is laid over the T2 series."""
+    """The series of a study as they were measured, and the study's grid, which follows the T2 series."""
     series: dict[str, Volume] = {}
     for sequence in task.data.sequences:
         series[sequence] = read_volume(task.files[sequence])
@@ -58,12 +71,12 @@ def read_series(task: ImageTask) -> tuple[dict[str, Volume], Grid]:
     leading = "t2w" if "t2w" in task.data.sequences else task.data.sequences[0]
     grid = make_grid(series[leading], task.data.spacing, task.data.dim)
     for sequence in task.data.sequences:
-        if not covers_centre(series[sequence], grid):
-            why, fix = f"does not lie where the {leading} series lies", "give series of one examination"
-            raise DataError(why, path=task.files[sequence], field="origin", fix=fix)
+        if not covers_center(series[sequence], grid):
+            why = f"this {sequence} series does not cover the center of the {leading} series"
+            raise DataError(why, path=task.files[sequence], field="origin", fix="give series of one examination")
     return series, grid
 
 
 def bytes_needed(task: ImageTask) -> int:
-    """About what `make_images` holds at its peak: a few copies of the grid, and of a large series."""
+    """Approximate peak memory of `make_images` in bytes: a few copies of the grid and of a large series."""
     return 4 * (6 * int(np.prod(task.data.dim)) + 6 * 2**24)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ccella_fast.config import AutoencoderConfig, Config
-from ccella_fast.data.readers.volume_file import read_nifti_array
+from ccella_fast.data.readers.nifti import read_nifti_array
 from ccella_fast.errors import CheckpointError, DataError
 from ccella_fast.storage import sha256
 

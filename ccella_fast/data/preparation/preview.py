@@ -18,7 +18,7 @@ from ccella_fast.data.manifest import open_array
 from ccella_fast.data.preparation.images import ImageTask, read_series
 from ccella_fast.data.preparation.stage_cache import file_entry, fingerprint_of
 from ccella_fast.data.preparation.stages import RECIPE, Stage, progress_bar
-from ccella_fast.data.readers.discovery import Study
+from ccella_fast.data.readers.study import Study
 from ccella_fast.report.figures import Panel, montage
 from ccella_fast.storage import atomic_path
 

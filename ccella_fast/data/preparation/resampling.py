@@ -1,7 +1,7 @@
-"""Bring the series of a study onto one grid and into [0, 1] (docs/explanation/method.md, section 1.3).
+"""Resample the series of a study to one grid and normalize them to [0, 1] (docs/explanation/method.md, section 1.3).
 
-The grid keeps the T2 series' directions and centre: its spacing becomes the configured one, then whole voxels are cropped or
-added evenly at both ends (the odd one at the high end). So where the spacing is already right no voxel is interpolated.
+The grid has the directions and the center of the T2 series. Its spacing becomes the configured one, then whole voxels are
+cropped or added evenly at both ends (an odd one at the high end). No voxel is interpolated if the spacing is already right.
 """
 
 from __future__ import annotations
@@ -15,37 +15,49 @@ from ccella_fast.data.readers.volume_file import Volume
 from ccella_fast.errors import DataError
 
 ADC_WINDOW = (0.0, 3000.0)  # 1e-6 mm2/s
-PERCENTILES = (0.0, 99.5)
+PERCENTILES = (0.0, 99.5)  # the window of T2 and high b
 
 
 class Grid(NamedTuple):
-    """Where prepared voxels lie. `inner` is the part that the T2 series covers; the rest is padding."""
+    """The voxel grid of a study.
+
+    Attributes:
+        shape: Voxels along R, A, S.
+        affine: (4, 4) float64, voxel index -> RAS mm.
+        inner: The part that the T2 series covers; the rest is padding.
+    """
 
     shape: tuple[int, ...]
-    affine: np.ndarray  # voxel index -> RAS mm
+    affine: np.ndarray
     inner: tuple[slice, slice, slice]
 
 
 def make_grid(volume: Volume, spacing: list[float], dim: list[int]) -> Grid:
-    """The grid of a study whose T2 series is `volume`. spacing in mm, dim in voxels, both along R, A, S."""
-    old_shape, step = np.array(volume.array.shape), np.array(spacing, float)
-    same = np.isclose(volume.spacing, step, rtol=1e-4)
-    new_shape = np.where(same, old_shape, np.maximum(1, np.rint(old_shape * volume.spacing / step))).astype(int)
+    """The grid of a study whose T2 series is `volume`. `spacing` in mm and `dim` in voxels are along R, A, S."""
+    old_shape, new_spacing = np.array(volume.array.shape), np.array(spacing, float)
+    is_same = np.isclose(volume.spacing, new_spacing, rtol=1e-4)
+    resampled_shape = np.maximum(1, np.rint(old_shape * volume.spacing / new_spacing))
+    new_shape = np.where(is_same, old_shape, resampled_shape).astype(int)
     direction = volume.affine[:3, :3] / volume.spacing
-    middle = volume.affine[:3, :3] @ ((old_shape - 1) / 2) + volume.affine[:3, 3]
-    spare = np.array(dim) - new_shape
-    before = np.where(spare >= 0, spare // 2, -(-spare // 2))  # voxels added in front; negative: cut off
+    center = volume.affine[:3, :3] @ ((old_shape - 1) / 2) + volume.affine[:3, 3]
+    padding = np.array(dim) - new_shape
+    before = np.where(padding >= 0, padding // 2, -(-padding // 2))  # voxels added at the low end; negative: cropped
     affine = np.eye(4)
-    affine[:3, :3] = direction * np.where(same, volume.spacing, step)
-    affine[:3, 3] = middle - affine[:3, :3] @ ((new_shape - 1) / 2 + before)
+    affine[:3, :3] = direction * np.where(is_same, volume.spacing, new_spacing)
+    affine[:3, 3] = center - affine[:3, :3] @ ((new_shape - 1) / 2 + before)
     start, stop = np.maximum(before, 0), np.minimum(before + new_shape, dim)
     x, y, z = (slice(int(low), int(high)) for low, high in zip(start, stop, strict=True))
     return Grid(tuple(dim), affine, (x, y, z))
 
 
 def resample(volume: Volume, grid: Grid) -> np.ndarray:
-    """`volume` on the inner part of `grid`, float32: cubic B-spline, after a Gaussian where the grid is coarser; kept within
-    the range of the input, whose minimum stands where the input does not reach."""
+    """Interpolate `volume` at the inner part of `grid` with cubic B-splines.
+
+    Axes along which the grid is coarser than the volume are smoothed with a Gaussian first.
+
+    Returns:
+        float32 voxels within the range of the input; its minimum where the input does not reach.
+    """
     inner_shape = [part.stop - part.start for part in grid.inner]
     affine = grid.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ [part.start for part in grid.inner]
@@ -58,35 +70,38 @@ def resample(volume: Volume, grid: Grid) -> np.ndarray:
 
     low, high = float(volume.array.min()), float(volume.array.max())
     old, new = volume.spacing, np.linalg.norm(affine[:3, :3], axis=0)
-    # Widths at half height add in squares: a voxel of `old` mm becomes one of `new` mm (Cardoso et al. 2015).
+    # The squares of full widths at half maximum add up: a voxel of `old` mm becomes one of `new` mm (Cardoso et al. 2015).
     variance = np.where(new > 1.001 * old, np.maximum(new**2 - old**2, 0) / (8 * np.log(2)), 0.0)
-    aligned = np.abs(index[:3, :3] - np.diag(np.diag(index[:3, :3]))).max() < 1e-4
-    moved = (_along_axes if aligned else _with_itk)(volume, affine, inner_shape, index, variance, low)
-    return np.clip(moved, low, high, out=moved)
+    is_aligned = np.abs(index[:3, :3] - np.diag(np.diag(index[:3, :3]))).max() < 1e-4
+    resampled = (_resample_by_axis if is_aligned else _resample_with_itk)(
+        volume, affine, inner_shape, index, variance, low
+    )
+    return np.clip(resampled, low, high, out=resampled)
 
 
-def _along_axes(
+def _resample_by_axis(
     volume: Volume, affine: np.ndarray, shape: list[int], index: np.ndarray, variance: np.ndarray, low: float
 ) -> np.ndarray:
-    """Both grids run along the same axes, as they do for the leading series: so what ITK does is linear in each axis alone.
-    Its effect on the unit impulses of an axis is a small matrix, and three matrices do the work of a whole volume."""
+    """Resample between grids with parallel axes, as for the leading series: what ITK does is then linear and separable.
+
+    Its response to the unit impulses of an axis is a small matrix, and three such matrices resample the whole volume.
+    """
     values = volume.array
     ratios = [size / old for size, old in zip(shape, values.shape, strict=True)]
-    for axis in np.argsort(ratios, kind="stable"):  # what shrinks first
+    for axis in np.argsort(ratios, kind="stable"):  # axes that shrink come first
         step, start = index[axis, axis], index[axis, 3]
         first, last = round(start), round(start) + shape[axis]
         if abs(step - 1) < 1e-4 and abs(start - first) < 1e-3 and first >= 0 and last <= values.shape[axis]:
             values = values[(slice(None),) * axis + (slice(first, last),)]
             continue
         sigma2 = variance[axis] / volume.spacing[axis] ** 2
-        values = _apply(
-            _axis_matrix(values.shape[axis], shape[axis], step, start, sigma2), values - np.float32(low), axis
-        )
+        matrix = _axis_matrix(values.shape[axis], shape[axis], step, start, sigma2)
+        values = _apply_along_axis(matrix, values - np.float32(low), axis)
         values += np.float32(low)
     return values if values.base is None else values.copy()
 
 
-def _apply(matrix: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
+def _apply_along_axis(matrix: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
     if axis == 2:
         return values @ matrix.T
     return np.matmul(matrix, values) if axis == 1 else np.tensordot(matrix, values, 1)
@@ -94,11 +109,13 @@ def _apply(matrix: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def _axis_matrix(size: int, new_size: int, step: float, start: float, sigma2: float) -> np.ndarray:
-    """(new_size, size) float32: what smoothing and interpolating along one axis makes of each of its unit impulses. sigma2 in
-    voxels. Rows beyond the series are 0."""
+    """(new_size, size) float32: the response of smoothing and interpolation along one axis to each of its unit impulses.
+
+    `sigma2` is the variance of the Gaussian in voxels squared. Rows outside the series are 0.
+    """
     import SimpleITK as sitk
 
-    impulses = sitk.GetImageFromArray(np.eye(size))  # ITK's first axis is the last of the array
+    impulses = sitk.GetImageFromArray(np.eye(size))  # ITK's first axis is the last one of the array
     if sigma2:
         impulses = sitk.DiscreteGaussian(
             impulses, [sigma2, 0.0], maximumKernelWidth=64, maximumError=1e-3, useImageSpacing=False
@@ -106,16 +123,16 @@ def _axis_matrix(size: int, new_size: int, step: float, start: float, sigma2: fl
     target = sitk.Image([new_size, size], sitk.sitkUInt8)
     target.SetSpacing([step, 1.0])
     target.SetOrigin([start, 0.0])
-    moved = sitk.Resample(
+    resampled = sitk.Resample(
         impulses, target, sitk.Transform(2, sitk.sitkIdentity), sitk.sitkBSpline, 0.0, sitk.sitkFloat64
     )
-    return np.ascontiguousarray(sitk.GetArrayViewFromImage(moved).T, np.float32)
+    return np.ascontiguousarray(sitk.GetArrayViewFromImage(resampled).T, np.float32)
 
 
-def _with_itk(
+def _resample_with_itk(
     volume: Volume, affine: np.ndarray, shape: list[int], index: np.ndarray, variance: np.ndarray, low: float
 ) -> np.ndarray:
-    """The same for any two grids, voxel by voxel."""
+    """Resample between any two grids, voxel by voxel."""
     import SimpleITK as sitk
 
     image = _to_itk(volume)
@@ -124,32 +141,43 @@ def _with_itk(
             image, variance.tolist(), maximumKernelWidth=64, maximumError=1e-3, useImageSpacing=True
         )
     target = _to_itk(Volume(np.zeros(shape, np.uint8), affine))
-    moved = sitk.Resample(image, target, sitk.Transform(), sitk.sitkBSpline, low, sitk.sitkFloat32)
-    return sitk.GetArrayFromImage(moved).transpose(2, 1, 0)
+    resampled = sitk.Resample(image, target, sitk.Transform(), sitk.sitkBSpline, low, sitk.sitkFloat32)
+    return sitk.GetArrayFromImage(resampled).transpose(2, 1, 0)
 
 
-def covers_centre(volume: Volume, grid: Grid) -> bool:
-    """Does the volume reach the middle of the grid?"""
-    middle = grid.affine @ [*(np.array(grid.shape) - 1) / 2, 1]
-    index = np.linalg.solve(volume.affine, middle)[:3]
+def covers_center(volume: Volume, grid: Grid) -> bool:
+    """Whether the volume contains the center of the grid."""
+    center = grid.affine @ [*(np.array(grid.shape) - 1) / 2, 1]
+    index = np.linalg.solve(volume.affine, center)[:3]
     return bool((index >= -0.5).all() and (index <= np.array(volume.array.shape) - 0.5).all())
 
 
-def normalise(
+def normalize(
     values: np.ndarray, sequence: str, grid: Grid, *, path: object = None
 ) -> tuple[np.ndarray, tuple[float, float]]:
-    """(voxels of the whole grid in [0, 1], float32, padding 0; the window that was mapped to [0, 1]).
+    """Map a window of intensities to [0, 1] and add the padding.
 
-    T2 and high b: the 0th to the 99.5th percentile of the voxels that are not padding, as the reference measured it on images
-    already on their grid. ADC: 0 to 3000. Raises DataError, naming `path`, where the window is empty or below zero."""
+    The window of T2 and high b is the 0th to the 99.5th percentile of the voxels that are not padding, as in the reference,
+    which measures it on images already on their grid. That of ADC is 0 to 3000.
+
+    Args:
+        values: Voxels of the inner part of the grid.
+        sequence: "t2w", "hbv" or "adc".
+        grid: The grid of the study.
+        path: The file to name in error messages.
+
+    Returns:
+        Voxels of the whole grid, float32 in [0, 1] with padding 0, and the window.
+
+    Raises:
+        DataError: If the window is empty or below zero.
+    """
     low, high = ADC_WINDOW
     if sequence != "adc":
         low, high = (_percentile(values, share) for share in PERCENTILES)
         if not high > max(low, 0):
-            why, fix = (
-                f"{sequence} has no contrast, or no positive values, inside the grid",
-                "check data.spacing, data.dim and the series' position",
-            )
+            why = f"{sequence} has no contrast or no positive values inside the grid: its window is {low:g} to {high:g}"
+            fix = "check data.spacing, data.dim and the position of the series"
             raise DataError(why, path=path, field="voxels", fix=fix)
     image = np.zeros(grid.shape, np.float32)
     inner = image[grid.inner]
@@ -159,18 +187,19 @@ def normalise(
 
 
 def _percentile(values: np.ndarray, percent: float) -> float:
-    """Linear between order statistics, as np.percentile in float64 gives it; of a volume 3 times as fast."""
+    """np.percentile with linear interpolation in float64, but 3 times as fast for a volume."""
     rank = percent / 100 * (values.size - 1)
     below = int(rank)
     if below == 0:
         lower, upper = float(values.min()), None
     else:
-        parted = np.partition(values, below, axis=None)
-        lower, upper = float(parted[below]), (float(parted[below + 1 :].min()) if rank > below else None)
+        partitioned = np.partition(values, below, axis=None)
+        lower, upper = float(partitioned[below]), (float(partitioned[below + 1 :].min()) if rank > below else None)
     return lower if upper is None else lower + (upper - lower) * (rank - below)
 
 
 def _to_itk(volume: Volume) -> Any:
+    """The inverse of `arrays_of_itk_image`."""
     import SimpleITK as sitk
 
     image = sitk.GetImageFromArray(np.ascontiguousarray(volume.array.transpose(2, 1, 0)))

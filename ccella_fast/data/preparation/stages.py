@@ -1,7 +1,8 @@
-"""The stages of preparation: images, text, latents; and the import of text and latents that the reference's scripts made.
+"""The stages of preparation: images, text and latents, and the import of text features and latents of the reference's scripts.
 
-A stage says what its result for a study depends on (`inputs`), reads it once before anything is written (`check`), and does
-what is missing (`run`), one study or one batch at a time; images, which take the time, in several processes.
+A stage states what its result for a study depends on (`inputs`), reads these inputs before anything is written (`check`) and
+makes the results that are missing (`run`), per study or per batch. Images, which take most of the time, are made in several
+processes.
 """
 
 from __future__ import annotations
@@ -20,51 +21,58 @@ from ccella_fast.data.preparation.images import ImageTask, bytes_needed, check_i
 from ccella_fast.data.preparation.latent_encoder import LatentEncoder, import_latent, moments
 from ccella_fast.data.preparation.stage_cache import StageCache, fingerprint_of
 from ccella_fast.data.preparation.worker_pool import TaskResult, WorkerPool
-from ccella_fast.data.readers.discovery import Study
+from ccella_fast.data.readers.study import Study
 from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.errors import DataError
 from ccella_fast.hardware import warn_of_emulated_bf16
 
-# Part of every digest; raise it when the same inputs give other results.
+# Part of every digest; to be increased when the same inputs give other results.
 RECIPE, IMAGE_RECIPE, AUGMENTED_RECIPE = 1, 2, 2
 
 
 class Stage:
-    """`name` is the key of the records; see the module for the methods."""
+    """One kind of result per study.
 
-    name: ClassVar[str]
+    Args:
+        records: The records of the prepared folder.
+        studies: The studies to prepare.
+        config: The configuration.
+    """
+
+    name: ClassVar[str]  #: key of the stage in the records
 
     def __init__(self, records: StageCache, studies: list[Study], config: Config):
         self.records, self.studies, self.config = records, studies, config
         self.sequences = config.data.sequences
 
     @property
-    def checks(self) -> bool:
-        """Has it inputs that can be unsound?"""
+    def checks_inputs(self) -> bool:
+        """Whether the stage reads inputs that may be invalid."""
         return type(self).check is not Stage.check
 
     def inputs(self, study: Study) -> str:
+        """Digest of everything that the result for a study depends on."""
         raise NotImplementedError
 
     def check(self, todo: list[Study]) -> list[DataError]:
-        """Read everything that these studies need; what is wrong with it."""
+        """Read everything that these studies need; returns the defects found."""
         return []
 
     def run(self, todo: list[Study]) -> dict[str, float]:
-        """Do these studies; returns seconds a study, where studies are done one by one."""
+        """Make the results of these studies; returns the seconds per study where studies are processed one by one."""
         raise NotImplementedError
 
     def stale(self) -> list[Study]:
-        """The studies for which this stage is not done, or was done with other inputs."""
+        """The studies whose result does not exist or was made from other inputs."""
         return [study for study in self.studies if not self.records.is_done(study.id, self.name, self.inputs(study))]
 
-    def kept(self) -> bool:
-        """Is what the stage leaves beside its studies' files still there?"""
+    def has_shared_files(self) -> bool:
+        """Whether the files that the stage writes once, next to those of the studies, exist."""
         return True
 
 
 class ImageStage(Stage):
-    """Series to one grid and [0, 1], in the processes of `pool`."""
+    """Series to images on one grid in [0, 1], in the processes of `pool`."""
 
     name = "image"
 
@@ -73,18 +81,21 @@ class ImageStage(Stage):
         self.pool = pool
 
     def inputs(self, study: Study) -> str:
+        """Digest of the series and the grid."""
         series = {sequence: self.records.fingerprint(study.files[sequence]) for sequence in self.sequences}
         return fingerprint_of(
             [IMAGE_RECIPE, series, self.config.data.model_dump(include={"sequences", "spacing", "dim"})]
         )
 
     def check(self, todo: list[Study]) -> list[DataError]:
-        found = [(done.task, done.result) for done in self._all(check_images, todo, "checking images") if done.result]
-        return [defect for _, defect in sorted(found, key=lambda pair: pair[0])]
+        """Read every series."""
+        results = {done.task: done.result for done in self._run_in_pool(check_images, todo, "checking images")}
+        return [results[task] for task in sorted(results) if results[task]]
 
     def run(self, todo: list[Study]) -> dict[str, float]:
+        """Write the images, in several processes."""
         seconds = {}
-        for done in self._all(make_images, todo, "images"):
+        for done in self._run_in_pool(make_images, todo, "images"):
             if isinstance(done.result, DataError):
                 raise done.result
             study = todo[done.task]
@@ -94,11 +105,11 @@ class ImageStage(Stage):
             seconds[study.id] = done.seconds
         return seconds
 
-    def _all(self, function: Callable[[ImageTask], Any], todo: list[Study], what: str) -> Iterator[TaskResult]:
+    def _run_in_pool(self, function: Callable[[ImageTask], Any], todo: list[Study], title: str) -> Iterator[TaskResult]:
         tasks = [ImageTask(study.id, self._files(study), self.config.data, self.records.out) for study in todo]
-        names, each = [study.id for study in todo], bytes_needed(tasks[0]) if tasks else 0
-        with progress_bar(todo, what) as progress:
-            for done in self.pool.run(function, tasks, names, bytes_each=each):
+        ids, bytes_per_task = [study.id for study in todo], bytes_needed(tasks[0]) if tasks else 0
+        with progress_bar(todo, title) as progress:
+            for done in self.pool.run(function, tasks, ids, bytes_each=bytes_per_task):
                 progress.update()
                 yield done
 
@@ -107,8 +118,10 @@ class ImageStage(Stage):
 
 
 class TextStage(Stage):
-    """Reports to features. Each different report is encoded once, and always in the same batch, so that an interruption
-    changes no bit."""
+    """Reports to features.
+
+    Each distinct report is encoded once and always in the same batch, so that the result does not depend on interruptions.
+    """
 
     name = "text"
 
@@ -117,41 +130,46 @@ class TextStage(Stage):
         self.encoder = encoder
 
     def inputs(self, study: Study) -> str:
+        """Digest of the report and the encoder."""
         return fingerprint_of([RECIPE, self.encoder.identity, study.report or ""])
 
     def run(self, todo: list[Study]) -> dict[str, float]:
-        wanted: dict[str, list[str]] = {}
+        """Encode the reports in batches."""
+        ids_of: dict[str, list[str]] = {}
         for study in todo:
-            wanted.setdefault(self.inputs(study), []).append(study.id)
+            ids_of.setdefault(self.inputs(study), []).append(study.id)
         reports = sorted({self.inputs(study): study.report or "" for study in self.studies}.items())
         size = self.config.text.batch_size
         batches = [reports[start : start + size] for start in range(0, len(reports), size)]
-        batches = [batch for batch in batches if wanted.keys() & dict(batch).keys()]
+        batches = [batch for batch in batches if ids_of.keys() & dict(batch).keys()]
         if batches and self.config.text.dtype == "bfloat16" and self.encoder.device.type == "cpu":
             warn_of_emulated_bf16("set text.dtype to float32, for training and sampling alike (the features differ)")
         for batch in progress_bar(batches, "reports", unit="batch"):
             encoded = self.encoder.encode([report for _, report in batch])
             for (key, _), features, truncated in zip(batch, encoded.features, encoded.truncated, strict=True):
-                if key in wanted:
+                if key in ids_of:
                     entry = self.records.write_array(f"text/{key}.npy", features)
-                    for case in wanted[key]:
+                    for case in ids_of[key]:
                         self.records.put(case, self.name, key, {"text": entry}, {"truncated": truncated})
         return {}
 
 
 class ImportedTextStage(Stage):
-    """The reference's `text.npy`, (text.max_length, model.input_dim) float32."""
+    """Import of the reference's `text.npy`, (text.max_length, model.input_dim) float32."""
 
     name = "text"
 
     def inputs(self, study: Study) -> str:
+        """Digest of the file of features."""
         assert study.text_file is not None
         return fingerprint_of([RECIPE, "imported", self.records.fingerprint(study.text_file)])
 
     def check(self, todo: list[Study]) -> list[DataError]:
-        return _defects(self._read, progress_bar(todo, "checking texts"))
+        """Read every file of features."""
+        return _find_defects(self._read, progress_bar(todo, "checking texts"))
 
     def run(self, todo: list[Study]) -> dict[str, float]:
+        """Copy the features."""
         for study in progress_bar(todo, "reports"):
             entry = self.records.write_array(f"text/{self.inputs(study)}.npy", self._read(study))
             self.records.put(study.id, self.name, self.inputs(study), {"text": entry}, {"truncated": False})
@@ -159,19 +177,20 @@ class ImportedTextStage(Stage):
 
     def _read(self, study: Study) -> np.ndarray:
         assert study.text_file is not None
-        features, path = open_array(study.text_file, field=f"{study.field}.text"), study.text_file
+        path, field = study.text_file, f"{study.field}.text"
+        features = open_array(path, field=field)
         expected = (self.config.text.max_length, self.config.model.input_dim)
         if features.shape != expected:
-            why = f"text features are {features.shape}; (text.max_length, model.input_dim) is {expected}"
-            raise DataError(why, path=path, field=f"{study.field}.text", fix="set both to what the features are")
+            why = f"the text features are {features.shape}, (text.max_length, model.input_dim) is {expected}"
+            raise DataError(why, path=path, field=field, fix="set both keys to the size of the features")
         if not np.isfinite(features).all():
-            why, fix = "text features are not finite", "encode the report again"
-            raise DataError(why, path=path, field=f"{study.field}.text", fix=fix)
+            why = "the text features are not finite (NaN or infinity)"
+            raise DataError(why, path=path, field=field, fix="encode the report again")
         return features
 
 
 class LatentStage(Stage):
-    """Images through the autoencoder's encoder: the posterior's mean and sigma."""
+    """Images to the mean and sigma of the autoencoder's posterior."""
 
     name = "latent"
 
@@ -180,15 +199,18 @@ class LatentStage(Stage):
         self.vae = vae
 
     def inputs(self, study: Study) -> str:
+        """Digest of the images and the autoencoder."""
         return latent_digest(self.records, study, self.vae.sha256)
 
-    def kept(self) -> bool:
+    def has_shared_files(self) -> bool:
+        """Whether the autoencoder is stored with its latents."""
         return (self.records.out / "vae" / "manifest.json").is_file()
 
     def run(self, todo: list[Study]) -> dict[str, float]:
+        """Encode the images, and store the autoencoder."""
         seconds = {}
         for study in progress_bar(todo, "latents"):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             files, parts = {}, {}
             for sequence in self.sequences:
                 entry = self.records.get(study.id, "image")["files"][f"image/{sequence}"]
@@ -199,28 +221,32 @@ class LatentStage(Stage):
                     files[f"latent_{name}/{sequence}"] = self.records.write_array(target, array)
             facts = {"vae": self.vae.sha256, "moments": parts}
             self.records.put(study.id, self.name, self.inputs(study), files, facts)
-            seconds[study.id] = time.perf_counter() - begun
+            seconds[study.id] = time.perf_counter() - start
         self.vae.save(self.records.out / "vae")
         return seconds
 
 
 class ImportedLatentStage(Stage):
-    """The reference's `_emb.nii.gz`: one drawn sample, taken as the mean."""
+    """Import of the reference's `_emb.nii.gz`, one sample of the posterior, which is taken as its mean."""
 
     name = "latent"
 
     def inputs(self, study: Study) -> str:
-        sources = {sequence: self.records.fingerprint(study.latent_files[sequence]) for sequence in self.sequences}
-        return fingerprint_of([RECIPE, "imported", sources])
+        """Digest of the latent files."""
+        files = {sequence: self.records.fingerprint(study.latent_files[sequence]) for sequence in self.sequences}
+        return fingerprint_of([RECIPE, "imported", files])
 
     def check(self, todo: list[Study]) -> list[DataError]:
+        """Read every latent."""
+
         def read(study: Study) -> None:
             for sequence in self.sequences:
                 import_latent(study.latent_files[sequence], self.config)
 
-        return _defects(read, progress_bar(todo, "checking latents"))
+        return _find_defects(read, progress_bar(todo, "checking latents"))
 
     def run(self, todo: list[Study]) -> dict[str, float]:
+        """Copy the latents."""
         for study in progress_bar(todo, "latents"):
             files, parts = {}, {}
             for sequence in self.sequences:
@@ -235,21 +261,21 @@ class ImportedLatentStage(Stage):
 
 
 def latent_digest(records: StageCache, study: Study, vae: str) -> str:
-    """What latents made by the autoencoder with this SHA-256 depend on: it, and the prepared images."""
+    """Digest of what the latents of a study depend on: the prepared images and the autoencoder with this SHA-256."""
     images = records.get(study.id, "image").get("files", {})
     return fingerprint_of([RECIPE, vae, {key: entry["sha256"] for key, entry in sorted(images.items())}])
 
 
-def _defects(read: Callable[[Study], Any], studies: Iterable[Study]) -> list[DataError]:
-    found = []
+def _find_defects(read: Callable[[Study], Any], studies: Iterable[Study]) -> list[DataError]:
+    defects = []
     for study in studies:
         try:
             read(study)
         except DataError as defect:
-            found.append(defect)
-    return found
+            defects.append(defect)
+    return defects
 
 
-def progress_bar(items: list[Any], what: str, unit: str = "study") -> Any:
-    """A progress bar over `items`; none where there is nothing to do."""
-    return tqdm(items, desc=what, unit=unit, mininterval=1, disable=not items)
+def progress_bar(items: list[Any], title: str, unit: str = "study") -> Any:
+    """A progress bar over `items`, which is not shown if there are none."""
+    return tqdm(items, desc=title, unit=unit, mininterval=1, disable=not items)

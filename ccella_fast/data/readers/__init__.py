@@ -1,1 +1,1 @@
-"""Medical image files and folders of studies, as they come."""
+"""Readers of medical image files, and of the folders and lists of studies that they come in."""

@@ -1,0 +1,67 @@
+"""A study as it was found, and the collection of what is wrong with studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from ccella_fast.errors import DataError
+
+Split = Literal["train", "test"]
+FoundSeries = tuple[str, Path, dict[str, Path]]  # name of a study, its folder, sequence -> image file
+NEGATIVE, POSITIVE = [1, 0], [0, 1]  # PI-RADS 1 and 2, PI-RADS 3 to 5 (docs/explanation/method.md, section 1.1)
+
+
+class Study(NamedTuple):
+    """One study as found in a folder or a list. Its files have not been opened.
+
+    Attributes:
+        id: Unique name, which becomes part of file names.
+        files: Sequence -> image file, or folder of DICOM files.
+        split: "train" or "test".
+        dataset: Tag that `data.dataset` can select.
+        pirads: One-hot class, or None if it is unknown.
+        report: Text of the report, or None if there is no report.
+        synthetic: Whether the images were drawn, not measured.
+        spacing: Voxel size in mm as stated by the reference's manifest.
+        text_file: Text features that the reference prepared.
+        text_isnull: 1 if these features are those of an empty report, else 0; given with `text_file` only.
+        latent_files: Sequence -> latent that the reference prepared.
+        listed_in: The list or folder to name in error messages.
+        field: Place in the list to name in error messages.
+    """
+
+    id: str
+    files: dict[str, Path]
+    split: Split = "train"
+    dataset: str | None = None
+    pirads: list[int] | None = None
+    report: str | None = None
+    synthetic: bool = False
+    spacing: list[float] | None = None
+    text_file: Path | None = None
+    text_isnull: int | None = None
+    latent_files: dict[str, Path] = {}
+    listed_in: Path | None = None
+    field: str | None = None
+
+
+class Defects:
+    """Collects DataErrors, so that one pass over the studies finds all of them."""
+
+    def __init__(self) -> None:
+        self.found: list[DataError] = []
+
+    def add(self, defect: DataError) -> None:
+        """Collect one more defect."""
+        self.found.append(defect)
+
+    def raise_first(self) -> None:
+        """Raise the first defect, if any; its message counts the others and names up to three of their files."""
+        if not self.found:
+            return
+        first, more = self.found[0], len(self.found) - 1
+        if more:
+            others = sorted({Path(defect.path).name for defect in self.found[1:] if defect.path})[:3]
+            first.why += f" (and {more} more defect{'s' if more > 1 else ''}, in {', '.join(others)})"
+        raise first
