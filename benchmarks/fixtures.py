@@ -25,8 +25,8 @@ class Workbench:
     """`config` is the full-size model. On a CPU each latent axis is halved: the reference's step then takes a second or two;
     a slow CPU under a time limit gets a quarter (`budget.py`)."""
 
-    def __init__(self, device: torch.device, config: Config, tick: Callable[[str], None] = lambda text: None):
-        self.device, self.config, self.tick = device, config, tick
+    def __init__(self, device: torch.device, config: Config, on_progress: Callable[[str], None] = lambda text: None):
+        self.device, self.config, self.on_progress = device, config, on_progress
         self.machine: dict[str, Any] = {}
         self.shrink = 2 if device.type == "cpu" else 1
         self.latent_channels = sum(config.model.latent_channels)
@@ -56,7 +56,7 @@ class Workbench:
     @cached_property
     def model(self) -> DiffusionModel:
         """fp32, random weights, none of them zero."""
-        self.tick(f"building the model ({self.parameters / 1e6:.0f} M parameters)")
+        self.on_progress(f"building the model ({self.parameters / 1e6:.0f} M parameters)")
         return self._ready(build_model, self.config)
 
     @cached_property

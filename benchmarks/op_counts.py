@@ -66,8 +66,8 @@ def _denoising(config: Config, model: Any, mode: Any, dtype: torch.dtype) -> Cou
         if isinstance(model, reference.ReferenceModel):
             run: Callable[[], Any] = lambda: model(x, timesteps, **conditions)  # noqa: E731
         else:
-            prepared = model.condition(timesteps, **conditions)
-            run = lambda: model.denoise(x, prepared)  # noqa: E731
+            conditioning = model.condition(timesteps, **conditions)
+            run = lambda: model.denoise(x, conditioning)  # noqa: E731
         run()  # what happens once for the whole loop: casting weights, summing the upsamplers' taps
         return count(run)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import op_counts
-from benchmark_case import HEADLINES
 from ccella_fast.storage import atomic_path
+from registry import HEADLINES
 from results import seconds
 from timer import slope
 

@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     import results
     import runner
-    from benchmark_case import emulated, registry, select
     from ccella_fast.errors import ConfigError, did_you_mean
+    from registry import emulated, registry, select
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.list:

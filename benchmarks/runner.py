@@ -22,7 +22,7 @@ import op_counts
 import profile_summary
 import results
 import timer
-from benchmark_case import BenchmarkCase, Skip, Trial
+from benchmark_case import BenchmarkCase, Skip, PreparedCase
 from budget import LIMITS_SECONDS, Budget
 from ccella_fast.config import Config
 from ccella_fast.environment import cpu_name, describe_environment, environment_warnings, format_environment
@@ -35,7 +35,7 @@ class BenchmarkRun:
     def __init__(self, device: torch.device, *, minutes: float | None, command: str, debug: bool = False):
         self.device, self.command, self.debug = device, command, debug
         self.budget = Budget(device.type, minutes)
-        self.bench = Workbench(device, Config(), self._tick)
+        self.bench = Workbench(device, Config(), self._show_progress)
         self.give_up = math.inf  # on the clock, while a case runs
         self.reduced: list[str] = []  # what was measured at less than its usual size, and why
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
@@ -60,9 +60,9 @@ class BenchmarkRun:
         found = environment_warnings(environment)
         print(self._card(environment), flush=True)
         grid, widths = self.bench.latent_grid, self.bench.config.model.num_channels
-        rates = machine.rates(self.device, widths=widths, grid=grid, budget=LIMITS_SECONDS, tick=self._tick)
+        rates = machine.rates(self.device, widths=widths, grid=grid, budget=LIMITS_SECONDS, on_progress=self._show_progress)
         self.bench.machine, self.reduced = rates, list(rates["reduced"])
-        self._tick("noise floor")
+        self._show_progress("noise floor")
         noise, overhead = self._noise(), timer.overhead(self.device)
         self._say(f"limits      {machine.describe(rates)}")
         self._say(f"noise       A against A {noise['noise']:.1%}, the runner itself {overhead * 1e6:.1f} us a call")
@@ -78,9 +78,9 @@ class BenchmarkRun:
             self._say(f"{self.label}: {_outcome(done[-1])}")
         self.bench.release()
         self.label = "counts"
-        self._tick("ops, bytes and FLOPs on meta tensors")
+        self._show_progress("ops, bytes and FLOPs on meta tensors")
         counts = op_counts.counted(self.bench.config)
-        self._tick("")
+        self._show_progress("")
         return {
             "schema": results.SCHEMA, "date": results.now(), "commit": results.commit(), "command": self.command,
             "device": self.device.type, "machine": self.name, "environment": environment, "warnings": found,
@@ -108,11 +108,11 @@ class BenchmarkRun:
             "sides": {}, "speedups": {}, "facts": [], "curves": {}, "missing": {}, "notes": [],
         }  # fmt: skip
         try:
-            self._tick("setting up")
-            trial = case.build(self.bench)
-            row |= {"shapes": trial.shapes, "facts": trial.facts, "missing": trial.missing, "notes": trial.notes}
-            row |= {"curves": trial.curves}
-            self._run(case, trial, row, traces, begin + seconds)
+            self._show_progress("setting up")
+            prepared = case.build(self.bench)
+            row |= {"shapes": prepared.shapes, "facts": prepared.facts, "missing": prepared.missing, "notes": prepared.notes}
+            row |= {"curves": prepared.curves}
+            self._run(case, prepared, row, traces, begin + seconds)
         except Skip as why:
             row |= {"status": "skipped", "why": str(why)}
         except torch.OutOfMemoryError as error:
@@ -124,7 +124,7 @@ class BenchmarkRun:
             if self.debug:
                 traceback.print_exc()
         self.give_up = math.inf
-        trial = None  # what it holds must be gone before the next case
+        prepared = None  # what it holds must be gone before the next case
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -134,20 +134,20 @@ class BenchmarkRun:
             self.budget.learn(case, row["case_seconds"], rounds)
         return row
 
-    def _run(self, case: BenchmarkCase, trial: Trial, row: dict[str, Any], traces: Path | None, end: float) -> None:
+    def _run(self, case: BenchmarkCase, prepared: PreparedCase, row: dict[str, Any], traces: Path | None, end: float) -> None:
         """`end`: on the clock; past it no further round begins."""
-        if not trial.sides:
+        if not prepared.implementations:
             return
-        errors = self._errors(trial)
+        errors = self._errors(prepared)
         with self._nvtx(case.name), self._monitor() as monitor:
             timings = timer.measure(
-                {name: side.run for name, side in trial.sides.items()}, self.device,
-                budget=case.rounds_budget(self.device.type), most=end - time.perf_counter(), tick=self._tick,
+                {name: side.run for name, side in prepared.implementations.items()}, self.device,
+                budget=case.rounds_budget(self.device.type), most=end - time.perf_counter(), on_progress=self._show_progress,
             )  # fmt: skip
         if isinstance(monitor, Monitor):
             row["telemetry"] = monitor.summary()
         for name, timing in timings.items():
-            side = trial.sides[name]
+            side = prepared.implementations[name]
             per_call = [value / side.calls for value in timing.rounds]
             facts: dict[str, Any] = {
                 "precision": side.precision, "seconds": timer.summary(per_call), "spread": timer.spread(per_call),
@@ -155,10 +155,10 @@ class BenchmarkRun:
                 "parts": {part: timer.summary(values)["median"] / side.calls for part, values in timing.parts.items()},
             }  # fmt: skip
             if name in errors:
-                passed = errors[name] <= trial.allowed(side.precision, errors)
+                passed = errors[name] <= prepared.allowed(side.precision, errors)
                 facts |= {"error": errors[name] if math.isfinite(errors[name]) else None, "passed": passed}
-            if name in trial.floor:
-                floor = trial.floor[name]
+            if name in prepared.rooflines:
+                floor = prepared.rooflines[name]
                 least, limit = floor.seconds(self.bench.machine)
                 facts["floor"] = {"seconds": least, "limit": limit, "flops": floor.flops, "bytes": floor.bytes,
                                   "derivation": floor.derivation}  # fmt: skip
@@ -169,26 +169,26 @@ class BenchmarkRun:
             self.reduced.append(
                 f"{case.name}: rounds timed {rounds}, otherwise at least {timer.LEAST_ROUNDS}: time is short"
             )
-        judge(row, *_checked(trial, row))
+        judge(row, *_checked(prepared, row))
         if row["status"] == "ok" and (traces is not None or (case.profile and rounds >= timer.LEAST_ROUNDS)):
-            for name, side in trial.sides.items():
-                self._tick(f"{name}: profile")
+            for name, side in prepared.implementations.items():
+                self._show_progress(f"{name}: profile")
                 trace = None if traces is None else traces / f"{case.name}-{results.slug(name)}.json"
                 run = lambda: side.run(timer.Stopwatch(self.device))  # noqa: E731, B023
                 row["sides"][name]["profile"] = profile_summary.profiled(run, self.device, trace)
 
-    def _errors(self, trial: Trial) -> dict[str, float]:
+    def _errors(self, prepared: PreparedCase) -> dict[str, float]:
         """Largest difference from the truth over the largest value, for every side that has an output."""
-        if trial.truth is None:
+        if prepared.truth is None:
             return {}
-        self._tick("gate: the truth")
+        self._show_progress("gate: the truth")
         # TF32, which PyTorch allows in convolutions by itself, is no truth.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            truth = trial.truth().double()
+            truth = prepared.truth().double()
         errors = {}
-        for name, side in trial.sides.items():
+        for name, side in prepared.implementations.items():
             if side.output is not None:
-                self._tick(f"gate: {name}")
+                self._show_progress(f"gate: {name}")
                 errors[name] = relative_error(side.output(), truth)
         return errors
 
@@ -198,7 +198,7 @@ class BenchmarkRun:
         x = torch.randn(1, width, *grid, device=self.device)
         w = torch.randn(width, width, 3, 3, 3, device=self.device)
         with torch.no_grad():
-            return timer.noise_floor(lambda watch: F.conv3d(x, w, padding=1), self.device, budget=3.0)
+            return timer.noise_floor(lambda stopwatch: F.conv3d(x, w, padding=1), self.device, budget=3.0)
 
     def _card(self, environment: dict[str, Any]) -> str:
         model = self.bench.config.model
@@ -227,7 +227,7 @@ class BenchmarkRun:
 
     label = "machine"
 
-    def _tick(self, text: str) -> None:
+    def _show_progress(self, text: str) -> None:
         """What is going on now, on one line that is written over. A case that has no time left for it ends here."""
         if time.perf_counter() > self.give_up:
             raise Skip("given up: the time limit came before its first round")
@@ -235,7 +235,7 @@ class BenchmarkRun:
             print(f"\r\033[K{self.label}: {text}" if text else "\r\033[K", end="", file=sys.stderr, flush=True)
 
     def _say(self, text: str) -> None:
-        self._tick("")
+        self._show_progress("")
         print(text, flush=True)
 
 
@@ -251,12 +251,12 @@ def _error(side: dict[str, Any]) -> str:
     return "another shape, or NaN" if side["error"] is None else f"{side['error']:.2g}"
 
 
-def _checked(trial: Trial, row: dict[str, Any]) -> list[str]:
-    """What the trial's own check has against it; what it measured becomes facts."""
-    if trial.check is None:
+def _checked(prepared: PreparedCase, row: dict[str, Any]) -> list[str]:
+    """What the prepared's own check has against it; what it measured becomes facts."""
+    if prepared.check is None:
         return []
     try:
-        row["facts"] = [*row["facts"], *((what, value, "") for what, value in trial.check().items())]
+        row["facts"] = [*row["facts"], *((what, value, "") for what, value in prepared.check().items())]
     except AssertionError as why:
         return [f"its check failed: {why}"[:200]]
     return []

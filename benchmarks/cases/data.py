@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmark_case import BenchmarkCase, Implementation, Trial
+from benchmark_case import BenchmarkCase, Implementation, PreparedCase
 from ccella_fast.config import AugmentationConfig, Config, load_config, make_config
 from ccella_fast.data.augmentation.engine import VolumeRequest, make_engine
 from ccella_fast.data.augmentation.parameters import Augmentation, draw_augmentation
@@ -129,8 +129,8 @@ def augment_case(work: Path, *, volumes: int = 8, engine: str = "auto", device: 
     config, cores = full_grid(), len(os.sched_getaffinity(0))
     if not (work / "prepared" / "manifest.json").is_file():
         prepare(write_studies(work / "studies", 4), work / "prepared", config)
-    prepared = load_manifest(work / "prepared")
-    paths = [prepared.folder / case.files["image/t2w"].path for case in prepared.cases]
+    manifest = load_manifest(work / "prepared")
+    paths = [manifest.folder / case.files["image/t2w"].path for case in manifest.cases]
     strengths, shape, spacing = config.augmentation, tuple(config.data.dim), tuple(config.data.spacing)
     order = [paths[n % len(paths)] for n in range(volumes)]
     loader = _monai_loader(order, strengths, spacing, workers=cores)
@@ -280,18 +280,18 @@ MAKERS: dict[str, Callable[..., DataCase]] = {
 def _case(name: str, about: str, *, budget: float, set_up: dict[str, float]) -> BenchmarkCase:
     """The case as run.py knows it: set up, run once, through its gate, then timed."""
 
-    def build(bench: Any) -> Trial:
+    def build(bench: Any) -> PreparedCase:
         folder = tempfile.TemporaryDirectory(prefix="ccella-bench-")
         here = {} if name == "prepare" else {"device": bench.device}
         case = MAKERS[name](Path(folder.name), **here)
         for run in case.sides.values():
             run()
         sides = {
-            side: Implementation("fp32", lambda watch, run=run: run(), calls=case.units)
+            side: Implementation("fp32", lambda stopwatch, run=run: run(), calls=case.units)
             for side, run in case.sides.items()
         }
         facts = [(what, value, "") for what, value in case.gate().items()]
-        return Trial(sides, facts=facts, shapes={"units of one run": case.units, "bar": case.bar}, holds=[folder])
+        return PreparedCase(sides, facts=facts, shapes={"units of one run": case.units, "bar": case.bar}, keep_alive=[folder])
 
     return BenchmarkCase(name, "data", about, build, budget=budget, set_up=set_up)
 

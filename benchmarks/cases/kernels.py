@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmark_case import BenchmarkCase, Implementation, Roofline, Trial
+from benchmark_case import BenchmarkCase, Implementation, Roofline, PreparedCase
 from ccella_fast.kernels.attention import attention, attention_reference
 from ccella_fast.kernels.cross_attention import cross_attention, cross_attention_reference
 from ccella_fast.kernels.group_norm_silu import group_norm_silu
@@ -41,40 +41,40 @@ class KernelProblem:
     eager: Callable[..., Tensor]
     ours: Callable[..., Tensor]
     truth: Callable[..., Tensor]
-    floor: Roofline
-    backward_floor: Roofline
+    roofline: Roofline
+    backward_roofline: Roofline
     others: dict[str, Callable[[], Callable[..., Tensor]]]  # name -> a function that makes it, or raises ImportError
 
 
-def kernel(bench: Workbench, problem: Callable[[Workbench], KernelProblem], *, backward: bool) -> Trial:
+def kernel(bench: Workbench, problem: Callable[[Workbench], KernelProblem], *, backward: bool) -> PreparedCase:
     given = problem(bench)
     first = given.make(0)
     moved = sum(tensor.numel() * tensor.element_size() for tensor in first)
     copies = min(_CALLS, max(1, math.ceil(_ROTATION / moved))) if bench.device.type == "cuda" else 1
     inputs = [first, *(given.make(index) for index in range(1, copies))]
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[first[0].dtype]
-    trial = Trial(shapes={"inputs": [list(tensor.shape) for tensor in first]}, twice=True)
+    prepared = PreparedCase(shapes={"inputs": [list(tensor.shape) for tensor in first]}, twice_baseline_error=True)
     sides = {"eager": given.eager}
     if bench.device.type == "cuda":
         sides["torch.compile"] = torch.compile(given.eager, mode="max-autotune-no-cudagraphs", dynamic=False)
     else:
-        trial.missing["torch.compile"] = _REASON
+        prepared.missing["torch.compile"] = _REASON
     for other, build in given.others.items():
         try:
             sides[other] = build()
         except ImportError as why:
-            trial.missing[other] = str(why)
+            prepared.missing[other] = str(why)
     sides["ours"] = given.ours
     prepare = _backward if backward else _forward
     for side, call in sides.items():
         run, calls = prepare(bench, call, inputs, given.gradients)
-        trial.sides[side] = Implementation(
+        prepared.implementations[side] = Implementation(
             name, run, functools.partial(_result, call, first, given.gradients, backward), calls
         )
-        trial.floor[side] = given.backward_floor if backward else given.floor
+        prepared.rooflines[side] = given.backward_roofline if backward else given.roofline
     doubles = [tensor.double() for tensor in first]
-    trial.truth = functools.partial(_result, given.truth, doubles, given.gradients, backward)
-    return trial
+    prepared.truth = functools.partial(_result, given.truth, doubles, given.gradients, backward)
+    return prepared
 
 
 def _result(call: Callable[..., Tensor], inputs: list[Tensor], gradients: int, backward: bool) -> Tensor:
@@ -96,7 +96,7 @@ def _forward(
     if bench.device.type != "cuda":
 
         @torch.no_grad()
-        def run(watch: Stopwatch) -> None:
+        def run(stopwatch: Stopwatch) -> None:
             call(*inputs[0])
 
         return run, 1
@@ -113,7 +113,7 @@ def _forward(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         body()
-    return lambda watch: graph.replay(), _CALLS
+    return lambda stopwatch: graph.replay(), _CALLS
 
 
 def _backward(
@@ -127,7 +127,7 @@ def _backward(
         ready.append((out, leaves[:gradients], torch.randn_like(out)))
     calls = _CALLS if bench.device.type == "cuda" else 1
 
-    def run(watch: Stopwatch) -> None:
+    def run(stopwatch: Stopwatch) -> None:
         for _, (out, leaves, seed) in zip(range(calls), itertools.cycle(ready), strict=False):
             torch.autograd.grad(out, leaves, seed, retain_graph=True)
 

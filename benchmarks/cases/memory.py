@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import reference
-from benchmark_case import BenchmarkCase, Implementation, Skip, Trial
+from benchmark_case import BenchmarkCase, Implementation, Skip, PreparedCase
 from cases.sampler import TIMESTEP
 from ccella_fast.environment import free_memory
 from fixtures import Workbench
@@ -50,12 +50,12 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def denoising_memory(bench: Workbench) -> Trial:
+def denoising_memory(bench: Workbench) -> PreparedCase:
     """Peak of one denoising step beyond weights and inputs."""
     x, conditions = bench.latent(1), bench.conditions(1)
     timesteps = torch.full((1,), float(TIMESTEP), device=bench.device)
     with torch.no_grad():
-        prepared = bench.sampler.model.condition(timesteps, **conditions)
+        conditioning = bench.sampler.model.condition(timesteps, **conditions)
 
     @torch.no_grad()
     def theirs() -> None:
@@ -64,12 +64,12 @@ def denoising_memory(bench: Workbench) -> Trial:
 
     @torch.no_grad()
     def ours() -> None:
-        bench.sampler.model.denoise(x, prepared)
+        bench.sampler.model.denoise(x, conditioning)
 
     return _peaks(bench, {"reference": theirs, "ours": ours}, {"latent": list(x.shape)})
 
 
-def decode_memory(bench: Workbench) -> Trial:
+def decode_memory(bench: Workbench) -> PreparedCase:
     """Peak of the decoder beyond weights and inputs."""
     grid = [axis // 2 for axis in bench.latent_grid] if bench.device.type == "cpu" else bench.latent_grid
     z = bench.latent(1, grid)
@@ -86,30 +86,30 @@ def decode_memory(bench: Workbench) -> Trial:
     return _peaks(bench, {"reference": theirs, "ours": ours}, {"latent": list(z.shape)})
 
 
-def _peaks(bench: Workbench, runs: dict[str, Callable[[], Any]], shapes: dict[str, Any]) -> Trial:
-    trial = Trial(shapes=shapes)
+def _peaks(bench: Workbench, runs: dict[str, Callable[[], Any]], shapes: dict[str, Any]) -> PreparedCase:
+    prepared = PreparedCase(shapes=shapes)
     found = {}
     for name, run in runs.items():
         run()  # caches and workspaces that stay
         found[name] = peak(run, bench.device)
-        trial.facts.append((f"{name}, peak beyond weights", found[name] / _MIB, "MiB"))
+        prepared.facts.append((f"{name}, peak beyond weights", found[name] / _MIB, "MiB"))
     if found["ours"]:
-        trial.facts.append(("reference / ours", found["reference"] / found["ours"], "x"))
+        prepared.facts.append(("reference / ours", found["reference"] / found["ours"], "x"))
     kind = "torch's allocator" if bench.device.type == "cuda" else "the process's high-water mark"
-    trial.notes.append(f"measured as {kind}")
-    return trial
+    prepared.notes.append(f"measured as {kind}")
+    return prepared
 
 
-def training_memory(bench: Workbench) -> Trial:
+def training_memory(bench: Workbench) -> PreparedCase:
     """What autograd keeps for the backward pass, a voxel of the latent: counted, in the 16-bit form of a GPU."""
     grid = bench.config.check_grid()
     kept = {name: activation_bytes(bench, name, grid) for name in ("reference", "ours")}
-    trial = Trial(shapes={"latent": [1, bench.latent_channels, *grid]})
+    prepared = PreparedCase(shapes={"latent": [1, bench.latent_channels, *grid]})
     for name, (voxel, fixed) in kept.items():
-        trial.facts.append((f"{name}, kept per latent voxel", voxel / 1024, "KiB"))
-        trial.facts.append((f"{name}, kept whatever the latent", fixed / _MIB, "MiB"))
-    trial.facts.append(("reference / ours, per voxel", kept["reference"][0] / kept["ours"][0], "x"))
-    return trial
+        prepared.facts.append((f"{name}, kept per latent voxel", voxel / 1024, "KiB"))
+        prepared.facts.append((f"{name}, kept whatever the latent", fixed / _MIB, "MiB"))
+    prepared.facts.append(("reference / ours, per voxel", kept["reference"][0] / kept["ours"][0], "x"))
+    return prepared
 
 
 def activation_bytes(bench: Workbench, side: str, grid: list[int]) -> tuple[float, float]:
@@ -143,25 +143,25 @@ def activation_bytes(bench: Workbench, side: str, grid: list[int]) -> tuple[floa
     return slope, more - slope * voxels
 
 
-def largest_latent(bench: Workbench) -> Trial:
+def largest_latent(bench: Workbench) -> PreparedCase:
     """The largest latent that trains at batch 1: by arithmetic for both sides, and on a GPU tried with ours."""
     bench.release()
     grid = bench.config.check_grid()
     total = free_memory(bench.device)
-    trial = Trial(shapes={"memory_bytes": total})
+    prepared = PreparedCase(shapes={"memory_bytes": total})
     parameters = bench.parameters
     for name, state in _STATE_BYTES.items():
         voxel, fixed = activation_bytes(bench, name, grid)
         left = total - parameters * state - fixed - _RESERVE
-        trial.facts.append((f"{name}, by arithmetic", max(0.0, left / voxel) / 1e6, "M voxels"))
-    trial.notes.append(
+        prepared.facts.append((f"{name}, by arithmetic", max(0.0, left / voxel) / 1e6, "M voxels"))
+    prepared.notes.append(
         f"free memory less {18 * parameters / _GIB:.1f} GiB of states and {_RESERVE / _GIB:.0f} GiB of reserve"
     )
     if bench.device.type != "cuda":
-        trial.notes.append("tried on a GPU only: the numbers above are for 16 bit")
-        return trial
-    trial.facts.append(("ours, tried", _try_larger(bench, grid) / 1e6, "M voxels"))
-    return trial
+        prepared.notes.append("tried on a GPU only: the numbers above are for 16 bit")
+        return prepared
+    prepared.facts.append(("ours, tried", _try_larger(bench, grid) / 1e6, "M voxels"))
+    return prepared
 
 
 def _try_larger(bench: Workbench, grid: list[int]) -> int:
@@ -173,7 +173,7 @@ def _try_larger(bench: Workbench, grid: list[int]) -> int:
     fits, grid = 0, list(grid)
     try:
         while True:
-            bench.tick(f"trying {grid}")
+            bench.on_progress(f"trying {grid}")
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             x, conditions = bench.latent(1, grid), bench.conditions(1)
@@ -193,7 +193,7 @@ def _try_larger(bench: Workbench, grid: list[int]) -> int:
             parameter.grad = None
 
 
-def checkpoint(bench: Workbench) -> Trial:
+def checkpoint(bench: Workbench) -> PreparedCase:
     """Weights and optimizer to disk and back: the reference's one torch.save, and ours with hashes and fsync."""
     from cases.training import _config, build_engine
     from ccella_fast.training import checkpointing
@@ -216,28 +216,28 @@ def checkpoint(bench: Workbench) -> Trial:
     state = {"step": 1, "world_size": 1, "total_steps": 1, "ema_updates": 0, "bad_in_a_row": 0}
     run = Path(folder.name) / "run"
 
-    def theirs(watch: Stopwatch) -> None:
+    def theirs(stopwatch: Stopwatch) -> None:
         path = Path(folder.name) / "reference.pt"
         torch.save({"unet_state_dict": engine.module.state_dict(), "optimizer": optimizer.state_dict()}, path)
-        watch.mark("save")
+        stopwatch.mark("save")
         loaded = torch.load(path, map_location=bench.device, weights_only=True)
         engine.module.load_state_dict(loaded["unet_state_dict"])
-        watch.mark("load")
+        stopwatch.mark("load")
 
-    def ours(watch: Stopwatch) -> None:
+    def ours(stopwatch: Stopwatch) -> None:
         shutil.rmtree(run, ignore_errors=True)
         written = checkpointing.save_checkpoint(run, 1, engine, None, config, state, None, HostCollectives())
-        watch.mark("save")
+        stopwatch.mark("save")
         checkpointing.restore_checkpoint(written, engine, None, state)
-        watch.mark("load")
+        stopwatch.mark("load")
 
-    trial = Trial(shapes={"parameters": sum(p.numel() for p in engine.module.parameters())})
-    trial.sides = {"reference": Implementation("fp32", theirs), "ours": Implementation("fp32", ours)}
-    trial.notes.append(
+    prepared = PreparedCase(shapes={"parameters": sum(p.numel() for p in engine.module.parameters())})
+    prepared.implementations = {"reference": Implementation("fp32", theirs), "ours": Implementation("fp32", ours)}
+    prepared.notes.append(
         "ours also writes a second, plain copy of the weights, SHA-256 of every file, and waits for the disk"
     )
-    trial.holds.append(folder)
-    return trial
+    prepared.keep_alive.append(folder)
+    return prepared
 
 
 CASES = [

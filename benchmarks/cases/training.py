@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import compiled_baseline
 import reference
-from benchmark_case import BenchmarkCase, Implementation, Roofline, Skip, Trial
-from cases.sampler import step_floor
+from benchmark_case import BenchmarkCase, Implementation, Roofline, Skip, PreparedCase
+from cases.sampler import step_roofline
 from ccella_fast.config import Config, load_config, make_config
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.environment import free_memory
@@ -37,7 +37,7 @@ _TOLERANCE = {"fp32": 5e-3, "bf16": 0.25, "fp16": 0.25}  # of a gradient: L1's f
 _ADAMW_BYTES = 28  # a parameter: read p, g, m, v, write p, m, v, in fp32
 
 
-def training_step(bench: Workbench, precision: str | None = None, *, peer: bool = False) -> Trial:
+def training_step(bench: Workbench, precision: str | None = None, *, peer: bool = False) -> PreparedCase:
     """loader, forward, backward, optimizer. The reference: fp16 autocast and GradScaler on a GPU, fp32 on a CPU, default
     AdamW. Ours: train.py's engine, without EMA, which the reference has not. peer: against the tuned peer instead."""
     bench.release()
@@ -53,7 +53,7 @@ def training_step(bench: Workbench, precision: str | None = None, *, peer: bool 
         raise Skip(f"it needs about {needed:.0f} GiB of memory, {free:.0f} are free")
     folder = tempfile.TemporaryDirectory(prefix="ccella-bench-")
     data = write_prepared(Path(folder.name) / "prepared", config, cases=2 * batch)
-    bench.tick("building the engine")
+    bench.on_progress("building the engine")
     engine = build_engine(bench, config, Path(folder.name))
     theirs = _reference(engine, precision)
     schedule = Schedule.from_config(config.scheduler)
@@ -65,34 +65,34 @@ def training_step(bench: Workbench, precision: str | None = None, *, peer: bool 
         _share_state(body.optimizer, engine.optimizer)
     steps = feed.steps(0, _MOST_STEPS, background=bench.device.type == "cuda")
 
-    def run_reference(watch: Stopwatch) -> None:
-        body(_collated(items[:batch]), watch.mark)
+    def run_reference(stopwatch: Stopwatch) -> None:
+        body(_collated(items[:batch]), stopwatch.mark)
 
-    def run_ours(watch: Stopwatch) -> None:
+    def run_ours(stopwatch: Stopwatch) -> None:
         from ccella_fast.training.loop import joint_loss
 
         samples = next(steps)[0]
-        watch.mark("loader")
+        stopwatch.mark("loader")
         losses = joint_loss(engine, samples, schedule, config.class_loss_weight)
-        watch.mark("forward")
+        stopwatch.mark("forward")
         engine.backward(losses.total)
-        watch.mark("backward")
+        stopwatch.mark("backward")
         engine.step()
         torch.stack(losses[:3]).tolist()  # logged at every step, as the default is
-        watch.mark("optimizer")
+        stopwatch.mark("optimizer")
 
-    trial = Trial(shapes={"latent": [batch, bench.latent_channels, *bench.latent_grid]}, tolerance=_TOLERANCE)
+    prepared = PreparedCase(shapes={"latent": [batch, bench.latent_channels, *bench.latent_grid]}, tolerance=_TOLERANCE)
     samples = feed.micro_batch(0, 0)
     gate = _Gate(engine, theirs, body, samples, schedule, config)
     first, name = ("tuned peer", "bf16") if peer else ("reference", bench.reference_precision)
-    trial.sides[first] = Implementation(name, run_reference, lambda: gate.reference(autocast=True))
-    trial.sides["ours"] = Implementation(precision, run_ours, gate.ours)
-    trial.truth = lambda: gate.reference(autocast=False)
-    for side, row in trial.sides.items():
-        trial.floor[side] = training_floor(bench, batch, row.precision)
-    trial.notes.append(f"batch {batch}; gate: gradients of {' and '.join(_LOOKED_AT)}")
-    trial.holds.append(folder)
-    return trial
+    prepared.implementations[first] = Implementation(name, run_reference, lambda: gate.reference(autocast=True))
+    prepared.implementations["ours"] = Implementation(precision, run_ours, gate.ours)
+    prepared.truth = lambda: gate.reference(autocast=False)
+    for side, row in prepared.implementations.items():
+        prepared.rooflines[side] = training_roofline(bench, batch, row.precision)
+    prepared.notes.append(f"batch {batch}; gate: gradients of {' and '.join(_LOOKED_AT)}")
+    prepared.keep_alive.append(folder)
+    return prepared
 
 
 class _Gate:
@@ -150,7 +150,7 @@ def build_engine(bench: Workbench, config: Config, folder: Path) -> Any:
     return engine
 
 
-def training_floor(bench: Workbench, batch: int, precision: str) -> Roofline:
+def training_roofline(bench: Workbench, batch: int, precision: str) -> Roofline:
     """FLOPs of forward and backward of the whole model, counted on meta tensors, less 19 of 27 taps of the upsamplers."""
     from ccella_fast.models import build_model
 
@@ -166,7 +166,7 @@ def training_floor(bench: Workbench, batch: int, precision: str) -> Roofline:
         loss.backward()
 
     flops = count(step).flops
-    forward = step_floor(bench, batch, precision)
+    forward = step_roofline(bench, batch, precision)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     saved = 3 * forward.upsampler_flops * (1 - 8 / 27)
     why = (
@@ -232,7 +232,7 @@ def _bytes_per_parameter(precision: str) -> int:
     return 20 if precision == "fp32" else 20 + 16
 
 
-def scaling_with_ranks(bench: Workbench) -> Trial:
+def scaling_with_ranks(bench: Workbench) -> PreparedCase:
     """Samples a second of train.py with 1, 2, 4 ... processes at a fixed batch a process: a GPU each, or on a CPU a core each.
     The slope in a log-log plot is 1 when ranks cost nothing."""
     cuda = bench.device.type == "cuda"
@@ -242,20 +242,20 @@ def scaling_with_ranks(bench: Workbench) -> Trial:
     bench.release()
     config = bench.config if cuda else load_config(ROOT / "configs" / "demo.json")
     ranks = [count for count in (1, 2, 4, 8) if count <= most]
-    trial = Trial(shapes={"ranks": ranks, "batch a rank": config.training.batch_size, "latent": config.check_grid()})
+    prepared = PreparedCase(shapes={"ranks": ranks, "batch a rank": config.training.batch_size, "latent": config.check_grid()})
     points = []
     with tempfile.TemporaryDirectory(prefix="ccella-bench-") as folder:
         data = write_prepared(Path(folder) / "prepared", config, cases=8 * config.training.batch_size)
         write_json(Path(folder) / "config.json", config.dump())
         for count in ranks:
-            bench.tick(f"{count} processes")
+            bench.on_progress(f"{count} processes")
             points.append((count, _samples_a_second(Path(folder), data, count, cuda)))
-            trial.facts.append((f"{count} ranks", points[-1][1], "samples/s"))
-    trial.facts.append(("slope of samples/s with ranks", slope(points), "log-log"))
-    trial.curves["samples/s against ranks"] = points
+            prepared.facts.append((f"{count} ranks", points[-1][1], "samples/s"))
+    prepared.facts.append(("slope of samples/s with ranks", slope(points), "log-log"))
+    prepared.curves["samples/s against ranks"] = points
     if not cuda:
-        trial.notes.append("the demo's model, one thread a process: gloo over cores that share one memory")
-    return trial
+        prepared.notes.append("the demo's model, one thread a process: gloo over cores that share one memory")
+    return prepared
 
 
 def _samples_a_second(folder: Path, data: Path, ranks: int, cuda: bool) -> float:

@@ -19,6 +19,7 @@ import cases.memory
 import compiled_baseline
 import profile_summary
 import reference
+import registry
 import report
 import results
 import run
@@ -139,11 +140,11 @@ def test_a_short_call_is_repeated_and_its_parts_add_up(monkeypatch):
     now, calls = [0.0], []
     monkeypatch.setattr(timer, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
 
-    def side(watch):
+    def side(stopwatch):
         calls.append(now[0])
         for part, seconds in (("a", 1e-3), ("b", 4e-3), ("a", 2e-3)):
             now[0] += seconds
-            watch.mark(part)
+            stopwatch.mark(part)
         now[0] += 1e-3
 
     timing = timer.measure({"A": side}, CPU, budget=0.081)["A"]
@@ -159,9 +160,9 @@ def test_measure_interleaves_and_collects_parts():
     calls = []
 
     def side(name):
-        def run(watch):
+        def run(stopwatch):
             calls.append(name)
-            watch.mark("work")
+            stopwatch.mark("work")
 
         return run
 
@@ -202,26 +203,26 @@ def test_peak_memory_sees_an_allocation():
 # The gate
 
 
-def trial_of(error: float, *, twice: bool = False) -> benchmark_case.Trial:
+def prepared_case(error: float, *, twice: bool = False) -> benchmark_case.PreparedCase:
     truth = torch.tensor([1.0, -2.0, 4.0])
-    work = lambda watch: sum(range(200))  # noqa: E731
-    trial = benchmark_case.Trial(truth=lambda: truth, twice=twice)
-    trial.sides["reference"] = benchmark_case.Implementation("fp32", work, lambda: truth + 1e-6)
-    trial.sides["ours"] = benchmark_case.Implementation("fp32", work, lambda: truth + 4 * error)
-    trial.floor["ours"] = benchmark_case.Roofline(1e3, 8, "fp32", "by hand")
-    return trial
+    work = lambda stopwatch: sum(range(200))  # noqa: E731
+    prepared = benchmark_case.PreparedCase(truth=lambda: truth, twice=twice)
+    prepared.implementations["reference"] = benchmark_case.Implementation("fp32", work, lambda: truth + 1e-6)
+    prepared.implementations["ours"] = benchmark_case.Implementation("fp32", work, lambda: truth + 4 * error)
+    prepared.rooflines["ours"] = benchmark_case.Roofline(1e3, 8, "fp32", "by hand")
+    return prepared
 
 
-def run_case(trial: benchmark_case.Trial) -> dict:
+def run_case(prepared: benchmark_case.PreparedCase) -> dict:
     bench = runner.BenchmarkRun(CPU, minutes=None, command="")
     bench.bench.machine = {"matmul_flops": {"fp32": 1e9}, "copy_bytes_per_second": 1e9}
-    return bench._case(benchmark_case.BenchmarkCase("toy", "kernels", "a toy", lambda _: trial, budget=0.0), None)
+    return bench._case(benchmark_case.BenchmarkCase("toy", "kernels", "a toy", lambda _: prepared, budget=0.0), None)
 
 
 @pytest.mark.parametrize(("error", "twice", "right"), [(1e-7, False, True), (0.5, False, False), (1e-5, True, False)])
 def test_no_speed_up_for_a_wrong_result(error, twice, right):
     """1e-5 is within the tolerance of fp32, but more than twice the baseline's own error."""
-    row = run_case(trial_of(error, twice=twice))
+    row = run_case(prepared_case(error, twice=twice))
     assert row["status"] == ("ok" if right else "wrong") and ("ours" in row["speedups"]) == right
     assert row["sides"]["ours"]["seconds"]["n"] == timer.LEAST_ROUNDS and row["sides"]["ours"]["of_limit"] > 0
 
@@ -230,7 +231,7 @@ def test_a_check_after_the_rounds_is_a_gate_too():
     def fails():
         raise AssertionError("not the same volumes")
 
-    good, bad = trial_of(1e-7), trial_of(1e-7)
+    good, bad = prepared_case(1e-7), prepared_case(1e-7)
     good.check, bad.check = lambda: {"correlation": 0.99}, fails
     assert run_case(good)["facts"] == [("correlation", 0.99, "")] and run_case(good)["speedups"]
     assert run_case(bad)["status"] == "wrong" and not run_case(bad)["speedups"]
@@ -262,7 +263,7 @@ def test_a_case_that_cannot_run_takes_no_other_with_it():
 @pytest.fixture(scope="module")
 def record():
     facts = environment.describe_environment()
-    case = run_case(trial_of(1e-7))
+    case = run_case(prepared_case(1e-7))
     case["sides"]["ours"]["parts"] = {"forward": 1e-3}
     case["curves"] = {"step against batch, s": [(1, 2.0), (2, 3.0)]}
     return {
@@ -451,13 +452,13 @@ def test_monitor_averages_and_collects_reasons():
 
 
 def test_registry():
-    every = benchmark_case.registry()
+    every = registry.registry()
     names = [case.name for case in every]
     assert len(set(names)) == len(names) and {case.suite for case in every} <= set(benchmark_case.SUITES)
     for device in ("cpu", "cuda"):
-        quick = benchmark_case.select(["quick"], torch.device(device))
+        quick = registry.select(["quick"], torch.device(device))
         assert {"denoising_step", "decode", "training_step", "group_norm_silu"} <= {case.name for case in quick}
-    assert len(benchmark_case.select(["all"], CPU)) == len(every) > len(benchmark_case.select(["kernels"], CPU))
+    assert len(registry.select(["all"], CPU)) == len(every) > len(registry.select(["kernels"], CPU))
 
 
 def test_shapes_follow_the_configuration():
@@ -501,7 +502,7 @@ def test_door_dry_run_and_usage(capsys):
 
 
 TINY_RUN = """
-import dataclasses, json, sys, torch, benchmark_case, runner
+import dataclasses, json, sys, torch, registry, runner
 from ccella_fast.config import make_config
 from benchmark_fixtures import TINY
 from fixtures import Workbench
@@ -511,7 +512,7 @@ config = make_config({**sizes, **vae, "data.dim": [64, 64, 32], "text.max_length
 run = runner.BenchmarkRun(torch.device("cpu"), minutes=None, command="", debug=True)
 run.bench = Workbench(torch.device("cpu"), config)
 run.bench.machine = {"matmul_flops": {"fp32": 1e11, "bf16": 1e12}, "copy_bytes_per_second": 1e10}
-known = {case.name: dataclasses.replace(case, budget=0.0) for case in benchmark_case.registry()}
+known = {case.name: dataclasses.replace(case, budget=0.0) for case in registry.registry()}
 print(json.dumps({name: run._case(known[name], None) for name in sys.argv[1:]}))
 """
 

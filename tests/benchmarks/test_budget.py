@@ -12,13 +12,14 @@ import torch
 import benchmark_case
 import budget
 import machine
+import registry
 import run
 import runner
 import timer
 from ccella_fast import environment
 
 CPU = torch.device("cpu")
-QUICK = benchmark_case.select(["quick"], CPU)
+QUICK = registry.select(["quick"], CPU)
 HEADLINE = {"denoising_step", "training_step", "decode"}
 EMULATED = {torch.float32: 6e10, torch.bfloat16: 2e9}  # FLOP/s, as measured on a CPU without bf16 instructions
 NATIVE = {torch.float32: 5e11, torch.bfloat16: 1e12}
@@ -61,7 +62,7 @@ def fake_hardware(monkeypatch, clock, rates, *, convolution=1.0):
 
 def find_rates(**changes):
     settings = {"widths": [64, 128, 256, 512], "grid": [32, 32, 16], "budget": budget.LIMITS_SECONDS}
-    return machine.rates(CPU, **settings | changes, tick=lambda text: None)
+    return machine.rates(CPU, **settings | changes, on_progress=lambda text: None)
 
 
 # The machine's limits
@@ -104,7 +105,7 @@ def test_what_a_limit_costs_without_a_budget(monkeypatch, clock):
 
 
 def test_no_round_begins_past_the_time_that_a_case_may_take(clock):
-    def side(watch):
+    def side(stopwatch):
         clock.now += 10
 
     rounds = {most: len(timer.measure({"A": side}, CPU, budget=30, most=most)["A"].rounds) for most in (1, 25, 35, 1e9)}
@@ -115,7 +116,7 @@ def test_rounds_that_slow_down_do_not_go_on_past_their_budget(clock):
     """Two quick calls promise ten rounds; then something else wants the machine, and each takes eight times as long."""
     pace = iter([1.0, 1.0] + 30 * [8.0])
 
-    def side(watch):
+    def side(stopwatch):
         clock.now += next(pace)
 
     timings = timer.measure({"A": side}, CPU, budget=30)
@@ -194,10 +195,10 @@ def toy(clock, name, seconds, **settings):
     def build(bench):
         clock.now += seconds
         sides = {
-            side: benchmark_case.Implementation("fp32", lambda watch: wait(clock, seconds))
+            side: benchmark_case.Implementation("fp32", lambda stopwatch: wait(clock, seconds))
             for side in ("reference", "ours")
         }
-        return benchmark_case.Trial(sides)
+        return benchmark_case.PreparedCase(sides)
 
     return benchmark_case.BenchmarkCase(name, "sampler", "a toy", build, quick=("cpu",), **settings)
 
@@ -268,14 +269,14 @@ def stuck(clock, seconds):
 
 
 def test_bf16_cases_are_for_those_who_ask_where_it_is_emulated(monkeypatch):
-    every = benchmark_case.registry()
+    every = registry.registry()
     monkeypatch.setattr(environment, "cpu_multiplies_bf16", lambda: False)
-    found = benchmark_case.emulated(every, CPU)
+    found = registry.emulated(every, CPU)
     assert set(found) == {"training_step_bf16", "training_step_tuned"}
     assert all("emulates bf16" in why and f"--case {name}" in why for name, why in found.items())
-    assert benchmark_case.emulated(every, torch.device("cuda")) == {}
+    assert registry.emulated(every, torch.device("cuda")) == {}
     monkeypatch.setattr(environment, "cpu_multiplies_bf16", lambda: True)
-    assert benchmark_case.emulated(every, CPU) == {}
+    assert registry.emulated(every, CPU) == {}
 
 
 @pytest.mark.parametrize("minutes", [5.0, 0.1])
