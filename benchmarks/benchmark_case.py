@@ -1,8 +1,8 @@
 """The records that a benchmark case is made of. This module imports no case; `registry.py` has the list of all of them.
 
 A `BenchmarkCase` is a row of the registry. Its `build` function sets the case up on this machine and returns a `PreparedCase`:
-the implementations to compare, the ground truth for their outputs, and the roofline of each. `runner.py` checks that the outputs
-agree with the truth, times the implementations in turn and records the result.
+the implementations to compare, the ground truth for their outputs, and the roofline of each. `runner.py` checks that the
+outputs agree with the truth, times the implementations in turn and records the result.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Fits a run into its time limit: which cases run, on how large a latent, and for how many rounds.
 
-The estimate of a case is for the machine named below. It is scaled by the measured limits of the actual machine and corrected by
-the time that earlier cases took. When time is short, a case first gets fewer rounds, then later cases get a smaller latent, and
-only then are cases left out, the headline cases last.
+The estimate of a case is for the machine named below. It is scaled by the measured limits of the actual machine and corrected
+by the time that earlier cases took. When time is short, a case first gets fewer rounds, then later cases get a smaller latent,
+and only then are cases left out, the headline cases last.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MACHINE = {"matmul_flops": 5e11, "copy_bytes_per_second": 4.4e10}
 
 
 def slowness(rates: dict[str, Any], shrink: int) -> float:
-    """The factor by which a case exceeds its estimate on a CPU with these limits, when the latent's axes are divided by `shrink`.
+    """The factor by which cases exceed their estimates on a CPU with these limits and the latent's axes divided by `shrink`.
 
     Convolutions shrink with the latent; weights, optimizer and adapter do not. No machine counts as faster than the estimate's.
     """
@@ -58,7 +58,7 @@ class Budget:
         return self.limit - _AFTER - self.spent()
 
     def choose_latent(self, cases: Sequence[BenchmarkCase], rates: dict[str, Any], shrink: int) -> int:
-        """The divisor of the latent's axes: `shrink`, or `SMALLEST` if the headline cases among `cases` do not fit otherwise."""
+        """The divisor of the latent's axes: `shrink`, or `SMALLEST` if the headline cases among these do not fit otherwise."""
         if self.device != "cpu":
             return shrink
         self.slow = slowness(rates, shrink)

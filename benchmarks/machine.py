@@ -13,7 +13,10 @@ import timer
 from ccella_fast import environment
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_SIZES = {"cpu": [256, 512, 1024, 2048], "cuda": [8192]}  # of the square matrices; the largest that the time allows is used
+_SIZES = {
+    "cpu": [256, 512, 1024, 2048],
+    "cuda": [8192],
+}  # of the square matrices; the largest that the time allows is used
 _CALLS = 8  # the most that measuring the rate of a long call takes: two attempts, the first calls, three rounds
 _ROUNDS_SECONDS = 0.4
 
@@ -34,8 +37,8 @@ def rates(
         on_progress: Called with the name of what is measured next.
 
     Returns:
-        The rates, with `emulated` (precisions that the CPU emulates) and `reduced` (sentences on what was measured at less than its
-        usual size).
+        The rates, with `emulated` (precisions that the CPU emulates) and `reduced` (sentences on what was measured at less
+        than its usual size).
     """
     deadline = time.perf_counter() + budget
     parts = 1 + len(PRECISIONS) * (1 + len(widths))  # measurements that share the rest of the budget

@@ -22,7 +22,7 @@ import op_counts
 import profile_summary
 import results
 import timer
-from benchmark_case import BenchmarkCase, Skip, PreparedCase
+from benchmark_case import BenchmarkCase, PreparedCase, Skip
 from budget import LIMITS_SECONDS, Budget
 from ccella_fast.config import Config
 from ccella_fast.environment import cpu_name, describe_environment, environment_warnings, format_environment
@@ -60,7 +60,9 @@ class BenchmarkRun:
         found = environment_warnings(environment)
         print(self._card(environment), flush=True)
         grid, widths = self.bench.latent_grid, self.bench.config.model.num_channels
-        rates = machine.rates(self.device, widths=widths, grid=grid, budget=LIMITS_SECONDS, on_progress=self._show_progress)
+        rates = machine.rates(
+            self.device, widths=widths, grid=grid, budget=LIMITS_SECONDS, on_progress=self._show_progress
+        )
         self.bench.machine, self.reduced = rates, list(rates["reduced"])
         self._show_progress("noise floor")
         noise, overhead = self._noise(), timer.overhead(self.device)
@@ -110,7 +112,12 @@ class BenchmarkRun:
         try:
             self._show_progress("setting up")
             prepared = case.build(self.bench)
-            row |= {"shapes": prepared.shapes, "facts": prepared.facts, "missing": prepared.missing, "notes": prepared.notes}
+            row |= {
+                "shapes": prepared.shapes,
+                "facts": prepared.facts,
+                "missing": prepared.missing,
+                "notes": prepared.notes,
+            }
             row |= {"curves": prepared.curves}
             self._run(case, prepared, row, traces, begin + seconds)
         except Skip as why:
@@ -134,7 +141,9 @@ class BenchmarkRun:
             self.budget.learn(case, row["case_seconds"], rounds)
         return row
 
-    def _run(self, case: BenchmarkCase, prepared: PreparedCase, row: dict[str, Any], traces: Path | None, end: float) -> None:
+    def _run(
+        self, case: BenchmarkCase, prepared: PreparedCase, row: dict[str, Any], traces: Path | None, end: float
+    ) -> None:
         """`end`: on the clock; past it no further round begins."""
         if not prepared.implementations:
             return

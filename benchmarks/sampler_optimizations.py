@@ -66,7 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     truth = drawn["all off, fp32"]
     distances = {name: float((latents - truth).norm() / truth.norm()) for name, latents in drawn.items()}
     timings = measure(
-        {name: lambda stopwatch, draw=draw: draw() for name, draw in sides.items()}, device, budget=60 * arguments.minutes
+        {name: lambda stopwatch, draw=draw: draw() for name, draw in sides.items()},
+        device,
+        budget=60 * arguments.minutes,
     )
     rows = _rows({name: timing.rounds for name, timing in timings.items()}, distances, arguments.num_steps)
     record = {

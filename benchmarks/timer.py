@@ -25,8 +25,8 @@ _LONG = 2.0  # seconds: the first call of an implementation that takes longer is
 class Stopwatch:
     """The clock of one timed call.
 
-    `stopwatch.mark("forward")` ends one part of the call and begins the next. Marks on a GPU are events in the current stream, so
-    they do not synchronize.
+    `stopwatch.mark("forward")` ends one part of the call and begins the next. Marks on a GPU are events in the current stream,
+    so they do not synchronize.
     """
 
     def __init__(self, device: torch.device):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import reference
-from benchmark_case import BenchmarkCase, Implementation, Roofline, Skip, PreparedCase
+from benchmark_case import BenchmarkCase, Implementation, PreparedCase, Roofline, Skip
 from ccella_fast.diffusion.noise import generator, start_noise
 from ccella_fast.models.autoencoder.network import Autoencoder
 from ccella_fast.nvml import open_gpu
@@ -56,7 +56,9 @@ def denoising_step(bench: Workbench, batch: int = 1) -> PreparedCase:
             precision, lambda stopwatch, sampler=sampler: ours(steps, sampler), output, calls=steps
         )
     prepared.truth = lambda: theirs(gated, _no_autocast(bench))
-    prepared.rooflines = {name: step_roofline(bench, batch, side.precision) for name, side in prepared.implementations.items()}
+    prepared.rooflines = {
+        name: step_roofline(bench, batch, side.precision) for name, side in prepared.implementations.items()
+    }
     prepared.notes.append(
         f"a chain of {steps} DDPM steps divided by {steps}; the gate compares latents after {gated} of them"
     )
@@ -79,7 +81,9 @@ def denoising_step_tuned(bench: Workbench) -> PreparedCase:
 
     prepared = PreparedCase(shapes={"latent": [1, *shape], "steps": steps})
     for name, run in (("tuned peer", theirs), ("ours", ours)):
-        prepared.implementations[name] = Implementation(bench.fast_name, lambda stopwatch, run=run: run(), run, calls=steps)
+        prepared.implementations[name] = Implementation(
+            bench.fast_name, lambda stopwatch, run=run: run(), run, calls=steps
+        )
         prepared.rooflines[name] = step_roofline(bench, 1, bench.fast_name)
     prepared.truth = lambda: _reference_chain(bench, seeds, conditions, steps, _no_autocast(bench))
     compiled = "compiled, max-autotune" if bench.device.type == "cuda" else "not compiled"

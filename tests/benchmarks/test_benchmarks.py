@@ -466,10 +466,10 @@ def test_shapes_follow_the_configuration():
 
     for channels in ([64, 128, 256, 512], [32, 64, 128, 256]):
         bench = Workbench(CPU, Config.model_validate({"model": {"num_channels": channels}}))
-        x = cases.kernels.norm_problem(bench, level=1).make(0)[0]
-        q = cases.kernels.attention_problem(bench).make(0)[0]
-        assert x.shape[1] == channels[1] and q.shape[1] == channels[2] // 32
-        assert list(x.shape[2:]) == [axis // 2 for axis in bench.latent_grid]
+        x = cases.kernels.group_norm_silu_case(bench, level=1).shapes["inputs"][0]
+        q = cases.kernels.attention_case(bench).shapes["inputs"][0]
+        assert x[1] == channels[1] and q[1] == channels[2] // 32
+        assert x[2:] == [axis // 2 for axis in bench.latent_grid]
 
 
 def test_no_file_beside_run_py_shadows_a_common_module():
