@@ -1,4 +1,4 @@
-"""Sampling: one denoising step, end to end, decode, encode, text; scaling and energy."""
+"""Sampling: a denoising step, text features to volume, decode, encode, text encoding, scaling and energy."""
 
 from __future__ import annotations
 
@@ -25,76 +25,77 @@ from timer import Stopwatch, measure, slope, summary
 
 TIMESTEP = 500
 _ENERGY_SECONDS = 4.0
-_STEPS = {"cpu": 2, "cuda": 20}  # of the short chains whose steps are timed
+_STEPS = {"cpu": 2, "cuda": 20}  # in the short chains that are timed
 
 
 def denoising_step(bench: Workbench, batch: int = 1) -> PreparedCase:
-    """A step inside the loop, from a chain of a few of them: network, solver, noise. What does not depend on the noisy latent
-    ours has computed before the loop: that is timed in the case `sampling`."""
+    """A step of the sampling loop (network, solver, noise), from a short chain.
+
+    Ours precomputes the conditioning that does not depend on the noisy latent; the case `sampling` includes that time.
+    """
     steps, seeds = _STEPS[bench.device.type], list(range(batch))
     conditions = bench.conditions(batch)
     shape = [bench.latent_channels, *bench.latent_grid]
     prepared = PreparedCase(shapes={"latent": [batch, *shape], "text": list(conditions["text"].shape), "steps": steps})
 
-    # The reference draws one noise for the whole batch, we one a seed: several samples agree where no noise is added.
-    gated = steps if batch == 1 else 1
+    # The reference draws noise for the whole batch, ours per seed. A batch can therefore be compared after one step only, in
+    # which no noise is added.
+    compared = steps if batch == 1 else 1
 
-    def theirs(steps: int, policy: Any = None) -> Tensor:
+    def baseline(steps: int, policy: Any = None) -> Tensor:
         return _reference_chain(bench, seeds, conditions, steps, policy)
 
     def ours(steps: int, sampler: FastSampler) -> Tensor:
-        # From the second call with equal prompts on everything is hoisted already: what is left are the steps.
+        # From the second call with equal prompts on, the conditioning is cached and only the steps remain.
         return _our_chain(bench, sampler, seeds, conditions, steps)
 
     precision = bench.reference_precision
     prepared.implementations["reference"] = Implementation(
-        precision, lambda stopwatch: theirs(steps), lambda: theirs(gated), calls=steps
+        precision, lambda stopwatch: baseline(steps), lambda: baseline(compared), calls=steps
     )
     for name, (precision, sampler) in bench.samplers.items():
-        output = functools.partial(ours, gated, sampler)
+        output = functools.partial(ours, compared, sampler)
         prepared.implementations[name] = Implementation(
             precision, lambda stopwatch, sampler=sampler: ours(steps, sampler), output, calls=steps
         )
-    prepared.truth = lambda: theirs(gated, _no_autocast(bench))
+    prepared.truth = lambda: baseline(compared, _no_autocast(bench))
     prepared.rooflines = {
-        name: step_roofline(bench, batch, side.precision) for name, side in prepared.implementations.items()
+        name: step_roofline(bench, batch, each.precision) for name, each in prepared.implementations.items()
     }
     prepared.notes.append(
-        f"a chain of {steps} DDPM steps divided by {steps}; the gate compares latents after {gated} of them"
+        f"a chain of {steps} DDPM steps divided by {steps}; compared with the truth: latents after {compared} of them"
     )
     return prepared
 
 
 def denoising_step_tuned(bench: Workbench) -> PreparedCase:
-    """The same against the tuned peer."""
+    """A denoising step of the compiled baseline and of ours."""
     steps, seeds, conditions = _STEPS[bench.device.type], [0], bench.conditions(1)
     shape = [bench.latent_channels, *bench.latent_grid]
-    bench.on_progress("tuned peer: copying the model")
-    peer = CompiledSampler(bench.model, bench.config.scheduler, bench.fast_dtype)
+    bench.on_progress("compiled baseline: copying the model")
+    compiled = CompiledSampler(bench.model, bench.config.scheduler, bench.fast_dtype)
 
-    def theirs() -> Tensor:
+    def baseline() -> Tensor:
         start, source = start_noise(shape, seeds, device=bench.device), generator(seeds[0], "step", device=bench.device)
-        return peer(start, **conditions, num_steps=steps, source=source)
+        return compiled(start, **conditions, num_steps=steps, source=source)
 
     def ours() -> Tensor:
         return _our_chain(bench, bench.sampler, seeds, conditions, steps)
 
     prepared = PreparedCase(shapes={"latent": [1, *shape], "steps": steps})
-    for name, run in (("tuned peer", theirs), ("ours", ours)):
+    for name, run in (("compiled baseline", baseline), ("ours", ours)):
         prepared.implementations[name] = Implementation(
             bench.fast_name, lambda stopwatch, run=run: run(), run, calls=steps
         )
         prepared.rooflines[name] = step_roofline(bench, 1, bench.fast_name)
     prepared.truth = lambda: _reference_chain(bench, seeds, conditions, steps, _no_autocast(bench))
-    compiled = "compiled, max-autotune" if bench.device.type == "cuda" else "not compiled"
-    prepared.notes.append(
-        f"MONAI's U-Net, {bench.fast_name} weights, best attention, {compiled}; first call: its compilation"
-    )
+    how = "compiled with max-autotune, in the first call" if bench.device.type == "cuda" else "not compiled on a CPU"
+    prepared.notes.append(f"MONAI's U-Net, {bench.fast_name} weights, best attention, {how}")
     return prepared
 
 
 def energy(bench: Workbench) -> PreparedCase:
-    """Joules of a volume, of the GPU alone: NVML's counter over a stretch of whole chains."""
+    """Energy of a denoising step and of a volume, of the GPU alone, by NVML's counter over several whole chains."""
     gpu = open_gpu()
     if isinstance(gpu, str):
         raise Skip(gpu)
@@ -109,15 +110,15 @@ def energy(bench: Workbench) -> PreparedCase:
         bench.on_progress(name)
         run()
         torch.cuda.synchronize()
-        begun, before, count = time.perf_counter(), gpu.energy(), 0
-        while time.perf_counter() - begun < _ENERGY_SECONDS:
+        begin, before, count = time.perf_counter(), gpu.energy(), 0
+        while time.perf_counter() - begin < _ENERGY_SECONDS:
             run()
             torch.cuda.synchronize()
             count += 1
         joules[name] = (gpu.energy() - before) / (count * steps)
-        prepared.facts.append((f"{name}, a denoising step", joules[name], "J"))
+        prepared.facts.append((f"{name}, per denoising step", joules[name], "J"))
         total = bench.config.scheduler.num_train_timesteps
-        prepared.facts.append((f"{name}, a volume of {total} steps before its decode", joules[name] * total, "J"))
+        prepared.facts.append((f"{name}, per volume of {total} steps, without decoding", joules[name] * total, "J"))
     prepared.facts.append(("reference / ours", joules["reference"] / joules["ours"], "x"))
     return prepared
 
@@ -125,7 +126,7 @@ def energy(bench: Workbench) -> PreparedCase:
 def _reference_chain(
     bench: Workbench, seeds: Sequence[int], conditions: dict[str, Tensor], steps: int, policy: Any
 ) -> Tensor:
-    """The reference draws its noise for the whole batch; for the gate to compare, it starts from our seeds' noise."""
+    """The reference's loop from the starting noise of our seeds; its step noise is drawn for the whole batch."""
     shape = [bench.latent_channels, *bench.latent_grid]
     start = start_noise(shape, seeds, device=bench.device)
     source = generator(seeds[0], "step", device=bench.device)
@@ -150,9 +151,11 @@ def _no_autocast(bench: Workbench) -> torch.autocast:
 
 
 def step_roofline(bench: Workbench, batch: int, precision: str) -> Roofline:
-    """FLOPs of the network without the adapter, counted on meta tensors; of the upsamplers' 27 taps 8 are needed.
+    """Roofline of a denoising step.
 
-    Bytes: every weight once, input and output of every convolution once (nothing else has to touch memory)."""
+    FLOPs: the network without the adapter, counted on meta tensors, with 8 instead of 27 taps in the upsamplers. Bytes: every
+    weight once, and input and output of every convolution once; nothing else has to touch memory.
+    """
     precision = "fp32" if precision == "fp32" else "bf16"
     width = 4 if precision == "fp32" else 2
     flops, activations, upsampler, weights = _work(bench, batch)
@@ -166,7 +169,7 @@ def step_roofline(bench: Workbench, batch: int, precision: str) -> Roofline:
 
 
 def _work(bench: Workbench, batch: int) -> tuple[float, float, float, float]:
-    """FLOPs of a U-Net pass; elements in and out of its convolutions; FLOPs in its upsamplers; its weights."""
+    """FLOPs of a U-Net pass, elements in and out of its convolutions, FLOPs of its upsamplers, and its number of weights."""
     from ccella_fast.models import build_model
 
     with torch.device("meta"):
@@ -177,14 +180,14 @@ def _work(bench: Workbench, batch: int) -> tuple[float, float, float, float]:
     unet = getattr(model, "unet", model)
     elements, upsampler = [0], [0]
 
-    def convolution(module: Any, inputs: Any, output: Tensor) -> None:
+    def count_convolution(module: Any, inputs: Any, output: Tensor) -> None:
         elements[0] += inputs[0].numel() + output.numel()
         if type(module).__name__ == "UpsampleConv3d":
             upsampler[0] += 2 * output.numel() * module.weight[0].numel()
 
     for module in unet.modules():
         if isinstance(module, torch.nn.Conv3d):
-            module.register_forward_hook(convolution)
+            module.register_forward_hook(count_convolution)
     with torch.no_grad(), FlashAttention(), backend("reference"):
         conditioning = model.condition(times, spacing=spacing, text=text)
         elements[0] = upsampler[0] = 0
@@ -193,7 +196,7 @@ def _work(bench: Workbench, batch: int) -> tuple[float, float, float, float]:
 
 
 def sampling(bench: Workbench) -> PreparedCase:
-    """The whole way from text features to a volume, batch 1. Ours gets another prompt each time."""
+    """Text features to a volume, batch 1. Ours gets another prompt in each call, so that its conditioning is not cached."""
     steps, seeds, factor = 2 * _STEPS[bench.device.type], [7], bench.config.autoencoder.factor
     prompts = [bench.conditions(1, seed=seed) for seed in (1, 2)]
     prepared = PreparedCase(
@@ -203,7 +206,7 @@ def sampling(bench: Workbench) -> PreparedCase:
         }
     )  # fmt: skip
 
-    def theirs(stopwatch: Stopwatch | None = None) -> Tensor:
+    def baseline(stopwatch: Stopwatch | None = None) -> Tensor:
         latent = _reference_chain(bench, seeds, prompts[0], steps, None)
         if stopwatch is not None:
             stopwatch.mark("steps")
@@ -214,7 +217,7 @@ def sampling(bench: Workbench) -> PreparedCase:
         return volume
 
     @torch.no_grad()
-    def truth() -> Tensor:  # the decoder is ours in fp32: MONAI's norm rounds to fp16 on a GPU
+    def truth() -> Tensor:  # with our decoder in fp32, because MONAI's norm rounds to fp16 on a GPU
         latent = _reference_chain(bench, seeds, prompts[0], steps, _no_autocast(bench))
         return bench.autoencoder.decode(latent).clamp(0, 1)
 
@@ -234,34 +237,34 @@ def sampling(bench: Workbench) -> PreparedCase:
 
         return run
 
-    prepared.implementations["reference"] = Implementation(bench.reference_precision, theirs, theirs)
+    prepared.implementations["reference"] = Implementation(bench.reference_precision, baseline, baseline)
     for name, (precision, sampler) in bench.samplers.items():
         run = ours(sampler)
         prepared.implementations[name] = Implementation(precision, run, run)
     prepared.truth = truth
-    prepared.notes.append("steps: of ours with the adapter for all timesteps of the chain")
+    prepared.notes.append("the steps of ours include the adapter at all timesteps of the chain")
     return prepared
 
 
 def decode(bench: Workbench) -> PreparedCase:
-    """Latent to volume. On a CPU half the grid again: the decoder costs as much as 25 denoising steps."""
+    """Latent to volume. On a CPU each axis is halved again, because the decoder costs as much as 25 denoising steps."""
     grid = [axis // 2 for axis in bench.latent_grid] if bench.device.type == "cpu" else bench.latent_grid
     z = bench.latent(1, grid)
     return _autoencoder(bench, z, lambda net, z: net.decode(z), lambda net, z: net.decode_stage_2_outputs(z))
 
 
 def encode(bench: Workbench) -> PreparedCase:
-    """Volume to the mean and sigma of its latent."""
+    """Volume to mean and sigma of its latent; the means are compared."""
     factor = bench.config.autoencoder.factor
     grid = [axis // 2 for axis in bench.latent_grid] if bench.device.type == "cpu" else bench.latent_grid
     image = bench.random(1, 1, *[axis * factor for axis in grid]).sigmoid()
     return _autoencoder(bench, image, lambda net, x: net.encode(x)[0], lambda net, x: net.encode(x)[0])
 
 
-def _autoencoder(bench: Workbench, given: Tensor, ours: Callable, theirs: Callable) -> PreparedCase:
+def _autoencoder(bench: Workbench, given: Tensor, ours: Callable, monais: Callable) -> PreparedCase:
     prepared = PreparedCase(shapes={"input": list(given.shape)})
 
-    def side(net: Any, call: Callable, autocast: bool) -> Callable[..., Tensor]:
+    def call_of(net: Any, call: Callable, autocast: bool) -> Callable[..., Tensor]:
         value = given.to(next(net.parameters()).dtype)
 
         @torch.no_grad()
@@ -271,21 +274,21 @@ def _autoencoder(bench: Workbench, given: Tensor, ours: Callable, theirs: Callab
 
         return run
 
-    stock = side(bench.reference_autoencoder, theirs, True)
-    prepared.implementations["reference"] = Implementation(bench.reference_precision, stock, stock)
+    monai = call_of(bench.reference_autoencoder, monais, True)
+    prepared.implementations["reference"] = Implementation(bench.reference_precision, monai, monai)
     for name, (precision, sampler) in bench.samplers.items():
-        run = side(sampler.autoencoder, ours, False)
+        run = call_of(sampler.autoencoder, ours, False)
         prepared.implementations[name] = Implementation(precision, run, run)
-    # MONAI's norm rounds to fp16 on a GPU whatever the policy, so the truth is ours in fp32 (equal to MONAI's in the tests).
-    prepared.truth = side(bench.autoencoder, ours, False)
+    # MONAI's norm always rounds to fp16 on a GPU, so the truth is ours in fp32, which the tests show to equal MONAI's.
+    prepared.truth = call_of(bench.autoencoder, ours, False)
     with torch.device("meta"):
         plain = reference.autoencoder_shared_with(Autoencoder(bench.config.autoencoder), splits=1)
         x = torch.empty(given.shape)
     with torch.no_grad():
-        counted = count(lambda: theirs(plain, x))
+        counted = count(lambda: monais(plain, x))
     elements = counted.bytes_by_op["convolution"] / 4
-    for name, row in prepared.implementations.items():
-        precision = "fp32" if row.precision == "fp32" else "bf16"
+    for name, implementation in prepared.implementations.items():
+        precision = "fp32" if implementation.precision == "fp32" else "bf16"
         width = 4 if precision == "fp32" else 2
         why = f"{counted.flops / 1e12:,.2f} TFLOP (counted), convolution inputs, weights and outputs once"
         prepared.rooflines[name] = Roofline(counted.flops, elements * width, precision, why)
@@ -293,7 +296,7 @@ def _autoencoder(bench: Workbench, given: Tensor, ours: Callable, theirs: Callab
 
 
 def text_encoding(bench: Workbench) -> PreparedCase:
-    """A report through the configured encoder. Without its weights on this machine there is nothing to measure."""
+    """Reports through the configured encoder, skipped when its weights are not on this machine."""
     from ccella_fast.data.text_encoder import TextEncoder
     from ccella_fast.errors import CcellaError
 
@@ -310,7 +313,7 @@ def text_encoding(bench: Workbench) -> PreparedCase:
 
 
 def scaling(bench: Workbench) -> PreparedCase:
-    """Seconds of one denoising step against the batch, and against the voxels of the latent: slopes in a log-log plot."""
+    """Seconds of one denoising step by batch size, and by the number of latent voxels, with log-log slopes."""
     prepared = PreparedCase(shapes={"latent": [1, bench.latent_channels, *bench.latent_grid]})
     model, divisor = bench.sampler.model, bench.config.model.divisor
     cpu = bench.device.type == "cpu"
@@ -369,7 +372,7 @@ CASES = [
         quick=("cuda",), budget=2 * _ENERGY_SECONDS, set_up={"cpu": 0, "cuda": 5},
     ),
     BenchmarkCase(
-        "denoising_step_tuned", "sampler", "one denoising step: the tuned peer (compiled, bf16, channels-last), and ours",
+        "denoising_step_tuned", "sampler", "one denoising step: the compiled baseline (bf16, channels-last), and ours",
         denoising_step_tuned, budget=15, set_up={"cpu": 15, "cuda": 150}, last=True,
     ),
 ]  # fmt: skip
