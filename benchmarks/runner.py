@@ -135,13 +135,7 @@ class BenchmarkRun:
         try:
             self._show_progress("setting up")
             prepared = case.build(self.bench)
-            row |= {
-                "shapes": prepared.shapes,
-                "facts": prepared.facts,
-                "missing": prepared.missing,
-                "notes": prepared.notes,
-            }
-            row |= {"curves": prepared.curves}
+            row |= {key: getattr(prepared, key) for key in ("shapes", "facts", "missing", "notes", "curves")}
             self._run(case, prepared, row, traces, begin + seconds)
         except Skip as why:
             row |= {"status": "skipped", "why": str(why)}

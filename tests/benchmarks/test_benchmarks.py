@@ -304,7 +304,7 @@ def test_bars_of_the_picture():
     sides = {"reference": reference, "ours": ours}
     case = {"name": "toy", "status": "ok", "sides": sides, "speedups": {"ours": {"median": 2.0}}}
     expected = {
-        report._faster: [(0, 1), (0, 2)], report._limit: [(0, 40)], report._where: [(0, 25), (25, 75), (0, 35), (35, 15)],
+        report._speedups: [(0, 1), (0, 2)], report._roofline: [(0, 40)], report._time_shares: [(0, 25), (25, 75), (0, 35), (35, 15)],
     }  # fmt: skip
     for draw, bars in expected.items():
         axis = Figure().subplots()
