@@ -97,7 +97,7 @@ class _Counter(TorchDispatchMode):
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Count what the body does: `with counting() as counts: ...`."""
+    """Count what is done inside a `with` block; the counts are complete at its end."""
     with _Counter() as counter:
         yield counter.counts
 
