@@ -1,4 +1,4 @@
-"""The benchmarks: baselines, timer, comparison with the truth, machine description, registry, command. Nothing is timed here."""
+"""The benchmarks: baselines, timer, comparison with the truth, machine, registry, command. Nothing is timed here."""
 
 from __future__ import annotations
 
