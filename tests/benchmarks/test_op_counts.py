@@ -1,4 +1,4 @@
-"""Counts of ops, bytes and FLOPs: against graphs counted by hand, and those of the default model against the committed table."""
+"""Counts of ops, bytes and FLOPs: against graphs counted by hand, and the default model's against the committed table."""
 
 from __future__ import annotations
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import tune_kernels
 from ccella_fast.kernels import tuning
 from ccella_fast.kernels.geglu import geglu
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import tune_kernels  # noqa: E402
 
 KEY = "forward"
 FASTER = LaunchConfig({"BLOCK_R": 8, "BLOCK_C": 512}, 4, 2)
