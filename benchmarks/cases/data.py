@@ -104,9 +104,9 @@ def _correlation(work: Path, study: str) -> float:
         for path in (work / f"ours/images/{study}/t2w.npy", work / f"monai/{study}.npy")
     ]
     # Averaged over 2 mm, because the two grids are offset by a fraction of a voxel.
-    ours, theirs = (torch.nn.functional.avg_pool3d(part[None], 4)[0].numpy() for part in both)
-    value = float(np.corrcoef(ours.ravel(), theirs.ravel())[0, 1])
-    assert value > 0.95 and np.corrcoef(ours[::-1].ravel(), theirs.ravel())[0, 1] < 0.9, (study, value)
+    ours, monai = (torch.nn.functional.avg_pool3d(part[None], 4)[0].numpy() for part in both)
+    value = float(np.corrcoef(ours.ravel(), monai.ravel())[0, 1])
+    assert value > 0.95 and np.corrcoef(ours[::-1].ravel(), monai.ravel())[0, 1] < 0.9, (study, value)
     return value
 
 

@@ -58,7 +58,7 @@ def denoising_memory(bench: Workbench) -> PreparedCase:
         conditioning = bench.sampler.model.condition(timesteps, **conditions)
 
     @torch.no_grad()
-    def theirs() -> None:
+    def baseline() -> None:
         with reference.autocast(bench.device):
             bench.reference(x, timesteps, **conditions)
 
@@ -66,7 +66,7 @@ def denoising_memory(bench: Workbench) -> PreparedCase:
     def ours() -> None:
         bench.sampler.model.denoise(x, conditioning)
 
-    return _peaks(bench, {"reference": theirs, "ours": ours}, {"latent": list(x.shape)})
+    return _peaks(bench, {"reference": baseline, "ours": ours}, {"latent": list(x.shape)})
 
 
 def decode_memory(bench: Workbench) -> PreparedCase:
@@ -75,7 +75,7 @@ def decode_memory(bench: Workbench) -> PreparedCase:
     z = bench.latent(1, grid)
 
     @torch.no_grad()
-    def theirs() -> None:
+    def baseline() -> None:
         with reference.autocast(bench.device):
             bench.reference_autoencoder.decode_stage_2_outputs(z)
 
@@ -83,7 +83,7 @@ def decode_memory(bench: Workbench) -> PreparedCase:
     def ours() -> None:
         bench.sampler.autoencoder.decode(z.to(bench.fast_dtype))
 
-    return _peaks(bench, {"reference": theirs, "ours": ours}, {"latent": list(z.shape)})
+    return _peaks(bench, {"reference": baseline, "ours": ours}, {"latent": list(z.shape)})
 
 
 def _peaks(bench: Workbench, runs: dict[str, Callable[[], Any]], shapes: dict[str, Any]) -> PreparedCase:
@@ -219,7 +219,7 @@ def checkpoint(bench: Workbench) -> PreparedCase:
     state = {"step": 1, "world_size": 1, "total_steps": 1, "ema_updates": 0, "bad_in_a_row": 0}
     run = Path(folder.name) / "run"
 
-    def theirs(stopwatch: Stopwatch) -> None:
+    def baseline(stopwatch: Stopwatch) -> None:
         path = Path(folder.name) / "reference.pt"
         torch.save({"unet_state_dict": engine.module.state_dict(), "optimizer": optimizer.state_dict()}, path)
         stopwatch.mark("save")
@@ -235,7 +235,7 @@ def checkpoint(bench: Workbench) -> PreparedCase:
         stopwatch.mark("load")
 
     prepared = PreparedCase(shapes={"parameters": sum(p.numel() for p in engine.module.parameters())})
-    prepared.implementations = {"reference": Implementation("fp32", theirs), "ours": Implementation("fp32", ours)}
+    prepared.implementations = {"reference": Implementation("fp32", baseline), "ours": Implementation("fp32", ours)}
     prepared.notes.append(
         "ours also writes a plain second copy of the weights and the SHA-256 of every file, and waits for the disk"
     )

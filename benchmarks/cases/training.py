@@ -64,12 +64,12 @@ def training_step(bench: Workbench, precision: str | None = None, *, compiled: b
     data = write_prepared(Path(folder.name) / "prepared", config, cases=2 * batch)
     bench.on_progress("building the engine")
     engine = build_engine(bench, config, Path(folder.name))
-    theirs = _reference(engine, precision)
+    baseline_model = _reference(engine, precision)
     schedule = Schedule.from_config(config.scheduler)
     feed = _feed(config, data, bench.device)
     items = [feed.dataset.item(index, 0) for index in range(len(feed.dataset))]
     step_class = compiled_baseline.CompiledTrainingStep if compiled else reference.ReferenceTrainingStep
-    body = step_class(theirs, config.scheduler, weight=config.class_loss_weight)
+    body = step_class(baseline_model, config.scheduler, weight=config.class_loss_weight)
     if precision == "fp32":  # both share their moments, as they share their weights, which halves the memory
         _share_state(body.optimizer, engine.optimizer)
     steps = feed.steps(0, _MOST_STEPS, background=bench.device.type == "cuda")
@@ -92,7 +92,7 @@ def training_step(bench: Workbench, precision: str | None = None, *, compiled: b
 
     prepared = PreparedCase(shapes={"latent": [batch, bench.latent_channels, *bench.latent_grid]}, tolerance=_TOLERANCE)
     samples = feed.micro_batch(0, 0)
-    gradients = _Gradients(engine, theirs, body, samples, schedule, config)
+    gradients = _Gradients(engine, baseline_model, body, samples, schedule, config)
     baseline, its_precision = ("compiled baseline", "bf16") if compiled else ("reference", bench.reference_precision)
     prepared.implementations[baseline] = Implementation(
         its_precision, run_reference, lambda: gradients.reference(autocast=True)
@@ -109,8 +109,10 @@ def training_step(bench: Workbench, precision: str | None = None, *, compiled: b
 class _Gradients:
     """Two gradients of each implementation on the same samples, scaled by the largest values of the true gradients."""
 
-    def __init__(self, engine: Any, theirs: nn.Module, body: Any, samples: Any, schedule: Schedule, config: Config):
-        self.engine, self.theirs, self.body, self.samples = engine, theirs, body, samples
+    def __init__(
+        self, engine: Any, baseline_model: nn.Module, body: Any, samples: Any, schedule: Schedule, config: Config
+    ):
+        self.engine, self.baseline_model, self.body, self.samples = engine, baseline_model, body, samples
         self.schedule, self.weight = schedule, config.class_loss_weight
         self.scales: list[float] = []
 
@@ -122,7 +124,7 @@ class _Gradients:
         # The loss is scaled as by GradScaler, because fp16 gradients would underflow.
         scale = 2.0**14 if autocast and self.body.scaler.is_enabled() else 1.0
         (loss * scale).backward()
-        return self._take(self.theirs, 1 / scale)
+        return self._take(self.baseline_model, 1 / scale)
 
     def ours(self) -> Tensor:
         from ccella_fast.training.loop import joint_loss
@@ -226,11 +228,11 @@ def _reference(engine: Any, precision: str) -> reference.ReferenceModel:
     return reference.shared_with(copy.deepcopy(engine.module).float())
 
 
-def _share_state(theirs: torch.optim.Optimizer, ours: torch.optim.Optimizer) -> None:
+def _share_state(baseline: torch.optim.Optimizer, ours: torch.optim.Optimizer) -> None:
     for group in ours.param_groups:
         for parameter in group["params"]:
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            ours.state[parameter] = theirs.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+            ours.state[parameter] = baseline.state[parameter] = {"step": torch.tensor(0.0), **zeros}
 
 
 def _collated(items: list[Any]) -> dict[str, Tensor]:

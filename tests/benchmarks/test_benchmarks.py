@@ -233,7 +233,8 @@ def test_required_speedup_is_judged_and_printed(required, verdict):
 def test_a_wrong_result_does_not_reach_a_required_speedup():
     prepared = prepared_case(0.5)
     prepared.required_speedup = 1e-3
-    assert run_case(prepared)["facts"] == []
+    row = run_case(prepared)
+    assert row["status"] == "wrong" and row["facts"] == []
 
 
 def test_nan_and_another_shape_are_wrong():
