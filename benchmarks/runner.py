@@ -175,10 +175,12 @@ class BenchmarkRun:
         for name, timing in timings.items():
             implementation = prepared.implementations[name]
             per_call = [value / implementation.calls for value in timing.rounds]
+            parts = {
+                part: timer.summary(values)["median"] / implementation.calls for part, values in timing.parts.items()
+            }
             facts: dict[str, Any] = {
                 "precision": implementation.precision, "seconds": timer.summary(per_call), "spread": timer.spread(per_call),
-                "first_call": timing.first, "rounds": per_call, "calls": implementation.calls, "parts": {part:
-                timer.summary(values)["median"] / implementation.calls for part, values in timing.parts.items()},
+                "first_call": timing.first, "rounds": per_call, "calls": implementation.calls, "parts": parts,
             }  # fmt: skip
             if name in errors:
                 passed = errors[name] <= prepared.allowed_error(implementation.precision, errors)

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ def _with_folder(units: int) -> tuple[PreparedCase, Path]:
     return PreparedCase(shapes={"units of one run": units}, keep_alive=[folder]), Path(folder.name)
 
 
-def _implementation(run: Any, units: int) -> Implementation:
+def _implementation(run: Callable[[], Any], units: int) -> Implementation:
     return Implementation("fp32", lambda stopwatch: run(), calls=units)
 
 

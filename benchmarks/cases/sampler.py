@@ -261,7 +261,7 @@ def encode(bench: Workbench) -> PreparedCase:
     return _autoencoder(bench, image, lambda net, x: net.encode(x)[0], lambda net, x: net.encode(x)[0])
 
 
-def _autoencoder(bench: Workbench, given: Tensor, ours: Callable, monais: Callable) -> PreparedCase:
+def _autoencoder(bench: Workbench, given: Tensor, ours: Callable, baseline: Callable) -> PreparedCase:
     prepared = PreparedCase(shapes={"input": list(given.shape)})
 
     def call_of(net: Any, call: Callable, autocast: bool) -> Callable[..., Tensor]:
@@ -274,7 +274,7 @@ def _autoencoder(bench: Workbench, given: Tensor, ours: Callable, monais: Callab
 
         return run
 
-    monai = call_of(bench.reference_autoencoder, monais, True)
+    monai = call_of(bench.reference_autoencoder, baseline, True)
     prepared.implementations["reference"] = Implementation(bench.reference_precision, monai, monai)
     for name, (precision, sampler) in bench.samplers.items():
         run = call_of(sampler.autoencoder, ours, False)
@@ -285,7 +285,7 @@ def _autoencoder(bench: Workbench, given: Tensor, ours: Callable, monais: Callab
         plain = reference.autoencoder_shared_with(Autoencoder(bench.config.autoencoder), splits=1)
         x = torch.empty(given.shape)
     with torch.no_grad():
-        counted = count(lambda: monais(plain, x))
+        counted = count(lambda: baseline(plain, x))
     elements = counted.bytes_by_op["convolution"] / 4
     for name, implementation in prepared.implementations.items():
         precision = "fp32" if implementation.precision == "fp32" else "bf16"
