@@ -13,10 +13,8 @@ import timer
 from ccella_fast import environment
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_SIZES = {
-    "cpu": [256, 512, 1024, 2048],
-    "cuda": [8192],
-}  # of the square matrices; the largest that the time allows is used
+# Of the square matrices; the largest that the time allows is used.
+_SIZES = {"cpu": [256, 512, 1024, 2048], "cuda": [8192]}
 _CALLS = 8  # the most that measuring the rate of a long call takes: two attempts, the first calls, three rounds
 _ROUNDS_SECONDS = 0.4
 
