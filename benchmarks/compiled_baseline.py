@@ -1,8 +1,8 @@
-"""The best that a user gets from stock parts: the reference's model with everything that PyTorch offers switched on.
+"""The compiled baseline: the reference's model with the optimizations that PyTorch itself offers.
 
-MONAI's U-Net and the plain adapter in bf16, on a GPU with channels-last-3d, attention through cuDNN or flash, torch.compile in
-mode max-autotune (which captures CUDA graphs), layout optimisation forced, timesteps and coefficients on the device before the
-loop, fused AdamW. On a CPU the same without compilation, which takes minutes there and gains next to nothing.
+MONAI's U-Net and the plain adapter in bf16, with channels-last-3d, attention through cuDNN or flash, torch.compile in mode
+max-autotune (which captures CUDA graphs) with forced layout optimization, timesteps and coefficients on the device before the
+loop, and fused AdamW. On a CPU the model is not compiled, which would take minutes and gain next to nothing.
 """
 
 from __future__ import annotations
@@ -24,37 +24,39 @@ _ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend
 
 
 def best_attention(device: torch.device) -> Any:
+    """A context in which attention prefers cuDNN and flash kernels; on a CPU it does nothing."""
     return sdpa_kernel(_ATTENTION, set_priority=True) if device.type == "cuda" else nullcontext()
 
 
 def compiled(model: nn.Module) -> Callable[..., Any]:
-    """Compiled on a GPU, as it is on a CPU."""
+    """The model compiled on a GPU, unchanged on a CPU."""
     device = next(model.parameters()).device
     if device.type != "cuda":
         return model
     import torch._inductor.config as inductor
 
-    inductor.force_layout_optimization = True  # by itself Inductor leaves narrow convolutions in NCDHW
+    inductor.force_layout_optimization = True  # by default Inductor leaves narrow convolutions in NCDHW
     torch.backends.cudnn.benchmark = True
     return torch.compile(model.to(memory_format=torch.channels_last_3d), mode="max-autotune", dynamic=False)
 
 
 class CompiledSampler:
-    """The DDPM loop around the tuned network. `dtype`: of the weights, bf16 where the machine multiplies it."""
+    """The DDPM loop around the compiled network, with weights of `dtype`."""
 
     def __init__(self, model: DiffusionModel, config: SchedulerConfig, dtype: torch.dtype):
-        theirs = reference.shared_with(model)
-        for module in theirs.modules():
+        plain = reference.shared_with(model)
+        for module in plain.modules():
             if hasattr(module, "use_flash_attention"):
                 module.use_flash_attention = True  # PyTorch's attention, which runs on CPUs too
-                module.attention_dtype = None  # the fp32 detour of q and k, which autocast undoes in the reference
-        self.network = compiled(copy.deepcopy(theirs).to(dtype))
+                module.attention_dtype = None  # no cast of q and k to fp32; in the reference autocast undoes it
+        self.network = compiled(copy.deepcopy(plain).to(dtype))
         self.device, self.config, self.dtype = next(model.parameters()).device, config, dtype
 
     @torch.no_grad()
     def __call__(self, x: Tensor, *, spacing: Tensor, text: Tensor, num_steps: int, source: torch.Generator) -> Tensor:
-        scheduler, told = reference.scheduler(self.config, num_steps)
-        timesteps = torch.tensor(told, dtype=torch.float32, device=self.device)[:, None].expand(-1, len(x))
+        """From noise x (1, C, X, Y, Z) to x_0, with step noise from `source`."""
+        scheduler, model_timesteps = reference.scheduler(self.config, num_steps)
+        timesteps = torch.tensor(model_timesteps, dtype=torch.float32, device=self.device)[:, None].expand(-1, len(x))
         rows = torch.tensor([_coefficients(scheduler, int(t)) for t in scheduler.timesteps], device=self.device)
         spacing, text = spacing.to(self.dtype), text.to(self.dtype)
         with best_attention(self.device):
@@ -68,7 +70,7 @@ class CompiledSampler:
 
 
 def _coefficients(scheduler: Any, t: int) -> list[float]:
-    """x' = a x + b eps + c noise: MONAI's DDPM step with its terms collected."""
+    """The coefficients of MONAI's DDPM step as x' = a x + b eps + c noise."""
     abar, alpha, beta = (float(table[t]) for table in (scheduler.alphas_cumprod, scheduler.alphas, scheduler.betas))
     before = float(scheduler.alphas_cumprod[t - 1]) if t > 0 else 1.0
     clean, noisy = before**0.5 * beta / (1 - abar), alpha**0.5 * (1 - before) / (1 - abar)
@@ -77,7 +79,7 @@ def _coefficients(scheduler: Any, t: int) -> list[float]:
 
 
 class CompiledTrainingStep(reference.ReferenceTrainingStep):
-    """bf16 autocast over fp32 weights instead of fp16 and a GradScaler, compiled network, fused AdamW, one read of the loss."""
+    """A training step of the compiled network in bf16 autocast over fp32 weights, with fused AdamW and without a GradScaler."""
 
     def __init__(self, model: reference.ReferenceModel, config: SchedulerConfig, *, weight: float):
         super().__init__(model, config, weight=weight)
@@ -87,8 +89,10 @@ class CompiledTrainingStep(reference.ReferenceTrainingStep):
         self.network = compiled(model)
 
     def forward(self, *arguments: Any, **conditions: Any) -> Any:
+        """The compiled network's forward pass."""
         with best_attention(self.device):
             return self.network(*arguments, **conditions)
 
     def autocast(self) -> torch.autocast:
+        """Autocast to bf16."""
         return torch.autocast(self.device.type, torch.bfloat16)

@@ -1,11 +1,11 @@
-"""What fewer steps cost, for each solver: `python benchmarks/few_step_quality.py --checkpoint RUN --out DIR`.
+"""Measure the error of sampling in few steps, by solver: `python benchmarks/few_step_quality.py --checkpoint RUN --out DIR`.
 
-Distance of the result of few steps to the same solver's result with every training timestep, from the same starting noise:
-|x_N - x_T| / |x_T| over the latent. Writes few_step_quality.md, .png and .json.
+The error is the distance of the result of few steps to the same solver's result with every training timestep, from the same
+starting noise: |x_N - x_T| / |x_T| over the latent. Writes few_step_quality.md, .png and .json.
 
-With `--random_full_model` the network is the full-size CCELLA with random weights, on a small latent. Alone such a network
-predicts no noise and its samples would grow without bound, so it is added, at a fixed strength, to the exact noise of unit
-Gaussian data.
+With `--random_full_model` the network is the full-size CCELLA with random weights, on a small latent. By itself such a network
+does not predict noise, and its samples would grow without bound. Its output is therefore added, at a fixed strength, to the
+exact noise of unit Gaussian data.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ from ccella_fast.diffusion.trajectory import DenoiserFn, Trajectory
 from ccella_fast.environment import describe_environment
 from ccella_fast.errors import NonFiniteError
 from ccella_fast.sampling.request import CLASSES
-from ccella_fast.storage import atomic_path, check_writable, write_json
+from ccella_fast.storage import atomic_path, write_json
 from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
+from script import add_sampling_options, default_device, make_parser, run_script
 
 STEPS = (10, 20, 30, 50)
-STRENGTH = 0.3  # of the random network, in standard deviations of the noise
-TOKENS = 77  # of the random text
+STRENGTH = 0.3  # of the random network's output, in standard deviations of the noise
+TOKENS = 77  # in the random text
 SMALL_LATENT = (8, 8, 8)
 NAMES = [name for name, solver in SOLVERS.items() if not solver.flow]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    return entrypoint.run_command(lambda: run(arguments), debug=arguments.debug)
+    """The command; returns its exit code."""
+    return run_script(_parser(), run, argv)
 
 
 @torch.no_grad()
 def run(arguments: argparse.Namespace) -> int:
-    check_writable(arguments.out, "--out")
-    began = time.perf_counter()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Measure all solvers and write the table, the plot and the JSON file."""
+    begin = time.perf_counter()
+    device = default_device().type
     if arguments.random_full_model:
         config, subject = make_config(), "full-size CCELLA, random weights"
         grid = list(arguments.grid or SMALL_LATENT)
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         "what": "relative L2 distance of the latent to the same solver's with every timestep, mean over seeds",
         "command": " ".join(["python benchmarks/few_step_quality.py", *sys.argv[1:]]),
         "model": subject, "latent": shape, "reference_steps": len(schedule), "seeds": arguments.seeds,
-        "results": results, "seconds": round(time.perf_counter() - began, 1), "environment": describe_environment(),
+        "results": results, "seconds": round(time.perf_counter() - begin, 1), "environment": describe_environment(),
     }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "few_step_quality.json", record)
@@ -82,16 +83,29 @@ def measure(
     denoiser: DenoiserFn, schedule: Schedule, shape: Sequence[int], steps: Sequence[int], solvers: Sequence[str],
     seeds: Sequence[int], device: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One entry for each solver and number of steps: the mean distance, each seed's, and the spread (the standard deviation of
-    the latent over the reference's)."""
+    """Measure every solver at every number of steps.
+
+    Args:
+        denoiser: The network as a function of (x, timesteps).
+        schedule: The noise schedule of training.
+        shape: Of the latent, (C, X, Y, Z).
+        steps: The numbers of steps.
+        solvers: The names of the solvers.
+        seeds: One starting noise per seed.
+        device: Where to sample.
+
+    Returns:
+        One entry per solver and number of steps: the mean distance over seeds, the distance of each seed, and the spread (the
+        standard deviation of the latent relative to that of the result with every timestep).
+    """
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     total = len(schedule)
     bar = tqdm(total=len(seeds) * (total + sum(steps)), desc="evaluations of all solvers", mininterval=1.0)
     for seed in seeds:
-        reference = together(denoiser, schedule, shape, total, solvers, seed, device, bar.update)
+        references = sample_with_all(denoiser, schedule, shape, total, solvers, seed, device, bar.update)
         for count in steps:
-            results = together(denoiser, schedule, shape, count, solvers, seed, device, bar.update)
-            for name, result, truth in zip(solvers, results, reference, strict=True):
+            results = sample_with_all(denoiser, schedule, shape, count, solvers, seed, device, bar.update)
+            for name, result, truth in zip(solvers, results, references, strict=True):
                 distance = ((result - truth).norm() / truth.norm()).item()
                 found.setdefault((name, count), []).append((distance, (result.std() / truth.std()).item()))
     bar.close()
@@ -105,31 +119,37 @@ def measure(
     ]  # fmt: skip
 
 
-def together(
+def sample_with_all(
     denoiser: DenoiserFn, schedule: Schedule, shape: Sequence[int], num_steps: int, solvers: Sequence[str], seed: int,
     device: str, done: Callable[[], Any],
 ) -> list[Tensor]:  # fmt: skip
-    """The sample of each solver from one seed. They walk side by side, one batch for all: they take as many evaluations."""
+    """The sample of each solver from one seed.
+
+    All solvers take the same number of evaluations, so they advance together, with one batch per step.
+
+    Raises:
+        NonFiniteError: A sample is not finite.
+    """
     start = start_noise(shape, [seed], device=device)
-    walks = [Trajectory(get_solver(name).plan(schedule, num_steps), start, [seed]) for name in solvers]
+    trajectories = [Trajectory(get_solver(name).plan(schedule, num_steps), start, [seed]) for name in solvers]
     for i in range(num_steps):
-        outputs = denoiser(torch.cat([walk.x for walk in walks]), torch.cat([walk.t for walk in walks]))
-        for walk, output in zip(walks, outputs.split(1), strict=True):
-            walk.draw_noise(i)
-            walk.advance(lambda x, t, output=output: output)
+        outputs = denoiser(torch.cat([each.x for each in trajectories]), torch.cat([each.t for each in trajectories]))
+        for trajectory, output in zip(trajectories, outputs.split(1), strict=True):
+            trajectory.draw_noise(i)
+            trajectory.advance(lambda x, t, output=output: output)
         done()
-    results = [walk.result()[0] for walk in walks]
+    results = [trajectory.result()[0] for trajectory in trajectories]
     if not all(bool(result.isfinite().all()) for result in results):
-        raise NonFiniteError("a sample is not finite: the model has diverged", fix="use an earlier checkpoint")
+        raise NonFiniteError("a sample is not finite because the model has diverged", fix="use an earlier checkpoint")
     return results
 
 
 def checkpoint_denoiser(model: Any, config: Config, arguments: argparse.Namespace, device: str) -> DenoiserFn:
-    """The checkpoint's network under one report (or the null report) and, where it takes one, one class."""
-    row, text, pirads = model.variant, None, None
-    if row.class_input == "given":
+    """The checkpoint's network conditioned on one report (or the null report) and, if its variant takes one, on a class."""
+    variant, text, pirads = model.variant, None, None
+    if variant.class_input == "given":
         pirads = torch.tensor([[CLASS_SCALE * (arguments.pirads == name) for name in CLASSES]], device=device)
-    if row.text:
+    if variant.text:
         from ccella_fast.data.text_encoder import TextEncoder
 
         text = torch.from_numpy(TextEncoder(config.text).encode([arguments.report]).features).float().to(device)
@@ -137,11 +157,11 @@ def checkpoint_denoiser(model: Any, config: Config, arguments: argparse.Namespac
 
 
 def random_denoiser(config: Config, schedule: Schedule, grid: Sequence[int], device: str) -> DenoiserFn:
-    """sigma_t x, which is the noise expected in unit Gaussian data, and the random network's word on top."""
+    """sigma_t x, the expected noise in unit Gaussian data, plus the output of a random network."""
     torch.manual_seed(0)
     model = build_model(config).eval().to(device)
     for weight in model.parameters():
-        if weight.ndim > 1 and not weight.any():  # fresh networks end in zeros
+        if weight.ndim > 1 and not weight.any():  # some weights of a new network are zero
             weight.normal_(0, weight[0].numel() ** -0.5)
     text = torch.randn(1, TOKENS, config.model.input_dim, device=device)
     network = conditioned(model, torch.tensor([config.data.spacing], device=device) * SPACING_SCALE, text, None)
@@ -152,17 +172,17 @@ def random_denoiser(config: Config, schedule: Schedule, grid: Sequence[int], dev
 
 
 def conditioned(model: Any, spacing: Tensor, text: Tensor | None, pirads: Tensor | None) -> DenoiserFn:
-    """model under one condition. What its adapter makes of the text at a timestep is remembered: all solvers visit the same."""
+    """The model under one condition. The adapter's output is cached by timestep, because all solvers use the same ones."""
     if text is not None:
-        adapter, known = model.ella.forward, {}
+        adapter, cache = model.ella.forward, {}
 
-        def remembering(text: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
-            for t in set(timesteps.tolist()) - known.keys():
-                known[t] = adapter(text[:1], torch.tensor([t], device=text.device))
-            contexts, heads = zip(*(known[t] for t in timesteps.tolist()), strict=True)
+        def cached_adapter(text: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
+            for t in set(timesteps.tolist()) - cache.keys():
+                cache[t] = adapter(text[:1], torch.tensor([t], device=text.device))
+            contexts, heads = zip(*(cache[t] for t in timesteps.tolist()), strict=True)
             return torch.cat(contexts), None if heads[0] is None else torch.cat(heads)
 
-        model.ella.forward = remembering
+        model.ella.forward = cached_adapter
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         rows = {"spacing": spacing, "text": text, "pirads": pirads}
@@ -172,7 +192,7 @@ def conditioned(model: Any, spacing: Tensor, text: Tensor | None, pirads: Tensor
 
 
 def table(record: dict[str, Any]) -> str:
-    """Markdown."""
+    """The distances as a Markdown table."""
     counts = sorted({entry["steps"] for entry in record["results"]})
     lines = [
         f"Few-step quality: {record['model']}, latent {record['latent']}, {record['seeds']} seed(s)",
@@ -188,12 +208,14 @@ def table(record: dict[str, Any]) -> str:
         cells = [f"{entries[count]['distance']:.4f} ({entries[count]['spread']:.3f})" for count in counts]
         mark = " *" if entries[counts[0]]["stochastic"] else ""
         lines.append(f"| {name}{mark} | {' | '.join(cells)} |")
-    note = "\\* adds noise at each step: another number of steps is another path, and most of the distance is that."
+    note = (
+        "\\* adds noise at each step: another number of steps follows another path, which causes most of the distance."
+    )
     return "\n".join([*lines, "", note, "", f"    {record['command']}", ""])
 
 
 def plot(record: dict[str, Any]) -> bytes:
-    """Distance against steps, both logarithmic; a method of order p falls with slope -p."""
+    """PNG of the distance by the number of steps, log-log; a method of order p has slope -p."""
     import io
 
     from matplotlib.figure import Figure
@@ -222,20 +244,18 @@ def plot(record: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = entrypoint.Parser(description=__doc__)
+def _parser() -> entrypoint.Parser:
+    parser = make_parser(str(__doc__))
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", type=Path, help="run folder, step folder or reference .pt")
-    model.add_argument("--random_full_model", action="store_true", help="full size, random weights, small latent")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the table, the plot and the JSON")
-    parser.add_argument(
-        "--grid", type=int, nargs=3, metavar="N", help="latent voxels (default: the model's; 8 8 8 if random)"
+    model.add_argument(
+        "--random_full_model", action="store_true", help="a full-size model with random weights, on a small latent"
     )
+    add_sampling_options(parser, out="the table, the plot and the JSON file", grid="the model's; 8 8 8 if random")
     parser.add_argument("--solvers", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--seeds", type=int, default=1, help="how many starting noises (default 1)")
-    parser.add_argument("--report", default="", help="prompt of a checkpoint that takes one (default: the null report)")
-    parser.add_argument("--pirads", choices=CLASSES, default="pos", help="class, for variants that are given one")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--seeds", type=int, default=1, help="number of starting noises (default 1)")
+    parser.add_argument("--report", default="", help="prompt, for variants that take one (default: the null report)")
+    parser.add_argument("--pirads", choices=CLASSES, default="pos", help="class, for variants that take one")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What the cases share: device, configuration, shapes that follow from it, and models that are built once."""
+"""The workbench of the cases: device, configuration, the shapes that follow from it, and models that are built once."""
 
 from __future__ import annotations
 
@@ -23,73 +23,89 @@ SEED = 0
 
 
 class Workbench:
-    """`config` is the full-size model. On a CPU each latent axis is halved: the reference's step then takes a second or two;
-    a slow CPU under a time limit gets a quarter (`budget.py`)."""
+    """Device, configuration and models for the cases of a run.
 
-    def __init__(self, device: torch.device, config: Config, tick: Callable[[str], None] = lambda text: None):
-        self.device, self.config, self.tick = device, config, tick
+    On a CPU each latent axis is halved, so that a step of the reference takes a second or two; on a slow CPU with a time limit
+    it is divided by four (`budget.py`).
+
+    Args:
+        device: The device to measure.
+        config: Of the full-size model, or of a small one in tests.
+        on_progress: Called with a description of the work under way.
+    """
+
+    def __init__(self, device: torch.device, config: Config, on_progress: Callable[[str], None] = lambda text: None):
+        self.device, self.config, self.on_progress = device, config, on_progress
         self.machine: dict[str, Any] = {}
         self.shrink = 2 if device.type == "cpu" else 1
         self.latent_channels = sum(config.model.latent_channels)
 
     @property
     def latent_grid(self) -> list[int]:
+        """Axes of the latent that the cases use."""
         return [size // self.shrink for size in self.config.check_grid()]
 
     @property
     def fast_dtype(self) -> torch.dtype:
-        """What `FastSampler` takes by itself: bf16 wherever the hardware multiplies it."""
+        """The default of `FastSampler`: bf16 if the hardware multiplies it."""
         return resolve_dtype("auto", self.device)
 
     @property
     def fast_name(self) -> str:
+        """The name of `fast_dtype`: "bf16" or "fp32"."""
         return "bf16" if self.fast_dtype is torch.bfloat16 else "fp32"
 
     @property
     def reference_precision(self) -> str:
+        """The precision of the reference's policy on this device."""
         return "fp16" if self.device.type == "cuda" else "fp32"
 
     @cached_property
     def parameters(self) -> int:
+        """Number of parameters of the model."""
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in build_model(self.config).parameters())
 
     @cached_property
     def model(self) -> DiffusionModel:
-        """fp32, random weights, none of them zero."""
-        self.tick(f"building the model ({self.parameters / 1e6:.0f} M parameters)")
+        """The model in fp32 with random weights; no parameter is zero."""
+        self.on_progress(f"building the model ({self.parameters / 1e6:.0f} M parameters)")
         return self._ready(build_model, self.config)
 
     @cached_property
     def sampler(self) -> FastSampler:
-        """As a user makes it."""
+        """The sampler with its defaults."""
         return FastSampler(self.model, self.autoencoder, config=self.config)
 
     @cached_property
     def sampler_fp32(self) -> FastSampler:
+        """The sampler with fp32 weights."""
         return FastSampler(self.model, self.autoencoder, config=self.config, dtype="float32")
 
     @property
     def samplers(self) -> dict[str, tuple[str, FastSampler]]:
-        """side -> (precision, sampler): the default, and before it one of equal cost, where the reference computes in fp32."""
+        """Name -> (precision, sampler): the default, preceded by one in fp32 if only the reference computes in fp32."""
         ours = {"ours": (self.fast_name, self.sampler)}
         equal = self.fast_name == "fp32" or self.reference_precision != "fp32"
         return ours if equal else {"ours fp32": ("fp32", self.sampler_fp32), **ours}
 
     @cached_property
     def reference(self) -> reference.ReferenceModel:
+        """The reference on the weights of `model`."""
         return reference.shared_with(self.model)
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
+        """Our autoencoder in fp32 with random weights."""
         return self._ready(Autoencoder, self.config.autoencoder)
 
     @cached_property
     def reference_autoencoder(self) -> nn.Module:
+        """MONAI's autoencoder on the weights of `autoencoder`."""
         return reference.autoencoder_shared_with(self.autoencoder)
 
     def release(self) -> None:
-        """Forget all models: a training case needs the memory."""
+        """Free all models: a training case needs the memory."""
         for name in list(vars(self)):
             if isinstance(vars(self)[name], (nn.Module, FastSampler)):
                 delattr(self, name)
@@ -98,14 +114,16 @@ class Workbench:
             torch.cuda.empty_cache()
 
     def random(self, *shape: int, seed: int = SEED) -> Tensor:
+        """Normal random numbers, drawn on the CPU."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(shape, generator=generator).to(self.device)
 
     def latent(self, batch: int, grid: list[int] | None = None) -> Tensor:
+        """A random latent (B, C, X, Y, Z), by default on `latent_grid`."""
         return self.random(batch, self.latent_channels, *(grid or self.latent_grid))
 
     def conditions(self, batch: int, seed: int = 1) -> dict[str, Tensor]:
-        """spacing and text, as the model takes them."""
+        """Random `spacing` (B, 3), in mm x 100, and `text` (B, L, E) as the model takes them."""
         text, data = self.config.text, self.config.data
         features = self.random(batch, text.max_length, self.config.model.input_dim, seed=seed)
         spacing = torch.tensor([data.spacing], device=self.device).expand(batch, -1) * SPACING_SCALE
@@ -120,7 +138,7 @@ class Workbench:
 
     @staticmethod
     def fill_zeros(module: nn.Module) -> None:
-        """Random numbers where the initialisation has zeros: a fresh model predicts exactly zero, which proves nothing."""
+        """Replace parameters that are all zero by random ones: a fresh model predicts exactly zero, whatever it computes."""
         for parameter in module.parameters():
             if not parameter.any():
                 fan_in = parameter[0].numel() if parameter.ndim > 1 else 100

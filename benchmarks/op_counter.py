@@ -1,10 +1,10 @@
-"""Counting instead of timing: ops, bytes, FLOPs and live memory of a call. Deterministic, and free on meta tensors.
+"""Counts ops, bytes, FLOPs and peak memory of a call instead of timing it. Deterministic, and free of cost on meta tensors.
 
-* ops: what the dispatcher hands to a device. Views and bare allocations do no work and are counted apart.
-* bytes: every op reads each input once and writes each output once. What a library does inside (a second read of a norm, a
-  layout change around a convolution) is not in it, so a fused op can only look as good as its inputs and outputs.
-* flops: torch's own formulas; one multiply-add is two. Our kernels bring theirs (`FLOPS` below).
-* peak_bytes: the most that was alive at once of what the call itself allocated.
+* ops: operators that the dispatcher sends to a device. Views and mere allocations do no work and are counted separately.
+* bytes: every op reads each input once and writes each output once. What a library does inside an op (a second read in a norm,
+  a layout conversion around a convolution) is not included, so a fused op is credited for its inputs and outputs only.
+* flops: by torch's own formulas, in which a multiply-add is two; our kernels have theirs in `FLOPS` below.
+* peak_bytes: the largest amount of memory, allocated by the call itself, that was in use at one time.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ _VIEWS_WITHOUT_ALIAS = {"_unsafe_view", "_reshape_alias", "lift_fresh"}
 
 @dataclass
 class Counts:
+    """What a call did. `by_op` has the number of calls by op, `bytes_by_op` the bytes."""
+
     ops: int = 0
     views: int = 0
     bytes_read: int = 0
@@ -44,9 +46,11 @@ class Counts:
 
     @property
     def bytes(self) -> int:
+        """Bytes read and written."""
         return self.bytes_read + self.bytes_written
 
     def summary(self) -> dict[str, int]:
+        """The counts that are kept and compared."""
         return {"ops": self.ops, "bytes": self.bytes, "flops": self.flops, "peak_bytes": self.peak_bytes}
 
 
@@ -93,19 +97,20 @@ class _Counter(TorchDispatchMode):
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """`with counting() as counts: ...`"""
+    """Count what is done inside a `with` block; the counts are complete at its end."""
     with _Counter() as counter:
         yield counter.counts
 
 
 def count(run: Callable[[], Any]) -> Counts:
+    """Count what a call does."""
     with counting() as counts:
         run()
     return counts
 
 
 def saved_bytes(run: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps for the backward pass of `run`, parameters and inputs apart: each storage once."""
+    """Bytes that autograd keeps for the backward pass of `run`, without parameters and inputs; each storage counts once."""
     kept: dict[int, int] = {}
     alive = []
 
@@ -122,9 +127,10 @@ def saved_bytes(run: Callable[[], Any]) -> int:
 
 
 class HalfAutocast(TorchFunctionMode):
-    """CUDA's fp16 autocast for meta tensors, which torch itself does not offer: same lists, weights cast once.
+    """CUDA's fp16 autocast for meta tensors, which torch does not support: the same op lists, weights cast once.
 
-    Attention goes to the flash op, as it does on a GPU with fp16 inputs."""
+    Attention uses the flash op, as on a GPU with fp16 inputs.
+    """
 
     HALF = {"linear", "conv3d", "matmul", "__matmul__", "bmm", "baddbmm", "addmm", "mm", "einsum"}
     FULL = {"group_norm", "layer_norm", "softmax", "log_softmax", "l1_loss", "exp", "pow", "sum", "norm"}
@@ -136,7 +142,7 @@ class HalfAutocast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name == "multi_head_attention_forward":
-            with self:  # torch leaves the mode inside this function
+            with self:  # torch disables the mode inside this function
                 return _multi_head_attention(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             q, k, v = (self._half(kwargs.get(key, arg)) for key, arg in _attention_arguments(args, kwargs))
@@ -158,7 +164,7 @@ class HalfAutocast(TorchFunctionMode):
 
 
 class FlashAttention(TorchFunctionMode):
-    """Attention as the one op that a GPU runs, for meta tensors, on which torch would decompose it."""
+    """Keeps attention a single op on meta tensors, as on a GPU; torch would decompose it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -172,7 +178,7 @@ def _multi_head_attention(
     query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, weight: Tensor, bias: Tensor, *rest: Any,
     **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """What torch's function of this name does without a mask: (N, B, E) in and out; keys and values are one tensor."""
+    """torch's function of this name without a mask: (N, B, E) in and out, with one tensor for keys and values."""
     out_weight, out_bias = rest[4], rest[5]
     (wq, wkv), (bq, bkv) = weight.split([width, 2 * width]), bias.split([width, 2 * width])
     q, kv = F.linear(query, wq, bq), F.linear(key, wkv, bkv)
@@ -204,7 +210,7 @@ def _flops(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
     if func._overloadpacket in flop_registry:
         return flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
     formula = FLOPS.get(name)
-    return formula(*args, **kwargs) if formula else 0  # norms and elementwise work: as torch's own counter has it
+    return formula(*args, **kwargs) if formula else 0  # norms and elementwise ops count zero, as in torch's own counter
 
 
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
@@ -215,8 +221,8 @@ def _cross_attention_flops(x: Tensor, k: Tensor, *rest: Any) -> int:
     return 4 * x.numel() * x.shape[-1] + 4 * x.numel() * k.shape[-2]
 
 
-# What our own ops do, by name. A backward pass of attention multiplies five matrices where the forward pass has two, one of a
-# projection two where it has one; what a kernel recomputes is not counted, as nowhere else.
+# FLOPs of our own ops by name. The backward pass of attention has five matrix products where the forward pass has two, that of
+# a projection two where it has one. Recomputation is not counted, here as elsewhere.
 FLOPS: dict[str, Callable[..., int]] = {
     "ccella_fast::attention": _attention_flops,
     "ccella_fast::attention_backward": lambda do, q, k, *rest: _attention_flops(q, k, k) * 5 // 2,
@@ -232,7 +238,7 @@ FLOPS: dict[str, Callable[..., int]] = {
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Every kernel that has this backend takes it; on meta tensors "triton" gives the ops as a GPU would run them."""
+    """Select this backend for every kernel that has it; "triton" on meta tensors gives the ops that a GPU would run."""
     before = os.environ.get(ENVIRONMENT)
     os.environ[ENVIRONMENT] = name
     try:

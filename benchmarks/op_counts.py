@@ -1,11 +1,11 @@
-"""Ops, bytes and FLOPs of the default model's denoising step and training step, counted on meta tensors: no time, no noise.
+"""Ops, bytes and FLOPs of a denoising step and a training step of the default model, counted on meta tensors.
 
-    python benchmarks/op_counts.py            the table
-    python benchmarks/op_counts.py --write    also benchmarks/counts.json, which a test holds: it may fall, never rise
+    python benchmarks/op_counts.py            prints the table
+    python benchmarks/op_counts.py --write    also writes benchmarks/counts.json; a test fails if a count exceeds it
 
-Both at batch 1 and the latent of the default configuration (4 x 64 x 64 x 32), in the 16-bit form that a GPU runs: the
-reference under fp16 autocast with its weights already cast, ours with bf16 weights and our kernels as the ops they are on a
-GPU. The optimizer is not counted.
+Both steps are at batch 1 and the latent of the default configuration (4 x 64 x 64 x 32), on the 16-bit paths of a GPU: the
+reference under fp16 autocast with its weights already cast, ours with bf16 weights and with our kernels as single ops. The
+optimizer is not counted.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ FILE = Path(__file__).resolve().parent / "counts.json"
 
 
 def counted(config: Config | None = None) -> dict[str, dict[str, dict[str, int]]]:
-    """{step: {"reference" | "ours": {ops, bytes, flops, peak_bytes}}}."""
+    """Count both steps: {step: {"reference" | "ours": {ops, bytes, flops, peak_bytes}}}, in training also saved_bytes."""
     config = config or Config()
     with torch.device("meta"):
         model = build_model(config)
-        theirs = reference.shared_with(model)
+        plain = reference.shared_with(model)
         ours = build_model(config).bfloat16()
-    for module in theirs.modules():
+    for module in plain.modules():
         if hasattr(module, "use_flash_attention"):
-            module.use_flash_attention = True  # which MONAI refuses to switch on where there is no GPU
+            module.use_flash_attention = True  # MONAI refuses to enable it without a GPU
     with backend("triton"):
         return {
             "denoising step": {
-                "reference": _denoising(config, theirs, HalfAutocast(), torch.float32).summary(),
+                "reference": _denoising(config, plain, HalfAutocast(), torch.float32).summary(),
                 "ours": _denoising(config, ours, FlashAttention(), torch.bfloat16).summary(),
             },
             "training step": {
-                "reference": _training(config, theirs, HalfAutocast(), torch.float32),
+                "reference": _training(config, plain, HalfAutocast(), torch.float32),
                 "ours": _training(config, ours, FlashAttention(), torch.bfloat16),
             },
         }
@@ -60,20 +60,20 @@ def _inputs(config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[st
 
 
 def _denoising(config: Config, model: Any, mode: Any, dtype: torch.dtype) -> Counts:
-    """The reference runs its adapter at every step; ours has computed it before the loop."""
+    """The reference runs its adapter at every step; ours is precomputed and not counted."""
     x, timesteps, conditions = _inputs(config, dtype)
     with torch.no_grad(), mode:
         if isinstance(model, reference.ReferenceModel):
             run: Callable[[], Any] = lambda: model(x, timesteps, **conditions)  # noqa: E731
         else:
-            prepared = model.condition(timesteps, **conditions)
-            run = lambda: model.denoise(x, prepared)  # noqa: E731
-        run()  # what happens once for the whole loop: casting weights, summing the upsamplers' taps
+            conditioning = model.condition(timesteps, **conditions)
+            run = lambda: model.denoise(x, conditioning)  # noqa: E731
+        run()  # work done once for the whole loop: casting weights, summing the upsamplers' taps
         return count(run)
 
 
 def _training(config: Config, model: Any, mode: Any, dtype: torch.dtype) -> dict[str, int]:
-    """Forward and backward."""
+    """Count the forward and backward passes."""
     x, timesteps, conditions = _inputs(config, dtype)
 
     def forward() -> Tensor:
@@ -87,7 +87,7 @@ def _training(config: Config, model: Any, mode: Any, dtype: torch.dtype) -> dict
     with mode:
         kept = saved_bytes(forward)
     if isinstance(mode, HalfAutocast):
-        mode.weights.clear()  # in training they are cast anew at every step
+        mode.weights.clear()  # in training they are cast again at every step
     facts = count(step).summary()
     for parameter in model.parameters():
         parameter.grad = None
@@ -95,18 +95,19 @@ def _training(config: Config, model: Any, mode: Any, dtype: torch.dtype) -> dict
 
 
 def table(counts: dict[str, Any]) -> str:
-    """Markdown."""
+    """The counts as a Markdown table."""
     lines = ["| | | ops | GB moved | GFLOP | GB kept for backward |", "|---|---|---:|---:|---:|---:|"]
-    for step, sides in counts.items():
-        for side, row in sides.items():
+    for step, implementations in counts.items():
+        for name, row in implementations.items():
             kept = f"{row['saved_bytes'] / 1e9:.2f}" if "saved_bytes" in row else ""
             lines.append(
-                f"| {step} | {side} | {row['ops']:,} | {row['bytes'] / 1e9:.2f} | {row['flops'] / 1e9:,.0f} | {kept} |"
+                f"| {step} | {name} | {row['ops']:,} | {row['bytes'] / 1e9:.2f} | {row['flops'] / 1e9:,.0f} | {kept} |"
             )
     return "\n".join(lines)
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write benchmarks/counts.json")
     arguments = parser.parse_args()

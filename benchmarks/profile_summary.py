@@ -1,4 +1,4 @@
-"""Where the time of one call goes, by kind of work; and traces to look at in Perfetto."""
+"""The time of one call by kind of work, and traces for Perfetto."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# The first kind with a word that is part of an op's name takes it. Fused ops of ours belong to the work that they replace.
+# An op belongs to the first kind with a word that is part of its name; our fused ops belong to the kind of work they replace.
 KINDS = {
     "convolution": ["conv"],
     "attention": ["attention", "softmax", "attn"],
@@ -22,14 +22,23 @@ OTHER = "other"
 
 
 def kind(name: str) -> str:
+    """The kind of work of an op, by its name."""
     lower = name.lower()
     return next((kind for kind, words in KINDS.items() if any(word in lower for word in words)), OTHER)
 
 
 def profiled(run: Callable[[], Any], device: torch.device, trace: Path | None = None) -> dict[str, Any]:
-    """One call under torch.profiler: seconds by kind, the ten most expensive ops, and how many GPU kernels were launched.
+    """Profile one call with torch.profiler.
 
-    Seconds are those of the device, an op's own, without the ops that it calls. trace: a file for https://ui.perfetto.dev."""
+    Args:
+        run: The call.
+        device: Where it runs.
+        trace: A file to write for https://ui.perfetto.dev.
+
+    Returns:
+        `seconds_by_kind`, the ten most expensive `top_ops`, and on a GPU the number of `kernel_launches`. Seconds are spent on
+        the device by the op itself, without the ops that it calls.
+    """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as found:
@@ -39,7 +48,8 @@ def profiled(run: Callable[[], Any], device: torch.device, trace: Path | None = 
     if trace is not None:
         trace.parent.mkdir(parents=True, exist_ok=True)
         found.export_chrome_trace(str(trace))
-    rows = [(row.key, _own(row, cuda) / 1e6, row.count) for row in found.key_averages() if _own(row, cuda) > 0]
+    averages = found.key_averages()
+    rows = [(row.key, _self_time(row, cuda) / 1e6, row.count) for row in averages if _self_time(row, cuda) > 0]
     by_kind: dict[str, float] = {}
     for name, seconds, _ in rows:
         by_kind[kind(name)] = by_kind.get(kind(name), 0.0) + seconds
@@ -54,9 +64,11 @@ def profiled(run: Callable[[], Any], device: torch.device, trace: Path | None = 
     return facts
 
 
-def _own(row: Any, cuda: bool) -> float:
-    """Microseconds."""
+def _self_time(row: Any, cuda: bool) -> float:
+    """Microseconds spent in the op itself."""
     if not cuda:
         return row.self_cpu_time_total
-    on_device = row.device_type == torch.autograd.DeviceType.CUDA  # the kernels' own rows, each once
+    on_device = (
+        row.device_type == torch.autograd.DeviceType.CUDA
+    )  # the rows of the GPU kernels, each of which counts once
     return row.self_device_time_total if on_device else 0.0

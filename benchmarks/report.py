@@ -1,6 +1,7 @@
 """The record as a table for the terminal, a picture, and one self-contained page.
 
-Three questions are answered first: how much faster than the reference, how far from this machine's limit, where the time goes.
+They answer three questions: how much faster than the reference, how close to the roofline of this machine, and where the time
+goes.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import op_counts
-from benchmark_case import HEADLINES
 from ccella_fast.storage import atomic_path
+from registry import HEADLINES
 from results import seconds
 from timer import slope
 
 TEMPLATE = Path(__file__).resolve().parent / "report.html.j2"
-# One colour a side, by its place in the case: the reference grey, ours blue and then orange; others after them.
+# By implementation: the baseline is grey, "ours" is orange, all others are blue.
 _GREY, _BLUE, _ORANGE = "#9aa3ad", "#7fb2e5", "#1f6fb4"
-_COLOURS = {
+_COLORS = {
     "convolution": "#1f6fb4", "linear": "#d98032", "attention": "#a65fa3", "norm, SiLU": "#c8b13a",
     "copies, casts": "#5fb3b3", "optimizer": "#3a8a4d", "other": "#9aa3ad", "network": "#1f6fb4", "steps": "#1f6fb4",
     "forward": "#1f6fb4", "backward": "#0f3f6b", "decode": "#d98032", "loader": "#c84b4b", "save": "#1f6fb4",
@@ -29,11 +30,11 @@ _COLOURS = {
 
 
 def table(record: dict[str, Any]) -> str:
-    """For the terminal: one line a side."""
-    rows = [["case", "side", "precision", "median", "quartiles", "faster", "floor", "of limit"]]
+    """The table for the terminal: one line per implementation."""
+    rows = [["case", "implementation", "precision", "median", "quartiles", "faster", "roofline", "% of roofline"]]
     for case in record["cases"]:
-        for name, side in case["sides"].items():
-            rows.append([case["name"], name, *_cells(case, name, side)])
+        for name, timed in case["sides"].items():
+            rows.append([case["name"], name, *_cells(case, name, timed)])
         rows += [[case["name"], what, "", f"{value:.4g} {unit}", "", "", "", ""] for what, value, unit in case["facts"]]
         if case["status"] != "ok":
             rows.append([case["name"], f"{case['status']}: {case['why'][:60]}", *[""] * 6])
@@ -48,18 +49,19 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _absent(record: dict[str, Any]) -> list[str]:
-    """Competitors that are not there, each once, with the reason."""
+    """The implementations that are missing, each once, with the reason."""
     return sorted({f"{name}: {why}" for case in record["cases"] for name, why in case["missing"].items()})
 
 
-def _cells(case: dict[str, Any], name: str, side: dict[str, Any]) -> list[str]:
-    facts, floor, faster = side["seconds"], side.get("floor"), case["speedups"].get(name)
+def _cells(case: dict[str, Any], name: str, timed: dict[str, Any]) -> list[str]:
+    facts, roofline, faster = timed["seconds"], timed.get("floor"), case["speedups"].get(name)
     quartiles = f"{seconds(facts['q1'])} to {seconds(facts['q3'])}" if facts["n"] > 1 else ""
-    cells = [side["precision"], seconds(facts["median"]), quartiles, f"{faster['median']:.2f}x" if faster else ""]
-    return [*cells, seconds(floor["seconds"]), f"{side['of_limit']:.0%}"] if floor else [*cells, "", ""]
+    cells = [timed["precision"], seconds(facts["median"]), quartiles, f"{faster['median']:.2f}x" if faster else ""]
+    return [*cells, seconds(roofline["seconds"]), f"{timed['of_limit']:.0%}"] if roofline else [*cells, "", ""]
 
 
 def write(record: dict[str, Any], page: Path, picture: Path) -> None:
+    """Write the page (HTML) and the picture (PNG), and next to it the picture of the scaling curves if there are any."""
     from jinja2 import Environment, StrictUndefined
 
     png, scaling = draw(record), draw_scaling(record)
@@ -80,19 +82,19 @@ def write(record: dict[str, Any], page: Path, picture: Path) -> None:
 
 
 def headline(record: dict[str, Any]) -> list[dict[str, str]]:
-    """The numbers on top: for the cases that users ask for first, how much faster and how far from the limit."""
+    """The numbers at the top of the page: speedup and fraction of the roofline of the headline cases."""
     cards = []
     for case in record["cases"]:
         if case["name"] in HEADLINES and "ours" in case["speedups"]:
-            theirs, ours = next(iter(case["sides"].values())), case["sides"]["ours"]
+            baseline, ours = next(iter(case["sides"].values())), case["sides"]["ours"]
             same = "ours fp32" in case["speedups"] and f"; {case['speedups']['ours fp32']['median']:.1f}x in fp32"
-            limit = f"{ours['of_limit']:.0%} of this machine's limit" if "of_limit" in ours else ""
+            limit = f"{ours['of_limit']:.0%} of the roofline" if "of_limit" in ours else ""
             cards.append(
                 {
                     "title": HEADLINES[case["name"]],
                     "number": f"{case['speedups']['ours']['median']:.1f}x",
-                    "text": f"{seconds(theirs['seconds']['median'])} to {seconds(ours['seconds']['median'])}, "
-                    f"{theirs['precision']} to {ours['precision']}{same or ''}",
+                    "text": f"{seconds(baseline['seconds']['median'])} to {seconds(ours['seconds']['median'])}, "
+                    f"{baseline['precision']} to {ours['precision']}{same or ''}",
                     "limit": limit,
                 }
             )
@@ -100,16 +102,16 @@ def headline(record: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def draw(record: dict[str, Any]) -> bytes:
-    """PNG: speed-ups, fractions of the limit, and where the time goes, side by side."""
+    """PNG with three panels: speedups, fractions of the roofline, and where the time goes."""
     from matplotlib.figure import Figure
 
     cases = [case for case in record["cases"] if len(case["sides"]) > 1]
     bars = sum(len(case["sides"]) for case in cases)
     figure = Figure(figsize=(17, max(4.0, 1.9 + 0.34 * (bars + len(cases)))), dpi=110, layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=[1, 0.8, 1.1])
-    _faster(axes[0], cases)
-    _limit(axes[1], cases)
-    _where(axes[2], cases)
+    _speedups(axes[0], cases)
+    _roofline(axes[1], cases)
+    _time_shares(axes[2], cases)
     rates = record["rates"]
     figure.suptitle(
         f"ccella_fast on {record['machine']}, {record['environment']['cpu']['torch_threads']} CPU threads, "
@@ -125,7 +127,7 @@ def draw(record: dict[str, Any]) -> bytes:
 
 
 def draw_scaling(record: dict[str, Any]) -> bytes | None:
-    """PNG of all curves, log-log, with a line of slope 1 through each first point; None when there are none."""
+    """PNG of all curves, log-log, with a line of slope 1 through each first point; None if there are no curves."""
     from matplotlib.figure import Figure
 
     curves = {what: points for case in record["cases"] for what, points in case.get("curves", {}).items()}
@@ -144,14 +146,14 @@ def draw_scaling(record: dict[str, Any]) -> bytes | None:
     return stream.getvalue()
 
 
-def _colour(case: dict[str, Any], name: str) -> str:
+def _color(case: dict[str, Any], name: str) -> str:
     if name == next(iter(case["sides"])):
         return _GREY
     return _ORANGE if name == "ours" else _BLUE
 
 
 def _rows(cases: Sequence[dict[str, Any]]) -> list[tuple[float, dict[str, Any], str]]:
-    """(height, case, side) from top to bottom, with a gap between cases."""
+    """(height, case, name of the implementation) from top to bottom, with a gap between cases."""
     rows, y = [], 0.0
     for case in cases:
         for name in case["sides"]:
@@ -167,18 +169,18 @@ def _label(axis: Any, rows: list[tuple[float, dict[str, Any], str]], title: str)
     for _, case, name in rows:
         first = name == next(iter(case["sides"]))
         precision = case["sides"][name]["precision"]
-        side = name if precision in name else f"{name} {precision}"
-        labels.append((f"{case['name']}:  " if first else "") + side)
+        label = name if precision in name else f"{name} {precision}"
+        labels.append((f"{case['name']}:  " if first else "") + label)
     axis.set_yticks([y for y, _, _ in rows], labels, fontsize=8)
     axis.set_ylim(min((y for y, _, _ in rows), default=0) - 1, 1)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _faster(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
+def _speedups(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
     rows = _rows(cases)
     for y, case, name in rows:
         value = 1.0 if name == next(iter(case["sides"])) else case["speedups"].get(name, {}).get("median", 0.0)
-        axis.barh(y, value, color=_colour(case, name), height=0.8)
+        axis.barh(y, value, color=_color(case, name), height=0.8)
         if case["status"] != "ok":
             text = case["status"]
         else:
@@ -189,39 +191,39 @@ def _faster(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
     _label(axis, rows, "How many times faster")
 
 
-def _limit(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
+def _roofline(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
     rows = _rows(cases)
     for y, case, name in rows:
-        side = case["sides"][name]
-        if "of_limit" in side:
-            axis.barh(y, min(100 * side["of_limit"], 125), color=_colour(case, name), height=0.8)
-            text = f"  {side['of_limit']:.0%} ({side['floor']['limit']}: {seconds(side['floor']['seconds'])})"
-            axis.text(min(100 * side["of_limit"], 100), y, text, va="center", fontsize=8)
+        timed = case["sides"][name]
+        if "of_limit" in timed:
+            axis.barh(y, min(100 * timed["of_limit"], 125), color=_color(case, name), height=0.8)
+            text = f"  {timed['of_limit']:.0%} ({timed['floor']['limit']}: {seconds(timed['floor']['seconds'])})"
+            axis.text(min(100 * timed["of_limit"], 100), y, text, va="center", fontsize=8)
     axis.axvline(100, color="#444", linewidth=0.8, linestyle="--")
     axis.set_xlim(0, 150)
-    axis.set_xlabel("% of this machine's limit at that precision", fontsize=8)
-    _label(axis, rows, "How far from the limit")
+    axis.set_xlabel("% of the roofline of this machine at that precision", fontsize=8)
+    _label(axis, rows, "How close to the roofline")
     axis.set_yticklabels([])
 
 
-def _where(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
-    """By kind of work where the call was profiled, else by its parts; as a share of the case's slowest side."""
+def _time_shares(axis: Any, cases: Sequence[dict[str, Any]]) -> None:
+    """Time by kind of work if the call was profiled, else by its parts, relative to the case's slowest implementation."""
     rows, shown = _rows(cases), {}
     for y, case, name in rows:
-        side = case["sides"][name]
-        pieces = side.get("profile", {}).get("seconds_by_kind") or side["parts"]
+        timed = case["sides"][name]
+        pieces = timed.get("profile", {}).get("seconds_by_kind") or timed["parts"]
         if not pieces:
             continue
         slowest = max(other["seconds"]["median"] for other in case["sides"].values())
-        scale = side["seconds"]["median"] / sum(pieces.values()) / slowest * 100
+        scale = timed["seconds"]["median"] / sum(pieces.values()) / slowest * 100
         left = 0.0
         for piece, value in pieces.items():
-            bar = axis.barh(y, value * scale, left=left, color=_COLOURS.get(piece, _GREY), height=0.8)
+            bar = axis.barh(y, value * scale, left=left, color=_COLORS.get(piece, _GREY), height=0.8)
             shown.setdefault(piece, bar)
             if value * scale > 1.5 * len(piece) + 1:
                 axis.text(left + value * scale / 2, y, piece, ha="center", va="center", fontsize=7, color="white")
             left += value * scale
-    axis.set_xlabel("% of the time of the case's slowest side", fontsize=8)
+    axis.set_xlabel("% of the time of the case's slowest implementation", fontsize=8)
     if shown:
         axis.legend(shown.values(), shown.keys(), fontsize=7, loc="lower right", ncols=2, frameon=False)
     _label(axis, rows, "Where the time goes")

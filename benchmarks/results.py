@@ -1,4 +1,4 @@
-"""What a run leaves: one JSON of a fixed form, its comparison with an earlier one, and RESULTS.md from all that are kept."""
+"""The record of a run: a JSON file of a fixed form, its comparison with an earlier one, and RESULTS.md."""
 
 from __future__ import annotations
 
@@ -25,36 +25,54 @@ LEAST_TOLERANCE = 0.05
 
 
 def check(record: Any, path: object = None) -> dict[str, Any]:
-    """The record, if it is one of this schema. Raises DataError that names the first key that is not."""
-    fix = "give a JSON file that benchmarks/run.py wrote"
+    """Check a record against the schema.
+
+    Args:
+        record: The content of a JSON file.
+        path: The file, for the error message.
+
+    Returns:
+        The record.
+
+    Raises:
+        DataError: It does not follow the schema; the error names the first key that is wrong.
+    """
+    fix = "pass a JSON file written by benchmarks/run.py"
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise DataError(f"this is not a benchmark record of schema {SCHEMA}", path=path, field="schema", fix=fix)
+        raise DataError(f"the file is not a benchmark record of schema {SCHEMA}", path=path, field="schema", fix=fix)
     for key, kind in KEYS.items():
         if not isinstance(record.get(key), kind):
-            raise DataError(f"a {kind.__name__} is expected", path=path, field=key, fix=fix)
+            raise DataError(_wrong_type(kind, record.get(key)), path=path, field=key, fix=fix)
     for index, case in enumerate(record["cases"]):
         for key, kind in CASE_KEYS.items():
             if not isinstance(case.get(key), kind):
-                raise DataError(f"a {kind.__name__} is expected", path=path, field=f"cases.{index}.{key}", fix=fix)
+                raise DataError(_wrong_type(kind, case.get(key)), path=path, field=f"cases.{index}.{key}", fix=fix)
         if case["status"] not in STATUS:
-            raise DataError(f"status {case['status']!r:.20}", path=path, field=f"cases.{index}.status", fix=fix)
+            why = f"status must be one of {', '.join(sorted(STATUS))}, got {case['status']!r:.20}"
+            raise DataError(why, path=path, field=f"cases.{index}.status", fix=fix)
         if case["status"] != "ok" and case["speedups"]:
-            why = "a speed-up of a case whose result is not right"
+            why = f"a case with status {case['status']} must not have speedups"
             raise DataError(why, path=path, field=f"cases.{index}.speedups", fix=fix)
     return record
 
 
+def _wrong_type(kind: type, value: Any) -> str:
+    return f"the value must be of type {kind.__name__}, got {'nothing' if value is None else type(value).__name__}"
+
+
 def read(path: str | Path) -> dict[str, Any]:
+    """Read and check a record; raises DataError."""
     return check(read_json(path), path)
 
 
 def write(record: dict[str, Any], path: Path) -> Path:
+    """Check and write a record."""
     write_json(path, check(record))
     return path
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, with "-dirty" when tracked files differ from it; "unknown" without git."""
+    """Short hash of the checked-out commit, with "-dirty" if tracked files differ from it; "unknown" without git."""
     try:
         run = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
         return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
@@ -63,19 +81,22 @@ def commit() -> str:
 
 
 def slug(text: str) -> str:
-    """A file name: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    """The text as a file name: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(r\)|\(tm\)", " ", text.lower())).strip("-") or "unknown"
 
 
 def now() -> str:
+    """The time in UTC, in ISO 8601."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def regressions(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """(what got worse beyond the noise, remarks). Deterministic counts may not grow at all.
+    """Compare a record with an earlier one: (regressions beyond the noise, remarks).
 
-    On one machine our own seconds are compared; between machines only the ratios to the reference, which each was measured
-    beside. A difference counts when it is larger than 5 %, than twice both spreads and than both runs' noise floors."""
+    On the same machine our times are compared; between machines only the speedups over the reference, which was measured in the
+    same run. A difference counts if it exceeds 5 %, twice the sum of both spreads, and both runs' noise. Counts are
+    deterministic and must not grow at all.
+    """
     worse, remarks = [], []
     same = new["machine"] == old["machine"] and new["device"] == old["device"]
     threads = [record["environment"].get("cpu", {}).get("torch_threads") for record in (new, old)]
@@ -95,23 +116,23 @@ def regressions(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], li
             worse.append(f"{case['name']}: was ok, is {case['status']}")
             continue
         worse += _slower(case, then, same, [new["noise_floor"]["noise"], old["noise_floor"]["noise"]])
-    for step, sides in new["counts"].items():
-        for key, value in sides.get("ours", {}).items():
+    for step, counted in new["counts"].items():
+        for key, value in counted.get("ours", {}).items():
             known = old["counts"].get(step, {}).get("ours", {}).get(key)
             if known is not None and value > known:
                 worse.append(f"{step}: {key} {value:,}, was {known:,}")
     return worse, remarks
 
 
-def _slower(case: dict[str, Any], then: dict[str, Any], same: bool, floors: list[float]) -> list[str]:
+def _slower(case: dict[str, Any], then: dict[str, Any], same: bool, noise: list[float]) -> list[str]:
     worse = []
     names = [name for name in case["sides"] if name.startswith("ours") and name in then["sides"]]
     for name in names:
-        now_, before = case["sides"][name], then["sides"][name]
-        tolerance = max(LEAST_TOLERANCE, *floors, 2 * (now_["spread"] + before["spread"]))
+        timed, before = case["sides"][name], then["sides"][name]
+        tolerance = max(LEAST_TOLERANCE, *noise, 2 * (timed["spread"] + before["spread"]))
         if same:
-            factor = now_["seconds"]["median"] / before["seconds"]["median"]
-            text = f"{now_['seconds']['median']:.4g} s, was {before['seconds']['median']:.4g} s"
+            factor = timed["seconds"]["median"] / before["seconds"]["median"]
+            text = f"{timed['seconds']['median']:.4g} s, was {before['seconds']['median']:.4g} s"
         elif name in case["speedups"] and name in then["speedups"]:
             factor = then["speedups"][name]["median"] / case["speedups"][name]["median"]
             text = f"{case['speedups'][name]['median']:.2f}x, was {then['speedups'][name]['median']:.2f}x"
@@ -126,7 +147,7 @@ def _slower(case: dict[str, Any], then: dict[str, Any], same: bool, floors: list
 
 
 def newest(folder: Path = ROOT / "results") -> list[tuple[Path, dict[str, Any]]]:
-    """For each machine the newest record of each command."""
+    """File and record of the newest run of each command on each machine."""
     found: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
     for file in sorted(folder.glob("*/*.json")):
         record = read(file)
@@ -135,6 +156,7 @@ def newest(folder: Path = ROOT / "results") -> list[tuple[Path, dict[str, Any]]]
 
 
 def write_markdown(path: Path = ROOT / "RESULTS.md", folder: Path = ROOT / "results") -> Path:
+    """Write RESULTS.md from the committed records."""
     lines = [
         "# Results",
         "",
@@ -157,7 +179,7 @@ def _machine(file: Path, record: dict[str, Any]) -> list[str]:
         f"`{file}`, commit {record['commit']}, {record['date'][:10]}, "
         f"torch {environment['packages']['torch']}, {cpu['torch_threads']} CPU threads. "
         f"Limits, measured in the run: copy {rates['copy_bytes_per_second'] / 1e9:.3g} GB/s, {peak}. "
-        f"Noise floor (A against A) {record['noise_floor']['noise']:.1%}.", "",
+        f"Noise (A against A) {record['noise_floor']['noise']:.1%}.", "",
     ]  # fmt: skip
     suites: dict[str, list[dict[str, Any]]] = {}
     for case in record["cases"]:
@@ -165,8 +187,8 @@ def _machine(file: Path, record: dict[str, Any]) -> list[str]:
     for suite, cases in suites.items():
         timed = [case for case in cases if case["sides"]]
         if timed:
-            lines += [f"### {suite}", "", "| case | side | precision | median | times faster | floor | of the limit |",
-                      "|---|---|---|---:|---:|---:|---:|"]  # fmt: skip
+            heading = "| case | implementation | precision | median | times faster | roofline | % of roofline |"
+            lines += [f"### {suite}", "", heading, "|---|---|---|---:|---:|---:|---:|"]
             lines += [line for case in timed for line in table_rows(case)] + [""]
         facts = [(case["name"], *fact) for case in cases for fact in case.get("facts", [])]
         if facts:
@@ -174,22 +196,25 @@ def _machine(file: Path, record: dict[str, Any]) -> list[str]:
             lines += [f"| {name} | {what} | {value:.4g} {unit} |" for name, what, value, unit in facts] + [""]
     if any(case.get("curves") for case in record["cases"]):
         lines += [f"![How cost grows](results/{file.with_suffix('')}-scaling.png)", ""]
-    aside = [f"- {case['name']}: {case['status']}, {case['why']}" for case in record["cases"] if case["status"] != "ok"]
-    aside += [f"- {name}: left out, {why}" for name, why in record["left_out"].items()]
-    return [*lines, *aside, ""]
+    remarks = [
+        f"- {case['name']}: {case['status']}, {case['why']}" for case in record["cases"] if case["status"] != "ok"
+    ]
+    remarks += [f"- {name}: left out, {why}" for name, why in record["left_out"].items()]
+    return [*lines, *remarks, ""]
 
 
 def table_rows(case: dict[str, Any]) -> Iterable[str]:
-    for name, side in case["sides"].items():
-        faster, limit = case["speedups"].get(name), side.get("floor")
-        cells = [case["name"], name, side["precision"], seconds(side["seconds"]["median"])]
+    """A Markdown row per implementation."""
+    for name, timed in case["sides"].items():
+        faster, roofline = case["speedups"].get(name), timed.get("floor")
+        cells = [case["name"], name, timed["precision"], seconds(timed["seconds"]["median"])]
         cells.append(f"{faster['median']:.2f}x" if faster else "")
-        cells += [seconds(limit["seconds"]), f"{side['of_limit']:.0%}"] if limit else ["", ""]
+        cells += [seconds(roofline["seconds"]), f"{timed['of_limit']:.0%}"] if roofline else ["", ""]
         yield f"| {' | '.join(cells)} |"
 
 
 def seconds(value: float) -> str:
-    """1.23 s, 45.6 ms, 7.89 us."""
+    """A time in its unit: 1.23 s, 45.6 ms, 7.89 us."""
     for factor, unit in ((1, "s"), (1e3, "ms")):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"

@@ -1,6 +1,7 @@
-"""Measure ccella_fast on this machine, side by side with the reference: `python benchmarks/run.py`.
+"""Measure ccella_fast on this machine in comparison with the reference: `python benchmarks/run.py`.
 
-Prints a card and a table, writes one JSON, a page and a picture below out/benchmarks/. The last line is the JSON's path.
+Prints a description of the machine and a table, and writes a JSON file, a page and a picture below out/benchmarks/. The last
+line printed is the path of the JSON file.
 """
 
 from __future__ import annotations
@@ -15,24 +16,26 @@ from ccella_fast import entrypoint
 SUITES = ["quick", "kernels", "sampler", "training", "data", "memory", "all"]
 QUICK_MINUTES = {"cpu": 5, "cuda": 8}
 ROOT = Path(__file__).resolve().parents[1]
-EPILOG = """the quick suite ends within 5 minutes on two CPU cores and within 8 on a GPU; on a slow machine
-it measures less and says what
-exit codes: 0 ok; 1 a wrong result, a failed case, nothing measured, or with --baseline a regression beyond the noise;
-2 usage"""
+EPILOG = """The quick suite ends within 5 minutes on two CPU cores and within 8 on a GPU; on a slow machine
+it measures less and reports what it reduced or left out.
+Exit codes: 0 ok; 1 a wrong result, a failed case, nothing measured, or with --baseline a regression beyond the noise;
+2 usage."""
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     arguments = _parser().parse_args(argv)
     return entrypoint.run_command(lambda: run(arguments), debug=arguments.debug)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the selected cases, write the record and the report, and return the exit code."""
     import torch
 
     import results
     import runner
-    from benchmark_case import emulated, registry, select
     from ccella_fast.errors import ConfigError, did_you_mean
+    from registry import emulated, registry, select
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.list:
@@ -48,17 +51,19 @@ def run(arguments: argparse.Namespace) -> int:
     )
     left_out = {} if arguments.case else emulated(chosen, device)
     chosen = [case for case in chosen if case.name not in left_out]
-    baseline = results.read(arguments.baseline) if arguments.baseline else None  # before the long work
+    baseline = results.read(arguments.baseline) if arguments.baseline else None  # checked before the long run
     quick = not arguments.case and (arguments.suite or ["quick"]) == ["quick"]
     minutes = arguments.minutes or (QUICK_MINUTES[device.type] if quick else None)
-    run_session = runner.BenchmarkRun(device, minutes=minutes, command=_command(arguments), debug=arguments.debug)
+    benchmark_run = runner.BenchmarkRun(device, minutes=minutes, command=_command(arguments), debug=arguments.debug)
     if arguments.dry_run:
-        print(run_session.plan(chosen))
+        print(benchmark_run.plan(chosen))
         return 0
     stem = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{results.commit()}"
-    kept = results.ROOT / "results" / results.slug(run_session.name)
+    kept = results.ROOT / "results" / results.slug(benchmark_run.name)
     path = arguments.json or (kept if arguments.keep else ROOT / "out" / "benchmarks") / f"{stem}.json"
-    record = run_session.measure(chosen, traces=path.with_suffix("") if arguments.profile else None, left_out=left_out)
+    record = benchmark_run.measure(
+        chosen, traces=path.with_suffix("") if arguments.profile else None, left_out=left_out
+    )
     results.write(record, path)
 
     import report
@@ -84,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """The command that measures this again; no paths."""
+    """The command that repeats the run, without paths."""
     words = ["python benchmarks/run.py", *(f"--case {name}" for name in arguments.case or [])]
     words += ["--suite " + " ".join(arguments.suite)] if arguments.suite else []
     words += [f"--minutes {arguments.minutes:g}"] if arguments.minutes else []
@@ -93,17 +98,19 @@ def _command(arguments: argparse.Namespace) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = entrypoint.Parser(prog="benchmarks/run.py", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--suite", nargs="+", choices=SUITES, help="one or several (default: quick)")
-    parser.add_argument("--case", action="append", metavar="NAME", help="only this case; repeat for several")
-    parser.add_argument("--list", action="store_true", help="print all cases and stop")
-    parser.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier JSON to compare with")
-    parser.add_argument("--profile", action="store_true", help="torch.profiler traces for Perfetto, and NVTX ranges")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write (default: below out/benchmarks/)")
+    parser.add_argument("--suite", nargs="+", choices=SUITES, help="one or several suites (default: quick)")
+    parser.add_argument("--case", action="append", metavar="NAME", help="run only this case; may be repeated")
+    parser.add_argument("--list", action="store_true", help="print all cases and exit")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier JSON file to compare with")
+    parser.add_argument("--profile", action="store_true", help="write torch.profiler traces for Perfetto")
     parser.add_argument(
-        "--keep", action="store_true", help="write below benchmarks/results/<machine>/ and redo RESULTS.md"
+        "--json", type=Path, metavar="FILE", help="the JSON file to write (default: below out/benchmarks/)"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="write below benchmarks/results/<machine>/ and regenerate RESULTS.md"
     )
     parser.add_argument("--minutes", type=float, help="leave out cases that would end later than this")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

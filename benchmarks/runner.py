@@ -1,4 +1,8 @@
-"""One run: what the machine is and can do, then each case: set up, gate, time, judge. Returns the record that is stored."""
+"""One run of the benchmarks: measure the machine's limits, then set up, check and time each case; the result is a record.
+
+Correctness comes before speed: the output of every implementation is compared with the truth, and a case with a wrong result
+has no speedups.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ import op_counts
 import profile_summary
 import results
 import timer
-from benchmark_case import BenchmarkCase, Skip, Trial
+from benchmark_case import BenchmarkCase, PreparedCase, Skip
 from budget import LIMITS_SECONDS, Budget
 from ccella_fast.config import Config
 from ccella_fast.environment import describe_environment, environment_warnings, format_environment
@@ -33,17 +37,26 @@ from fixtures import Workbench
 
 
 class BenchmarkRun:
+    """A run on one device.
+
+    Args:
+        device: The device to measure.
+        minutes: Time limit; None for no limit.
+        command: The command that repeats the run, for the record.
+        debug: Print the traceback of a case that fails.
+    """
+
     def __init__(self, device: torch.device, *, minutes: float | None, command: str, debug: bool = False):
         self.device, self.command, self.debug = device, command, debug
         self.budget = Budget(device.type, minutes)
-        self.bench = Workbench(device, Config(), self._tick)
-        self.give_up = math.inf  # on the clock, while a case runs
-        self.reduced: list[str] = []  # what was measured at less than its usual size, and why
+        self.bench = Workbench(device, Config(), self._show_progress)
+        self.give_up = math.inf  # time on the clock at which the case under way is skipped
+        self.reduced: list[str] = []  # sentences on what was measured at less than its usual size
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
         self.gpu: Gpu | str = open_gpu() if device.type == "cuda" else "no GPU"
 
     def plan(self, cases: list[BenchmarkCase]) -> str:
-        """What would run: cases, sizes, and a rough time."""
+        """The cases that would run, their sizes and a rough time, as text."""
         model, kind = self.bench.config.model, self.device.type
         seconds = min(self.budget.limit, LIMITS_SECONDS + sum(case.seconds(kind) for case in cases))
         head = [
@@ -55,18 +68,30 @@ class BenchmarkRun:
         return "\n".join(head + [f"case     {case.suite}/{case.name}: {case.about}" for case in cases])
 
     def measure(self, cases: list[BenchmarkCase], traces: Path | None, left_out: dict[str, str]) -> dict[str, Any]:
-        """`left_out`: cases that were asked for and are not among `cases`, with the reason; others may join them here."""
-        logging.getLogger("ccella_fast").setLevel(logging.WARNING)  # a case's own tales belong to other logs
+        """Measure the limits of the machine and all cases that fit the time limit.
+
+        Args:
+            cases: The cases to run, in order.
+            traces: Folder for profiler traces; None for no traces.
+            left_out: Requested cases that are not among `cases`, with the reason. Cases that do not fit are added in the
+                record.
+
+        Returns:
+            The record, in the form that `results.check` describes.
+        """
+        logging.getLogger("ccella_fast").setLevel(logging.WARNING)  # log lines of the cases would break up the table
         environment = describe_environment()
         found = environment_warnings(environment)
         print(self._card(environment), flush=True)
         grid, widths = self.bench.latent_grid, self.bench.config.model.num_channels
-        rates = machine.rates(self.device, widths=widths, grid=grid, budget=LIMITS_SECONDS, tick=self._tick)
+        rates = machine.rates(
+            self.device, widths=widths, grid=grid, budget=LIMITS_SECONDS, on_progress=self._show_progress
+        )
         self.bench.machine, self.reduced = rates, list(rates["reduced"])
-        self._tick("noise floor")
+        self._show_progress("noise floor")
         noise, overhead = self._noise(), timer.overhead(self.device)
-        self._say(f"limits      {machine.describe(rates)}")
-        self._say(f"noise       A against A {noise['noise']:.1%}, the runner itself {overhead * 1e6:.1f} us a call")
+        self._print(f"limits      {machine.describe(rates)}")
+        self._print(f"noise       A against A {noise['noise']:.1%}, the runner itself {overhead * 1e6:.1f} us a call")
         left_out, done = dict(left_out), []
         for number, case in enumerate(cases):
             self._choose_latent(cases[number:])
@@ -76,12 +101,12 @@ class BenchmarkRun:
                 continue
             self.label = f"[{number + 1}/{len(cases)}] {case.name}"
             done.append(self._case(case, traces, seconds=self.budget.allowed(fitting)))
-            self._say(f"{self.label}: {_outcome(done[-1])}")
+            self._print(f"{self.label}: {_outcome(done[-1])}")
         self.bench.release()
         self.label = "counts"
-        self._tick("ops, bytes and FLOPs on meta tensors")
+        self._show_progress("ops, bytes and FLOPs on meta tensors")
         counts = op_counts.counted(self.bench.config)
-        self._tick("")
+        self._show_progress("")
         return {
             "schema": results.SCHEMA, "date": results.now(), "commit": results.commit(), "command": self.command,
             "device": self.device.type, "machine": self.name, "environment": environment, "warnings": found,
@@ -98,10 +123,10 @@ class BenchmarkRun:
             self.reduced.append(
                 f"from {waiting[0].name} on: latent {small} in place of {large}, where the most important cases would not fit"
             )
-            self._say(f"reduced     {self.reduced[-1]}")
+            self._print(f"reduced     {self.reduced[-1]}")
 
     def _case(self, case: BenchmarkCase, traces: Path | None, seconds: float = math.inf) -> dict[str, Any]:
-        """One case's row; `seconds`: what it should take at most."""
+        """The record of one case, which should take at most `seconds`."""
         begin = time.perf_counter()
         self.give_up = begin + self.budget.left()
         row: dict[str, Any] = {
@@ -109,60 +134,63 @@ class BenchmarkRun:
             "sides": {}, "speedups": {}, "facts": [], "curves": {}, "missing": {}, "notes": [],
         }  # fmt: skip
         try:
-            self._tick("setting up")
-            trial = case.build(self.bench)
-            row |= {"shapes": trial.shapes, "facts": trial.facts, "missing": trial.missing, "notes": trial.notes}
-            row |= {"curves": trial.curves}
-            self._run(case, trial, row, traces, begin + seconds)
+            self._show_progress("setting up")
+            prepared = case.build(self.bench)
+            row |= {key: getattr(prepared, key) for key in ("shapes", "facts", "missing", "notes", "curves")}
+            self._run(case, prepared, row, traces, begin + seconds)
         except Skip as why:
             row |= {"status": "skipped", "why": str(why)}
         except torch.OutOfMemoryError as error:
             row |= {"status": "failed", "why": f"out of memory: {str(error).splitlines()[0]:.150}", "speedups": {}}
         except CcellaError as error:
             row |= {"status": "failed", "why": error.why, "speedups": {}}
-        except Exception as error:  # one case must not take the others' results with it; the exit code tells
+        except Exception as error:  # the other cases still run; the exit code reports the failure
             row |= {"status": "failed", "why": f"{type(error).__name__}: {str(error):.300}", "speedups": {}}
             if self.debug:
                 traceback.print_exc()
         self.give_up = math.inf
-        trial = None  # what it holds must be gone before the next case
+        prepared = None  # frees its memory before the next case
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         row["case_seconds"] = round(time.perf_counter() - begin, 1)
         if row["status"] == "ok":
-            rounds = sum(sum(side["rounds"]) * side["calls"] for side in row["sides"].values())
+            rounds = sum(sum(timed["rounds"]) * timed["calls"] for timed in row["sides"].values())
             self.budget.learn(case, row["case_seconds"], rounds)
         return row
 
-    def _run(self, case: BenchmarkCase, trial: Trial, row: dict[str, Any], traces: Path | None, end: float) -> None:
-        """`end`: on the clock; past it no further round begins."""
-        if not trial.sides:
+    def _run(
+        self, case: BenchmarkCase, prepared: PreparedCase, row: dict[str, Any], traces: Path | None, end: float
+    ) -> None:
+        """Check and time a prepared case; after `end` on the clock no further round begins."""
+        if not prepared.implementations:
             return
-        errors = self._errors(trial)
+        errors = self._errors(prepared)
         with self._nvtx(case.name), self._monitor() as monitor:
             timings = timer.measure(
-                {name: side.run for name, side in trial.sides.items()}, self.device,
-                budget=case.rounds_budget(self.device.type), most=end - time.perf_counter(), tick=self._tick,
+                {name: implementation.run for name, implementation in prepared.implementations.items()}, self.device,
+                budget=case.rounds_budget(self.device.type), most=end - time.perf_counter(), on_progress=self._show_progress,
             )  # fmt: skip
         if isinstance(monitor, Monitor):
             row["telemetry"] = monitor.summary()
         for name, timing in timings.items():
-            side = trial.sides[name]
-            per_call = [value / side.calls for value in timing.rounds]
+            implementation = prepared.implementations[name]
+            per_call = [value / implementation.calls for value in timing.rounds]
+            parts = {
+                part: timer.summary(values)["median"] / implementation.calls for part, values in timing.parts.items()
+            }
             facts: dict[str, Any] = {
-                "precision": side.precision, "seconds": timer.summary(per_call), "spread": timer.spread(per_call),
-                "first_call": timing.first, "rounds": per_call, "calls": side.calls,
-                "parts": {part: timer.summary(values)["median"] / side.calls for part, values in timing.parts.items()},
+                "precision": implementation.precision, "seconds": timer.summary(per_call), "spread": timer.spread(per_call),
+                "first_call": timing.first, "rounds": per_call, "calls": implementation.calls, "parts": parts,
             }  # fmt: skip
             if name in errors:
-                passed = errors[name] <= trial.allowed(side.precision, errors)
+                passed = errors[name] <= prepared.allowed_error(implementation.precision, errors)
                 facts |= {"error": errors[name] if math.isfinite(errors[name]) else None, "passed": passed}
-            if name in trial.floor:
-                floor = trial.floor[name]
-                least, limit = floor.seconds(self.bench.machine)
-                facts["floor"] = {"seconds": least, "limit": limit, "flops": floor.flops, "bytes": floor.bytes,
-                                  "derivation": floor.derivation}  # fmt: skip
+            if name in prepared.rooflines:
+                roofline = prepared.rooflines[name]
+                least, limit = roofline.seconds(self.bench.machine)
+                facts["floor"] = {"seconds": least, "limit": limit, "flops": roofline.flops, "bytes": roofline.bytes,
+                                  "derivation": roofline.derivation}  # fmt: skip
                 facts["of_limit"] = least / facts["seconds"]["median"]
             row["sides"][name] = facts
         rounds = min(len(timing.rounds) for timing in timings.values())
@@ -170,36 +198,37 @@ class BenchmarkRun:
             self.reduced.append(
                 f"{case.name}: rounds timed {rounds}, otherwise at least {timer.LEAST_ROUNDS}: time is short"
             )
-        judge(row, *_checked(trial, row))
+        judge(row, *_failed_check(prepared, row))
+        _judge_requirement(row, prepared.required_speedup)
         if row["status"] == "ok" and (traces is not None or (case.profile and rounds >= timer.LEAST_ROUNDS)):
-            for name, side in trial.sides.items():
-                self._tick(f"{name}: profile")
+            for name, implementation in prepared.implementations.items():
+                self._show_progress(f"{name}: profile")
                 trace = None if traces is None else traces / f"{case.name}-{results.slug(name)}.json"
-                run = lambda: side.run(timer.Stopwatch(self.device))  # noqa: E731, B023
+                run = lambda: implementation.run(timer.Stopwatch(self.device))  # noqa: E731, B023
                 row["sides"][name]["profile"] = profile_summary.profiled(run, self.device, trace)
 
-    def _errors(self, trial: Trial) -> dict[str, float]:
-        """Largest difference from the truth over the largest value, for every side that has an output."""
-        if trial.truth is None:
+    def _errors(self, prepared: PreparedCase) -> dict[str, float]:
+        """The relative error of every implementation that has an output."""
+        if prepared.truth is None:
             return {}
-        self._tick("gate: the truth")
-        # TF32, which PyTorch allows in convolutions by itself, is no truth.
+        self._show_progress("computing the truth")
+        # Without TF32, which PyTorch allows in convolutions by default: it is not accurate enough.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            truth = trial.truth().double()
+            truth = prepared.truth().double()
         errors = {}
-        for name, side in trial.sides.items():
-            if side.output is not None:
-                self._tick(f"gate: {name}")
-                errors[name] = relative_error(side.output(), truth)
+        for name, implementation in prepared.implementations.items():
+            if implementation.output is not None:
+                self._show_progress(f"{name}: comparing with the truth")
+                errors[name] = relative_error(implementation.output(), truth)
         return errors
 
     def _noise(self) -> dict[str, float]:
-        """A convolution of the model's second level against itself."""
+        """The noise of the measurement: a convolution of the model's second level timed against itself."""
         width, grid = self.bench.config.model.num_channels[1], [axis // 2 for axis in self.bench.latent_grid]
         x = torch.randn(1, width, *grid, device=self.device)
         w = torch.randn(width, width, 3, 3, 3, device=self.device)
         with torch.no_grad():
-            return timer.noise_floor(lambda watch: F.conv3d(x, w, padding=1), self.device, budget=3.0)
+            return timer.noise_floor(lambda stopwatch: F.conv3d(x, w, padding=1), self.device, budget=3.0)
 
     def _card(self, environment: dict[str, Any]) -> str:
         model = self.bench.config.model
@@ -226,63 +255,70 @@ class BenchmarkRun:
         with torch.cuda.nvtx.range(name):
             yield
 
-    label = "machine"
+    label = "machine"  # of the progress line
 
-    def _tick(self, text: str) -> None:
-        """What is going on now, on one line that is written over. A case that has no time left for it ends here."""
+    def _show_progress(self, text: str) -> None:
+        """Show the work under way on one line, which is overwritten. Raises Skip when the case's time is over."""
         if time.perf_counter() > self.give_up:
-            raise Skip("given up: the time limit came before its first round")
+            raise Skip("given up: the time limit was reached before its first round")
         if sys.stderr.isatty():
             print(f"\r\033[K{self.label}: {text}" if text else "\r\033[K", end="", file=sys.stderr, flush=True)
 
-    def _say(self, text: str) -> None:
-        self._tick("")
+    def _print(self, text: str) -> None:
+        self._show_progress("")
         print(text, flush=True)
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
-    """Largest difference / largest value of the truth, in float64; infinite where a shape differs or a NaN is."""
+    """Largest difference relative to the truth's largest value, in float64; infinite if the shapes differ or a value is NaN."""
     if found.shape != truth.shape:
         return float("inf")
     error = float((found.double() - truth.double()).abs().max() / truth.double().abs().max())
     return error if error == error else float("inf")
 
 
-def _error(side: dict[str, Any]) -> str:
-    return "another shape, or NaN" if side["error"] is None else f"{side['error']:.2g}"
+def _error(timed: dict[str, Any]) -> str:
+    return "another shape, or NaN" if timed["error"] is None else f"{timed['error']:.2g}"
 
 
-def _checked(trial: Trial, row: dict[str, Any]) -> list[str]:
-    """What the trial's own check has against it; what it measured becomes facts."""
-    if trial.check is None:
+def _failed_check(prepared: PreparedCase, row: dict[str, Any]) -> list[str]:
+    """The complaint of the case's own check, if it fails; the quantities that it measured become facts of the row."""
+    if prepared.check is None:
         return []
     try:
-        row["facts"] = [*row["facts"], *((what, value, "") for what, value in trial.check().items())]
+        row["facts"] = [*row["facts"], *((what, value, "") for what, value in prepared.check().items())]
     except AssertionError as why:
         return [f"its check failed: {why}"[:200]]
     return []
 
 
 def judge(row: dict[str, Any], *complaints: str) -> None:
-    """Speed-ups over the first side; none at all where a result is wrong."""
-    sides = row["sides"]
-    wrong = [name for name, side in sides.items() if side.get("passed") is False]
-    why = [*(f"{name} differs from the truth by {_error(sides[name])}" for name in wrong), *complaints]
+    """Add the speedups over the first implementation; none at all if a result is wrong."""
+    timed = row["sides"]
+    wrong = [name for name, facts in timed.items() if facts.get("passed") is False]
+    why = [*(f"{name} differs from the truth by {_error(timed[name])}" for name in wrong), *complaints]
     if why:
         row |= {"status": "wrong", "why": "; ".join(why), "speedups": {}}
         return
-    baseline = next(iter(sides), None)
-    for name in list(sides)[1:]:
-        row["speedups"][name] = timer.ratio(sides[baseline]["rounds"], sides[name]["rounds"])
+    baseline = next(iter(timed), None)
+    for name in list(timed)[1:]:
+        row["speedups"][name] = timer.ratio(timed[baseline]["rounds"], timed[name]["rounds"])
+
+
+def _judge_requirement(row: dict[str, Any], required: float | None) -> None:
+    """Add the required speedup of "ours", and whether it was reached, to the facts of the row."""
+    if required is not None and "ours" in row["speedups"]:
+        verdict = "reached" if row["speedups"]["ours"]["median"] >= required else "MISSED"
+        row["facts"] = [*row["facts"], (f"required speedup, {verdict}", required, "x")]
 
 
 def _outcome(row: dict[str, Any]) -> str:
     if row["status"] != "ok":
         return f"{row['status'].upper()}: {row['why']}"
-    sides = [
-        f"{name} {results.seconds(side['seconds']['median'])}"
+    times = [
+        f"{name} {results.seconds(timed['seconds']['median'])}"
         + (f" ({row['speedups'][name]['median']:.2f}x)" if name in row["speedups"] else "")
-        for name, side in row["sides"].items()
+        for name, timed in row["sides"].items()
     ]
     facts = [f"{what} {value:.3g} {unit}" for what, value, unit in row["facts"]]
-    return ", ".join(sides + facts)
+    return ", ".join(times + facts)

@@ -1,4 +1,4 @@
-"""A prepared folder of random numbers at the sizes of a configuration: what a training step reads, without any study."""
+"""A prepared folder of random numbers at the sizes of a configuration, for training steps without studies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ccella_fast.storage import sha256, write_json
 
 
 def write_prepared(folder: Path, config: Config, *, cases: int) -> Path:
-    """`cases` training cases with latents of one sequence, report features and classes."""
+    """Write `cases` training cases with latents of one sequence, report features and classes; returns `folder`."""
     random = np.random.default_rng(0)
     latent = (config.autoencoder.latent_channels, *config.check_grid())
     sequence, text = config.data.sequences[0], config.text

@@ -1,10 +1,11 @@
-"""Pick the kernels' launch configurations by measurement, on the GPU that is here.
+"""Choose the launch configurations of the kernels by measurement on this machine's GPU.
 
     python benchmarks/tune_kernels.py [--kernel attention] [--seconds 300] [--dry_run]
 
-Every shipped configuration is varied one step in each direction (block sizes halved and doubled, warps, stages). A candidate
-that does not compile, or whose result is not the shipped one's, is out; the fastest of the others over all problems of its key
-is written to kernels/tuned/<chip>.json when it gains more than the noise. `kernels/tuning.py` reads that file from then on.
+Every shipped configuration is varied by one step in each direction (block sizes halved and doubled, warps, stages). Candidates
+that do not compile, or whose result differs from the shipped configuration's, are discarded. The fastest of the others over
+all calls that use the configuration is written to kernels/tuned/<chip>.json if its gain exceeds the noise; `kernels/tuning.py`
+reads that file from then on.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ccella_fast import entrypoint
 from ccella_fast.config import ModelConfig
+from ccella_fast.errors import ConfigError
 from ccella_fast.kernels import tuning
 from ccella_fast.kernels.attention import attention
 from ccella_fast.kernels.cross_attention import cross_attention
@@ -32,56 +35,47 @@ from ccella_fast.kernels.residual_shift import residual_shift
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig
 from ccella_fast.kernels.upsample_conv3d import upsample_conv3d
 from ccella_fast.storage import atomic_path
+from script import default_device, make_parser, run_script
 
 LATENT = (64, 64, 32)  # the default model's latent grid, docs/explanation/method.md, section 1
-GAIN = 1.03  # less is noise
+GAIN = 1.03  # a smaller speedup is noise
 
-Result = list[Tensor]  # the output and its gradients
-
-
-class TuningProblem(NamedTuple):
-    """One call of a kernel, forward and backward, at a size of the default model."""
-
-    kernel: str
-    name: str
-    run: Callable[[], Result]
+KernelCall = Callable[[], list[Tensor]]  # forward and backward pass of a kernel: the output and the gradients
 
 
-def problems(device: torch.device, config: ModelConfig, batch: int) -> Iterator[TuningProblem]:
-    """The default model's calls at every level, for a batch."""
+def kernel_calls(device: torch.device, config: ModelConfig, batch: int) -> Iterator[tuple[str, KernelCall]]:
+    """(kernel, call) for every level of the default model at this batch size."""
     for level, channels in enumerate(config.num_channels):
         grid = [size >> level for size in LATENT]
-        where, volume = f"batch {batch}, level {level}", _volume(device, batch, channels, grid)
-        weight, bias = _draw(device, channels), _draw(device, channels)
-        groups = config.norm_num_groups
+        volume, weight, bias = _volume(device, batch, channels, grid), _draw(device, channels), _draw(device, channels)
 
-        def norm(x=volume, w=weight, b=bias, groups=groups):
-            return group_norm_silu(x, groups, w, b, backend="triton")
+        def norm(x=volume, w=weight, b=bias):
+            return group_norm_silu(x, config.norm_num_groups, w, b, backend="triton")
 
-        yield TuningProblem("group_norm_silu", where, _both(norm, volume, weight, bias))
-        yield TuningProblem(
-            "residual_shift",
-            where,
-            _both(lambda x=volume, b=bias: residual_shift(x, x, b, backend="triton"), volume, bias),
-        )
-        if level:  # the upsampler between this level and the one above it
+        yield "group_norm_silu", _with_backward(norm, volume, weight, bias)
+
+        def shift(x=volume, b=bias):
+            return residual_shift(x, x, b, backend="triton")
+
+        yield "residual_shift", _with_backward(shift, volume, bias)
+        if level:  # the upsampler from this level to the next finer one
             kernel = _draw(device, channels, channels, 3, 3, 3)
 
             def upsample(x=volume, w=kernel, b=bias):
                 return upsample_conv3d(x, w, b, backend="triton")
 
-            yield TuningProblem("upsample_conv3d", where, _both(upsample, volume))
+            yield "upsample_conv3d", _with_backward(upsample, volume)
         if config.attention_levels[level]:
-            yield from _attentions(device, config, batch, level, channels, math.prod(grid), where)
+            yield from _attention_calls(device, config, batch, level, math.prod(grid))
 
 
-def _attentions(
-    device: torch.device, config: ModelConfig, batch: int, level: int, channels: int, voxels: int, where: str
-) -> Iterator[TuningProblem]:
-    width = config.num_head_channels[level]
+def _attention_calls(
+    device: torch.device, config: ModelConfig, batch: int, level: int, voxels: int
+) -> Iterator[tuple[str, KernelCall]]:
+    channels, width = config.num_channels[level], config.num_head_channels[level]
     heads = channels // width
     q, k, v = (_draw(device, batch, heads, voxels, width) for _ in range(3))
-    yield TuningProblem("attention", where, _both(lambda: attention(q, k, v, backend="triton"), q, k, v))
+    yield "attention", _with_backward(lambda: attention(q, k, v, backend="triton"), q, k, v)
     tokens, gated = _draw(device, batch, voxels, channels), _draw(device, batch, voxels, 8 * channels)
     keys, values = (_draw(device, batch, heads, config.num_latents, width) for _ in range(2))
     square, vector = [_draw(device, channels, channels) for _ in range(2)], [_draw(device, channels) for _ in range(3)]
@@ -92,12 +86,12 @@ def _attentions(
             b_out=vector[2], num_heads=heads, backend="triton",
         )  # fmt: skip
 
-    yield TuningProblem("cross_attention", where, _both(cross, tokens))
-    yield TuningProblem("geglu", where, _both(lambda: geglu(gated, backend="triton"), gated))
+    yield "cross_attention", _with_backward(cross, tokens)
+    yield "geglu", _with_backward(lambda: geglu(gated, backend="triton"), gated)
 
 
 def candidates(shipped: LaunchConfig) -> list[LaunchConfig]:
-    """The neighbours of a configuration, itself first."""
+    """The neighbors of a configuration, preceded by itself."""
     sizes = [(size, max(16, size // 2), 2 * size) for size in shipped.constants.values()]
     warps = (shipped.num_warps, max(1, shipped.num_warps // 2), min(16, 2 * shipped.num_warps))
     stages = (shipped.num_stages, max(1, shipped.num_stages - 1), shipped.num_stages + 1)
@@ -110,43 +104,54 @@ def candidates(shipped: LaunchConfig) -> list[LaunchConfig]:
     return list(found.values())
 
 
-def keys_of(problem: TuningProblem) -> list[str]:
-    """Which configurations of its kernel a problem reads, in order of use."""
-    asked: list[str] = []
+def keys_used(kernel: str, call: KernelCall) -> list[str]:
+    """The keys of the kernel's configurations that a call reads, in order of use."""
+    keys: list[str] = []
     plain = tuning.launch_config
 
-    def noted(kernel: str, key: str, device: torch.device) -> LaunchConfig:
-        if kernel == problem.kernel and key not in asked:
-            asked.append(key)
-        return plain(kernel, key, device)
+    def recording(asking_kernel: str, key: str, device: torch.device) -> LaunchConfig:
+        if asking_kernel == kernel and key not in keys:
+            keys.append(key)
+        return plain(asking_kernel, key, device)
 
-    with _replaced_everywhere(plain, noted):
-        problem.run()
-    return asked
+    with _replaced_launch_config(recording):
+        call()
+    return keys
 
 
 def best(
     kernel: str,
     key: str,
-    members: Sequence[TuningProblem],
-    measure: Callable[[Callable[[], Result]], float],
+    calls: Sequence[KernelCall],
+    measure: Callable[[KernelCall], float],
     *,
     deadline: float = math.inf,
 ) -> tuple[LaunchConfig, float]:
-    """The fastest right candidate and its speed-up over the shipped one: the geometric mean over the key's problems."""
+    """The fastest correct candidate for a configuration.
+
+    Args:
+        kernel: The kernel.
+        key: The key of the configuration.
+        calls: The calls that use it.
+        measure: Returns the time of a call.
+        deadline: On `time.monotonic()`; later no further candidate is tried.
+
+    Returns:
+        The candidate, and its speedup over the shipped configuration: the geometric mean over the calls.
+    """
     shipped, *others = candidates(DEFAULT_LAUNCH_CONFIGS[kernel][key])
-    truth = [problem.run() for problem in members]
-    base = [measure(problem.run) for problem in members]
+    truth = [call() for call in calls]
+    base = [measure(call) for call in calls]
     winner, gain = shipped, 1.0
     for candidate in others:
         if time.monotonic() > deadline:
             break
         with tuning.override_launch_config(kernel, key, candidate):
             try:
-                if not all(_same(problem.run(), right) for problem, right in zip(members, truth, strict=True)):
+                if not all(_agrees(call(), right) for call, right in zip(calls, truth, strict=True)):
                     continue
-                times = [measure(problem.run) for problem in members]
-            except Exception as error:  # out of registers or shared memory: what a tuner is there to find out
+                times = [measure(call) for call in calls]
+            except Exception as error:  # expected: some candidates exceed the registers or the shared memory
                 print(f"  {kernel} {key} {candidate}: {type(error).__name__}", file=sys.stderr)
                 continue
         ratio = math.exp(sum(math.log(a / b) for a, b in zip(base, times, strict=True)) / len(base))
@@ -156,7 +161,7 @@ def best(
 
 
 def write(chip: str, kernel: str, key: str, config: LaunchConfig) -> Path:
-    """Add one configuration to the chip's file."""
+    """Add a configuration to the chip's file, and return the file."""
     file = tuning.tuned_file(chip)
     table = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     table.setdefault(kernel, {})[key] = config._asdict()
@@ -166,16 +171,16 @@ def write(chip: str, kernel: str, key: str, config: LaunchConfig) -> Path:
     return file
 
 
-def _same(results: Result, right: Result) -> bool:
-    """Equal but for the order of sums: each tensor to 1 % of its largest element."""
+def _agrees(results: list[Tensor], truth: list[Tensor]) -> bool:
+    """Whether the results differ only as the order of sums may make them: each tensor by 1 % of its largest element."""
     return all(
         bool((a.float() - b.float()).abs().max() <= 0.01 * b.float().abs().max())
-        for a, b in zip(results, right, strict=True)
+        for a, b in zip(results, truth, strict=True)
     )
 
 
-def _both(forward: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], Result]:
-    def run() -> Result:
+def _with_backward(forward: Callable[[], Tensor], *leaves: Tensor) -> KernelCall:
+    def run() -> list[Tensor]:
         with torch.enable_grad():
             for leaf in leaves:
                 leaf.requires_grad_()
@@ -195,58 +200,64 @@ def _volume(device: torch.device, batch: int, channels: int, grid: Sequence[int]
     return x.to(memory_format=torch.channels_last_3d)
 
 
-class _replaced_everywhere:
-    """`tuning.launch_config` under another function, in every module that has imported it."""
-
-    def __init__(self, old: Callable, new: Callable):
-        self.old, self.new = old, new
-
-    def __enter__(self) -> None:
-        self._swap(self.old, self.new)
-
-    def __exit__(self, *_: object) -> None:
-        self._swap(self.new, self.old)
-
-    @staticmethod
-    def _swap(old: Callable, new: Callable) -> None:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("ccella_fast.kernels") and getattr(module, "launch_config", None) is old:
-                module.launch_config = new  # type: ignore[attr-defined]
+@contextmanager
+def _replaced_launch_config(new: Callable[..., LaunchConfig]) -> Iterator[None]:
+    """Replace `tuning.launch_config` in every module that has imported it."""
+    old = tuning.launch_config
+    _swap_launch_config(old, new)
+    try:
+        yield
+    finally:
+        _swap_launch_config(new, old)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--kernel", choices=sorted(DEFAULT_LAUNCH_CONFIGS), help="only this one")
-    parser.add_argument("--seconds", type=float, default=300.0, help="stop after this long (default 300)")
-    parser.add_argument("--dry_run", action="store_true", help="list what would be tried")
-    arguments = parser.parse_args()
+def _swap_launch_config(old: Callable[..., LaunchConfig], new: Callable[..., LaunchConfig]) -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("ccella_fast.kernels") and getattr(module, "launch_config", None) is old:
+            module.launch_config = new  # type: ignore[attr-defined]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_script(_parser(), run, argv)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Tune the selected kernels, or list their candidates."""
     kernels = [arguments.kernel] if arguments.kernel else sorted(DEFAULT_LAUNCH_CONFIGS)
     if arguments.dry_run:
         for kernel in kernels:
             for key, shipped in DEFAULT_LAUNCH_CONFIGS[kernel].items():
                 print(f"{kernel:18} {key:24} {len(candidates(shipped)):4} candidates")
         return 0
-    if not torch.cuda.is_available():
-        print(
-            "error: there is no GPU here\n  fix:   run this where one is; --dry_run lists the candidates",
-            file=sys.stderr,
+    device, deadline = default_device(), time.monotonic() + arguments.seconds
+    if device.type != "cuda":
+        raise ConfigError(
+            "tuning needs a GPU, and there is none on this machine",
+            fix="use a GPU, or list the candidates with --dry_run",
         )
-        return 2
     from triton.testing import do_bench
 
-    device, deadline = torch.device("cuda"), time.monotonic() + arguments.seconds
-    groups: dict[tuple[str, str], list[TuningProblem]] = {}
+    calls: dict[tuple[str, str], list[KernelCall]] = {}
     for batch in (1, 8):
-        for problem in problems(device, ModelConfig(), batch):
-            if problem.kernel in kernels:
-                for key in keys_of(problem):
-                    groups.setdefault((problem.kernel, key), []).append(problem)
-    for (kernel, key), members in groups.items():
-        config, gain = best(kernel, key, members, lambda run: do_bench(run, return_mode="median"), deadline=deadline)
+        for kernel, call in kernel_calls(device, ModelConfig(), batch):
+            if kernel in kernels:
+                for key in keys_used(kernel, call):
+                    calls.setdefault((kernel, key), []).append(call)
+    for (kernel, key), users in calls.items():
+        config, gain = best(kernel, key, users, lambda call: do_bench(call, return_mode="median"), deadline=deadline)
         print(f"{kernel:18} {key:24} {gain:5.2f}x {config}", flush=True)
         if gain > 1.0:
             write(torch.cuda.get_device_name(device), kernel, key, config)
     return 0
+
+
+def _parser() -> entrypoint.Parser:
+    parser = make_parser(str(__doc__))
+    parser.add_argument("--kernel", choices=sorted(DEFAULT_LAUNCH_CONFIGS), help="tune only this kernel")
+    parser.add_argument("--seconds", type=float, default=300.0, help="stop after this time (default 300)")
+    parser.add_argument("--dry_run", action="store_true", help="list the candidates and exit")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Memory: peaks of a step, of training and of the decoder; the largest latent that trains; checkpoints on disk."""
+"""Memory: peaks of a denoising step and the decoder, activations of training, the largest latent, checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import reference
-from benchmark_case import BenchmarkCase, Implementation, Skip, Trial
+from benchmark_case import BenchmarkCase, Implementation, PreparedCase, Skip
 from cases.sampler import TIMESTEP
 from ccella_fast.hardware import free_memory
 from fixtures import Workbench
@@ -23,14 +23,14 @@ from timer import Stopwatch
 
 OUT = Path(__file__).resolve().parents[2] / "out"
 _GIB, _MIB = 2**30, 2**20
-# fp32 weights, gradients and two moments; the reference's fp16 casts of the weights or our bf16 weights.
+# Per parameter: weights, gradients and two moments in fp32; and the reference's fp16 casts of the weights, or our bf16 weights.
 _STATE_BYTES = {"reference": 16 + 2, "ours": 16 + 2}
-_RESERVE = 4 * _GIB  # context, workspaces, the widest block's transients
+_RESERVE = 4 * _GIB  # CUDA context, workspaces, temporary tensors of the widest block
 _MOST_SECONDS = 20.0  # a training step longer than this ends the search for a larger latent
 
 
 def peak(run: Callable[[], Any], device: torch.device) -> float:
-    """Bytes that `run` needed at most beyond what was there before: the allocator's on a GPU, the process's on a CPU."""
+    """Peak bytes of `run` above the level before it: of torch's allocator on a GPU, of the process on a CPU."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -39,43 +39,43 @@ def peak(run: Callable[[], Any], device: torch.device) -> float:
         run()
         return torch.cuda.max_memory_allocated(device) - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM)
+    before = _process_bytes("VmRSS")
     run()
-    return max(0, _status("VmHWM") - before)
+    return max(0, _process_bytes("VmHWM") - before)
 
 
-def _status(key: str) -> int:
+def _process_bytes(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def denoising_memory(bench: Workbench) -> Trial:
-    """Peak of one denoising step beyond weights and inputs."""
+def denoising_memory(bench: Workbench) -> PreparedCase:
+    """Peak memory of one denoising step, without weights and inputs."""
     x, conditions = bench.latent(1), bench.conditions(1)
     timesteps = torch.full((1,), float(TIMESTEP), device=bench.device)
     with torch.no_grad():
-        prepared = bench.sampler.model.condition(timesteps, **conditions)
+        conditioning = bench.sampler.model.condition(timesteps, **conditions)
 
     @torch.no_grad()
-    def theirs() -> None:
+    def baseline() -> None:
         with reference.autocast(bench.device):
             bench.reference(x, timesteps, **conditions)
 
     @torch.no_grad()
     def ours() -> None:
-        bench.sampler.model.denoise(x, prepared)
+        bench.sampler.model.denoise(x, conditioning)
 
-    return _peaks(bench, {"reference": theirs, "ours": ours}, {"latent": list(x.shape)})
+    return _peaks(bench, {"reference": baseline, "ours": ours}, {"latent": list(x.shape)})
 
 
-def decode_memory(bench: Workbench) -> Trial:
-    """Peak of the decoder beyond weights and inputs."""
+def decode_memory(bench: Workbench) -> PreparedCase:
+    """Peak memory of the decoder, without weights and inputs."""
     grid = [axis // 2 for axis in bench.latent_grid] if bench.device.type == "cpu" else bench.latent_grid
     z = bench.latent(1, grid)
 
     @torch.no_grad()
-    def theirs() -> None:
+    def baseline() -> None:
         with reference.autocast(bench.device):
             bench.reference_autoencoder.decode_stage_2_outputs(z)
 
@@ -83,42 +83,45 @@ def decode_memory(bench: Workbench) -> Trial:
     def ours() -> None:
         bench.sampler.autoencoder.decode(z.to(bench.fast_dtype))
 
-    return _peaks(bench, {"reference": theirs, "ours": ours}, {"latent": list(z.shape)})
+    return _peaks(bench, {"reference": baseline, "ours": ours}, {"latent": list(z.shape)})
 
 
-def _peaks(bench: Workbench, runs: dict[str, Callable[[], Any]], shapes: dict[str, Any]) -> Trial:
-    trial = Trial(shapes=shapes)
+def _peaks(bench: Workbench, runs: dict[str, Callable[[], Any]], shapes: dict[str, Any]) -> PreparedCase:
+    prepared = PreparedCase(shapes=shapes)
     found = {}
     for name, run in runs.items():
-        run()  # caches and workspaces that stay
+        run()  # allocates caches and workspaces that persist
         found[name] = peak(run, bench.device)
-        trial.facts.append((f"{name}, peak beyond weights", found[name] / _MIB, "MiB"))
+        prepared.facts.append((f"{name}, peak beyond weights", found[name] / _MIB, "MiB"))
     if found["ours"]:
-        trial.facts.append(("reference / ours", found["reference"] / found["ours"], "x"))
-    kind = "torch's allocator" if bench.device.type == "cuda" else "the process's high-water mark"
-    trial.notes.append(f"measured as {kind}")
-    return trial
+        prepared.facts.append(("reference / ours", found["reference"] / found["ours"], "x"))
+    counter = "the peak of torch's allocator" if bench.device.type == "cuda" else "the peak of the process"
+    prepared.notes.append(f"measured as {counter}")
+    return prepared
 
 
-def training_memory(bench: Workbench) -> Trial:
-    """What autograd keeps for the backward pass, a voxel of the latent: counted, in the 16-bit form of a GPU."""
+def training_memory(bench: Workbench) -> PreparedCase:
+    """Bytes that autograd keeps for the backward pass, per voxel of the latent: counted, for the 16-bit paths of a GPU."""
     grid = bench.config.check_grid()
     kept = {name: activation_bytes(bench, name, grid) for name in ("reference", "ours")}
-    trial = Trial(shapes={"latent": [1, bench.latent_channels, *grid]})
+    prepared = PreparedCase(shapes={"latent": [1, bench.latent_channels, *grid]})
     for name, (voxel, fixed) in kept.items():
-        trial.facts.append((f"{name}, kept per latent voxel", voxel / 1024, "KiB"))
-        trial.facts.append((f"{name}, kept whatever the latent", fixed / _MIB, "MiB"))
-    trial.facts.append(("reference / ours, per voxel", kept["reference"][0] / kept["ours"][0], "x"))
-    return trial
+        prepared.facts.append((f"{name}, kept per latent voxel", voxel / 1024, "KiB"))
+        prepared.facts.append((f"{name}, kept whatever the latent", fixed / _MIB, "MiB"))
+    prepared.facts.append(("reference / ours, per voxel", kept["reference"][0] / kept["ours"][0], "x"))
+    return prepared
 
 
-def activation_bytes(bench: Workbench, side: str, grid: list[int]) -> tuple[float, float]:
-    """(bytes per latent voxel, bytes independent of the latent) that autograd keeps at batch 1: a line through two grids."""
+def activation_bytes(bench: Workbench, implementation: str, grid: list[int]) -> tuple[float, float]:
+    """Bytes that autograd keeps at batch 1: (per latent voxel, independent of the latent), a line through two grids.
+
+    `implementation` is "reference" or "ours"; `grid` is the larger of the two latent grids.
+    """
     from ccella_fast.models import build_model
 
     with torch.device("meta"):
         model: Any = build_model(bench.config)
-        if side == "reference":
+        if implementation == "reference":
             model = reference.shared_with(model)
             for module in model.modules():
                 if hasattr(module, "use_flash_attention"):
@@ -127,12 +130,12 @@ def activation_bytes(bench: Workbench, side: str, grid: list[int]) -> tuple[floa
             model = model.bfloat16()
 
     def kept(grid: list[int]) -> int:
-        dtype = torch.float32 if side == "reference" else torch.bfloat16
+        dtype = torch.float32 if implementation == "reference" else torch.bfloat16
         with torch.device("meta"):
             x = torch.empty(1, bench.latent_channels, *grid, dtype=dtype)
             text = torch.empty(1, bench.config.text.max_length, bench.config.model.input_dim, dtype=dtype)
             times, spacing = torch.zeros(1), torch.zeros(1, 3)
-        mode = HalfAutocast() if side == "reference" else FlashAttention()
+        mode = HalfAutocast() if implementation == "reference" else FlashAttention()
         with mode, backend("triton"):
             return saved_bytes(lambda: model(x, times, spacing=spacing, text=text)[0].float().mean())
 
@@ -143,25 +146,25 @@ def activation_bytes(bench: Workbench, side: str, grid: list[int]) -> tuple[floa
     return slope, more - slope * voxels
 
 
-def largest_latent(bench: Workbench) -> Trial:
-    """The largest latent that trains at batch 1: by arithmetic for both sides, and on a GPU tried with ours."""
+def largest_latent(bench: Workbench) -> PreparedCase:
+    """The largest latent that trains at batch 1: computed for both implementations, and on a GPU tried with ours."""
     bench.release()
     grid = bench.config.check_grid()
     total = free_memory(bench.device)
-    trial = Trial(shapes={"memory_bytes": total})
+    prepared = PreparedCase(shapes={"memory_bytes": total})
     parameters = bench.parameters
     for name, state in _STATE_BYTES.items():
         voxel, fixed = activation_bytes(bench, name, grid)
         left = total - parameters * state - fixed - _RESERVE
-        trial.facts.append((f"{name}, by arithmetic", max(0.0, left / voxel) / 1e6, "M voxels"))
-    trial.notes.append(
+        prepared.facts.append((f"{name}, by arithmetic", max(0.0, left / voxel) / 1e6, "M voxels"))
+    prepared.notes.append(
         f"free memory less {18 * parameters / _GIB:.1f} GiB of states and {_RESERVE / _GIB:.0f} GiB of reserve"
     )
     if bench.device.type != "cuda":
-        trial.notes.append("tried on a GPU only: the numbers above are for 16 bit")
-        return trial
-    trial.facts.append(("ours, tried", _try_larger(bench, grid) / 1e6, "M voxels"))
-    return trial
+        prepared.notes.append("the numbers above are computed, for 16 bit; on a GPU they are also tried")
+        return prepared
+    prepared.facts.append(("ours, tried", _try_larger(bench, grid) / 1e6, "M voxels"))
+    return prepared
 
 
 def _try_larger(bench: Workbench, grid: list[int]) -> int:
@@ -173,7 +176,7 @@ def _try_larger(bench: Workbench, grid: list[int]) -> int:
     fits, grid = 0, list(grid)
     try:
         while True:
-            bench.tick(f"trying {grid}")
+            bench.on_progress(f"trying {grid}")
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             x, conditions = bench.latent(1, grid), bench.conditions(1)
@@ -193,9 +196,9 @@ def _try_larger(bench: Workbench, grid: list[int]) -> int:
             parameter.grad = None
 
 
-def checkpoint(bench: Workbench) -> Trial:
-    """Weights and optimizer to disk and back: the reference's one torch.save, and ours with hashes and fsync."""
-    from cases.training import _config, build_engine
+def checkpoint(bench: Workbench) -> PreparedCase:
+    """Weights and optimizer to disk and back: one torch.save as in the reference, and our checkpoint with hashes and fsync."""
+    from cases.training import build_engine, training_config
     from ccella_fast.training import checkpointing
     from ccella_fast.training.distributed import HostCollectives
 
@@ -203,41 +206,41 @@ def checkpoint(bench: Workbench) -> Trial:
     size = bench.parameters * 20
     OUT.mkdir(exist_ok=True)
     if shutil.disk_usage(OUT).free < 3 * size or free_memory(bench.device) < 1.6 * size:
-        raise Skip(f"it needs {3 * size / 1e9:.0f} GB of disk and {1.6 * size / 1e9:.0f} GB of memory")
+        raise Skip(f"it needs {3 * size / 1e9:.0f} GB of disk space and {1.6 * size / 1e9:.0f} GB of memory")
     folder = tempfile.TemporaryDirectory(prefix="checkpoint-", dir=OUT)
-    config = _config(bench, "fp32", 1)
+    config = training_config(bench, "fp32", 1)
     engine = build_engine(bench, config, Path(folder.name))
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for parameter in engine.module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    engine.optimizer.step()  # so that the moments exist
+    engine.optimizer.step()  # creates the moments
     for parameter in engine.module.parameters():
         parameter.grad = None
     state = {"step": 1, "world_size": 1, "total_steps": 1, "ema_updates": 0, "bad_in_a_row": 0}
     run = Path(folder.name) / "run"
 
-    def theirs(watch: Stopwatch) -> None:
+    def baseline(stopwatch: Stopwatch) -> None:
         path = Path(folder.name) / "reference.pt"
         torch.save({"unet_state_dict": engine.module.state_dict(), "optimizer": optimizer.state_dict()}, path)
-        watch.mark("save")
+        stopwatch.mark("save")
         loaded = torch.load(path, map_location=bench.device, weights_only=True)
         engine.module.load_state_dict(loaded["unet_state_dict"])
-        watch.mark("load")
+        stopwatch.mark("load")
 
-    def ours(watch: Stopwatch) -> None:
+    def ours(stopwatch: Stopwatch) -> None:
         shutil.rmtree(run, ignore_errors=True)
         written = checkpointing.save_checkpoint(run, 1, engine, None, config, state, None, HostCollectives())
-        watch.mark("save")
+        stopwatch.mark("save")
         checkpointing.restore_checkpoint(written, engine, None, state)
-        watch.mark("load")
+        stopwatch.mark("load")
 
-    trial = Trial(shapes={"parameters": sum(p.numel() for p in engine.module.parameters())})
-    trial.sides = {"reference": Implementation("fp32", theirs), "ours": Implementation("fp32", ours)}
-    trial.notes.append(
-        "ours also writes a second, plain copy of the weights, SHA-256 of every file, and waits for the disk"
+    prepared = PreparedCase(shapes={"parameters": sum(p.numel() for p in engine.module.parameters())})
+    prepared.implementations = {"reference": Implementation("fp32", baseline), "ours": Implementation("fp32", ours)}
+    prepared.notes.append(
+        "ours also writes a plain second copy of the weights and the SHA-256 of every file, and waits for the disk"
     )
-    trial.holds.append(folder)
-    return trial
+    prepared.keep_alive.append(folder)
+    return prepared
 
 
 CASES = [

@@ -1,4 +1,4 @@
-"""The few-step table: its numbers against plain calls of `sample`, its files, and its shortcut through the adapter."""
+"""benchmarks/few_step_quality.py: its distances against plain calls of `sample`, its files, and its cache of the adapter."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def quality() -> ModuleType:
     return module
 
 
-def scrambled(config: Config) -> torch.nn.Module:
+def random_model(config: Config) -> torch.nn.Module:
     torch.manual_seed(0)
     model = build_model(config).eval()
     with torch.no_grad():
@@ -50,7 +50,7 @@ def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return x * (0.2 + t.view(-1, 1, 1, 1, 1) / 80)
 
 
-def test_distances_are_those_of_plain_calls(quality):
+def test_distances_equal_those_of_plain_calls(quality):
     schedule, shape = Schedule.from_config(SchedulerConfig(num_train_timesteps=60)), (2, 4, 3, 2)
     names = ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
     entries = quality.measure(network, schedule, shape, (10, 30), names, [4, 5], "cpu")
@@ -67,12 +67,12 @@ def test_distances_are_those_of_plain_calls(quality):
         np.testing.assert_allclose(entry["distances"], expected, rtol=1e-4)
         assert entry["distance"] == pytest.approx(np.mean(expected), rel=1e-4)
         other = (plain(entry["steps"], 4) - plain(60, 5)).norm() / plain(60, 5).norm()
-        assert abs(other.item() / entry["distances"][0] - 1) > 0.1  # another seed's result is another
+        assert abs(other.item() / entry["distances"][0] - 1) > 0.1  # negative control: another seed has another result
 
 
-def test_remembering_the_adapter_changes_nothing(quality):
+def test_the_cached_adapter_does_not_change_the_prediction(quality):
     config = make_config(TINY)
-    model, calls = scrambled(config), []
+    model, calls = random_model(config), []
     text, spacing = torch.randn(1, 5, 16), torch.tensor([[50.0, 60.0, 70.0]])
     x, t = torch.randn(3, 4, 8, 4, 4), torch.tensor([7, 40, 7])
     with torch.no_grad():
@@ -83,17 +83,17 @@ def test_remembering_the_adapter_changes_nothing(quality):
         denoise = quality.conditioned(model, spacing, text, None)
         for _ in range(2):
             torch.testing.assert_close(denoise(x, t), expected, rtol=1e-5, atol=1e-5)
-        assert calls.count("adapter") == 2  # one a timestep
+        assert calls.count("adapter") == 2  # one per timestep
         assert (denoise(x, torch.tensor([7, 41, 7])) - expected)[1].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("variant", ["MAISI", "RADMAISI"])
-def test_one_command_writes_table_plot_and_numbers(quality, tmp_path, variant, capsys):
+def test_the_command_writes_table_plot_and_json(quality, tmp_path, variant, capsys):
     config = make_config(TINY | {"model.variant": variant})
     folder = tmp_path / "step"
     folder.mkdir()
     write_json(folder / "config.json", config.dump())
-    save_file(scrambled(config).state_dict(), folder / "model.safetensors")
+    save_file(random_model(config).state_dict(), folder / "model.safetensors")
     write_json(folder / "training_state.json", {"step": 3, "scale_factor": [1.0], "intensity_scale": {}})
     write_manifest(folder, step=3)
     assert quality.main(["--checkpoint", str(folder), "--out", str(tmp_path / "out")]) == 0
@@ -110,7 +110,7 @@ def test_one_command_writes_table_plot_and_numbers(quality, tmp_path, variant, c
     assert (tmp_path / "out" / "few_step_quality.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_random_model_moves_the_sample_and_stays_bounded(quality):
+def test_the_random_model_changes_the_sample_and_stays_bounded(quality):
     config = make_config(TINY)
     schedule = Schedule.from_config(config.scheduler)
     with torch.no_grad():
@@ -121,6 +121,6 @@ def test_the_random_model_moves_the_sample_and_stays_bounded(quality):
     assert 0.05 < (result - plain).std() < 3 and result.std() < 5
 
 
-def test_a_wrong_folder_is_one_message(quality, tmp_path, capsys):
+def test_a_wrong_folder_is_reported_in_one_message(quality, tmp_path, capsys):
     assert quality.main(["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]) == 4
     assert "contains no checkpoint" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What the benchmarks count: against graphs counted by hand, and the default model's counts against the committed table."""
+"""Counts of ops, bytes and FLOPs: against graphs counted by hand, and the default model's against the committed table."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_our_library_ops_are_one_op_each_with_flops():
 
 
 def test_flops_of_our_attention_are_those_of_plain_pytorch():
-    """By torch's own formulas over the plain path; the backward pass has one product more, which forms the scores again."""
+    """By torch's own formulas on the plain path; our backward pass has one more product, which recomputes the scores."""
     from ccella_fast.kernels.attention import attention
     from ccella_fast.kernels.cross_attention import cross_attention
 
@@ -98,7 +98,7 @@ def test_flops_of_our_attention_are_those_of_plain_pytorch():
 
 
 def test_flops_of_our_upsampling_convolution():
-    """By hand: each of the enlarged grid's voxels is a sum over 2 x 2 x 2 of the small grid's, for every pair of channels."""
+    """By hand: each voxel of the large grid is a sum over 2 x 2 x 2 voxels of the small one, for every pair of channels."""
     from ccella_fast.kernels.upsample_conv3d import upsample_conv3d
 
     x, weight = (
@@ -121,35 +121,34 @@ def test_half_autocast_casts_weights_once_and_keeps_norms_in_fp32():
 
 def test_saved_bytes_counts_each_storage_once():
     x = torch.ones(10, requires_grad=True)
-    assert op_counter.saved_bytes(lambda: x.exp().sum()) == 40  # exp keeps its result
+    assert op_counter.saved_bytes(lambda: x.exp().sum()) == 40  # exp saves its result
     assert op_counter.saved_bytes(lambda: (x * 2).sum()) == 0  # a leaf and a number
     y = (x * 1).detach().requires_grad_() * 1
     assert op_counter.saved_bytes(lambda: y * y) == 40
 
 
-# The regression guard: these may fall, they may not rise
+# The counts of the default model may fall, but not rise
 
 
 def test_model_counts_have_not_grown():
-    """When they have fallen: python benchmarks/op_counts.py --write."""
-    # In a process of its own, as the command counts: what other tests leave in this one may add an op to a layer.
+    """After a decrease run `python benchmarks/op_counts.py --write`."""
+    # In a process of its own, like the command: other tests may leave hooks in this one that add an op to a layer.
     code = "import json, op_counts; print(json.dumps(op_counts.counted()))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     counts, known = json.loads(done.stdout), json.loads(op_counts.FILE.read_text())["counts"]
-    for step, sides in known.items():
-        for key, value in sides["ours"].items():
+    for step, implementations in known.items():
+        for key, value in implementations["ours"].items():
             found = counts[step]["ours"][key]
             assert found <= value, f"{step}: {key} is {found:,}, was {value:,}"
     step = counts["denoising step"]["ours"]
-    assert step["ops"] <= 450 and step["bytes"] <= 4e9  # the goal for the kernels
-    # Independent truth: the reference's forward FLOPs were counted by others, 1,079.9 GFLOP
-    # (docs/explanation/method.md, section 0).
+    assert step["ops"] <= 450 and step["bytes"] <= 4e9  # the goal of the kernels
+    # Independent truth: the FLOPs of the reference's forward pass, counted in docs/explanation/method.md, section 0.
     assert abs(counts["denoising step"]["reference"]["flops"] / 1e9 - 1079.9) < 0.1
 
 
-def test_the_guard_sees_an_op_more():
+def test_an_additional_op_is_counted():
     small = Config.model_validate({"model": TINY, "data": {"dim": [32, 32, 16]}, "text": {"max_length": 8}})
     before = op_counts.counted(small)["denoising step"]["ours"]["ops"]
     from ccella_fast.models import unet3d

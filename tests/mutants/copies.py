@@ -1,4 +1,4 @@
-"""Copies of the working tree, in which files are changed and tests run: the working tree itself is only read."""
+"""Copies of the working tree in which files are changed and tests run. The working tree itself is only read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROCESSES = 2  # as in `make test`
 
 
 class Copies:
-    """Copies of the working tree, one for each process, and the pytest runs in them."""
+    """Copies of the working tree below a folder, one per process, and the pytest runs in them."""
 
     def __init__(self, folder: Path):
         listed = subprocess.run(
@@ -37,7 +37,11 @@ class Copies:
             self.free.put(copy)
 
     def passes(self, tests: list[str], seconds: float, mutant: Mutant | None = None) -> tuple[bool | None, str]:
-        """Do the tests pass with this change? None: they took longer than `seconds`. Also what pytest printed."""
+        """Run tests, with a change applied if one is given.
+
+        Returns:
+            Whether they pass (None if they take longer than `seconds`), and the output of pytest.
+        """
         copy = self.free.get()
         changed = copy / (mutant.file if mutant else tests[0])
         before = changed.read_text()
@@ -49,22 +53,19 @@ class Copies:
             self.free.put(copy)
 
     def _pytest(self, copy: Path, tests: list[str], seconds: float) -> tuple[bool | None, str]:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            f"--basetemp={copy.parent}/tmp",
-            *tests,
-        ]
-        # No .pyc files: two changes of one size within a second would share one.
-        own = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        options = ["-x", "-p", "no:cacheprovider", f"--basetemp={copy.parent}/tmp"]
+        command = [sys.executable, "-m", "pytest", *options, *tests]
+        # No .pyc files: two changes of equal size within one second would share a file.
+        variables = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         with open(copy.parent / "log", "w+") as log:
-            # A session of its own, so that whatever the tests have started ends with them.
+            # A session of its own, so that all processes started by the tests can be ended with them.
             process = subprocess.Popen(
-                command, cwd=copy, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=copy,
+                env=os.environ | variables,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             self.running.add(process)
             if self.stopped.is_set():
@@ -80,19 +81,20 @@ class Copies:
             return (None if code is None else code == 0), log.read()
 
     def stop(self) -> None:
+        """End all runs, and those that are about to start."""
         self.stopped.set()
         for process in list(self.running):
             _end(process)
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End the process and those that it has started: first politely, as launchers then end their own."""
+    """End the process group of the process: with SIGTERM first, so that launchers can end their own processes."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for _ in range(50):
             try:
                 os.killpg(process.pid, number)
-            except ProcessLookupError:  # all have gone
+            except ProcessLookupError:  # none is left
                 return
-            number = 0 if number == signal.SIGTERM else number  # asked once; then only looked for
+            number = 0 if number == signal.SIGTERM else number  # SIGTERM is sent once; signal 0 then only checks
             process.poll()
             time.sleep(0.1)

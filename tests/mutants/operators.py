@@ -1,4 +1,4 @@
-"""Small changes of a Python file, one at a time: what a slip of the hand or a lost line would leave behind."""
+"""Small changes of a Python file, one at a time, like those made by a typing mistake or a lost line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,17 @@ LOG_METHODS = {"debug", "info", "warning", "error", "exception"}
 
 
 class Mutant(NamedTuple):
-    """One change of one file. `name` is that of a hand-made change, else empty; `text` is the whole changed file."""
+    """One change of one file.
+
+    Attributes:
+        file: Path below the root of the repository.
+        line: Line number of the change.
+        old: The text before the change, for the report.
+        new: The text after the change.
+        text: The whole changed file.
+        name: The name of a hand-made change; empty for a generated one.
+        tests: The tests to run, if they differ from those of the file.
+    """
 
     file: str
     line: int
@@ -40,11 +50,11 @@ class Mutant(NamedTuple):
     new: str
     text: str
     name: str = ""
-    tests: tuple[str, ...] = ()  # only where they differ from those of the file
+    tests: tuple[str, ...] = ()
 
 
 def mutants(file: str, text: str) -> list[Mutant]:
-    """All changes of the file, in the order of its syntax tree; each still compiles."""
+    """All changes of the file that compile, in the order of its syntax tree."""
     source = text.encode()  # ast counts columns in bytes
     starts = [0]
     for line in source.splitlines(keepends=True):
@@ -54,49 +64,48 @@ def mutants(file: str, text: str) -> list[Mutant]:
         return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
 
     found = []
-    for node in _behaviour(ast.parse(source)):
+    for node in _relevant_nodes(ast.parse(source)):
         for start, end, new in _edits(node, source, span):
             changed = (source[:start] + new.encode() + source[end:]).decode()
             try:
                 compile(changed, file, "exec", dont_inherit=True)
-            except SyntaxError:  # **{} before *args, for one
+            except SyntaxError:  # for example **{} before *args
                 continue
-            line, was = source.count(b"\n", 0, start), source[start:end].decode()
-            shown = text.splitlines()[line].strip()
-            after = changed.splitlines()[line].strip()
-            found.append(Mutant(file, line + 1, *((was, new) if "\n" in was else (shown, after)), changed))
+            line, replaced = source.count(b"\n", 0, start), source[start:end].decode()
+            whole_lines = text.splitlines()[line].strip(), changed.splitlines()[line].strip()
+            found.append(Mutant(file, line + 1, *((replaced, new) if "\n" in replaced else whole_lines), changed))
     return found
 
 
-def _behaviour(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that decide what the program does: no annotations, no assertions, no wording of messages."""
-    if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr) or _logs(node):
+def _relevant_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that determine behavior: annotations, assertions and the text of messages are left out."""
+    if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr) or _is_log_call(node):
         return
     yield node
     for field, value in ast.iter_fields(node):
         if field not in ("annotation", "returns"):
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
-                    yield from _behaviour(child)
+                    yield from _relevant_nodes(child)
 
 
-def _logs(node: ast.AST) -> bool:
+def _is_log_call(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOG_METHODS
 
 
-def _text(node: ast.AST) -> bool:
-    """Text joined to text or to a path, where the swapped operator raises TypeError and no test can miss it."""
+def _is_text(node: ast.AST) -> bool:
+    """Whether an operand is text, for which a swapped operator raises TypeError, which no test can miss."""
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
 def _edits(node: ast.AST, source: bytes, span) -> Iterator[tuple[int, int, str]]:
-    """(start, end, new text) of each change at this node."""
+    """(start, end, new text) of each change at this node, in bytes of the source."""
     match node:
         case ast.Compare(left=left, ops=ops, comparators=right):
             yield from _swap(zip([left, *right], ops, right, strict=False), source, span)
         case ast.BoolOp(op=op, values=values):
             yield from _swap(((a, op, b) for a, b in zip(values, values[1:], strict=False)), source, span)
-        case ast.BinOp(left=left, op=op, right=right) if not _text(left) and not _text(right):
+        case ast.BinOp(left=left, op=op, right=right) if not _is_text(left) and not _is_text(right):
             yield from _swap([(left, op, right)], source, span)
         case ast.AugAssign(target=target, op=op, value=value):
             yield from _swap([(target, op, value)], source, span)
@@ -111,14 +120,14 @@ def _edits(node: ast.AST, source: bytes, span) -> Iterator[tuple[int, int, str]]
             yield *span(node), str(value * 2 or 1.0)
         case ast.Call(func=ast.Name(id=name)) if name in NAMES:
             yield *span(node.func), NAMES[name]
-        case ast.Expr(value=ast.Call()) if not _logs(node.value):
+        case ast.Expr(value=ast.Call()) if not _is_log_call(node.value):
             yield *span(node), "pass"
         case ast.If(test=test) | ast.IfExp(test=test):
             start, end = span(test)
             yield start, end, f"not ({source[start:end].decode()})"
         case ast.Continue():
             yield *span(node), "break"
-        case ast.keyword(arg=str(name)) if name != "strict":  # an assertion, as it were
+        case ast.keyword(arg=str(name)) if name != "strict":  # strict= of zip only asserts
             yield *span(node), "**{}"
 
 

@@ -1,14 +1,15 @@
-"""Changes the code one place at a time, in a copy, and reports which changes the tests do not notice.
+"""Mutation testing: change a copy of the code in one place at a time and report the changes that the tests do not notice.
 
-A list of our own with a runner: mutmut leaves out decorated functions and sees no test that calls the code in another process,
-as under `deepspeed`; cosmic-ray drops neither statements nor arguments, which is what went unnoticed here. Neither of them also
-repeats given changes, chooses the tests by file and keeps to a number of minutes.
+    python tests/mutants/run.py [--minutes 60] [--seed 0] [FILE_OR_FOLDER ...]
 
-python tests/mutants/run.py [--minutes 60] [--seed 0] [FILE_OR_FOLDER ...]
+The changes of changes.toml come first, then a random sample of generated changes from each file in turn. The same seed and
+code give the same sample. All results are written to out/mutants/results.json. Surviving changes do not affect the exit code,
+because a survivor has to be read: it is a gap in the tests, or does not change the behavior. The exit code is 1 if the tests
+fail on the unchanged code or if changes.toml is stale.
 
-First the changes of changes.toml, then generated ones: a sample drawn by the seed, from each file in turn. The same seed over
-the same code draws the same. All are kept in out/mutants/results.json. Exit code 0 whatever survives: a survivor is to be read,
-as it is a hole in the tests or no change of behaviour at all. 1: the tests fail on the unchanged code or changes.toml is stale.
+Existing tools do not fit: mutmut leaves out decorated functions and does not support tests that call the code in another
+process, as under `deepspeed`; cosmic-ray drops neither statements nor arguments, the changes that went unnoticed here. Neither
+repeats given changes, selects tests by file and respects a time limit.
 """
 
 from __future__ import annotations
@@ -35,36 +36,40 @@ KILLED, SURVIVED, TIMED_OUT = "killed", "survived", "timed out"
 
 
 def sample(files: list[str], seed: int) -> list[Mutant]:
-    """Generated changes in the order in which they are tried: one of each file, then a second of each, and so on."""
-    chance = random.Random(seed)
+    """Generated changes in the order in which they are tried: one from each file, then a second from each, and so on."""
+    generator = random.Random(seed)
     queues = [mutants(file, (ROOT / file).read_text()) for file in sorted(files)]
     for changes in queues:
-        chance.shuffle(changes)
-    chance.shuffle(queues)
+        generator.shuffle(changes)
+    generator.shuffle(queues)
     return [mutant for turn in itertools.zip_longest(*queues) for mutant in turn if mutant]
 
 
 def baseline(copies: Copies, pool: ThreadPoolExecutor, tests: set[str], end: float) -> dict[str, float]:
-    """Seconds of each test file on the unchanged code. Ends the program when one does not pass."""
+    """Time every test file on the unchanged code, in seconds; ends the program if one does not pass."""
 
     def timed(test: str) -> tuple[str, bool | None, str, float]:
         start = time.monotonic()
-        passed, said = copies.passes([test], end - time.monotonic())
-        return test, passed, said, time.monotonic() - start
+        passed, output = copies.passes([test], end - time.monotonic())
+        return test, passed, output, time.monotonic() - start
 
     seconds = {}
     for done in as_completed([pool.submit(timed, test) for test in sorted(tests)]):
-        test, passed, said, seconds[test] = done.result()
+        test, passed, output, seconds[test] = done.result()
         if passed is None:
-            raise SystemExit(f"the minutes were over before {test} had run on the unchanged code: give more")
+            raise SystemExit(
+                f"the time limit was reached before {test} had run on the unchanged code; increase --minutes"
+            )
         if not passed:
-            raise SystemExit(f"{said[-3000:]}\n{test} does not pass on the unchanged code, so it can judge no change")
+            raise SystemExit(
+                f"{output[-3000:]}\n{test} does not pass on the unchanged code, so it cannot judge a change"
+            )
         print(f"  {seconds[test]:6.1f} s  {test}", flush=True)
     return seconds
 
 
 def judge(copies: Copies, mutant: Mutant, tests: list[str], seconds: dict[str, float], end: float) -> str | None:
-    """What became of the change; None when the budget ended first."""
+    """The outcome of a change; None if the time limit was reached first."""
     tests = sorted(tests, key=lambda test: seconds[test])
     allowed, left = 60 + 3 * sum(seconds[test] for test in tests), end - time.monotonic()
     if left <= 0 or copies.stopped.is_set():
@@ -76,15 +81,17 @@ def judge(copies: Copies, mutant: Mutant, tests: list[str], seconds: dict[str, f
 
 
 def run(copies: Copies, chosen: list[Mutant], table: Table, end: float, results: list[dict[str, Any]]) -> None:
-    """Try the changes in their order until the budget ends; each result is appended to `results`."""
+    """Try the changes in their order until the time limit; each result is appended to `results`."""
     with ThreadPoolExecutor(PROCESSES) as pool:
         try:
             print("the tests on the unchanged code:", flush=True)
-            seconds = baseline(copies, pool, {test for it in chosen for test in table.tests_of(it)}, end)
+            seconds = baseline(copies, pool, {test for mutant in chosen for test in table.tests_of(mutant)}, end)
             broken = chosen[0]._replace(text="raise ImportError\n")
             if copies.passes(table.tests_of(broken), end - time.monotonic(), broken)[0]:
-                raise SystemExit(f"the tests of {broken.file} pass without it: they import another copy of the code")
-            tries = {pool.submit(judge, copies, it, table.tests_of(it), seconds, end): it for it in chosen}
+                raise SystemExit(
+                    f"the tests of {broken.file} pass although it cannot be imported: they import another copy of the code"
+                )
+            tries = {pool.submit(judge, copies, each, table.tests_of(each), seconds, end): each for each in chosen}
             for done in as_completed(tries):
                 mutant, outcome = tries[done], done.result()
                 if outcome:
@@ -98,7 +105,7 @@ def run(copies: Copies, chosen: list[Mutant], table: Table, end: float, results:
 
 
 def report(results: list[dict[str, Any]]) -> str:
-    """A table by file, then every change that survived, to be read."""
+    """A table by file, followed by every change that survived."""
     counts = Counter((result["file"], result["outcome"]) for result in results)
     outcomes = (KILLED, SURVIVED, TIMED_OUT)
     lines = ["", f"{'file':44}" + "".join(f"{outcome:>11}" for outcome in outcomes)]
@@ -114,29 +121,33 @@ def report(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Report which small changes of the code the tests do not notice.")
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description="Report the small changes of the code that the tests do not notice.")
     parser.add_argument(
-        "--minutes", type=float, default=60, help="for all of it, the tests on the unchanged code included"
+        "--minutes",
+        type=float,
+        default=60,
+        help="time limit, which includes the tests on the unchanged code (default 60)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="draws the sample of generated changes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample of generated changes (default 0)")
     parser.add_argument(
-        "only", nargs="*", metavar="FILE_OR_FOLDER", help="change these alone, ccella_fast/data for one"
+        "only", nargs="*", metavar="FILE_OR_FOLDER", help="change only these, for example ccella_fast/data"
     )
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     table = Table(args.only)
     if table.stale:
-        sys.exit("\n".join(f"{TABLE.name}: {why}" for why in table.stale) + "\nwrite them for the code as it is now")
+        sys.exit("\n".join(f"{TABLE.name}: {why}" for why in table.stale) + "\nrewrite these rows for the current code")
     chosen = table.changes + sample(list(table.tests), args.seed)
     if not chosen:
-        sys.exit(f"{TABLE.name} names no file within {' '.join(args.only)}")
+        sys.exit(f"{TABLE.name} does not name a file in {' '.join(args.only)}")
     results: list[dict[str, Any]] = []
     try:
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
             run(Copies(Path(folder)), chosen, table, end, results)
     except KeyboardInterrupt:
-        print("interrupted: what follows is as far as it went")
+        print("interrupted; the results so far:")
         return 130
     finally:
         OUT.mkdir(parents=True, exist_ok=True)

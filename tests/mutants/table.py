@@ -1,4 +1,4 @@
-"""changes.toml: which tests can notice a change of which file, and the changes that once went unnoticed."""
+"""Reads changes.toml: the tests that judge each file, and the changes that once went unnoticed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ def _matches(file: str, patterns: list[str]) -> bool:
 
 
 class Table:
-    """tests: those of each file. changes: hand-made ones. stale: sentences about rows that no longer fit the code."""
+    """The content of changes.toml, limited to the files and folders in `only` if there are any.
+
+    Attributes:
+        tests: The tests of each file.
+        changes: The hand-made changes.
+        stale: Sentences about rows that no longer fit the code.
+    """
 
     def __init__(self, only: list[str]):
         values = tomllib.loads(TABLE.read_text())
@@ -28,8 +34,10 @@ class Table:
             files = [str(path.relative_to(ROOT)) for pattern in row["files"] for path in sorted(ROOT.glob(pattern))]
             if not files:
                 self.stale.append(f"no file matches {row['files']}")
-            self.tests = {file: row["tests"] for file in files} | self.tests  # the first row that names a file counts
-            self.stale += [f"{test} is not there" for test in row["tests"] if not (ROOT / test).is_file()]
+            self.tests = {
+                file: row["tests"] for file in files
+            } | self.tests  # the first row that matches a file applies
+            self.stale += [f"{test} does not exist" for test in row["tests"] if not (ROOT / test).is_file()]
         self.changes = [change for row in values.get("change", []) if (change := self._change(row))]
         if only:
             within = [f"{name.rstrip('/')}*" for name in only]
@@ -48,11 +56,12 @@ class Table:
         tests = tuple(row.get("tests", ()))
         if not tests and row["file"] not in self.tests:
             self.stale.append(
-                f"change {row['name']}: no group names {row['file']}, so the change has to name its tests"
+                f"change {row['name']}: no group matches {row['file']}, so the change must name its tests"
             )
-        self.stale += [f"change {row['name']}: {test} is not there" for test in tests if not (ROOT / test).is_file()]
+        self.stale += [f"change {row['name']}: {test} does not exist" for test in tests if not (ROOT / test).is_file()]
         line, changed = text.count("\n", 0, start) + 1, text.replace(row["old"], row["new"])
         return Mutant(row["file"], line, row["old"], row["new"], changed, row["name"], tests)
 
     def tests_of(self, mutant: Mutant) -> list[str]:
+        """The tests that judge a change."""
         return list(mutant.tests) or self.tests[mutant.file]
