@@ -10,7 +10,7 @@ import cases.memory
 import cases.sampler
 import cases.training
 from benchmark_case import BenchmarkCase
-from ccella_fast import environment
+from ccella_fast import hardware
 
 # The cases that matter most to users, most important first: name -> title in the report.
 HEADLINES = {
@@ -35,7 +35,7 @@ def select(suites: list[str], device: torch.device) -> list[BenchmarkCase]:
 
 def emulated(chosen: list[BenchmarkCase], device: torch.device) -> dict[str, str]:
     """Name and reason of each chosen case that would spend its time in emulated bf16; empty on other machines."""
-    if device.type != "cpu" or environment.cpu_multiplies_bf16():
+    if device.type != "cpu" or hardware.cpu_multiplies_bf16():
         return {}
     why = "this CPU emulates bf16, many times slower than fp32; --case {} measures it all the same"
     return {case.name: why.format(case.name) for case in chosen if case.bf16}
