@@ -27,34 +27,38 @@ def sample(
     timestep_spacing: str | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Turn noise into samples with any network. Nothing in the loop waits for the device.
+    """Generate samples from noise with any network. The loop does not wait for the device.
 
     Args:
-        denoiser: `denoiser(x, t)` with x like `x_T` and t (B,), int64 for a noise schedule, floating for a flow, returns what
-            `prediction` names, (B, ...). Condition it with a closure or functools.partial; it is called under no_grad.
-        x_T: standard normal noise, (B, ...). The solver computes in fp32 (fp64 if x_T is), whatever the network's dtype.
-        solver: "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler_flow", "heun_flow"; a Solver, such as
-            Ddim(eta=0.5); or any scheduler object of diffusers, which is left unchanged and brings its own schedule and
-            prediction.
+        denoiser: a function `denoiser(x, t)`, where x is like `x_T` and t is (B,), int64 for a noise schedule and floating
+            point for a rectified flow. It returns the quantity that `prediction` names, (B, ...). Pass conditioning through a
+            closure or functools.partial. It is called under no_grad.
+        x_T: standard normal noise (B, ...). The solver computes in fp32 (in fp64 if `x_T` is fp64), whatever the network's
+            dtype.
+        solver: the name of one of the solvers (see :doc:`/explanation/sampling`); a Solver, such as Ddim(eta=0.5); or any
+            scheduler object of diffusers, which is not modified and whose own schedule and prediction type are used.
         num_steps: denoising steps.
-        prediction: "epsilon", "v", "x0" for a noise schedule, "velocity" (eps - x0) for a flow. The names of diffusers and
-            MONAI ("v_prediction", "sample") are understood.
-        seeds: one per sample, needed by ddpm and dpmpp_2m_sde. They alone decide a sample's noise, in any batch.
-        schedule: None is the reference's scaled-linear one; or betas, or alphas_cumprod, or an object that holds the latter.
-        callback: `callback(i, t, x, x0)` after each evaluation, t a number, x the new sample, x0 the estimated clean sample.
-        timestep_spacing: "leading", "trailing", "linspace", "karras"; None is the solver's own.
-        progress: show a bar on stderr.
+        prediction: what the network predicts: "epsilon", "v" or "x0" for a noise schedule; "velocity" (eps - x0) or "x0" for a
+            rectified flow. The names used by diffusers and MONAI ("v_prediction", "sample") are accepted.
+        seeds: one per sample, required by stochastic solvers. The noise of a sample depends on its seed alone, in any batch.
+        schedule: None for the default scaled-linear schedule; or betas, alphas_cumprod, or an object with an attribute
+            alphas_cumprod.
+        callback: called as `callback(i, t, x, x0)` after evaluation i, with the timestep t as a number, the new sample x and
+            the estimated clean sample x0.
+        timestep_spacing: "leading", "trailing", "linspace" or "karras"; None for the solver's default.
+        progress: show a progress bar on stderr.
 
     Returns:
-        x_0, like `x_T` in shape, device and dtype.
+        x_0, with the shape, device and dtype of `x_T`.
 
     Raises:
-        ConfigError: arguments that do not fit together.
-        NonFiniteError: the result holds NaN or infinity.
+        ConfigError: an argument is invalid, or the arguments contradict each other.
+        NonFiniteError: the result contains NaN or infinity.
     """
     if not isinstance(x_T, Tensor) or not x_T.is_floating_point():
-        what = f"a tensor of {x_T.dtype}" if isinstance(x_T, Tensor) else f"a {type(x_T).__name__}"
-        raise ConfigError(f"x_T is {what}", field="x_T", fix="give a floating tensor of standard normal noise")
+        got = f"a tensor of {x_T.dtype}" if isinstance(x_T, Tensor) else f"an object of type {type(x_T).__name__}"
+        why = f"x_T must be a floating-point tensor, got {got}"
+        raise ConfigError(why, field="x_T", fix="give a floating-point tensor of standard normal noise")
     if isinstance(solver, (str, Solver)):
         plan = get_solver(solver).plan(
             Schedule.of(schedule), num_steps, prediction=prediction, timestep_spacing=timestep_spacing
@@ -64,8 +68,6 @@ def sample(
         trajectory = SchedulerTrajectory(solver, x_T, seeds, num_steps=num_steps, prediction=prediction)
     result = run_trajectory(trajectory, lambda _: trajectory.advance(denoiser), callback=callback, progress=progress)
     if not bool(result.isfinite().all()):
-        fix = (
-            "check the denoiser's output (fp16 overflows easily) and that `prediction` and `schedule` are the network's"
-        )
-        raise NonFiniteError("the sample holds NaN or infinity", field="denoiser", fix=fix)
+        fix = "check the denoiser's output (fp16 overflows easily), and that prediction and schedule match the network"
+        raise NonFiniteError("the sample contains NaN or infinity", field="denoiser", fix=fix)
     return result
