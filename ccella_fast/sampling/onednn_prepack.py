@@ -56,7 +56,7 @@ class PackedUpsampling:
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether weights are prepacked: in bf16 on a CPU that oneDNN's bf16 convolution supports.
 
-    Without AVX-512 that operator raises an error, so `mkldnn._is_mkldnn_bf16_supported`, which is private too, is asked first.
+    Without AVX-512 that operator raises an error, so `mkldnn._is_mkldnn_bf16_supported`, which is private too, is checked.
     In fp32 the reordering costs little compared with the convolution, and the blocked layout is not faster.
     """
     if device.type != "cpu" or dtype != torch.bfloat16:
