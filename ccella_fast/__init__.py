@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ccella_fast.checkpoint import load_checkpoint
     from ccella_fast.config import load_config
-    from ccella_fast.diffusion.trajectory import sample
+    from ccella_fast.diffusion.sample import sample
     from ccella_fast.dropin import speed_up
     from ccella_fast.models import build_model
     from ccella_fast.sampling import FastSampler
@@ -22,7 +22,7 @@ _HOMES = {
     "build_model": "models",
     "load_checkpoint": "checkpoint",
     "load_config": "config",
-    "sample": "diffusion.trajectory",
+    "sample": "diffusion.sample",
     "speed_up": "dropin",
 }
 

@@ -1,0 +1,1 @@
+"""Diffusion processes: schedules, solvers and the sampling loop, independent of any network."""

@@ -1,5 +1,8 @@
-"""A diffusers scheduler as a trajectory. It keeps its own state and reads it on the host at each step, so it is not as fast as
-a solver of ours and cannot be captured in a CUDA graph; diffusers itself is imported only by who brings such an object."""
+"""A diffusers scheduler as a trajectory.
+
+A scheduler keeps its own state and reads it on the host in each step, so it is slower than the solvers of this package and
+cannot be captured in a CUDA graph. This module does not import diffusers.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,21 @@ from ccella_fast.errors import ConfigError
 
 
 class SchedulerTrajectory:
-    """Walks a copy of `scheduler` over the timesteps that it chooses for num_steps.
+    """Samples with a copy of a diffusers scheduler, over the timesteps that it chooses.
 
-    x_T is standard normal; it is multiplied by the scheduler's init_noise_sigma, and the network's input goes through
-    scale_model_input. seeds: one a sample, given to a `step` that takes a generator; without them a stochastic scheduler
-    draws from torch's global stream. prediction: the scheduler's own counts; another one than "epsilon" must agree with it.
-    Raises ConfigError for an object that is no scheduler."""
+    Args:
+        scheduler: any scheduler object of diffusers; it is not modified.
+        x_T: standard normal noise (B, ...); it is multiplied by the scheduler's init_noise_sigma, and the network's input is
+            scaled by scale_model_input.
+        seeds: one per sample, for schedulers whose `step` takes a generator. Without seeds, a stochastic scheduler draws from
+            torch's global generator.
+        num_steps: denoising steps.
+        prediction: the scheduler's own prediction type is used; a value other than "epsilon" must agree with it.
+
+    Raises:
+        ConfigError: `scheduler` is not a scheduler, its prediction type contradicts `prediction`, or the number of seeds is not
+            the number of samples.
+    """
 
     def __init__(
         self,
@@ -34,58 +46,60 @@ class SchedulerTrajectory:
         num_steps: int,
         prediction: str = "epsilon",
     ):
-        _check(scheduler, prediction)
+        _check_scheduler(scheduler, prediction)
         self.scheduler = copy.deepcopy(scheduler)
         self.scheduler.set_timesteps(num_steps, device=x_T.device)
         if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(
-                0
-            )  # else it looks its place up by timestep, and Karras levels share timesteps
+            # Otherwise the scheduler looks its position up by timestep, and several Karras levels may share a timestep.
+            self.scheduler.set_begin_index(0)
         self.dtype = x_T.dtype
         self.x = x_T.float() * getattr(self.scheduler, "init_noise_sigma", 1.0)
         self.x0: Tensor | None = None
         self.timesteps: Tensor = self.scheduler.timesteps
         self.index = torch.zeros(1, dtype=torch.int64, device=x_T.device)
-        self._extra: dict[str, Any] = {}
+        self._step_arguments: dict[str, Any] = {}
         if seeds is not None:
             if len(seeds) != len(x_T):
-                why = f"{len(seeds)} seeds are given for {len(x_T)} samples"
-                raise ConfigError(why, field="seeds", fix="give one a sample")
+                why = f"the number of seeds must be the number of samples, got {len(seeds)} for {len(x_T)}"
+                raise ConfigError(why, field="seeds", fix="give one seed per sample")
             if "generator" in inspect.signature(self.scheduler.step).parameters:
-                self._extra["generator"] = step_generators(seeds, x_T.device)
-        self._done = 0
+                self._step_arguments["generator"] = step_generators(seeds, x_T.device)
+        self._position = 0
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def timestep(self, i: int) -> float:
+        """The timestep of evaluation i. Waits for the device."""
         return self.timesteps[i].item()
 
     def draw_noise(self, i: int) -> None:
-        """The scheduler draws its own."""
+        """Nothing to do: the scheduler draws its own noise."""
 
     def advance(self, denoiser: DenoiserFn) -> None:
-        t = self.timesteps[self._done]
-        seen = self.scheduler.scale_model_input(self.x, t) if hasattr(self.scheduler, "scale_model_input") else self.x
-        output = evaluate_denoiser(denoiser, seen.to(self.dtype), t.expand(len(self.x))).float()
-        done = self.scheduler.step(output, t, self.x, **self._extra)
-        self.x, self.x0 = done.prev_sample, getattr(done, "pred_original_sample", None)
-        self._done += 1
+        """One evaluation of the network and the scheduler's step."""
+        t = self.timesteps[self._position]
+        scaled = self.scheduler.scale_model_input(self.x, t) if hasattr(self.scheduler, "scale_model_input") else self.x
+        output = evaluate_denoiser(denoiser, scaled.to(self.dtype), t.expand(len(self.x))).float()
+        step = self.scheduler.step(output, t, self.x, **self._step_arguments)
+        self.x, self.x0 = step.prev_sample, getattr(step, "pred_original_sample", None)
+        self._position += 1
         self.index += 1
 
     def result(self) -> Tensor:
+        """The sample in the dtype of x_T."""
         return self.x.to(self.dtype)
 
 
-def _check(scheduler: Any, prediction: str) -> None:
-    kind = type(scheduler).__name__
-    if not all(hasattr(scheduler, name) for name in ("set_timesteps", "step", "config")):
-        monai = "; from a MONAI scheduler take the noise schedule: solver='ddim', schedule=scheduler"
+def _check_scheduler(scheduler: Any, prediction: str) -> None:
+    name = type(scheduler).__name__
+    if not all(hasattr(scheduler, attribute) for attribute in ("set_timesteps", "step", "config")):
+        monai = "; for the noise schedule of a MONAI scheduler, use solver='ddim', schedule=scheduler"
         hint = monai if hasattr(scheduler, "alphas_cumprod") else ""
-        fix = f"name one of {', '.join(SOLVERS)}, or bring a diffusers scheduler{hint}"
-        raise ConfigError(f"{kind} is no solver", field="solver", fix=fix)
-    own = getattr(scheduler.config, "prediction_type", None)
+        fix = f"use one of {', '.join(SOLVERS)}, or a diffusers scheduler{hint}"
+        raise ConfigError(f"an object of type {name} is not a solver", field="solver", fix=fix)
+    configured = getattr(scheduler.config, "prediction_type", None)
     wanted = ALIASES.get(prediction, prediction)
-    if own is not None and wanted != "epsilon" and ALIASES.get(own, own) != wanted:
-        why = f"this {kind} is set up for {own}, not {prediction}"
-        raise ConfigError(why, field="prediction", fix="set prediction_type in the scheduler")
+    if configured is not None and wanted != "epsilon" and ALIASES.get(configured, configured) != wanted:
+        why = f"the prediction type of this {name} is {configured}, not {prediction}"
+        raise ConfigError(why, field="prediction", fix="set prediction_type in the scheduler's configuration")

@@ -1,4 +1,4 @@
-"""Which noise levels a trajectory visits, and what the network is told there."""
+"""The noise levels of a trajectory, and the timestep that the network receives at each."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ _RHO = 7.0  # Karras et al. 2022, arXiv 2206.00364, eq. 5
 
 
 class NoiseLevels(NamedTuple):
-    """timesteps: (N,) for the network, descending. signal, sigma: float64 (N + 1,), x_t = signal x0 + sigma eps; the last
-    entry is where the trajectory ends, signal 1 and sigma 0."""
+    """N noise levels and the end of the trajectory; x_t = signal x0 + sigma eps.
+
+    Attributes:
+        timesteps: (N,), the network's input, descending.
+        signal: float64 (N + 1,); the last entry, the end of the trajectory, is 1.
+        sigma: float64 (N + 1,); the last entry is 0.
+    """
 
     timesteps: np.ndarray
     signal: np.ndarray
@@ -24,16 +29,25 @@ class NoiseLevels(NamedTuple):
 
 
 def diffusion_levels(schedule: Schedule, num_steps: int, spacing: str, *, includes_last: bool) -> NoiseLevels:
-    """Levels of a noise schedule. Timesteps are int64; names and values are those of diffusers:
+    """The levels of a noise schedule, with int64 timesteps. Names and values of the spacings are those of diffusers.
 
     linspace, leading, trailing   Lin et al. 2024, arXiv 2305.08891, table 2
-    karras    sigma / signal spaced as in Karras et al. 2022 between the schedule's ends; the network is told the nearest
-              timestep, the arithmetic uses the exact level
+    karras    sigma / signal spaced as in Karras et al. 2022 between the ends of the schedule; the network receives the nearest
+              timestep, the solver uses the exact level
 
-    includes_last: linspace and leading end at timestep 0 (one-step solvers). Multi-step solvers gain nothing from that last
-    evaluation, so theirs are the first N of N + 1 such points. With every timestep in use there is only one spacing."""
+    Args:
+        schedule: the noise schedule.
+        num_steps: N, from 1 to the number of training timesteps. With all of them, every spacing but karras visits each
+            timestep once.
+        spacing: a `TimestepSpacing`.
+        includes_last: whether linspace and leading end at timestep 0, as for one-step solvers. Multi-step solvers gain nothing
+            from that evaluation, so they use the first N of N + 1 such points.
+
+    Raises:
+        ConfigError: `num_steps` is out of range, or the spacing is unknown.
+    """
     total = len(schedule)
-    _check(num_steps, total, spacing)
+    _check_steps(num_steps, total, spacing)
     if spacing == "karras":
         return _karras_levels(schedule, num_steps)
     points = num_steps if includes_last or num_steps == total else num_steps + 1
@@ -50,43 +64,49 @@ def diffusion_levels(schedule: Schedule, num_steps: int, spacing: str, *, includ
 
 
 def flow_levels(schedule: Schedule, num_steps: int, spacing: str) -> NoiseLevels:
-    """Levels of a rectified flow: signal = 1 - sigma, timestep = sigma T (float64), T the schedule's length.
+    """The levels of a rectified flow: signal = 1 - sigma, timestep = sigma T (float64), where T is the schedule's length.
 
-    trailing: sigma = 1, 1 - 1/N, ..., 1/N, then 0. linspace: N values from 1 to 1/T, then 0 (diffusers' default). karras: the
-    same ends, spaced as in Karras et al. 2022."""
+    trailing  sigma = 1, 1 - 1/N, ..., 1/N, then 0
+    linspace  N values from 1 to 1/T, then 0 (the default of diffusers)
+    karras    the same ends, spaced as in Karras et al. 2022
+
+    Raises:
+        ConfigError: `num_steps` is out of range, or the spacing is unknown or "leading".
+    """
     total = len(schedule)
-    _check(num_steps, total, spacing)
+    _check_steps(num_steps, total, spacing)
     match spacing:
         case "trailing":
             sigma = np.linspace(1, 1 / num_steps, num_steps)
         case "linspace":
             sigma = np.linspace(1, 1 / total, num_steps)
         case "karras":
-            sigma = _karras(1.0, 1 / total, num_steps)
+            sigma = _karras_sigmas(1.0, 1 / total, num_steps)
         case _:
-            why, fix = "leading timesteps leave out pure noise, where a flow starts", "use trailing, linspace or karras"
-            raise ConfigError(why, field="timestep_spacing", fix=fix)
+            why = "leading timesteps do not include pure noise, where a rectified flow starts"
+            raise ConfigError(why, field="timestep_spacing", fix="use trailing, linspace or karras")
     sigma = np.append(sigma, 0.0)
     return NoiseLevels(sigma[:-1] * total, 1 - sigma, sigma)
 
 
 def _karras_levels(schedule: Schedule, num_steps: int) -> NoiseLevels:
     known = np.sqrt((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod)
-    ratio = _karras(known[-1], known[0], num_steps)
+    ratio = _karras_sigmas(known[-1], known[0], num_steps)
     timesteps = np.interp(np.log(ratio), np.log(known), np.arange(len(known))).round().astype(np.int64)
     signal = np.append(1 / np.sqrt(1 + ratio**2), 1.0)
     return NoiseLevels(timesteps, signal, np.append(ratio, 0.0) * signal)
 
 
-def _karras(first: float, last: float, num_steps: int) -> np.ndarray:
+def _karras_sigmas(first: float, last: float, num_steps: int) -> np.ndarray:
     ramp = np.linspace(0, 1, num_steps)
     return (first ** (1 / _RHO) + ramp * (last ** (1 / _RHO) - first ** (1 / _RHO))) ** _RHO
 
 
-def _check(num_steps: int, total: int, spacing: str) -> None:
+def _check_steps(num_steps: int, total: int, spacing: str) -> None:
     if not isinstance(num_steps, Integral) or not 1 <= int(num_steps) <= total:
+        why = f"the number of steps must be an integer from 1 to {total}, got {num_steps!r}"
         fix = f"use 1 to {total}, the schedule's num_train_timesteps"
-        raise ConfigError(f"{num_steps} steps are not possible", field="num_inference_steps", fix=fix)
+        raise ConfigError(why, field="num_inference_steps", fix=fix)
     if spacing not in get_args(TimestepSpacing):
         fix = did_you_mean(spacing, get_args(TimestepSpacing))
         raise ConfigError(f"there is no timestep spacing '{spacing}'", field="timestep_spacing", fix=fix)

@@ -1,96 +1,48 @@
-"""The only sampling loop. It knows no network: a denoiser is any function of (x, t)."""
+"""The sampling loop and the state that it advances. A denoiser is any function of (x, t)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import index
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ccella_fast.diffusion.noise import generator, randn_per_sample
-from ccella_fast.diffusion.schedule import Schedule
-from ccella_fast.diffusion.solvers import SamplingPlan, Solver, get_solver
-from ccella_fast.errors import ConfigError, NonFiniteError
+from ccella_fast.diffusion.solvers import SamplingPlan
+from ccella_fast.errors import ConfigError
 from ccella_fast.progress import refresh_interval
 
 DenoiserFn = Callable[[Tensor, Tensor], Tensor]  # x (B, ...), t (B,) -> prediction (B, ...)
-Callback = Callable[[int, float, Tensor, Tensor | None], None]  # evaluation, t, the new x, x0 as estimated there
-
-
-def sample(
-    denoiser: DenoiserFn,
-    x_T: Tensor,
-    *,
-    solver: str | Solver | Any = "dpmpp_2m",
-    num_steps: int = 20,
-    prediction: str = "epsilon",
-    seeds: Sequence[int] | None = None,
-    schedule: Any = None,
-    callback: Callback | None = None,
-    timestep_spacing: str | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """Turn noise into samples with any network. Nothing in the loop waits for the device.
-
-    Args:
-        denoiser: `denoiser(x, t)` with x like `x_T` and t (B,), int64 for a noise schedule, floating for a flow, returns what
-            `prediction` names, (B, ...). Condition it with a closure or functools.partial; it is called under no_grad.
-        x_T: standard normal noise, (B, ...). The solver computes in fp32 (fp64 if x_T is), whatever the network's dtype.
-        solver: "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler_flow", "heun_flow"; a Solver, such as
-            Ddim(eta=0.5); or any scheduler object of diffusers, which is left unchanged and brings its own schedule and
-            prediction.
-        num_steps: denoising steps.
-        prediction: "epsilon", "v", "x0" for a noise schedule, "velocity" (eps - x0) for a flow. The names of diffusers and
-            MONAI ("v_prediction", "sample") are understood.
-        seeds: one per sample, needed by ddpm and dpmpp_2m_sde. They alone decide a sample's noise, in any batch.
-        schedule: None is the reference's scaled-linear one; or betas, or alphas_cumprod, or an object that holds the latter.
-        callback: `callback(i, t, x, x0)` after each evaluation, t a number, x the new sample, x0 the estimated clean sample.
-        timestep_spacing: "leading", "trailing", "linspace", "karras"; None is the solver's own.
-        progress: show a bar on stderr.
-
-    Returns:
-        x_0, like `x_T` in shape, device and dtype.
-
-    Raises:
-        ConfigError: arguments that do not fit together.
-        NonFiniteError: the result holds NaN or infinity.
-    """
-    if not isinstance(x_T, Tensor) or not x_T.is_floating_point():
-        what = f"a tensor of {x_T.dtype}" if isinstance(x_T, Tensor) else f"a {type(x_T).__name__}"
-        raise ConfigError(f"x_T is {what}", field="x_T", fix="give a floating tensor of standard normal noise")
-    if isinstance(solver, (str, Solver)):
-        plan = get_solver(solver).plan(
-            Schedule.of(schedule), num_steps, prediction=prediction, timestep_spacing=timestep_spacing
-        )
-        trajectory: TrajectoryProtocol = Trajectory(plan, x_T, seeds)
-    else:
-        from ccella_fast.diffusion.scheduler_adapter import SchedulerTrajectory
-
-        trajectory = SchedulerTrajectory(solver, x_T, seeds, num_steps=num_steps, prediction=prediction)
-    result = run_trajectory(trajectory, lambda _: trajectory.advance(denoiser), callback=callback, progress=progress)
-    if not bool(result.isfinite().all()):
-        fix = (
-            "check the denoiser's output (fp16 overflows easily) and that `prediction` and `schedule` are the network's"
-        )
-        raise NonFiniteError("the sample holds NaN or infinity", field="denoiser", fix=fix)
-    return result
+Callback = Callable[[int, float, Tensor, Tensor | None], None]  # evaluation i, t, the new x, the estimated x0
 
 
 class TrajectoryProtocol(Protocol):
-    """What the loop drives: a Trajectory of ours, or one around a diffusers scheduler."""
+    """What `run_trajectory` advances: a Trajectory, or the adapter of a diffusers scheduler."""
 
     @property
-    def x(self) -> Tensor: ...
+    def x(self) -> Tensor:
+        """The current sample, (B, ...)."""
+
     @property
-    def x0(self) -> Tensor | None: ...
+    def x0(self) -> Tensor | None:
+        """The clean sample as estimated at the last evaluation, (B, ...)."""
+
     def __len__(self) -> int: ...
-    def timestep(self, i: int) -> float: ...
-    def draw_noise(self, i: int) -> None: ...
-    def advance(self, denoiser: DenoiserFn) -> None: ...
-    def result(self) -> Tensor: ...
+
+    def timestep(self, i: int) -> float:
+        """The timestep of evaluation i."""
+
+    def draw_noise(self, i: int) -> None:
+        """Draw the noise that evaluation i adds."""
+
+    def advance(self, denoiser: DenoiserFn) -> None:
+        """One evaluation of the network and one solver step."""
+
+    def result(self) -> Tensor:
+        """The sample, (B, ...)."""
 
 
 @torch.no_grad()
@@ -102,7 +54,18 @@ def run_trajectory(
     description: str = "sampling",
     progress: bool = True,
 ) -> Tensor:
-    """The loop. advance(i) takes evaluation i: `trajectory.advance(denoiser)`, or the replay of a CUDA graph that holds it."""
+    """The sampling loop.
+
+    Args:
+        trajectory: the state, at its start.
+        advance: performs evaluation i: calls `trajectory.advance(denoiser)`, or replays a CUDA graph of that call.
+        callback: called after each evaluation.
+        description: the label of the progress bar.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The sample, (B, ...).
+    """
     bar = tqdm(
         range(len(trajectory)), desc=description, unit="step", disable=not progress, mininterval=refresh_interval()
     )
@@ -115,16 +78,19 @@ def run_trajectory(
 
 
 class Trajectory:
-    """The tensors of one batch on its way along a plan. Its numbers live on the device, and so does its position.
+    """The state of one batch along a sampling plan. Coefficients and position are on the device.
 
-    plan        what is walked
-    x           (B, ...) fp32, or fp64 if x_T is: the sample now
-    x0          like x: the clean sample as estimated at the last evaluation
-    timesteps   (E,) on the device; rows (E, K), the plan's coefficients in x's dtype
-    index       (1,) int64 on the device: the next evaluation, to gather whatever else was computed for all timesteps
-    noise       like x, or None when the plan is not stochastic: what the next evaluation adds
-    static      every tensor keeps its address, as a captured CUDA graph needs; otherwise a step makes new ones, and those
-                that a denoiser or a callback has kept stay as they were
+    Attributes:
+        plan: the sampling plan, of E evaluations with K coefficients each.
+        x: (B, ...) fp32, or fp64 if x_T is fp64: the current sample.
+        x0: like x: the clean sample as estimated at the last evaluation.
+        timesteps: (E,).
+        rows: (E, K), the plan's coefficients in the dtype of x.
+        index: (1,) int64: the next evaluation, for gathering from tables over all timesteps.
+        noise: like x: the noise that the next evaluation adds; None if the plan is deterministic.
+        state: the solver's memory, each tensor like x.
+        static: whether every tensor keeps its address, as a captured CUDA graph requires. Otherwise each step allocates new
+            tensors, and those that a denoiser or a callback has kept are not overwritten.
     """
 
     def __init__(self, plan: SamplingPlan, x_T: Tensor, seeds: Sequence[int] | None = None, *, static: bool = False):
@@ -142,14 +108,18 @@ class Trajectory:
         self.start(x_T, seeds)
 
     def start(self, x_T: Tensor, seeds: Sequence[int] | None = None) -> None:
-        """Begin anew with another x_T of the same shape, in the same buffers when they are static."""
+        """Restart from another x_T of the same shape, in the same buffers if they are static.
+
+        Raises:
+            ConfigError: the plan is stochastic and the number of seeds is not the number of samples.
+        """
         if self.plan.stochastic and (seeds is None or len(seeds) != len(x_T)):
-            have = "none are given" if seeds is None else f"{len(seeds)} are given for {len(x_T)} samples"
-            fix = "add seeds=[...], one a sample, or take a deterministic solver: dpmpp_2m, unipc, ddim"
-            raise ConfigError(f"a stochastic solver needs a seed for each sample; {have}", field="seeds", fix=fix)
-        self._sources = step_generators(seeds if self.plan.stochastic else (), x_T.device)
+            got = "none" if seeds is None else f"{len(seeds)} for {len(x_T)} samples"
+            fix = "add seeds=[...], one per sample, or use a deterministic solver, such as dpmpp_2m"
+            raise ConfigError(f"a stochastic solver needs a seed for each sample, got {got}", field="seeds", fix=fix)
+        self._generators = step_generators(seeds if self.plan.stochastic else (), x_T.device)
         self.index.zero_()
-        self._keep(x_T.to(self.x.dtype), torch.zeros_like(self.x), tuple(map(torch.zeros_like, self.state)))
+        self._store(x_T.to(self.x.dtype), torch.zeros_like(self.x), tuple(map(torch.zeros_like, self.state)))
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -160,49 +130,54 @@ class Trajectory:
         return self.timesteps.index_select(0, self.index).expand(len(self.x))
 
     def timestep(self, i: int) -> float:
+        """The timestep of evaluation i, without a wait for the device."""
         return self.plan.timesteps[i].item()
 
     def draw_noise(self, i: int) -> None:
-        """Fill `noise` for evaluation i, outside any graph. Nothing is drawn where the plan adds none."""
+        """Draw the noise of evaluation i, outside any CUDA graph. Nothing is drawn if this evaluation adds none."""
         if self.noise is None or not self.plan.noise_scale[i]:
             return
-        drawn = randn_per_sample(self.x.shape[1:], self._sources, device=self.x.device).to(self.x.dtype)
+        drawn = randn_per_sample(self.x.shape[1:], self._generators, device=self.x.device).to(self.x.dtype)
         self.noise = self.noise.copy_(drawn) if self.static else drawn
 
     def advance(self, denoiser: DenoiserFn) -> None:
-        """One evaluation and the solver's step. Device work only: with `static` it can be captured once and replayed."""
+        """One evaluation of the network and the solver's step, without host synchronization.
+
+        If `static`, the call can be captured in a CUDA graph and replayed.
+        """
         output = evaluate_denoiser(denoiser, self.x.to(self.dtype), self.t)
         row = self.rows.index_select(0, self.index)[0]
-        self._keep(*self.plan.step(self.x, output.to(self.x.dtype), row, self.noise, self.state))
+        self._store(*self.plan.step(self.x, output.to(self.x.dtype), row, self.noise, self.state))
         self.index += 1
 
     def result(self) -> Tensor:
-        """The sample in x_T's dtype, in memory of its own."""
+        """The sample in the dtype of x_T; if `static`, a copy."""
         return self.x.to(self.dtype, copy=self.static)
 
-    def _keep(self, x: Tensor, x0: Tensor, state: tuple[Tensor, ...]) -> None:
+    def _store(self, x: Tensor, x0: Tensor, state: tuple[Tensor, ...]) -> None:
         if not self.static:
             self.x, self.x0, self.state = x, x0, state
             return
-        # The last memory first: each is copied from what is now before that is overwritten.
+        # The oldest first: a new value may be a tensor that is itself overwritten below.
         for memory, value in [*reversed(list(zip(self.state, state, strict=True))), (self.x0, x0), (self.x, x)]:
             if memory is not value:
                 memory.copy_(value)
 
 
 def evaluate_denoiser(denoiser: DenoiserFn, x: Tensor, t: Tensor) -> Tensor:
-    """The denoiser's answer; ConfigError when it is not shaped like x."""
+    """The denoiser's output, (B, ...).
+
+    Raises:
+        ConfigError: the output is not a tensor of the shape of `x`.
+    """
     output = denoiser(x, t)
     if not isinstance(output, Tensor) or output.shape != x.shape:
         returned = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        why, fix = (
-            f"the denoiser returned {returned} for x of {tuple(x.shape)}",
-            "return the prediction alone, shaped like x",
-        )
-        raise ConfigError(why, field="denoiser", fix=fix)
+        why = f"the denoiser must return a tensor shaped like x, {tuple(x.shape)}; it returned {returned}"
+        raise ConfigError(why, field="denoiser", fix="return the prediction alone, shaped like x")
     return output
 
 
 def step_generators(seeds: Sequence[int] | None, device: torch.device) -> list[torch.Generator]:
-    """The source of each sample's step noise."""
+    """The generator of each sample's step noise."""
     return [generator(index(seed), "step", device=device) for seed in (() if seeds is None else seeds)]

@@ -1,4 +1,4 @@
-"""Sampling: `FastSampler` for Python, `command.sample_to_folder` behind `ccella-fast sample`."""
+"""Sampling: `FastSampler` is the Python API; `command.sample_to_folder` implements `ccella-fast sample`."""
 
 from __future__ import annotations
 

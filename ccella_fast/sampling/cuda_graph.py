@@ -1,4 +1,4 @@
-"""Steps of the denoising loop as CUDA graphs: one launch in place of hundreds."""
+"""Denoising steps as CUDA graphs: one launch per step instead of hundreds."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ Step = Callable[[], None]
 
 
 class StepGraphs:
-    """Executes steps, recorded ones where `capture` is given.
+    """Runs steps, eagerly or by replaying captured ones.
 
-    capture(step) -> replay records a step; None: every step is executed. The first step of a kind is always executed, which
-    readies libraries and tuners, the second is captured without being executed, and from then on it is replayed."""
+    The first step of each kind runs eagerly, which initializes libraries and autotuners; the second is captured, and that one
+    and all later ones are replayed.
+
+    Args:
+        capture: `capture(step)` captures a step without running it and returns its replay; None: every step runs eagerly.
+    """
 
     def __init__(self, capture: Callable[[Step], Step] | None = None):
         self._capture = capture
@@ -22,7 +26,7 @@ class StepGraphs:
         self._replays: dict[Hashable, Step] = {}
 
     def run(self, kind: Hashable, step: Step) -> None:
-        """step: the same kernels over tensors at the same addresses whenever `kind` is the same."""
+        """Run `step`, which must launch the same kernels on the same addresses for every call with an equal `kind`."""
         if self._capture is None or kind not in self._executed:
             step()
             self._executed.add(kind)
@@ -34,22 +38,25 @@ class StepGraphs:
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One per device, because cuBLAS keeps a workspace for each stream. PyTorch's own belongs to whichever GPU came first."""
+    """One stream per device, because cuBLAS keeps a workspace per stream.
+
+    PyTorch's default capture stream belongs to the device that was current when it was created.
+    """
     return torch.cuda.Stream(device)
 
 
 class CudaGraphCapture:
-    """Records a step on `device` in a CUDA graph. The graphs of one loop are replayed one after the other and share their
-    memory."""
+    """Captures steps on `device` in CUDA graphs. They share a memory pool, because they are replayed one after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = _capture_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Step) -> Step:
+        """Capture `step` without running it; returns the replay."""
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the decoder's stream may be busy meanwhile.
-        recorded = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
-        with torch.cuda.device(self._stream.device), recorded:
+        # thread_local: the decoder's stream may be in use during the capture.
+        capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self._stream.device), capture:
             step()
         return graph.replay

@@ -1,7 +1,8 @@
-"""Latents to volumes in host memory, on a CUDA device beside the denoising of the next batch."""
+"""Decodes latents to volumes in host memory; on CUDA, concurrently with the denoising of the next batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,8 +14,14 @@ from ccella_fast.sampling.memory import out_of_memory
 
 
 class Decoded(NamedTuple):
-    """volume: (sequences, X, Y, Z) fp32 in [0, 1], None when not asked for. latent: (C, x, y, z) fp32. finite: everything is,
-    the image before it is clipped: afterwards infinity would pass for white."""
+    """One decoded latent, on the CPU.
+
+    Attributes:
+        volume: (sequences, X, Y, Z) fp32 in [0, 1]; None if only latents were requested.
+        latent: (C, x, y, z) fp32.
+        class_probabilities: of the classes; None if no class is predicted.
+        finite: whether all values are finite, those of the image before clipping, which would turn infinity into 1.
+    """
 
     volume: Tensor | None
     latent: Tensor
@@ -23,8 +30,14 @@ class Decoded(NamedTuple):
 
 
 class Decoder:
-    """autoencoder: None if nothing is ever decoded. channels, scale_factor: one entry a sequence. stream: a CUDA stream for the
-    decoder, None for the current one."""
+    """Decodes the latents of a batch.
+
+    Args:
+        autoencoder: None if nothing is decoded.
+        channels: the number of latent channels per sequence.
+        scale_factor: the factor of the latents per sequence.
+        stream: a CUDA stream for the decoder; None for the current one.
+    """
 
     def __init__(
         self,
@@ -38,42 +51,46 @@ class Decoder:
 
     @property
     def overlaps(self) -> bool:
+        """Whether decoding runs concurrently with other work."""
         return self._stream is not None
 
-    def start(self, latents: Tensor, probabilities: Tensor | None, *, decode: bool) -> Iterator[Decoded]:
-        """latents (B, C, x, y, z) -> one result a row. With a stream of its own all work is queued now and waited for when the
-        first result is asked for; otherwise each row is decoded when it is asked for."""
+    def submit(self, latents: Tensor, probabilities: Tensor | None, *, decode: bool) -> Iterator[Decoded]:
+        """Decode latents (B, C, x, y, z) to one result per row.
+
+        With a separate stream, all work is enqueued at once, and the first result waits for it; otherwise each row is decoded
+        when its result is requested.
+        """
         if self._stream is None:
-            return self._one_by_one(latents, probabilities, decode)
+            return self._decode_lazily(latents, probabilities, decode)
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(latents.device))
         with torch.cuda.stream(stream):
             latents.record_stream(stream)
             if probabilities is not None:
                 probabilities.record_stream(stream)
-            queued = [self._row(latent, decode) for latent in latents]
+            queued = [self._decode_row(latent, decode) for latent in latents]
             host = [
                 tuple(None if each is None else each.to("cpu", non_blocking=True) for each in row) for row in queued
             ]
-            chances = None if probabilities is None else probabilities.to("cpu", non_blocking=True)
+            host_probabilities = None if probabilities is None else probabilities.to("cpu", non_blocking=True)
             done = torch.cuda.Event()
             done.record(stream)
-        return self._waited(done, host, chances)
+        return self._wait_for(done, host, host_probabilities)
 
-    def _one_by_one(self, latents: Tensor, probabilities: Tensor | None, decode: bool) -> Iterator[Decoded]:
+    def _decode_lazily(self, latents: Tensor, probabilities: Tensor | None, decode: bool) -> Iterator[Decoded]:
         for number, latent in enumerate(latents):
-            row = tuple(None if each is None else each.cpu() for each in self._row(latent, decode))
-            yield _decoded(row, None if probabilities is None else probabilities[number])
+            row = tuple(None if each is None else each.cpu() for each in self._decode_row(latent, decode))
+            yield _to_decoded(row, None if probabilities is None else probabilities[number])
 
     @staticmethod
-    def _waited(done: torch.cuda.Event, host: list, chances: Tensor | None) -> Iterator[Decoded]:
+    def _wait_for(done: torch.cuda.Event, host: list, probabilities: Tensor | None) -> Iterator[Decoded]:
         done.synchronize()
         for number, row in enumerate(host):
-            yield _decoded(row, None if chances is None else chances[number])
+            yield _to_decoded(row, None if probabilities is None else probabilities[number])
 
     @torch.no_grad()
-    def _row(self, latent: Tensor, decode: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """latent, is everything finite, volume; all on the device."""
+    def _decode_row(self, latent: Tensor, decode: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The latent, whether everything is finite, and the volume; all on the device."""
         finite = latent.isfinite().all()
         if not decode or (latent.device.type == "cpu" and not finite):
             return latent, finite, None
@@ -88,8 +105,10 @@ class Decoder:
         return latent, finite, torch.stack(images)
 
 
-def _decoded(row: tuple, probabilities: Tensor | None) -> Decoded:
+def _to_decoded(row: tuple, probabilities: Tensor | None) -> Decoded:
     latent, finite, volume = row
-    chances = None if probabilities is None else probabilities.tolist()
-    known = chances is None or all(chance == chance for chance in chances)  # NaN is not itself
-    return Decoded(volume, latent, chances, bool(finite) and known)
+    values = None if probabilities is None else probabilities.tolist()
+    probabilities_finite = values is None or not any(
+        math.isnan(value) for value in values
+    )  # a softmax is never infinite
+    return Decoded(volume, latent, values, bool(finite) and probabilities_finite)

@@ -1,5 +1,7 @@
-"""The denoising loop of one batch shape: conditioning, network, guidance and solver, kept from batch to batch, so that a CUDA
-graph is captured once and replayed for all."""
+"""The denoising loop for one batch shape: conditioning, network, guidance and solver.
+
+It is reused from batch to batch, so that a CUDA graph is captured once and replayed for all of them.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,28 @@ from ccella_fast.diffusion.trajectory import Trajectory, run_trajectory
 from ccella_fast.models import Conditioning, DiffusionModel
 from ccella_fast.models.feature_reuse import check_depth, denoise_keeping, denoise_reusing
 from ccella_fast.models.unet3d import UNet3d
-from ccella_fast.sampling.conditioning import Conditioner, ConditioningCache, PromptRows, UncachedConditioning
+from ccella_fast.sampling.conditioning import Conditioner, ConditioningCache, UncachedConditioning
 from ccella_fast.sampling.cuda_graph import CudaGraphCapture, StepGraphs
 from ccella_fast.sampling.guidance import Guidance, Reuse, StepKind, step_kinds
 from ccella_fast.sampling.optimizations import Optimizations
+from ccella_fast.sampling.prompts import PromptRows
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How every batch of a request goes through the loop. Two are equal when they are made from equal settings.
+    """The settings of the loop, shared by all batches of a request.
 
-    plan: a Plan of ours, or a diffusers scheduler that makes its own; it follows from the four fields after it.
-    schedule_length: training timesteps. row_by_row: see `ConditioningCache`."""
+    Attributes:
+        plan: a SamplingPlan, or a diffusers scheduler; it is determined by the next four fields and not compared.
+        solver: the solver or its name.
+        num_steps: denoising steps.
+        prediction: what the network predicts.
+        timestep_spacing: None for the solver's default.
+        schedule_length: the number of training timesteps.
+        guidance: the guidance settings.
+        reuse: the settings of feature reuse; None: off.
+        row_by_row: see `ConditioningCache`.
+    """
 
     plan: SamplingPlan | Any = field(compare=False)
     solver: Any
@@ -42,82 +54,97 @@ class LoopSettings:
 
 
 class Denoised(NamedTuple):
-    """latents (B, C, X, Y, Z) fp32 on the device; class_logits (rows, classes) of the last step, None where no class is
-    predicted. Work may still be under way on the device."""
+    """The result of a batch, on the device, whose work may not be finished.
+
+    Attributes:
+        latents: (B, C, X, Y, Z) fp32.
+        class_logits: (rows, classes) of the last step; None if no class is predicted.
+    """
 
     latents: Tensor
     class_logits: Tensor | None
 
 
 class DenoisingLoop:
-    """Denoises batches of `batch` latents (C, X, Y, Z), all with prompts of one `form`.
+    """Denoises batches of one shape, with prompts of one `shape_signature`.
 
-    Which kind a step is (guided or not, whole or with a reused feature) is known before the loop. Each kind is a fixed sequence
-    of kernels over tensors that keep their addresses; the position in the plan is read on the device.
+    The kind of each step (guided or not, with the whole network or with a reused feature) is known before the loop. Each kind
+    is a fixed sequence of kernels over tensors that keep their addresses; the position in the plan is read on the device.
 
-    Raises ConfigError for a depth of reuse that the U-Net does not have."""
+    Args:
+        model: the denoiser.
+        settings: the settings of the request.
+        optimizations: the sampler's optimizations.
+        batch_size: B.
+        latent_shape: (C, X, Y, Z).
+        memory_format: of the latents.
+
+    Raises:
+        ConfigError: the U-Net does not support the depth of feature reuse.
+    """
 
     def __init__(
         self,
         model: DiffusionModel,
         settings: LoopSettings,
         optimizations: Optimizations,
-        batch: int,
-        latent: Sequence[int],
-        layout: torch.memory_format,
+        batch_size: int,
+        latent_shape: Sequence[int],
+        memory_format: torch.memory_format,
     ):
-        self._settings, self._latent, self._layout = settings, list(latent), layout
+        self._settings, self._latent_shape, self._memory_format = settings, list(latent_shape), memory_format
         self._device = next(model.parameters()).device
         unet: Any = getattr(model, "unet", model)
         assert isinstance(unet, UNet3d)
         if settings.reuse is not None:
             check_depth(unet, settings.reuse.depth)
-        # dynamic=False: every shape is compiled for itself.
+        # dynamic=False: compiled separately for each shape.
         wrap: Callable = (lambda f: torch.compile(f, dynamic=False)) if optimizations.compile else (lambda f: f)
         self._unet = unet
-        self._whole, self._keeping, self._reusing = wrap(unet.denoise), wrap(denoise_keeping), wrap(denoise_reusing)
-        self._features: dict[bool, Tensor] = {}  # by guided: with guidance there are twice the rows
+        self._denoise = wrap(unet.denoise)
+        self._denoise_keeping, self._denoise_reusing = wrap(denoise_keeping), wrap(denoise_reusing)
+        self._features: dict[bool, Tensor] = {}  # by `guided`: with guidance there are twice as many rows
 
-        capture = self._capture(optimizations)
+        capture = self._make_capture(optimizations)
         self._graphs = StepGraphs(capture)
-        x_T = torch.zeros(batch, *self._latent, device=self._device).contiguous(memory_format=layout)
+        x_T = torch.zeros(batch_size, *self._latent_shape, device=self._device).contiguous(memory_format=memory_format)
         self._trajectory: Trajectory | SchedulerTrajectory
         if isinstance(settings.plan, SamplingPlan):
-            self._trajectory = Trajectory(settings.plan, x_T, range(batch), static=capture is not None)
+            self._trajectory = Trajectory(settings.plan, x_T, range(batch_size), static=capture is not None)
         else:
-            self._trajectory = self._scheduled(x_T, range(batch))
+            self._trajectory = self._scheduler_trajectory(x_T, range(batch_size))
         timesteps = self._trajectory.timesteps
-        self._source: Conditioner
+        self._conditioner: Conditioner
         if optimizations.precompute_conditioning:
-            self._source = ConditioningCache(model, timesteps, row_by_row=settings.row_by_row)
+            self._conditioner = ConditioningCache(model, timesteps, row_by_row=settings.row_by_row)
         else:
-            self._source = UncachedConditioning(model, timesteps)
+            self._conditioner = UncachedConditioning(model, timesteps)
         times = [self._trajectory.timestep(i) for i in range(len(self._trajectory))]
         self._kinds = step_kinds(times, settings.schedule_length, settings.guidance, settings.reuse)
 
     def run(self, seeds: Sequence[int], prompts: PromptRows, *, description: str, progress: bool) -> Denoised:
-        """A batch from noise, one seed per latent."""
-        x_T = start_noise(self._latent, seeds, device=self._device).contiguous(memory_format=self._layout)
+        """Denoise a batch from noise, with one seed per latent."""
+        x_T = start_noise(self._latent_shape, seeds, device=self._device).contiguous(memory_format=self._memory_format)
         if isinstance(self._trajectory, Trajectory):
             self._trajectory.start(x_T, seeds)
         else:
-            self._trajectory = self._scheduled(x_T, seeds)
-        self._source.start(prompts)
+            self._trajectory = self._scheduler_trajectory(x_T, seeds)
+        self._conditioner.set_prompts(prompts)
         cudnn = torch.backends.cudnn
-        kept = {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
-        with torch.no_grad(), cudnn.flags(**kept, benchmark=True):
+        flags = {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
+        with torch.no_grad(), cudnn.flags(**flags, benchmark=True):
             latents = run_trajectory(self._trajectory, self._step, description=description, progress=progress)
-        return Denoised(latents.contiguous(), self._source.class_logits)
+        return Denoised(latents.contiguous(), self._conditioner.class_logits)
 
     def _step(self, i: int) -> None:
-        """Evaluation i. What `advance` does can be captured: device work only."""
+        """Evaluation i. `advance` can be captured, because it does not synchronize with the host."""
         kind = self._kinds[i]
-        self._source.prepare(i)
+        self._conditioner.prepare(i)
         self._graphs.run(kind, lambda: self._trajectory.advance(lambda x, t: self._predict(x, kind)))
 
     def _predict(self, x: Tensor, kind: StepKind) -> Tensor:
-        """x (B, C, X, Y, Z) -> the prediction at the trajectory's position, guided if the step is, in fp32."""
-        conditioning = self._source.at(self._trajectory.index)  # rows as `PromptRows` says
+        """The prediction for x (B, C, X, Y, Z) at the current timestep, with guidance if `kind` has it, in fp32."""
+        conditioning = self._conditioner.at(self._trajectory.index)  # for the order of the rows, see `PromptRows`
         if not kind.guided:
             return self._evaluate(x, _first_rows(conditioning, len(x)), kind).float()
         both = self._evaluate(torch.cat([x, x]), conditioning, kind).float()
@@ -125,27 +152,27 @@ class DenoisingLoop:
         return null + self._settings.guidance.scale * (conditional - null)
 
     def _evaluate(self, x: Tensor, conditioning: Conditioning, kind: StepKind) -> Tensor:
-        """The network, whole or from the kept feature."""
+        """The network's output, from the whole network or from the stored feature."""
         reuse = self._settings.reuse
         if reuse is None:
-            return self._whole(x, conditioning)
+            return self._denoise(x, conditioning)
         if kind.feature == "reuse":
-            return self._reusing(self._unet, x, conditioning, reuse.depth, self._features[kind.guided])
-        noise, feature = self._keeping(self._unet, x, conditioning, reuse.depth)
+            return self._denoise_reusing(self._unet, x, conditioning, reuse.depth, self._features[kind.guided])
+        noise, feature = self._denoise_keeping(self._unet, x, conditioning, reuse.depth)
         if kind.guided not in self._features:
-            self._features[kind.guided] = torch.empty_like(feature)  # memory that no graph owns
+            self._features[kind.guided] = torch.empty_like(feature)  # outside the memory pool of the graphs
         self._features[kind.guided].copy_(feature)
         return noise
 
-    def _capture(self, optimizations: Optimizations) -> Callable | None:
-        """How a step is recorded; None where every step is executed."""
+    def _make_capture(self, optimizations: Optimizations) -> Callable | None:
+        """The function that captures a step; None if every step runs eagerly."""
         possible = (
             optimizations.cuda_graph and self._device.type == "cuda" and isinstance(self._settings.plan, SamplingPlan)
         )
         return CudaGraphCapture(self._device) if possible else None
 
-    def _scheduled(self, x_T: Tensor, seeds: Sequence[int]) -> SchedulerTrajectory:
-        """A diffusers scheduler keeps state of its own, so each batch takes a fresh copy."""
+    def _scheduler_trajectory(self, x_T: Tensor, seeds: Sequence[int]) -> SchedulerTrajectory:
+        """A new copy of the diffusers scheduler for each batch, because a scheduler keeps its own state."""
         settings = self._settings
         return SchedulerTrajectory(
             settings.plan, x_T, seeds, num_steps=settings.num_steps, prediction=settings.prediction
@@ -153,7 +180,7 @@ class DenoisingLoop:
 
 
 def _first_rows(conditioning: Conditioning, count: int) -> Conditioning:
-    """The conditional rows: the first `count`, or the single one for all."""
+    """The conditional rows: the first `count` rows, or the single row expanded."""
 
     def take(tensor: Tensor) -> Tensor:
         return tensor.expand(count, *tensor.shape[1:]) if len(tensor) == 1 else tensor[:count]

@@ -1,4 +1,4 @@
-"""Classifier-free guidance and feature reuse: what each step of a run does, known before the run."""
+"""Classifier-free guidance and feature reuse: the kind of each denoising step, known before the run."""
 
 from __future__ import annotations
 
@@ -11,24 +11,33 @@ from ccella_fast.errors import ConfigError
 
 @dataclass(frozen=True)
 class Reuse:
-    """Feature reuse: one of every `interval` steps is computed whole, the others compute only the outermost `depth` blocks of
-    the up path.
+    """Feature reuse between steps (`models.feature_reuse`), an approximation.
 
-    An approximation (`models.feature_reuse`): measure its error as well as its gain on your model."""
+    Measure its error as well as its speedup on your model.
+
+    Attributes:
+        interval: the whole network is evaluated in one of every `interval` steps.
+        depth: the other steps evaluate only the last `depth` blocks of the up path.
+    """
 
     interval: int = 3
     depth: int = 1
 
     def __post_init__(self) -> None:
         if self.interval < 1:
-            raise ConfigError(f"an interval of {self.interval}", field="reuse.interval", fix="use 1 or more")
+            why = f"the interval of feature reuse must be at least 1, got {self.interval}"
+            raise ConfigError(why, field="reuse.interval", fix="use 1 or more")
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): null + scale (conditional - null), where null is the
-    prediction for the null report. interval: only at timesteps between these fractions of the schedule (Kynkaanniemi et al.
-    2024, arXiv 2404.07724); outside it a step costs no more than without guidance."""
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): null + scale (conditional - null).
+
+    Attributes:
+        scale: 1 disables guidance.
+        interval: guidance is applied only at timesteps between these fractions of the schedule (Kynkaanniemi et al. 2024, arXiv
+            2404.07724); other steps cost as much as without guidance.
+    """
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
@@ -36,37 +45,51 @@ class Guidance:
     def __post_init__(self) -> None:
         low, high = self.interval
         if not 0 <= low < high <= 1:
+            why = f"guidance_interval must be two increasing fractions between 0 and 1, got {list(self.interval)}"
             fix = "give two fractions of the schedule, such as 0.1 0.7"
-            raise ConfigError(f"{list(self.interval)} is no interval", field="guidance_interval", fix=fix)
+            raise ConfigError(why, field="guidance_interval", fix=fix)
         if not 0 <= self.scale < 1e3:
-            raise ConfigError(
-                f"a guidance scale of {self.scale}", field="guidance_scale", fix="use 1 (off) to about 10"
-            )
+            why = f"guidance_scale must be at least 0 and below 1000, got {self.scale}"
+            raise ConfigError(why, field="guidance_scale", fix="use 1 (off) to about 10")
 
     @property
     def on(self) -> bool:
+        """Whether guidance changes the prediction."""
         return self.scale != 1
 
 
 class StepKind(NamedTuple):
-    """Steps of one kind launch the same kernels in the same order."""
+    """Steps of the same kind launch the same kernels in the same order.
+
+    Attributes:
+        guided: whether guidance is applied.
+        feature: "" without feature reuse, "keep" if the feature is computed and stored, "reuse" if the stored one is used.
+    """
 
     guided: bool
-    feature: str  # "": nothing is kept; "keep": computed whole and kept; "reuse": the kept one is used
+    feature: str
 
 
 def step_kinds(timesteps: Sequence[float], total: int, guidance: Guidance, reuse: Reuse | None) -> list[StepKind]:
-    """The kind of each evaluation. total: the schedule's length. Where guidance starts or ends, the feature is computed anew,
-    because the number of rows changes."""
+    """The kind of each evaluation.
+
+    When guidance starts or ends, the feature is recomputed, because the number of rows changes.
+
+    Args:
+        timesteps: the timestep of each evaluation.
+        total: the number of training timesteps.
+        guidance: the guidance settings.
+        reuse: the settings of feature reuse; None: off.
+    """
     low, high = (edge * total for edge in guidance.interval)
     kinds: list[StepKind] = []
-    since = 0
+    age = 0  # steps since the feature was computed, that step included
     for t in timesteps:
         guided = guidance.on and low <= t <= high
         if reuse is None:
             kinds.append(StepKind(guided, ""))
             continue
-        fresh = not kinds or kinds[-1].guided != guided or since >= reuse.interval
+        fresh = not kinds or kinds[-1].guided != guided or age >= reuse.interval
         kinds.append(StepKind(guided, "keep" if fresh else "reuse"))
-        since = 1 if fresh else since + 1
+        age = 1 if fresh else age + 1
     return kinds

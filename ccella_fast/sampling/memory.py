@@ -1,4 +1,4 @@
-"""How much memory sampling takes, before it is taken, and what to do when there is too little."""
+"""Estimates of the memory that sampling needs, and its out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -11,51 +11,64 @@ import torch
 from ccella_fast.config import ModelConfig
 from ccella_fast.errors import ConfigError
 from ccella_fast.hardware import free_memory
-from ccella_fast.sampling.conditioning import TABLE_BYTES
+from ccella_fast.sampling.conditioning import CACHE_BYTES
 
 _FP32 = 4
 
 
 def activation_bytes(config: ModelConfig, rows: int, grid: list[int], dtype: torch.dtype) -> int:
-    """Peak of the U-Net's activations for `rows` rows (twice the volumes with guidance), on a latent grid [X, Y, Z].
+    """The peak size in bytes of the U-Net's activations.
 
-    The peak is in the first residual block of the finest up level: its input is the concatenation of what comes from below
-    and a skip; beside it lie all skips of that level, and the norm's fp32 copies."""
+    It occurs in the first residual block of the finest up level. That block's input is the concatenation of the features of the
+    coarser level and a skip connection; all skip connections of the level and the fp32 copies of the norm are alive too.
+
+    Args:
+        config: the model's sizes.
+        rows: rows per call: the number of volumes, twice that with guidance.
+        grid: the latent grid [X, Y, Z].
+        dtype: of the activations.
+    """
     first = config.num_channels[0]
-    below = config.num_channels[min(1, len(config.num_channels) - 1)]
-    skips, entering = (config.num_res_blocks + 1) * first, below + first
+    coarser = config.num_channels[min(1, len(config.num_channels) - 1)]
+    skips, concatenated = (config.num_res_blocks + 1) * first, coarser + first
     voxels = rows * math.prod(grid)
-    return voxels * (dtype.itemsize * (skips + below + 2 * entering) + 3 * _FP32 * entering)
+    return voxels * (dtype.itemsize * (skips + coarser + 2 * concatenated) + 3 * _FP32 * concatenated)
 
 
-def table_bytes(config: ModelConfig, rows: int, steps: int, dtype: torch.dtype) -> int:
-    """A window of the conditioning table: keys and values of every cross-attention."""
+def cache_bytes(config: ModelConfig, rows: int, steps: int, dtype: torch.dtype) -> int:
+    """The size in bytes of a window of the conditioning cache: the keys and values of every cross-attention."""
     attending = [width for width, on in zip(config.num_channels, config.attention_levels, strict=True) if on]
     widths = (2 * config.num_res_blocks + 1) * sum(attending) + config.num_channels[-1]
-    return min(TABLE_BYTES, rows * steps * 2 * widths * config.num_latents * dtype.itemsize)
+    return min(CACHE_BYTES, rows * steps * 2 * widths * config.num_latents * dtype.itemsize)
 
 
 def check_memory(needed: int, device: torch.device, what: str) -> None:
-    """ConfigError with the estimate and three remedies when `needed` bytes are not free."""
+    """Check that `needed` bytes are free on `device`.
+
+    Raises:
+        ConfigError: with the estimate and three remedies.
+    """
     free = free_memory(device)
     if needed > free:
-        raise _too_much(
-            f"{what} needs about {needed / 2**30:.1f} GiB beside the weights, {free / 2**30:.1f} GiB are free"
+        estimate, available = f"{needed / 2**30:.1f} GiB", f"{free / 2**30:.1f} GiB"
+        raise _out_of_memory_error(
+            f"{what} needs about {estimate} in addition to the weights, but only {available} are free"
         )
 
 
 @contextmanager
 def out_of_memory(what: str) -> Iterator[None]:
-    """The allocator's errors in the user's words."""
+    """Convert out-of-memory errors of the allocators to ConfigError; `what` names the operation."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise _too_much(f"{what}: the GPU's memory is used up") from None
+        raise _out_of_memory_error(f"{what}: the GPU is out of memory") from None
     except RuntimeError as bad:
         if "can't allocate memory" not in str(bad) and "not enough memory" not in str(bad):
             raise
-        raise _too_much(f"{what}: this machine's memory is used up") from None
+        raise _out_of_memory_error(f"{what}: the machine is out of memory") from None
 
 
-def _too_much(why: str) -> ConfigError:
-    return ConfigError(why, field="batch_size", fix="a smaller batch_size, dtype bfloat16, or a smaller latent_shape")
+def _out_of_memory_error(why: str) -> ConfigError:
+    fix = "use a smaller batch_size, dtype bfloat16, or a smaller latent_shape"
+    return ConfigError(why, field="batch_size", fix=fix)

@@ -1,4 +1,4 @@
-"""What makes sampling fast, each with a switch of its own, so that its worth can be measured alone."""
+"""The sampler's optimizations. Each has its own switch, so that its effect can be measured separately."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 @deprecated_arguments(hoist="precompute_conditioning")
 @dataclass(frozen=True)
 class Optimizations:
-    """The sampler's optimisations. All are exact up to rounding. (Lower precision is the sampler's `dtype`; `Reuse` is an
-    approximation.)
+    """The sampler's optimizations, all exact up to rounding.
+
+    Lower precision is the sampler's `dtype`, and `Reuse` is an approximation; neither is listed here.
 
     Attributes:
         precompute_conditioning: compute adapter, class vector, embeddings, keys and values before the loop instead of in every
             step.
-        channels_last: convolutions in channels_last_3d; None: on CUDA, and on a CPU where the weights are bf16.
-        packed_weights: with channels_last where oneDNN supports bf16: convolution weights in its layout; None: unless compiled.
-        phase_upsampler: nearest x2 and convolution as eight small convolutions: 3.4 times fewer multiplications there.
+        channels_last: convolutions in channels_last_3d; None: on CUDA, and on a CPU if the weights are not fp32.
+        packed_weights: on a CPU with oneDNN support for bf16, with bf16 weights in channels_last_3d: store convolution weights
+            in oneDNN's blocked layout; None: on, unless `compile` is.
+        phase_upsampler: nearest x2 upsampling and convolution as eight small convolutions, with 3.4 times fewer
+            multiplications.
         cuda_graph: on CUDA, capture a step once and replay it: one launch instead of hundreds.
-        overlap_decode: on CUDA, decode on a second stream during the next batch's denoising.
-        compile: torch.compile of the network; the first step then takes minutes.
+        overlap_decode: on CUDA, decode on a second stream while the next batch is denoised.
+        compile: apply torch.compile to the network; the first step then takes minutes.
     """
 
     precompute_conditioning: bool = True
@@ -44,7 +47,7 @@ class Optimizations:
 
     @classmethod
     def off(cls) -> Optimizations:
-        """The plain loop, to measure against."""
+        """All optimizations off: the eager baseline for measurements."""
         return cls(
             precompute_conditioning=False, channels_last=False, packed_weights=False, phase_upsampler=False, cuda_graph=False,
             overlap_decode=False,
@@ -52,7 +55,11 @@ class Optimizations:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto": bf16 on CUDA and on CPUs with instructions for it (AVX512-BF16, AMX), fp32 elsewhere."""
+    """The dtype for its name; "auto" is bf16 on CUDA and on CPUs with bf16 instructions (AVX512-BF16, AMX), otherwise fp32.
+
+    Raises:
+        ConfigError: the name is unknown, or the device does not support the dtype.
+    """
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
@@ -62,12 +69,16 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         fix = did_you_mean(dtype, [*DTYPES, "auto"])
         raise ConfigError(f"there is no dtype '{dtype}'", field="dtype", fix=fix)
     if dtype == "float16" and device.type == "cpu":
-        raise ConfigError("float16 is not for CPUs", field="dtype", fix="use bfloat16 or float32")
+        why = "dtype float16 is not supported on CPUs"
+        raise ConfigError(why, field="dtype", fix="use bfloat16 or float32")
     return DTYPES[dtype]
 
 
-def channels_last(optimizations: Optimizations, dtype: torch.dtype, device: torch.device) -> bool:
-    """fp32 on a CPU is the exception: there oneDNN is as fast, or faster, with NCDHW."""
+def uses_channels_last(optimizations: Optimizations, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether convolutions run in channels_last_3d.
+
+    By default all but fp32 on a CPU do, where oneDNN is at least as fast with NCDHW.
+    """
     if optimizations.channels_last is not None:
         return optimizations.channels_last
     return device.type == "cuda" or dtype != torch.float32
@@ -76,16 +87,27 @@ def channels_last(optimizations: Optimizations, dtype: torch.dtype, device: torc
 def apply_optimizations(
     twin: ModuleT, source: nn.Module, optimizations: Optimizations, dtype: torch.dtype, device: torch.device
 ) -> ModuleT:
-    """Give `twin`, built like `source` on the meta device, the weights of `source` in the wanted form.
+    """Load the weights of `source` into `twin`, with the given dtype and device and the layout of the optimizations.
 
-    `source` stays as it is. A tensor that already has dtype, device and layout is shared with it, any other is copied."""
-    last = channels_last(optimizations, dtype, device)
+    `source` is not modified. A tensor that already has that dtype, device and layout is shared; others are copied.
 
-    def converted(tensor: Tensor) -> Tensor:
+    Args:
+        twin: a network like `source`, on the meta device.
+        source: the network with the weights.
+        optimizations: the sampler's optimizations.
+        dtype: of the floating-point weights.
+        device: of the weights.
+
+    Returns:
+        `twin`, in evaluation mode and without gradients.
+    """
+    last = uses_channels_last(optimizations, dtype, device)
+
+    def convert(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         return tensor.contiguous(memory_format=torch.channels_last_3d) if last and tensor.ndim == 5 else tensor
 
-    twin.load_state_dict({name: converted(tensor) for name, tensor in source.state_dict().items()}, assign=True)
+    twin.load_state_dict({name: convert(tensor) for name, tensor in source.state_dict().items()}, assign=True)
     if not optimizations.phase_upsampler:
         for module in twin.modules():
             if isinstance(module, UpsampleConv3d):

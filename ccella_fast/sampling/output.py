@@ -1,4 +1,4 @@
-"""What sampling gives back, and how a volume is written: NIfTI with geometry, JSON beside it."""
+"""The results of sampling and their files: NIfTI volumes, each with a JSON sidecar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.sampling.request import CLASSES
 from ccella_fast.storage import atomic_path, check_writable, read_json, write_json
 
-# What the reference multiplies [0, 1] volumes by (docs/explanation/method.md, section 5); for checkpoints that store no scale.
+# The factors by which the reference multiplies volumes in [0, 1] (docs/explanation/method.md, section 5), for checkpoints
+# that do not store their own.
 REFERENCE_INTENSITY = {"t2w": 962.0, "hbv": 117.0, "adc": 3000.0}
 DESCRIPTION = b"ccella_fast synthetic"
 
@@ -28,12 +29,12 @@ class GeneratedVolume:
     """One generated volume. Tensors are on the CPU.
 
     Attributes:
-        index: its place in the request.
+        index: its position in the request.
         seed: the seed of its noise.
-        volume: (sequences, X, Y, Z) fp32 in [0, 1], axes R, A, S; None when not decoded.
-        latent: (C, x, y, z) fp32 as the model makes it.
-        class_probabilities: [neg, pos] as the model predicted them from the report at the last step; None where the variant
-            predicts none.
+        volume: (sequences, X, Y, Z) fp32 in [0, 1], axes R, A, S; None if not decoded.
+        latent: (C, x, y, z) fp32, the model's output.
+        class_probabilities: [neg, pos], predicted from the report at the last step; None if the variant does not predict a
+            class.
     """
 
     index: int
@@ -45,99 +46,124 @@ class GeneratedVolume:
 
 @dataclass(frozen=True)
 class OutputVolume:
-    """A volume to write. own: what it does not share with the request's others. identity covers everything that it depends on,
-    the report only as a hash."""
+    """A volume to write.
+
+    Attributes:
+        name: of its files, without suffix.
+        report: the number of its report.
+        seed: the seed of its noise.
+        sample_metadata: the sidecar entries that it does not share with the request's other volumes.
+        identity: a hash of everything that the volume depends on, the report included.
+    """
 
     name: str
     report: int
     seed: int
-    own: dict[str, Any]
+    sample_metadata: dict[str, Any]
     identity: str
 
 
 @dataclass(frozen=True)
 class OutputWriter:
-    """What the files of a request share. facts: the sidecar's first entries. intensity: by sequence, the factor for [0, 1]."""
+    """Writes the volumes of a request.
 
-    facts: dict[str, Any]
+    Attributes:
+        request_metadata: the sidecar entries that all volumes of the request share.
+        sequences: the names of the sequences.
+        intensity_scale: by sequence, the factor from [0, 1] to written intensities.
+    """
+
+    request_metadata: dict[str, Any]
     sequences: list[str]
-    intensity: dict[str, float]
+    intensity_scale: dict[str, float]
 
-    def job(self, number: int, report: int, text: str | None, seed: int, own: dict[str, Any]) -> OutputVolume:
-        identity = volume_digest([self.facts, own, text, seed])
-        return OutputVolume(f"sample-{number:03d}_seed{seed}", report, seed, own, identity)
+    def describe_volume(
+        self, number: int, report: int, report_identity: str | None, seed: int, sample_metadata: dict[str, Any]
+    ) -> OutputVolume:
+        """The volume with this number in the request; the other arguments are those of `Prompts.metadata_of`."""
+        identity = volume_digest([self.request_metadata, sample_metadata, report_identity, seed])
+        return OutputVolume(f"sample-{number:03d}_seed{seed}", report, seed, sample_metadata, identity)
 
-    def files(self, out: Path, job: OutputVolume) -> dict[str, Path]:
-        """Path of each sequence's volume."""
+    def files(self, out: Path, output: OutputVolume) -> dict[str, Path]:
+        """The path of each sequence's volume."""
         if len(self.sequences) == 1:
-            return {self.sequences[0]: out / f"{job.name}.nii.gz"}
-        return {sequence: out / f"{job.name}_seq-{sequence}.nii.gz" for sequence in self.sequences}
+            return {self.sequences[0]: out / f"{output.name}.nii.gz"}
+        return {sequence: out / f"{output.name}_seq-{sequence}.nii.gz" for sequence in self.sequences}
 
-    def write(self, out: Path, job: OutputVolume, result: GeneratedVolume) -> None:
-        """The sidecar first: a volume without one would be nobody's."""
-        assert result.volume is not None
-        files, probabilities = self.files(out, job), result.class_probabilities
+    def write(self, out: Path, output: OutputVolume, generated: GeneratedVolume) -> None:
+        """Write the sidecar, then the volumes: a volume without a sidecar could not be attributed to a request."""
+        assert generated.volume is not None
+        files, probabilities = self.files(out, output), generated.class_probabilities
         rounded = probabilities and dict(zip(CLASSES, [round(p, 5) for p in probabilities], strict=True))
         sidecar = {
-            **self.facts,
-            **job.own,
-            "seed": job.seed,
-            "report": job.report,
+            **self.request_metadata,
+            **output.sample_metadata,
+            "seed": output.seed,
+            "report": output.report,
             "files": {sequence: path.name for sequence, path in files.items()},
-            "shape": list(result.volume.shape[1:]),
-            "intensity_scale": self.intensity,
+            "shape": list(generated.volume.shape[1:]),
+            "intensity_scale": self.intensity_scale,
             "class_probabilities": rounded,
-            "identity": job.identity,
+            "identity": output.identity,
         }
-        write_json(out / f"{job.name}.json", sidecar)
-        for (sequence, path), volume in zip(files.items(), result.volume.numpy(), strict=True):
-            write_nifti(path, volume * self.intensity[sequence], job.own["spacing"])
+        write_json(out / f"{output.name}.json", sidecar)
+        for (sequence, path), volume in zip(files.items(), generated.volume.numpy(), strict=True):
+            write_nifti(path, volume * self.intensity_scale[sequence], output.sample_metadata["spacing"])
 
-    def missing(self, out: Path, jobs: Sequence[OutputVolume], *, overwrite: bool = False) -> list[OutputVolume]:
-        """The jobs still to do. What is there and does not belong to them is refused, or removed with `overwrite`."""
-        wanted = {f"{job.name}.json": job.identity for job in jobs}
-        names = {path.name for job in jobs for path in self.files(out, job).values()} | set(wanted)
-        there = {path for pattern in ("sample-*.nii.gz", "sample-*.json") for path in out.glob(pattern)}
+    def missing(self, out: Path, outputs: Sequence[OutputVolume], *, overwrite: bool = False) -> list[OutputVolume]:
+        """The volumes that are not in the folder yet; with `overwrite`, all of them, after existing samples are deleted.
+
+        Raises:
+            ConfigError: the folder contains samples of another request.
+        """
+        identities = {f"{output.name}.json": output.identity for output in outputs}
+        names = {path.name for output in outputs for path in self.files(out, output).values()} | set(identities)
+        existing = {path for pattern in ("sample-*.nii.gz", "sample-*.json") for path in out.glob(pattern)}
         if overwrite:
-            for path in there:
+            for path in existing:
                 path.unlink()
-            return list(jobs)
-        foreign = {path for path in there if path.name not in names}
-        for path in there - foreign:
+            return list(outputs)
+        foreign = {path for path in existing if path.name not in names}
+        for path in existing - foreign:
             sidecar = out / f"{path.name.split('.')[0].partition('_seq-')[0]}.json"
-            known = read_json(sidecar) if sidecar.is_file() else None
-            if not isinstance(known, dict) or known.get("identity") != wanted[sidecar.name]:
+            content = read_json(sidecar) if sidecar.is_file() else None
+            if not isinstance(content, dict) or content.get("identity") != identities[sidecar.name]:
                 foreign.add(path)
         if foreign:
-            why = f"this folder holds samples of another request ({len(foreign)} files)"
+            why = f"this folder contains {len(foreign)} files of another request's samples"
             raise ConfigError(why, path=min(foreign), fix="choose another --out, or add --overwrite")
         return [
-            job
-            for job in jobs
-            if not all(path.is_file() for path in [out / f"{job.name}.json", *self.files(out, job).values()])
+            output
+            for output in outputs
+            if not all(path.is_file() for path in [out / f"{output.name}.json", *self.files(out, output).values()])
         ]
 
 
 @dataclass(frozen=True)
 class Result:
-    """The volumes of a call, one row each. Tensors are on the CPU.
+    """The volumes of a call, one per row. Tensors are on the CPU.
 
     Attributes:
         seeds: one per row.
-        volumes: (n, sequences, X, Y, Z) fp32 in [0, 1], axes R, A, S; None when not decoded.
+        volumes: (n, sequences, X, Y, Z) fp32 in [0, 1], axes R, A, S; None if not decoded.
         latents: (n, C, x, y, z) fp32.
-        class_probabilities: (n, classes), as predicted at the last step; None where the variant predicts none.
+        class_probabilities: (n, classes), predicted at the last step; None if the variant does not predict a class.
+        writer: writes the volumes.
+        outputs: the file name and metadata of each row.
     """
 
     seeds: list[int]
     volumes: Tensor | None
     latents: Tensor
     class_probabilities: Tensor | None
-    writing: OutputWriter
-    jobs: list[OutputVolume]
+    writer: OutputWriter
+    outputs: list[OutputVolume]
 
     @classmethod
-    def of(cls, generated: Sequence[GeneratedVolume], writing: OutputWriter, jobs: list[OutputVolume]) -> Result:
+    def from_volumes(
+        cls, generated: Sequence[GeneratedVolume], writer: OutputWriter, outputs: list[OutputVolume]
+    ) -> Result:
+        """The volumes stacked."""
         volumes = [each.volume for each in generated if each.volume is not None]
         probabilities = [each.class_probabilities for each in generated if each.class_probabilities is not None]
         return cls(
@@ -145,29 +171,48 @@ class Result:
             volumes=torch.stack(volumes) if volumes else None,
             latents=torch.stack([each.latent for each in generated]),
             class_probabilities=torch.tensor(probabilities) if probabilities else None,
-            writing=writing,
-            jobs=jobs,
+            writer=writer,
+            outputs=outputs,
         )
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
-        """Write what `ccella-fast sample` writes, but for its montage: `sample-000_seed0.nii.gz` and its `.json`. Files of an
-        equal request are kept. Raises ConfigError (not decoded; the folder holds other samples) and DiskError."""
+        """Write `sample-000_seed0.nii.gz` with its `.json`, and so on: the files of `ccella-fast sample` without the montage.
+
+        Args:
+            folder: created if it does not exist. Samples of an equal request that it contains are kept.
+            overwrite: delete samples that the folder contains.
+
+        Returns:
+            The paths of all volumes.
+
+        Raises:
+            ConfigError: the latents were not decoded, or the folder contains samples of another request.
+            DiskError: the folder is not writable.
+        """
         out = Path(folder)
         if self.volumes is None:
-            raise ConfigError("these latents were not decoded", field="decode", fix="call the sampler with decode=True")
+            why = "the latents were not decoded, so there are no volumes to save"
+            raise ConfigError(why, field="decode", fix="call the sampler with decode=True")
         check_writable(out, "folder")
-        todo = self.writing.missing(out, self.jobs, overwrite=overwrite)
-        for row, job in enumerate(self.jobs):
-            if job in todo:
+        missing = self.writer.missing(out, self.outputs, overwrite=overwrite)
+        for row, output in enumerate(self.outputs):
+            if output in missing:
                 probabilities = None if self.class_probabilities is None else self.class_probabilities[row].tolist()
-                each = GeneratedVolume(row, job.seed, self.volumes[row], self.latents[row], probabilities)
-                self.writing.write(out, job, each)
-        return [path for job in self.jobs for path in self.writing.files(out, job).values()]
+                generated = GeneratedVolume(row, output.seed, self.volumes[row], self.latents[row], probabilities)
+                self.writer.write(out, output, generated)
+        return [path for output in self.outputs for path in self.writer.files(out, output).values()]
 
 
 def write_nifti(path: str | Path, volume: np.ndarray, spacing: Sequence[float]) -> None:
-    """float32 NIfTI-1 `.nii.gz`: axes R, A, S, mm, sform = qform with code 1, the grid's centre at the origin. Atomic; equal
-    input gives equal bytes."""
+    """Write a float32 NIfTI-1 file `.nii.gz` atomically; equal inputs give equal bytes.
+
+    The axes are R, A, S in mm, sform = qform with code 1, and the center of the grid is at the origin.
+
+    Args:
+        path: of the file.
+        volume: (X, Y, Z).
+        spacing: voxel size in mm, (3,).
+    """
     import nibabel
 
     affine = np.diag([*spacing, 1.0])
@@ -182,4 +227,5 @@ def write_nifti(path: str | Path, volume: np.ndarray, spacing: Sequence[float]) 
 
 
 def volume_digest(values: Any) -> str:
+    """The SHA-256 of `values` as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

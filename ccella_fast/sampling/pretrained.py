@@ -1,6 +1,6 @@
-"""Where a sampler comes from: our checkpoints, reference files, folders in Hugging Face's manner; and writing such a folder.
+"""Loads samplers from checkpoints, reference files and Hugging Face repositories, and saves them to folders.
 
-There is one folder format, the checkpoint's: config.json, model.safetensors, training_state.json, vae/, manifest.json.
+All folders have the format of a checkpoint: config.json, model.safetensors, training_state.json, vae/, manifest.json.
 """
 
 from __future__ import annotations
@@ -23,26 +23,33 @@ if TYPE_CHECKING:
 
 
 class Provenance(NamedTuple):
-    """facts: what a sidecar says of the weights. path, weights: what an error names."""
+    """The origin of a sampler's weights.
 
-    facts: dict[str, Any]
+    Attributes:
+        metadata: the sidecar entries about the weights.
+        path: of the checkpoint, for errors; None for a model in memory.
+        weights: "ema", "raw" or "given", for errors.
+    """
+
+    metadata: dict[str, Any]
     path: Path | None
     weights: str
 
     @classmethod
     def of_objects(cls, config: Config) -> Provenance:
-        """Of a model that was handed over in memory: there is no file to hash."""
-        facts = {"synthetic": True, "variant": config.model.variant, "config_sha256": volume_digest(config.dump())}
-        return cls(facts, None, "given")
+        """The provenance of a model in memory, which has no file to hash."""
+        metadata = {"synthetic": True, "variant": config.model.variant, "config_sha256": volume_digest(config.dump())}
+        return cls(metadata, None, "given")
 
     @classmethod
     def of_checkpoint(cls, loaded: Checkpoint, vae: Path | None) -> Provenance:
+        """The provenance of a checkpoint with the autoencoder of `vae`, a folder or weight file."""
         name = {"ema": "ema.safetensors", "raw": "model.safetensors"}[loaded.weights]
         if loaded.path.is_file():
             weights_hash = sha256(loaded.path)
-        else:  # loading has compared the file with its manifest
+        else:  # load_checkpoint has verified the file against its manifest
             weights_hash = read_json(loaded.path / "manifest.json")["files"][name]["sha256"]
-        facts = {
+        metadata = {
             "synthetic": True,
             "variant": loaded.variant,
             "step": loaded.step,
@@ -51,32 +58,42 @@ class Provenance(NamedTuple):
             "vae_sha256": None if vae is None else sha256(weights_file(vae)),
             "config_sha256": volume_digest(loaded.config.dump()),
         }
-        return cls(facts, loaded.path, loaded.weights)
+        return cls(metadata, loaded.path, loaded.weights)
 
 
 class LoadedSampler(NamedTuple):
+    """The parts of a sampler, on the CPU; `autoencoder` is None if there is none."""
+
     checkpoint: Checkpoint
     autoencoder: Autoencoder | None
     origin: Provenance
 
 
 def load_pretrained(path: str | Path | Checkpoint, *, vae: str | Path | None, weights: str | None) -> LoadedSampler:
-    """A checkpoint, with the autoencoder `vae` or its own, on the CPU. Raises CheckpointError."""
+    """Load a checkpoint with the autoencoder `vae`, or with its own if `vae` is None.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or not a checkpoint.
+    """
     checkpoint = path if isinstance(path, Checkpoint) else load_checkpoint(path, weights=weights)
-    where = checkpoint.autoencoder if vae is None else Path(vae)
-    autoencoder = None if where is None else load_autoencoder(where, checkpoint.config.autoencoder)
-    return LoadedSampler(checkpoint, autoencoder, Provenance.of_checkpoint(checkpoint, where))
+    vae_path = checkpoint.autoencoder if vae is None else Path(vae)
+    autoencoder = None if vae_path is None else load_autoencoder(vae_path, checkpoint.config.autoencoder)
+    return LoadedSampler(checkpoint, autoencoder, Provenance.of_checkpoint(checkpoint, vae_path))
 
 
 def save_pretrained_files(sampler: FastSampler, folder: Path) -> None:
-    """What `load` reads. Atomic."""
+    """Write the folder that `load_pretrained` reads, atomically.
+
+    Raises:
+        ConfigError: the folder exists.
+    """
     from safetensors.torch import save_file
 
     if folder.exists():
-        raise ConfigError("this folder exists", path=folder, field="folder", fix="choose another name")
+        raise ConfigError("this folder already exists", path=folder, field="folder", fix="choose another name")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in sampler.model.state_dict().items()}
     state = {
-        "step": sampler.origin.facts.get("step", 0),
+        "step": sampler.origin.metadata.get("step", 0),
         "scale_factor": sampler.scale_factor,
         "intensity_scale": sampler.intensity_scale,
     }
@@ -90,20 +107,24 @@ def save_pretrained_files(sampler: FastSampler, folder: Path) -> None:
 
 
 def local_folder(path: str | Path) -> Path:
-    """`path` itself, or the downloaded files of a repository on the hub. Raises CheckpointError when there is neither."""
+    """`path` itself, or the folder with the downloaded files of a repository on the Hugging Face hub.
+
+    Raises:
+        CheckpointError: `path` is neither.
+    """
     if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         return Path(path)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as bad:  # the hub's client raises many kinds; each means that nothing usable came
-        why = f"no such folder, and not to be had from the hub: {' '.join(str(bad).split()):.120}"
+    except Exception as bad:  # the hub's client raises many types of errors; each means that the download failed
+        why = f"there is no such folder, and the download from the hub failed: {' '.join(str(bad).split()):.120}"
         raise CheckpointError(why, path=path, fix="check the name, or download the folder once") from None
 
 
 def config_of(model: DiffusionModel, autoencoder: Autoencoder | None) -> Config:
-    """The reference's configuration around a model that came without one."""
+    """The default configuration with the sizes of a model that has no configuration of its own."""
     latents = model.config.latent_channels
     overrides: dict[str, Any] = {
         "model": model.config.model_dump(mode="json"),
@@ -116,10 +137,15 @@ def config_of(model: DiffusionModel, autoencoder: Autoencoder | None) -> Config:
 
 
 def scale_factors(given: float | Sequence[float], sequences: Sequence[str]) -> list[float]:
-    """One factor a sequence; a single number serves all."""
+    """The scale factor of each sequence; a single number is used for all.
+
+    Raises:
+        ConfigError: a factor is not a positive finite number, or their number is not that of the sequences.
+    """
     factors = [float(factor) for factor in given] if isinstance(given, Sequence) else [float(given)]
     factors = factors * len(sequences) if len(factors) == 1 else factors
     if len(factors) != len(sequences) or not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        why = f"scale_factor must be a positive number, or one per sequence, got {given}"
         fix = f"give a positive number, or one for each of {', '.join(sequences)}"
-        raise ConfigError(f"{given} is no scale factor", field="scale_factor", fix=fix)
+        raise ConfigError(why, field="scale_factor", fix=fix)
     return factors

@@ -1,4 +1,4 @@
-"""Reports, or their features, as the model takes them; and the null report that guidance needs."""
+"""Text features of reports and of the null report, in the form that the model takes."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ccella_fast.config import Config
 from ccella_fast.errors import ConfigError
-
-if TYPE_CHECKING:
-    from ccella_fast.sampling.request import Request
+from ccella_fast.sampling.request import Request
 
 logger = logging.getLogger("ccella_fast")
 
 
 @dataclass(frozen=True, eq=False)
 class PromptFeatures:
-    """features (U, L, E) fp32 on the CPU: the different reports. rows: for each report that was given, its row there; empty if
-    there are none. identities: what tells the rows apart, the text itself or a hash of its features. null: (1, L, E) or None.
-    encoder: the encoder's identity, None for features that were given."""
+    """The text features of a request.
+
+    Attributes:
+        features: (U, L, E) fp32 on the CPU, the distinct reports; None without reports.
+        rows: the row in `features` of each report of the request; empty without reports.
+        identities: what distinguishes the rows: the text, or a hash of given features.
+        null: (1, L, E), the null report; None without guidance.
+        encoder: the encoder's identity; None for given features.
+    """
 
     features: Tensor | None = None
     rows: tuple[int, ...] = ()
@@ -33,92 +37,106 @@ class PromptFeatures:
     encoder: Any = None
 
     def features_of(self, row: int | str) -> Tensor | None:
-        """(1, L, E) of a row, or of "null"."""
+        """The features (1, L, E) of a row, or of "null"; None without reports."""
         if isinstance(row, str):
             return self.null
         return None if self.features is None else self.features[row : row + 1]
 
 
 class TextFeatureCache:
-    """Encodes the reports of requests; the features of the last request are kept, so that asking again costs nothing.
+    """Encodes the reports of requests and keeps the features of the last request.
 
-    encoder: anything with `encode(reports).features` and `identity`; None: the configuration's, loaded when a new report comes
-    and released after it has been encoded, because it may be larger than the model. checks_length: the configuration is the
-    training's, so its number of text positions counts."""
+    Args:
+        config: the sampler's configuration.
+        encoder: an object with `encode(reports).features` and `identity`. None: the configured encoder, loaded when a new
+            report must be encoded and released afterwards, because it may be larger than the model.
+        checks_length: whether the number of text positions must be that of the configuration, which then is the one that the
+            model was trained with.
+    """
 
     def __init__(self, config: Config, encoder: Any, *, checks_length: bool):
         self._config, self._encoder, self._checks_length = config, encoder, checks_length
-        self._known: dict[tuple[str, bool], Tensor] = {}
+        self._encoded: dict[tuple[str, bool], Tensor] = {}  # by (report, encoded alone)
 
-    def of(self, request: Request, *, guided: bool) -> PromptFeatures:
-        """Raises ConfigError for reports and features together, and for features that the model was not trained with."""
+    def features_for(self, request: Request, *, guided: bool) -> PromptFeatures:
+        """The text features of a request; if `guided`, with those of the null report.
+
+        Raises:
+            ConfigError: both reports and features are given, the features do not have the form that the model was trained with,
+                or guidance is requested without a report.
+        """
         if request.text is not None:
             if request.reports is not None:
                 raise ConfigError("both reports and text are given", field="text", fix="give one of them")
-            features = self._checked(request.text, "text")
+            features = self._check_features(request.text, "text")
             identities = tuple(hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in features)
-            null = self._null_beside(request, features) if guided else None
+            null = self._null_features_like(features, request) if guided else None
             return PromptFeatures(features, tuple(range(len(features))), identities, null)
         if request.reports is None:
             if guided:
-                why = f"{self._config.model.variant} has no report to be guided by"
-                raise ConfigError(why, field="guidance_scale", fix="leave it at 1")
+                why = f"guidance needs a report, and {self._config.model.variant} does not take one"
+                raise ConfigError(why, field="guidance_scale", fix="use 1, which disables guidance")
             return PromptFeatures()
         reports = request.reports
         if isinstance(reports, str) or len(reports) == 0 or not all(isinstance(report, str) for report in reports):
-            raise ConfigError("reports is not a list of texts", field="reports", fix='write reports=["..."]')
+            raise ConfigError("reports must be a non-empty list of texts", field="reports", fix='write reports=["..."]')
         encoder = self._encoder or _LazyTextEncoder(self._config)
-        different = tuple(dict.fromkeys(reports))
-        null = self._null(request, encoder) if guided else None
-        features = self._encode(different, encoder, alone=request.batch_invariant)
-        rows = tuple(different.index(report) for report in reports)
-        return PromptFeatures(features, rows, different, null, encoder.identity)
+        distinct = tuple(dict.fromkeys(reports))
+        null = self._null_features(request, encoder) if guided else None
+        features = self._encode(distinct, encoder, alone=request.batch_invariant)
+        rows = tuple(distinct.index(report) for report in reports)
+        return PromptFeatures(features, rows, distinct, null, encoder.identity)
 
-    def _null(self, request: Request, encoder: Any) -> Tensor:
+    def _null_features(self, request: Request, encoder: Any) -> Tensor:
         if request.null_text is None:
             return self._encode([""], encoder, alone=True)
-        null = self._checked(request.null_text, "null_text")
+        null = self._check_features(request.null_text, "null_text")
         if len(null) != 1:
-            raise ConfigError(f"{len(null)} null reports", field="null_text", fix="give the features of one")
+            why = f"null_text must hold the features of one report, got {len(null)}"
+            raise ConfigError(why, field="null_text", fix="give features of shape (1, L, E)")
         return null
 
-    def _null_beside(self, request: Request, features: Tensor) -> Tensor:
-        """The null report's features beside features that were given: from the encoder if there is one."""
+    def _null_features_like(self, features: Tensor, request: Request) -> Tensor:
+        """The null report's features for a request with given features, of the same length."""
         try:
-            null = self._null(request, self._encoder or _LazyTextEncoder(self._config))
+            null = self._null_features(request, self._encoder or _LazyTextEncoder(self._config))
         except ConfigError as bad:
             fix = "give null_text=, the features of the empty report"
             raise ConfigError(bad.why, path=bad.path, field="null_text", fix=fix) from None
         if null.shape[1] != features.shape[1]:
             why = f"the null report has {null.shape[1]} positions, the text has {features.shape[1]}"
-            raise ConfigError(why, field="null_text", fix="encode both alike")
+            raise ConfigError(why, field="null_text", fix="encode both with the same number of positions")
         return null
 
     def _encode(self, reports: Sequence[str], encoder: Any, *, alone: bool) -> Tensor:
-        """alone: one by one, so that the bits of a report's features do not depend on its company."""
-        missing = [report for report in reports if (report, alone) not in self._known]
+        """The features of each report. alone: one call per report, so that its bits do not depend on the other reports."""
+        missing = [report for report in reports if (report, alone) not in self._encoded]
         for batch in [[report] for report in missing] if alone else [missing] if missing else []:
-            encoded = encoder.encode(batch)
-            features = self._checked(encoded.features, "text.encoder")
-            self._known |= {(report, alone): row[None] for report, row in zip(batch, features, strict=True)}
-            for report, cut in zip(batch, getattr(encoded, "truncated", ()), strict=False):
-                if cut:
+            encoding = encoder.encode(batch)
+            features = self._check_features(encoding.features, "text.encoder")
+            self._encoded |= {(report, alone): row[None] for report, row in zip(batch, features, strict=True)}
+            for report, truncated in zip(batch, getattr(encoding, "truncated", ()), strict=False):
+                if truncated:
                     number, length = list(reports).index(report) + 1, self._config.text.max_length
-                    logger.warning("report %d is longer than %d tokens: its beginning is cut", number, length)
-        self._known = {key: row for key, row in self._known.items() if key[0] in (*reports, "")}
-        return torch.cat([self._known[report, alone] for report in reports])
+                    logger.warning("report %d is longer than %d tokens: its beginning is cut off", number, length)
+        self._encoded = {key: row for key, row in self._encoded.items() if key[0] in (*reports, "")}
+        return torch.cat([self._encoded[report, alone] for report in reports])
 
-    def _checked(self, text: Any, field: str) -> Tensor:
-        """Text features as fp32 (n, L, E) on the CPU; ConfigError when they are not what the model was trained with."""
+    def _check_features(self, text: Any, field: str) -> Tensor:
+        """Text features as fp32 (n, L, E) on the CPU.
+
+        Raises:
+            ConfigError: they are not finite, or do not have the form that the model was trained with.
+        """
         features = torch.as_tensor(text).float().cpu()
         features = features[None] if features.ndim == 2 else features
         width, length = self._config.model.input_dim, self._config.text.max_length
         fix = "use the encoder that the model was trained with"
         if features.ndim != 3 or not features.numel():
-            why = f"text features of shape {tuple(features.shape)}"
-            raise ConfigError(why, field=field, fix=f"give (n, positions, {width})")
+            why = f"text features must have the shape (n, positions, {width}), got {tuple(features.shape)}"
+            raise ConfigError(why, field=field, fix=f"give features of shape (n, positions, {width})")
         if features.shape[2] != width:
-            why = f"the text features are {features.shape[2]} wide, the model takes {width}"
+            why = f"the width of the text features must be {width}, as the model was trained, got {features.shape[2]}"
             raise ConfigError(why, field=field, fix=fix)
         if self._checks_length and features.shape[1] != length:
             why = f"the text features have {features.shape[1]} positions, the model was trained with {length}"
@@ -129,21 +147,21 @@ class TextFeatureCache:
 
 
 class _LazyTextEncoder:
-    """The configuration's encoder, made when it is first needed and forgotten with this object."""
+    """The configured encoder, loaded on first use and released with this object."""
 
     def __init__(self, config: Config):
-        self._config, self._made = config.text, None  # type: Any, Any
+        self._config, self._loaded = config.text, None  # type: Any, Any
 
-    def _make(self) -> Any:
-        if self._made is None:
+    def _load(self) -> Any:
+        if self._loaded is None:
             from ccella_fast.data.text_encoder import TextEncoder
 
-            self._made = TextEncoder(self._config)
-        return self._made
+            self._loaded = TextEncoder(self._config)
+        return self._loaded
 
     def encode(self, reports: list[str]) -> Any:
-        return self._make().encode(reports)
+        return self._load().encode(reports)
 
     @property
     def identity(self) -> Any:
-        return self._make().identity
+        return self._load().identity

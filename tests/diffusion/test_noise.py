@@ -1,4 +1,4 @@
-"""One generator per sample: independent of the batch, unrelated for nearby seeds."""
+"""Per-sample generators: independent of the batch, and unrelated for nearby seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def draw(*seeds: int) -> torch.Tensor:
     return randn_per_sample((4, 8, 8, 8), [generator(seed, "start") for seed in seeds])
 
 
-def test_a_row_depends_on_its_seed_alone():
+def test_a_row_depends_only_on_its_seed():
     batch = draw(7, 8, 9)
     assert torch.equal(batch[1], draw(8)[0])
     assert torch.equal(batch[2], draw(9, 7)[0])
@@ -34,12 +34,12 @@ def test_numbers_are_standard_normal():
     assert abs((values**4).mean() - 3) < 0.1
 
 
-def test_stream_is_pinned():
-    """A change of the mixing would silently change every published seed."""
+def test_the_stream_of_a_seed_is_fixed():
+    """A change of the mixing would silently change the volume of every published seed."""
     assert generator(0, "start").initial_seed() == 6610029964088323159
 
 
-@pytest.mark.parametrize("bad", [1.0, True, None, b"x"])
-def test_other_keys_are_refused(bad):
+@pytest.mark.parametrize("bad", [1.0, True, None, b"x"], ids=repr)
+def test_keys_of_other_types_raise(bad):
     with pytest.raises(ValueError, match="integers and strings"):
         generator(0, bad)

@@ -1,4 +1,4 @@
-"""`sample` for any denoiser: whose noise, which errors, any diffusers scheduler, and what a captured graph needs."""
+"""`sample` with any denoiser: noise by seed, errors, diffusers schedulers, and the conditions for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPE = (2, 4, 3, 2)
 
 
 def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Elementwise without a vectorised function: bit-equal wherever a sample lies in memory."""
+    """Elementwise, without vectorized functions: the bits do not depend on the position in memory."""
     return x * (0.3 + t.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) / 2000)
 
 
@@ -29,11 +29,11 @@ def prediction(solver: str) -> str:
     return "velocity" if solver.endswith("flow") else "epsilon"
 
 
-def test_a_solver_with_settings_of_its_own():
+def test_a_solver_object_with_its_own_settings():
     x_T, seeds = start_noise(SHAPE, [1, 2]), [1, 2]
     noisy = sample(network, x_T, solver=Ddim(eta=1.0), num_steps=6, seeds=seeds)
     ancestral = sample(network, x_T, solver="ddpm", num_steps=6, seeds=seeds)
-    torch.testing.assert_close(noisy, ancestral, rtol=1e-4, atol=1e-4)  # the same law, step by step
+    torch.testing.assert_close(noisy, ancestral, rtol=1e-4, atol=1e-4)  # the same distribution in each step
     assert (sample(network, x_T, solver="ddim", num_steps=6) - noisy).abs().max() > 0.01
 
 
@@ -45,7 +45,7 @@ def draw(solver, seeds, num_steps=6, **settings):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_sample_is_the_same_bits_in_any_batch_and_split(solver):
+def test_a_sample_is_bit_equal_in_any_batch(solver):
     together = draw(solver, [5, 6, 7, 8])
     split = torch.cat([draw(solver, [5, 6, 7]), draw(solver, [8])])
     swapped = draw(solver, [8, 5])
@@ -55,7 +55,7 @@ def test_a_sample_is_the_same_bits_in_any_batch_and_split(solver):
 
 
 @pytest.mark.parametrize("solver", STOCHASTIC)
-def test_step_noise_comes_from_the_seeds_alone(solver):
+def test_step_noise_depends_only_on_the_seeds(solver):
     x_T = torch.zeros(2, *SHAPE)
     torch.manual_seed(1)
     first = sample(network, x_T, solver=solver, seeds=[1, 2], num_steps=6)
@@ -76,7 +76,7 @@ def test_any_rank_and_dtype():
     assert torch.equal(sample(network, x_T[:, 0, 0, 0, 0]), whole[:, 0, 0, 0, 0])
     half = sample(lambda x, t: network(x, t) if x.dtype == torch.bfloat16 else None, x_T.bfloat16())
     assert half.dtype == torch.bfloat16
-    # bf16 enters through what the network sees and says; the sample itself is fp32 between the steps
+    # Only the network's input and output are bf16; between steps the sample is fp32.
     torch.testing.assert_close(half.float(), sample(network, x_T.bfloat16().float()), rtol=0.05, atol=0.05)
     double = sample(network, x_T.double())
     assert double.dtype == torch.float64
@@ -84,36 +84,36 @@ def test_any_rank_and_dtype():
 
 
 @pytest.mark.parametrize("solver", STOCHASTIC)
-def test_a_single_number_can_be_a_sample(solver):
+def test_a_sample_may_be_a_scalar(solver):
     seeds, x_T = [1, 2, 3], torch.randn(3)
     numbers = sample(network, x_T, solver=solver, seeds=seeds, num_steps=4)
     assert torch.equal(numbers, sample(network, x_T[:, None], solver=solver, seeds=seeds, num_steps=4)[:, 0])
 
 
-def test_what_is_no_noise_and_no_number_of_steps_is_refused():
+def test_invalid_noise_and_step_counts_raise():
     for x_T in (torch.zeros(1, 3, dtype=torch.int64), np.zeros((1, 3))):
-        with pytest.raises(ConfigError, match="x_T is a "):
+        with pytest.raises(ConfigError, match="x_T must be a floating-point tensor, got a"):
             sample(network, x_T)
     for num_steps in (2.5, "5", 0):
-        with pytest.raises(ConfigError, match="steps are not possible"):
+        with pytest.raises(ConfigError, match=f"must be an integer from 1 to 1000, got {num_steps!r}"):
             sample(network, torch.zeros(1, 3), num_steps=num_steps)
 
 
-def test_callback_sees_every_evaluation_and_may_keep_it():
+def test_the_callback_receives_every_evaluation_and_may_keep_its_tensors():
     kept = []
     x_T = torch.randn(2, *SHAPE)
     result = sample(network, x_T, num_steps=5, callback=lambda *args: kept.append(args))
     plan = get_solver("dpmpp_2m").plan(Schedule.of(), 5)
     assert [(i, t) for i, t, _, _ in kept] == list(enumerate(plan.timesteps.tolist()))
     assert torch.equal(kept[-1][2], result)
-    torch.testing.assert_close(kept[-1][3], result)  # the last step goes to x0
+    torch.testing.assert_close(kept[-1][3], result)  # the last step ends at x0
     x, (signal, sigma) = x_T, (Schedule.of().alphas_cumprod[999] ** 0.5, (1 - Schedule.of().alphas_cumprod[999]) ** 0.5)
     x0 = (x - sigma * network(x, torch.tensor([999, 999]))) / signal
     torch.testing.assert_close(kept[0][3], x0, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(kept[0][2], kept[1][2])  # not one buffer, overwritten
+    assert not torch.equal(kept[0][2], kept[1][2])  # separate tensors, not one that is overwritten
 
 
-def test_schedule_is_an_array_or_whatever_holds_one():
+def test_the_schedule_may_be_an_array_or_an_object_with_one():
     from diffusers import DDIMScheduler
     from monai.networks.schedulers import DDIMScheduler as MonaiScheduler
 
@@ -125,9 +125,8 @@ def test_schedule_is_an_array_or_whatever_holds_one():
     for same in (torch.from_numpy(betas), betas.tolist(), np.cumprod(1 - betas), DDIMScheduler(**settings), monai):
         torch.testing.assert_close(sample(network, x_T, schedule=same, num_steps=8), expected, rtol=1e-4, atol=1e-4)
     assert (sample(network, x_T, num_steps=8) - expected).abs().max() > 0.01
-    np.testing.assert_allclose(
-        Schedule.of([0.5] * 3).alphas_cumprod, [0.5, 0.25, 0.125]
-    )  # betas may stay, abar may not
+    # A constant array is betas: alphas_cumprod would decrease.
+    np.testing.assert_allclose(Schedule.of([0.5] * 3).alphas_cumprod, [0.5, 0.25, 0.125])
     for wrong in (np.ones(5), betas[None], [0.1, 0.3, 0.2], [0.3, 0.2, 0.2], [0.5]):
         with pytest.raises(ConfigError, match="schedule"):
             sample(network, x_T, schedule=wrong)
@@ -142,19 +141,20 @@ def test_schedule_is_an_array_or_whatever_holds_one():
         ({"prediction": "velocity"}, "predict epsilon or v or x0, not velocity"),
         ({"prediction": "epsilom"}, "did you mean 'epsilon'"),
         ({"timestep_spacing": "kerras"}, "did you mean 'karras'"),
-        ({"solver": object()}, "object is no solver"),
+        ({"solver": object()}, "object is not a solver"),
     ],
+    ids=["solver", "num_steps", "flow_solver", "velocity", "prediction", "spacing", "object"],
 )
-def test_what_does_not_fit_is_refused_before_any_evaluation(settings, message):
+def test_contradictory_arguments_raise_before_any_evaluation(settings, message):
     with pytest.raises(ConfigError, match=message) as caught:
         sample(None, torch.randn(1, 3), **settings)
     assert len(str(caught.value).splitlines()) <= 5
 
 
-def test_a_bad_network_is_an_error():
+def test_an_invalid_network_output_raises():
     with pytest.raises(NonFiniteError, match="NaN"):
         sample(lambda x, t: x * float("nan"), torch.randn(1, 3))
-    with pytest.raises(ConfigError, match=r"returned \(1, 6\) for x of \(1, 3\)"):
+    with pytest.raises(ConfigError, match=r"shaped like x, \(1, 3\); it returned \(1, 6\)"):
         sample(lambda x, t: torch.cat([x, x], 1), torch.randn(1, 3))
     with pytest.raises(ConfigError, match="returned a tuple"):
         sample(lambda x, t: (x,), torch.randn(1, 3))
@@ -176,7 +176,7 @@ def test_a_bad_network_is_an_error():
         ("EulerAncestralDiscreteScheduler", {}),
     ],
 )
-def test_any_diffusers_scheduler_walks_as_by_hand(name, settings):
+def test_any_diffusers_scheduler_equals_a_loop_written_out(name, settings):
     import diffusers
 
     scheduler = getattr(diffusers, name)(**settings)
@@ -200,7 +200,7 @@ def test_any_diffusers_scheduler_walks_as_by_hand(name, settings):
         assert torch.equal(other[0], got[0]) and not torch.equal(other[1], got[1])
 
 
-def test_a_scheduler_and_our_solver_agree_and_a_contradiction_is_refused():
+def test_a_scheduler_and_the_solver_agree_and_a_contradiction_raises():
     from diffusers import DPMSolverMultistepScheduler
 
     ours = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear", "use_karras_sigmas": True}
@@ -210,12 +210,12 @@ def test_a_scheduler_and_our_solver_agree_and_a_contradiction_is_refused():
     torch.testing.assert_close(sample(network, x_T, prediction="v"), theirs, rtol=1e-4, atol=1e-4)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(sample(network, x_T, prediction="epsilon"), theirs, rtol=0.1, atol=0.1)
-    with pytest.raises(ConfigError, match="set up for v_prediction, not x0"):
+    with pytest.raises(ConfigError, match="is v_prediction, not x0"):
         sample(network, x_T, solver=scheduler, prediction="x0")
 
 
 class Recorder(TorchDispatchMode):
-    """The operators that run, without those that only look at memory another way."""
+    """The names of the operators that are executed."""
 
     def __init__(self):
         super().__init__()
@@ -226,12 +226,12 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-WAITS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select"}
+SYNCHRONIZING = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select"}
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_every_evaluation_is_the_same_kernels_without_a_wait(solver):
-    """So it can be captured in a CUDA graph and replayed. First and last steps of lower order are no other sequence."""
+def test_every_evaluation_launches_the_same_operators_without_synchronization(solver):
+    """The condition for capture in a CUDA graph, which first and last steps of lower order meet too."""
     plan = get_solver(solver).plan(Schedule.of(), 6, prediction=prediction(solver))
     trajectory = Trajectory(plan, start_noise(SHAPE, [1, 2]), [1, 2], static=True)
     sequences = []
@@ -241,18 +241,18 @@ def test_every_evaluation_is_the_same_kernels_without_a_wait(solver):
             trajectory.advance(network)
         sequences.append(recorder.names)
     assert len(sequences[0]) > 5 and all(sequence == sequences[0] for sequence in sequences)
-    assert not WAITS & set(sequences[0])
-    with Recorder() as recorder:  # the check sees one
+    assert not SYNCHRONIZING & set(sequences[0])
+    with Recorder() as recorder:  # negative control
         trajectory.x.sum().item()
-    assert WAITS & set(recorder.names)
+    assert SYNCHRONIZING & set(recorder.names)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_static_buffers_stay_in_place_serve_again_and_change_nothing(solver):
+def test_static_buffers_keep_their_addresses_and_give_the_same_bits(solver):
     plan = get_solver(solver).plan(Schedule.of(), 6, prediction=prediction(solver))
     trajectory = Trajectory(plan, start_noise(SHAPE, [1, 2]), [1, 2], static=True)
     buffers = [trajectory.x, trajectory.x0, trajectory.index, *trajectory.state, trajectory.noise]
-    places = [tensor.data_ptr() for tensor in buffers if tensor is not None]
+    addresses = [tensor.data_ptr() for tensor in buffers if tensor is not None]
     results = []
     for seeds in ([1, 2], [3, 4]):
         trajectory.start(start_noise(SHAPE, seeds), seeds)
@@ -260,12 +260,12 @@ def test_static_buffers_stay_in_place_serve_again_and_change_nothing(solver):
         assert torch.equal(results[-1], draw(solver, seeds))
         assert trajectory.index.item() == len(plan)
     now = [trajectory.x, trajectory.x0, trajectory.index, *trajectory.state, trajectory.noise]
-    assert [tensor.data_ptr() for tensor in now if tensor is not None] == places
-    assert not torch.equal(*results)  # the first result is not the buffer
+    assert [tensor.data_ptr() for tensor in now if tensor is not None] == addresses
+    assert not torch.equal(*results)  # the first result is a copy, not the buffer
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m_sde", "unipc", "heun_flow"])
-def test_a_step_compiles_whole(solver):
+def test_a_step_compiles_without_graph_breaks(solver):
     plan = get_solver(solver).plan(Schedule.of(), 6, prediction=prediction(solver))
     x, output, noise = torch.randn(3, 2, 5)
     inputs = (x, output, torch.tensor(plan.coefficients[2]).float(), noise, tuple(torch.randn(len(plan.memory), 2, 5)))
@@ -273,8 +273,8 @@ def test_a_step_compiles_whole(solver):
     torch.testing.assert_close(compiled.x, plan.step(*inputs).x)
 
 
-def test_noise_is_drawn_only_where_it_is_added():
-    """The last step adds none; a deterministic plan holds no buffer."""
+def test_noise_is_drawn_only_for_steps_that_add_it():
+    """The last step adds none, and a deterministic plan has no buffer for it."""
     plan = get_solver("ddpm").plan(Schedule.of(), 3)
     assert plan.noise_scale[-1] == 0 and (plan.noise_scale[:-1] > 0).all()
     trajectory = Trajectory(plan, torch.zeros(1, *SHAPE), [9])
@@ -285,7 +285,7 @@ def test_noise_is_drawn_only_where_it_is_added():
     assert Trajectory(Ddim().plan(Schedule.of(), 3), torch.zeros(1, *SHAPE)).noise is None
 
 
-def test_network_input_is_not_the_callers_tensor_in_static_mode():
+def test_static_mode_does_not_write_to_the_callers_tensor():
     x_T = torch.randn(1, *SHAPE)
     kept = x_T.clone()
     trajectory = Trajectory(get_solver("unipc").plan(Schedule.of(), 4), x_T, static=True)

@@ -1,4 +1,4 @@
-"""The schedule against the golden file and against diffusers."""
+"""The noise schedule compared with the golden file and with diffusers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_add_noise_equals_golden(schedule, golden):
     x0, noise = golden_input("xt"), golden_input("eps")
     expected = golden["SCHEDULER"]["add_noise_t500"]
     assert_summary(schedule.add_noise(x0, noise, torch.tensor([500])), expected)
-    with pytest.raises(AssertionError):  # one step off is seen
+    with pytest.raises(AssertionError):  # negative control: one timestep off
         assert_summary(schedule.add_noise(x0, noise, torch.tensor([501])), expected)
 
 

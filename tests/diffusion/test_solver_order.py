@@ -1,4 +1,4 @@
-"""The error of each solver against its step size, on Gaussian data, where the exact solution is known, in float64."""
+"""The order of convergence of each solver, in float64 on Gaussian data, for which the exact solution is known."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ COUNTS = (32, 64, 128, 256)
 
 
 def levels(flow: bool, num_steps: int) -> NoiseLevels:
-    """Smooth levels that end in the open, where nothing but the step size matters; a flow ends at 0. Timesteps count them."""
+    """Smooth noise levels; timesteps are their indices.
+
+    Those of a noise schedule end before sigma 0, so that the error depends on the step size alone; those of a flow end at 0.
+    """
     if flow:
         sigma = np.linspace(1, 0, num_steps + 1)
         return NoiseLevels(np.arange(num_steps), 1 - sigma, sigma)
-    log_snr = np.linspace(-2.5, 2.5, num_steps + 1)  # of the amplitudes
+    log_snr = np.linspace(-2.5, 2.5, num_steps + 1)  # of amplitudes, not powers
     return NoiseLevels(
         np.arange(num_steps), 1 / np.sqrt(1 + np.exp(-2 * log_snr)), 1 / np.sqrt(1 + np.exp(2 * log_snr))
     )
@@ -33,7 +36,7 @@ def variance(signal, sigma):
 
 
 def run(plan: SamplingPlan, at: NoiseLevels, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The plan's steps with an exact network. noise: (E, ...) like x."""
+    """All steps of the plan with the exact network. noise: (E, ...), each like x."""
     state = tuple(torch.zeros_like(x) for _ in plan.memory)
     for t, row, now in zip(plan.timesteps, torch.tensor(plan.coefficients), noise, strict=True):
         signal, sigma = at.signal[t], at.sigma[t]
@@ -44,7 +47,7 @@ def run(plan: SamplingPlan, at: NoiseLevels, x: torch.Tensor, noise: torch.Tenso
 
 
 def ode_error(plan: SamplingPlan, at: NoiseLevels) -> float:
-    """The ODE keeps each sample's quantile."""
+    """The largest error; the exact ODE solution keeps each sample at its quantile."""
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
     scale = np.sqrt(variance(at.signal, at.sigma))
     truth = at.signal[-1] * MEAN + scale[-1] / scale[0] * (x - at.signal[0] * MEAN)
@@ -52,7 +55,7 @@ def ode_error(plan: SamplingPlan, at: NoiseLevels) -> float:
 
 
 def sde_error(plan: SamplingPlan, at: NoiseLevels) -> float:
-    """The result is affine in x_T and in each step's noise: a one for each in turn gives the variance of what comes out."""
+    """The error of the final variance: the result is affine in x_T and each step's noise, so unit inputs give all weights."""
     inputs = torch.eye(len(plan) + 1, dtype=torch.float64)
     inputs = torch.cat([torch.zeros_like(inputs[:1]), inputs])
     out = run(plan, at, inputs[:, 0], inputs[:, 1:].T)
@@ -71,14 +74,14 @@ def slope(solver, change=lambda plan: plan) -> float:
 
 
 @pytest.mark.parametrize("solver", [*(kind() for kind in SOLVERS.values()), Ddim(eta=1.0)], ids=lambda s: s.name)
-def test_error_falls_with_the_declared_order(solver):
+def test_the_error_has_the_declared_order(solver):
     assert abs(slope(solver) - solver.order) < 0.15
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2m_sde", "unipc", "heun_flow"])
-def test_a_small_slip_in_the_coefficients_costs_the_order(name):
-    def slipped(plan: SamplingPlan) -> SamplingPlan:
-        """What is taken from memory, 5 % too strong, and as much less from the present estimate."""
+def test_a_5_percent_change_of_the_coefficients_lowers_the_order(name):
+    def perturbed(plan: SamplingPlan) -> SamplingPlan:
+        """The weight of the previous estimate 5 % larger, that of the current one smaller by the same amount."""
         table = plan.coefficients.copy()
         target = "corrected" if name in ("unipc", "heun_flow") else "next"
         estimate = "velocity" if name == "heun_flow" else "x0"
@@ -88,11 +91,14 @@ def test_a_small_slip_in_the_coefficients_costs_the_order(name):
         return replace(plan, coefficients=table)
 
     solver = SOLVERS[name]()
-    assert slope(solver, slipped) < solver.order - 0.3
+    assert slope(solver, perturbed) < solver.order - 0.3
 
 
 def mixture(schedule: Schedule):
-    """The exact noise of 8 Gaussians in 64 dimensions, a spectrum as steep as an image's: standard deviations 0.7 to 0.02."""
+    """The exact noise prediction for 8 Gaussians in 64 dimensions, with noise samples.
+
+    The standard deviations fall from 0.7 to 0.02, a spectrum as steep as that of an image.
+    """
     source = torch.Generator().manual_seed(1)
     means = torch.randn(8, 64, generator=source, dtype=torch.float64) * torch.logspace(0, -1.5, 64, dtype=torch.float64)
     variances, abar = torch.logspace(-0.3, -3.4, 64, dtype=torch.float64), torch.tensor(schedule.alphas_cumprod)
@@ -109,7 +115,7 @@ def mixture(schedule: Schedule):
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "unipc"])
 def test_the_default_spacing_suits_data_of_many_scales(solver):
-    """At equal cost: the jump from the last timestep to 0 is what the coarse end of an even spacing pays for."""
+    """At equal cost, the other spacings lose accuracy in the last step, from their coarse last timestep to 0."""
     schedule = Schedule.of()
     denoise, x = mixture(schedule)
     truth = sample(denoise, x, solver=solver, num_steps=1000, schedule=schedule)

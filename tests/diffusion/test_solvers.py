@@ -1,7 +1,7 @@
-"""Whole trajectories against diffusers and MONAI, single steps against the golden file.
+"""Whole trajectories compared with diffusers and MONAI, single steps with the golden file.
 
-Trajectories are compared in float64 on both sides, tables included: what is left is the rounding of float64, on any machine.
-Single precision is then compared with double precision of the same plan.
+Both implementations run in float64, tables included, so only float64 rounding remains, on any machine. Single precision is then
+compared with double precision of the same plan.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from ccella_fast.config import SamplingConfig, SchedulerConfig
-from ccella_fast.diffusion import trajectory as loop
 from ccella_fast.diffusion.noise import generator, start_noise
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import SOLVERS, Ddim, Ddpm, get_solver
+from ccella_fast.diffusion.trajectory import Trajectory, run_trajectory
 from ccella_fast.errors import ConfigError
 
 SHAPE = (2, 6, 4, 3)
@@ -34,13 +34,13 @@ def schedule() -> Schedule:
 
 
 def fake_denoiser(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Plausible (x keeps unit size down to t = 0) and non-linear, so that a wrong coefficient anywhere moves the end."""
+    """Plausible (x keeps unit scale down to t = 0) and nonlinear, so that any wrong coefficient changes the result."""
     phase = (t.to(x.dtype) / 1000).view(-1, *[1] * (x.ndim - 1))
     return torch.sqrt(phase) * x + 0.05 * torch.cos(2 * x + 4 * phase)
 
 
 def fake_velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The same for v and for the velocity of a flow."""
+    """The same for v and for the velocity of a rectified flow."""
     phase = (t.to(x.dtype) / 1000).view(-1, *[1] * (x.ndim - 1))
     return 0.7 * torch.sin(1.5 * x + phase) + phase * x
 
@@ -52,7 +52,7 @@ THEIR_NAMES = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 def ours(
     schedule, solver, num_steps, denoise=None, seeds=SEEDS, prediction="epsilon", spacing=None, dtype=torch.float64
 ) -> list[torch.Tensor]:
-    """Every x that the network saw, and the result."""
+    """The network's input at every evaluation, and the result."""
     seen = []
 
     def watched(x, t):
@@ -60,13 +60,13 @@ def ours(
         return (denoise or NETWORKS[prediction])(x, t)
 
     plan = solver.plan(schedule, num_steps, prediction=prediction, timestep_spacing=spacing)
-    trajectory = loop.Trajectory(plan, start_noise(SHAPE, seeds).to(dtype), seeds)
-    result = loop.run_trajectory(trajectory, lambda _: trajectory.advance(watched), progress=False)
+    trajectory = Trajectory(plan, start_noise(SHAPE, seeds).to(dtype), seeds)
+    result = run_trajectory(trajectory, lambda _: trajectory.advance(watched), progress=False)
     return [*seen, result]
 
 
 def start_and_noises(num_steps: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The numbers that the loop draws, drawn again here one sample at a time."""
+    """The noise of the sampling loop, drawn independently, one sample at a time."""
     start = torch.stack([torch.randn(SHAPE, generator=generator(seed, "start")) for seed in SEEDS])
     sources = [generator(seed, "step") for seed in SEEDS]
     noises = [torch.stack([torch.randn(SHAPE, generator=g) for g in sources]) for _ in range(num_steps)]
@@ -74,7 +74,7 @@ def start_and_noises(num_steps: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def diffusers_trajectory(name: str, num_steps: int, prediction: str = "epsilon", **settings) -> list[torch.Tensor]:
-    """diffusers' one-step solvers. All that they read of their fp32 tables is alphas_cumprod."""
+    """The one-step solvers of diffusers. Of their fp32 tables they read only alphas_cumprod."""
     import diffusers
     from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
 
@@ -89,7 +89,7 @@ def diffusers_trajectory(name: str, num_steps: int, prediction: str = "epsilon",
     trajectory = [x]
     with pytest.MonkeyPatch.context() as patch:
         for i, t in enumerate(truth.timesteps):
-            # Its DDIM takes t - T // N for the next timestep, whatever its own list says; this N names the list's.
+            # DDIMScheduler assumes t - T // N as the next timestep; with this N, that is the next one of its list.
             following = truth.timesteps[i + 1] if i + 1 < num_steps else -1
             truth.num_inference_steps = Fraction(1000, int(t - following))
             for module in (scheduling_ddim, scheduling_ddpm):
@@ -130,7 +130,7 @@ def test_ddim_spacings_equal_diffusers(schedule, num_steps, spacing):
 
 
 class InDouble:
-    """torch for a module that rounds to fp32 by name."""
+    """The torch module with float64 under the name float32."""
 
     float32 = torch.float64
 
@@ -140,7 +140,7 @@ class InDouble:
 
 @pytest.fixture
 def diffusers_in_double(monkeypatch):
-    """Its multi-step and flow schedulers, which round to fp32 by name, rounding nothing."""
+    """The multistep and flow schedulers of diffusers, which cast to torch.float32, without that rounding."""
     from diffusers import schedulers
 
     for name in ("dpmsolver_multistep", "unipc_multistep", "flow_match_euler_discrete", "flow_match_heun_discrete"):
@@ -155,7 +155,7 @@ MULTISTEP = {
 
 
 def multistep_trajectory(solver: str, num_steps: int, spacing: str, prediction: str, **changes) -> list[torch.Tensor]:
-    """diffusers' multi-step solvers. Their levels are rounded to fp32 by numpy; these are not."""
+    """The multistep solvers of diffusers, with noise levels in float64 in place of their fp32 ones."""
     import diffusers
 
     name, settings = MULTISTEP[solver]
@@ -185,14 +185,14 @@ def multistep_trajectory(solver: str, num_steps: int, spacing: str, prediction: 
     return trajectory
 
 
-# linspace with all 1000 timesteps is left out: diffusers visits one timestep twice there, and gives NaN.
-WALKS = [
+# Without linspace over all 1000 timesteps: there diffusers visits one timestep twice and returns NaN.
+STEPS_AND_SPACINGS = [
     (1000, "trailing"), (1000, "karras"), (50, "linspace"), (50, "karras"), (20, "leading"), (20, "karras"),
     (10, "trailing"), (10, "karras"), (7, "linspace"), (7, "karras"), (2, "karras"), (1, "trailing"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("num_steps", "spacing"), WALKS)
+@pytest.mark.parametrize(("num_steps", "spacing"), STEPS_AND_SPACINGS)
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 @pytest.mark.parametrize("solver", MULTISTEP)
 def test_multistep_trajectory_equals_diffusers(schedule, diffusers_in_double, solver, prediction, num_steps, spacing):
@@ -204,8 +204,9 @@ def test_multistep_trajectory_equals_diffusers(schedule, diffusers_in_double, so
     ("solver", "changes"),
     [("dpmpp_2m", {"solver_type": "heun"}), ("dpmpp_2m", {"solver_order": 1}), ("unipc", {"solver_type": "bh1"}),
      ("unipc", {"disable_corrector": [3]})],
+    ids=["dpmpp_2m-heun", "dpmpp_2m-order1", "unipc-bh1", "unipc-one_step_uncorrected"],
 )  # fmt: skip
-def test_a_neighbouring_method_is_told_apart(schedule, diffusers_in_double, solver, changes):
+def test_a_similar_method_does_not_agree(schedule, diffusers_in_double, solver, changes):
     expected = multistep_trajectory(solver, 20, "karras", "epsilon", **changes)
     with pytest.raises(AssertionError, match="x at step"):
         assert_same(ours(schedule, get_solver(solver), 20, spacing="karras"), expected)
@@ -256,7 +257,7 @@ def test_a_flow_network_may_predict_x0_instead(schedule, solver):
 
 @pytest.mark.parametrize("num_steps", [10, 20])
 def test_euler_flow_equals_monai(schedule, num_steps):
-    """Its velocity points the other way, and its timesteps are our default."""
+    """MONAI's velocity has the opposite sign; its timesteps are those of the default spacing."""
     from monai.networks.schedulers import RFlowScheduler
 
     scheduler = RFlowScheduler(num_train_timesteps=1000)
@@ -269,7 +270,7 @@ def test_euler_flow_equals_monai(schedule, num_steps):
     assert_same(ours(schedule, get_solver("euler_flow"), num_steps, prediction="velocity"), expected)
 
 
-def test_one_step_starts_where_noise_is_pure(schedule):
+def test_a_single_step_starts_at_pure_noise(schedule):
     for solver in (Ddpm(), Ddim()):
         plan = solver.plan(schedule, 1)
         assert plan.timesteps.tolist() == [999]
@@ -297,7 +298,7 @@ def monai_trajectory(num_steps: int) -> list[torch.Tensor]:
 
 def test_ddpm_equals_monai_at_1000_steps_and_not_at_50(schedule):
     assert_same(ours(schedule, Ddpm(), 1000), monai_trajectory(1000))
-    # Its 50 steps stride the timesteps and keep single-step posteriors (docs/explanation/method.md, C15): most noise stays.
+    # With 50 steps, MONAI keeps the single-step posteriors (docs/explanation/method.md, C15): most of the noise remains.
     with pytest.raises(AssertionError):
         torch.testing.assert_close(ours(schedule, Ddpm(), 50)[-1], monai_trajectory(50)[-1], rtol=0.3, atol=0.3)
 
@@ -324,8 +325,8 @@ def test_ddpm_step_equals_golden(schedule, golden, t):
     np.testing.assert_allclose(plan.noise_scale[999 - t] ** 2, expected["posterior_var"], rtol=1e-4, atol=1e-19)
 
 
-def test_an_exact_gaussian_comes_out_with_its_mean_and_width(schedule):
-    """The noise of data N(2, 0.5^2) is known in closed form, so the samples' law is known too."""
+def test_samples_of_gaussian_data_have_its_mean_and_standard_deviation(schedule):
+    """The noise prediction for data N(2, 0.5^2) is known in closed form, and so is the distribution of the samples."""
     alphas = torch.tensor(schedule.alphas_cumprod)
 
     def exact(x, t):
@@ -338,9 +339,9 @@ def test_an_exact_gaussian_comes_out_with_its_mean_and_width(schedule):
         assert abs(values.std() - 0.5) < 0.02, solver
 
 
-@pytest.mark.parametrize("solver", [Ddpm(), Ddim(), Ddim(eta=0.5)])
+@pytest.mark.parametrize("solver", [Ddpm(), Ddim(), Ddim(eta=0.5)], ids=["ddpm", "ddim", "ddim-eta0.5"])
 def test_a_sample_does_not_depend_on_its_batch(schedule, solver):
-    def simple(x, t):  # vectorised tanh and cos differ in the last bit with the position in memory
+    def simple(x, t):  # vectorized tanh and cos depend in the last bit on the position in memory
         return 0.5 * x
 
     batch = ours(schedule, solver, 10, simple, seeds=[5, 6, 7], dtype=torch.float32)
@@ -350,13 +351,13 @@ def test_a_sample_does_not_depend_on_its_batch(schedule, solver):
     assert not torch.equal(batch[-1][0], batch[-1][1])
 
 
-def test_low_precision_networks_do_not_lower_the_sample(schedule):
+def test_the_sample_stays_fp32_with_a_bf16_network(schedule):
     result = ours(schedule, Ddpm(), 5, lambda x, t: (0.5 * x).bfloat16(), dtype=torch.float32)
     assert all(x.dtype == torch.float32 for x in result)
 
 
 def plain_arithmetic(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Sums and products alone, which round alike on every machine; exp and cos do not. x keeps unit size."""
+    """Only sums and products, which round alike on every machine, unlike exp and cos. x keeps unit scale."""
     phase = (t.to(x.dtype) / 1000).view(-1, *[1] * (x.ndim - 1))
     return phase * x + 0.05 * (1 - phase) * x / (1 + x * x)
 
@@ -364,7 +365,10 @@ def plain_arithmetic(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("num_steps", [2, 20, 1000])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_single_precision_follows_double(schedule, name, num_steps):
-    """In parts of the largest value: the first step divides its rounding by a signal of 0.07, 1000 steps add theirs up."""
+    """Relative to the largest value.
+
+    The first step divides its rounding error by a signal of 0.07, and the errors of up to 1000 steps add up.
+    """
     prediction = "velocity" if get_solver(name).flow else "epsilon"
     single, double = (
         ours(schedule, get_solver(name), num_steps, plain_arithmetic, prediction=prediction, dtype=dtype)
@@ -388,9 +392,11 @@ def test_timesteps_equal_diffusers_for_any_number_of_steps(schedule, spacing):
         for count in [*range(1, 120), 333, 499, 500, 501, 750, 997, 998, 999]:
             truth.set_timesteps(count)
             if name == "ddim" and spacing == "linspace" and count == 1:
-                continue  # diffusers takes timestep 0, we the noisy end
+                continue  # diffusers uses timestep 0 there, not the noisiest one
             got = get_solver(name).plan(schedule, count, timestep_spacing=spacing).timesteps
-            expected = truth.timesteps[truth.timesteps >= 0]  # its trailing has a -1 at the end for some counts, as 61
+            expected = truth.timesteps[
+                truth.timesteps >= 0
+            ]  # its trailing spacing ends in -1 for some counts, such as 61
             assert got.tolist() == expected.tolist(), (name, count)
 
 
@@ -401,7 +407,7 @@ def test_every_timestep_is_visited_once_when_all_are_used(schedule):
             assert plan.timesteps.tolist() == list(range(999, -1, -1)), (name, spacing)
 
 
-def test_wrong_names_and_counts_are_refused(schedule):
+def test_invalid_names_and_step_counts_raise(schedule):
     assert {name: type(get_solver(name)) for name in SOLVERS} == SOLVERS
     assert get_args(get_type_hints(SamplingConfig)["solver"]) == tuple(SOLVERS)
     with pytest.raises(ConfigError, match="did you mean 'ddim'"):

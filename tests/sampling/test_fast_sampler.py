@@ -1,4 +1,4 @@
-"""FastSampler against plain loops written out here: hoisting, guidance, class override, feature reuse, captured steps."""
+"""FastSampler compared with loops written out here: optimizations, guidance, class override, reuse, captured steps."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.models import build_model
 from ccella_fast.models.autoencoder.network import Autoencoder
 from ccella_fast.sampling import Optimizations, Reuse, denoising
-from ccella_fast.sampling.conditioning import ConditioningCache, PromptRows
+from ccella_fast.sampling.conditioning import ConditioningCache
 from ccella_fast.sampling.denoising import DenoisingLoop
 from ccella_fast.sampling.guidance import Guidance, StepKind, step_kinds
 from ccella_fast.sampling.onednn_prepack import PackedConvolution, can_pack
+from ccella_fast.sampling.prompts import PromptRows
 from sampling_fixtures import TINY, TOKENS, WIDTH, FakeEncoder, scrambled, write_checkpoint
 
 STEPS = 6
@@ -45,7 +46,7 @@ def text(*lengths: int) -> torch.Tensor:
 
 
 def ddim(predict, seed: int, steps: int = STEPS) -> torch.Tensor:
-    """DDIM by diffusers around predict(x, t)."""
+    """DDIM with the schedule of diffusers and the network predict(x, t), in float64."""
     from diffusers import DDIMScheduler
 
     timesteps = torch.linspace(0, 999, steps).round().long().flip(0)
@@ -61,64 +62,64 @@ def ddim(predict, seed: int, steps: int = STEPS) -> torch.Tensor:
 
 
 def error(got: torch.Tensor, truth: torch.Tensor) -> float:
-    """Relative, in the 2-norm: single voxels of a drawn network's samples magnify rounding a hundredfold."""
+    """The relative error in the 2-norm; single voxels of a random network's samples amplify rounding a hundredfold."""
     return float((got - truth).norm() / truth.norm())
 
 
-# ---- the same numbers as a plain loop ----
+# ---- equal to the eager baseline ----
 
 
-def test_each_lever_alone_changes_nothing(checkpoint):
+def test_each_optimization_alone_changes_only_rounding(checkpoint):
     request = {"reports": ["abc", "d", "abc"], "seeds": [5, 6, 7], "num_steps": STEPS, "batch_size": 2}
     plain = make(checkpoint, optimizations=Optimizations.off())(**request)
     for name in ("precompute_conditioning", "channels_last", "phase_upsampler"):
         got = make(checkpoint, optimizations=replace(Optimizations.off(), **{name: True}))(**request)
-        # Sums are added in another order: in larger batches, in another layout, as sums of taps.
+        # Sums are accumulated in another order: in larger batches, in another layout, as sums of taps.
         assert error(got.latents, plain.latents) < 2e-5, name
         torch.testing.assert_close(got.class_probabilities, plain.class_probabilities, atol=1e-5, rtol=0)
     assert error(plain.latents[0], plain.latents[1]) > 0.1
 
 
-def test_hoisting_is_exact(checkpoint):
-    """With calls of equal shape not one bit differs; larger batches through the adapter only add in another order."""
+def test_precomputed_conditioning_is_exact(checkpoint):
+    """Bit-equal for calls of equal shape; larger batches through the adapter only accumulate in another order."""
     request = {"reports": ["abc", "d"], "num_steps": STEPS, "guidance_scale": 2.0, "batch_invariant": True}
-    hoisted, plain = (
+    precomputed, plain = (
         make(checkpoint, optimizations=replace(Optimizations.off(), precompute_conditioning=on)) for on in (True, False)
     )
-    assert torch.equal(hoisted(**request).latents, plain(**request).latents)
+    assert torch.equal(precomputed(**request).latents, plain(**request).latents)
     timesteps, prompts = torch.tensor([999, 500, 3]), PromptRows(text(3), torch.ones(1, 3), None, False, (0,))
-    table = ConditioningCache(hoisted.model, timesteps)
-    table.start(prompts)
-    table.prepare(0)
+    cache = ConditioningCache(precomputed.model, timesteps)
+    cache.set_prompts(prompts)
+    cache.prepare(0)
     for i, t in enumerate(timesteps):
-        got, truth = table.at(torch.tensor([i])), prompts.condition(plain.model, t[None])
+        got, truth = cache.at(torch.tensor([i])), prompts.condition(plain.model, t[None])
         for one, other in zip(tree_leaves(got[:2]), tree_leaves(truth[:2]), strict=True):
             assert error(one, other) < 1e-6
 
 
-def test_a_small_window_gives_what_a_large_one_gives(checkpoint, monkeypatch):
+def test_the_size_of_the_window_changes_only_rounding(checkpoint, monkeypatch):
     request = {"reports": ["abc", "d"], "seeds": [5], "num_steps": STEPS, "batch_size": 2, "solver": "dpmpp_2m"}
     fills = []
     fill = ConditioningCache._fill
-    monkeypatch.setattr(ConditioningCache, "_fill", lambda table, first: fills.append(first) or fill(table, first))
+    monkeypatch.setattr(ConditioningCache, "_fill", lambda cache, first: fills.append(first) or fill(cache, first))
     whole = make(checkpoint)(**request)
     assert fills == [0]
-    few = lambda *given, **options: ConditioningCache(*given, **options, max_bytes=20_000)  # noqa: E731
-    monkeypatch.setattr(denoising, "ConditioningCache", few)
+    small = lambda *args, **options: ConditioningCache(*args, **options, max_bytes=20_000)  # noqa: E731
+    monkeypatch.setattr(denoising, "ConditioningCache", small)
     windowed = make(checkpoint)(**request)
     assert fills[1:] == [0, 4]
     assert error(windowed.latents, whole.latents) < 2e-5
     torch.testing.assert_close(windowed.class_probabilities, whole.class_probabilities)
 
 
-def test_the_adapter_runs_once_for_a_report(checkpoint):
+def test_the_adapter_runs_once_per_report(checkpoint):
     sampler, rows = make(checkpoint), []
     sampler.model.ella.register_forward_hook(lambda module, given, result: rows.append(len(given[1])))
     sampler(reports=["abc"], seeds=[1, 2, 3], num_steps=STEPS, batch_size=2)
-    assert sum(rows) == 2 * STEPS  # once for a batch of two, once for the single one left
+    assert sum(rows) == 2 * STEPS  # once for the batch of two, once for the remaining volume
     rows.clear()
     sampler(reports=["abc"], seeds=range(4), num_steps=STEPS, batch_size=2)
-    assert sum(rows) == 0  # the table of the last call still holds
+    assert sum(rows) == 0  # the cache of the last call is still valid
 
 
 def test_guidance_is_null_plus_scale_times_the_difference(checkpoint, sampler):
@@ -135,14 +136,14 @@ def test_guidance_is_null_plus_scale_times_the_difference(checkpoint, sampler):
     assert error(got, ddim(predict, 4)) < 5e-5
     same = sampler(text=text(3), seeds=[4], null_text=text(0), **guided).latents
     assert torch.equal(got, same)
-    beside = sampler(reports=["abc", "a"], seeds=[4, 9], batch_size=2, **guided).latents
-    assert error(beside[:1], got) < 5e-5
+    in_batch = sampler(reports=["abc", "a"], seeds=[4, 9], batch_size=2, **guided).latents
+    assert error(in_batch[:1], got) < 5e-5
     without = sampler(reports=["abc"], seeds=[4], num_steps=STEPS).latents
     assert (without - got).abs().max() > 0.01
     assert torch.equal(sampler(reports=["abc"], seeds=[4], num_steps=STEPS, guidance_scale=1.0).latents, without)
 
 
-def test_a_class_can_be_put_in_place_of_the_predicted_one(checkpoint, sampler):
+def test_class_override_replaces_the_predicted_class(checkpoint, sampler):
     model = load_checkpoint(checkpoint).model
 
     def predict(x, t):
@@ -162,20 +163,23 @@ def test_a_diffusers_scheduler_is_a_solver(sampler):
 
     settings = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear", "clip_sample": False}
     scheduler = DDIMScheduler(**settings, timestep_spacing="trailing")
-    asked = {"reports": ["abc", "d"], "seeds": [4], "num_steps": 5}
-    theirs = sampler(solver=scheduler, **asked).latents
-    ours = sampler(solver="ddim", timestep_spacing="trailing", **asked).latents
+    request = {"reports": ["abc", "d"], "seeds": [4], "num_steps": 5}
+    theirs = sampler(solver=scheduler, **request).latents
+    ours = sampler(solver="ddim", timestep_spacing="trailing", **request).latents
     assert error(theirs, ours) < 5e-5
 
 
 # ---- feature reuse ----
 
 
-def test_reuse_equals_a_whole_network_whose_deep_feature_is_replaced(checkpoint, sampler):
-    """The truth is the plain model with a hook in the up path: TINY has two levels with two up blocks each."""
+def test_reuse_equals_the_whole_network_with_its_deep_feature_replaced(checkpoint, sampler):
+    """Compared with the plain model with a hook in the up path: TINY has two levels with two up blocks each."""
     loaded = load_checkpoint(checkpoint).model
     spacing, kept, count = torch.tensor([[150.0, 150.0, 300.0]]), {}, 0
-    block, feature = loaded.unet.up_blocks[1].resnets[0], 16  # depth 2: the finest level; 16 channels come from below
+    block, feature = (
+        loaded.unet.up_blocks[1].resnets[0],
+        16,
+    )  # depth 2: the finest level, with 16 channels from the coarser one
 
     def replace(module, given):
         if count % 2 == 0:
@@ -208,9 +212,9 @@ def test_text_free_models_reuse_features_too(tmp_path):
     assert 1e-4 < (reused - exact).abs().max() < exact.abs().max()
 
 
-@pytest.mark.parametrize("precompute_conditioning", [True, False])
-def test_a_request_does_not_take_over_what_the_one_before_it_left(precompute_conditioning):
-    """Class, its absence, and the length of the text change from call to call; the sampler does not."""
+@pytest.mark.parametrize("precompute_conditioning", [True, False], ids=["precomputed", "uncached"])
+def test_a_request_does_not_depend_on_the_previous_one(precompute_conditioning):
+    """One sampler, for requests with and without a class and with texts of different lengths."""
     model = scrambled(build_model(make_config(TINY)))
     text = torch.randn(1, TOKENS + 3, WIDTH, generator=torch.Generator().manual_seed(0))
     requests = [
@@ -230,7 +234,7 @@ def test_a_request_does_not_take_over_what_the_one_before_it_left(precompute_con
             model, dtype="float32", optimizations=Optimizations(precompute_conditioning=precompute_conditioning)
         )
         assert torch.equal(results[-1], fresh(**request).latents)
-    assert all(error(one, results[0]) > 1e-3 for one in results[1:])  # each differs, so a mix-up would be seen
+    assert all(error(one, results[0]) > 1e-3 for one in results[1:])  # they differ, so a confusion would be detected
 
 
 def test_kinds_of_steps():
@@ -243,7 +247,7 @@ def test_kinds_of_steps():
         StepKind(False, "keep"),
     ]
     assert step_kinds([900, 100], 1000, Guidance(), None) == [StepKind(False, "")] * 2
-    # The interval holds its ends: with the default, the first step and the last, at t = 0, too.
+    # The interval is closed: the default includes the first step, and the last at t = 0.
     assert step_kinds([1000, 500, 0], 1000, Guidance(3), None) == [StepKind(True, "")] * 3
     for times, guided in [([600, 200], True), ([601, 199], False)]:
         assert step_kinds(times, 1000, Guidance(3, (0.2, 0.6)), None) == [StepKind(guided, "")] * 2
@@ -253,47 +257,53 @@ def test_kinds_of_steps():
 
 
 class Recorder:
-    """Stands for a CUDA graph: replaying is running the step again. Every tensor that a step leaves behind must lie where it
-    lay when it was recorded, or a real replay would write elsewhere."""
+    """Replaces a CUDA graph; its replay runs the step again.
+
+    Every tensor that a step writes must keep the address that it had at capture, or a real replay would write elsewhere.
+    """
 
     def __init__(self, loop):
-        self.loop, self.recorded = loop, 0
+        self.loop, self.captured = loop, 0
 
-    def places(self):
+    def addresses(self):
         trajectory = self.loop._trajectory
         kept = [trajectory.x, trajectory.x0, *trajectory.state, trajectory.index, *self.loop._features.values()]
         return [tensor.data_ptr() for tensor in kept]
 
     def __call__(self, step):
-        self.recorded += 1
-        before = self.places()
+        self.captured += 1
+        before = self.addresses()
 
         def replay():
             step()
-            assert self.places()[: len(before)] == before
+            assert self.addresses()[: len(before)] == before
 
         return replay
 
 
-@pytest.mark.parametrize("extra", [{}, {"reuse": Reuse(2, 2), "guidance_scale": 2.0, "guidance_interval": (0.3, 1)}])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"reuse": Reuse(2, 2), "guidance_scale": 2.0, "guidance_interval": (0.3, 1)}],
+    ids=["plain", "reuse_and_guidance"],
+)
 @pytest.mark.parametrize("solver", ["ddpm", "unipc"])
-def test_steps_that_can_be_captured_equal_eager_ones(checkpoint, sampler, monkeypatch, extra, solver):
+def test_captured_steps_equal_eager_ones(checkpoint, sampler, monkeypatch, extra, solver):
     request = {"reports": ["abc", "d"], "num_steps": 9, "solver": solver, "batch_size": 1, **extra}
     eager, recorders = sampler(**request), []
 
-    def recording(loop, optimizations):
+    def make_capture(loop, optimizations):
         recorders.append(Recorder(loop))
         return recorders[-1]
 
-    monkeypatch.setattr(DenoisingLoop, "_capture", recording)
+    monkeypatch.setattr(DenoisingLoop, "_make_capture", make_capture)
     captured = make(checkpoint)(**request)
     assert torch.equal(captured.latents, eager.latents)
-    assert len(recorders) == 1  # the second report goes through what was recorded for the first
-    assert recorders[0].recorded == (1 if not extra else 4)
+    assert len(recorders) == 1  # the second report replays the steps captured for the first
+    assert recorders[0].captured == (1 if not extra else 4)
 
 
 @pytest.mark.gpu
-def test_on_cuda_a_replayed_step_equals_an_eager_one_and_never_waits(checkpoint):
+def test_on_cuda_a_replayed_step_equals_an_eager_one_without_synchronization(checkpoint):
     request = {"reports": ["abc", "d"], "num_steps": 12, "solver": "ddpm", "guidance_scale": 2.0, "progress": False}
     eager = make(checkpoint, device="cuda", optimizations=Optimizations(cuda_graph=False, overlap_decode=False))(
         **request
@@ -314,7 +324,7 @@ def test_on_cuda_a_replayed_step_equals_an_eager_one_and_never_waits(checkpoint)
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_torch_compile_traces_the_network(checkpoint, sampler, monkeypatch):
+def test_torch_compile_traces_the_whole_network(checkpoint, sampler, monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend="eager", fullgraph=True, **options))
     request = {"reports": ["abc"], "seeds": [3], "num_steps": 3}
@@ -325,17 +335,17 @@ def test_torch_compile_traces_the_network(checkpoint, sampler, monkeypatch):
 # ---- reproducible ----
 
 
-def test_batch_invariant_gives_equal_bits_in_any_company(checkpoint, sampler):
+def test_batch_invariant_gives_equal_bits_in_any_batch(checkpoint, sampler):
     request = {"num_steps": STEPS, "batch_invariant": True, "solver": "dpmpp_2m_sde", "guidance_scale": 2.0}
-    company = sampler(reports=["abc", "d", "abc", "efgh"], seeds=[4, 5, 6, 7], batch_size=3, **request)
+    together = sampler(reports=["abc", "d", "abc", "efgh"], seeds=[4, 5, 6, 7], batch_size=3, **request)
     for row, (report, seed) in enumerate([("abc", 4), ("d", 5), ("abc", 6), ("efgh", 7)]):
         alone = make(checkpoint)(reports=[report], seeds=[seed], **request)
-        assert torch.equal(alone.latents[0], company.latents[row])
-        assert torch.equal(alone.volumes[0], company.volumes[row])
-    assert not torch.equal(company.latents[0], company.latents[2])
+        assert torch.equal(alone.latents[0], together.latents[row])
+        assert torch.equal(alone.volumes[0], together.volumes[row])
+    assert not torch.equal(together.latents[0], together.latents[2])
 
 
-def test_volumes_come_one_by_one_and_in_order(checkpoint, sampler):
+def test_iter_yields_the_volumes_in_order(checkpoint, sampler):
     request = {"reports": ["abc", "d", "ef"], "num_steps": 2, "batch_size": 2}
     whole = sampler(**request)
     each = list(sampler.iter(**request))
@@ -345,7 +355,7 @@ def test_volumes_come_one_by_one_and_in_order(checkpoint, sampler):
     assert torch.equal(torch.tensor([one.class_probabilities for one in each]), whole.class_probabilities)
 
 
-def test_bfloat16_stays_near_float32(checkpoint, sampler):
+def test_bfloat16_is_close_to_float32(checkpoint, sampler):
     low = make(checkpoint, dtype="bfloat16")
     assert {parameter.dtype for parameter in low.model.parameters()} == {torch.bfloat16}
     assert low.model.unet.conv_in.conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
@@ -356,9 +366,9 @@ def test_bfloat16_stays_near_float32(checkpoint, sampler):
 
 @pytest.mark.skipif(
     not can_pack(torch.bfloat16, torch.device("cpu")),
-    reason="oneDNN packs no bf16 weights here: needs a CPU with AVX-512, and no ONEDNN_MAX_CPU_ISA below AVX512_CORE",
+    reason="prepacking bf16 weights needs a CPU with AVX-512, and no ONEDNN_MAX_CPU_ISA below AVX512_CORE",
 )
-def test_packed_weights_give_the_same_bits(checkpoint):
+def test_prepacked_weights_give_the_same_bits(checkpoint):
     request = {"reports": ["abc", "d"], "num_steps": 4, "batch_size": 2}
     samplers = [
         make(checkpoint, dtype="bfloat16", optimizations=Optimizations(packed_weights=on)) for on in (True, False)
@@ -369,13 +379,13 @@ def test_packed_weights_give_the_same_bits(checkpoint):
     assert isinstance(first._conv_forward, PackedConvolution) and first._conv_forward._packed.is_mkldnn
     with torch.no_grad():
         first._conv_forward._packed.copy_(torch.zeros_like(first.weight).to_mkldnn())
-    assert not torch.equal(samplers[0](**request).latents, plain)  # they are what is multiplied
+    assert not torch.equal(samplers[0](**request).latents, plain)  # the prepacked weights are the ones used
 
 
-# ---- where samplers come from ----
+# ---- loading and saving ----
 
 
-def test_the_given_model_stays_as_it_is(checkpoint):
+def test_the_given_model_is_not_modified(checkpoint):
     loaded = load_checkpoint(checkpoint)
     model = loaded.model.train()
     vae = scrambled(Autoencoder(loaded.config.autoencoder))
@@ -390,23 +400,23 @@ def test_the_given_model_stays_as_it_is(checkpoint):
     assert shared.data_ptr() == model.unet.conv_in.conv.weight.data_ptr()
 
 
-def test_a_bare_model_samples_latents():
+def test_a_model_without_configuration_samples_latents():
     model = scrambled(build_model(make_config(TINY)))
     result = FastSampler(model, dtype="float32")(
         text=torch.randn(2, 9, WIDTH), latent_shape=(4, 4, 6, 2), decode=False, num_steps=3, solver="unipc"
     )
     assert result.latents.shape == (2, 4, 4, 6, 2) and result.volumes is None
-    with pytest.raises(ConfigError, match="not decoded"):
+    with pytest.raises(ConfigError, match="were not decoded"):
         result.save("nowhere")
 
 
-def test_saved_and_loaded_it_draws_the_same_bits(checkpoint, sampler, tmp_path):
+def test_a_saved_and_loaded_sampler_generates_the_same_bits(checkpoint, sampler, tmp_path):
     request = {"reports": ["abc"], "seeds": [3], "num_steps": 3}
     sampler.save_pretrained(tmp_path / "saved")
     again = FastSampler.from_pretrained(tmp_path / "saved", device="cpu", dtype="float32", text_encoder=FakeEncoder())
     assert torch.equal(again(**request).volumes, sampler(**request).volumes)
     assert again.scale_factor == sampler.scale_factor and again.intensity_scale == {"t2w": 700.0}
-    with pytest.raises(ConfigError, match="exists"):
+    with pytest.raises(ConfigError, match="already exists"):
         sampler.save_pretrained(tmp_path / "saved")
     file = tmp_path / "saved" / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -414,11 +424,11 @@ def test_saved_and_loaded_it_draws_the_same_bits(checkpoint, sampler, tmp_path):
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="damaged"):
         FastSampler.from_pretrained(tmp_path / "saved")
-    with pytest.raises(CheckpointError, match="hub"):
+    with pytest.raises(CheckpointError, match="download from the hub failed"):
         FastSampler.from_pretrained("nobody/nothing")
 
 
-def test_a_reference_file_draws_the_same_bits(checkpoint, sampler, tmp_path):
+def test_a_reference_file_generates_the_same_bits(checkpoint, sampler, tmp_path):
     export_reference(checkpoint, tmp_path / "CCELLA.pt")
     other = FastSampler.from_checkpoint(tmp_path / "CCELLA.pt", device="cpu", dtype="float32")
     request = {"seeds": [3], "num_steps": 3, "solver": "ddim", "latent_shape": (4, 8, 6, 4), "decode": False}

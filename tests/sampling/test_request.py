@@ -1,4 +1,4 @@
-"""What FastSampler refuses and how it says so, its estimate of memory, and what importing it takes."""
+"""Errors of FastSampler for invalid requests, its memory estimate, and the modules that importing it loads."""
 
 from __future__ import annotations
 
@@ -33,53 +33,54 @@ def sampler(checkpoint):
     return make(checkpoint)
 
 
-BAD = [
-    ({"text": torch.zeros(1, TOKENS, WIDTH + 1)}, "17 wide, the model takes 16"),
+INVALID = [
+    ({"text": torch.zeros(1, TOKENS, WIDTH + 1)}, "must be 16, as the model was trained, got 17"),
     ({"text": torch.zeros(1, TOKENS + 1, WIDTH)}, "7 positions, the model was trained with 6"),
     ({"text": torch.full((1, TOKENS, WIDTH), torch.nan)}, "not finite"),
     ({"text": torch.zeros(1, TOKENS, WIDTH), "reports": ["a"]}, "both reports and text"),
-    ({"reports": "a report"}, "not a list of texts"),
-    ({"reports": []}, "not a list of texts"),
-    ({"reports": ["a"], "seeds": 5}, "5 is not a list of integers"),
-    ({"reports": ["a"], "seeds": [0.5]}, "not a list of integers"),
-    ({"reports": ["a"], "latent_shape": (4, 8.0, 8, 4)}, "not a list of integers"),
-    ({"reports": ["a"], "num_steps": "5"}, "5 steps are not possible"),
-    ({"reports": ["a"], "spacing": 1.0}, r"a spacing of \[1.0\] mm"),
+    ({"reports": "a report"}, "must be a non-empty list of texts"),
+    ({"reports": []}, "must be a non-empty list of texts"),
+    ({"reports": ["a"], "seeds": 5}, "seeds must be a list of integers, got 5"),
+    ({"reports": ["a"], "seeds": [0.5]}, r"seeds must be a list of integers, got \[0.5\]"),
+    ({"reports": ["a"], "latent_shape": (4, 8.0, 8, 4)}, "latent_shape must be a list of integers"),
+    ({"reports": ["a"], "num_steps": "5"}, "must be an integer from 1 to 1000, got '5'"),
+    ({"reports": ["a"], "spacing": 1.0}, r"three lengths between 0 and 100 mm, got \[1.0\]"),
     ({}, "needs a report"),
     ({"reports": ["a"], "solver": "dpm_2m"}, "did you mean 'dpmpp_2m'"),
-    ({"reports": ["a"], "num_steps": 1001}, "1001 steps are not possible"),
-    ({"reports": ["a"], "latent_shape": (4, 8, 7, 4)}, r"not divisible by 2(.|\n)*use \[8, 8, 4\]"),
-    ({"reports": ["a"], "latent_shape": (5, 8, 8, 4)}, "not the shape of a latent"),
-    ({"reports": ["a"], "spacing": [1, 2, -1]}, "spacing"),
-    ({"reports": ["a", "b"], "seeds": [1, 2, 3]}, "do not go together"),
-    ({"reports": ["a"], "seeds": []}, "no volume"),
+    ({"reports": ["a"], "num_steps": 1001}, "must be an integer from 1 to 1000, got 1001"),
+    ({"reports": ["a"], "latent_shape": (4, 8, 7, 4)}, r"divisible by 2, got \[8, 7, 4\](.|\n)*use \[8, 8, 4\]"),
+    ({"reports": ["a"], "latent_shape": (5, 8, 8, 4)}, r"must be \(4, X, Y, Z\) with sizes of at least 1, got \[5, 8, 8, 4\]"),
+    ({"reports": ["a"], "spacing": [1, 2, -1]}, r"spacing must be .* got \[1.0, 2.0, -1.0\]"),
+    ({"reports": ["a", "b"], "seeds": [1, 2, 3]}, "must be equal or 1, got 2 and 3"),
+    ({"reports": ["a"], "seeds": []}, "number of volumes must be at least 1"),
     ({"reports": ["a"], "pirads": "pos"}, "predicts the class"),
-    ({"reports": ["a"], "class_override": "maybe"}, "no class 'maybe'"),
-    ({"reports": ["a"], "guidance_scale": -1}, "guidance scale of -1"),
-    ({"reports": ["a"], "guidance_scale": 2, "guidance_interval": (0.8, 0.2)}, "no interval"),
+    ({"reports": ["a"], "class_override": "maybe"}, "there is no class 'maybe'"),
+    ({"reports": ["a"], "guidance_scale": -1}, "guidance_scale must be at least 0 and below 1000, got -1"),
+    ({"reports": ["a"], "guidance_scale": 2, "guidance_interval": (0.8, 0.2)},
+     r"increasing fractions between 0 and 1, got \[0.8, 0.2\]"),
     ({"reports": ["a"], "reuse": Reuse(2, 4)}, "4 is not a possible depth"),
-    ({"reports": ["a"], "batch_size": 0}, "batch of 0"),
+    ({"reports": ["a"], "batch_size": 0}, "batch_size must be at least 1, got 0"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("request_", "message"), BAD)
-def test_bad_input_is_named_with_its_remedy(sampler, request_, message):
+@pytest.mark.parametrize(("request_", "message"), INVALID, ids=["-".join(given) or "nothing" for given, _ in INVALID])
+def test_an_invalid_request_raises_with_a_fix(sampler, request_, message):
     with pytest.raises(ConfigError, match=message) as caught:
         sampler(**request_)
     assert caught.value.fix and len(str(caught.value).splitlines()) <= 5
 
 
-def test_other_objects_and_dtypes_are_refused(sampler):
+def test_other_objects_and_dtypes_raise(sampler):
     for wrong in ({"model": torch.nn.Linear(1, 1)}, {"dtype": "bf16"}, {"dtype": "float16"}, {"scale_factor": 0.0}):
         with pytest.raises(ConfigError):
             FastSampler(**({"model": build_model(make_config(TINY))} | wrong))
-    with pytest.raises(ConfigError, match="a Linear is no autoencoder"):
+    with pytest.raises(ConfigError, match="must be an Autoencoder of this package, got an object of type Linear"):
         FastSampler(sampler.model, torch.nn.Linear(1, 1))
-    with pytest.raises(ConfigError, match="no autoencoder"):
+    with pytest.raises(ConfigError, match="no autoencoder to decode with"):
         FastSampler(sampler.model)(text=torch.zeros(1, TOKENS, WIDTH))
 
 
-def test_nan_is_an_error(checkpoint):
+def test_nan_raises(checkpoint):
     sampler = make(checkpoint)
     with torch.no_grad():
         sampler.model.unet.out[0].weight.fill_(torch.nan)
@@ -91,7 +92,7 @@ def test_nan_is_an_error(checkpoint):
 
 
 class PeakBytes(TorchDispatchMode):
-    """The largest sum of the storages that live at one time."""
+    """The peak of the total size of live storages."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +110,7 @@ class PeakBytes(TorchDispatchMode):
         return result
 
 
-def test_the_estimate_holds_the_peak_of_the_activations():
+def test_the_estimate_bounds_the_peak_of_the_activations():
     model = build_model("MAISI", num_channels=[32, 64], attention_levels=[False, True], num_head_channels=[0, 32],
                         num_res_blocks=2).requires_grad_(False)  # fmt: skip
     conditioning = model.condition(torch.tensor([5]), spacing=torch.ones(1, 3))
@@ -121,8 +122,10 @@ def test_the_estimate_holds_the_peak_of_the_activations():
         assert 0.9 * counted.peak < estimate < 2.5 * counted.peak, (estimate, counted.peak)
 
 
-def test_too_little_memory_is_said_beforehand_and_afterwards(sampler, monkeypatch):
-    with pytest.raises(ConfigError, match="needs about .* GiB beside the weights") as caught:
+def test_too_little_memory_raises_before_and_during_sampling(sampler, monkeypatch):
+    with pytest.raises(
+        ConfigError, match="needs about .* GiB in addition to the weights, but only .* GiB are free"
+    ) as caught:
         sampler(reports=["abc"], num_steps=2, latent_shape=(4, 4096, 4096, 4096), decode=False)
     assert all(remedy in caught.value.fix for remedy in ("batch_size", "bfloat16", "latent_shape"))
 
@@ -130,42 +133,42 @@ def test_too_little_memory_is_said_beforehand_and_afterwards(sampler, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(sampler, "_denoise", full)
-    with pytest.raises(ConfigError, match="memory is used up"):
+    with pytest.raises(ConfigError, match="the GPU is out of memory"):
         sampler(reports=["abc"], num_steps=2)
 
 
-def test_the_table_s_estimate_is_what_a_model_keeps(sampler):
+def test_the_estimate_of_the_cache_is_the_size_of_the_keys_and_values(sampler):
     rows, steps = 3, 4
     text, spacing = torch.zeros(rows * steps, TOKENS, WIDTH), torch.ones(rows * steps, 3)
     kept = sampler.model.condition(torch.arange(rows * steps), spacing=spacing, text=text).keys_values
-    found = memory.table_bytes(sampler.model.config, rows, steps, torch.float32)
-    assert found == sum(each.nbytes for pair in kept for each in pair) > 0
+    estimate = memory.cache_bytes(sampler.model.config, rows, steps, torch.float32)
+    assert estimate == sum(each.nbytes for pair in kept for each in pair) > 0
 
 
-def test_the_cpu_s_allocator_is_understood_and_other_errors_stay():
+def test_errors_of_the_cpu_allocator_are_converted_and_others_are_not():
     with (
-        pytest.raises(ConfigError, match="decoding: this machine's memory is used up"),
+        pytest.raises(ConfigError, match="decoding: the machine is out of memory"),
         memory.out_of_memory("decoding"),
     ):
-        torch.empty(2**50, dtype=torch.uint8)  # more than an address space holds
+        torch.empty(2**50, dtype=torch.uint8)  # larger than the address space
     with pytest.raises(RuntimeError, match="must match"), memory.out_of_memory("decoding"):
         torch.zeros(2) + torch.zeros(3)
 
 
-def test_a_long_report_is_named_by_its_number_alone(checkpoint, caplog):
-    class Short(FakeEncoder):
+def test_the_warning_of_a_long_report_contains_only_its_number(checkpoint, caplog):
+    class TruncatingEncoder(FakeEncoder):
         def encode(self, reports):
             encoded = super().encode(reports)
             encoded.truncated = [len(report) > 3 for report in reports]
             return encoded
 
-    sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype="float32", text_encoder=Short())
+    sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype="float32", text_encoder=TruncatingEncoder())
     sampler(reports=["abc", "ab", "a secret", "abc"], num_steps=1, decode=False)
-    (warned,) = [record.getMessage() for record in caplog.records if "longer" in record.getMessage()]
-    assert warned.startswith(f"report 3 is longer than {TOKENS} tokens") and "secret" not in caplog.text
+    (warning,) = [record.getMessage() for record in caplog.records if "longer" in record.getMessage()]
+    assert warning.startswith(f"report 3 is longer than {TOKENS} tokens") and "secret" not in caplog.text
 
 
-def test_a_sampler_works_again_after_it_was_stopped(checkpoint, monkeypatch):
+def test_a_sampler_works_after_an_out_of_memory_error(checkpoint, monkeypatch):
     sampler, request = make(checkpoint), {"reports": ["abc"], "seeds": [1], "num_steps": 4, "decode": False}
     whole = sampler(**request).latents
 
@@ -173,7 +176,7 @@ def test_a_sampler_works_again_after_it_was_stopped(checkpoint, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     other = make(checkpoint)
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="memory is used up"):
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="the GPU is out of memory"):
         patch.setattr("ccella_fast.sampling.conditioning.torch.empty", full)
         other(**request)
     assert torch.equal(other(**request).latents, whole)
@@ -190,5 +193,5 @@ def test_imports_without_dali_deepspeed_and_monai():
         "from ccella_fast.sampling.command import sample_to_folder\n"
         "print(sorted(name for name in ('transformers', 'nibabel', 'SimpleITK', 'scipy') if name in sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr[-2000:]
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert completed.stdout.strip() == "[]", completed.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""From a checkpoint folder to volumes: the whole path against diffusers, and what is written, kept and refused."""
+"""`sample_to_folder` and the path from a checkpoint to volumes: compared with diffusers; files written, kept and rejected."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def names(folder: Path, pattern: str = "*") -> list[str]:
     return sorted(path.name for path in folder.glob(pattern))
 
 
-def test_the_whole_path_equals_diffusers_and_plain_calls(checkpoint):
-    """DDIM by diffusers around the same network, then the reference's decode rules by hand."""
+def test_the_whole_path_equals_diffusers_and_direct_calls(checkpoint):
+    """DDIM of diffusers with the same network, then the decoding of the reference written out."""
     from diffusers import DDIMScheduler
 
     loaded = load_checkpoint(checkpoint)
@@ -65,10 +65,10 @@ def test_the_whole_path_equals_diffusers_and_plain_calls(checkpoint):
             predicted = loaded.model(x, t[None], spacing=torch.tensor([[150.0, 150.0, 300.0]]), text=text)
             x = truth.step(predicted.noise, t, x).prev_sample
         image = vae.decode(x / loaded.scale_factor[0])[0, 0].clamp(0, 1).numpy()
-    assert image.std() > 0.05  # something to compare
+    assert image.std() > 0.05  # not a constant image
     np.testing.assert_allclose(got.volumes[0, 0], image, atol=2e-3)
     np.testing.assert_allclose(got.class_probabilities, predicted.class_logits.softmax(1), atol=1e-4)
-    with pytest.raises(AssertionError):  # another spacing is another condition
+    with pytest.raises(AssertionError):  # negative control: another spacing
         other = sampler(text=text, seeds=[11], num_steps=28, spacing=[9, 9, 9])
         np.testing.assert_allclose(other.volumes[0, 0], image, atol=2e-3)
 
@@ -103,7 +103,7 @@ def test_written_files(checkpoint, tmp_path):
         assert b"Zebedee" not in path.read_bytes(), path
 
 
-def test_an_equal_request_is_reused_and_another_refused(checkpoint, tmp_path, monkeypatch):
+def test_volumes_of_an_equal_request_are_kept_and_of_another_raise(checkpoint, tmp_path, monkeypatch):
     draw(checkpoint, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     draw(checkpoint, tmp_path)
@@ -115,16 +115,16 @@ def test_an_equal_request_is_reused_and_another_refused(checkpoint, tmp_path, mo
     assert names(tmp_path, "*.nii.gz") == ["sample-000_seed9.nii.gz", "sample-001_seed9.nii.gz"]
 
 
-def test_a_stopped_request_goes_on(checkpoint, tmp_path, monkeypatch):
+def test_an_interrupted_request_is_continued(checkpoint, tmp_path, monkeypatch):
     draw(checkpoint, tmp_path / "whole")
     write = OutputWriter.write
 
-    def dies(writing, out, job, result):
-        if job.name == "sample-002_seed3":
+    def interrupted(writer, out, output, generated):
+        if output.name == "sample-002_seed3":
             raise KeyboardInterrupt
-        write(writing, out, job, result)
+        write(writer, out, output, generated)
 
-    monkeypatch.setattr(OutputWriter, "write", dies)
+    monkeypatch.setattr(OutputWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         draw(checkpoint, tmp_path / "parts")
     assert len(names(tmp_path / "parts", "*.nii.gz")) == 2
@@ -134,7 +134,7 @@ def test_a_stopped_request_goes_on(checkpoint, tmp_path, monkeypatch):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_null_report_is_said_and_used(checkpoint, tmp_path, caplog):
+def test_the_null_report_is_used_and_logged(checkpoint, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "ccella_fast"):
         draw(checkpoint, tmp_path / "none", reports=None, num_samples=1)
     assert "null report" in caplog.text
@@ -143,11 +143,11 @@ def test_null_report_is_said_and_used(checkpoint, tmp_path, caplog):
     assert (tmp_path / "none" / name).read_bytes() == (tmp_path / "empty" / name).read_bytes()
 
 
-def test_given_class_is_needed_and_acts(tmp_path):
+def test_a_given_class_is_required_and_changes_the_volume(tmp_path):
     folder = write_checkpoint(tmp_path / "step", "RADMAISI")
-    with pytest.raises(ConfigError, match="needs the class"):
+    with pytest.raises(ConfigError, match="RADMAISI needs a class"):
         draw(folder, tmp_path / "out", reports=None)
-    with pytest.raises(ConfigError, match="takes no report"):
+    with pytest.raises(ConfigError, match="does not take a report"):
         draw(folder, tmp_path / "out", pirads="pos")
     assert not (tmp_path / "out").exists()
     for pirads in ("neg", "pos"):
@@ -158,7 +158,7 @@ def test_given_class_is_needed_and_acts(tmp_path):
 
 
 def test_every_volume_has_its_own_seed_spacing_and_class(tmp_path):
-    """A batch of three, of which two are alike but for one value, and each of them alone."""
+    """A batch of three volumes that differ in one value each, compared with each volume alone."""
     sampler = FastSampler.from_checkpoint(
         write_checkpoint(tmp_path / "step", "RADMAISI"), device="cpu", dtype="float32"
     )
@@ -189,27 +189,29 @@ def test_three_sequences_are_split_scaled_and_named(tmp_path):
     with torch.no_grad():
         image = load_autoencoder(folder).decode(latents[:, 4:8] / 1.5)[0, 0].clamp(0, 1).numpy() * 117
     np.testing.assert_allclose(voxels(tmp_path / "out" / "sample-000_seed3_seq-hbv.nii.gz"), image, atol=0.02)
-    draw(folder, tmp_path / "out", reports=["abc"], num_samples=1)  # reused, not refused
+    draw(folder, tmp_path / "out", reports=["abc"], num_samples=1)  # kept
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"solver": "euler"}, "no solver 'euler'"),
-        ({"num_steps": 1001}, "1001 steps"),
-        ({"num_samples": 0}, "1 or more"),
+        ({"num_steps": 1001}, "must be an integer from 1 to 1000, got 1001"),
+        ({"num_samples": 0}, "--num_samples must be at least 1, got 0"),
+        ({"seed": -1}, "--seed must be at least 0, got -1"),
         ({"spacing": [1.0, 0.0, 1.0]}, "spacing"),
         ({"pirads": "pos"}, "predicts the class"),
     ],
+    ids=["solver", "num_steps", "num_samples", "seed", "spacing", "pirads"],
 )
-def test_impossible_requests_write_nothing(checkpoint, tmp_path, change, message):
+def test_invalid_requests_write_nothing(checkpoint, tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         draw(checkpoint, tmp_path / "out", **change)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("part", ["model", "autoencoder"])
-def test_a_diverged_model_is_an_error_and_no_black_image(checkpoint, tmp_path, monkeypatch, part):
+def test_a_diverged_model_raises_and_writes_nothing(checkpoint, tmp_path, monkeypatch, part):
     loaded, vae = load_checkpoint(checkpoint), load_autoencoder(checkpoint)
     broken = loaded.model if part == "model" else vae
     with torch.no_grad():
@@ -222,14 +224,14 @@ def test_a_diverged_model_is_an_error_and_no_black_image(checkpoint, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unwritable_folder_is_refused_before_any_work(checkpoint, tmp_path, monkeypatch):
+def test_an_unwritable_folder_raises_before_any_work(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(pretrained, "load_checkpoint", None)
     with pytest.raises(DiskError, match="is a file"):
         draw(checkpoint, tmp_path / "file" / "out")
 
 
-def test_a_missing_autoencoder_is_an_error_with_a_remedy(tmp_path):
+def test_a_missing_autoencoder_raises_with_a_fix(tmp_path):
     folder = write_checkpoint(tmp_path / "step", with_vae=False)
     with pytest.raises(CheckpointError, match="--vae"):
         draw(folder, tmp_path / "out")
@@ -238,8 +240,8 @@ def test_a_missing_autoencoder_is_an_error_with_a_remedy(tmp_path):
     assert len(names(tmp_path / "out", "*.nii.gz")) == 2
 
 
-def test_two_processes_share_the_volumes_and_change_none(tmp_path):
-    """Bit for bit with --batch_invariant, also when one process has begun and two go on."""
+def test_two_processes_generate_the_volumes_of_one(tmp_path):
+    """Bit for bit with --batch_invariant, also if two processes continue a request that one process began."""
     folder = write_checkpoint(tmp_path / "step", "RADMAISI")
     flags = ["--checkpoint", folder, "--pirads", "pos", "--num_samples", "5", "--seed", "3", "--solver", "dpmpp_2m_sde"]
     flags += ["--batch_size", "2", "--batch_invariant", "--dtype", "float32"]
@@ -250,9 +252,9 @@ def test_two_processes_share_the_volumes_and_change_none(tmp_path):
         (tmp_path / "two" / name).write_bytes((tmp_path / "one" / name).read_bytes())
     launcher = Path(sys.executable).with_name("torchrun")
     command = [launcher, "--standalone", "--nproc-per-node", "2", "-m", "ccella_fast.cli", "sample", *flags]
-    done = subprocess.run([*map(str, command), "--out", tmp_path / "two"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "sampling 1-1 of 2" in done.stderr  # four were missing, two for each
+    completed = subprocess.run([*map(str, command), "--out", tmp_path / "two"], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    assert "sampling 1-1 of 2" in completed.stderr  # four are missing, two per process
     for path in (tmp_path / "one").iterdir():
         if path.name != "run_record.json":
             assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name

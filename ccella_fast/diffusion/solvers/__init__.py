@@ -1,4 +1,4 @@
-"""The solvers by name. To add one: a class in a file of its family, and a row here."""
+"""The solvers by name. To add one, write a class in the file of its family and list it in `SOLVERS`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ SOLVERS: dict[str, type[Solver]] = {
 
 
 def get_solver(solver: str | Solver) -> Solver:
-    """The solver of that name with its defaults, or the one given; ConfigError with the nearest name otherwise."""
+    """The solver of that name with its default settings; a Solver is returned as it is.
+
+    Raises:
+        ConfigError: there is no solver of that name; the error suggests the nearest one.
+    """
     if isinstance(solver, Solver):
         return solver
     if solver not in SOLVERS:

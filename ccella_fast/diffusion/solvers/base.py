@@ -1,16 +1,17 @@
-"""What a solver is: a table of numbers. One function, `Plan.step`, takes every solver's step.
+"""A solver is a table of coefficients; `SamplingPlan.step` performs the step of every solver.
 
-All of them are linear in the same few tensors. With x the sample that the network saw and `output` its answer:
+All solvers are linear in the same few tensors. With x the network's input and `output` its prediction:
 
-    x0        = a x + b output                                        the clean sample, estimated now (prediction.py)
-    velocity  = a x + b output                                        likewise; flows only
-    corrected = a x + b x0 + c corrected_1 + d x0_1 + e x0_2          x, mended in hindsight; most solvers leave it as it is
+    x0        = a x + b output                                        the estimated clean sample (prediction.py)
+    velocity  = a x + b output                                        the estimated velocity; rectified flows only
+    corrected = a x + b x0 + c corrected_1 + d x0_1 + e x0_2          x after the corrector; equal to x for most solvers
     next      = a corrected + b x0 + c x0_1 + d noise                 the sample at the next level
 
-where _1 and _2 mark the values of one and two evaluations ago, and a flow has velocity in x0's place. A solver gives a column
-of float64 coefficients for each term that it needs, one entry an evaluation, computed before the loop starts. First and last
-steps of lower order are zeros in that table, so every evaluation is the same sequence of kernels and can be captured once and
-replayed.
+where the suffixes _1 and _2 denote values from one and two evaluations ago; a rectified flow uses velocity in place of x0.
+A `Term` is one product on the right: the target that it is added to and the source tensor that it multiplies. For each term
+that it needs, a solver provides a column of float64 coefficients with one entry per evaluation, computed before the loop. First
+and last steps of lower order have zeros in that table, so every evaluation launches the same sequence of kernels and can be
+captured once and replayed.
 """
 
 from __future__ import annotations
@@ -29,13 +30,19 @@ from ccella_fast.diffusion.prediction import check_prediction, velocity_coeffici
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.timesteps import NoiseLevels, diffusion_levels, flow_levels
 
-Term = tuple[str, str]  # (what is formed, from what)
-# What is remembered for the next evaluation, and which value of this one that is.
+Term = tuple[str, str]  # (target, source)
+# The tensors kept for the next evaluation, and the value of this evaluation that each takes.
 MEMORY = {"corrected_1": "corrected", "velocity_1": "velocity", "x0_1": "x0", "x0_2": "x0_1"}
 
 
 class StepResult(NamedTuple):
-    """x: the sample at the next level. x0: the clean sample as estimated now. state: for the next call."""
+    """The result of one step.
+
+    Attributes:
+        x: (B, ...), the sample at the next level.
+        x0: (B, ...), the estimated clean sample.
+        state: the solver's memory, for the next call.
+    """
 
     x: Tensor
     x0: Tensor
@@ -44,11 +51,14 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SamplingPlan:
-    """A trajectory's numbers: everything that is known before the first evaluation.
+    """The coefficients of a trajectory of E evaluations, all known before the first one.
 
-    timesteps: (E,) what the network is told, int64 (diffusion) or float64 (flow). coefficients: float64 (E, K), a row for each
-    evaluation. terms: the K columns' meaning. For (next, corrected) it is a - 1: to add small changes to the sample instead of
-    scaling it halves the fp32 rounding error of 1000 steps."""
+    Attributes:
+        timesteps: (E,), the network's input, int64 for a noise schedule and float64 for a rectified flow.
+        coefficients: float64 (E, K), one row per evaluation.
+        terms: the terms of the K columns. The column of ("next", "corrected") holds a - 1: adding a small change to the sample
+            instead of scaling it halves the fp32 rounding error of 1000 steps.
+    """
 
     timesteps: np.ndarray
     coefficients: np.ndarray
@@ -59,13 +69,14 @@ class SamplingPlan:
 
     @cached_property
     def noise_scale(self) -> np.ndarray:
-        """(E,): the factor of the noise that each evaluation adds; 0 where none is read."""
+        """The factor of the noise that each evaluation adds, float64 (E,); 0 if it adds none."""
         if ("next", "noise") not in self.terms:
             return np.zeros(len(self))
         return self.coefficients[:, self.terms.index(("next", "noise"))]
 
     @property
     def stochastic(self) -> bool:
+        """Whether any evaluation adds noise."""
         return bool(self.noise_scale.any())
 
     @cached_property
@@ -78,23 +89,35 @@ class SamplingPlan:
     def step(
         self, x: Tensor, output: Tensor, row: Tensor, noise: Tensor | None, state: tuple[Tensor, ...]
     ) -> StepResult:
-        """x, output, noise, state: (B, ...) of one dtype, fp32 or fp64; row: (K,) on their device; noise may be None where
-        the plan is not stochastic. Pure arithmetic without host synchronisation: which terms exist is known beforehand."""
+        """One solver step, without host synchronization: which terms exist is known beforehand.
+
+        Args:
+            x: (B, ...), the network's input, fp32 or fp64.
+            output: like x, the network's prediction.
+            row: (K,), the evaluation's row of `coefficients`, with the device and dtype of x.
+            noise: like x; may be None if the plan is deterministic.
+            state: the solver's memory, each tensor like x.
+        """
         tensors = {"x": x, "corrected": x, "output": output, **dict(zip(self.memory, state, strict=True))}
         if noise is not None:
             tensors["noise"] = noise
         terms = list(zip(self.terms, row.unbind(), strict=True))
         for target in ("x0", "velocity", "corrected", "next"):
-            parts = [coefficient * tensors[source] for (formed, source), coefficient in terms if formed == target]
-            if parts:
-                tensors[target] = reduce(torch.add, parts)
-        x = tensors["corrected"] + tensors["next"]
-        following = tuple(tensors[MEMORY[name]] for name in self.memory)
-        return StepResult(x, tensors["x0"], following)
+            products = [coefficient * tensors[source] for (into, source), coefficient in terms if into == target]
+            if products:
+                tensors[target] = reduce(torch.add, products)
+        x = tensors["corrected"] + tensors["next"]  # the column of ("next", "corrected") holds a - 1
+        new_state = tuple(tensors[MEMORY[name]] for name in self.memory)
+        return StepResult(x, tensors["x0"], new_state)
 
 
 class Tableau(NamedTuple):
-    """evaluated_at: (E,) index of the level that each evaluation sees. columns: float64 (E,) each."""
+    """A solver's coefficients.
+
+    Attributes:
+        evaluated_at: (E,), the index of the noise level of each evaluation.
+        columns: the coefficients of each term, float64 (E,).
+    """
 
     evaluated_at: np.ndarray
     columns: Mapping[Term, np.ndarray]
@@ -102,17 +125,22 @@ class Tableau(NamedTuple):
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """A solver: a pure function from noise levels to coefficients, and the spacing that suits it."""
+    """A solver: a pure function from noise levels to coefficients, and its default timestep spacing."""
 
     name: ClassVar[str]
-    order: ClassVar[int]  # the error falls with this power of the step (weak order, where noise is added)
+    order: ClassVar[int]  # of convergence in the step size; the weak order for stochastic solvers
     timestep_spacing: ClassVar[str]  # the default
     flow: ClassVar[bool] = False  # solves a rectified flow instead of a noise schedule
     includes_last: ClassVar[bool] = False  # see `diffusion_levels`
 
     @abstractmethod
     def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
-        """signal, sigma: float64 (N + 1,); the last level is where the trajectory ends. sigma may be 0 only there."""
+        """The coefficients for given noise levels.
+
+        Args:
+            signal: float64 (N + 1,); the last level is the end of the trajectory.
+            sigma: float64 (N + 1,); only the last entry may be 0.
+        """
 
     def plan(
         self,
@@ -122,8 +150,12 @@ class Solver(ABC):
         prediction: str = "epsilon",
         timestep_spacing: str | None = None,
     ) -> SamplingPlan:
-        """The plan of `num_steps` steps. ConfigError: more steps than the schedule has, an unknown spacing, a prediction that
-        does not fit."""
+        """The plan for `num_steps` steps; `timestep_spacing` None is the solver's default.
+
+        Raises:
+            ConfigError: the schedule has fewer timesteps than `num_steps`, or the spacing or the prediction type is unknown or
+                not supported by this solver.
+        """
         prediction = check_prediction(prediction, flow=self.flow, solver=self.name)
         spacing = timestep_spacing or self.timestep_spacing
         if self.flow:
@@ -133,21 +165,21 @@ class Solver(ABC):
         return self.plan_levels(levels, prediction)
 
     def plan_levels(self, levels: NoiseLevels, prediction: str) -> SamplingPlan:
-        """The plan through given noise levels."""
+        """The plan for given noise levels."""
         at, columns = self.table(levels.signal, levels.sigma)
         columns = dict(columns)
         signal, sigma = levels.signal[at], levels.sigma[at]
-        formed = {"x0": x0_coefficients(prediction, signal, sigma)}
+        estimates = {"x0": x0_coefficients(prediction, signal, sigma)}
         if self.flow:
-            formed["velocity"] = velocity_coefficients(prediction, sigma)
-        for target, (from_x, from_output) in reversed(formed.items()):
+            estimates["velocity"] = velocity_coefficients(prediction, sigma)
+        for target, (from_x, from_output) in reversed(estimates.items()):
             columns = {(target, "x"): from_x, (target, "output"): from_output, **columns}
-        columns["next", "corrected"] = columns["next", "corrected"] - 1
+        columns["next", "corrected"] = columns["next", "corrected"] - 1  # see SamplingPlan.terms
         columns = {term: column for term, column in columns.items() if column.any()}
         return SamplingPlan(levels.timesteps[at], np.stack(list(columns.values()), axis=1), tuple(columns))
 
 
 def log_snr_steps(signal: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """h (N,): the growth of lambda = log(signal / sigma) over each step, infinite where the step ends at sigma 0."""
+    """The increase of lambda = log(signal / sigma) over each step, (N,); infinite if the step ends at sigma 0."""
     with np.errstate(divide="ignore"):
         return np.diff(np.log(signal) - np.log(sigma))

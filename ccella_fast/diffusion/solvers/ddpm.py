@@ -13,16 +13,19 @@ from ccella_fast.diffusion.solvers.base import Solver, Tableau
 class Ddpm(Solver):
     """Ancestral sampling, Ho et al. 2020 (arXiv 2006.11239), eq. 7, with the posterior variance ("fixed small").
 
-    With every training timestep this is the reference's sampler. With fewer, the posterior between *consecutive chosen*
-    levels is used (Nichol and Dhariwal 2021, arXiv 2102.09672, section 4), not the single-step one.
+    With every training timestep this is the sampler of the CCELLA reference implementation. With fewer, the posterior is the
+    one between consecutive *chosen* levels (Nichol and Dhariwal 2021, arXiv 2102.09672, section 4), not the single-step
+    posterior.
 
-    Equals diffusers' DDPMScheduler(variance_type="fixed_small", clip_sample=False, timestep_spacing="linspace")."""
+    Equal to diffusers' DDPMScheduler(variance_type="fixed_small", clip_sample=False, timestep_spacing="linspace").
+    """
 
     name, order = "ddpm", 1
     timestep_spacing = "linspace"
     includes_last = True
 
     def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
+        """The coefficients for given noise levels; see `Solver.table`."""
         alpha = (signal[:-1] / signal[1:]) ** 2
         from_x0 = signal[1:] * (1 - alpha) / sigma[:-1] ** 2
         from_x = np.sqrt(alpha) * sigma[1:] ** 2 / sigma[:-1] ** 2
@@ -33,10 +36,14 @@ class Ddpm(Solver):
 
 @dataclass(frozen=True)
 class Ddim(Solver):
-    """Song et al. 2021 (arXiv 2010.02502), eq. 12. eta 0: deterministic; eta 1: the noise of the respaced `Ddpm`.
+    """DDIM, Song et al. 2021 (arXiv 2010.02502), eq. 12.
 
-    Equals diffusers' DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="linspace") where that walks
-    its own list of timesteps: it takes t - T // N for the next one, which is the list's with `leading` spacing."""
+    Equal to diffusers' DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="linspace") if its steps follow
+    its own list of timesteps. It assumes t - T // N as the next timestep, which agrees with the list for "leading" spacing.
+
+    Args:
+        eta: 0 is deterministic; 1 adds as much noise as `Ddpm` over the same timesteps.
+    """
 
     eta: float = 0.0
 
@@ -45,6 +52,7 @@ class Ddim(Solver):
     includes_last = True
 
     def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
+        """The coefficients for given noise levels; see `Solver.table`."""
         noise = self.eta * sigma[1:] / sigma[:-1] * np.sqrt(1 - (signal[:-1] / signal[1:]) ** 2)
         from_eps = np.sqrt(sigma[1:] ** 2 - noise**2)
         # eps = (x - signal x0) / sigma

@@ -11,14 +11,18 @@ from ccella_fast.diffusion.solvers.base import Solver, Tableau
 
 @dataclass(frozen=True)
 class EulerFlow(Solver):
-    """Euler's method. With "linspace" it equals diffusers' FlowMatchEulerDiscreteScheduler(); with "trailing", the same one
-    after set_timesteps(sigmas=np.linspace(1, 1 / N, N))."""
+    """Euler's method, first order.
+
+    With "linspace", equal to diffusers' FlowMatchEulerDiscreteScheduler(); with "trailing", to the same scheduler after
+    set_timesteps(sigmas=np.linspace(1, 1 / N, N)).
+    """
 
     name, order = "euler_flow", 1
     timestep_spacing = "trailing"
     flow = True
 
     def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
+        """The coefficients for given noise levels; see `Solver.table`."""
         step = np.diff(sigma)
         columns = {("next", "corrected"): np.ones_like(step), ("next", "velocity"): step}
         return Tableau(np.arange(len(step)), columns)
@@ -26,21 +30,23 @@ class EulerFlow(Solver):
 
 @dataclass(frozen=True)
 class HeunFlow(Solver):
-    """Heun's method, second order: two evaluations a step and one for the last, 2 N - 1 in all.
+    """Heun's method, second order: two evaluations per step and one for the last step, 2 N - 1 in total.
 
-    Equals diffusers' FlowMatchHeunDiscreteScheduler(). "linspace" by default: it makes the one Euler step at the end short.
-    Evaluations alternate: one predicts the next level by Euler's method; the next sees that level, takes the step again with
-    the mean of both velocities, and stays there."""
+    Equal to diffusers' FlowMatchHeunDiscreteScheduler(). The default is "linspace" because it makes the last step, an Euler
+    step, short. Evaluations alternate between predictor and corrector: the predictor takes an Euler step to the next level; the
+    corrector evaluates the network there and repeats the step with the mean of both velocities.
+    """
 
     name, order = "heun_flow", 2
     timestep_spacing = "linspace"
     flow = True
 
     def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
+        """The coefficients for given noise levels; see `Solver.table`."""
         evaluated_at = np.repeat(np.arange(len(sigma) - 1), 2)[1:]
         predicts = np.arange(len(evaluated_at)) % 2 == 0
         step = np.diff(sigma)
-        half = np.where(predicts, 0.0, step[evaluated_at - 1] / 2)  # of the step that is taken again
+        half = np.where(predicts, 0.0, step[evaluated_at - 1] / 2)  # of the step that the corrector repeats
         columns = {
             ("corrected", "x"): predicts.astype(float),
             ("corrected", "corrected_1"): (~predicts).astype(float),

@@ -1,4 +1,4 @@
-"""UniPC, Zhao et al. 2023 (arXiv 2302.04867): a predictor whose every result the next evaluation corrects, at no extra cost."""
+"""UniPC, Zhao et al. 2023 (arXiv 2302.04867): a predictor and a corrector that reuses the next step's evaluation."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from ccella_fast.diffusion.solvers.dpm_solver import second_order, two_step
 
 @dataclass(frozen=True)
 class UniPc2(Solver):
-    """UniPC-2 of x0 with B(h) = e^h - 1 ("bh2"): UniP-2 (algorithm 2) predicts, UniC-2 (algorithm 1) corrects.
+    """UniPC-2 in terms of x0, with B(h) = e^h - 1 ("bh2"): predictor UniP-2 (algorithm 2), corrector UniC-2 (algorithm 1).
 
-    Equals diffusers' UniPCMultistepScheduler(solver_order=2, solver_type="bh2", predict_x0=True, final_sigmas_type="zero",
-    use_karras_sigmas=True), or with timestep_spacing of the same name. Of third order: the corrector adds one."""
+    Its order is 3, because the corrector adds one. Equal to diffusers' UniPCMultistepScheduler(solver_order=2,
+    solver_type="bh2", predict_x0=True, final_sigmas_type="zero", use_karras_sigmas=True), or with timestep_spacing of the same
+    name.
+    """
 
     name, order = "unipc", 3
     timestep_spacing = "karras"
 
     def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
+        """The coefficients for given noise levels; see `Solver.table`."""
         h = log_snr_steps(signal, sigma)
         columns = {**_corrector(signal, sigma, h, second_order(h)), **two_step(signal, sigma, h)}
         return Tableau(np.arange(len(h)), columns)
 
 
 def _corrector(signal: np.ndarray, sigma: np.ndarray, h: np.ndarray, second: np.ndarray) -> dict[Term, np.ndarray]:
-    """The step that led to evaluation i, taken again from `corrected_1` with what evaluation i has found; none at i = 0.
+    """The step to evaluation i, repeated from `corrected_1` with the x0 of evaluation i; the identity at i = 0.
 
     corrected = (sigma ratio) corrected_1 + w (x0_1 + rho_1 (x0_2 - x0_1) / r + rho_2 (x0 - x0_1)),  w = -signal (e^-h - 1),
-    where r = -(h before) / h and rho solves the two order conditions; rho_1 = 0, rho_2 = 1/2 after a first-order step."""
+    where r = -(previous h) / h, and rho solves the two order conditions; rho_1 = 0, rho_2 = 1/2 after a first-order step.
+    """
     count = len(h)
     from_x, from_x0, from_corrected, from_x0_1, from_x0_2 = (np.zeros(count) for _ in range(5))
     from_x[0] = 1.0
