@@ -18,7 +18,7 @@ from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import Solver, get_solver
 from ccella_fast.errors import ConfigError, NonFiniteError
 from ccella_fast.models import DiffusionModel, build_model
-from ccella_fast.models.autoencoder.network import Autoencoder
+from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.sampling import memory, pretrained
 from ccella_fast.sampling.decoding import Decoded, Decoder
 from ccella_fast.sampling.denoising import DenoisingLoop, LoopSettings

@@ -172,7 +172,7 @@ def test_scale_factor_is_that_of_latents_as_drawn(studies: Path, tmp_path: Path)
 def test_latents_are_the_encoders(studies: Path, tmp_path: Path):
     import torch
 
-    from ccella_fast.models.autoencoder.network import load_autoencoder
+    from ccella_fast.models.autoencoder import load_autoencoder
 
     out, settings = tmp_path / "out", config()
     prepare(studies, out, settings, vae=write_vae(tmp_path / "vae", settings))

@@ -11,7 +11,7 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import Autoencoder
 
 from ccella_fast.config import AutoencoderConfig
 from ccella_fast.errors import CheckpointError
-from ccella_fast.models.autoencoder.network import Autoencoder, load_autoencoder, save_autoencoder
+from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
 
 TINY = AutoencoderConfig(num_channels=[8, 16], num_res_blocks=[1, 2], norm_num_groups=4, latent_channels=3)
 

@@ -17,7 +17,7 @@ from ccella_fast.config import AutoencoderConfig
 from ccella_fast.kernels.backend import ENVIRONMENT
 from ccella_fast.losses import class_loss, focal_terms
 from ccella_fast.models import adapter, build_model
-from ccella_fast.models.autoencoder.network import Autoencoder
+from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.variants import VARIANTS
 
 ORDER = sorted(

@@ -13,9 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from ccella_fast.config import AutoencoderConfig
 from ccella_fast.errors import ConfigError
-from ccella_fast.models.autoencoder import tiling
+from ccella_fast.models.autoencoder import Autoencoder, tiling
 from ccella_fast.models.autoencoder import tiling_plan as planning
-from ccella_fast.models.autoencoder.network import Autoencoder
 from ccella_fast.models.autoencoder.tiling_plan import cuts, edges_of, make_tiling_plan
 from ccella_fast.models.blocks import GroupNormSiLU
 

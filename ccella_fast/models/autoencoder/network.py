@@ -6,24 +6,16 @@ and cache flushes are left out: they change nothing but time and memory.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccella_fast.config import AutoencoderConfig
-from ccella_fast.errors import CheckpointError
 from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
 from ccella_fast.models.autoencoder.tiling import can_tile, run_tiled, tiling_plan_for
 from ccella_fast.models.autoencoder.tiling_plan import TiledConv, TilingPlan
 from ccella_fast.models.blocks import conv3d, nest
-from ccella_fast.models.weights import load_weights, plain_tensors, read_pt
-from ccella_fast.storage import atomic_path, read_json, sha256, write_json
 
-FORMAT = {"format": "ccella_fast.autoencoder", "version": 1}
 _NAMES = ("conv", "conv")  # the reference wraps most convolutions twice
 
 
@@ -170,77 +162,3 @@ class Autoencoder(nn.Module):
         """(reconstruction, mean, sigma), decoded from mean + sigma * noise, or from the mean alone. Used in training."""
         mean, sigma = self.encode(x)
         return self.decode(mean if noise is None else mean + sigma * noise), mean, sigma
-
-
-def save_autoencoder(vae: Autoencoder, folder: str | Path) -> None:
-    """Write config.json, model.safetensors (float32, the reference's names) and, last, manifest.json with their SHA-256."""
-    folder = Path(folder)
-    write_json(folder / "config.json", vae.config.model_dump(mode="json"))
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in vae.state_dict().items()}
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary)
-    hashes = {name: sha256(folder / name) for name in ("config.json", "model.safetensors")}
-    write_json(folder / "manifest.json", {**FORMAT, "sha256": hashes})
-
-
-def load_autoencoder(path: str | Path, config: AutoencoderConfig | None = None) -> Autoencoder:
-    """Load a folder written by `save_autoencoder`, a folder with such a `vae/` inside, or a bare reference `.pt` state dict.
-
-    config: what is expected; a `.pt` file is built with it (default: MAISI's sizes). On the CPU, in eval mode.
-    Raises CheckpointError when anything is missing, damaged, or of another architecture: never a random autoencoder."""
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(
-            "there are no autoencoder weights here", path=path, fix="run `ccella-fast train-vae` first"
-        )
-    if path.is_file():
-        config = config or AutoencoderConfig()
-        tensors = plain_tensors(read_pt(path), path=path)
-    else:
-        file = weights_file(path)
-        config = _stored_config(file.parent, config)
-        tensors = _read_safetensors(file)
-    vae = Autoencoder(config)
-    load_weights(vae, tensors, path=path, what="this autoencoder")
-    return vae.eval().requires_grad_(False)
-
-
-def weights_file(path: str | Path) -> Path:
-    """The file with the weights that `load_autoencoder(path)` reads."""
-    path = Path(path)
-    if path.is_file():
-        return path
-    return (path / "vae" if (path / "vae").is_dir() else path) / "model.safetensors"
-
-
-def _stored_config(folder: Path, expected: AutoencoderConfig | None) -> AutoencoderConfig:
-    manifest = read_json(folder / "manifest.json", error=CheckpointError)
-    if not isinstance(manifest, dict) or {key: manifest.get(key) for key in FORMAT} != FORMAT:
-        fix = "name a folder that `ccella-fast train-vae` wrote"
-        raise CheckpointError("this is not the manifest of an autoencoder", path=folder / "manifest.json", fix=fix)
-    hashes = manifest.get("sha256")
-    for name in ("config.json", "model.safetensors"):
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError("this file is missing", path=file, fix="copy the whole folder again")
-        if not isinstance(hashes, dict) or sha256(file) != hashes.get(name):
-            raise CheckpointError("damaged: the SHA-256 differs from the manifest's", path=file, fix="copy it again")
-    stored = read_json(folder / "config.json", error=CheckpointError)
-    try:
-        config = AutoencoderConfig.model_validate(stored)
-    except ValueError as bad:
-        first = str(bad).splitlines()[0]
-        raise CheckpointError(f"not an autoencoder's settings: {first}", path=folder / "config.json") from None
-    for key, value in (expected or config).model_dump().items():
-        if getattr(config, key) != value:
-            why = f"these weights have {key} {getattr(config, key)}, the configuration says {value}"
-            fix = "use the configuration of their training, or train another autoencoder"
-            raise CheckpointError(why, path=folder, field=f"autoencoder.{key}", fix=fix)
-    return config
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except SafetensorError as bad:
-        raise CheckpointError(f"not a readable safetensors file: {bad}", path=file, fix="copy it again") from None
