@@ -31,7 +31,7 @@ def build_model(source: str | ModelConfig | Config, **overrides: Any) -> Diffusi
         ConfigError: naming the field.
     """
     config = model_config(source, **overrides)
-    return TextModel(config) if get_variant(config.variant).text else TextFreeModel(config)
+    return TextModel(config) if config.traits.text else TextFreeModel(config)
 
 
 def model_config(source: str | ModelConfig | Config, **overrides: Any) -> ModelConfig:

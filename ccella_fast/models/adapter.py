@@ -15,7 +15,6 @@ from ccella_fast.config import ModelConfig
 from ccella_fast.kernels.attention import attention
 from ccella_fast.models.blocks import Checkpointed, zero_module
 from ccella_fast.models.embeddings import sinusoidal
-from ccella_fast.variants import get_variant
 
 _PIECE = 16384
 
@@ -113,7 +112,7 @@ class Connector(Checkpointed):
     def __init__(self, config: ModelConfig):
         super().__init__()
         width, blocks = config.cross_attention_dim, config.adapter_blocks
-        self.head = get_variant(config.variant).head
+        self.head = config.traits.head
         self.latents = nn.Parameter(torch.randn(config.num_latents, width) * width**-0.5)
         self.time_aware_linear = nn.Linear(width, width)
         self.proj_in = nn.Linear(config.input_dim, width)

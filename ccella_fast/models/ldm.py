@@ -14,7 +14,7 @@ from ccella_fast.config import ModelConfig
 from ccella_fast.models.adapter import Adapter, ClassHead
 from ccella_fast.models.blocks import Checkpointed, Runner, run
 from ccella_fast.models.unet3d import Conditioning, UNet3d
-from ccella_fast.variants import Variant, get_variant
+from ccella_fast.variants import Variant
 
 CLASS_SCALE = 100.0  # the reference feeds classes and spacings times 100
 
@@ -111,7 +111,7 @@ class TextModel(DiffusionModel):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.variant = config, get_variant(config.variant)
+        self.config, self.variant = config, config.traits
         self.unet = UNet3d(config)
         self.ella = Adapter(config)
         if self.variant.head in ("cascade", "shared"):

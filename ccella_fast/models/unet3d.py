@@ -28,7 +28,6 @@ from ccella_fast.models.blocks import (
 )
 from ccella_fast.models.embeddings import perceptron, sinusoidal
 from ccella_fast.models.thin_grids import on_three_voxels
-from ccella_fast.variants import get_variant
 
 
 class Conditioning(NamedTuple):
@@ -78,7 +77,7 @@ class Level(Checkpointed):
 
     def __init__(self, config: ModelConfig, level: int, inputs: list[int], *, attentions_first: bool):
         super().__init__()
-        text = get_variant(config.variant).text
+        text = config.traits.text
         count = len(inputs) if config.attention_levels[level] else 0
         attentions = nn.ModuleList(_attention(config, level, text) for _ in range(count))
         if attentions_first:
@@ -116,7 +115,7 @@ class MiddleBlock(Checkpointed):
         super().__init__()
         channels = config.num_channels[-1]
         self.resnet_1 = _residual(config, channels, channels)
-        self.attention = _attention(config, -1, get_variant(config.variant).text)
+        self.attention = _attention(config, -1, config.traits.text)
         self.resnet_2 = _residual(config, channels, channels)
 
     def forward(self, h: Tensor, flow: ConditioningCursor) -> Tensor:
@@ -127,7 +126,7 @@ class MiddleBlock(Checkpointed):
 
 class UpBlock(Level):
     def __init__(self, config: ModelConfig, level: int, inputs: list[int], *, resample: bool):
-        super().__init__(config, level, inputs, attentions_first=get_variant(config.variant).text)
+        super().__init__(config, level, inputs, attentions_first=config.traits.text)
         self.upsampler = nest(UpsampleConv3d(config.num_channels[level]), "postconv", "conv") if resample else None
 
     def forward(self, h: Tensor, skips: list[Tensor], flow: ConditioningCursor) -> Tensor:
@@ -142,7 +141,7 @@ class UNet3d(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.variant = config, get_variant(config.variant)
+        self.config, self.variant = config, config.traits
         widths, levels = config.num_channels, range(len(config.num_channels))
         latent, first, last = sum(config.latent_channels), widths[0], levels[-1]
         has_class = self.variant.class_input != "none"
@@ -235,7 +234,7 @@ class UNet3d(nn.Module):
 
 
 def _residual(config: ModelConfig, inputs: int, outputs: int) -> ResidualBlock:
-    parts = 2 if get_variant(config.variant).class_input == "none" else 3
+    parts = 2 if config.traits.class_input == "none" else 3
     embedding = parts * 4 * config.num_channels[0]
     return ResidualBlock(inputs, outputs, embedding, config.norm_num_groups, config.norm_eps)
 

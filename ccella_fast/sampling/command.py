@@ -19,7 +19,6 @@ from ccella_fast.sampling.output import OutputVolume, OutputWriter
 from ccella_fast.sampling.request import CLASSES, Request
 from ccella_fast.sampling.sampler import FastSampler
 from ccella_fast.storage import atomic_path, check_writable, read_json
-from ccella_fast.variants import get_variant
 
 logger = logging.getLogger("ccella_fast")
 _SHOWN = 12  # volumes in a montage
@@ -103,7 +102,7 @@ def sample_to_folder(
 def _request(
     sampler: FastSampler, reports: Sequence[str] | None, num_samples: int, seed: int, settings: dict[str, Any]
 ) -> Request:
-    if get_variant(sampler.config.model.variant).text and not reports:
+    if sampler.config.model.traits.text and not reports:
         logger.info("no report is given: the null report is used")
         reports = [""]
     each = [report for report in reports or () for _ in range(num_samples)]

@@ -17,7 +17,7 @@ from ccella_fast.models.ldm import CLASS_SCALE
 from ccella_fast.sampling.conditioning import PromptRows
 from ccella_fast.sampling.guidance import Guidance, Reuse
 from ccella_fast.sampling.text_features import PromptFeatures
-from ccella_fast.variants import get_variant
+from ccella_fast.variants import Variant
 
 CLASSES = ["neg", "pos"]  # PI-RADS 1-2, 3-5
 SPACING_SCALE = 100.0  # the reference feeds spacings times 100
@@ -157,9 +157,9 @@ class Prompts:
         )
 
 
-def check_inputs(variant: str, *, has_text: bool, pirads: object = None, class_override: object = None) -> None:
+def check_inputs(row: Variant, *, has_text: bool, pirads: object = None, class_override: object = None) -> None:
     """ConfigError when a report or a class is missing or not wanted."""
-    row = get_variant(variant)
+    variant = row.name
     if has_text and not row.text:
         raise ConfigError(f"{variant} takes no report", field="--report", fix="leave the report out")
     if row.text and not has_text:

@@ -27,7 +27,6 @@ from ccella_fast.sampling.optimizations import Optimizations, apply_optimization
 from ccella_fast.sampling.output import REFERENCE_INTENSITY, GeneratedVolume, OutputVolume, OutputWriter, Result
 from ccella_fast.sampling.request import Prompts, Request, check_inputs
 from ccella_fast.sampling.text_features import TextFeatureCache
-from ccella_fast.variants import get_variant
 
 _LOOPS = 2  # kept: whole batches, and the rest of a request
 
@@ -216,7 +215,7 @@ class FastSampler:
         )
         has_text = not (request.reports is None and request.text is None)
         given = {"pirads": request.pirads, "class_override": request.class_override}
-        check_inputs(config.model.variant, has_text=has_text, **given)
+        check_inputs(config.model.traits, has_text=has_text, **given)
         reports = self._reports.of(request, guided=guidance.on)
         prompts = Prompts(request, config, reports)
         facts = {
@@ -282,6 +281,6 @@ class FastSampler:
     def _check_memory(self, run: CheckedRequest, count: int) -> None:
         model, rows = self.config.model, count * (2 if run.loop.guidance.on else 1)
         needed = memory.activation_bytes(model, rows, run.latent[1:], self.dtype)
-        if get_variant(model.variant).text and self.optimizations.precompute_conditioning:
+        if model.traits.text and self.optimizations.precompute_conditioning:
             needed += memory.table_bytes(model, rows, run.loop.num_steps, self.dtype)
         memory.check_memory(needed, self.device, f"a batch of {count} latents {run.latent}")

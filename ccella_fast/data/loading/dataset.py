@@ -19,7 +19,6 @@ from tqdm import tqdm
 from ccella_fast.config import Config
 from ccella_fast.data.manifest import IMPORTED, NAME, FileEntry, StudyEntry, load_manifest
 from ccella_fast.errors import DataError, did_you_mean
-from ccella_fast.variants import get_variant
 
 
 class Item(NamedTuple):
@@ -80,7 +79,7 @@ class PreparedDataset:
         self.prepared = load_manifest(folder)
         self.config, self.needs = config, needs
         self._listed = self.prepared.folder / NAME
-        self.variant = get_variant(config.model.variant)
+        self.variant = config.model.traits
         self.cases = self._select(split)
         self.ids = [case.id for case in self.cases]
         self.copies = 0 if needs == "images" else min(len(case.augmented) for case in self.cases)

@@ -43,7 +43,6 @@ from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.environment import peak_memory, write_run_record
 from ccella_fast.errors import ConfigError, DataError, DiskError
 from ccella_fast.storage import check_writable, existing_parent, read_json, remove_partial_files, write_json
-from ccella_fast.variants import get_variant
 
 logger = logging.getLogger("ccella_fast")
 
@@ -147,7 +146,7 @@ def _plan(
         stages.append(ImageStage(records, studies, config, pool))
     if as_features:
         stages.append(ImportedTextStage(records, studies, config))
-    elif get_variant(config.model.variant).text:
+    elif config.model.traits.text:
         stages.append(TextStage(records, studies, config, _text_encoder(config)))
     if as_latents:
         stages.append(ImportedLatentStage(records, studies, config))
