@@ -116,7 +116,7 @@ def test_bare_reference_state_dict(vae, tmp_path):
     with pytest.raises(CheckpointError, match="not the weights of this autoencoder.*missing"):
         load_autoencoder(tmp_path / "vae.pt")  # MAISI's sizes are assumed
     torch.save({"epoch": 1}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="'epoch' is no tensor"):
+    with pytest.raises(CheckpointError, match="'epoch' is not a tensor"):
         load_autoencoder(tmp_path / "other.pt", TINY)
     torch.save(os.path.join, tmp_path / "hostile.pt")
     with pytest.raises(CheckpointError, match="refused"):

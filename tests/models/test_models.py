@@ -218,16 +218,16 @@ class AttentionRegisteredEarlier(unet3d.UpBlock):
 
 
 class ResidualLeftOut(unet3d.UpBlock):
-    def forward(self, h, skips, flow):
-        return super().forward(h, skips[1:] if self.upsampler is None else skips, flow)
+    def forward(self, h, skips, cursor):
+        return super().forward(h, skips[1:] if self.upsampler is None else skips, cursor)
 
 
 @pytest.mark.parametrize(
     ("name", "wrong", "match"),
     [
-        ("CCELLA", ResidualRegisteredEarlier, "a ResidualBlock runs when"),
-        ("MAISI", ResidualRegisteredEarlier, "a ResidualBlock runs when"),
-        ("CCELLA", AttentionRegisteredEarlier, "a SpatialTransformer runs when"),
+        ("CCELLA", ResidualRegisteredEarlier, "a ResidualBlock is called, but"),
+        ("MAISI", ResidualRegisteredEarlier, "a ResidualBlock is called, but"),
+        ("CCELLA", AttentionRegisteredEarlier, "a SpatialTransformer is called, but"),
         ("MAISI", ResidualLeftOut, "every residual block"),
     ],
 )
@@ -412,8 +412,8 @@ def test_missing_inputs_are_named_and_unused_ones_ignored(name):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"x": torch.zeros(2, 4, 8, 6, 8)}, r"latent grid \(8, 6, 8\).*multiple of 4"),
-        ({"x": torch.zeros(2, 3, 8, 8, 8)}, r"takes \(B, 4, X, Y, Z\)"),
+        ({"x": torch.zeros(2, 4, 8, 6, 8)}, r"latent grid.*multiple of 4 .*got \(8, 6, 8\)"),
+        ({"x": torch.zeros(2, 3, 8, 8, 8)}, r"x has shape \(2, 3, 8, 8, 8\), \(B, 4, X, Y, Z\) is expected"),
         ({"text": torch.zeros(2, 5, 25)}, r"text has shape \(2, 5, 25\).*24"),
         ({"spacing": torch.zeros(3)}, "spacing has shape"),
     ],
@@ -439,7 +439,7 @@ def test_build_model_takes_names_and_configurations():
     assert caught.value.fix == "did you mean 'num_channels'?"
     with pytest.raises(ConfigError, match="one entry a level"):
         build_model("CCELLA", num_channels=[64, 128])
-    with pytest.raises(ConfigError, match="not built from a dict"):
+    with pytest.raises(ConfigError, match="cannot be built from a dict"):
         build_model({"variant": "CCELLA"})  # type: ignore[arg-type]
     with pytest.raises(ConfigError) as caught:
         build_model("ccella")
