@@ -38,8 +38,7 @@ def focal_terms(logits: Tensor, target: Tensor) -> Tensor:
 def class_loss(logits: Tensor, pirads_x100: Tensor, mask: Tensor) -> Tensor:
     """Focal loss summed over both classes and averaged over the samples that `mask` selects.
 
-    The target is the one-hot class times 100, as in the reference implementation: the configured weight w = 1e-4 is therefore
-    an
+    The target is the one-hot class times 100, as in the reference implementation, so that the configured weight w = 1e-4 is an
     effective weight of 1e-2.
 
     Args:

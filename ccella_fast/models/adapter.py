@@ -24,8 +24,7 @@ def _chunked_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     """Return `linear(x)`, computed in chunks of the input features on a CPU in bf16.
 
     With AMX, the bf16 matrix product of oneDNN 3.12 terminates the process with a division by zero for some shapes with very
-    many
-    input features, such as 8 rows of 196,608 features. The products of the chunks are added in fp32.
+    many input features, such as 8 rows of 196,608 features. The products of the chunks are added in fp32.
 
     Args:
         x: (B, features).

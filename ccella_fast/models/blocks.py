@@ -30,7 +30,10 @@ ModuleRunner = Callable[..., Tensor]
 
 
 def nest(module: nn.Module, *names: str) -> nn.Module:
-    """Nest `module` below child modules called `names`: nest(conv, "op", "conv") has the parameter `op.conv.weight`."""
+    """Nest `module` below child modules called `names`.
+
+    For example, `nest(conv, "op", "conv")` has the parameter `op.conv.weight`.
+    """
     for name in reversed(names):
         module = nn.Sequential(OrderedDict({name: module}))
     return module
@@ -87,9 +90,8 @@ class BiaslessConv3d(Conv3d):
 class ResidualConv3d(Conv3d):
     """conv(x) + residual.
 
-    The Triton kernel adds the bias together with the residual, which saves a pass over memory; otherwise the convolution adds
-    the
-    bias at no cost.
+    The Triton kernel adds the bias together with the residual, which saves a pass over memory. Without it, the convolution adds
+    the bias at no cost.
     """
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]

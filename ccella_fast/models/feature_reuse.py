@@ -76,8 +76,10 @@ def _downsample(level: DownBlock, h: Tensor) -> Tensor:
 
 
 def _down_path(unet: UNet3d) -> list[tuple[DownBlock, int | None]]:
-    """The modules that produce the skip connections after the first: a residual block by its index, or None, the
-    downsampler."""
+    """The modules that produce the skip connections after the first, in order.
+
+    Each is a residual block, by its level and index, or the downsampling of a level, with the index None.
+    """
     path: list[tuple[DownBlock, int | None]] = []
     for level in unet.down_blocks:
         assert isinstance(level, DownBlock)

@@ -20,8 +20,7 @@ def on_three_voxels(convolve: Callable[[Tensor], Tensor], x: Tensor, scale: floa
     """Return `convolve(x)`, computed on a grid of at least three voxels per axis where oneDNN needs it.
 
     Zeros are appended to x until each axis has three voxels, and the output is cropped. This does not change the values,
-    because
-    a convolution with zero padding reads the same zeros. Other devices, other dtypes and larger grids are not padded.
+    because a convolution with zero padding reads the same zeros. Other devices, other dtypes and larger grids are not padded.
 
     Args:
         convolve: a zero-padded 3x3x3 convolution.

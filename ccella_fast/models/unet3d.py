@@ -92,10 +92,9 @@ class ResolutionLevel(Checkpointed):
             config: the sizes of the model.
             level: index of the level, 0 for the finest grid.
             inputs: input channels of each residual block.
-            attentions_first: create the attention blocks before the residual blocks, as the reference implementation does on
-                the
-                way down, and in variants with a report also on the way up. The order of creation is that of the parameters and
-                of the random draws that initialize them.
+            attentions_first: create the attention blocks before the residual blocks. The reference implementation does so on
+                the way down and, in variants with a report, also on the way up. The order of creation is that of the parameters
+                and of the random draws that initialize them.
         """
         super().__init__()
         count = len(inputs) if config.attention_levels[level] else 0

@@ -1,4 +1,4 @@
-"""The autoencoder: its network, its folder of weights, and exact decoding and encoding in slabs."""
+"""The autoencoder: its network, its weight folder, and exact decoding and encoding in slabs."""
 
 from __future__ import annotations
 

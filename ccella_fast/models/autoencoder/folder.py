@@ -1,4 +1,4 @@
-"""Saving and loading the autoencoder: a folder with its configuration, its weights and their SHA-256."""
+"""Saving and loading of the autoencoder as a folder that contains its configuration, its weights and their SHA-256."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ FORMAT = {"format": "ccella_fast.autoencoder", "version": 1}
 
 
 def save_autoencoder(vae: Autoencoder, folder: str | Path) -> None:
-    """Write config.json, model.safetensors (float32, the reference's names) and, last, manifest.json with their SHA-256."""
+    """Write the autoencoder to `folder`.
+
+    The folder contains config.json, model.safetensors (float32, with the tensor names of the reference implementation) and
+    manifest.json, which is written last and holds the SHA-256 of the other two.
+    """
     folder = Path(folder)
     write_json(folder / "config.json", vae.config.model_dump(mode="json"))
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in vae.state_dict().items()}
@@ -29,10 +33,19 @@ def save_autoencoder(vae: Autoencoder, folder: str | Path) -> None:
 
 
 def load_autoencoder(path: str | Path, config: AutoencoderConfig | None = None) -> Autoencoder:
-    """Load a folder written by `save_autoencoder`, a folder with such a `vae/` inside, or a bare reference `.pt` state dict.
+    """Load an autoencoder.
 
-    config: what is expected; a `.pt` file is built with it (default: MAISI's sizes). On the CPU, in eval mode.
-    Raises CheckpointError when anything is missing, damaged, or of another architecture: never a random autoencoder."""
+    Args:
+        path: a folder written by `save_autoencoder`, a folder that contains such a folder as `vae/`, or a `.pt` file with the
+            state dict of the reference implementation.
+        config: the expected configuration. A `.pt` file has none and is loaded with this one (default: the sizes of MAISI).
+
+    Returns:
+        The autoencoder on the CPU, in evaluation mode, without gradients.
+
+    Raises:
+        CheckpointError: weights are missing, damaged or of another architecture.
+    """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(
@@ -43,7 +56,7 @@ def load_autoencoder(path: str | Path, config: AutoencoderConfig | None = None) 
         tensors = plain_tensors(read_pt(path), path=path)
     else:
         file = weights_file(path)
-        config = _stored_config(file.parent, config)
+        config = _read_config(file.parent, config)
         tensors = _read_safetensors(file)
     vae = Autoencoder(config)
     load_weights(vae, tensors, path=path, what="this autoencoder")
@@ -51,17 +64,18 @@ def load_autoencoder(path: str | Path, config: AutoencoderConfig | None = None) 
 
 
 def weights_file(path: str | Path) -> Path:
-    """The file with the weights that `load_autoencoder(path)` reads."""
+    """Return the weight file that `load_autoencoder(path)` reads."""
     path = Path(path)
     if path.is_file():
         return path
     return (path / "vae" if (path / "vae").is_dir() else path) / "model.safetensors"
 
 
-def _stored_config(folder: Path, expected: AutoencoderConfig | None) -> AutoencoderConfig:
+def _read_config(folder: Path, expected: AutoencoderConfig | None) -> AutoencoderConfig:
+    """Read the configuration, after verifying the manifest and the SHA-256 of both files."""
     manifest = read_json(folder / "manifest.json", error=CheckpointError)
     if not isinstance(manifest, dict) or {key: manifest.get(key) for key in FORMAT} != FORMAT:
-        fix = "name a folder that `ccella-fast train-vae` wrote"
+        fix = "use a folder that was written by `ccella-fast train-vae`"
         raise CheckpointError("this is not the manifest of an autoencoder", path=folder / "manifest.json", fix=fix)
     hashes = manifest.get("sha256")
     for name in ("config.json", "model.safetensors"):
@@ -69,17 +83,19 @@ def _stored_config(folder: Path, expected: AutoencoderConfig | None) -> Autoenco
         if not file.is_file():
             raise CheckpointError("this file is missing", path=file, fix="copy the whole folder again")
         if not isinstance(hashes, dict) or sha256(file) != hashes.get(name):
-            raise CheckpointError("damaged: the SHA-256 differs from the manifest's", path=file, fix="copy it again")
+            why = "this file is damaged: its SHA-256 differs from that in the manifest"
+            raise CheckpointError(why, path=file, fix="copy the file again")
     stored = read_json(folder / "config.json", error=CheckpointError)
     try:
         config = AutoencoderConfig.model_validate(stored)
-    except ValueError as bad:
-        first = str(bad).splitlines()[0]
-        raise CheckpointError(f"not an autoencoder's settings: {first}", path=folder / "config.json") from None
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        why = f"this is not the configuration of an autoencoder: {first}"
+        raise CheckpointError(why, path=folder / "config.json") from None
     for key, value in (expected or config).model_dump().items():
         if getattr(config, key) != value:
-            why = f"these weights have {key} {getattr(config, key)}, the configuration says {value}"
-            fix = "use the configuration of their training, or train another autoencoder"
+            why = f"these weights have {key} {getattr(config, key)}, but the configuration has {value}"
+            fix = "use the configuration that they were trained with, or train another autoencoder"
             raise CheckpointError(why, path=folder, field=f"autoencoder.{key}", fix=fix)
     return config
 
@@ -87,5 +103,6 @@ def _stored_config(folder: Path, expected: AutoencoderConfig | None) -> Autoenco
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
-    except SafetensorError as bad:
-        raise CheckpointError(f"not a readable safetensors file: {bad}", path=file, fix="copy it again") from None
+    except SafetensorError as error:
+        why = f"this is not a readable safetensors file: {error}"
+        raise CheckpointError(why, path=file, fix="copy the file again") from None
