@@ -2,10 +2,10 @@
 
     python examples/foreign_unet.py [--solver unipc] [--steps 20]
 
-The network is conditioned on the age of the patient, by a scale and shift in each block, and on a mask of the organ, which is an
-input channel. `ccella_fast.sample` takes any function of (x, t): here a closure over the conditions that also applies
-classifier-free guidance. `ccella_fast.speed_up` replaces each GroupNorm before a SiLU and the upsampling before a convolution;
-MONAI is not required.
+The network is conditioned on the age of the patient, by a scale and shift in each block, and on a mask of the organ, an input
+channel. `ccella_fast.sample` takes any function of (x, t): here a closure over the conditions that also applies classifier-free
+guidance. `ccella_fast.speed_up` replaces each GroupNorm before a SiLU and the upsampling before a convolution; MONAI is not
+required.
 """
 
 from __future__ import annotations
