@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import reference
 from ccella_fast.config import Config
 from ccella_fast.models import build_model
-from ccella_fast.models.autoencoder.network import Autoencoder
+from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.models.ldm import DiffusionModel
 from ccella_fast.sampling import FastSampler
 from ccella_fast.sampling.optimizations import resolve_dtype

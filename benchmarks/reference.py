@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ccella_fast.config import AutoencoderConfig, ModelConfig, SchedulerConfig
 from ccella_fast.losses import focal_terms
-from ccella_fast.models.autoencoder.network import Autoencoder
+from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.models.embeddings import sinusoidal
 from ccella_fast.models.ldm import DiffusionModel
 

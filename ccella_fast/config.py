@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ccella_fast import reference_config
 from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.storage import read_json
-from ccella_fast.variants import VARIANTS, get_variant
+from ccella_fast.variants import VARIANTS, Variant
 
 logger = logging.getLogger("ccella_fast")
 
@@ -86,6 +86,11 @@ class ModelConfig(Section):
                 f"cross_attention_dim {self.cross_attention_dim} % adapter_heads {self.adapter_heads} is not 0"
             )
         return self
+
+    @property
+    def traits(self) -> Variant:
+        """The row of `variants.VARIANTS` that `variant` names: how this variant differs from the others."""
+        return VARIANTS[self.variant]
 
     @property
     def divisor(self) -> int:
@@ -327,7 +332,7 @@ class Config(Section):
 
         Source: docs/explanation/method.md, section 3."""
         given = self.training.text_class_pred_weight
-        return get_variant(self.model.variant).class_loss_weight if given is None else given
+        return self.model.traits.class_loss_weight if given is None else given
 
     def dump(self) -> dict[str, Any]:
         """Plain JSON values, every default spelt out."""

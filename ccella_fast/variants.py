@@ -1,7 +1,7 @@
-"""The nine variants of the reference as one table of differences (docs/explanation/method.md, section 7).
+"""The nine variants of the reference implementation as one table (docs/explanation/method.md, section 7).
 
-They differ in four facts: is the report used, where a class head sits in the adapter, where the U-Net's class vector comes
-from, and the configured weight of the class loss.
+They differ in four properties: whether the report is used, where the adapter has a class head, where the class vector of the
+U-Net comes from, and the configured weight of the class loss.
 """
 
 from __future__ import annotations
@@ -16,16 +16,24 @@ SPACING_SCALE = 100.0  # of spacings in mm
 
 
 class Variant(NamedTuple):
-    """One row. `head`: where class logits are read (`cascade`: one head after each adapter block; `shared`: one head used
-    after every block; `first`, `last`: after the first block, on the final context). `class_input`: the class vector that
-    reaches the U-Net (`predicted` from the report, `given` with the data, or `none`)."""
+    """One row of the table.
+
+    Attributes:
+        name: value of `model.variant`.
+        text: whether the model reads the report.
+        head: where class logits are computed. `cascade`: one head after each adapter block; `shared`: the same head after
+            each block; `first`: after the first block; `last`: on the final context.
+        class_input: the class vector that the U-Net receives: `predicted` from the report, `given` with the data, or `none`.
+        class_loss_weight: default weight of the class loss.
+        target: last part of `_target_` in the definition file of the reference implementation.
+    """
 
     name: str
     text: bool
     head: Literal["none", "first", "last", "shared", "cascade"]
     class_input: Literal["predicted", "given", "none"]
     class_loss_weight: float
-    target: str  # last part of the `_target_` in the reference's definition file
+    target: str
 
 
 _ROWS = [
@@ -43,7 +51,11 @@ VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
 
 
 def get_variant(name: str) -> Variant:
-    """The row called `name`; ConfigError with the nearest name otherwise."""
+    """Return the variant called `name`.
+
+    Raises:
+        ConfigError: there is no such variant; the nearest name is suggested.
+    """
     if name not in VARIANTS:
         raise ConfigError(f"there is no variant '{name}'", field="model.variant", fix=did_you_mean(name, VARIANTS))
     return VARIANTS[name]

@@ -28,7 +28,7 @@ from ccella_fast.data.phantom.phantom import write_phantoms
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.models import build_model
-from ccella_fast.models.autoencoder.network import Autoencoder, save_autoencoder
+from ccella_fast.models.autoencoder import Autoencoder, save_autoencoder
 from ccella_fast.training.batches import BatchStream
 from ccella_fast.training.loop import joint_loss
 from fixtures import Workbench

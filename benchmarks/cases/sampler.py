@@ -15,7 +15,7 @@ from torch import Tensor
 import reference
 from benchmark_case import BenchmarkCase, Implementation, PreparedCase, Roofline, Skip
 from ccella_fast.diffusion.noise import generator, start_noise
-from ccella_fast.models.autoencoder.network import Autoencoder
+from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.nvml import open_gpu
 from ccella_fast.sampling import FastSampler
 from ccella_fast.variants import SPACING_SCALE

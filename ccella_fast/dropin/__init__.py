@@ -1,4 +1,4 @@
-"""Our kernels in other projects' MONAI networks: `matching` finds the modules, `replacements` holds what takes their place."""
+"""Fused kernels for MONAI networks of other projects: `matching` finds modules, `replacements` defines their replacements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks. `build_model` is the way in; `autoencoder` holds the autoencoder."""
+"""The networks. `build_model` builds a diffusion model; `ccella_fast.models.autoencoder` contains the autoencoder."""
 
 from __future__ import annotations
 
@@ -18,39 +18,49 @@ __getattr__ = deprecated_names(__name__, {"Denoiser": "DiffusionModel"})
 
 
 def build_model(source: str | ModelConfig | Config, **overrides: Any) -> DiffusionModel:
-    """Build a freshly initialised model: `build_model("CCELLA", input_dim=384)`.
+    """Build a newly initialized model, for example `build_model("CCELLA", input_dim=384)`.
 
-    Random numbers come from torch's global generator; `with torch.device(...)` says where the parameters go ("meta" for names
-    and shapes alone).
+    Parameters are drawn from the global random generator of torch and created on the current default device: use
+    `with torch.device("meta")` to get names and shapes without memory.
 
     Args:
-        source: a variant's name (its sizes are the reference's), a `ModelConfig`, or a whole `Config`.
-        overrides: fields of `ModelConfig`, which win.
+        source: the name of a variant (with the sizes of the reference implementation), a `ModelConfig` or a `Config`.
+        overrides: fields of `ModelConfig` that replace those of `source`.
+
+    Returns:
+        The model, in training mode.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: an unknown variant, an unknown field or an invalid value; the field is named.
     """
     config = model_config(source, **overrides)
-    return TextModel(config) if get_variant(config.variant).text else TextFreeModel(config)
+    return TextModel(config) if config.traits.text else TextFreeModel(config)
 
 
 def model_config(source: str | ModelConfig | Config, **overrides: Any) -> ModelConfig:
-    """source: a variant's name (its sizes are the reference's), a `ModelConfig`, or a whole `Config`. overrides: fields of
-    `ModelConfig`, which win. Raises ConfigError that names the field."""
+    """Return the `ModelConfig` from which `build_model` builds a model.
+
+    Args:
+        source: the name of a variant (with the sizes of the reference implementation), a `ModelConfig` or a `Config`.
+        overrides: fields of `ModelConfig` that replace those of `source`.
+
+    Raises:
+        ConfigError: an unknown variant, an unknown field or an invalid value; the field is named.
+    """
     if isinstance(source, str):
         base = {"variant": get_variant(source).name}
     elif isinstance(source, Config | ModelConfig):
         base = (source.model if isinstance(source, Config) else source).model_dump()
     else:
-        why = f"a model is not built from a {type(source).__name__}"
-        raise ConfigError(why, fix="give a variant's name, or what load_config returns")
+        why = f"a model cannot be built from a {type(source).__name__}"
+        raise ConfigError(why, fix="pass the name of a variant, a ModelConfig, or the result of load_config")
     for name in overrides:
         if name not in ModelConfig.model_fields:
             fix = did_you_mean(name, ModelConfig.model_fields)
             raise ConfigError(f"there is no model setting '{name}'", field=f"model.{name}", fix=fix)
     try:
         return ModelConfig.model_validate({**base, **overrides})
-    except ValidationError as bad:
-        first = bad.errors()[0]
+    except ValidationError as error:
+        first = error.errors()[0]
         field = ".".join(["model", *map(str, first["loc"])])
         raise ConfigError(first["msg"].removeprefix("Value error, "), field=field, fix="change this value") from None

@@ -1,7 +1,10 @@
-"""The blocks of the U-Net: convolutions under the reference's names, residual block, spatial attention with and without text.
+"""Building blocks of the U-Net: convolutions, the residual block, and spatial attention with and without a context.
 
-Shapes: B batch, C channels, X Y Z the latent axes, N = X*Y*Z voxels as tokens, M heads, K head width, L context tokens,
-E context width. Children are created in the reference's order: it is the index order of its optimizer state.
+Shapes: B batch, C channels, X Y Z latent axes, N = X*Y*Z voxels as tokens, M heads, K head width, L context tokens, E context
+width.
+
+Child modules have the names of the reference implementation, so that its weights load unchanged, and are created in its order.
+That order determines the order of the parameters and of the random draws that initialize them.
 """
 
 from __future__ import annotations
@@ -21,21 +24,23 @@ from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
 from ccella_fast.kernels.residual_shift import backend_support, residual_shift
 from ccella_fast.models.thin_grids import on_three_voxels
 
-AnyModule = TypeVar("AnyModule", bound=nn.Module)
-Runner = Callable[
-    ..., Tensor
-]  # runner(module, *tensors) -> module(*tensors), perhaps recomputing it in the backward pass
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+# runner(module, *tensors) returns module(*tensors), which it may recompute in the backward pass
+ModuleRunner = Callable[..., Tensor]
 
 
 def nest(module: nn.Module, *names: str) -> nn.Module:
-    """`module` below the child names `names`: named(conv, "op", "conv") holds `op.conv.weight`."""
+    """Nest `module` below child modules called `names`.
+
+    For example, `nest(conv, "op", "conv")` has the parameter `op.conv.weight`.
+    """
     for name in reversed(names):
         module = nn.Sequential(OrderedDict({name: module}))
     return module
 
 
 class Conv3d(nn.Conv3d):
-    """A convolution of stride 1, right in bf16 on grids of any size."""
+    """A convolution of stride 1 that is correct in bf16 on grids of any size (see `thin_grids`)."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         convolve = lambda x: super(Conv3d, self)._conv_forward(x, weight, bias)  # noqa: E731
@@ -43,47 +48,54 @@ class Conv3d(nn.Conv3d):
 
 
 class StridedConv3d(nn.Conv3d):
-    """A 3x3x3 convolution of stride 2 and padding 1, right in bf16 on grids of any size."""
+    """A 3x3x3 convolution of stride 2 and padding 1 that is correct in bf16 on grids of any size (see `thin_grids`)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) -> (B, out_channels, X/2, Y/2, Z/2), rounded up."""
         return on_three_voxels(super().forward, x, scale=0.5)
 
 
 def conv3d(inputs: int, outputs: int, kernel: int, stride: int = 1, *, names: tuple[str, ...] = ("conv",)) -> nn.Module:
-    """A convolution with bias that keeps the grid (or divides it by `stride`)."""
-    kind = Conv3d if stride == 1 else StridedConv3d
-    return nest(kind(inputs, outputs, kernel, stride, padding=kernel // 2), *names)
+    """A convolution with bias that keeps the grid, or divides it by `stride`, nested below `names`."""
+    conv_class = Conv3d if stride == 1 else StridedConv3d
+    return nest(conv_class(inputs, outputs, kernel, stride, padding=kernel // 2), *names)
 
 
-def zero_module(module: AnyModule) -> AnyModule:
-    """Start at zero, so that the block begins as the identity."""
+def zero_module(module: ModuleT) -> ModuleT:
+    """Set all parameters to zero, so that a residual block that ends in `module` is initially the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
-def run(module: nn.Module, *tensors: Tensor) -> Tensor:
+def run_module(module: nn.Module, *tensors: Tensor) -> Tensor:
+    """Return `module(*tensors)`: the `ModuleRunner` without activation checkpointing."""
     return module(*tensors)
 
 
 class Checkpointed(nn.Module):
-    """A module that calls its blocks through `self.run`, which activation checkpointing replaces."""
+    """A module that calls its blocks through `self.run_module`, which activation checkpointing replaces."""
 
-    run: Runner = staticmethod(run)
+    run_module: ModuleRunner = staticmethod(run_module)
 
 
 class BiaslessConv3d(Conv3d):
-    """A convolution that leaves its bias to the caller, who adds it together with what else is added per channel."""
+    """A convolution that does not add its bias: the caller adds it together with other terms per channel."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """The convolution of x (B, C, X, Y, Z) without the bias."""
         return self._conv_forward(x, self.weight, None)
 
 
 class ResidualConv3d(Conv3d):
-    """conv(x) + residual. Where our kernel takes the sum, the bias goes with it instead of being a pass of its own; elsewhere
-    the convolution adds it for nothing."""
+    """conv(x) + residual.
+
+    The Triton kernel adds the bias together with the residual, which saves a pass over memory. Without it, the convolution adds
+    the bias at no cost.
+    """
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        """Both of shape (B, C, X, Y, Z)."""
         if choose("residual_shift", backend_support(x.device, x.dtype)) == "triton":
             return residual_shift(self._conv_forward(x, self.weight, None), residual, self.bias)
         return residual + self._conv_forward(x, self.weight, self.bias)
@@ -102,19 +114,26 @@ class ResidualBlock(nn.Module):
         self.skip_connection = nn.Identity() if inputs == outputs else conv3d(inputs, outputs, 1)
 
     def shift(self, embedding: Tensor) -> Tensor:
-        """What is added per channel between conv1 and norm2: embedding (B, E) after its SiLU -> (B, outputs), fp32 or wider."""
+        """The values added per channel between conv1 and norm2: the projected embedding plus the bias of conv1.
+
+        Args:
+            embedding: (B, E), after its SiLU.
+
+        Returns:
+            (B, outputs), in fp32 or wider.
+        """
         projected = self.time_emb_proj(embedding)
         wide = torch.promote_types(projected.dtype, torch.float32)
         return projected.to(wide) + self.conv1.get_parameter("conv.bias").to(wide)
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        """x (B, C, X, Y, Z), shift (B, outputs) as `shift` makes it -> (B, outputs, X, Y, Z)."""
+        """x (B, C, X, Y, Z) and the result of `shift` (B, outputs) -> (B, outputs, X, Y, Z)."""
         h = self.norm2(self.conv1(self.norm1(x)), shift=shift)
         return self.conv2.get_submodule("conv")(h, self.skip_connection(x))
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of tokens on themselves, without an output projection."""
+    """Multi-head self-attention without an output projection."""
 
     def __init__(self, width: int, head_width: int, *, bias: bool = False):
         super().__init__()
@@ -125,12 +144,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        q, k, v = (to_heads(project(tokens), self.head_width) for project in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (to_heads(linear(tokens), self.head_width) for linear in (self.to_q, self.to_k, self.to_v))
         return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens on the keys and values of a context, with the norm before it and the residual after it."""
+    """Multi-head cross-attention to a context, with the normalization of its input and the residual connection."""
 
     def __init__(self, width: int, head_width: int, context_width: int):
         super().__init__()
@@ -141,11 +160,11 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context (B, L, E) -> keys and values, (B, M, L, K) each."""
+        """Context (B, L, E) -> keys and values, (B, M, L, K) each."""
         return to_heads(self.to_k(context), self.head_width), to_heads(self.to_v(context), self.head_width)
 
     def forward(self, tokens: Tensor, norm: nn.LayerNorm, keys: Tensor, values: Tensor) -> Tensor:
-        """tokens + out_proj(attention(norm(tokens))): (B, N, C) -> (B, N, C)."""
+        """Return tokens + out_proj(attention(norm(tokens))): (B, N, C) -> (B, N, C)."""
         return cross_attention(
             tokens,
             keys,
@@ -161,7 +180,7 @@ class CrossAttention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """GEGLU (Shazeer 2020): linear2(value * gelu(gate)), the value first, exact gelu."""
+    """GEGLU (Shazeer 2020): linear2(value * gelu(gate)) with [value, gate] = linear1(tokens) and the exact GELU."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -169,11 +188,12 @@ class GatedFeedForward(nn.Module):
         self.linear2 = nn.Linear(4 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
         return self.linear2(geglu(self.linear1(tokens)))
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention on the report, feed-forward; each after a LayerNorm and added to its input."""
+    """Self-attention, cross-attention to the context and a feed-forward network, each with a LayerNorm and a residual."""
 
     def __init__(self, width: int, head_width: int, context_width: int):
         super().__init__()
@@ -185,13 +205,14 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """tokens (B, N, C), keys and values (B, M, L, K) -> (B, N, C)."""
         tokens = tokens + self.attn1(self.norm1(tokens))
         tokens = self.attn2(tokens, self.norm2, keys, values)
         return tokens + self.ff(self.norm3(tokens))
 
 
 class SpatialTransformer(nn.Module):
-    """One transformer block over all voxels; the way the report reaches the U-Net."""
+    """One transformer block over all voxels, which attends to the context of the report."""
 
     def __init__(self, channels: int, head_width: int, context_width: int, groups: int, eps: float):
         super().__init__()
@@ -207,18 +228,18 @@ class SpatialTransformer(nn.Module):
         return block
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """What the report contributes: context (B, L, E) -> keys and values, (B, M, L, K) each."""
+        """Keys and values of the cross-attention: context (B, L, E) -> (B, M, L, K) each."""
         return self._block.attn2.keys_values(context)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """x (B, C, X, Y, Z), keys and values as `keys_values` makes them -> (B, C, X, Y, Z)."""
+        """x (B, C, X, Y, Z) and the results of `keys_values` -> (B, C, X, Y, Z)."""
         tokens = to_tokens(self.proj_in(self.norm(x)))
         tokens = self._block(tokens, keys, values)
         return self.proj_out.get_submodule("conv")(to_volume(tokens, x.shape[2:]), x)
 
 
 class SpatialSelfAttention(nn.Module):
-    """The text-free variants' attention over all voxels."""
+    """Self-attention over all voxels, in the variants without a report."""
 
     def __init__(self, channels: int, head_width: int, groups: int, eps: float):
         super().__init__()
@@ -226,19 +247,20 @@ class SpatialSelfAttention(nn.Module):
         self.attn = SelfAttention(channels, head_width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) -> (B, C, X, Y, Z)."""
         return x + to_volume(self.attn(to_tokens(self.norm(x))), x.shape[2:])
 
 
 def to_heads(tokens: Tensor, head_width: int) -> Tensor:
-    """(B, N, C) -> (B, M, N, K), without a copy."""
+    """(B, N, C) -> (B, M, N, K), as a view."""
     return tokens.unflatten(-1, (-1, head_width)).transpose(1, 2)
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, X, Y, Z) -> (B, N, C), voxels in row-major order. Free of a copy for channels_last_3d input."""
+    """(B, C, X, Y, Z) -> (B, N, C) with voxels in row-major order; contiguous for channels_last_3d input."""
     return x.flatten(2).transpose(1, 2)
 
 
 def to_volume(tokens: Tensor, grid: torch.Size) -> Tensor:
-    """(B, N, C) -> (B, C, X, Y, Z), the inverse of `to_tokens`."""
+    """(B, N, C) -> (B, C, X, Y, Z), the inverse of `to_tokens`; a view."""
     return tokens.transpose(1, 2).unflatten(2, grid)

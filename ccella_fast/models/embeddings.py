@@ -1,4 +1,4 @@
-"""Numbers into vectors: the sinusoidal time embedding, and the two-layer perceptron that follows every embedding."""
+"""Embeddings of scalars: the sinusoidal timestep embedding, and the two-layer perceptron that embeds each condition."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ from torch import Tensor, nn
 
 
 def sinusoidal(timesteps: Tensor, width: int) -> Tensor:
-    """(B,) integer or float timesteps -> (B, width) float32: [cos(t f), sin(t f)] with f_k = 10000^(-2k / width).
+    """Sinusoidal timestep embedding: [cos(t f), sin(t f)] with f_k = 10000^(-2k / width).
 
-    Cosines come first (Ho et al. 2020 have sines first). docs/explanation/method.md, section 2.1."""
+    The cosines come first, unlike in Ho et al. 2020 (docs/explanation/method.md, section 2.1).
+
+    Args:
+        timesteps: (B,), integer or float.
+        width: width of the embedding, even.
+
+    Returns:
+        (B, width), float32.
+    """
     half = width // 2
     frequencies = torch.exp(torch.arange(half, device=timesteps.device, dtype=torch.float32) * (-math.log(1e4) / half))
     angles = timesteps.float()[:, None] * frequencies

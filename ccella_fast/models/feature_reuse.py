@@ -1,9 +1,9 @@
-"""Feature reuse between steps (DeepCache, Ma et al. 2023, arXiv 2312.00858): an approximation.
+"""Feature reuse between sampling steps (DeepCache, Ma et al. 2023, arXiv 2312.00858), an approximation.
 
-The U-Net's deep features change little from one step to the next. On a key step everything is computed, and the feature that
-enters the outermost `depth` residual blocks of the up path is kept. On the steps between, only those blocks are computed and
-the `depth` skips that they take. At the reference's size depth 1 is 9 % of a step's FLOPs, depth 3 (all of the finest grid)
-40 %.
+The deep features of the U-Net change little from one step to the next. On a key step the whole network is computed, and the
+feature that enters the last `depth` residual blocks of the up path is kept. On the steps in between, only those blocks and the
+`depth` skip connections that they use are computed. At the default size, such a step takes 9 % of the FLOPs with depth 1, and
+40 % with depth 3 (all blocks of the finest grid).
 """
 
 from __future__ import annotations
@@ -16,49 +16,70 @@ from ccella_fast.models.unet3d import Conditioning, ConditioningCursor, DownBloc
 
 
 def check_depth(unet: UNet3d, depth: int) -> None:
-    """ConfigError unless the up path has more than `depth` residual blocks."""
+    """Raise ConfigError unless the up path has more than `depth` residual blocks."""
     blocks = len(_up_path(unet))
     if not 1 <= depth < blocks:
-        fix = f"use 1 to {blocks - 1}: the up path has {blocks} residual blocks"
-        raise ConfigError(f"{depth} is not a possible depth", field="reuse.depth", fix=fix)
+        why = f"{depth} is not a possible depth: the up path has {blocks} residual blocks"
+        raise ConfigError(why, field="reuse.depth", fix=f"use a depth from 1 to {blocks - 1}")
 
 
 def denoise_keeping(unet: UNet3d, x: Tensor, conditioning: Conditioning, depth: int) -> tuple[Tensor, Tensor]:
-    """What `UNet3d.denoise` predicts, and the feature that enters the last `depth` blocks of the up path."""
-    flow = unet.flow(conditioning)
-    skips = [unet.enter(x)]
+    """Run a key step.
+
+    Args:
+        unet: the network.
+        x: noisy latent, (B, C, X, Y, Z).
+        conditioning: the conditioning of this timestep.
+        depth: number of residual blocks of the up path that the following steps compute.
+
+    Returns:
+        The result of `UNet3d.denoise`, and the feature that enters the last `depth` residual blocks of the up path.
+    """
+    cursor = unet.conditioning_cursor(conditioning)
+    skips = [unet.input_conv(x)]
     for down in unet.down_blocks:
-        skips += down(skips[-1], flow)
+        skips += down(skips[-1], cursor)
     path = _up_path(unet)
-    h = _run_up_path(path[:-depth], unet.middle_block(skips[-1], flow), skips, flow)
-    output = _run_up_path(path[-depth:], h, skips, flow)
-    flow.check_used_up()
+    h = _run_up_path(path[:-depth], unet.middle_block(skips[-1], cursor), skips, cursor)
+    output = _run_up_path(path[-depth:], h, skips, cursor)
+    cursor.check_consumed()
     return unet.out(output), h
 
 
 def denoise_reusing(unet: UNet3d, x: Tensor, conditioning: Conditioning, depth: int, feature: Tensor) -> Tensor:
-    """The predicted noise, from a `feature` that was kept at an earlier timestep; conditioning is this timestep's."""
-    flow = unet.flow(conditioning)
-    skips = [unet.enter(x)]
+    """Predict the noise with the feature of an earlier timestep.
+
+    Args:
+        unet: the network.
+        x: noisy latent, (B, C, X, Y, Z).
+        conditioning: the conditioning of this timestep.
+        depth: as given to `denoise_keeping`.
+        feature: the feature that `denoise_keeping` returned.
+    """
+    cursor = unet.conditioning_cursor(conditioning)
+    skips = [unet.input_conv(x)]
     for level, index in _down_path(unet)[: depth - 1]:
         h = skips[-1]
-        skips.append(level.block(index, h, flow) if index is not None else _downsampled(level, h))
+        skips.append(level.run_block(index, h, cursor) if index is not None else _downsample(level, h))
     path = _up_path(unet)[-depth:]
     attending = sum(bool(level.attentions) for level, _ in path)
-    last = len(conditioning.keys_values) - (attending if conditioning.keys_values else 0)
-    flow = unet.flow(conditioning, -depth, last)
-    output = _run_up_path(path, feature, skips, flow)
-    flow.check_used_up()
+    first_keys_values = len(conditioning.keys_values) - (attending if conditioning.keys_values else 0)
+    cursor = unet.conditioning_cursor(conditioning, -depth, first_keys_values)
+    output = _run_up_path(path, feature, skips, cursor)
+    cursor.check_consumed()
     return unet.out(output)
 
 
-def _downsampled(level: DownBlock, h: Tensor) -> Tensor:
+def _downsample(level: DownBlock, h: Tensor) -> Tensor:
     assert level.downsampler is not None
     return level.downsampler(h)
 
 
 def _down_path(unet: UNet3d) -> list[tuple[DownBlock, int | None]]:
-    """What makes the skips after the first, in order: a level's residual block by its index, or None, its downsampler."""
+    """The modules that produce the skip connections after the first, in order.
+
+    Each is a residual block, by its level and index, or the downsampling of a level, with the index None.
+    """
     path: list[tuple[DownBlock, int | None]] = []
     for level in unet.down_blocks:
         assert isinstance(level, DownBlock)
@@ -72,10 +93,10 @@ def _up_path(unet: UNet3d) -> list[tuple[UpBlock, int]]:
     return [(level, index) for level in levels for index in range(len(level.resnets))]
 
 
-def _run_up_path(path: list[tuple[UpBlock, int]], h: Tensor, skips: list[Tensor], flow: ConditioningCursor) -> Tensor:
-    """h through blocks of the up path, each with the last of the skips that are left."""
+def _run_up_path(path: list[tuple[UpBlock, int]], h: Tensor, skips: list[Tensor], cursor: ConditioningCursor) -> Tensor:
+    """Apply blocks of the up path to h. Each consumes the last remaining skip connection."""
     for level, index in path:
-        h = level.block(index, torch.cat([h, skips.pop()], dim=1), flow)
+        h = level.run_block(index, torch.cat([h, skips.pop()], dim=1), cursor)
         if index + 1 == len(level.resnets) and level.upsampler is not None:
             h = level.upsampler(h)
     return h

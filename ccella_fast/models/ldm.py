@@ -1,7 +1,7 @@
-"""The whole denoiser: what depends on the prompt (`condition`), what depends on x (`denoise`), and both (`forward`).
+"""The diffusion model of every variant (docs/explanation/method.md, sections 2 and 7).
 
-docs/explanation/method.md, sections 2 and 7. The text-free variants are a bare U-Net, so that their parameters have no `unet.`
-prefix.
+`condition` computes everything that depends on the prompt and the timestep, `denoise` everything that depends on x, and
+`forward` both. The text-free variants are subclasses of the U-Net, so that their parameters do not have the prefix `unet.`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,30 @@ from torch import Tensor, nn
 
 from ccella_fast.config import ModelConfig
 from ccella_fast.models.adapter import Adapter, ClassHead
-from ccella_fast.models.blocks import Checkpointed, Runner, run
+from ccella_fast.models.blocks import Checkpointed, ModuleRunner, run_module
 from ccella_fast.models.unet3d import Conditioning, UNet3d
-from ccella_fast.variants import CLASS_SCALE, Variant, get_variant
+from ccella_fast.variants import CLASS_SCALE, Variant
 
 
 class ModelOutput(NamedTuple):
-    noise: Tensor  # (B, C, X, Y, Z)
-    class_logits: Tensor | None  # (B, num_classes); None where no class is predicted
+    """The result of a forward pass.
+
+    Attributes:
+        noise: the predicted noise, (B, C, X, Y, Z).
+        class_logits: (B, num_classes); None if the variant does not predict the class.
+    """
+
+    noise: Tensor
+    class_logits: Tensor | None
 
 
 class DiffusionModel(nn.Module):
-    """What every variant offers. `variant` is its row of the table, `config` its sizes."""
+    """The interface of all variants.
+
+    Attributes:
+        config: the sizes.
+        variant: the row of `variants.VARIANTS`.
+    """
 
     config: ModelConfig
     variant: Variant
@@ -31,11 +43,20 @@ class DiffusionModel(nn.Module):
     def forward(
         self, x: Tensor, timesteps: Tensor, *, spacing: Tensor, text: Tensor | None = None, pirads: Tensor | None = None
     ) -> ModelOutput:
-        """x (B, C, X, Y, Z) noisy latent; timesteps (B,) integer or float; spacing (B, 3) in mm x 100; text (B, L, input_dim),
-        for variants with a report; pirads (B, num_classes) one-hot x 100, for variants whose class is given.
+        """Predict the noise in x, and the class if the variant predicts it.
 
-        An input that the variant does not use is ignored, so that one batch serves all nine. Raises ValueError when one is
-        missing or of a wrong shape."""
+        Inputs that the variant does not use are ignored, so that the same batch is valid for all variants.
+
+        Args:
+            x: noisy latent, (B, C, X, Y, Z).
+            timesteps: (B,), integer or float.
+            spacing: voxel size in mm times 100, (B, 3).
+            text: text features, (B, L, input_dim), for variants that read the report.
+            pirads: one-hot class times 100, (B, num_classes), for variants that are given the class.
+
+        Raises:
+            ValueError: an input is missing or has a wrong shape.
+        """
         conditioning = self.condition(timesteps, spacing=spacing, text=text, pirads=pirads)
         return ModelOutput(self.denoise(x, conditioning), conditioning.class_logits)
 
@@ -48,42 +69,53 @@ class DiffusionModel(nn.Module):
         pirads: Tensor | None = None,
         override_class: bool = False,
     ) -> Conditioning:
-        """Everything that does not depend on x; arguments as in `forward`.
+        """Compute everything that does not depend on x.
 
-        text may have fewer rows than timesteps, a divisor: they repeat, and are projected only once. override_class: `pirads`
-        takes the place of the class that the variant predicts from the report."""
+        Args:
+            timesteps: (B,), integer or float.
+            spacing: as in `forward`.
+            text: as in `forward`, or with fewer rows, a divisor of B: they are projected once and then repeated.
+            pirads: as in `forward`.
+            override_class: use `pirads` instead of the class that the variant predicts from the report.
+
+        Raises:
+            ValueError: an input is missing or has a wrong shape.
+        """
         raise NotImplementedError
 
     def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        """The predicted noise at the timesteps of `conditioning`."""
+        """Predict the noise in x (B, C, X, Y, Z) at the timesteps of `conditioning`."""
         raise NotImplementedError
 
-    def set_activation_checkpointing(self, function: Runner | None) -> None:
-        """Call every residual, attention and adapter block as `function(module, *tensors)`; None calls them plainly.
+    def set_activation_checkpointing(self, function: ModuleRunner | None) -> None:
+        """Call every residual, attention and adapter block through `function`.
 
-        For instance `functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)`."""
+        Args:
+            function: called as `function(module, *tensors)`, for example
+                `functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)`; None disables checkpointing.
+        """
         for module in self.modules():
             if isinstance(module, Checkpointed):
-                module.run = run if function is None else function
+                module.run_module = run_module if function is None else function
 
     def _check_inputs(self, spacing: Tensor, text: Tensor | None, pirads: Tensor | None) -> None:
         name, config = self.variant.name, self.config
         if spacing.ndim != 2 or spacing.shape[1] != 3:
-            raise ValueError(f"spacing has shape {tuple(spacing.shape)}; (B, 3) is expected")
+            raise ValueError(f"spacing has shape {tuple(spacing.shape)}, (B, 3) is expected")
         if self.variant.text:
             if text is None:
-                raise ValueError(f"text is missing: {name} needs a report")
+                raise ValueError(f"text is missing: {name} requires a report")
             if text.ndim != 3 or text.shape[2] != config.input_dim:
-                raise ValueError(f"text has shape {tuple(text.shape)}; this model takes (B, L, {config.input_dim})")
+                raise ValueError(f"text has shape {tuple(text.shape)}, (B, L, {config.input_dim}) is expected")
         if self.variant.class_input == "given":
             if pirads is None:
-                raise ValueError(f"pirads is missing: {name} needs a class")
+                raise ValueError(f"pirads is missing: {name} requires a class")
             if pirads.ndim != 2 or pirads.shape[1] != config.num_classes:
-                raise ValueError(f"pirads has shape {tuple(pirads.shape)}; this model takes (B, {config.num_classes})")
+                raise ValueError(f"pirads has shape {tuple(pirads.shape)}, (B, {config.num_classes}) is expected")
 
 
 class TextFreeModel(DiffusionModel, UNet3d):
-    """RADMAISI and MAISI."""
+    """The variants without a report: RADMAISI and MAISI."""
 
     def __init__(self, config: ModelConfig):
         UNet3d.__init__(self, config)
@@ -97,19 +129,21 @@ class TextFreeModel(DiffusionModel, UNet3d):
         pirads: Tensor | None = None,
         override_class: bool = False,
     ) -> Conditioning:
+        """See `DiffusionModel.condition`."""
         self._check_inputs(spacing, text, pirads)
         return self.project(self.embed(timesteps, spacing, pirads), None, None)
 
     def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """See `UNet3d.denoise`."""
         return UNet3d.denoise(self, x, conditioning)
 
 
 class TextModel(DiffusionModel):
-    """The variants with a report: adapter, U-Net and, for some, a last classifier."""
+    """The variants with a report: the U-Net, the adapter and, in some, a classifier of the adapter's outputs."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.variant = config, get_variant(config.variant)
+        self.config, self.variant = config, config.traits
         self.unet = UNet3d(config)
         self.ella = Adapter(config)
         if self.variant.head in ("cascade", "shared"):
@@ -126,20 +160,22 @@ class TextModel(DiffusionModel):
         pirads: Tensor | None = None,
         override_class: bool = False,
     ) -> Conditioning:
+        """See `DiffusionModel.condition`."""
         self._check_inputs(spacing, text, pirads)
-        context, heads = self.ella(text, timesteps)
-        logits = self._class_logits(context, heads)
-        # The softmax is not detached: the diffusion loss trains the heads too.
+        context, head_outputs = self.ella(text, timesteps)
+        logits = self._class_logits(context, head_outputs)
+        # The softmax is not detached: the diffusion loss also trains the class heads.
         predicted = None if logits is None or override_class else CLASS_SCALE * logits.float().softmax(dim=1)
         class_vector = pirads if predicted is None else predicted
         return self.unet.project(self.unet.embed(timesteps, spacing, class_vector), context, logits)
 
     def denoise(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """See `UNet3d.denoise`."""
         return self.unet.denoise(x, conditioning)
 
-    def _class_logits(self, context: Tensor, heads: Tensor | None) -> Tensor | None:
+    def _class_logits(self, context: Tensor, head_outputs: Tensor | None) -> Tensor | None:
         if self.variant.head in ("cascade", "shared"):
-            return self.classifier(heads)
+            return self.classifier(head_outputs)
         if self.variant.head == "last":
             return self.classifier(context)
-        return heads
+        return head_outputs

@@ -20,7 +20,6 @@ from ccella_fast.sampling.output import OutputVolume, OutputWriter
 from ccella_fast.sampling.request import CLASSES, Request
 from ccella_fast.sampling.sampler import FastSampler
 from ccella_fast.storage import atomic_path, check_writable, read_json
-from ccella_fast.variants import get_variant
 
 logger = logging.getLogger("ccella_fast")
 _MONTAGE_VOLUMES = 12
@@ -135,7 +134,7 @@ def sample_to_folder(
 def _make_request(
     sampler: FastSampler, reports: Sequence[str] | None, num_samples: int, seed: int, settings: dict[str, Any]
 ) -> Request:
-    if get_variant(sampler.config.model.variant).text and not reports:
+    if sampler.config.model.traits.text and not reports:
         logger.info("no report is given: the null report is used")
         reports = [""]
     repeated = [report for report in reports or () for _ in range(num_samples)]

@@ -14,7 +14,7 @@ from ccella_fast.checkpoint import Checkpoint, load_checkpoint, write_manifest
 from ccella_fast.config import Config, make_config
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.models import DiffusionModel
-from ccella_fast.models.autoencoder.network import Autoencoder, load_autoencoder, save_autoencoder, weights_file
+from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder, weights_file
 from ccella_fast.sampling.output import volume_digest
 from ccella_fast.storage import atomic_folder, read_json, sha256, write_json
 

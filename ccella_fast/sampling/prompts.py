@@ -12,11 +12,9 @@ from torch import Tensor
 from ccella_fast.config import Config
 from ccella_fast.errors import ConfigError
 from ccella_fast.models import Conditioning, DiffusionModel
-from ccella_fast.models.ldm import CLASS_SCALE
 from ccella_fast.sampling.request import CLASSES, Request, parse_integers
 from ccella_fast.sampling.text_features import PromptFeatures
-
-SPACING_SCALE = 100.0  # the reference scales spacings by 100
+from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
 
 
 class PromptRows(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ccella_fast.config import Config
 from ccella_fast.errors import ConfigError
 from ccella_fast.sampling.guidance import Guidance, Reuse
-from ccella_fast.variants import get_variant
+from ccella_fast.variants import Variant
 
 CLASSES = ["neg", "pos"]  # PI-RADS 1-2, 3-5
 
@@ -104,13 +104,13 @@ class Request:
         return 1 if self.batch_invariant else size
 
 
-def check_inputs(variant: str, *, has_text: bool, pirads: object = None, class_override: object = None) -> None:
+def check_inputs(row: Variant, *, has_text: bool, pirads: object = None, class_override: object = None) -> None:
     """Check that the inputs are those of the variant.
 
     Raises:
         ConfigError: a report or a class is missing, or the variant does not use it.
     """
-    row = get_variant(variant)
+    variant = row.name
     if has_text and not row.text:
         raise ConfigError(f"{variant} does not take a report", field="--report", fix="omit the report")
     if row.text and not has_text:

@@ -18,7 +18,7 @@ from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import Solver, get_solver
 from ccella_fast.errors import ConfigError, NonFiniteError
 from ccella_fast.models import DiffusionModel, build_model
-from ccella_fast.models.autoencoder.network import Autoencoder
+from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.sampling import memory, pretrained
 from ccella_fast.sampling.decoding import Decoded, Decoder
 from ccella_fast.sampling.denoising import DenoisingLoop, LoopSettings
@@ -28,7 +28,6 @@ from ccella_fast.sampling.output import REFERENCE_INTENSITY, GeneratedVolume, Ou
 from ccella_fast.sampling.prompts import Prompts
 from ccella_fast.sampling.request import Request, check_inputs
 from ccella_fast.sampling.text_features import TextFeatureCache
-from ccella_fast.variants import get_variant
 
 _MAX_LOOPS = 2  # one for full batches, one for the last batch of a request
 
@@ -247,7 +246,7 @@ class FastSampler:
         )
         has_text = not (request.reports is None and request.text is None)
         classes = {"pirads": request.pirads, "class_override": request.class_override}
-        check_inputs(config.model.variant, has_text=has_text, **classes)
+        check_inputs(config.model.traits, has_text=has_text, **classes)
         reports = self._text_features.features_for(request, guided=guidance.on)
         prompts = Prompts(request, config, reports)
         request_metadata = {
@@ -318,6 +317,6 @@ class FastSampler:
         settings, shape = checked.loop_settings, checked.latent_shape
         model, rows = self.config.model, count * (2 if settings.guidance.on else 1)
         needed = memory.activation_bytes(model, rows, shape[1:], self.dtype)
-        if get_variant(model.variant).text and self.optimizations.precompute_conditioning:
+        if model.traits.text and self.optimizations.precompute_conditioning:
             needed += memory.cache_bytes(model, rows, settings.num_steps, self.dtype)
         memory.check_memory(needed, self.device, f"a batch of {count} latents {shape}")

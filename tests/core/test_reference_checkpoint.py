@@ -210,7 +210,7 @@ def test_first_differing_tensor_is_named(ccella, tmp_path):
     with pytest.raises(CheckpointError, match=rf"'{name}' has shape \[5\], \[64\] is expected"):
         read_reference(file)
     torch.save(values(ccella, unet_state_dict=state | {name: "text"}), file)
-    with pytest.raises(CheckpointError, match="is no tensor"):
+    with pytest.raises(CheckpointError, match="is not a tensor"):
         read_reference(file)
 
 

@@ -173,7 +173,7 @@ def test_scale_factor_is_that_of_sampled_latents(studies: Path, tmp_path: Path):
 def test_latents_equal_the_output_of_the_encoder(studies: Path, tmp_path: Path):
     import torch
 
-    from ccella_fast.models.autoencoder.network import load_autoencoder
+    from ccella_fast.models.autoencoder import load_autoencoder
 
     out, settings = tmp_path / "out", config()
     prepare(studies, out, settings, vae=write_vae(tmp_path / "vae", settings))

@@ -1,4 +1,4 @@
-"""The autoencoder against MONAI's `AutoencoderKlMaisi`, its files, and every way in which they can be wrong."""
+"""The autoencoder compared with `AutoencoderKlMaisi` of MONAI; its files, and the errors that wrong files give."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import Autoencoder
 
 from ccella_fast.config import AutoencoderConfig
 from ccella_fast.errors import CheckpointError
-from ccella_fast.models.autoencoder.network import Autoencoder, load_autoencoder, save_autoencoder
+from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
 
 TINY = AutoencoderConfig(num_channels=[8, 16], num_res_blocks=[1, 2], norm_num_groups=4, latent_channels=3)
 
@@ -32,7 +32,7 @@ def image(grid=(8, 12, 4)):
     return torch.rand(2, 1, *grid, generator=torch.Generator().manual_seed(1))
 
 
-def test_names_shapes_and_order_are_the_reference_s(state_dict_table):
+def test_names_shapes_and_order_equal_the_reference(state_dict_table):
     with torch.device("meta"):
         found = Autoencoder(AutoencoderConfig()).state_dict()
     rows = [(name, ",".join(map(str, tensor.shape))) for name, tensor in found.items()]
@@ -40,9 +40,9 @@ def test_names_shapes_and_order_are_the_reference_s(state_dict_table):
     assert sum(tensor.numel() for tensor in found.values()) == 20_944_897
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_equals_monai_s(wrong, vae):
-    """Posterior, reconstruction and all gradients; levels of unequal depth. Negative control: another epsilon."""
+@pytest.mark.parametrize("wrong", [False, True], ids=["equal", "other-epsilon"])
+def test_values_and_gradients_equal_monai(wrong, vae):
+    """Posterior, reconstruction and all gradients, with levels of unequal depth. Negative control: another epsilon."""
     theirs = AutoencoderKlMaisi(
         3, 1, 1, [1, 2], [8, 16], [False, False], latent_channels=3, norm_num_groups=4, norm_eps=1e-6,
         num_splits=1, norm_float16=False, save_mem=False,
@@ -75,7 +75,7 @@ def test_log_variance_is_clamped(vae):
         torch.testing.assert_close(vae.encode(image())[1].log(), torch.full((2, 3, 4, 6, 2), expected))
 
 
-def test_memory_format_changes_nothing(vae):
+def test_memory_format_does_not_change_values(vae):
     strided = image().to(memory_format=torch.channels_last_3d)
     last = Autoencoder(TINY).to(memory_format=torch.channels_last_3d)
     last.load_state_dict(vae.state_dict())
@@ -83,23 +83,23 @@ def test_memory_format_changes_nothing(vae):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_compiles_without_a_graph_break_and_never_asks_the_host(vae):
+def test_compiles_without_graph_breaks_and_without_host_synchronization(vae):
     torch._dynamo.reset()
     compiled = torch.compile(vae, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(image())[0], vae(image())[0])
     assert vae.to("meta")(image().to("meta"))[0].shape == image().shape
 
 
-def test_grid_that_does_not_divide_is_named(vae):
-    with pytest.raises(ValueError, match=r"\(8, 7, 4\).*multiple of 2"):
+def test_error_names_a_grid_that_is_not_divisible(vae):
+    with pytest.raises(ValueError, match=r"multiple of 2, got \(8, 7, 4\)"):
         vae.encode(image((8, 7, 4)))
 
 
 # Files
 
 
-def test_saved_and_loaded_is_bit_equal(vae, saved):
-    for path in (saved, saved.parent):  # the folder itself, or one that has it as `vae/`
+def test_saving_and_loading_is_bitwise_equal(vae, saved):
+    for path in (saved, saved.parent):  # the folder itself, or one that contains it as `vae/`
         loaded = load_autoencoder(path, TINY)
         assert loaded.config == TINY and not loaded.training
         assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in vae.state_dict().items())
@@ -107,7 +107,7 @@ def test_saved_and_loaded_is_bit_equal(vae, saved):
     assert set(json.loads((saved / "manifest.json").read_text())["sha256"]) == {"config.json", "model.safetensors"}
 
 
-def test_bare_reference_state_dict(vae, tmp_path):
+def test_state_dict_of_the_reference_is_loaded(vae, tmp_path):
     torch.save(vae.state_dict(), tmp_path / "vae.pt")
     assert torch.equal(
         load_autoencoder(tmp_path / "vae.pt", TINY).decode(torch.ones(1, 3, 2, 2, 2)),
@@ -116,14 +116,14 @@ def test_bare_reference_state_dict(vae, tmp_path):
     with pytest.raises(CheckpointError, match="not the weights of this autoencoder.*missing"):
         load_autoencoder(tmp_path / "vae.pt")  # MAISI's sizes are assumed
     torch.save({"epoch": 1}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="'epoch' is no tensor"):
+    with pytest.raises(CheckpointError, match="'epoch' is not a tensor"):
         load_autoencoder(tmp_path / "other.pt", TINY)
     torch.save(os.path.join, tmp_path / "hostile.pt")
     with pytest.raises(CheckpointError, match="refused"):
         load_autoencoder(tmp_path / "hostile.pt", TINY)
 
 
-def test_missing_weights(saved):
+def test_missing_files_are_errors(saved):
     with pytest.raises(CheckpointError, match="no autoencoder weights"):
         load_autoencoder(saved / "nowhere")
     (saved / "model.safetensors").unlink()
@@ -135,7 +135,7 @@ def test_missing_weights(saved):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_flipped_bit(name, saved):
+def test_a_flipped_bit_is_an_error(name, saved):
     content = bytearray((saved / name).read_bytes())
     content[-20] ^= 1
     (saved / name).write_bytes(content)
@@ -144,19 +144,19 @@ def test_flipped_bit(name, saved):
     assert caught.value.path == str(saved / name)
 
 
-def test_foreign_manifest(saved):
+def test_another_manifest_is_an_error(saved):
     (saved / "manifest.json").write_text('{"format": "ccella_fast.checkpoint", "version": 1}')
     with pytest.raises(CheckpointError, match="not the manifest of an autoencoder"):
         load_autoencoder(saved)
 
 
-def test_another_configuration_is_named(saved):
-    with pytest.raises(CheckpointError, match=r"latent_channels 3, the configuration says 4") as caught:
+def test_error_names_the_setting_that_differs(saved):
+    with pytest.raises(CheckpointError, match=r"latent_channels 3, but the configuration has 4") as caught:
         load_autoencoder(saved, TINY.model_copy(update={"latent_channels": 4}))
     assert caught.value.field == "autoencoder.latent_channels"
 
 
-def test_first_differing_tensor_is_named(vae, tmp_path):
+def test_error_names_the_first_tensor_that_differs(vae, tmp_path):
     other = Autoencoder(TINY.model_copy(update={"num_channels": [8, 24]}))
     torch.save(other.state_dict(), tmp_path / "vae.pt")
     match = r"'encoder.blocks.3.conv1.conv.conv.weight' has shape \[24, 8, 3, 3, 3\], \[16, 8, 3, 3, 3\] is expected"

@@ -1,4 +1,7 @@
-"""bf16 on every CPU: what is asked of the hardware, and what follows from either answer. The answers are faked."""
+"""bf16 on CPUs with and without bf16 instructions: how they are detected, and what follows from it.
+
+Most tests replace the detection; some narrow the instructions that oneDNN uses.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,8 @@ def forget_warnings():
 
 
 @pytest.fixture
-def answer(monkeypatch):
-    """`answer(True)`: from now on this CPU multiplies bf16."""
+def fake_bf16_support(monkeypatch):
+    """`fake_bf16_support(True)`: from now on, the CPU is reported to multiply bf16."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.delenv("RANK", raising=False)
     return lambda value: monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: value)
@@ -54,7 +57,7 @@ def warnings_in(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if "bf16 is emulated" in record.getMessage()]
 
 
-# What is asked
+# Detection
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,7 @@ def warnings_in(caplog) -> list[str]:
         (["avx2", "avx512f", "avx512_bf16"], {"ATEN_CPU_CAPABILITY": "default"}, True),
     ],
 )
-def test_instructions_and_onednns_limit_decide(monkeypatch, instructions, limit, expected):
+def test_support_depends_on_instructions_and_on_the_limit_of_onednn(monkeypatch, instructions, limit, expected):
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in limit.items():
@@ -83,13 +86,13 @@ def test_instructions_and_onednns_limit_decide(monkeypatch, instructions, limit,
 
 
 @pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE_VNNI", "DEFAULT"])
-def test_onednn_dispatches_as_the_answer_says(limit):
-    """Judged by oneDNN's own log of a product: which implementation, made for which instructions, did it choose?"""
+def test_detection_agrees_with_the_dispatch_of_onednn(limit):
+    """The verbose log of oneDNN names the implementation of a matrix product, and the instructions that it uses."""
     code = (
         "import torch\nfrom ccella_fast.hardware import cpu_multiplies_bf16\n"
         "a = torch.ones(64, 64).bfloat16()\n"
         "with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):\n    a @ a\n"
-        "print('answer', cpu_multiplies_bf16())"
+        "print('supported', cpu_multiplies_bf16())"
     )
     given = {key: value for key, value in os.environ.items() if key not in ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA")}
     done = subprocess.run(
@@ -98,11 +101,11 @@ def test_onednn_dispatches_as_the_answer_says(limit):
     assert done.returncode == 0, done.stderr
     products = [line for line in done.stdout.splitlines() if ",exec,cpu,matmul," in line]
     by_instruction = any("avx512_core_bf16" in line or "avx10" in line or "amx" in line for line in products)
-    assert ("answer True" in done.stdout) == by_instruction, done.stdout
+    assert ("supported True" in done.stdout) == by_instruction, done.stdout
 
 
 @pytest.mark.parametrize("supported", [True, False])
-def test_weights_are_packed_where_the_operator_is_supported(monkeypatch, checkpoint, supported):
+def test_weights_are_packed_if_the_operator_is_supported(monkeypatch, checkpoint, supported):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     assert can_pack(torch.bfloat16, CPU) == (supported and torch.backends.mkldnn.is_available())
     assert not can_pack(torch.float32, CPU) and not can_pack(torch.bfloat16, torch.device("cuda"))
@@ -117,8 +120,12 @@ from sampling_fixtures import FakeEncoder
 from ccella_fast import FastSampler
 from ccella_fast.sampling import Optimizations
 latents = {}
-sides = ("truth", "float32", Optimizations()), ("eager", "bfloat16", Optimizations.off()), ("ours", "bfloat16", Optimizations())
-for name, dtype, optimizations in sides:
+settings = [
+    ("truth", "float32", Optimizations()),
+    ("eager", "bfloat16", Optimizations.off()),
+    ("ours", "bfloat16", Optimizations()),
+]
+for name, dtype, optimizations in settings:
     sampler = FastSampler.from_checkpoint(
         sys.argv[1], device="cpu", dtype=dtype, optimizations=optimizations, text_encoder=FakeEncoder()
     )
@@ -129,8 +136,8 @@ print(ours, eager)
 """
 
 
-def test_a_sample_in_bf16_with_instructions_narrowed_to_avx2(checkpoint):
-    """For real, in a process of its own: the same program on a CPU that has nothing for bf16."""
+def test_a_sample_in_bf16_is_accurate_with_instructions_narrowed_to_avx2(checkpoint):
+    """In its own process, in which torch and oneDNN do not use any bf16 instructions."""
     narrow = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"}
     path = os.pathsep.join([*sys.path, str(Path(__file__).resolve().parents[1] / "fixtures")])
     done = subprocess.run(
@@ -143,13 +150,13 @@ def test_a_sample_in_bf16_with_instructions_narrowed_to_avx2(checkpoint):
     assert done.stderr.count("bf16 is emulated") == 1 and "float32 is faster" in done.stderr
 
 
-# One warning
+# The warning
 
 
 @on_cpu
 @pytest.mark.parametrize("multiplies", [True, False])
-def test_sampling_warns_once_and_names_what_is_faster(checkpoint, tmp_path, caplog, answer, multiplies):
-    answer(multiplies)
+def test_sampling_warns_once_and_recommends_float32(checkpoint, tmp_path, caplog, fake_bf16_support, multiplies):
+    fake_bf16_support(multiplies)
     for name in ("a", "b"):
         sample_to_folder(
             checkpoint, tmp_path / name, reports=["abc"], num_samples=1, seed=0, num_steps=1,
@@ -159,16 +166,16 @@ def test_sampling_warns_once_and_names_what_is_faster(checkpoint, tmp_path, capl
     assert len(found) == (0 if multiplies else 1) and all("float32 is faster" in line for line in found)
 
 
-def test_float32_and_auto_give_no_warning(checkpoint, caplog, answer):
-    answer(False)
+def test_float32_and_auto_give_no_warning(checkpoint, caplog, fake_bf16_support):
+    fake_bf16_support(False)
     for dtype in ("auto", "float32"):
         sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype=dtype, text_encoder=FakeEncoder())
         assert sampler.dtype == torch.float32
     assert not warnings_in(caplog)
 
 
-def test_other_ranks_are_silent(caplog, answer, monkeypatch):
-    answer(False)
+def test_only_rank_zero_warns(caplog, fake_bf16_support, monkeypatch):
+    fake_bf16_support(False)
     monkeypatch.setenv("RANK", "1")
     hardware.warn_of_emulated_bf16("choose float32")
     assert not warnings_in(caplog)
@@ -180,17 +187,17 @@ def test_other_ranks_are_silent(caplog, answer, monkeypatch):
 
 @on_cpu
 @pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", 1), ("float32", 0)])
-def test_encoding_reports_warns_once(tmp_path, caplog, answer, dtype, expected):
-    answer(False)
+def test_encoding_reports_warns_once(tmp_path, caplog, fake_bf16_support, dtype, expected):
+    fake_bf16_support(False)
     settings = config(variant="CCELLA", encoder=write_bert(tmp_path / "bert"), text__dtype=dtype, text__batch_size=1)
     prepare(write_studies(tmp_path / "studies"), tmp_path / "out", settings)
     found = warnings_in(caplog)
     assert len(found) == expected and all("float32 is faster: set text.dtype" in line for line in found)
 
 
-def test_card_says_what_is_emulated(answer):
+def test_description_of_the_environment_states_that_bf16_is_emulated(fake_bf16_support):
     for multiplies in (True, False):
-        answer(multiplies)
+        fake_bf16_support(multiplies)
         facts = {**environment.describe_environment(), "gpu": []}
         assert facts["cpu"]["multiplies_bf16"] == multiplies
         found = [line for line in environment.format_environment(facts).splitlines() if "bf16 is emulated" in line]
@@ -199,11 +206,11 @@ def test_card_says_what_is_emulated(answer):
         assert not any("bf16 is emulated" in line for line in environment.environment_warnings(with_gpu))
 
 
-# Training's precision
+# Precision of training
 
 
 def recorded(folder, step) -> set[str]:
-    """What the run, its checkpoint and its record say."""
+    """The precision in the configuration of the run, in that of its checkpoint and in the run record."""
     step_folder = folder / "checkpoints" / f"step-{step:08d}"
     configs = [json.loads((place / "config.json").read_text()) for place in (folder, step_folder)]
     record = json.loads((folder / "run_record.json").read_text())
@@ -211,22 +218,24 @@ def recorded(folder, step) -> set[str]:
 
 
 @pytest.mark.parametrize(("first", "precision"), [(True, "bf16"), (False, "fp32")])
-def test_auto_is_resolved_at_the_start_and_kept_on_another_cpu(tmp_path, data, caplog, answer, first, precision):
+def test_auto_is_resolved_at_the_start_and_kept_on_another_cpu(
+    tmp_path, data, caplog, fake_bf16_support, first, precision
+):
     assert make_config().training.precision == "auto"
     caplog.set_level("INFO", logger="ccella_fast")
     folder, settings = tmp_path / "run", {"precision": "auto", "checkpointing_steps": 1, "max_train_steps": 2}
-    answer(first)
+    fake_bf16_support(first)
     train_here(folder, data, **settings)
     assert recorded(folder, 2) == {precision} and f"training in {precision}" in caplog.text
     assert not warnings_in(caplog)
     weights = (folder / "checkpoints" / "step-00000002" / "model.safetensors").read_bytes()
 
     (folder / "checkpoints" / "step-00000002").rename(tmp_path / "removed")
-    answer(not first)
+    fake_bf16_support(not first)
     train_here(folder, data, resume="latest", **settings)
     assert recorded(folder, 2) == {precision}
     assert (folder / "checkpoints" / "step-00000002" / "model.safetensors").read_bytes() == weights
-    found = warnings_in(caplog)  # bf16 on a CPU that emulates it: the run keeps it, and the user is informed
+    found = warnings_in(caplog)  # the run stays in bf16 although this CPU emulates it, with a warning
     assert len(found) == (precision == "bf16") and all("float32 is faster" in line for line in found)
 
     other = {"bf16": "fp32", "fp32": "bf16"}[precision]
@@ -234,15 +243,15 @@ def test_auto_is_resolved_at_the_start_and_kept_on_another_cpu(tmp_path, data, c
         train_here(folder, data, resume="latest", **{**settings, "precision": other})
 
 
-def test_training_in_emulated_bf16_warns_once(tmp_path, data, caplog, answer):
-    answer(False)
+def test_training_in_emulated_bf16_warns_once(tmp_path, data, caplog, fake_bf16_support):
+    fake_bf16_support(False)
     for name in ("a", "b"):
         train_here(tmp_path / name, data, precision="bf16", max_train_steps=1)
     assert len(warnings_in(caplog)) == 1 and "training.precision to fp32" in warnings_in(caplog)[0]
 
 
-def test_a_gpu_takes_bf16_whatever_the_cpu(tmp_path, data, answer, monkeypatch):
-    answer(False)
+def test_a_gpu_uses_bf16_on_any_cpu(tmp_path, data, fake_bf16_support, monkeypatch):
+    fake_bf16_support(False)
     given = {"data": data, "run": tmp_path / "run", "deepspeed_file": None}
     settings = make_config({"training.max_train_steps": 1})
     assert make_run_plan(settings, **given).config.training.precision == "fp32"
@@ -250,8 +259,8 @@ def test_a_gpu_takes_bf16_whatever_the_cpu(tmp_path, data, answer, monkeypatch):
     assert make_run_plan(settings, **given).config.training.precision == "bf16"
 
 
-def test_processes_that_choose_differently_are_refused(tmp_path, data, answer, monkeypatch):
-    answer(True)
+def test_processes_with_different_precisions_are_an_error(tmp_path, data, fake_bf16_support, monkeypatch):
+    fake_bf16_support(True)
     monkeypatch.setattr(distributed.HostCollectives, "all_gather", lambda self, value: [value, "fp32"])
     with pytest.raises(ConfigError, match="CPUs differ"):
         train_here(tmp_path / "run", data, precision="auto", max_train_steps=1)

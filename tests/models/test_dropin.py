@@ -1,4 +1,4 @@
-"""`speed_up`: other projects' networks give the same numbers and gradients, keep their names, and can be put back."""
+"""`speed_up` keeps outputs, gradients and names of the networks of other projects, and can be undone."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def randomised(module):
-    """Nothing zero and no norm the identity: they would hide every mistake."""
+def randomized(module):
+    """Draw all parameters, since zero weights and identity norms would hide mistakes."""
     generator = torch.Generator().manual_seed(3)
     for parameter in module.parameters():
         scale = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
@@ -46,14 +46,14 @@ def unet(**overrides):
 
 
 def plain_unet():
-    """Self-attention only, one linear layer for q, k and v, residual blocks that resample."""
+    """Only self-attention, one linear layer for q, k and v, and residual blocks that resample."""
     settings = {"with_conditioning": False, "cross_attention_dim": None, "resblock_updown": True}
     net, inputs = unet(**settings, use_combined_linear=True, include_fc=False)
     return net, inputs[:2]
 
 
 class Adapter(nn.Module):
-    """A plain text adapter, such as a report-conditioned model has around MAISI's U-Net."""
+    """A simple text adapter, as in a report-conditioned model around the U-Net of MAISI."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class Adapter(nn.Module):
 
 
 class ForeignModel(nn.Module):
-    """A module of another project that holds MONAI's U-Net and is not MONAI's."""
+    """A module of another project that contains a U-Net of MONAI."""
 
     def __init__(self):
         super().__init__()
@@ -120,13 +120,13 @@ def case(request):
     build, counts = MODELS[request.param]
     torch.manual_seed(0)
     net, inputs = build()
-    return randomised(net), inputs, counts
+    return randomized(net), inputs, counts
 
 
-# The same numbers
+# Values
 
 
-def test_outputs_and_gradients_are_equal_and_undone(case):
+def test_outputs_and_gradients_are_equal_and_undo_restores_the_classes(case):
     net, inputs, _ = case
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     classes = [(module, type(module)) for module in net.modules()]
@@ -152,7 +152,7 @@ def test_outputs_and_gradients_are_equal_and_undone(case):
     assert torch.equal(call(net, inputs), expected)
 
 
-def test_what_is_swapped_is_reported(case):
+def test_the_report_lists_the_replacements(case):
     net, _, counts = case
     report = speed_up(net)
     assert {kind: len(names) for kind, names in report.swapped.items()} == counts | {"metatensor": 1}
@@ -162,13 +162,13 @@ def test_what_is_swapped_is_reported(case):
         if kind != "metatensor":
             assert kind in str(report) and all(name in modules for name in names)
     again = speed_up(net)
-    assert not again.swapped and not again.refused and str(again) == "nothing in this model is known"
+    assert not again.swapped and not again.refused and str(again) == "this model contains no known modules"
 
 
-@pytest.mark.parametrize("name", ["unet", "foreign", "autoencoder"])  # PyTorch and MONAI run the others in fp32 only
-def test_bf16_errs_at_most_twice_as_much(name):
+@pytest.mark.parametrize("name", ["unet", "foreign", "autoencoder"])  # the others run only in fp32 in PyTorch and MONAI
+def test_the_error_in_bf16_is_at_most_twice_that_of_the_original(name):
     net, inputs = MODELS[name][0]()
-    exact = copy.deepcopy(randomised(net)).double()
+    exact = copy.deepcopy(randomized(net)).double()
     errors = []
     with torch.no_grad():
         expected = call(exact, cast(inputs, torch.float64))
@@ -184,10 +184,10 @@ def cast(inputs, dtype):
 
 
 @pytest.mark.parametrize("mistake", ["SiLU twice", "no shift", "none"])
-def test_comparison_notices_a_wrong_swap(mistake, monkeypatch):
+def test_comparison_detects_a_wrong_replacement(mistake, monkeypatch):
     """Negative control."""
     net, inputs = unet()
-    expected = call(randomised(net), inputs)
+    expected = call(randomized(net), inputs)
     if mistake == "SiLU twice":
         monkeypatch.setattr(replacements.PassThrough, "forward", lambda self, x: nn.functional.silu(x))
     if mistake == "no shift":
@@ -197,7 +197,7 @@ def test_comparison_notices_a_wrong_swap(mistake, monkeypatch):
     assert torch.allclose(call(net, inputs), expected, rtol=1e-4, atol=1e-5) == (mistake == "none")
 
 
-def test_channels_last(case):
+def test_outputs_are_equal_in_channels_last(case):
     net, inputs, _ = case
     with torch.no_grad():
         expected = call(net, inputs)
@@ -206,13 +206,13 @@ def test_channels_last(case):
         torch.testing.assert_close(call(net, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_maisi_autoencoder_is_unsplit_and_flushes_nothing(monkeypatch):
-    """With 3 splits of 16 planes MONAI's own convolution loses a plane; ours is the unsplit network's."""
+def test_maisi_autoencoder_has_no_splits_and_no_cache_flushes(monkeypatch):
+    """With 3 splits of 16 planes, the convolution of MONAI loses a plane; the result must equal the network without splits."""
     net, inputs = maisi_autoencoder(splits=3)
     whole, _ = maisi_autoencoder(splits=1)
-    randomised(net), whole.load_state_dict(net.state_dict())
+    randomized(net), whole.load_state_dict(net.state_dict())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("the cache is flushed"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("empty_cache was called"))
     speed_up(net)
     actual = call(net, inputs)
     with torch.no_grad():
@@ -223,12 +223,12 @@ def test_maisi_autoencoder_is_unsplit_and_flushes_nothing(monkeypatch):
     torch.testing.assert_close(tiled, expected, rtol=1e-4, atol=1e-5)
 
 
-# It stays the model that it was
+# Compatibility
 
 
-def test_survives_deepcopy_pickle_conversion_and_compilation():
+def test_deepcopy_pickle_conversion_and_compilation_work():
     net, inputs = unet()
-    expected = call(randomised(net), inputs)
+    expected = call(randomized(net), inputs)
     speed_up(net)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):  # noqa: S301
         assert [type(a) for a in other.modules()] == [type(a) for a in net.modules()]
@@ -242,13 +242,13 @@ def test_survives_deepcopy_pickle_conversion_and_compilation():
     with torch.no_grad():
         compiled = torch.compile(net, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(*inputs), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ConfigError, match="compiled already"):
+    with pytest.raises(ConfigError, match="already compiled"):
         speed_up(compiled)
 
 
-def test_hooks_and_activation_checkpoints_work():
+def test_hooks_are_called():
     net, inputs = unet()
-    randomised(net)
+    randomized(net)
     speed_up(net)
     seen = []
     net.down_blocks[0].resnets[0].norm1.register_forward_hook(lambda module, args, output: seen.append(output.shape))
@@ -256,9 +256,9 @@ def test_hooks_and_activation_checkpoints_work():
     assert seen == [torch.Size([2, 8, 8, 4, 6])]
 
 
-def test_metatensor_comes_in_and_a_tensor_goes_on():
+def test_metatensors_are_unwrapped_at_the_input():
     net, (x, *rest) = unet()
-    randomised(net)
+    randomized(net)
     seen = []
     net.conv_in.register_forward_hook(lambda module, args, output: seen.append(type(args[0])))
     expected = net(x, *rest)
@@ -267,13 +267,13 @@ def test_metatensor_comes_in_and_a_tensor_goes_on():
     actual = net(MetaTensor(x), *rest)
     assert seen == [torch.Tensor, MetaTensor, torch.Tensor] and type(actual) is torch.Tensor
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    coder, (image,) = autoencoder()
-    speed_up(randomised(coder))
-    mean, _ = coder.encode(MetaTensor(image))
-    assert type(mean) is torch.Tensor and type(coder.decode(MetaTensor(mean))) is torch.Tensor
+    vae, (image,) = autoencoder()
+    speed_up(randomized(vae))
+    mean, _ = vae.encode(MetaTensor(image))
+    assert type(mean) is torch.Tensor and type(vae.decode(MetaTensor(mean))) is torch.Tensor
     timesteps, context = rest
     for volume in (MetaTensor(x), x):
-        named = net(x=volume, timesteps=timesteps, context=MetaTensor(context))  # as MONAI's own inferers call it
+        named = net(x=volume, timesteps=timesteps, context=MetaTensor(context))  # as the inferers of MONAI call it
         assert seen[-1] is torch.Tensor and type(named) is torch.Tensor and torch.equal(named, actual)
     report.undo()
     speed_up(net, without=["metatensor"])
@@ -281,9 +281,9 @@ def test_metatensor_comes_in_and_a_tensor_goes_on():
     assert seen[-1] is MetaTensor
 
 
-def test_training_goes_on_after_undo():
+def test_weights_trained_before_undo_are_kept():
     net, inputs = unet()
-    randomised(net).train()
+    randomized(net).train()
     report = speed_up(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     before = call(net, inputs)
@@ -295,14 +295,14 @@ def test_training_goes_on_after_undo():
     torch.testing.assert_close(call(net, inputs), after, rtol=1e-4, atol=1e-5)
 
 
-# What stays as it is
+# Modules that are not replaced
 
 
 def refusals(net):
     return speed_up(net).refused
 
 
-def test_refusals_name_the_reason():
+def test_the_report_gives_the_reason_for_each_module_that_is_not_replaced():
     from monai.networks.blocks import CrossAttentionBlock, SABlock
 
     assert "save_attn" in refusals(SABlock(8, 2, save_attn=True))["SABlock"]
@@ -330,37 +330,38 @@ def test_refusals_name_the_reason():
     assert "pad" in refusals(circular)["Sequential"]
 
 
-def test_shared_watched_and_overridden_modules_are_left_alone():
+def test_shared_hooked_and_overridden_modules_are_not_replaced():
     silu = nn.SiLU()
     shared = nn.ModuleList(nn.Sequential(nn.GroupNorm(2, 4), silu) for _ in range(2))
     report = speed_up(shared)
     assert "used in 2 places" in report.refused["0"] and "group_norm_silu" not in report.swapped
 
-    watched = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
-    watched[0].register_forward_hook(lambda *args: None)
-    assert "hook" in speed_up(watched).refused["Sequential"]
-    watched = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
-    watched[1].register_forward_pre_hook(lambda *args: None)
-    assert "hook" in speed_up(watched).refused["Sequential"]
+    hooked = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    hooked[0].register_forward_hook(lambda *args: None)
+    assert "hook" in speed_up(hooked).refused["Sequential"]
+    hooked = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    hooked[1].register_forward_pre_hook(lambda *args: None)
+    assert "hook" in speed_up(hooked).refused["Sequential"]
 
     replaced, _ = unet()
     replaced.middle_block.resnet_1.forward = replaced.middle_block.resnet_1.forward
     assert "replaced" in speed_up(replaced).refused["middle_block.resnet_1"]
 
-    class Mine(nn.GroupNorm):
+    class Overridden(nn.GroupNorm):
         def forward(self, x):
             return super().forward(x) + 1
 
-    class Kept(nn.GroupNorm):
+    class Inherited(nn.GroupNorm):
         pass
 
-    assert not speed_up(Mine(2, 4)).swapped and speed_up(Kept(2, 4)).swapped["group_norm"] == ["Kept"]
+    assert not speed_up(Overridden(2, 4)).swapped
+    assert speed_up(Inherited(2, 4)).swapped["group_norm"] == ["Inherited"]
 
 
-def test_dropout_and_masks_are_monai_s():
+def test_self_attention_with_dropout_or_a_mask_is_that_of_monai():
     from monai.networks.blocks import SABlock
 
-    block = randomised(SABlock(8, 2, dropout_rate=0.5))
+    block = randomized(SABlock(8, 2, dropout_rate=0.5))
     x, mask = draw(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0]] * 2)
     block.train()
     results = []
@@ -376,10 +377,10 @@ def test_dropout_and_masks_are_monai_s():
     assert not torch.allclose(results[0], results[1]) and not torch.allclose(results[1], results[2])
 
 
-def test_cross_attentions_dropout_is_monai_s():
+def test_cross_attention_with_dropout_is_that_of_monai():
     from monai.networks.blocks import CrossAttentionBlock
 
-    block = randomised(CrossAttentionBlock(8, 2, dropout_rate=0.5)).train()
+    block = randomized(CrossAttentionBlock(8, 2, dropout_rate=0.5)).train()
     x, context = draw(2, 5, 8), draw(2, 3, 8, seed=1)
     results = []
     for _ in range(2):
@@ -392,7 +393,7 @@ def test_cross_attentions_dropout_is_monai_s():
 
 def test_kinds_can_be_left_out():
     net, inputs = unet()
-    expected = call(randomised(net), inputs)
+    expected = call(randomized(net), inputs)
     for kind in KINDS:
         report = speed_up(net, without=[kind])
         assert kind not in report.swapped and len(report.swapped) >= 3
@@ -402,7 +403,7 @@ def test_kinds_can_be_left_out():
         speed_up(net, without=["atention"])
 
 
-def test_monai_is_not_imported_for_a_model_without_it():
+def test_monai_is_not_imported_for_other_models():
     code = (
         "import sys, torch, ccella_fast; from torch import nn;"
         "print(ccella_fast.speed_up(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())).swapped, 'monai' in sys.modules)"

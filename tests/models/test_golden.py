@@ -1,6 +1,7 @@
-"""Parity with the reference: every variant, the autoencoder and the class loss against outputs in golden/reference.json.
+"""Every variant, the autoencoder and the class loss reproduce the outputs of the reference in golden/reference.json.
 
-Weights and inputs come from the file's recipe: a random generator seeded with the CRC of each tensor's name. Full-size models.
+The models have their full size. Weights and inputs are drawn as described in that file, from a generator seeded with the CRC of
+the name of each tensor.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from ccella_fast.config import AutoencoderConfig
 from ccella_fast.kernels.backend import ENVIRONMENT
 from ccella_fast.losses import class_loss, focal_terms
 from ccella_fast.models import adapter, build_model
-from ccella_fast.models.autoencoder.network import Autoencoder
+from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.variants import VARIANTS
 
-ORDER = sorted(
-    VARIANTS, key=lambda name: (not VARIANTS[name].text, VARIANTS[name].head, name)
-)  # neighbours share weights
+# Neighbors share weights.
+ORDER = sorted(VARIANTS, key=lambda name: (not VARIANTS[name].text, VARIANTS[name].head, name))
 TIMESTEPS = torch.tensor([7, 903])
 
 
 def normal(key, shape):
-    """`RandomState(crc32(key)).standard_normal(shape)` in float32: NumPy's polar method, a block at a time, which takes a third
-    as long. The models have many parameters."""
+    """`RandomState(crc32(key)).standard_normal(shape)` in float32.
+
+    The polar method of NumPy, vectorized in blocks, takes a third of the time; the models have many parameters.
+    """
     generator = np.random.RandomState(zlib.crc32(key.encode()))
     result, done = np.empty(math.prod(shape), np.float32), 0
     while done < result.size:
@@ -54,8 +56,7 @@ def weight(key, shape):
 
 
 class Models:
-    """Draws each tensor once and shares it between the variants that use it; drops it after its last use.
-    Keeps the last model."""
+    """Draws each tensor once for all variants that use it, and frees it after its last use. Keeps the last model."""
 
     def __init__(self):
         self.uses = Counter(entry for name in ORDER for entry in shapes(name))
@@ -64,7 +65,7 @@ class Models:
 
     def load(self, name):
         if name != self.name:
-            self.name = self.model = None  # its memory goes first
+            self.name = self.model = None  # free the memory first
             with torch.device("meta"):
                 model = build_model(name)
             model.load_state_dict(self.state_dict(name), assign=True)
@@ -103,7 +104,7 @@ def inputs(name):
 
 
 def agrees(tensor, expected):
-    """Within rtol 1e-3, atol 1e-4 of a recorded summary (or of a recorded list of values)."""
+    """Whether a tensor is within rtol 1e-3 and atol 1e-4 of a recorded summary or list of values."""
     actual = tensor.double().numpy()
     if isinstance(expected, list):
         return np.shape(expected) == actual.shape and np.allclose(actual, expected, rtol=1e-3, atol=1e-4)
@@ -114,24 +115,31 @@ def agrees(tensor, expected):
 
 
 def record(model):
-    """The outputs of the adapter and of the U-Net's time embedding, filled by the next forward pass."""
-    seen = {}
+    """A dictionary that the next forward pass fills with outputs of the adapter and of the time embedding of the U-Net."""
+    outputs = {}
     unet = getattr(model, "unet", model)
-    unet.time_embed.register_forward_hook(lambda module, args, output: seen.update(time_emb=output))
+    unet.time_embed.register_forward_hook(lambda module, args, output: outputs.update(time_emb=output))
     if hasattr(model, "ella"):
         keys = ("context", "adapter_class_hidden")
-        model.ella.register_forward_hook(lambda module, args, output: seen.update(zip(keys, output, strict=True)))
-    return seen
+        model.ella.register_forward_hook(lambda module, args, output: outputs.update(zip(keys, output, strict=True)))
+    return outputs
 
 
-def test_numbers_are_numpy_s():
-    drawn, numpy_s = normal("key", (300, 501)).numpy(), np.random.RandomState(zlib.crc32(b"key")).standard_normal
-    np.testing.assert_allclose(drawn, numpy_s((300, 501)), rtol=1e-6, atol=1e-7)
+def test_random_numbers_equal_numpy():
+    expected = np.random.RandomState(zlib.crc32(b"key")).standard_normal((300, 501))
+    np.testing.assert_allclose(normal("key", (300, 501)).numpy(), expected, rtol=1e-6, atol=1e-7)
 
 
-# The backends that are chosen here, then CCELLA with the others; Triton's kernels in its interpreter take minutes.
-OTHERS = {"CCELLA": [("CCELLA", "reference"), pytest.param("CCELLA", "triton", marks=pytest.mark.slow)]}
-CASES = [case for name in ORDER for case in [(name, None), *OTHERS.get(name, [])]]
+# All variants with the default backends, and CCELLA with each backend. The Triton interpreter takes minutes.
+OTHER_BACKENDS = {
+    "CCELLA": [
+        pytest.param("CCELLA", "reference", id="CCELLA-reference"),
+        pytest.param("CCELLA", "triton", marks=pytest.mark.slow, id="CCELLA-triton"),
+    ]
+}
+CASES = [
+    case for name in ORDER for case in [pytest.param(name, None, id=f"{name}-default"), *OTHER_BACKENDS.get(name, [])]
+]
 
 
 @pytest.mark.parametrize(("name", "backend"), CASES)
@@ -140,13 +148,13 @@ def test_variant_reproduces_the_reference(name, backend, models, golden, monkeyp
         monkeypatch.setenv(ENVIRONMENT, backend)
     expected = golden["CCELLA" if name == "L1ONLY" else name]
     model = models.load(name)
-    seen = record(model)
+    outputs = record(model)
     with torch.no_grad():
         output = model(normal("input:x", (2, 4, 16, 16, 8)), TIMESTEPS, **inputs(name))
-    seen |= {"noise_pred": output.noise, "class_logits": output.class_logits}
-    assert expected.keys() == {key for key, value in seen.items() if value is not None}
+    outputs |= {"noise_pred": output.noise, "class_logits": output.class_logits}
+    assert expected.keys() == {key for key, value in outputs.items() if value is not None}
     for key, value in expected.items():
-        assert agrees(seen[key], value), key
+        assert agrees(outputs[key], value), key
 
 
 @pytest.fixture(scope="module")
@@ -157,14 +165,14 @@ def adapter_weights():
 
 
 @pytest.mark.parametrize("mistake", ["sine first", "scale first", "none"])
-def test_comparison_rejects_a_wrong_adapter(mistake, golden, adapter_weights, monkeypatch):
-    """Negative control: two mistakes that change no shape. With none of them the same adapter agrees."""
+def test_comparison_detects_a_wrong_adapter(mistake, golden, adapter_weights, monkeypatch):
+    """Negative control: two mistakes that do not change shapes. Without them, the same adapter agrees."""
     with torch.device("meta"):
         ella = adapter.Adapter(build_model("ELLAMAISI").config)
     ella.load_state_dict(adapter_weights, assign=True)
-    right = adapter.sinusoidal
+    sinusoidal = adapter.sinusoidal
     if mistake == "sine first":
-        monkeypatch.setattr(adapter, "sinusoidal", lambda t, width: right(t, width).roll(width // 2, dims=1))
+        monkeypatch.setattr(adapter, "sinusoidal", lambda t, width: sinusoidal(t, width).roll(width // 2, dims=1))
     if mistake == "scale first":
         for block in ella.connector.perceiver_blocks:
             for norm in (block.ln_1, block.ln_2, block.ln_ff):
@@ -174,9 +182,9 @@ def test_comparison_rejects_a_wrong_adapter(mistake, golden, adapter_weights, mo
     assert agrees(context, golden["ELLAMAISI"]["context"]) == (mistake == "none")
 
 
-@pytest.mark.parametrize("activation", [False, True])
+@pytest.mark.parametrize("activation", [False, True], ids=["right", "last-activation"])
 def test_autoencoder_reproduces_the_reference(activation, golden):
-    """With an activation before the last convolution (the usual design, not MAISI's) it must not agree."""
+    """Negative control: an activation before the last convolution, which most autoencoders have, but not that of MAISI."""
     expected = golden["AUTOENCODER_fp32"]
     vae = Autoencoder(AutoencoderConfig()).eval()
     vae.load_state_dict({key: weight(key, value.shape) for key, value in vae.state_dict().items()})

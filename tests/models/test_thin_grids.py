@@ -1,4 +1,4 @@
-"""Values and bf16 gradients of the network's convolutions on grids of few voxels, against float64."""
+"""Values and bf16 gradients of the convolutions of the networks on grids of few voxels, compared with float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ccella_fast.models.thin_grids import on_three_voxels
 KINDS = {
     "plain": lambda: conv3d(16, 16, 3),
     "1x1x1": lambda: conv3d(16, 16, 1),
-    "shifted": lambda: BiaslessConv3d(16, 16, 3, padding=1),
+    "biasless": lambda: BiaslessConv3d(16, 16, 3, padding=1),
     "residual": lambda: ResidualConv3d(16, 16, 3, padding=1),
     "strided": lambda: conv3d(16, 16, 3, stride=2),
 }
@@ -28,31 +28,31 @@ def fill_freed_memory_with_nan() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_equal_float64(kind):
-    """The appended zeros, cut off again, must be neither seen nor forgotten."""
+    """The appended zeros must not change any value, and they must be cropped again."""
     torch.manual_seed(0)
     module = KINDS[kind]().bfloat16()
-    (leaf,) = (child for child in module.modules() if isinstance(child, torch.nn.Conv3d))
+    (conv,) = (child for child in module.modules() if isinstance(child, torch.nn.Conv3d))
     for shape in itertools.product((1, 2, 3, 4), repeat=3):
         x = torch.randn(2, 16, *shape).bfloat16().requires_grad_()
         residual = torch.randn(2, 16, *shape).bfloat16()
         fill_freed_memory_with_nan()
-        answer = module(x, residual) if kind == "residual" else module(x)
-        g = torch.randn(answer.shape).bfloat16()
+        y = module(x, residual) if kind == "residual" else module(x)
+        g = torch.randn(y.shape).bfloat16()
         fill_freed_memory_with_nan()
-        found = torch.autograd.grad(answer, (x, leaf.weight), g)
-        exact = [t.detach().double().requires_grad_() for t in (x, leaf.weight)]
-        bias = None if kind == "shifted" else leaf.bias.detach().double()
-        expected = F.conv3d(*exact, bias, stride=leaf.stride, padding=leaf.padding)
+        gradients = torch.autograd.grad(y, (x, conv.weight), g)
+        exact = [t.detach().double().requires_grad_() for t in (x, conv.weight)]
+        bias = None if kind == "biasless" else conv.bias.detach().double()
+        expected = F.conv3d(*exact, bias, stride=conv.stride, padding=conv.padding)
         expected = expected + (residual.double() if kind == "residual" else 0)
-        assert answer.shape == expected.shape
+        assert y.shape == expected.shape
         truth = [expected, *torch.autograd.grad(expected, exact, g.double())]
-        for ours, theirs in zip([answer.detach(), *found], truth, strict=True):
+        for ours, theirs in zip([y.detach(), *gradients], truth, strict=True):
             assert (ours.double() - theirs).abs().max() < 2e-2 * theirs.abs().max(), shape
 
 
-@pytest.mark.parametrize("grid", [(8, 8, 4), (4, 4, 4), (8, 4, 8)])
+@pytest.mark.parametrize("grid", [(8, 8, 4), (4, 4, 4), (8, 4, 8)], ids=lambda grid: "x".join(map(str, grid)))
 def test_every_gradient_of_a_network_on_a_thin_grid_is_close_to_float64(grid):
-    """Three levels: the lowest grid has one or two voxels along each axis. A wrong gradient is off by its own size, or NaN."""
+    """The coarsest of the three grids has one or two voxels per axis. The error of a wrong gradient is as large as itself."""
     from ccella_fast.models import build_model
 
     torch.manual_seed(0)
@@ -68,20 +68,20 @@ def test_every_gradient_of_a_network_on_a_thin_grid_is_close_to_float64(grid):
         network = model.to(dtype)
         inputs = {"spacing": torch.full((2, 3), 50.0, dtype=dtype)}
         fill_freed_memory_with_nan()
-        answer = network(x.to(dtype), torch.tensor([100, 700]), **inputs).noise
-        found = torch.autograd.grad(answer, list(network.parameters()), g.to(dtype), allow_unused=True)
+        noise = network(x.to(dtype), torch.tensor([100, 700]), **inputs).noise
+        found = torch.autograd.grad(noise, list(network.parameters()), g.to(dtype), allow_unused=True)
         names = [name for name, _ in network.named_parameters()]
         return {name: each.double() for name, each in zip(names, found, strict=True) if each is not None}
 
-    low, exact = gradients(torch.bfloat16), gradients(torch.float64)
+    bf16, exact = gradients(torch.bfloat16), gradients(torch.float64)
     convolutions = [name for name, gradient in exact.items() if gradient.ndim == 5]
     assert len(convolutions) > 20
     for name in convolutions:
-        assert (low[name] - exact[name]).norm() < 0.2 * exact[name].norm(), name
+        assert (bf16[name] - exact[name]).norm() < 0.2 * exact[name].norm(), name
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
-def test_only_thin_grids_of_bf16_are_padded(scale):
+def test_only_thin_grids_in_bf16_are_padded(scale):
     def grid_seen(*shape: int, dtype: torch.dtype) -> list[int]:
         seen = []
 
@@ -89,8 +89,8 @@ def test_only_thin_grids_of_bf16_are_padded(scale):
             seen.extend(x.shape[2:])
             return F.interpolate(x.float(), size=[math.ceil(size * scale) for size in x.shape[2:]]).to(dtype)
 
-        answer = on_three_voxels(convolve, torch.ones(1, 1, *shape, dtype=dtype), scale)
-        assert list(answer.shape[2:]) == [math.ceil(size * scale) for size in shape]
+        y = on_three_voxels(convolve, torch.ones(1, 1, *shape, dtype=dtype), scale)
+        assert list(y.shape[2:]) == [math.ceil(size * scale) for size in shape]
         return seen
 
     assert grid_seen(1, 2, 5, dtype=torch.bfloat16) == [3, 3, 5]

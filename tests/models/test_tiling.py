@@ -1,4 +1,4 @@
-"""Decoding and encoding in slabs: equal to MONAI's unsplit network whatever the cuts, and within the memory planned."""
+"""Decoding and encoding in slabs equals MONAI's network without splits for any slabs, and stays within the planned memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from ccella_fast.config import AutoencoderConfig
 from ccella_fast.errors import ConfigError
-from ccella_fast.models.autoencoder import tiling
+from ccella_fast.models.autoencoder import Autoencoder, tiling
 from ccella_fast.models.autoencoder import tiling_plan as planning
-from ccella_fast.models.autoencoder.network import Autoencoder
-from ccella_fast.models.autoencoder.tiling_plan import cuts, edges_of, make_tiling_plan
+from ccella_fast.models.autoencoder.tiling_plan import chunk_edges, make_tiling_plan, slab_bounds
 from ccella_fast.models.blocks import GroupNormSiLU
 
 CONFIG = AutoencoderConfig(num_channels=[8, 16, 24], num_res_blocks=[1, 2, 1], norm_num_groups=4, latent_channels=3)
@@ -30,7 +29,7 @@ def vae():
     vae = Autoencoder(CONFIG).eval().requires_grad_(False)
     for name, parameter in vae.named_parameters():
         if "norm" in name or name.endswith("bias"):
-            parameter.add_(0.3 * torch.randn_like(parameter))  # no affine map may be the identity
+            parameter.add_(0.3 * torch.randn_like(parameter))  # so that no affine map is the identity
     return vae
 
 
@@ -54,7 +53,7 @@ def draw(*shape, dtype=torch.float32):
 
 
 class Allocations(TorchDispatchMode):
-    """peak: the most bytes that tensors made in here held at one time."""
+    """Records the peak of the bytes that are held by tensors created in this context."""
 
     def __init__(self):
         super().__init__()
@@ -71,43 +70,45 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-# The same numbers
+# Values
 
 
-@pytest.mark.parametrize("slab", [2**29, 30_000, 1])
-@pytest.mark.parametrize("grid", GRIDS)
-def test_equals_monai_s_whole_network(grid, slab, vae, theirs, monkeypatch):
-    """Whole, a few slabs, single planes; odd grids; pieces of unequal length."""
-    monkeypatch.setattr(planning, "SLAB", slab)
+@pytest.mark.parametrize("slab_bytes", [2**29, 30_000, 1], ids=["whole", "several-slabs", "single-planes"])
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "x".join(map(str, grid)))
+def test_tiling_equals_monai_without_splits(grid, slab_bytes, vae, theirs, monkeypatch):
+    """Also on odd grids, and with chunks of unequal length."""
+    monkeypatch.setattr(planning, "SLAB_BYTES", slab_bytes)
     z, x = draw(2, 3, *grid), draw(2, 1, *(4 * size for size in grid))
     plan = vae.decoder.plan(tuple(z.shape[1:]), z.device)
-    assert (plan.tiles == 0) == (slab == 2**29)
+    assert (plan.slabs == 0) == (slab_bytes == 2**29)
     torch.testing.assert_close(vae.decode(z), theirs.decode(z), rtol=1e-4, atol=1e-4)
     for actual, expected in zip(vae.encode(x), theirs.encode(x), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mistake", ["statistics of one slab", "no halo", "none"])
-def test_comparison_notices_a_wrong_tiling(mistake, vae, theirs, monkeypatch):
-    """Negative control: the two mistakes of inexact tilings."""
-    monkeypatch.setattr(planning, "SLAB", 1)
+def test_comparison_detects_a_wrong_tiling(mistake, vae, theirs, monkeypatch):
+    """Negative control: the two usual mistakes of inexact tilings."""
+    monkeypatch.setattr(planning, "SLAB_BYTES", 1)
     if mistake == "statistics of one slab":
-        merge = tiling.Statistics.merge
+        merge = tiling.GroupNormStatistics.merge
         monkeypatch.setattr(
-            tiling.Statistics, "merge", lambda self: (self.parts.__delitem__(slice(1, None)), merge(self))[1]
+            tiling.GroupNormStatistics, "merge", lambda self: (self.parts.__delitem__(slice(1, None)), merge(self))[1]
         )
     if mistake == "no halo":
-        planes = tiling._planes
-        alone = lambda conv, read, length, lo, hi: planes(conv, lambda a, b: read(lo, hi), hi - lo, 0, hi - lo)  # noqa: E731
-        monkeypatch.setattr(
-            tiling, "_planes",
-            lambda conv, *rest: alone(conv, *rest) if conv.kernel_size[0] == 3 and conv.stride[0] == 1 else planes(conv, *rest),
-        )  # fmt: skip
+        convolve = tiling._convolve_planes
+
+        def convolve_without_halo(conv, read, length, lo, hi):
+            if conv.kernel_size[0] == 3 and conv.stride[0] == 1:
+                return convolve(conv, lambda first, last: read(lo, hi), hi - lo, 0, hi - lo)
+            return convolve(conv, read, length, lo, hi)
+
+        monkeypatch.setattr(tiling, "_convolve_planes", convolve_without_halo)
     z = draw(1, 3, 9, 3, 2)
     assert torch.allclose(vae.decode(z), theirs.decode(z), rtol=1e-4, atol=1e-4) == (mistake == "none")
 
 
-def test_bf16_in_slabs_is_as_exact_as_whole(vae, monkeypatch):
+def test_bf16_in_slabs_is_as_accurate_as_whole(vae, monkeypatch):
     z = draw(1, 3, 16, 4, 4)
     expected = Autoencoder(CONFIG).double()
     expected.load_state_dict(vae.state_dict())
@@ -115,17 +116,17 @@ def test_bf16_in_slabs_is_as_exact_as_whole(vae, monkeypatch):
         expected = expected.decode(z.double())
     vae.to(torch.bfloat16)
     errors = []
-    for slab in (2**29, 1):
-        monkeypatch.setattr(planning, "SLAB", slab)
+    for slab_bytes in (2**29, 1):
+        monkeypatch.setattr(planning, "SLAB_BYTES", slab_bytes)
         errors.append((vae.decode(z.bfloat16()).double() - expected).abs().mean())
     assert 0 < errors[1] <= 1.2 * errors[0]
 
 
-def test_statistics_far_from_zero():
-    """mean 1000, standard deviation 1: sums of squares in fp32 would be wrong by a half."""
+def test_statistics_are_accurate_for_a_mean_far_from_zero():
+    """With mean 1000 and standard deviation 1, the mean of squares minus the squared mean is far off in fp32."""
     norm = GroupNormSiLU(4, 8, 1e-6)
     volume = (1000 + draw(1, 8, 12, 6, 6, dtype=torch.float64)).float()
-    statistics = tiling.Statistics(norm)
+    statistics = tiling.GroupNormStatistics(norm)
     for part in volume.split([1, 7, 4], dim=2):
         statistics.add(part)
     mean, rstd = statistics.merge()
@@ -136,19 +137,19 @@ def test_statistics_far_from_zero():
     assert not torch.allclose(naive.square().mean(2) - naive.mean(2) ** 2, torch.tensor(1.0), rtol=0.05)
 
 
-def test_a_volume_is_the_same_in_any_batch(vae):
+def test_a_volume_does_not_depend_on_its_batch(vae):
     z = draw(3, 3, 5, 3, 2)
     assert torch.equal(vae.decode(z)[1], vae.decode(z[1:2])[0])
 
 
-@pytest.mark.parametrize("resample", ["", "up", "down"])
+@pytest.mark.parametrize("resample", ["", "up", "down"], ids=["no-resampling", "up", "down"])
 @pytest.mark.parametrize("length", [8, 23, 64])
-def test_cuts_cover_every_plane_once(length, resample, vae):
-    each = next(each for each in (*vae.decoder.passes(), *vae.encoder.passes()) if each.resample == resample)
+def test_slabs_cover_every_plane_once(length, resample, vae):
+    conv = next(conv for conv in (*vae.decoder.tiled_convs(), *vae.encoder.tiled_convs()) if conv.resample == resample)
     length *= 2 if resample == "down" else 1
-    output = each.output((1, length, 8, 8))[1]
+    output = conv.output_shape((1, length, 8, 8))[1]
     for planes in (1, 3, output):
-        slabs = [slab for piece in cuts(each, edges_of(length), output, planes) for slab in piece]
+        slabs = [slab for chunk in slab_bounds(conv, chunk_edges(length), output, planes) for slab in chunk]
         assert [lo for lo, _ in slabs] == [0, *(hi for _, hi in slabs[:-1])] and slabs[-1][1] == output
         assert max(hi - lo for lo, hi in slabs) <= planes
 
@@ -161,61 +162,61 @@ def full_size():
         return Autoencoder(AutoencoderConfig()).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("budget", [64 * GIB, 5.4 * GIB])
+@pytest.mark.parametrize("budget", [64 * GIB, 5.4 * GIB], ids=["64GiB", "5.4GiB"])
 @pytest.mark.parametrize("direction", ["decoder", "encoder"])
-def test_plan_counts_what_is_allocated(direction, budget):
-    """256x256x128 in fp32: the estimate against every tensor that is really made (on the meta device)."""
+def test_plan_estimates_the_allocated_memory(direction, budget):
+    """At 256x256x128 in fp32, the estimate is compared with all tensors that are created, on the meta device."""
     blocks = getattr(full_size(), direction)
     shape = {"decoder": (4, 64, 64, 32), "encoder": (1, 256, 256, 128)}[direction]
-    plan = make_tiling_plan(blocks.passes(), shape, 4, int(budget))
-    with Allocations() as counted:
-        result = tiling.run(blocks.passes(), plan, torch.empty(1, *shape, device="meta"))
-    assert result.shape[1:] == plan.steps[-1].output
-    assert plan.bytes <= budget and counted.peak == pytest.approx(plan.bytes, rel=0.03)
+    plan = make_tiling_plan(blocks.tiled_convs(), shape, 4, int(budget))
+    with Allocations() as allocations:
+        result = tiling.run_plan(blocks.tiled_convs(), plan, torch.empty(1, *shape, device="meta"))
+    assert result.shape[1:] == plan.steps[-1].output_shape
+    assert plan.bytes <= budget and allocations.peak == pytest.approx(plan.bytes, rel=0.03)
 
 
-def test_half_of_the_stock_decoder_s_memory():
+def test_decoding_takes_less_than_half_of_the_memory_of_monai():
     vae, z = full_size(), torch.empty(1, 4, 64, 64, 32, device="meta")
     with torch.device("meta"):
         theirs = maisi(AutoencoderConfig(), num_splits=2, dim_split=1).eval().requires_grad_(False)
     with Allocations() as stock:
         theirs.decode(z)
-    plan = make_tiling_plan(vae.decoder.passes(), tuple(z.shape[1:]), 4, 64 * GIB)
+    plan = make_tiling_plan(vae.decoder.tiled_convs(), tuple(z.shape[1:]), 4, 64 * GIB)
     with Allocations() as ours:
-        tiling.run(vae.decoder.passes(), plan, z)
+        tiling.run_plan(vae.decoder.tiled_convs(), plan, z)
     with Allocations() as plain:
-        vae.decode(z)  # module by module, as in training
+        vae.decode(z)  # module by module, as with gradients
     assert ours.peak < 0.5 * stock.peak < plain.peak
 
 
-def test_a_smaller_budget_is_kept_or_refused(vae):
+def test_a_smaller_budget_is_respected_or_an_error(vae):
     z = draw(1, 3, 24, 6, 6)
     whole = vae.decoder.plan(tuple(z.shape[1:]), z.device)
-    assert whole.tiles == 0 and str(whole).startswith("whole: peak")
+    assert whole.slabs == 0 and str(whole).startswith("whole: peak")
     budget = whole.bytes * 2 // 3
     plan = vae.decoder.plan(tuple(z.shape[1:]), z.device, budget)
-    assert plan.tiles > 0 and plan.bytes <= budget and f"{plan.tiles} tiles" in str(plan)
-    with Allocations() as counted:
+    assert plan.slabs > 0 and plan.bytes <= budget and f"{plan.slabs} slabs" in str(plan)
+    with Allocations() as allocations:
         decoded = vae.decode(z, memory=budget)
-    assert counted.peak < budget + 2**20  # the weights' own small copies
+    assert allocations.peak < budget + 2**20  # small copies of the weights are not part of the plan
     torch.testing.assert_close(decoded, vae.decode(z), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ConfigError, match=r"GiB are needed even plane by plane") as caught:
+    with pytest.raises(ConfigError, match=r"single plane need 0\.00 GiB of memory, but at most 0\.00 GiB") as caught:
         vae.decode(z, memory=1000)
     assert "bf16" in str(caught.value)
 
 
-def test_host_keeps_the_activations_of_a_small_device(vae):
-    passes, shape = vae.decoder.passes(), (3, 24, 6, 6)
-    need = make_tiling_plan(passes, shape, 4, GIB).bytes
+def test_activations_are_stored_on_the_host_for_a_small_device(vae):
+    convs, shape = vae.decoder.tiled_convs(), (3, 24, 6, 6)
+    needed = make_tiling_plan(convs, shape, 4, GIB).bytes
     with pytest.raises(ConfigError):
-        make_tiling_plan(passes, shape, 4, need // 3)
-    plan = make_tiling_plan(passes, shape, 4, need // 3, host=True)
-    assert plan.on_host and plan.bytes <= need // 3 and "activations on the host" in str(plan)
+        make_tiling_plan(convs, shape, 4, needed // 3)
+    plan = make_tiling_plan(convs, shape, 4, needed // 3, host=True)
+    assert plan.on_host and plan.bytes <= needed // 3 and "activations on the host" in str(plan)
     x = draw(1, *shape)
-    torch.testing.assert_close(tiling.run(passes, plan, x), vae.decoder(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tiling.run_plan(convs, plan, x), vae.decoder(x), rtol=1e-4, atol=1e-5)
 
 
-def test_budget_and_gradients_do_not_mix(vae):
+def test_a_budget_requires_no_grad(vae):
     vae.requires_grad_(True)
     with pytest.raises(ValueError, match=r"torch\.no_grad"):
         vae.decode(draw(1, 3, 5, 3, 2), memory=GIB)
@@ -223,7 +224,7 @@ def test_budget_and_gradients_do_not_mix(vae):
         vae.decode(draw(1, 3, 5, 3, 2), memory=GIB)
 
 
-def test_enlargement_is_torch_s():
+def test_trilinear_upsampling_equals_torch():
     x = draw(1, 3, 5, 4, 6)
     expected = functools.partial(torch.nn.functional.interpolate, scale_factor=2.0, mode="trilinear")(x)
-    torch.testing.assert_close(tiling.enlarge(x), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tiling.upsample_trilinear(x), expected, rtol=1e-5, atol=1e-6)

@@ -14,7 +14,7 @@ from ccella_fast.config import make_config
 from ccella_fast.diffusion.noise import generator
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.models import build_model
-from ccella_fast.models.autoencoder.network import Autoencoder
+from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.sampling import Optimizations, Reuse, denoising
 from ccella_fast.sampling.conditioning import ConditioningCache
 from ccella_fast.sampling.denoising import DenoisingLoop

@@ -17,7 +17,7 @@ import torch
 from ccella_fast.checkpoint import load_checkpoint
 from ccella_fast.diffusion.noise import generator
 from ccella_fast.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
-from ccella_fast.models.autoencoder.network import Autoencoder, load_autoencoder, save_autoencoder
+from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
 from ccella_fast.sampling import FastSampler, pretrained
 from ccella_fast.sampling.command import sample_to_folder
 from ccella_fast.sampling.output import OutputWriter

@@ -15,7 +15,7 @@ import torch
 from ccella_fast.config import VaeTrainingConfig, make_config
 from ccella_fast.diffusion.noise import generator
 from ccella_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from ccella_fast.models.autoencoder.network import Autoencoder, load_autoencoder
+from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder
 from ccella_fast.storage import sha256, write_json
 from ccella_fast.training.autoencoder import loop, run
 from ccella_fast.training.autoencoder.checkpointing import identity

@@ -29,7 +29,6 @@ import numpy as np
 
 from ccella_fast.config import AugmentationConfig, Config
 from ccella_fast.errors import ConfigError
-from ccella_fast.variants import get_variant
 
 BIAS_FIELD = 16  # points an axis where the receive field is given; linear between them
 FAINT = 0.02  # below this the noise fades out
@@ -152,7 +151,7 @@ def keeps_gland_in_view(
 
 def check_conditioning(config: Config) -> None:
     """ConfigError where the model reads the report and volumes would be mirrored."""
-    if get_variant(config.model.variant).text and config.augmentation.flip > 0:
+    if config.model.traits.text and config.augmentation.flip > 0:
         why = f"{config.model.variant} reads the report: in a mirrored study its 'left' lies on the right"
         fix = "set augmentation.flip=0 (preset text), or take a variant without report"
         raise ConfigError(why, field="augmentation.flip", fix=fix)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ccella_fast.config import Config
 from ccella_fast.data.manifest import IMPORTED, NAME, FileEntry, StudyEntry, load_manifest
 from ccella_fast.errors import DataError, did_you_mean
-from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE, get_variant
+from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
 
 
 class TrainingSample(NamedTuple):
@@ -91,7 +91,7 @@ class PreparedDataset:
         self.prepared = load_manifest(folder)
         self.config, self.needs = config, needs
         self._manifest_path = self.prepared.folder / NAME
-        self.variant = get_variant(config.model.variant)
+        self.variant = config.model.traits
         self.cases = self._select(split)
         self.ids = [case.id for case in self.cases]
         self.copies = 0 if needs == "images" else min(len(case.augmented) for case in self.cases)

@@ -25,7 +25,7 @@ class LatentEncoder:
     def __init__(self, vae: str | Path, config: AutoencoderConfig, device: Any = None):
         import torch
 
-        from ccella_fast.models.autoencoder.network import load_autoencoder, weights_file
+        from ccella_fast.models.autoencoder import load_autoencoder, weights_file
 
         self._torch = torch
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,7 +51,7 @@ class LatentEncoder:
 
     def save(self, folder: Path) -> None:
         """Keep these weights beside the latents that they made, so that training can put them into its checkpoints."""
-        from ccella_fast.models.autoencoder.network import save_autoencoder
+        from ccella_fast.models.autoencoder import save_autoencoder
 
         save_autoencoder(self._vae, folder)
 

@@ -43,7 +43,6 @@ from ccella_fast.errors import ConfigError, DataError, DiskError
 from ccella_fast.hardware import peak_memory
 from ccella_fast.run_record import write_run_record
 from ccella_fast.storage import check_writable, existing_parent, read_json, remove_partial_files
-from ccella_fast.variants import get_variant
 
 logger = logging.getLogger("ccella_fast")
 
@@ -154,7 +153,7 @@ def _make_stages(
         stages.append(ImageStage(records, studies, config, pool))
     if with_features:
         stages.append(ImportedTextStage(records, studies, config))
-    elif get_variant(config.model.variant).text:
+    elif config.model.traits.text:
         stages.append(TextStage(records, studies, config, _make_text_encoder(config)))
     if with_latents:
         stages.append(ImportedLatentStage(records, studies, config))

@@ -1,7 +1,8 @@
-"""The autoencoder: its network, its folder of weights, and exact decoding and encoding in slabs."""
+"""The autoencoder: its network, its weight folder, and exact decoding and encoding in slabs."""
 
 from __future__ import annotations
 
-from ccella_fast.models.autoencoder.network import Autoencoder, load_autoencoder, save_autoencoder
+from ccella_fast.models.autoencoder.folder import load_autoencoder, save_autoencoder, weights_file
+from ccella_fast.models.autoencoder.network import Autoencoder
 
-__all__ = ["Autoencoder", "load_autoencoder", "save_autoencoder"]
+__all__ = ["Autoencoder", "load_autoencoder", "save_autoencoder", "weights_file"]

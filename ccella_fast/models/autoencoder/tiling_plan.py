@@ -1,174 +1,242 @@
-"""How the autoencoder's convolutions are cut into slabs, so that decoding and encoding stay within a memory budget.
+"""Plans how the convolutions of the autoencoder are computed in slabs, so that decoding and encoding fit a memory budget.
 
-Planned from shapes alone, before anything is computed; carried out by `tiles.py`.
+A plan is made from shapes alone, before anything is computed, and executed by `tiling.py`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ccella_fast.errors import ConfigError
 from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
 
-SLAB = 2**29  # bytes of short-lived tensors: more buy no speed, so even a volume that fits is cut there
-PIECES = 4  # of an activation that is cut: what has been read can be freed while the rest is still needed
-HALO = 2  # planes of the piece before, repeated in each piece: a 3x3x3 window never spans two
+# Bytes of transient tensors. More are not faster, so even a volume that fits in memory is computed in slabs of this size.
+SLAB_BYTES = 2**29
+# Chunks in which a large activation is stored: a chunk that has been read is freed while the others are still needed.
+CHUNKS = 4
+# Planes of the previous chunk that each chunk repeats, so that a 3x3x3 window never spans two chunks.
+HALO = 2
 
 
 class TiledConv(NamedTuple):
-    """One convolution and what happens on its way in and out: y = conv(resample(silu(norm(x)))).
+    """A convolution with the operations around it: y = conv(resample(silu(norm(x)))), plus a residual at the end of a block.
 
-    The two passes of a residual block: the first `opens` it, and its x, or branch(x), is what the second one `adds` to y."""
+    Attributes:
+        name: for the plan and its error messages.
+        conv: the convolution.
+        norm: the GroupNorm before it.
+        resample: "up", trilinear upsampling by 2; "down", a plane of zeros appended to each axis; or "".
+        starts_block: this is the first convolution of a residual block: x, or shortcut(x), is kept for the last one.
+        shortcut: the 1x1x1 convolution of the residual connection.
+        ends_block: this is the last convolution of a residual block: the kept activation is added to y.
+    """
 
     name: str
     conv: nn.Conv3d
     norm: GroupNormSiLU | None = None
-    resample: str = ""  # "up": trilinear x2; "down": a plane of zeros at the high end of each axis
-    opens: bool = False
-    branch: nn.Conv3d | None = None  # 1x1x1
-    adds: bool = False
+    resample: str = ""
+    starts_block: bool = False
+    shortcut: nn.Conv3d | None = None
+    ends_block: bool = False
 
-    def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """(C, X, Y, Z) of what enters the convolution, for an x of this shape."""
+    def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """(C, X, Y, Z) of the input of `conv`, after resampling, for an x of `shape` (C, X, Y, Z)."""
         channels, *axes = shape
         return (channels, *(2 * n if self.resample == "up" else n + (self.resample == "down") for n in axes))
 
-    def output(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """(C, X, Y, Z) of y, for an x of `shape` (C, X, Y, Z)."""
         kernel, stride, padding = self.conv.kernel_size[0], self.conv.stride[0], int(self.conv.padding[0])
-        return (self.conv.out_channels, *((n + 2 * padding - kernel) // stride + 1 for n in self.grid(shape)[1:]))
+        axes = self.input_shape(shape)[1:]
+        return (self.conv.out_channels, *((n + 2 * padding - kernel) // stride + 1 for n in axes))
+
+
+def find_conv3d(module: nn.Module) -> nn.Conv3d:
+    """Return the first `nn.Conv3d` in `module`, which the reference implementation nests in wrappers."""
+    return next(child for child in module.modules() if isinstance(child, nn.Conv3d))
+
+
+def residual_block_convs(name: str, block: Any) -> list[TiledConv]:
+    """Return the convolutions of a residual block with `norm1`, `conv1`, `norm2`, `conv2` and `nin_shortcut`."""
+    shortcut = None if isinstance(block.nin_shortcut, nn.Identity) else find_conv3d(block.nin_shortcut)
+    return [
+        TiledConv(f"{name}.conv1", find_conv3d(block.conv1), block.norm1, starts_block=True, shortcut=shortcut),
+        TiledConv(f"{name}.conv2", find_conv3d(block.conv2), block.norm2, ends_block=True),
+    ]
 
 
 class TilingStep(NamedTuple):
-    """One pass of a plan. bytes: what is allocated at its peak, every activation that is alive then included."""
+    """How one convolution of a plan is computed.
+
+    Attributes:
+        name: of the convolution.
+        output_shape: (C, X, Y, Z).
+        planes: planes of the largest slab.
+        slabs: number of slabs.
+        bytes: peak of the allocated memory, including every activation that is alive at that time.
+    """
 
     name: str
-    output: tuple[int, ...]  # (C, X, Y, Z)
-    planes: int  # of the largest slab
+    output_shape: tuple[int, ...]
+    planes: int
     slabs: int
     bytes: int
 
 
 @dataclass(frozen=True)
 class TilingPlan:
-    """How a volume goes through the passes; `print(plan)` shows it."""
+    """How a volume is decoded or encoded; `print(plan)` shows it.
+
+    Attributes:
+        steps: one per convolution.
+        budget: bytes that may be allocated.
+        on_host: activations are stored in host memory, and only slabs are on the device.
+    """
 
     steps: tuple[TilingStep, ...]
-    budget: int  # bytes
-    on_host: bool  # whole activations wait in the host's memory, only slabs are on the device
+    budget: int
+    on_host: bool
 
     @property
     def bytes(self) -> int:
-        """Estimated peak of the tensors on the device, x and the result included."""
+        """Estimated peak of the memory on the device, including the input and the result."""
         return max(step.bytes for step in self.steps)
 
     @property
-    def tiles(self) -> int:
-        """Slabs in all passes that are cut; 0: the volume goes through whole."""
+    def slabs(self) -> int:
+        """Total number of slabs of all convolutions that are split; 0 if none is."""
         return sum(step.slabs for step in self.steps if step.slabs > 1)
 
     def __str__(self) -> str:
-        how = f"{self.tiles} tiles" if self.tiles else "whole"
+        how = f"{self.slabs} slabs" if self.slabs else "whole"
         where = ", activations on the host" if self.on_host else ""
         lines = [f"{how}{where}: peak {self.bytes / 2**30:.2f} GiB of {self.budget / 2**30:.2f} GiB"]
         for step in self.steps:
-            shape = " x ".join(map(str, step.output))
+            shape = " x ".join(map(str, step.output_shape))
             lines.append(f"  {step.name:<16} {shape:<24} {step.slabs:>4} {step.bytes / 2**30:9.3f} GiB")
         return "\n".join(lines)
 
 
 def make_tiling_plan(
-    passes: list[TiledConv], shape: tuple[int, ...], itemsize: int, budget: int, *, host: bool = False
+    convs: list[TiledConv], shape: tuple[int, ...], itemsize: int, budget: int, *, host: bool = False
 ) -> TilingPlan:
-    """The fewest slabs with which every pass stays within `budget` bytes, for an x of `shape` (C, X, Y, Z).
+    """Plan the fewest slabs with which every convolution stays within a memory budget.
 
-    itemsize: bytes of an activation's element. host: activations may wait in the host's memory where the device's is too small.
-    Counted are tensors, with fused kernels; not the private workspace of a convolution.
-    Raises ConfigError with the estimate when not even single planes fit."""
+    The estimate counts the tensors that the fused kernels allocate, but not the private workspace of a convolution.
+
+    Args:
+        convs: the convolutions, in order.
+        shape: (C, X, Y, Z) of the input.
+        itemsize: bytes per element of an activation.
+        budget: bytes that may be allocated.
+        host: activations may be stored in host memory if the device memory is too small.
+
+    Raises:
+        ConfigError: not even slabs of one plane fit; the message contains the estimate.
+    """
     for on_host in (False, True) if host else (False,):
-        steps = _steps(passes, shape, itemsize, budget, on_host)
+        steps = _plan_steps(convs, shape, itemsize, budget, on_host)
         if all(step.bytes <= budget for step in steps):
             return TilingPlan(tuple(steps), budget, on_host)
     worst = max(steps, key=lambda step: step.bytes)
-    why = f"{worst.bytes / 2**30:.2f} GiB are needed even plane by plane, {budget / 2**30:.2f} GiB may be used"
-    fix = "free memory on this device, use a smaller grid, or bf16 in place of fp32"
+    needed, available = (f"{size / 2**30:.2f} GiB" for size in (worst.bytes, budget))
+    why = f"slabs of a single plane need {needed} of memory, but at most {available} may be used"
+    fix = "free memory on this device, use a smaller grid, or use bf16 instead of fp32"
     raise ConfigError(why, field=f"autoencoder, {worst.name}", fix=fix)
 
 
-def edges_of(length: int) -> list[int]:
-    """The first plane of each piece of an activation that is cut, and at the end its length."""
-    count = max(1, min(PIECES, length // (4 * HALO)))
-    return [length * piece // count for piece in range(count + 1)]
+def chunk_edges(length: int) -> list[int]:
+    """Return the first plane of each chunk of an activation with `length` planes, followed by `length`."""
+    count = max(1, min(CHUNKS, length // (4 * HALO)))
+    return [length * chunk // count for chunk in range(count + 1)]
 
 
-def cuts(each: TiledConv, edges: list[int], length: int, planes: int) -> list[list[tuple[int, int]]]:
-    """Slabs (lo, hi) of the `length` output planes, at most `planes` long, in lists: one a piece of x (whose edges are given),
-    with the slabs whose windows that piece holds."""
-    scale = {"": 1, "up": 2, "down": 0.5}[each.resample]
-    bounds = [0, *(int((edge - 1) * scale) for edge in edges[1:-1]), length]
-    segments = []
-    for first, end in zip(bounds, bounds[1:], strict=False):
+def slab_bounds(conv: TiledConv, edges: list[int], length: int, planes: int) -> list[list[tuple[int, int]]]:
+    """Split the output planes of a convolution into slabs.
+
+    Args:
+        conv: the convolution.
+        edges: the chunks of its input, as `chunk_edges` returns them.
+        length: number of output planes.
+        planes: largest size of a slab.
+
+    Returns:
+        For each chunk of the input, the slabs (first plane, end) that are computed from that chunk alone.
+    """
+    scale = {"": 1, "up": 2, "down": 0.5}[conv.resample]
+    chunk_bounds = [0, *(int((edge - 1) * scale) for edge in edges[1:-1]), length]
+    slabs_of_chunks = []
+    for first, end in zip(chunk_bounds, chunk_bounds[1:], strict=False):
         count = math.ceil((end - first) / planes)
-        steps = [first + (end - first) * slab // count for slab in range(count + 1)]
-        segments.append(list(zip(steps, steps[1:], strict=False)))
-    return segments
+        bounds = [first + (end - first) * slab // count for slab in range(count + 1)]
+        slabs_of_chunks.append(list(zip(bounds, bounds[1:], strict=False)))
+    return slabs_of_chunks
 
 
-def _steps(
-    passes: list[TiledConv], shape: tuple[int, ...], itemsize: int, budget: int, on_host: bool
+def _plan_steps(
+    convs: list[TiledConv], shape: tuple[int, ...], itemsize: int, budget: int, on_host: bool
 ) -> list[TilingStep]:
     steps: list[TilingStep] = []
-    cut = block_cut = False  # is x in pieces? is what the block keeps?
-    for each in passes:
-        output = each.output(shape)
-        edges = edges_of(shape[1]) if cut else [0, shape[1]]
+    chunked = kept_chunked = False  # whether x, and the activation kept for the end of the block, are stored in chunks
+    for conv in convs:
+        output = conv.output_shape(shape)
+        edges = chunk_edges(shape[1]) if chunked else [0, shape[1]]
         for planes in range(output[1], 0, -1):
-            slabs = [hi - lo for segment in cuts(each, edges, output[1], planes) for lo, hi in segment]
+            slabs = [hi - lo for chunk in slab_bounds(conv, edges, output[1], planes) for lo, hi in chunk]
             whole = len(slabs) == 1
-            short = _short_lived(each, shape, max(slabs), itemsize, whole=whole, on_host=on_host)
-            long = 0 if on_host else _long_lived(each, shape, itemsize, cut=cut, block_cut=block_cut, whole=whole)
-            if short <= min(SLAB, budget - long):
+            transient = _transient_bytes(conv, shape, max(slabs), itemsize, whole=whole, on_host=on_host)
+            resident = 0
+            if not on_host:
+                resident = _resident_bytes(
+                    conv, shape, itemsize, chunked=chunked, kept_chunked=kept_chunked, whole=whole
+                )
+            if transient <= min(SLAB_BYTES, budget - resident):
                 break
-        steps.append(TilingStep(each.name, output, max(slabs), len(slabs), long + short))
-        if each.opens:
-            block_cut = cut if each.branch is None else not whole
-        shape, cut = output, block_cut if each.adds else not whole
+        steps.append(TilingStep(conv.name, output, max(slabs), len(slabs), resident + transient))
+        if conv.starts_block:
+            kept_chunked = chunked if conv.shortcut is None else not whole
+        shape, chunked = output, kept_chunked if conv.ends_block else not whole
     return steps
 
 
-def _long_lived(
-    each: TiledConv, shape: tuple[int, ...], itemsize: int, *, cut: bool, block_cut: bool, whole: bool
+def _resident_bytes(
+    conv: TiledConv, shape: tuple[int, ...], itemsize: int, *, chunked: bool, kept_chunked: bool, whole: bool
 ) -> int:
-    """Bytes of x, of the results and of what a block keeps, at the worst moment. A whole result counts as short-lived."""
-    source, output = _stored(shape, itemsize, cut), each.output(shape)
-    kept = _stored(output, itemsize, block_cut) if each.adds else 0  # y is added to it in place
-    results = 0 if whole or each.adds else _stored(output, itemsize, True) * (1 + (each.branch is not None))
-    if each.opens and each.branch is None:  # x itself is kept
+    """Peak bytes of x, the results and the kept activation. A result that is computed whole counts as transient."""
+    source, output = _activation_bytes(shape, itemsize, chunked), conv.output_shape(shape)
+    kept = _activation_bytes(output, itemsize, kept_chunked) if conv.ends_block else 0  # y is added to it in place
+    results = 0
+    if not whole and not conv.ends_block:
+        results = _activation_bytes(output, itemsize, True) * (1 + (conv.shortcut is not None))
+    if conv.starts_block and conv.shortcut is None:  # x itself is kept
         return source + results
-    pieces = len(edges_of(shape[1])) - 1 if cut else 1  # x is freed piece by piece while the results grow
-    return kept + max(source + results // pieces, source // pieces + results)
+    chunks = len(chunk_edges(shape[1])) - 1 if chunked else 1  # x is freed chunk by chunk while the results grow
+    return kept + max(source + results // chunks, source // chunks + results)
 
 
-def _stored(shape: tuple[int, ...], itemsize: int, cut: bool) -> int:
-    repeated = HALO * (len(edges_of(shape[1])) - 2) if cut else 0
+def _activation_bytes(shape: tuple[int, ...], itemsize: int, chunked: bool) -> int:
+    repeated = HALO * (len(chunk_edges(shape[1])) - 2) if chunked else 0
     return math.prod(shape) // shape[1] * (shape[1] + repeated) * itemsize
 
 
-def _short_lived(
-    each: TiledConv, shape: tuple[int, ...], planes: int, itemsize: int, *, whole: bool, on_host: bool
+def _transient_bytes(
+    conv: TiledConv, shape: tuple[int, ...], planes: int, itemsize: int, *, whole: bool, on_host: bool
 ) -> int:
-    """Bytes that come and go while `planes` planes of the output are made."""
-    inside, output = each.grid(shape), each.output(shape)
-    kernel, stride = each.conv.kernel_size[0], each.conv.stride[0]
-    window = min((planes - 1) * stride + kernel, inside[1])
-    if each.resample == "up":
-        window = min(window + 2, inside[1])
-    entering = window * math.prod(inside) // inside[1] * itemsize
-    leaving = (planes + (not whole)) * math.prod(output) // output[1] * itemsize
-    prepared = entering if each.norm is not None or each.resample else 0
-    fetched = math.prod(shape) // shape[1] * window * itemsize if on_host else 0
-    measured = 0 if whole else 2 * leaving * 4 // itemsize  # statistics are taken in fp32, and the CPU writes the norm
-    return fetched + max(prepared + leaving, leaving * (1 + (each.branch is not None)), leaving + measured)
+    """Bytes that are allocated and freed while `planes` planes of the output are computed."""
+    conv_input, output = conv.input_shape(shape), conv.output_shape(shape)
+    kernel, stride = conv.conv.kernel_size[0], conv.conv.stride[0]
+    window = min((planes - 1) * stride + kernel, conv_input[1])
+    if conv.resample == "up":
+        window = min(window + 2, conv_input[1])
+    input_bytes = window * math.prod(conv_input) // conv_input[1] * itemsize
+    output_bytes = (planes + (not whole)) * math.prod(output) // output[1] * itemsize
+    prepared = input_bytes if conv.norm is not None or conv.resample else 0
+    copied = math.prod(shape) // shape[1] * window * itemsize if on_host else 0
+    # Statistics are computed from an fp32 copy; on a CPU, a normalized output is written as well, and discarded.
+    statistics = 0 if whole else 2 * output_bytes * 4 // itemsize
+    shortcut_and_output = output_bytes * (1 + (conv.shortcut is not None))
+    return copied + max(prepared + output_bytes, shortcut_and_output, output_bytes + statistics)

@@ -10,7 +10,7 @@ import torch
 
 from ccella_fast.config import Config, VaeTrainingConfig
 from ccella_fast.errors import CheckpointError
-from ccella_fast.models.autoencoder.network import Autoencoder, load_autoencoder
+from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder
 from ccella_fast.models.weights import read_pt
 from ccella_fast.storage import atomic_path, read_json
 from ccella_fast.training.autoencoder.patches import Image

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ccella_fast.models.autoencoder.network import Autoencoder
+from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.progress import refresh_interval
 from ccella_fast.storage import atomic_path
 from ccella_fast.training.autoencoder.patches import Image

@@ -19,7 +19,7 @@ from ccella_fast.config import Config, VaeTrainingConfig
 from ccella_fast.diffusion.noise import generator, randn_per_sample
 from ccella_fast.errors import NonFiniteError
 from ccella_fast.losses import kl_divergence
-from ccella_fast.models.autoencoder.network import Autoencoder
+from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.progress import refresh_interval
 from ccella_fast.training.autoencoder.checkpointing import load_state, save_state
 from ccella_fast.training.autoencoder.patches import Image, patch_batches

@@ -13,7 +13,7 @@ import torch
 from ccella_fast.config import Config
 from ccella_fast.data.augmentation.engine import check_engine
 from ccella_fast.errors import ConfigError, DataError, NonFiniteError
-from ccella_fast.models.autoencoder.network import save_autoencoder
+from ccella_fast.models.autoencoder import save_autoencoder
 from ccella_fast.run_record import write_run_record
 from ccella_fast.storage import write_json
 from ccella_fast.training.autoencoder.checkpointing import identity, is_finished, remove_state
