@@ -10,17 +10,17 @@ import torch
 
 from ccella_fast.kernels.attention import attention, attention_op, attention_reference, backend_support, rows_contiguous
 from ccella_fast.kernels.backend import BackendError, explain_choice, interpreted
-from kernel_fixtures import DTYPES, check_fused, guarded, mend_interpreter, outputs_and_gradients
+from kernel_fixtures import DTYPES, check_fused, guarded, outputs_and_gradients, repair_interpreter
 
 NAMES = ["o", "dq", "dk", "dv"]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def mended(require):
+def repaired_interpreter(require):
     require("triton")
     if interpreted():
-        mend_interpreter()
+        repair_interpreter()
 
 
 def draw(*shape, seed=0):
@@ -125,7 +125,7 @@ def test_rows_too_far_apart_for_int32_are_copied():
 def test_refuses_shapes_that_do_not_fit(backend):
     q, k, v = heads(2, 3, 6, 11, 32, torch.float32)
     for wrong in ((q, k[:1], v[:1]), (q, k[:, :1], v[:, :1]), (q, k, v[:, :, :9]), (q, k[..., :16], v[..., :16])):
-        with pytest.raises(ValueError, match="the same but for the tokens of q"):
+        with pytest.raises(ValueError, match="equal except for the tokens of q"):
             attention(*wrong, backend=backend)
     with pytest.raises(ValueError, match="head width"):
         attention(q[0], k[0], v[0], backend=backend)
@@ -225,10 +225,10 @@ def test_refusals(monkeypatch):
     assert explain_choice("attention", backend_support(CPU, torch.float32)).backend == "sdpa"
     with pytest.raises(BackendError, match="xformers.*(on cpu, not on a GPU|not installed)"):
         attention(*tensors, backend="xformers")
-    assert "up to 64 in float32, not 96" in str(
+    assert "up to 64 in float32, got 96" in str(
         backend_support(torch.device("cuda"), torch.float32, head_width=96)["triton"]
     )
-    with pytest.raises(BackendError, match="up to 128 in bfloat16, not 160"):
+    with pytest.raises(BackendError, match="up to 128 in bfloat16, got 160"):
         attention(*heads(1, 1, 5, 5, 160, torch.bfloat16), backend="triton")
     with pytest.raises(BackendError, match="float64 is not one of"):
         attention(*heads(1, 1, 5, 5, 32, torch.float64), backend="triton")
@@ -260,7 +260,7 @@ def test_xformers_layout(monkeypatch):
     ops = SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
     monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(ops=ops))
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-    monkeypatch.setattr("ccella_fast.kernels.attention.xformers_refusal", lambda *_: None)
+    monkeypatch.setattr("ccella_fast.kernels.attention.xformers_unsupported_reason", lambda *_: None)
     tensors = heads(2, 3, 6, 11, 32, torch.float64)
     torch.testing.assert_close(attention(*tensors, backend="xformers"), plain(*tensors))
 

@@ -15,16 +15,16 @@ from ccella_fast.kernels.cross_attention import (
     cross_attention_op,
     cross_attention_reference,
 )
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter
+from kernel_fixtures import DTYPES, check_fused, repair_interpreter
 
 NAMES = ["y", "dx", "dk", "dv", "dln_weight", "dln_bias", "dw_q", "dw_out", "db_out"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def mended(require):
+def repaired_interpreter(require):
     require("triton")
     if interpreted():
-        mend_interpreter()
+        repair_interpreter()
 
 
 def draw(*shape, seed=0):
@@ -206,16 +206,16 @@ def test_compile_sees_one_node():
 
 def test_shapes_that_do_not_fit():
     x, k, v, *rest = block(2, 9, 4, 7, 32, torch.float32)
-    with pytest.raises(ValueError, match=r"both must be \(batch, 2, keys, 64\)"):
+    with pytest.raises(ValueError, match=r"must have shape \(batch, 2, keys, 64\)"):
         cross_attention(x, k, v, **parameters(*rest), num_heads=2)
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match="context_k and context_v must have shape"):
         cross_attention(x, k, v[:, :, :3], **parameters(*rest), num_heads=4)
-    with pytest.raises(ValueError, match="context_k has batch 3, x has 2"):
+    with pytest.raises(ValueError, match=r"must be 1 or that of x \(2\), got 3"):
         cross_attention(x, *(torch.cat([t, t[:1]]) for t in (k, v)), **parameters(*rest), num_heads=4)
     with pytest.raises(ValueError, match="divisible by 3 heads"):
         cross_attention(x, k, v, **parameters(*rest), num_heads=3)
     for name, tensor in parameters(*rest).items():
-        with pytest.raises(ValueError, match=f"{name} is .* needed for 128 channels"):
+        with pytest.raises(ValueError, match=f"{name} must have shape .* for 128 channels"):
             cross_attention(x, k, v, **{**parameters(*rest), name: tensor[:64]}, num_heads=4, backend="triton")
 
 
@@ -224,9 +224,9 @@ def test_refusals():
     assert explain_choice("cross_attention", backend_support(cpu, torch.float32)).backend == "sdpa"
     assert explain_choice("cross_attention", backend_support(gpu, torch.bfloat16)).backend == "triton"
     chosen = explain_choice("cross_attention", backend_support(gpu, torch.float32, head_width=64))
-    assert chosen.backend == "sdpa" and "up to 32 in float32, not 64" in chosen.reason
+    assert chosen.backend == "sdpa" and "up to 32 in float32, got 64" in chosen.reason
     chosen = explain_choice("cross_attention", backend_support(gpu, torch.bfloat16, channels=640, head_width=64))
-    assert chosen.backend == "sdpa" and "up to 512 channels, not 640" in chosen.reason
+    assert chosen.backend == "sdpa" and "up to 512 channels, got 640" in chosen.reason
     tensors = block(1, 9, 2, 7, 32, torch.float32)
     with pytest.raises(BackendError, match="xformers.*(on cpu, not on a GPU|not installed)"):
         fused(2, "xformers")(*tensors)

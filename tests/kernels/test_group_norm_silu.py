@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ccella_fast.kernels import group_norm_silu as module
+from ccella_fast.kernels import group_norm_silu_forward as forward
 from ccella_fast.kernels import layout
 from ccella_fast.kernels.backend import BackendError, choose, jit, tl
 from ccella_fast.kernels.group_norm_silu import (
@@ -20,9 +20,9 @@ from ccella_fast.kernels.group_norm_silu import (
 )
 from ccella_fast.kernels.group_norm_silu_backward import backward_op
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter
+from kernel_fixtures import DTYPES, check_fused, repair_interpreter
 
-mend_interpreter()
+repair_interpreter()
 pytestmark = pytest.mark.filterwarnings(
     "ignore:overflow encountered:RuntimeWarning"
 )  # exp(-z) in lanes that are not stored
@@ -71,7 +71,7 @@ def check(tensors, groups, silu=True):
 @pytest.fixture
 def many_programs(monkeypatch):
     """Tiles so small that a small volume is shared among many programs, and no group is taken whole."""
-    monkeypatch.setattr(module, "WHOLE", ())
+    monkeypatch.setattr(forward, "WHOLE_TILES", ())
     for key, tuned in DEFAULT_LAUNCH_CONFIGS["group_norm_silu"].items():
         if "TILE" in tuned.constants:
             monkeypatch.setitem(DEFAULT_LAUNCH_CONFIGS["group_norm_silu"], key, tuned._replace(constants={"TILE": 256}))
@@ -139,11 +139,11 @@ def test_other_shapes(programs, last, request):
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 def test_several_tiles_in_a_program(multiprocessors, last, many_programs, monkeypatch):
     """A GPU so small that a program goes over several tiles, the last of them not full."""
-    monkeypatch.setattr(layout, "multiprocessors", lambda _: multiprocessors)
-    plan = layout.launch_grid(
+    monkeypatch.setattr(layout, "multiprocessor_count", lambda _: multiprocessors)
+    grid = layout.launch_grid(
         case(2, 12, 3, 7, 5, last=last)[0], 4, DEFAULT_LAUNCH_CONFIGS["group_norm_silu"]["sums first"]
     )
-    assert plan.rows > 256 // plan.sizes["BLOCK_C"] and 105 % plan.rows
+    assert grid.voxels_per_program > 256 // grid.constants["BLOCK_C"] and 105 % grid.voxels_per_program
     check(case(2, 12, 3, 7, 5, dtype=torch.float32, last=last), 4)
     check(case(2, 12, 3, 7, 5, dtype=torch.bfloat16, last=last), 4)
 
@@ -152,7 +152,7 @@ def test_several_tiles_in_a_program(multiprocessors, last, many_programs, monkey
 # With channels first a program takes one of the 32 groups; four of them are enough.
 @pytest.mark.parametrize("channels", [64, 96, 128, 192, 256, 384, 512, 768, 1024])
 def test_widths_of_the_model(channels, monkeypatch):
-    monkeypatch.setattr(module, "WHOLE", ())
+    monkeypatch.setattr(forward, "WHOLE_TILES", ())
     check(case(1, channels, 3, 5, 2, dtype=torch.bfloat16, last=True, parameters=torch.float32), 32)
     check(case(1, channels // 8, 3, 5, 2, dtype=torch.float32, last=False, shift=False), 4)
 
@@ -288,30 +288,31 @@ def test_backward_through_ready_made_statistics_raises_on_triton():
 def test_the_whole_gpu_works_whatever_the_batch(channels, last, batch):
     x = torch.empty(batch, channels, 2**14, device="meta")
     x = channels_last(x) if last else x
-    processors = layout.multiprocessors(x.device)
+    processors = layout.multiprocessor_count(x.device)
     for step in ("statistics", "apply", "sums", "input gradient"):
-        plan = layout.launch_grid(x, 32, DEFAULT_LAUNCH_CONFIGS["group_norm_silu"][layout.layout_key(step, x)])
-        assert plan.programs >= 0.9 * processors
-        assert plan.shares <= layout.PARTS and plan.shares * plan.rows >= 2**14 > (plan.shares - 1) * plan.rows
+        grid = layout.launch_grid(x, 32, DEFAULT_LAUNCH_CONFIGS["group_norm_silu"][layout.layout_key(step, x)])
+        assert grid.programs >= 0.9 * processors
+        parts, voxels = grid.programs_per_sample, grid.voxels_per_program
+        assert parts <= layout.MAX_PARTS and parts * voxels >= 2**14 > (parts - 1) * voxels
 
 
 @jit
-def _offsets_kernel(out_ptr, S, rows, LAST: tl.constexpr):
-    b, block, k = layout.program_coords(4, 1, True)
-    start, _ = layout.voxel_range(k, rows, S)
-    _, channels, _ = layout.channel_lanes(block, 2, 32, 64)
-    offsets = layout.tile_origin(b, start, S, 64, LAST) + layout.tile_offsets(channels, S, 64, 2, LAST)
-    tl.store(out_ptr + (b * 4 + k) * 128 + tl.arange(0, 2)[:, None] * 64 + tl.arange(0, 64)[None, :], offsets)
+def _offsets_kernel(out_ptr, S, voxels_per_program, LAST: tl.constexpr):
+    i_b, i_block, i_part = layout.program_coords(4, 1, True)
+    start, _ = layout.voxel_range(i_part, voxels_per_program, S)
+    _, o_c, _ = layout.channel_lanes(i_block, 2, 32, 64)
+    o_x = layout.tile_origin(i_b, start, S, 64, LAST) + layout.tile_offsets(o_c, S, 64, 2, LAST)
+    tl.store(out_ptr + (i_b * 4 + i_part) * 128 + tl.arange(0, 2)[:, None] * 64 + tl.arange(0, 64)[None, :], o_x)
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_offsets_beyond_2_to_the_31(last):
     """The arithmetic itself, at sizes that no test could allocate: 3 samples of 64 channels x 2^30 voxels."""
-    S, rows = 2**30, 2**28
+    S, voxels_per_program = 2**30, 2**28
     out = torch.zeros(12, 2, 64, dtype=torch.int64)
-    _offsets_kernel[(12,)](out, S, rows, LAST=last)
+    _offsets_kernel[(12,)](out, S, voxels_per_program, LAST=last)
     b, k, s, c = torch.meshgrid(*(torch.arange(n) for n in (3, 4, 2, 64)), indexing="ij")
-    voxel = k * rows + s
+    voxel = k * voxels_per_program + s
     expected = (b * S + voxel) * 64 + c if last else (b * 64 + c) * S + voxel
     assert expected.max() > 2**37
     assert torch.equal(out, expected.reshape(12, 2, 64))
@@ -323,13 +324,13 @@ def test_library_ops(last, shift):
     x, weight, bias, shift = case(2, 4, 3, 2, dtype=torch.float32, last=last, shift=shift)
     leaves = [tensor.requires_grad_() if tensor is not None else None for tensor in (x, weight, bias, shift)]
     x, weight, bias, shift = leaves
-    torch.library.opcheck(module._forward_op, (x, 2, weight, bias, 1e-5, True, shift))
+    torch.library.opcheck(forward.forward_op, (x, 2, weight, bias, 1e-5, True, shift))
     with torch.no_grad():
         x, weight, bias, shift = (None if tensor is None else tensor.detach() for tensor in leaves)
-        y, mean, rstd = module._forward_op(x, 2, weight, bias, 1e-5, True, shift)
+        y, mean, rstd = forward.forward_op(x, 2, weight, bias, 1e-5, True, shift)
         torch.library.opcheck(backward_op, (y, x, weight, bias, shift, mean, rstd, True))
-        torch.library.opcheck(module._apply_op, (x, mean, rstd, weight, bias, shift, True))
-        torch.library.opcheck(module._statistics_op, (x, 2, shift))
+        torch.library.opcheck(forward.apply_op, (x, mean, rstd, weight, bias, shift, True))
+        torch.library.opcheck(forward.statistics_op, (x, 2, shift))
 
 
 @pytest.mark.parametrize("backend", ["triton", None])
@@ -394,13 +395,13 @@ def test_refuses_what_does_not_fit():
         group_norm_silu(x, 4, weight, bias)
     with pytest.raises(ValueError, match=r"\(B, C, \*spatial\)"):
         group_norm_silu(x[0], 3, weight, bias)
-    with pytest.raises(ValueError, match=r"\(B, C\) = \(2, 6\) is needed"):
+    with pytest.raises(ValueError, match=r"shift must have shape \(B, C\) = \(2, 6\)"):
         group_norm_silu(x, 3, weight, bias, shift=shift[:1])
-    with pytest.raises(ValueError, match=r"weight is \(3,\), \(C,\) = \(6,\) is needed"):
+    with pytest.raises(ValueError, match=r"weight must have shape \(C,\) = \(6,\), got \(3,\)"):
         group_norm_silu(x, 3, weight[:3], bias)
-    with pytest.raises(ValueError, match=r"bias is \(3,\), \(C,\) = \(6,\) is needed"):
+    with pytest.raises(ValueError, match=r"bias must have shape \(C,\) = \(6,\), got \(3,\)"):
         group_norm_silu_apply(x, 3, torch.zeros(2, 3), torch.zeros(2, 3), weight, bias[:3])
-    with pytest.raises(ValueError, match=r"mean is \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"mean and rstd must have shape \(B, G\) = \(2, 3\), got \(2, 2\)"):
         group_norm_silu_apply(x, 3, torch.zeros(2, 2), torch.zeros(2, 2), weight, bias)
 
 

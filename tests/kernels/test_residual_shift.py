@@ -10,9 +10,9 @@ from ccella_fast.kernels import residual_shift as module
 from ccella_fast.kernels.backend import BackendError, choose
 from ccella_fast.kernels.residual_shift import backend_support, residual_shift, residual_shift_reference
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter
+from kernel_fixtures import DTYPES, check_fused, repair_interpreter
 
-mend_interpreter()
+repair_interpreter()
 NAMES = ["y", "dh", "dresidual", "dshift"]
 
 
@@ -37,7 +37,7 @@ def check(h, residual, shift):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """And a GPU so small that a program goes over several of them."""
-    monkeypatch.setattr(layout, "multiprocessors", lambda _: 2)
+    monkeypatch.setattr(layout, "multiprocessor_count", lambda _: 2)
     for key, tuned in DEFAULT_LAUNCH_CONFIGS["residual_shift"].items():
         monkeypatch.setitem(DEFAULT_LAUNCH_CONFIGS["residual_shift"], key, tuned._replace(constants={"TILE": 256}))
 
@@ -92,9 +92,9 @@ def test_choice_and_errors():
     assert choose("residual_shift", backend_support(cuda, torch.bfloat16, shifted=False)) == "reference"
     assert choose("residual_shift", backend_support(torch.device("cpu"), torch.float32)) == "reference"
     h = draw(2, 3, 4)
-    with pytest.raises(ValueError, match="the same"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         residual_shift(h, h[:, :, :3])
-    with pytest.raises(ValueError, match=r"\(C,\) or \(B, C\)"):
+    with pytest.raises(ValueError, match=r"must have shape \(C,\) or \(B, C\)"):
         residual_shift(h, h, torch.zeros(2))
     with pytest.raises(BackendError, match="float64"):
         residual_shift(h, h, backend="triton")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ccella_fast.kernels.backend import BackendError, choose
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
 from ccella_fast.kernels.upsample_conv3d import (
-    FEW_VOXELS,
+    MIN_PHASE_VOXELS,
     UpsampleConv3d,
     backend_support,
     transposed_weight,
@@ -17,9 +17,9 @@ from ccella_fast.kernels.upsample_conv3d import (
     upsample_conv3d_phase,
     upsample_conv3d_reference,
 )
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter
+from kernel_fixtures import DTYPES, check_fused, repair_interpreter
 
-mend_interpreter()
+repair_interpreter()
 NAMES = ["y", "x", "weight", "bias"]
 
 
@@ -145,22 +145,25 @@ def test_module_made_and_called_in_inference_mode():
 def test_refuses_shapes_that_do_not_fit(backend):
     x, weight, bias = case(1, 4, 6, (2, 2, 2), torch.float32)
     for wrong in ((x[0], weight, bias), (x, weight[:, :3], bias), (x, weight[..., :2], bias), (x, weight, bias[:5])):
-        with pytest.raises(ValueError, match="needed"):
+        with pytest.raises(ValueError, match="must have shape"):
             upsample_conv3d(*wrong, backend=backend)
 
 
 def test_choice_by_size_and_by_name():
     x, weight, bias = case(1, 4, 4, (2, 2, 2), torch.float32)
     where = torch.device("cpu"), torch.float32
-    assert choose("upsample_conv3d", backend_support(*where, voxels=FEW_VOXELS - 1, summed=False)) == "reference"
-    assert choose("upsample_conv3d", backend_support(*where, voxels=FEW_VOXELS, summed=False)) == "phase"
-    assert choose("upsample_conv3d", backend_support(*where, voxels=1, summed=True)) == "phase"
-    many = {"voxels": 10 * FEW_VOXELS, "summed": False, "training": True}
+    assert (
+        choose("upsample_conv3d", backend_support(*where, voxels=MIN_PHASE_VOXELS - 1, phases_given=False))
+        == "reference"
+    )
+    assert choose("upsample_conv3d", backend_support(*where, voxels=MIN_PHASE_VOXELS, phases_given=False)) == "phase"
+    assert choose("upsample_conv3d", backend_support(*where, voxels=1, phases_given=True)) == "phase"
+    many = {"voxels": 10 * MIN_PHASE_VOXELS, "phases_given": False, "training": True}
     assert choose("upsample_conv3d", backend_support(*where, **many)) == "reference"
     assert choose("upsample_conv3d", backend_support(torch.device("cuda"), torch.float32, **many)) == "phase"
-    with pytest.raises(BackendError, match="upsample_conv3d has no backend 'sdpa'"):
+    with pytest.raises(BackendError, match="upsample_conv3d does not have the backend 'sdpa'"):
         upsample_conv3d(x, weight, bias, backend="sdpa")
-    with pytest.raises(BackendError, match="asked for by argument, but float64 is not one of"):
+    with pytest.raises(BackendError, match="requested by argument, but float64 is not one of"):
         upsample_conv3d(x.double(), weight.double(), bias.double(), backend="triton")
 
 
