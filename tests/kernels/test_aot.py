@@ -36,7 +36,7 @@ def problems(rows):
     return {f"{row['name']} sm_{row['arch']}: {problem}" for row in rows for problem in row["problems"]}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
 def test_compiles_no_worse_than_the_committed_table(tmp_path, arch):
     file = tmp_path / "aot.json"
     command = [sys.executable, "-m", "ccella_fast.kernels.aot", "--arch", str(arch), "--json", str(file)]
