@@ -57,12 +57,12 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @jit
 def load_rows(
-    ptr, stride, rows_left, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr
+    p_first, stride, rows_left, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr
 ):  # fmt: skip
     """(ROWS, BLOCK_K) of a matrix with rows of K elements: zeros beyond K and, if RAGGED, beyond `rows_left` rows."""
     o_row = tl.arange(0, ROWS)
     o_col = tl.arange(0, BLOCK_K)
-    p_rows = ptr + o_row[:, None] * stride + o_col[None, :]
+    p_rows = p_first + o_row[:, None] * stride + o_col[None, :]
     if RAGGED:
         b_rows = tl.load(p_rows, mask=(o_row < rows_left)[:, None] & (o_col < K)[None, :], other=0.0)
     elif K != BLOCK_K:
@@ -73,12 +73,12 @@ def load_rows(
 
 
 @jit
-def store_rows(ptr, stride, rows_left, b_rows, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+def store_rows(p_first, stride, rows_left, b_rows, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Store the first `rows_left` rows and K columns of b_rows (ROWS, BLOCK_K)."""
     o_row = tl.arange(0, ROWS)
     o_col = tl.arange(0, BLOCK_K)
-    p_rows = ptr + o_row[:, None] * stride + o_col[None, :]
-    tl.store(p_rows, b_rows.to(ptr.dtype.element_ty), mask=(o_row < rows_left)[:, None] & (o_col < K)[None, :])
+    p_rows = p_first + o_row[:, None] * stride + o_col[None, :]
+    tl.store(p_rows, b_rows.to(p_first.dtype.element_ty), mask=(o_row < rows_left)[:, None] & (o_col < K)[None, :])
 
 
 @jit
@@ -144,7 +144,7 @@ def _attention_fwd_kernel(
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, M, N, L, scale,
     stride_qb, stride_qm, stride_qn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
-    stride_ob, stride_om, stride_on, stride_db, stride_dm, stride_dn,
+    stride_ob, stride_om, stride_on, stride_dob, stride_dom, stride_don,
     K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries, and delta for the other kernel."""
@@ -153,8 +153,8 @@ def _attention_bwd_dq_kernel(
     i_b, i_h = i_bh // M, i_bh % M
     rows_left = N - i_n
     o_n = tl.arange(0, BLOCK_N)
-    p_do = do_ptr + (i_b * stride_db + i_h * stride_dm + i_n * stride_dn)
-    b_do = load_rows(p_do, stride_dn, rows_left, K, BLOCK_N, BLOCK_K, True)
+    p_do = do_ptr + (i_b * stride_dob + i_h * stride_dom + i_n * stride_don)
+    b_do = load_rows(p_do, stride_don, rows_left, K, BLOCK_N, BLOCK_K, True)
     p_o = o_ptr + (i_b * stride_ob + i_h * stride_om + i_n * stride_on)
     b_o = load_rows(p_o, stride_on, rows_left, K, BLOCK_N, BLOCK_K, True)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
@@ -186,7 +186,7 @@ def _attention_bwd_dq_kernel(
 def _attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, M, N, L, scale,
     stride_qb, stride_qm, stride_qn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
-    stride_db, stride_dm, stride_dn,
+    stride_dob, stride_dom, stride_don,
     K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys. Scores are transposed, (BLOCK_L, BLOCK_N), so that p^T and ds^T are left operands."""
@@ -199,7 +199,7 @@ def _attention_bwd_dkdv_kernel(
     p_v = v_ptr + (i_b * stride_vb + i_h * stride_vm + i_l * stride_vl)
     b_v = load_rows(p_v, stride_vl, L - i_l, K, BLOCK_L, BLOCK_K, True)
     p_q = q_ptr + (i_b * stride_qb + i_h * stride_qm)
-    p_do = do_ptr + (i_b * stride_db + i_h * stride_dm)
+    p_do = do_ptr + (i_b * stride_dob + i_h * stride_dom)
     p_lse = lse_ptr + i_bh * N
     p_delta = delta_ptr + i_bh * N
     c = scale * LOG2_E
@@ -208,7 +208,7 @@ def _attention_bwd_dkdv_kernel(
     # Queries beyond N add nothing: their q and do are zero. Keys beyond L only affect rows that are not stored.
     for i_n in range(0, N, BLOCK_N):
         b_q = load_rows(p_q, stride_qn, N - i_n, K, BLOCK_N, BLOCK_K, True)
-        b_do = load_rows(p_do, stride_dn, N - i_n, K, BLOCK_N, BLOCK_K, True)
+        b_do = load_rows(p_do, stride_don, N - i_n, K, BLOCK_N, BLOCK_K, True)
         b_lse = tl.load(p_lse + i_n + o_n, mask=o_n < N - i_n, other=0.0)
         b_delta = tl.load(p_delta + i_n + o_n, mask=o_n < N - i_n, other=0.0)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
@@ -218,7 +218,7 @@ def _attention_bwd_dkdv_kernel(
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
         p_q += BLOCK_N * stride_qn
-        p_do += BLOCK_N * stride_dn
+        p_do += BLOCK_N * stride_don
     o_out = ((i_b * L + i_l) * M + i_h) * K
     store_rows(dk_ptr + o_out, M * K, L - i_l, b_dk * scale, K, BLOCK_L, BLOCK_K)
     store_rows(dv_ptr + o_out, M * K, L - i_l, b_dv, K, BLOCK_L, BLOCK_K)

@@ -90,10 +90,10 @@ def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
 
 @jit
 def _layer_norm_rows(
-    p_x, weight_ptr, bias_ptr, stride, rows_left, eps, like,
+    p_x, weight_ptr, bias_ptr, stride, rows_left, eps, like_ptr,
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm of BLOCK_N tokens as a tuple of (BLOCK_N, BLOCK_C) blocks in the element type of the pointer `like`."""
+    """LayerNorm of BLOCK_N tokens as a tuple of (BLOCK_N, BLOCK_C) blocks in the element type of the pointer `like_ptr`."""
     o_c = tl.arange(0, BLOCK_C)
     b_xs = ()
     b_total = tl.zeros([BLOCK_N], tl.float32)
@@ -112,7 +112,7 @@ def _layer_norm_rows(
         b_weight = tl.load(weight_ptr + i * BLOCK_C + o_c).to(tl.float32)
         b_bias = tl.load(bias_ptr + i * BLOCK_C + o_c).to(tl.float32)
         b_h = (b_xs[i].to(tl.float32) - b_mean[:, None]) * b_rstd[:, None] * b_weight[None, :] + b_bias[None, :]
-        b_hs = b_hs + (b_h.to(like.dtype.element_ty),)
+        b_hs = b_hs + (b_h.to(like_ptr.dtype.element_ty),)
     return b_hs
 
 

@@ -25,6 +25,7 @@ channels first, several adjacent ones with channels last. A group that fits in o
 pass has the same structure, plus a small launch for the parameters. There are no atomics: every run gives the same bits.
 
 Autocast has no effect: x is taken as it is, all arithmetic is in fp32, y has the dtype of x, each gradient that of its tensor.
+The Triton kernels are in group_norm_silu_forward.py and group_norm_silu_backward.py.
 """
 
 from __future__ import annotations

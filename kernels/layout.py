@@ -9,10 +9,10 @@ All Triton kernels of this package name their variables by one code, that of fla
 
     x_ptr       a pointer argument of a kernel
     p_x         pointers into the tensor x, a scalar or a block, derived from x_ptr
-    i_b, i_h    scalar index of the program or of a loop: sample, head, ...
+    i_b, i_n    scalar index of a sample, head, part, ... or of the first element of a block
     o_s, o_c    offsets or indices along an axis or within a tensor, usually a block
     m_s, m_c    boolean mask of a block
-    b_x         values in registers: a block, or a scalar reduced from one
+    b_x         values in registers: a block, or a scalar reduced from one; b_xs is a tuple of blocks
     stride_xn   stride of x along the axis n, in elements
     S, BLOCK_S  upper case: sizes of axes, and compile-time constants
 

@@ -92,6 +92,9 @@ DEFAULT_LAUNCH_CONFIGS: dict[str, dict[str, LaunchConfig]] = {
 }
 
 
+_OVERRIDES: dict[tuple[str, str], LaunchConfig] = {}  # set by `override_launch_config`
+
+
 def launch_config(kernel: str, key: str, device: torch.device) -> LaunchConfig:
     """The configuration of `kernel` for `key` on `device`: overridden, measured or default, in this order."""
     if (kernel, key) in _OVERRIDES:
@@ -114,9 +117,6 @@ def override_launch_config(kernel: str, key: str, candidate: LaunchConfig) -> It
         yield
     finally:
         del _OVERRIDES[kernel, key]
-
-
-_OVERRIDES: dict[tuple[str, str], LaunchConfig] = {}
 
 
 @functools.cache

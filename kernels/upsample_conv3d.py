@@ -18,7 +18,7 @@ are read and 16nO written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -123,8 +123,8 @@ def _transposed_weight_adjoint(gradient: Tensor, dtype: torch.dtype) -> Tensor:
 @jit
 def _upsample_conv3d_fwd_kernel(
     x_ptr,  # (B, X, Y, Z, C)
-    w_ptr,  # (8 phases, 8 taps, C, O)
-    b_ptr,  # (O,)
+    weight_ptr,  # (8 phases, 8 taps, C, O)
+    bias_ptr,  # (O,)
     y_ptr,  # (B, 2X, 2Y, 2Z, O)
     voxels,  # B X Y Z
     X,
@@ -155,23 +155,25 @@ def _upsample_conv3d_fwd_kernel(
         o_sx, o_sy, o_sz = o_x + i_dx, o_y + i_dy, o_z + i_dz
         m_source = m_m & (o_sx >= 0) & (o_sx < X) & (o_sy >= 0) & (o_sy < Y) & (o_sz >= 0) & (o_sz < Z)
         o_source = (((o_b * X + o_sx) * Y + o_sy) * Z + o_sz).to(tl.int64) * C
-        p_w = w_ptr + (i_phase * 8 + i_tap).to(tl.int64) * C * O
+        p_weight = weight_ptr + (i_phase * 8 + i_tap).to(tl.int64) * C * O
         for i_k in range(0, C, BLOCK_K):
             m_k = i_k + o_k < C
             b_x = tl.load(
                 x_ptr + o_source[:, None] + (i_k + o_k)[None, :], mask=m_source[:, None] & m_k[None, :], other=0.0
             )
-            b_w = tl.load(p_w + (i_k + o_k)[:, None] * O + o_n[None, :], mask=m_k[:, None] & m_n[None, :], other=0.0)
-            b_acc += tl.dot(b_x, b_w, input_precision="ieee")
+            b_weight = tl.load(
+                p_weight + (i_k + o_k)[:, None] * O + o_n[None, :], mask=m_k[:, None] & m_n[None, :], other=0.0
+            )
+            b_acc += tl.dot(b_x, b_weight, input_precision="ieee")
     if HAS_BIAS:
-        b_acc += tl.load(b_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        b_acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     o_out = ((o_b * 2 * X + 2 * o_x + i_p) * 2 * Y + 2 * o_y + i_q).to(tl.int64) * 2 * Z + 2 * o_z + i_r
     b_y = b_acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + o_out[:, None] * O + o_n[None, :], b_y, mask=m_m[:, None] & m_n[None, :])
 
 
 @library_op("upsample_conv3d")
-def _upsample_op(x: Tensor, weight: Tensor, bias: Tensor | None, phases: Tensor | None) -> Tensor:
+def _upsample_conv3d_op(x: Tensor, weight: Tensor, bias: Tensor | None, phases: Tensor | None) -> Tensor:
     """Launch the Triton kernel. phases: `phase_weights(weight)` if it is already computed."""
     B, C, X, Y, Z = x.shape
     outputs = weight.shape[0]
@@ -191,7 +193,7 @@ def _upsample_op(x: Tensor, weight: Tensor, bias: Tensor | None, phases: Tensor 
     return y
 
 
-@_upsample_op.register_fake
+@_upsample_conv3d_op.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, phases: Tensor | None) -> Tensor:
     return _output_like(x, weight.shape[0])
 
@@ -238,7 +240,7 @@ def _input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     return padded[:, :, 1:-1, 1:-1, 1:-1]
 
 
-_upsample_op.register_autograd(_backward, setup_context=_setup_context)
+_upsample_conv3d_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def backend_support(
@@ -260,21 +262,24 @@ def backend_support(
     return {**dict.fromkeys(order), "triton": triton_unsupported_reason(device, dtype)}
 
 
-def aot_cases() -> Iterator[CompileCase]:
+def aot_cases() -> list[CompileCase]:
     """The cases that `kernels/aot.py` compiles: each configuration with its dtype."""
-    for key, dtype in (("16bit", "bf16"), ("narrow", "bf16"), ("fp32", "fp32")):
-        types = {name: f"*{dtype}" for name in ("x_ptr", "w_ptr", "b_ptr", "y_ptr")}
-        sizes = {name: "i32" for name in ("voxels", "X", "Y", "Z", "C", "O")}
-        yield CompileCase(
-            f"upsample_conv3d {key} {dtype}",
-            _upsample_conv3d_fwd_kernel,
-            types | sizes,
-            DEFAULT_LAUNCH_CONFIGS["upsample_conv3d"][key],
-            {"HAS_BIAS": True},
-            divisible=("C", "O"),
-            wide_loads=True,
-            tensor_cores=dtype != "fp32",
-        )
+    return [_aot_case(key, dtype) for key, dtype in (("16bit", "bf16"), ("narrow", "bf16"), ("fp32", "fp32"))]
+
+
+def _aot_case(key: str, dtype: str) -> CompileCase:
+    pointers = {name: f"*{dtype}" for name in ("x_ptr", "weight_ptr", "bias_ptr", "y_ptr")}
+    sizes = dict.fromkeys(("voxels", "X", "Y", "Z", "C", "O"), "i32")
+    return CompileCase(
+        f"upsample_conv3d {key} {dtype}",
+        _upsample_conv3d_fwd_kernel,
+        pointers | sizes,
+        DEFAULT_LAUNCH_CONFIGS["upsample_conv3d"][key],
+        {"HAS_BIAS": True},
+        divisible=("C", "O"),
+        wide_loads=True,
+        tensor_cores=dtype != "fp32",
+    )
 
 
 def upsample_conv3d(
@@ -315,7 +320,7 @@ def upsample_conv3d(
     chosen = choose("upsample_conv3d", support, backend)
     if chosen == "triton":
         dtype = compute_dtype(x)
-        return _upsample_op(x.to(dtype), weight.to(dtype), bias, None if phases is None else phases.to(dtype))
+        return _upsample_conv3d_op(x.to(dtype), weight.to(dtype), bias, None if phases is None else phases.to(dtype))
     if chosen == "phase":
         return upsample_conv3d_phase(x, weight, bias, phases)
     return upsample_conv3d_reference(x, weight, bias)

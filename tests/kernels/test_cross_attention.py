@@ -57,8 +57,8 @@ def plain(heads):
 
 
 def explicit_arithmetic(heads, x, k, v, ln_weight, ln_bias, w_q, w_out, b_out):
-    centred = x - x.mean(2, keepdim=True)
-    h = centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt() * ln_weight + ln_bias
+    centered = x - x.mean(2, keepdim=True)
+    h = centered / (centered.square().mean(2, keepdim=True) + 1e-5).sqrt() * ln_weight + ln_bias
     q = torch.einsum("bnc,dc->bnd", h, w_q).reshape(*x.shape[:2], heads, -1)
     scores = torch.einsum("bnmk,bmlk->bmnl", q, k) / q.shape[3] ** 0.5
     o = torch.einsum("bmnl,bmlk->bnmk", scores.exp() / scores.exp().sum(3, keepdim=True), v).reshape(x.shape)

@@ -95,8 +95,8 @@ def many_programs(monkeypatch):
 def expected_norm(x, groups, weight, bias, eps, silu, shift):
     h = x if shift is None else x + shift[:, :, None, None, None]
     grouped = h.reshape(x.shape[0], groups, -1)
-    centred = grouped - grouped.mean(dim=2, keepdim=True)
-    h = (centred / (centred.square().mean(dim=2, keepdim=True) + eps).sqrt()).reshape(x.shape)
+    centered = grouped - grouped.mean(dim=2, keepdim=True)
+    h = (centered / (centered.square().mean(dim=2, keepdim=True) + eps).sqrt()).reshape(x.shape)
     h = h * weight[:, None, None, None] + bias[:, None, None, None]
     return h / (1 + (-h).exp()) if silu else h
 
