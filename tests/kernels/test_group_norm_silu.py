@@ -160,8 +160,8 @@ def test_several_tiles_in_a_program(multiprocessors, last, many_programs, monkey
     check(case(2, 12, 3, 7, 5, dtype=torch.bfloat16, last=last), 4)
 
 
-# The widths of the U-Net and the autoencoder, on much smaller grids of odd size; 96 has idle lanes, 1024 two channel blocks.
-# With channels first a program takes one of the 32 groups, so that four groups are enough.
+# The widths of the U-Net and the autoencoder, on much smaller grids of odd size; 96 has idle lanes, 192 to 1024 have several
+# channel blocks. With channels first a program takes one of the 32 groups, so that four groups are enough.
 @pytest.mark.parametrize("channels", [64, 96, 128, 192, 256, 384, 512, 768, 1024], ids=labeled("C"))
 def test_widths_of_the_model(channels, monkeypatch):
     monkeypatch.setattr(forward, "WHOLE_TILES", ())
