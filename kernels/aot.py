@@ -1,10 +1,11 @@
-"""Compile every shipped kernel for GPUs that are not here, and report what ptxas makes of it.
+"""Compile every kernel ahead of time for given GPU architectures, and report the resources that it uses.
 
     python -m ccella_fast.kernels.aot --arch 80 90 100 --json kernels/aot.json
 
-Needs Triton, no GPU and no driver. For each case and architecture: registers, spilled bytes, shared memory, tensor-core
-instructions, 16-byte global loads. A case fails when it spills, needs more shared memory than the chip gives a block, or lacks
-the instructions that it was written for. tests/kernels/test_aot.py compares with the committed table.
+Triton is needed, but neither a GPU nor a driver. For each case and architecture the report lists registers, spilled bytes,
+shared memory, tensor-core instructions and 16-byte global loads. A case fails if it spills registers, needs more shared memory
+than the GPU offers per block, or lacks the instructions that it is expected to use. tests/kernels/test_aot.py compares with the
+committed table.
 """
 
 from __future__ import annotations
@@ -24,15 +25,23 @@ from typing import Any, NamedTuple
 from ccella_fast.kernels.backend import KERNELS, interpreted, triton
 from ccella_fast.kernels.tuning import LaunchConfig
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block, CUDA programming guide, table 27
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide, table 27
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")  # Ampere, Hopper, Blackwell
 
 
 class CompileCase(NamedTuple):
-    """One kernel at one configuration.
+    """One kernel with one launch configuration.
 
-    signature: Triton types by parameter ("*bf16", "fp32", "i32"); divisible: integer parameters that are multiples of 16 in
-    practice (pointers always are); wide_loads, tensor_cores: what the kernel was written to use."""
+    Attributes:
+        name: Title of the case, its key in the table.
+        kernel: The Triton function.
+        signature: Triton type of each parameter: "*bf16", "fp32", "i32".
+        config: The launch configuration.
+        constants: Compile-time constants besides those of the configuration.
+        divisible: Integer parameters that are multiples of 16 in practice, as pointers always are.
+        wide_loads: Whether 16-byte global loads are expected.
+        tensor_cores: Whether tensor-core instructions are expected.
+    """
 
     name: str
     kernel: Any
@@ -44,8 +53,8 @@ class CompileCase(NamedTuple):
     tensor_cores: bool = False
 
 
-class Compiled(NamedTuple):
-    """What came out, and what is wrong with it (empty: nothing)."""
+class CompileResult(NamedTuple):
+    """Resources of a compiled case, and its problems (empty if there are none)."""
 
     name: str
     arch: int
@@ -58,13 +67,13 @@ class Compiled(NamedTuple):
 
 
 def all_cases() -> list[CompileCase]:
-    """The cases of every kernel module that has Triton kernels, in the order of `KERNELS`."""
+    """The cases of all kernel modules, in the order of `KERNELS`."""
     modules = [importlib.import_module(f"ccella_fast.kernels.{name}") for name in KERNELS]
     return [case for module in modules for case in module.aot_cases()]
 
 
-def compile_case(case: CompileCase, arch: int) -> Compiled:
-    """Compile for compute capability `arch` (80, 90, 100). Raises what Triton raises where a case does not compile."""
+def compile_case(case: CompileCase, arch: int) -> CompileResult:
+    """Compile a case for the compute capability `arch` (80, 90 or 100); errors of Triton are passed on."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -84,8 +93,8 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
     return _inspect(case, arch, built)
 
 
-def _inspect(case: CompileCase, arch: int, built: Any) -> Compiled:
-    from triton.backends.nvidia.compiler import get_ptxas  # which of its two it compiled with differs between releases
+def _inspect(case: CompileCase, arch: int, built: Any) -> CompileResult:
+    from triton.backends.nvidia.compiler import get_ptxas  # Triton ships two; which one it uses differs by release
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
@@ -101,8 +110,8 @@ def _inspect(case: CompileCase, arch: int, built: Any) -> Compiled:
         )
     registers = re.search(r"\bREG:(\d+)", usage)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", verbose)
-    assert registers is not None and spills is not None, "the output of cuobjdump or ptxas has changed its form"
-    result = Compiled(
+    assert registers is not None and spills is not None, "the output format of cuobjdump or ptxas has changed"
+    result = CompileResult(
         case.name,
         arch,
         int(registers.group(1)),
@@ -115,34 +124,41 @@ def _inspect(case: CompileCase, arch: int, built: Any) -> Compiled:
     return result._replace(problems=_problems(case, result))
 
 
-def _problems(case: CompileCase, result: Compiled) -> list[str]:
+def _problems(case: CompileCase, result: CompileResult) -> list[str]:
     limit = SHARED_LIMIT[result.arch]
     found = [f"spills {result.spilled_bytes} bytes"] if result.spilled_bytes else []
-    found += [f"{result.shared_bytes} bytes of shared memory, the chip has {limit}"] * (result.shared_bytes > limit)
+    found += [f"{result.shared_bytes} bytes of shared memory, limit {limit}"] * (result.shared_bytes > limit)
     found += ["no tensor-core instruction"] * (case.tensor_cores and not result.tensor_core_instructions)
     found += ["no 16-byte global load"] * (case.wide_loads and not result.wide_loads)
     return found
 
 
-def worse(now: Iterable[dict[str, Any]], before: Iterable[dict[str, Any]], slack: int = 8) -> list[str]:
-    """How `now` is worse than the committed table `before`, a line each; empty if it is not. slack: registers that another
-    release of ptxas may take more of without it being a change of ours."""
-    old = {(row["name"], row["arch"]): row for row in before}
+def regressions(
+    current: Iterable[dict[str, Any]], committed: Iterable[dict[str, Any]], register_slack: int = 8
+) -> list[str]:
+    """One line for each respect in which the rows of `current` are worse than those of the committed table.
+
+    Args:
+        current: Rows of the table, as `CompileResult` has them.
+        committed: Rows of the committed table.
+        register_slack: Additional registers that are accepted, since the allocation differs between releases of ptxas.
+    """
+    old = {(row["name"], row["arch"]): row for row in committed}
     found = []
-    for row in now:
-        reference = old.get((row["name"], row["arch"]))
+    for row in current:
+        before = old.get((row["name"], row["arch"]))
         title = f"{row['name']} sm_{row['arch']}"
-        if reference is None:
+        if before is None:
             found.append(f"{title}: not in the committed table")
             continue
         found += [f"{title}: {problem}" for problem in row["problems"]]
-        if row["registers"] > reference["registers"] + slack:
-            found.append(f"{title}: {row['registers']} registers, before {reference['registers']}")
-        if row["shared_bytes"] > reference["shared_bytes"]:
-            found.append(f"{title}: {row['shared_bytes']} bytes of shared memory, before {reference['shared_bytes']}")
-        for what in ("tensor_core_instructions", "wide_loads"):
-            if reference[what] and not row[what]:
-                found.append(f"{title}: {what} gone, before {reference[what]}")
+        if row["registers"] > before["registers"] + register_slack:
+            found.append(f"{title}: {row['registers']} registers, before {before['registers']}")
+        if row["shared_bytes"] > before["shared_bytes"]:
+            found.append(f"{title}: {row['shared_bytes']} bytes of shared memory, before {before['shared_bytes']}")
+        for count in ("tensor_core_instructions", "wide_loads"):
+            if before[count] and not row[count]:
+                found.append(f"{title}: no {count}, before {before[count]}")
     return found
 
 
@@ -153,16 +169,22 @@ def _output(*command: Any) -> str:
 
 
 def main() -> int:
+    """Compile the cases that the arguments select; exit code 1 if any has a problem, 2 if nothing can be compiled."""
     parser = argparse.ArgumentParser(prog="python -m ccella_fast.kernels.aot", description=str(__doc__).split("\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=sorted(SHARED_LIMIT), choices=sorted(SHARED_LIMIT))
-    parser.add_argument("--case", default="", help="only the cases whose name contains this")
-    parser.add_argument("--json", type=Path, help="file to write")
+    archs = sorted(SHARED_LIMIT)
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=archs, choices=archs, help="architectures, such as 90 for sm_90"
+    )
+    parser.add_argument("--case", default="", help="compile only the cases whose name contains this text")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     if triton is None or interpreted():
-        reason = "Triton is not installed" if triton is None else "TRITON_INTERPRET is set: kernels are not compiled"
-        print(f"error: {reason}\n  fix:   pip install triton, and unset TRITON_INTERPRET", file=sys.stderr)
+        reason, fix = "TRITON_INTERPRET is set, so that kernels are not compiled", "unset TRITON_INTERPRET"
+        if triton is None:
+            reason, fix = "Triton is not installed", "pip install triton"
+        print(f"error: {reason}\n  fix:   {fix}", file=sys.stderr)
         return 2
-    rows: list[Compiled] = []
+    rows: list[CompileResult] = []
     line = "{:44} {:>6} {:>5} {:>7} {:>8} {:>6} {:>6}  {}".format
     print(line("case", "arch", "regs", "spilled", "shared", "tensor", "wide", "problems"))
     for case in all_cases():

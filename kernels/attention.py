@@ -2,21 +2,21 @@
 
 Shapes: q, o (B, M, N, K), k and v (B, M, L, K); B batch, M heads, N queries, L keys, K head width.
 
-Fused, after Dao (FlashAttention-2, arXiv 2307.08691): one pass over the keys with a running maximum m and sum l, in base 2, so
-that the scale rides on the exponent's multiply-add for free:
+Fused as in FlashAttention-2 (Dao, arXiv 2307.08691): one pass over the keys with a running maximum m and sum l, in base 2, so
+that the scale is part of the exponent's multiply-add:
 
     p = exp2(c s - m),  s = q k^T,  c = log2(e) / sqrt(K);   o = p v / l;   lse = m + log2 l
 
-The N x L scores never reach memory: 2 (N + L) K elements a head move in place of 2 N L more, in one launch in place of four.
-Saved for the backward pass: q, k, v, o and lse (B, M, N). It recomputes p, in two launches without atomics, so the same input
-gives the same bits; delta is a by-product of the first:
+The N x L scores are never written to memory: per head, 2 (N + L) K elements are moved instead of 2 N L more, in one launch
+instead of four. Saved for the backward pass are q, k, v, o and lse (B, M, N). It recomputes p, in two launches without atomics,
+so the same input gives the same bits; delta is a by-product of the first:
 
     delta = rowsum(o do);  dp = do v^T;  ds = p (dp - delta);   dq = ds k / sqrt(K);   dk = ds^T q / sqrt(K);   dv = p^T do
 
 At K = 32 a score costs 128 FLOP and one exp2: the exponential is the limit, not the tensor cores.
 
-Inside: products of q, k, v, p and ds in the dtype of q on tensor cores (fp32: three TF32 products), everything else in fp32.
-Autocast: q, k and v are taken in autocast's dtype, as PyTorch's attention takes them.
+Products of q, k, v, p and ds are computed in the dtype of q on tensor cores (fp32: three TF32 products), everything else in
+fp32. Under autocast q, k and v are cast to autocast's dtype, as in PyTorch's attention.
 """
 
 from __future__ import annotations
@@ -34,20 +34,22 @@ from ccella_fast.kernels.backend import (
     BackendSupport,
     choose,
     compute_dtype,
+    constexpr,
     jit,
     library_op,
     tl,
     triton,
-    triton_refusal,
-    xformers_refusal,
+    triton_unsupported_reason,
+    xformers_unsupported_reason,
 )
 
-MAX_HEAD_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}  # beyond it, registers spill
+MAX_HEAD_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}  # wider heads spill registers
 MAX_ROW_STRIDE = 2**23  # times the 256 rows of the largest block: 2^31
+LOG2_E = constexpr(1.4426950408889634)  # the softmax is computed in base 2
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The definition, in fp32 (float64, if given): (B, M, N, K), rounded once to the dtype of `q`."""
+    """The plain PyTorch implementation: computed in fp32 (float64 if `q` is), rounded once to the dtype of `q`."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(wide) @ k.to(wide).mT * q.shape[-1] ** -0.5
     return (scores.softmax(dim=-1) @ v.to(wide)).to(q.dtype)
@@ -55,64 +57,65 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @jit
 def load_rows(
-    ptr, stride, left, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr
+    p_first, stride, rows_left, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr
 ):  # fmt: skip
-    """(ROWS, BLOCK_K) of a matrix with rows of K: zeros beyond K and, where RAGGED, beyond the `left` rows that are left."""
-    row = tl.arange(0, ROWS)
-    col = tl.arange(0, BLOCK_K)
-    at = ptr + row[:, None] * stride + col[None, :]
+    """(ROWS, BLOCK_K) of a matrix with rows of K elements: zeros beyond K and, if RAGGED, beyond `rows_left` rows."""
+    o_row = tl.arange(0, ROWS)
+    o_col = tl.arange(0, BLOCK_K)
+    p_rows = p_first + o_row[:, None] * stride + o_col[None, :]
     if RAGGED:
-        block = tl.load(at, mask=(row < left)[:, None] & (col < K)[None, :], other=0.0)
+        b_rows = tl.load(p_rows, mask=(o_row < rows_left)[:, None] & (o_col < K)[None, :], other=0.0)
     elif K != BLOCK_K:
-        block = tl.load(at, mask=(col < K)[None, :], other=0.0)
+        b_rows = tl.load(p_rows, mask=(o_col < K)[None, :], other=0.0)
     else:
-        block = tl.load(at)
-    return block
+        b_rows = tl.load(p_rows)
+    return b_rows
 
 
 @jit
-def store_rows(ptr, stride, left, block, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    row = tl.arange(0, ROWS)
-    col = tl.arange(0, BLOCK_K)
-    at = ptr + row[:, None] * stride + col[None, :]
-    tl.store(at, block.to(ptr.dtype.element_ty), mask=(row < left)[:, None] & (col < K)[None, :])
+def store_rows(p_first, stride, rows_left, b_rows, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Store the first `rows_left` rows and K columns of b_rows (ROWS, BLOCK_K)."""
+    o_row = tl.arange(0, ROWS)
+    o_col = tl.arange(0, BLOCK_K)
+    p_rows = p_first + o_row[:, None] * stride + o_col[None, :]
+    tl.store(p_rows, b_rows.to(p_first.dtype.element_ty), mask=(o_row < rows_left)[:, None] & (o_col < K)[None, :])
 
 
 @jit
-def absorb(s, v, acc, top, total, c, PRECISION: tl.constexpr):
-    """One block of scores and values into the running sum, maximum and total."""
-    top_new = tl.maximum(top, tl.max(s, 1) * c)  # c > 0: the largest score stays the largest
-    p = tl.exp2(s * c - top_new[:, None])
-    shrink = tl.exp2(top - top_new)
-    total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, top_new, total
+def online_softmax_update(b_s, b_v, b_acc, b_max, b_sum, c, PRECISION: tl.constexpr):
+    """Add one block of scores and values to the accumulator, running maximum and running sum."""
+    b_max_new = tl.maximum(b_max, tl.max(b_s, 1) * c)  # c > 0: the largest score stays the largest
+    b_p = tl.exp2(b_s * c - b_max_new[:, None])
+    b_rescale = tl.exp2(b_max - b_max_new)
+    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_rescale[:, None], input_precision=PRECISION)
+    return b_acc, b_max_new, b_sum
 
 
 @jit
 def attend_keys(
-    q, k_ptr, v_ptr, stride_kl, stride_vl, L, c,
+    b_q, p_k, p_v, stride_kl, stride_vl, L, c,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries against all keys of its head: (o, lse). Also the heart of kernels/cross_attention.py."""
-    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    whole = L - L % BLOCK_L
-    for _ in range(0, whole, BLOCK_L):  # no mask but in the last block: the scores are what this kernel is bound by
-        k = load_rows(k_ptr, stride_kl, BLOCK_L, K, BLOCK_L, BLOCK_K, False)
-        v = load_rows(v_ptr, stride_vl, BLOCK_L, K, BLOCK_L, BLOCK_K, False)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        acc, top, total = absorb(s, v, acc, top, total, c, PRECISION)
-        k_ptr += BLOCK_L * stride_kl  # a pointer that walks, not an offset that grows: it may pass 2^31 elements
-        v_ptr += BLOCK_L * stride_vl
-    if whole < L:
-        k = load_rows(k_ptr, stride_kl, L - whole, K, BLOCK_L, BLOCK_K, True)
-        v = load_rows(v_ptr, stride_vl, L - whole, K, BLOCK_L, BLOCK_K, True)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        s = tl.where((tl.arange(0, BLOCK_L) < L - whole)[None, :], s, float("-inf"))
-        acc, top, total = absorb(s, v, acc, top, total, c, PRECISION)
-    return acc / total[:, None], top + tl.log2(total)
+    """(o, lse) of one block of queries against all keys of its head; kernels/cross_attention.py also uses it."""
+    b_max = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_N], tl.float32)
+    b_acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    unmasked = L - L % BLOCK_L
+    for _ in range(0, unmasked, BLOCK_L):  # only the last block is masked: this kernel is bound by the work on scores
+        b_k = load_rows(p_k, stride_kl, BLOCK_L, K, BLOCK_L, BLOCK_K, False)
+        b_v = load_rows(p_v, stride_vl, BLOCK_L, K, BLOCK_L, BLOCK_K, False)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_acc, b_max, b_sum = online_softmax_update(b_s, b_v, b_acc, b_max, b_sum, c, PRECISION)
+        p_k += BLOCK_L * stride_kl  # advances the pointer, since an int32 offset could exceed 2^31 elements
+        p_v += BLOCK_L * stride_vl
+    if unmasked < L:
+        b_k = load_rows(p_k, stride_kl, L - unmasked, K, BLOCK_L, BLOCK_K, True)
+        b_v = load_rows(p_v, stride_vl, L - unmasked, K, BLOCK_L, BLOCK_K, True)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_s = tl.where((tl.arange(0, BLOCK_L) < L - unmasked)[None, :], b_s, float("-inf"))
+        b_acc, b_max, b_sum = online_softmax_update(b_s, b_v, b_acc, b_max, b_sum, c, PRECISION)
+    return b_acc / b_sum[:, None], b_max + tl.log2(b_sum)
 
 
 @jit
@@ -121,106 +124,108 @@ def _attention_fwd_kernel(
     stride_qb, stride_qm, stride_qn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
     K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * BLOCK_N
-    head = tl.program_id(1).to(tl.int64)
-    b, h = head // M, head % M
-    q = load_rows(
-        q_ptr + b * stride_qb + h * stride_qm + start * stride_qn, stride_qn, N - start, K, BLOCK_N, BLOCK_K, True
+    """o and lse of one block of queries."""
+    i_n = tl.program_id(0).to(tl.int64) * BLOCK_N
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // M, i_bh % M
+    b_q = load_rows(
+        q_ptr + i_b * stride_qb + i_h * stride_qm + i_n * stride_qn, stride_qn, N - i_n, K, BLOCK_N, BLOCK_K, True
     )
-    o, lse = attend_keys(
-        q, k_ptr + b * stride_kb + h * stride_km, v_ptr + b * stride_vb + h * stride_vm, stride_kl, stride_vl, L,
-        scale * 1.4426950408889634, K, BLOCK_N, BLOCK_L, BLOCK_K, PRECISION,
+    b_o, b_lse = attend_keys(
+        b_q, k_ptr + i_b * stride_kb + i_h * stride_km, v_ptr + i_b * stride_vb + i_h * stride_vm, stride_kl, stride_vl,
+        L, scale * LOG2_E, K, BLOCK_N, BLOCK_L, BLOCK_K, PRECISION,
     )  # fmt: skip
-    store_rows(o_ptr + ((b * N + start) * M + h) * K, M * K, N - start, o, K, BLOCK_N, BLOCK_K)
-    row = tl.arange(0, BLOCK_N)
-    tl.store(lse_ptr + head * N + start + row, lse, mask=row < N - start)
+    store_rows(o_ptr + ((i_b * N + i_n) * M + i_h) * K, M * K, N - i_n, b_o, K, BLOCK_N, BLOCK_K)
+    o_n = tl.arange(0, BLOCK_N)
+    tl.store(lse_ptr + i_bh * N + i_n + o_n, b_lse, mask=o_n < N - i_n)
 
 
 @jit
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, M, N, L, scale,
     stride_qb, stride_qm, stride_qn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
-    stride_ob, stride_om, stride_on, stride_db, stride_dm, stride_dn,
+    stride_ob, stride_om, stride_on, stride_dob, stride_dom, stride_don,
     K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries, and delta for the other kernel."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK_N
-    head = tl.program_id(1).to(tl.int64)
-    b, h = head // M, head % M
-    left = N - start
-    row = tl.arange(0, BLOCK_N)
-    do_ptr += b * stride_db + h * stride_dm + start * stride_dn
-    do = load_rows(do_ptr, stride_dn, left, K, BLOCK_N, BLOCK_K, True)
-    o_ptr += b * stride_ob + h * stride_om + start * stride_on
-    o = load_rows(o_ptr, stride_on, left, K, BLOCK_N, BLOCK_K, True)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + head * N + start + row, delta, mask=row < left)
-    lse = tl.load(lse_ptr + head * N + start + row, mask=row < left, other=0.0)
-    q_ptr += b * stride_qb + h * stride_qm + start * stride_qn
-    q = load_rows(q_ptr, stride_qn, left, K, BLOCK_N, BLOCK_K, True)
-    k_ptr += b * stride_kb + h * stride_km
-    v_ptr += b * stride_vb + h * stride_vm
-    c = scale * 1.4426950408889634
-    dq = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for j in range(0, L, BLOCK_L):
-        k = load_rows(k_ptr, stride_kl, L - j, K, BLOCK_L, BLOCK_K, True)
-        v = load_rows(v_ptr, stride_vl, L - j, K, BLOCK_L, BLOCK_K, True)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.exp2(s * c - lse[:, None])
-        # A key that is not there has s = 0, and exp2(-lse) may overflow.
-        p = tl.where((tl.arange(0, BLOCK_L) < L - j)[None, :], p, 0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        k_ptr += BLOCK_L * stride_kl
-        v_ptr += BLOCK_L * stride_vl
-    store_rows(dq_ptr + ((b * N + start) * M + h) * K, M * K, left, dq * scale, K, BLOCK_N, BLOCK_K)
+    i_n = tl.program_id(0).to(tl.int64) * BLOCK_N
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // M, i_bh % M
+    rows_left = N - i_n
+    o_n = tl.arange(0, BLOCK_N)
+    p_do = do_ptr + (i_b * stride_dob + i_h * stride_dom + i_n * stride_don)
+    b_do = load_rows(p_do, stride_don, rows_left, K, BLOCK_N, BLOCK_K, True)
+    p_o = o_ptr + (i_b * stride_ob + i_h * stride_om + i_n * stride_on)
+    b_o = load_rows(p_o, stride_on, rows_left, K, BLOCK_N, BLOCK_K, True)
+    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    tl.store(delta_ptr + i_bh * N + i_n + o_n, b_delta, mask=o_n < rows_left)
+    b_lse = tl.load(lse_ptr + i_bh * N + i_n + o_n, mask=o_n < rows_left, other=0.0)
+    p_q = q_ptr + (i_b * stride_qb + i_h * stride_qm + i_n * stride_qn)
+    b_q = load_rows(p_q, stride_qn, rows_left, K, BLOCK_N, BLOCK_K, True)
+    p_k = k_ptr + (i_b * stride_kb + i_h * stride_km)
+    p_v = v_ptr + (i_b * stride_vb + i_h * stride_vm)
+    c = scale * LOG2_E
+    b_dq = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for i_l in range(0, L, BLOCK_L):
+        b_k = load_rows(p_k, stride_kl, L - i_l, K, BLOCK_L, BLOCK_K, True)
+        b_v = load_rows(p_v, stride_vl, L - i_l, K, BLOCK_L, BLOCK_K, True)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_p = tl.exp2(b_s * c - b_lse[:, None])
+        # Keys beyond L have s = 0, and exp2(-lse) may overflow.
+        b_p = tl.where((tl.arange(0, BLOCK_L) < L - i_l)[None, :], b_p, 0.0)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        p_k += BLOCK_L * stride_kl
+        p_v += BLOCK_L * stride_vl
+    p_dq = dq_ptr + ((i_b * N + i_n) * M + i_h) * K
+    store_rows(p_dq, M * K, rows_left, b_dq * scale, K, BLOCK_N, BLOCK_K)
 
 
 @jit
 def _attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, M, N, L, scale,
     stride_qb, stride_qm, stride_qn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
-    stride_db, stride_dm, stride_dn,
+    stride_dob, stride_dom, stride_don,
     K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys. Scores are transposed, (BLOCK_L, BLOCK_N): p^T and ds^T are then left operands."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK_L
-    head = tl.program_id(1).to(tl.int64)
-    b, h = head // M, head % M
-    row = tl.arange(0, BLOCK_N)
-    k_ptr += b * stride_kb + h * stride_km + start * stride_kl
-    k = load_rows(k_ptr, stride_kl, L - start, K, BLOCK_L, BLOCK_K, True)
-    v_ptr += b * stride_vb + h * stride_vm + start * stride_vl
-    v = load_rows(v_ptr, stride_vl, L - start, K, BLOCK_L, BLOCK_K, True)
-    q_ptr += b * stride_qb + h * stride_qm
-    do_ptr += b * stride_db + h * stride_dm
-    lse_ptr += head * N
-    delta_ptr += head * N
-    c = scale * 1.4426950408889634
-    dk = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
-    dv = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
-    # Queries that are not there add nothing: their q and do are zero. Keys that are not there fill rows that are not stored.
-    for i in range(0, N, BLOCK_N):
-        q = load_rows(q_ptr, stride_qn, N - i, K, BLOCK_N, BLOCK_K, True)
-        do = load_rows(do_ptr, stride_dn, N - i, K, BLOCK_N, BLOCK_K, True)
-        lse = tl.load(lse_ptr + i + row, mask=row < N - i, other=0.0)
-        delta = tl.load(delta_ptr + i + row, mask=row < N - i, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = tl.exp2(s * c - lse[None, :])
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        q_ptr += BLOCK_N * stride_qn
-        do_ptr += BLOCK_N * stride_dn
-    at = ((b * L + start) * M + h) * K
-    store_rows(dk_ptr + at, M * K, L - start, dk * scale, K, BLOCK_L, BLOCK_K)
-    store_rows(dv_ptr + at, M * K, L - start, dv, K, BLOCK_L, BLOCK_K)
+    """dk and dv of one block of keys. Scores are transposed, (BLOCK_L, BLOCK_N), so that p^T and ds^T are left operands."""
+    i_l = tl.program_id(0).to(tl.int64) * BLOCK_L
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // M, i_bh % M
+    o_n = tl.arange(0, BLOCK_N)
+    p_k = k_ptr + (i_b * stride_kb + i_h * stride_km + i_l * stride_kl)
+    b_k = load_rows(p_k, stride_kl, L - i_l, K, BLOCK_L, BLOCK_K, True)
+    p_v = v_ptr + (i_b * stride_vb + i_h * stride_vm + i_l * stride_vl)
+    b_v = load_rows(p_v, stride_vl, L - i_l, K, BLOCK_L, BLOCK_K, True)
+    p_q = q_ptr + (i_b * stride_qb + i_h * stride_qm)
+    p_do = do_ptr + (i_b * stride_dob + i_h * stride_dom)
+    p_lse = lse_ptr + i_bh * N
+    p_delta = delta_ptr + i_bh * N
+    c = scale * LOG2_E
+    b_dk = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
+    b_dv = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
+    # Queries beyond N add nothing: their q and do are zero. Keys beyond L only affect rows that are not stored.
+    for i_n in range(0, N, BLOCK_N):
+        b_q = load_rows(p_q, stride_qn, N - i_n, K, BLOCK_N, BLOCK_K, True)
+        b_do = load_rows(p_do, stride_don, N - i_n, K, BLOCK_N, BLOCK_K, True)
+        b_lse = tl.load(p_lse + i_n + o_n, mask=o_n < N - i_n, other=0.0)
+        b_delta = tl.load(p_delta + i_n + o_n, mask=o_n < N - i_n, other=0.0)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        b_p = tl.exp2(b_s * c - b_lse[None, :])
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        p_q += BLOCK_N * stride_qn
+        p_do += BLOCK_N * stride_don
+    o_out = ((i_b * L + i_l) * M + i_h) * K
+    store_rows(dk_ptr + o_out, M * K, L - i_l, b_dk * scale, K, BLOCK_L, BLOCK_K)
+    store_rows(dv_ptr + o_out, M * K, L - i_l, b_dv, K, BLOCK_L, BLOCK_K)
 
 
 def head_constants(head_width: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The constants that sizes and dtype settle; block sizes come from tuning.py."""
+    """The compile-time constants that follow from the head width and dtype; block sizes come from tuning.py."""
     return {
         "K": head_width,
         "BLOCK_K": max(16, triton.next_power_of_2(head_width)),
@@ -229,26 +234,28 @@ def head_constants(head_width: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def tuning_key(step: str, head_width: int, dtype: torch.dtype) -> str:
-    """Such as "forward d32" or "dq fp32"."""
+    """The key of the launch configuration of one step, such as "forward d32" or "dq fp32"."""
     width = max(32, triton.next_power_of_2(head_width))
     return f"{step} fp32" if dtype == torch.float32 else f"{step} d{width}"
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy where a kernel cannot walk it: row elements apart, or rows so far apart that the offsets within a
-    block, which are int32, would overflow."""
+    """`tensor`, or a contiguous copy if the kernels do not support its strides.
+
+    The elements of a row must be adjacent, and rows close enough that the int32 offsets within a block do not overflow.
+    """
     return tensor if tensor.stride(-1) == 1 and tensor.stride(-2) < MAX_ROW_STRIDE else tensor.contiguous()
 
 
-def _empty(like: Tensor) -> Tensor:
-    """Laid out as tokens, (B, N, M, K), so that joining the heads afterwards is a view."""
+def _empty_token_major(like: Tensor) -> Tensor:
+    """An empty tensor of the shape of `like` with the memory layout (B, N, M, K), so that joining the heads is a view."""
     batch, heads, tokens, width = like.shape
     return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
 @library_op("attention")
 def attention_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(o, lse); lse (B, M, N) in base 2."""
+    """o and lse (B, M, N), the logarithm to base 2 of the sum of the exponentiated scores."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     batch, heads, queries, width = q.shape
     o, lse = attention_fake(q, k, v)
@@ -263,14 +270,15 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @attention_op.register_fake
 def attention_fake(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    """Empty o and lse."""
+    return _empty_token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @library_op("attention_backward")
 def attention_backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv)."""
+    """dq, dk and dv."""
     do, q, k, v = rows_contiguous(do), rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
@@ -295,10 +303,11 @@ def attention_backward_op(
 def attention_backward_fake(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(q), _empty(k), _empty(v)
+    """Empty dq, dk and dv."""
+    return _empty_token_major(q), _empty_token_major(k), _empty_token_major(v)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -307,16 +316,17 @@ def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return attention_backward_op(do, *ctx.saved_tensors)
 
 
-attention_op.register_autograd(_backward, setup_context=_save)
+attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The Triton implementation."""
     dtype = compute_dtype(q)
     return attention_op(q.to(dtype), k.to(dtype), v.to(dtype))[0]
 
 
 def xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """xformers keeps the heads behind the tokens: (B, N, M, K)."""
+    """The implementation of xformers, whose tensors have the shape (B, N, M, K)."""
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
@@ -330,37 +340,42 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def head_width_refusal(
-    device: torch.device, dtype: torch.dtype, head_width: int, widest: dict[torch.dtype, int]
+def head_width_unsupported_reason(
+    device: torch.device, dtype: torch.dtype, head_width: int, max_head_width: dict[torch.dtype, int]
 ) -> str | None:
-    """Why heads are too wide for a Triton kernel; None if they are not. Only a GPU has registers that could spill."""
-    limit = widest[dtype] if device.type == "cuda" else max(widest.values())
+    """Why a Triton kernel does not support heads of this width, None if it does. Registers can spill only on a GPU."""
+    limit = max_head_width[dtype] if device.type == "cuda" else max(max_head_width.values())
     if head_width <= limit:
         return None
-    return f"it takes heads of up to {limit} in {str(dtype).removeprefix('torch.')}, not {head_width}"
+    return f"it supports head widths up to {limit} in {str(dtype).removeprefix('torch.')}, got {head_width}"
 
 
 def backend_support(device: torch.device, dtype: torch.dtype, *, head_width: int = 32) -> BackendSupport:
-    """Implementations in order of preference. PyTorch's goes first: ours has not been measured on a GPU yet."""
-    ours = triton_refusal(device, dtype) or head_width_refusal(device, dtype, head_width, MAX_HEAD_WIDTH)
-    theirs = xformers_refusal(device, dtype)
+    """The backends in order of preference, each with the reason why it is unsupported, None if it is supported.
+
+    PyTorch's attention comes first, since the Triton kernels have not been measured on a GPU yet.
+    """
+    triton_reason = triton_unsupported_reason(device, dtype)
+    triton_reason = triton_reason or head_width_unsupported_reason(device, dtype, head_width, MAX_HEAD_WIDTH)
+    xformers_reason = xformers_unsupported_reason(device, dtype)
     if device.type == "cpu":
-        return {"sdpa": None, "reference": None, "xformers": theirs, "triton": ours}
-    return {"sdpa": None, "triton": ours, "xformers": theirs, "reference": None}
+        return {"sdpa": None, "reference": None, "xformers": xformers_reason, "triton": triton_reason}
+    return {"sdpa": None, "triton": triton_reason, "xformers": xformers_reason, "reference": None}
 
 
 def aot_cases() -> list[CompileCase]:
+    """The cases that `kernels/aot.py` compiles."""
     steps = {"forward": _attention_fwd_kernel, "dq": _attention_bwd_dq_kernel, "dkdv": _attention_bwd_dkdv_kernel}
     widths = {torch.bfloat16: (32, 64, 96, 128), torch.float32: (64,)}
     return [
-        aot_case("attention", step, kernel, width, dtype, tuning_key(step, width, dtype))
+        attention_compile_case("attention", step, kernel, width, dtype, tuning_key(step, width, dtype))
         for dtype in widths
         for step, kernel in steps.items()
         for width in widths[dtype]
     ]
 
 
-def aot_case(
+def attention_compile_case(
     name: str,
     step: str,
     kernel: Any,
@@ -369,33 +384,56 @@ def aot_case(
     key: str,
     constants: dict[str, Any] | None = None,
 ) -> CompileCase:
-    """Of a kernel named by this file's rules: x_ptr tensors of `dtype`, fp32 lse, delta and scalars, the rest integers."""
+    """The ahead-of-time compile case of an attention kernel.
+
+    Its arguments follow the names of this file: pointers end in `_ptr` and have the type `dtype`, except lse and delta, which
+    are fp32 as are `scale` and `eps`; all other arguments are integers.
+
+    Args:
+        name: Name of the kernel in `DEFAULT_LAUNCH_CONFIGS`.
+        step: Which of its launches, for the title.
+        kernel: The Triton function.
+        head_width: K.
+        dtype: Dtype of the tensors.
+        key: Key of the launch configuration.
+        constants: Compile-time constants other than block sizes and those of `head_constants`.
+    """
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     config = tuning.DEFAULT_LAUNCH_CONFIGS[name][key]
-    settled = {**head_constants(head_width, dtype), **(constants or {})}
-    settled = {argument: value for argument, value in settled.items() if argument in kernel.arg_names}
+    known = {**head_constants(head_width, dtype), **(constants or {})}
+    taken = {argument: value for argument, value in known.items() if argument in kernel.arg_names}
     signature = {
         argument: "*fp32" if argument in ("lse_ptr", "delta_ptr")
         else f"*{element}" if argument.endswith("_ptr")
         else "fp32" if argument in ("scale", "eps")
         else "i32"
-        for argument in kernel.arg_names if argument not in settled and argument not in config.constants
+        for argument in kernel.arg_names if argument not in taken and argument not in config.constants
     }  # fmt: skip
     strides = tuple(argument for argument in signature if argument.startswith("stride"))
-    return CompileCase(
-        f"{name} {step} {element} d{head_width}", kernel, signature, config, settled, strides, tensor_cores=True
-    )
+    title = f"{name} {step} {element} d{head_width}"
+    return CompileCase(title, kernel, signature, config, taken, strides, tensor_cores=True)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
-    """(B, M, N, K), in the dtype of `q`. Self-attention and cross-attention differ only in where k and v come from.
+    """Compute softmax(q k^T / sqrt(K)) v for every head.
 
-    backend: one of `IMPLEMENTATIONS`, None for the dispatcher's choice. Raises ValueError where the shapes do not fit each
-    other, BackendError where `backend` cannot run."""
+    Args:
+        q: (B, M, N, K).
+        k: (B, M, L, K).
+        v: (B, M, L, K).
+        backend: "sdpa", "triton", "xformers" or "reference"; None for the first supported one.
+
+    Returns:
+        (B, M, N, K) in the dtype of `q`.
+
+    Raises:
+        ValueError: The shapes do not match.
+        BackendError: `backend` is unsupported here.
+    """
     if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: (batch, heads, tokens, head width) is needed, "
-            "the same but for the tokens of q"
+            "q, k and v must have shape (batch, heads, tokens, head width), equal except for the tokens of q, "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     chosen = choose("attention", backend_support(q.device, compute_dtype(q), head_width=q.shape[-1]), backend)
     return IMPLEMENTATIONS[chosen](q, k, v)

@@ -1,16 +1,17 @@
-"""Which implementation a kernel takes, and why: the one dispatcher of `kernels/`.
+"""Choice of the implementation (backend) of each kernel.
 
-Every kernel module has a function `backend_support(device, dtype, **sizes)` that lists its implementations in order of
-preference, each with the reason why it cannot run here, or None if it can. `choose` takes the first that can. A caller
-overrides that with the kernel's `backend=` argument, a user with the environment variable CCELLA_FAST_BACKEND:
+Every kernel module has a function `backend_support(device, dtype, **sizes)` that lists its backends in order of preference,
+each with the reason why it is unsupported, or None if it is supported. `choose` takes the first supported one. The `backend=`
+argument of a kernel overrides the choice for one call, the environment variable CCELLA_FAST_BACKEND for a process:
 
-    CCELLA_FAST_BACKEND=reference                              every kernel that has it
+    CCELLA_FAST_BACKEND=reference                              every kernel that has this backend
     CCELLA_FAST_BACKEND=attention=xformers,geglu=reference     these kernels only
 
-What was asked for by name and cannot run raises: nothing is swallowed and nothing is silently replaced.
+A requested backend that is unsupported raises an error; it is never replaced silently.
 
-Names: `triton` our kernel, `xformers` its memory-efficient attention, `sdpa` PyTorch's attention, `phase` eight small
-convolutions of PyTorch's, `reference` the plain PyTorch function that defines what is correct.
+The backends are `triton`, the Triton kernels of this package; `xformers`, the memory-efficient attention of xformers; `sdpa`,
+PyTorch's attention; `phase`, eight small convolutions of PyTorch; and `reference`, the plain PyTorch implementation, which
+defines the correct result.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-try:  # Triton is optional: the kernels' files must be readable by Python without it
+try:  # Triton is optional: the kernel modules must be importable without it
     import triton
     import triton.language as tl
 
     jit: Callable[..., Any] = triton.jit
+    constexpr: Callable[..., Any] = tl.constexpr
 except ImportError:
     triton = tl = None
-    jit = lambda function: function  # noqa: E731
+    jit = constexpr = lambda unchanged: unchanged  # noqa: E731
 
 ENVIRONMENT = "CCELLA_FAST_BACKEND"
 BACKENDS = ("triton", "xformers", "sdpa", "phase", "reference")
@@ -39,127 +41,147 @@ KERNELS = ("group_norm_silu", "cross_attention", "attention", "upsample_conv3d",
 XFORMERS = importlib.util.find_spec("xformers") is not None  # found, not imported
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-BackendSupport = Mapping[str, str | None]  # backend -> why it cannot run here, None if it can; preferred ones first
+# backend -> the reason why it is unsupported, None if it is supported; in order of preference
+BackendSupport = Mapping[str, str | None]
 
 
 class BackendError(ValueError):
-    """A backend that was asked for by name does not exist or cannot run here."""
+    """A requested backend does not exist or is unsupported here."""
 
 
-class Choice(NamedTuple):
+class BackendChoice(NamedTuple):
+    """The backend that a kernel uses, with the reason."""
+
     kernel: str
     backend: str
     reason: str
 
 
 def choose(kernel: str, support: BackendSupport, requested: str | None = None) -> str:
-    """The backend to take: `requested`, else what the environment variable says, else the first that can run."""
+    """The backend to use: `requested`, else that of the environment variable, else the first supported one.
+
+    Raises:
+        BackendError: The requested backend does not exist or is unsupported, or no backend is supported.
+    """
     return explain_choice(kernel, support, requested).backend
 
 
-def explain_choice(kernel: str, support: BackendSupport, requested: str | None = None) -> Choice:
-    """As `choose`, with the reason as text. Raises BackendError when what was asked for by name cannot be had."""
-    wanted, asker = requested, "by argument"
+def explain_choice(kernel: str, support: BackendSupport, requested: str | None = None) -> BackendChoice:
+    """The result of `choose` with the reason for it as text."""
+    wanted, origin = requested, "by argument"
     if wanted is None:
-        wanted, asker = _from_environment(kernel, support), f"by {ENVIRONMENT}"
+        wanted, origin = _from_environment(kernel, support), f"by {ENVIRONMENT}"
     if wanted is not None:
         if wanted not in support:
-            raise BackendError(f"{kernel} has no backend {wanted!r}; it has: {', '.join(support)}")
+            raise BackendError(f"{kernel} does not have the backend {wanted!r}; choose one of {', '.join(support)}")
         if support[wanted] is not None:
-            raise BackendError(f"{kernel}: backend {wanted!r} was asked for {asker}, but {support[wanted]}")
-        return Choice(kernel, wanted, f"asked for {asker}")
-    passed: list[str] = []
-    for backend, why_not in support.items():
-        if why_not is None:
-            return Choice(kernel, backend, "; ".join(passed) or "preferred here")
-        passed.append(f"{backend}: {why_not}")
-    raise BackendError(f"{kernel} cannot run here: " + "; ".join(passed))
+            raise BackendError(f"{kernel}: backend {wanted!r} was requested {origin}, but {support[wanted]}")
+        return BackendChoice(kernel, wanted, f"requested {origin}")
+    skipped: list[str] = []
+    for backend, reason in support.items():
+        if reason is None:
+            return BackendChoice(kernel, backend, "; ".join(skipped) or "preferred here")
+        skipped.append(f"{backend}: {reason}")
+    raise BackendError(f"{kernel} has no supported backend here: " + "; ".join(skipped))
 
 
-def explain(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> list[Choice]:
-    """What each kernel takes on `device` (default: the GPU if there is one) for `dtype` (default: bf16 there, fp32 on a CPU),
-    at the sizes of the default model."""
+def explain(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> list[BackendChoice]:
+    """The choice of every kernel at the sizes of the default model.
+
+    Args:
+        device: Default: the GPU if there is one, else the CPU.
+        dtype: Default: bf16 on a GPU, fp32 on a CPU.
+    """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     modules = {name: importlib.import_module(f"ccella_fast.kernels.{name}") for name in KERNELS}
     return [explain_choice(name, module.backend_support(device, dtype)) for name, module in modules.items()]
 
 
-def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a Triton kernel cannot take such tensors; None if it can. Meta tensors pass: they only count."""
+def triton_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels do not support such tensors, None if they do.
+
+    Meta tensors are supported, so that the operations of a GPU can be counted without one.
+    """
     if triton is None:
         return "triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"{str(dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16"
     if device.type == "cuda":
-        return _too_old(device)
+        return _unsupported_gpu_reason(device)
     if device.type == "meta" or interpreted():
         return None
     return f"the tensors are on {device.type}, not on a GPU"
 
 
-def _too_old(device: torch.device) -> str | None:
-    """Why Triton does not compile for this GPU; None if it does."""
+def _unsupported_gpu_reason(device: torch.device) -> str | None:
+    """Why Triton does not compile for this GPU, None if it does."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"the GPU is sm_{major}{minor}, Triton compiles for sm_80 and newer"
+    return None if major >= 8 else f"the GPU is sm_{major}{minor}, and Triton compiles for sm_80 and newer"
 
 
-# What torch.compiler.assume_constant_result does. That imports torch._dynamo, which takes a second of every command.
-_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# The effect of torch.compiler.assume_constant_result without its import of torch._dynamo, which takes a second per command.
+_unsupported_gpu_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def xformers_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why xformers' attention cannot take such tensors; None if it can."""
+def xformers_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the attention of xformers does not support such tensors, None if it does."""
     if not XFORMERS:
         return "xformers is not installed"
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a GPU"
     if dtype not in TRITON_DTYPES:
-        return f"it does not take {str(dtype).removeprefix('torch.')}"
+        return f"it does not support {str(dtype).removeprefix('torch.')}"
     return None
 
 
 def library_op(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
-    """Register a launcher as the library op `ccella_fast::name`: one node to torch.compile, CUDA graphs and export. It runs on
-    the GPU that holds its first argument; Triton alone would launch on the current one."""
+    """Decorator that registers a launcher as the library op `ccella_fast::name`.
+
+    torch.compile, CUDA graphs and torch.export see it as one node. It runs on the GPU of its first argument, whereas Triton
+    alone would launch on the current GPU.
+    """
 
     def register(launcher: Callable[..., Any]) -> torch.library.CustomOpDef:
         @functools.wraps(launcher)
-        def on_its_device(first: torch.Tensor, *rest: Any) -> Any:
+        def on_device_of_first(first: torch.Tensor, *rest: Any) -> Any:
             with torch.cuda.device_of(first):
                 return launcher(first, *rest)
 
         schema = torch.library.infer_schema(launcher, mutates_args=())
-        return torch.library.custom_op(f"ccella_fast::{name}", on_its_device, mutates_args=(), schema=schema)
+        return torch.library.custom_op(f"ccella_fast::{name}", on_device_of_first, mutates_args=(), schema=schema)
 
     return register
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """What a matrix product of `x` is computed in: autocast's dtype where it is on, else x's own. Autocast does not reach into
-    a library op, so the functions that launch kernels cast by this themselves. Nor does it touch float64."""
-    kind = x.device.type
-    autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+    """The dtype of a matrix product of `x`: autocast's where autocast is on, else that of `x`.
+
+    Autocast does not act inside library ops, so the functions that launch kernels cast to this dtype themselves. Like autocast,
+    this leaves float64 alone.
+    """
+    device_type = x.device.type
+    autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device_type) if autocast else x.dtype
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on CPU tensors: for tests."""
+    """Whether Triton kernels run in Triton's interpreter on CPU tensors, as in the tests."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
 def _from_environment(kernel: str, support: BackendSupport) -> str | None:
-    """What CCELLA_FAST_BACKEND says of this kernel. A bare name leaves alone the kernels that do not have it."""
+    """The backend that CCELLA_FAST_BACKEND requests for this kernel; a bare name applies to the kernels that have it."""
     chosen = None
     for entry in os.environ.get(ENVIRONMENT, "").split(","):
         left, equals, right = entry.strip().partition("=")
-        name = right if equals else left
-        if name and name not in BACKENDS:
-            raise BackendError(f"{ENVIRONMENT}: there is no backend {name!r}; there are: {', '.join(BACKENDS)}")
+        backend = right if equals else left
+        if backend and backend not in BACKENDS:
+            raise BackendError(f"{ENVIRONMENT}: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
         if equals and left not in KERNELS:
-            raise BackendError(f"{ENVIRONMENT}: there is no kernel {left!r}; there are: {', '.join(KERNELS)}")
-        if name and (left == kernel if equals else name in support):
-            chosen = name
+            raise BackendError(f"{ENVIRONMENT}: unknown kernel {left!r}; choose one of {', '.join(KERNELS)}")
+        if backend and (left == kernel if equals else backend in support):
+            chosen = backend
     return chosen

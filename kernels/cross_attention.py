@@ -2,20 +2,21 @@
 
     h = LayerNorm(x);  q = h w_q^T;  o = softmax(q k^T / sqrt(K)) v for every head;  y = x + o w_out^T + b_out
 
-Shapes: x, h, y (B, N, C); context_k, context_v (B or 1, M, L, K), heads already split, batch 1: the same for all samples;
-w_q, w_out (C, C); ln_weight, ln_bias, b_out (C,). B batch, N voxels as tokens, C = M K channels, M heads, K head width,
-L context tokens (the 256 latents of the report). Keys and values are given because a sampler computes them once.
+Shapes: x, h, y (B, N, C); context_k, context_v (B or 1, M, L, K), with the heads already split, and batch 1 if all samples
+share them; w_q, w_out (C, C); ln_weight, ln_bias, b_out (C,). B batch, N voxels as tokens, C = M K channels, M heads, K head
+width, L context tokens (the 256 latents of the report). Keys and values are inputs because a sampler computes them once.
 
-Fused into two launches. The first normalises a block of tokens once, keeps it on the chip, and takes query projection and
-attention of one head after the other; the second is the output projection with bias and residual in its epilogue. h, q and the
-scores never reach memory. Plain PyTorch: 5 to 6 launches and 11 passes over a (B, N, C) tensor; here 2 and 5 (x, o | o, x, y).
-Where there are few tokens the first launch splits the heads over more programs, which then repeat the normalisation.
+Fused into two launches. The first normalizes a block of tokens once, keeps it in registers, and computes query projection and
+attention for one head after the other; the second is the output projection with bias and residual in its epilogue. h, q and
+the scores are never written to memory. Plain PyTorch: 5 to 6 launches and 11 passes over a (B, N, C) tensor; here 2 launches
+and 5 passes (x, o | o, x, y). With few tokens the first launch divides the heads among more programs, which then repeat the
+normalization.
 
-Saved for the backward pass: the arguments alone. It recomputes h, q and o, and is made of attention's backward kernels and
-plain matrix products.
+Only the arguments are saved for the backward pass. It recomputes h, q and o, and consists of the backward kernels of attention
+and plain matrix products.
 
-Inside: products in the dtype of w_q on tensor cores, statistics, softmax, sums and epilogue in fp32.
-Autocast: the matrices, keys and values are taken in autocast's dtype; x, the layer norm and the bias as they are.
+Products are computed in the dtype of w_q on tensor cores; statistics, softmax, sums and epilogue in fp32. Under autocast the
+matrices, keys and values are cast to autocast's dtype; x, the layer norm and the bias are not.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ from ccella_fast.kernels import tuning
 from ccella_fast.kernels.aot import CompileCase
 from ccella_fast.kernels.attention import (
     IMPLEMENTATIONS,
-    aot_case,
+    LOG2_E,
     attend_keys,
     attention_backward_fake,
     attention_backward_op,
+    attention_compile_case,
     attention_op,
     attention_reference,
     head_constants,
-    head_width_refusal,
+    head_width_unsupported_reason,
     load_rows,
     rows_contiguous,
     store_rows,
@@ -52,11 +54,11 @@ from ccella_fast.kernels.backend import (
     library_op,
     tl,
     triton,
-    triton_refusal,
-    xformers_refusal,
+    triton_unsupported_reason,
+    xformers_unsupported_reason,
 )
 
-MAX_CHANNELS = 512  # of a block of tokens that stays on the chip; beyond it, registers spill
+MAX_CHANNELS = 512  # a block of tokens stays in registers; with more channels they spill
 MAX_HEAD_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
 
 
@@ -74,7 +76,7 @@ def cross_attention_reference(
     eps: float = 1e-5,
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attention_reference,
 ) -> Tensor:
-    """The block in plain PyTorch; `attend` is the attention inside."""
+    """The plain PyTorch implementation; `attend` computes its attention."""
     h = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps)
     q = split_heads(F.linear(h, w_q), num_heads)
     o = attend(q, context_k.expand(x.shape[0], -1, -1, -1), context_v.expand(x.shape[0], -1, -1, -1))
@@ -87,92 +89,92 @@ def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
 
 
 @jit
-def _normalised_rows(
-    x_ptr, weight_ptr, bias_ptr, stride, left, eps, like,
+def _layer_norm_rows(
+    p_x, weight_ptr, bias_ptr, stride, rows_left, eps, like_ptr,
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm of BLOCK_N tokens as a tuple of (BLOCK_N, BLOCK_C) pieces in the type behind the pointer `like`."""
-    col = tl.arange(0, BLOCK_C)
-    pieces = ()
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for c in tl.static_range(0, C, BLOCK_C):
-        x = load_rows(x_ptr + c, stride, left, BLOCK_C, BLOCK_N, BLOCK_C, True)
-        pieces = pieces + (x,)  # type: ignore[assignment]
-        total += tl.sum(x.to(tl.float32), 1)
-    mean = total / C
-    squares = tl.zeros([BLOCK_N], tl.float32)
-    for i in tl.static_range(len(pieces)):
-        centred = pieces[i].to(tl.float32) - mean[:, None]
-        squares += tl.sum(centred * centred, 1)
-    rstd = tl.rsqrt(squares / C + eps)
-    normalised = ()
-    for i in tl.static_range(len(pieces)):
-        weight = tl.load(weight_ptr + i * BLOCK_C + col).to(tl.float32)
-        bias = tl.load(bias_ptr + i * BLOCK_C + col).to(tl.float32)
-        h = (pieces[i].to(tl.float32) - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
-        normalised = normalised + (h.to(like.dtype.element_ty),)
-    return normalised
+    """LayerNorm of BLOCK_N tokens as a tuple of (BLOCK_N, BLOCK_C) blocks in the element type of the pointer `like_ptr`."""
+    o_c = tl.arange(0, BLOCK_C)
+    b_xs = ()
+    b_total = tl.zeros([BLOCK_N], tl.float32)
+    for i_c in tl.static_range(0, C, BLOCK_C):
+        b_x = load_rows(p_x + i_c, stride, rows_left, BLOCK_C, BLOCK_N, BLOCK_C, True)
+        b_xs = b_xs + (b_x,)  # type: ignore[assignment]
+        b_total += tl.sum(b_x.to(tl.float32), 1)
+    b_mean = b_total / C
+    b_squares = tl.zeros([BLOCK_N], tl.float32)
+    for i in tl.static_range(len(b_xs)):
+        b_centered = b_xs[i].to(tl.float32) - b_mean[:, None]
+        b_squares += tl.sum(b_centered * b_centered, 1)
+    b_rstd = tl.rsqrt(b_squares / C + eps)
+    b_hs = ()
+    for i in tl.static_range(len(b_xs)):
+        b_weight = tl.load(weight_ptr + i * BLOCK_C + o_c).to(tl.float32)
+        b_bias = tl.load(bias_ptr + i * BLOCK_C + o_c).to(tl.float32)
+        b_h = (b_xs[i].to(tl.float32) - b_mean[:, None]) * b_rstd[:, None] * b_weight[None, :] + b_bias[None, :]
+        b_hs = b_hs + (b_h.to(like_ptr.dtype.element_ty),)
+    return b_hs
 
 
 @jit
-def _cross_attention_heads_kernel(
-    x_ptr, ln_weight_ptr, ln_bias_ptr, w_q_ptr, k_ptr, v_ptr, o_ptr, M, N, L, heads, scale, eps,
+def _cross_attention_fwd_heads_kernel(
+    x_ptr, ln_weight_ptr, ln_bias_ptr, w_q_ptr, k_ptr, v_ptr, o_ptr, M, N, L, heads_per_program, scale, eps,
     stride_xb, stride_xn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
     C: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """o of one block of tokens and `heads` heads: layer norm once, then query projection and attention of each head."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK_N
-    first = tl.program_id(1) * heads
-    b = tl.program_id(2).to(tl.int64)
-    left = N - start
-    x_ptr += b * stride_xb + start * stride_xn
-    pieces = _normalised_rows(
-        x_ptr, ln_weight_ptr, ln_bias_ptr, stride_xn, left, eps, w_q_ptr, C, BLOCK_N, BLOCK_C
+    """o of one block of tokens and some heads: layer norm once, then query projection and attention of each head."""
+    i_n = tl.program_id(0).to(tl.int64) * BLOCK_N
+    first_head = tl.program_id(1) * heads_per_program
+    i_b = tl.program_id(2).to(tl.int64)
+    rows_left = N - i_n
+    p_x = x_ptr + (i_b * stride_xb + i_n * stride_xn)
+    b_hs = _layer_norm_rows(
+        p_x, ln_weight_ptr, ln_bias_ptr, stride_xn, rows_left, eps, w_q_ptr, C, BLOCK_N, BLOCK_C
     )  # fmt: skip
-    k_ptr += b * stride_kb
-    v_ptr += b * stride_vb
-    o_ptr += (b * N + start) * C
-    for h in range(first, min(first + heads, M)):
-        q = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for i in tl.static_range(len(pieces)):
-            w_at = w_q_ptr + h * K * C + i * BLOCK_C
-            w = load_rows(w_at, C, K, BLOCK_C, BLOCK_K, BLOCK_C, K != BLOCK_K)
-            q = tl.dot(pieces[i], tl.trans(w), q, input_precision=PRECISION)
-        o, _ = attend_keys(
-            q.to(w_q_ptr.dtype.element_ty), k_ptr + h * stride_km, v_ptr + h * stride_vm, stride_kl, stride_vl, L,
-            scale * 1.4426950408889634, K, BLOCK_N, BLOCK_L, BLOCK_K, PRECISION,
+    p_k = k_ptr + i_b * stride_kb
+    p_v = v_ptr + i_b * stride_vb
+    p_o = o_ptr + (i_b * N + i_n) * C
+    for i_h in range(first_head, min(first_head + heads_per_program, M)):
+        b_q = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for i in tl.static_range(len(b_hs)):
+            p_w = w_q_ptr + i_h * K * C + i * BLOCK_C
+            b_w = load_rows(p_w, C, K, BLOCK_C, BLOCK_K, BLOCK_C, K != BLOCK_K)
+            b_q = tl.dot(b_hs[i], tl.trans(b_w), b_q, input_precision=PRECISION)
+        b_o, _ = attend_keys(
+            b_q.to(w_q_ptr.dtype.element_ty), p_k + i_h * stride_km, p_v + i_h * stride_vm, stride_kl, stride_vl, L,
+            scale * LOG2_E, K, BLOCK_N, BLOCK_L, BLOCK_K, PRECISION,
         )  # fmt: skip
-        store_rows(o_ptr + h * K, C, left, o, K, BLOCK_N, BLOCK_K)
+        store_rows(p_o + i_h * K, C, rows_left, b_o, K, BLOCK_N, BLOCK_K)
 
 
 @jit
-def _cross_attention_output_kernel(
+def _cross_attention_fwd_output_kernel(
     o_ptr, w_out_ptr, b_out_ptr, x_ptr, y_ptr, N, stride_xb, stride_xn,
     C: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = x + o w_out^T + b_out, for one block of tokens and BLOCK_O channels."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK_N
-    first = tl.program_id(1) * BLOCK_O
-    b = tl.program_id(2).to(tl.int64)
-    left = N - start
-    o_ptr += (b * N + start) * C
-    w_out_ptr += first * C
-    acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
+    """y = x + o w_out^T + b_out for one block of tokens and BLOCK_O channels."""
+    i_n = tl.program_id(0).to(tl.int64) * BLOCK_N
+    i_o = tl.program_id(1) * BLOCK_O
+    i_b = tl.program_id(2).to(tl.int64)
+    rows_left = N - i_n
+    p_o = o_ptr + (i_b * N + i_n) * C
+    p_w = w_out_ptr + i_o * C
+    b_acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     for _ in range(0, C, BLOCK_C):
-        o = load_rows(o_ptr, C, left, BLOCK_C, BLOCK_N, BLOCK_C, True)
-        w = load_rows(w_out_ptr, C, C - first, BLOCK_C, BLOCK_O, BLOCK_C, C % BLOCK_O != 0)
-        acc = tl.dot(o, tl.trans(w), acc, input_precision=PRECISION)
-        o_ptr += BLOCK_C
-        w_out_ptr += BLOCK_C
-    row = tl.arange(0, BLOCK_N)[:, None]
-    col = first + tl.arange(0, BLOCK_O)[None, :]
-    keep = (row < left) & (col < C)
-    bias = tl.load(b_out_ptr + col, mask=col < C, other=0.0).to(tl.float32)
-    x_at = x_ptr + b * stride_xb + start * stride_xn + row * stride_xn + col
-    x = tl.load(x_at, mask=keep, other=0.0).to(tl.float32)
-    y_at = y_ptr + (b * N + start) * C + row * C + col
-    tl.store(y_at, (x + acc + bias).to(y_ptr.dtype.element_ty), mask=keep)
+        b_o = load_rows(p_o, C, rows_left, BLOCK_C, BLOCK_N, BLOCK_C, True)
+        b_w = load_rows(p_w, C, C - i_o, BLOCK_C, BLOCK_O, BLOCK_C, C % BLOCK_O != 0)
+        b_acc = tl.dot(b_o, tl.trans(b_w), b_acc, input_precision=PRECISION)
+        p_o += BLOCK_C
+        p_w += BLOCK_C
+    o_n = tl.arange(0, BLOCK_N)[:, None]
+    o_c = i_o + tl.arange(0, BLOCK_O)[None, :]
+    m_y = (o_n < rows_left) & (o_c < C)
+    b_bias = tl.load(b_out_ptr + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    p_x = x_ptr + i_b * stride_xb + i_n * stride_xn + o_n * stride_xn + o_c
+    b_x = tl.load(p_x, mask=m_y, other=0.0).to(tl.float32)
+    p_y = y_ptr + (i_b * N + i_n) * C + o_n * C + o_c
+    tl.store(p_y, (b_x + b_acc + b_bias).to(y_ptr.dtype.element_ty), mask=m_y)
 
 
 def _heads_key(channels: int, head_width: int, dtype: torch.dtype) -> str:
@@ -183,9 +185,12 @@ def _heads_key(channels: int, head_width: int, dtype: torch.dtype) -> str:
 
 
 def _heads_per_program(heads: int, blocks: int, device: torch.device) -> int:
-    """As many as still give every multiprocessor two programs: each one more saves a normalisation of the same tokens."""
-    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(heads, heads * blocks // wanted))
+    """The most heads per program with which every multiprocessor still has two programs.
+
+    Each additional head saves one normalization of the same tokens.
+    """
+    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return max(1, min(heads, heads * blocks // programs))
 
 
 @library_op("cross_attention")
@@ -201,7 +206,7 @@ def cross_attention_op(
     num_heads: int,
     eps: float,
 ) -> Tensor:
-    """y; context_k and context_v with the batch of x, in the dtype of w_q and w_out."""
+    """y. context_k and context_v must have the batch size of x and the dtype of w_q and w_out."""
     x, k, v = rows_contiguous(x), rows_contiguous(context_k), rows_contiguous(context_v)
     w_q, w_out, ln_weight, ln_bias, b_out = (t.contiguous() for t in (w_q, w_out, ln_weight, ln_bias, b_out))
     batch, tokens, channels = x.shape
@@ -212,21 +217,21 @@ def cross_attention_op(
     config = tuning.launch_config("cross_attention", _heads_key(channels, width, w_q.dtype), x.device)
     blocks = triton.cdiv(tokens, config.constants["BLOCK_N"])
     heads = _heads_per_program(num_heads, blocks * batch, x.device)
-    _cross_attention_heads_kernel[blocks, triton.cdiv(num_heads, heads), batch](
+    _cross_attention_fwd_heads_kernel[blocks, triton.cdiv(num_heads, heads), batch](
         x, ln_weight, ln_bias, w_q, k, v, o, num_heads, tokens, k.shape[2], heads, width**-0.5, eps,
-        *x.stride()[:2], *k.stride()[:3], *v.stride()[:3], **constants, **_launch(config, channels),
+        *x.stride()[:2], *k.stride()[:3], *v.stride()[:3], **constants, **_launch_arguments(config, channels),
     )  # fmt: skip
     config = tuning.launch_config("cross_attention", "output" + " fp32" * (w_q.dtype == torch.float32), x.device)
     blocks = triton.cdiv(tokens, config.constants["BLOCK_N"])
-    _cross_attention_output_kernel[blocks, triton.cdiv(channels, config.constants["BLOCK_O"]), batch](
+    _cross_attention_fwd_output_kernel[blocks, triton.cdiv(channels, config.constants["BLOCK_O"]), batch](
         o, w_out, b_out, x, y, tokens, *x.stride()[:2], C=channels, PRECISION=constants["PRECISION"],
-        **_launch(config, channels),
+        **_launch_arguments(config, channels),
     )  # fmt: skip
     return y
 
 
-def _launch(config: tuning.LaunchConfig, channels: int) -> dict[str, int]:
-    """The channels are taken in pieces that divide them: no piece needs a mask."""
+def _launch_arguments(config: tuning.LaunchConfig, channels: int) -> dict[str, int]:
+    """The arguments of a launch, with a BLOCK_C that divides the channels, so that no block of channels needs a mask."""
     return {**config.launch(), "BLOCK_C": math.gcd(channels, config.constants["BLOCK_C"])}
 
 
@@ -260,7 +265,7 @@ def cross_attention_backward_op(
     num_heads: int,
     eps: float,
 ) -> list[Tensor]:
-    """Gradients of the eight tensors, in their order and dtypes."""
+    """Gradients of the eight tensors after `dy`, in their order and dtypes."""
     channels = x.shape[-1:]
     wide = torch.promote_types(x.dtype, ln_weight.dtype)
     tensors = (x.to(wide), ln_weight.to(wide), ln_bias.to(wide))
@@ -270,11 +275,11 @@ def cross_attention_backward_op(
     o, lse = attention_op(q, k, v)
 
     dy_rows = dy.to(w_q.dtype).flatten(0, 1)
-    dw_out = dy_rows.T @ _rows(o)
+    dw_out = dy_rows.T @ _join_heads(o)
     db_out = dy.sum((0, 1), dtype=torch.promote_types(dy.dtype, torch.float32)).to(b_out.dtype)
     do = split_heads((dy_rows @ w_out).view(x.shape), num_heads)
     dq, dk, dv = attention_backward_op(do, q, k, v, o, lse)
-    dq_rows = _rows(dq)
+    dq_rows = _join_heads(dq)
     dw_q = dq_rows.T @ h.flatten(0, 1)
     dh = (dq_rows @ w_q).view(x.shape).to(wide)
     dx, dln_weight, dln_bias = torch.ops.aten.native_layer_norm_backward(
@@ -284,8 +289,8 @@ def cross_attention_backward_op(
     return [(dy + dx).to(x.dtype).contiguous(), dk, dv, dln_weight, dln_bias, dw_q, dw_out, db_out]
 
 
-def _rows(heads: Tensor) -> Tensor:
-    """(B, M, N, K) as attention lays it out -> (B N, C), a view."""
+def _join_heads(heads: Tensor) -> Tensor:
+    """(B, M, N, K) in the memory layout of attention's output -> (B N, C), a view."""
     return heads.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
@@ -295,7 +300,7 @@ def _cross_attention_backward_fake(dy: Tensor, x: Tensor, k: Tensor, v: Tensor, 
     return [x.new_empty(x.shape), dk, dv, *(parameter.new_empty(parameter.shape) for parameter in rest[:5])]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.num_heads, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
@@ -304,39 +309,48 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (*cross_attention_backward_op(dy, *ctx.saved_tensors, ctx.num_heads, ctx.eps), None, None)
 
 
-cross_attention_op.register_autograd(_backward, setup_context=_save)
+cross_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _triton_refusal(device: torch.device, dtype: torch.dtype, channels: int, head_width: int) -> str | None:
-    reason = triton_refusal(device, dtype)
+def _triton_unsupported_reason(device: torch.device, dtype: torch.dtype, channels: int, head_width: int) -> str | None:
+    reason = triton_unsupported_reason(device, dtype)
     if reason is not None:
         return reason
     if channels > MAX_CHANNELS or channels % 16:
-        return f"it takes multiples of 16 up to {MAX_CHANNELS} channels, not {channels}"
-    return head_width_refusal(device, dtype, head_width, MAX_HEAD_WIDTH)
+        return f"it supports multiples of 16 up to {MAX_CHANNELS} channels, got {channels}"
+    return head_width_unsupported_reason(device, dtype, head_width, MAX_HEAD_WIDTH)
 
 
 def backend_support(
     device: torch.device, dtype: torch.dtype, *, channels: int = 256, head_width: int = 32
 ) -> BackendSupport:
-    """Implementations in order of preference; on a GPU ours first because it launches and moves least, by count and not yet by
-    measurement. All but ours are the plain block around that attention."""
-    ours = _triton_refusal(device, dtype, channels, head_width)
-    theirs = xformers_refusal(device, dtype)
+    """The backends in order of preference, each with the reason why it is unsupported, None if it is supported.
+
+    On a GPU the Triton kernels come first because they need the fewest launches and move the least memory, by count and not yet
+    by measurement. The other backends are the plain block around that attention.
+    """
+    triton_reason = _triton_unsupported_reason(device, dtype, channels, head_width)
+    xformers_reason = xformers_unsupported_reason(device, dtype)
     if device.type == "cpu":
-        return {"sdpa": None, "reference": None, "xformers": theirs, "triton": ours}
-    return {"triton": ours, "sdpa": None, "xformers": theirs, "reference": None}
+        return {"sdpa": None, "reference": None, "xformers": xformers_reason, "triton": triton_reason}
+    return {"triton": triton_reason, "sdpa": None, "xformers": xformers_reason, "reference": None}
 
 
 def aot_cases() -> list[CompileCase]:
+    """The cases that `kernels/aot.py` compiles."""
+
     def heads(channels: int, head_width: int, dtype: torch.dtype = torch.bfloat16) -> CompileCase:
         key = _heads_key(channels, head_width, dtype)
         step = f"heads c{channels}"
-        return aot_case("cross_attention", step, _cross_attention_heads_kernel, head_width, dtype, key, {"C": channels})
+        return attention_compile_case(
+            "cross_attention", step, _cross_attention_fwd_heads_kernel, head_width, dtype, key, {"C": channels}
+        )
 
     sizes = [(256, 32), (512, 32), (512, 64), (512, 128)]
     outputs = [
-        aot_case("cross_attention", "output c256", _cross_attention_output_kernel, 32, dtype, key, {"C": 256})
+        attention_compile_case(
+            "cross_attention", "output c256", _cross_attention_fwd_output_kernel, 32, dtype, key, {"C": 256}
+        )
         for dtype, key in ((torch.bfloat16, "output"), (torch.float32, "output fp32"))
     ]
     return [*(heads(*size) for size in sizes), heads(256, 32, torch.float32), *outputs]
@@ -347,14 +361,15 @@ def _check_parameters(
 ) -> None:
     if x.ndim != 3 or x.shape[2] % num_heads:
         raise ValueError(
-            f"x is {tuple(x.shape)}: (batch, tokens, channels) is needed, channels divisible by {num_heads} heads"
+            f"x must have shape (batch, tokens, channels) with channels divisible by {num_heads} heads, "
+            f"got {tuple(x.shape)}"
         )
     channels = x.shape[2]
     given = {"ln_weight": ln_weight, "ln_bias": ln_bias, "b_out": b_out, "w_q": w_q, "w_out": w_out}
     for name, tensor in given.items():
         needed = (channels, channels) if name.startswith("w_") else (channels,)
         if tensor.shape != needed:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, {needed} is needed for {channels} channels")
+            raise ValueError(f"{name} must have shape {needed} for {channels} channels, got {tuple(tensor.shape)}")
 
 
 def cross_attention(
@@ -371,20 +386,39 @@ def cross_attention(
     eps: float = 1e-5,
     backend: str | None = None,
 ) -> Tensor:
-    """(B, N, C), in the dtype of `x`.
+    """Compute the cross-attention block with its residual.
 
-    backend: "triton", or the attention inside the plain block; None for the dispatcher's choice. Raises ValueError where the
-    shapes do not fit each other, BackendError where `backend` cannot run."""
+    Args:
+        x: (B, N, C).
+        context_k: (B or 1, M, L, K).
+        context_v: (B or 1, M, L, K).
+        ln_weight: (C,).
+        ln_bias: (C,).
+        w_q: (C, C).
+        w_out: (C, C).
+        b_out: (C,).
+        num_heads: M.
+        eps: Added to the variance of the layer norm.
+        backend: "triton", or "sdpa", "xformers" or "reference" for the plain block with that attention; None for the first
+            supported one.
+
+    Returns:
+        (B, N, C) in the dtype of `x`.
+
+    Raises:
+        ValueError: The shapes do not match.
+        BackendError: `backend` is unsupported here.
+    """
     _check_parameters(x, ln_weight, ln_bias, w_q, w_out, b_out, num_heads)
     batch, _, channels = x.shape
     width = channels // num_heads
     if context_k.shape[1::2] != (num_heads, width) or context_v.shape != context_k.shape:
         raise ValueError(
-            f"context_k {tuple(context_k.shape)}, context_v {tuple(context_v.shape)}: both must be (batch, {num_heads}, keys, "
-            f"{width}) for {channels} channels and {num_heads} heads"
+            f"context_k and context_v must have shape (batch, {num_heads}, keys, {width}) for {channels} channels and "
+            f"{num_heads} heads, got {tuple(context_k.shape)} and {tuple(context_v.shape)}"
         )
     if context_k.shape[0] not in (1, batch):
-        raise ValueError(f"context_k has batch {context_k.shape[0]}, x has {batch}: give the same, or 1 for all")
+        raise ValueError(f"the batch size of context_k must be 1 or that of x ({batch}), got {context_k.shape[0]}")
     dtype = compute_dtype(x)
     chosen = choose("cross_attention", backend_support(x.device, dtype, channels=channels, head_width=width), backend)
     if chosen == "triton":

@@ -1,12 +1,12 @@
-"""GEGLU (Shazeer 2020): value * gelu(gate), the exact gelu, the value first.
+"""GEGLU (Shazeer 2020): value * gelu(gate) with the exact GELU; the value is the first half of the input.
 
     y = value * gate * cdf(gate)        cdf(g) = (1 + erf(g / sqrt 2)) / 2, pdf(g) = exp(-g^2 / 2) / sqrt(2 pi)
     dvalue = dy * gate * cdf(gate)      dgate = dy * value * (cdf(gate) + gate * pdf(gate))
 
-Shapes: h (..., 2 C) = [value, gate] -> y (..., C). Backward reads h again and saves nothing else.
+Shapes: h (..., 2 C) = [value, gate] -> y (..., C). Only h is saved for the backward pass.
 
-Memory traffic, n elements of y of e bytes: plain PyTorch 5 n e forward (gelu, product) and at least 9 n e backward, and keeps
-gelu(gate); here 3 n e and 5 n e. Arithmetic in fp32, one rounding; autocast has no part in it.
+Memory traffic for n elements of y of e bytes: plain PyTorch 5 n e forward (GELU, product) and at least 9 n e backward, and it
+saves gelu(gate); here 3 n e and 5 n e. Arithmetic is in fp32 with one rounding; autocast has no effect.
 """
 
 from __future__ import annotations
@@ -18,59 +18,58 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccella_fast.kernels.aot import CompileCase
-from ccella_fast.kernels.backend import BackendSupport, choose, jit, library_op, tl, triton_refusal
+from ccella_fast.kernels.backend import BackendSupport, choose, jit, library_op, tl, triton_unsupported_reason
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 
 
 def geglu_reference(h: Tensor) -> Tensor:
-    """The definition of correct, in plain PyTorch and in the dtype of `h`."""
+    """The plain PyTorch implementation, computed in the dtype of `h`."""
     value, gate = h.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
 @jit
-def _tile(rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(first row as int64, columns, mask) of this program's tile in a flat grid."""
-    blocks = tl.cdiv(C, BLOCK_C)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    column = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    return row, column, (row < rows) & (column < C)
+def _tile_indices(rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(rows as int64, channels, mask) of this program's tile in a flat grid."""
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    o_r = (tl.program_id(0) // channel_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    o_c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return o_r, o_c, (o_r < rows) & (o_c < C)
 
 
 @jit
-def _cdf(g):
-    return 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
+def _normal_cdf(b_g):
+    return 0.5 * (1.0 + tl.erf(b_g * 0.7071067811865476))  # 1 / sqrt(2)
 
 
 @jit
 def _geglu_fwd_kernel(h_ptr, y_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    row, column, inside = _tile(rows, C, BLOCK_R, BLOCK_C)
-    value = tl.load(h_ptr + row * 2 * C + column, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(h_ptr + row * 2 * C + C + column, mask=inside, other=0.0).to(tl.float32)
-    y = value * gate * _cdf(gate)
-    tl.store(y_ptr + row * C + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+    o_r, o_c, m_tile = _tile_indices(rows, C, BLOCK_R, BLOCK_C)
+    b_value = tl.load(h_ptr + o_r * 2 * C + o_c, mask=m_tile, other=0.0).to(tl.float32)
+    b_gate = tl.load(h_ptr + o_r * 2 * C + C + o_c, mask=m_tile, other=0.0).to(tl.float32)
+    b_y = b_value * b_gate * _normal_cdf(b_gate)
+    tl.store(y_ptr + o_r * C + o_c, b_y.to(y_ptr.dtype.element_ty), mask=m_tile)
 
 
 @jit
 def _geglu_bwd_kernel(dy_ptr, h_ptr, dh_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    row, column, inside = _tile(rows, C, BLOCK_R, BLOCK_C)
-    value = tl.load(h_ptr + row * 2 * C + column, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(h_ptr + row * 2 * C + C + column, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + row * C + column, mask=inside, other=0.0).to(tl.float32)
-    cdf = _cdf(gate)
-    pdf = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
-    dvalue = dy * gate * cdf
-    dgate = dy * value * (cdf + gate * pdf)
-    tl.store(dh_ptr + row * 2 * C + column, dvalue.to(dh_ptr.dtype.element_ty), mask=inside)
-    tl.store(dh_ptr + row * 2 * C + C + column, dgate.to(dh_ptr.dtype.element_ty), mask=inside)
+    o_r, o_c, m_tile = _tile_indices(rows, C, BLOCK_R, BLOCK_C)
+    b_value = tl.load(h_ptr + o_r * 2 * C + o_c, mask=m_tile, other=0.0).to(tl.float32)
+    b_gate = tl.load(h_ptr + o_r * 2 * C + C + o_c, mask=m_tile, other=0.0).to(tl.float32)
+    b_dy = tl.load(dy_ptr + o_r * C + o_c, mask=m_tile, other=0.0).to(tl.float32)
+    b_cdf = _normal_cdf(b_gate)
+    b_pdf = 0.3989422804014327 * tl.exp(-0.5 * b_gate * b_gate)  # 1 / sqrt(2 pi)
+    b_dvalue = b_dy * b_gate * b_cdf
+    b_dgate = b_dy * b_value * (b_cdf + b_gate * b_pdf)
+    tl.store(dh_ptr + o_r * 2 * C + o_c, b_dvalue.to(dh_ptr.dtype.element_ty), mask=m_tile)
+    tl.store(dh_ptr + o_r * 2 * C + C + o_c, b_dgate.to(dh_ptr.dtype.element_ty), mask=m_tile)
 
 
 def _launch(kernel: Any, key: str, h: Tensor, *tensors: Tensor) -> None:
     rows, C = h.shape[:-1].numel(), h.shape[-1] // 2
-    tuned = launch_config("geglu", key, h.device)
-    blocks = tuned.constants
-    programs = -(-rows // blocks["BLOCK_R"]) * -(-C // blocks["BLOCK_C"])
-    kernel[(programs,)](*tensors, rows, C, **tuned.launch())
+    config = launch_config("geglu", key, h.device)
+    programs = -(-rows // config.constants["BLOCK_R"]) * -(-C // config.constants["BLOCK_C"])
+    kernel[(programs,)](*tensors, rows, C, **config.launch())
 
 
 @library_op("geglu")
@@ -115,13 +114,15 @@ _geglu_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def backend_support(device: torch.device, dtype: torch.dtype) -> BackendSupport:
-    """The backends in order of preference, each with why it cannot run here; None if it can."""
-    why = triton_refusal(device, dtype)
-    return {"triton": why, "reference": None} if device.type == "cuda" else {"reference": None, "triton": why}
+    """The backends in order of preference, each with the reason why it is unsupported, None if it is supported."""
+    triton_reason = triton_unsupported_reason(device, dtype)
+    if device.type == "cuda":
+        return {"triton": triton_reason, "reference": None}
+    return {"reference": None, "triton": triton_reason}
 
 
 def aot_cases() -> list[CompileCase]:
-    """What `kernels/aot.py` compiles."""
+    """The cases that `kernels/aot.py` compiles."""
     pointers = dict.fromkeys(("h_ptr", "y_ptr", "dy_ptr", "dh_ptr"), "*bf16")
     signature = {**pointers, "rows": "i32", "C": "i32"}
     kernels = {"forward": _geglu_fwd_kernel, "backward": _geglu_bwd_kernel}
@@ -140,11 +141,21 @@ def aot_cases() -> list[CompileCase]:
 
 
 def geglu(h: Tensor, *, backend: str | None = None) -> Tensor:
-    """h (..., 2 C) = [value, gate] -> value * gelu(gate), (..., C) in the dtype of `h`.
+    """Compute value * gelu(gate).
 
-    Raises ValueError for an odd last axis, BackendError for a `backend` that cannot run here."""
+    Args:
+        h: (..., 2 C), the value in the first half of the last axis and the gate in the second.
+        backend: "triton" or "reference"; None for the first supported one.
+
+    Returns:
+        (..., C) in the dtype of `h`.
+
+    Raises:
+        ValueError: The size of the last axis is odd.
+        BackendError: `backend` is unsupported here.
+    """
     if h.shape[-1] % 2:
-        raise ValueError(f"h is {tuple(h.shape)}: its last axis holds value and gate, an even number is needed")
+        raise ValueError(f"the last axis of h holds value and gate and must have even size, got shape {tuple(h.shape)}")
     if choose("geglu", backend_support(h.device, h.dtype), backend) == "reference":
         return geglu_reference(h)
     return _geglu_op(h)

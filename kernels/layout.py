@@ -1,8 +1,22 @@
-"""The two memory layouts that the element-wise kernels walk, and how they share a volume among programs.
+"""Memory layouts of the element-wise kernels, and the division of a volume among programs.
 
-Channels first: (B, C, *spatial) contiguous. Channels last: the same shape with stride 1 along C, that is channels_last,
-channels_last_3d, or tokens (B, S, C) seen as (B, C, S). A kernel sees (B, C, S), S voxels, and takes tiles of BLOCK_S voxels x
-BLOCK_C channels. Offsets are int64 from the sample's number on, so tensors beyond 2^31 elements are addressed correctly.
+Two layouts are supported. Channels first: (B, C, *spatial) contiguous. Channels last: the same shape with stride 1 along C,
+that is channels_last, channels_last_3d, or tokens (B, S, C) viewed as (B, C, S). A kernel addresses (B, C, S) with S voxels, in
+tiles of BLOCK_S voxels x BLOCK_C channels. Offsets are int64 from the sample index on, so tensors beyond 2^31 elements are
+addressed correctly.
+
+All Triton kernels of this package name their variables by one code, that of flash-linear-attention:
+
+    x_ptr       a pointer argument of a kernel
+    p_x         pointers into the tensor x, a scalar or a block, derived from x_ptr
+    i_b, i_n    scalar index of a sample, head, part, ... or of the first element of a block
+    o_s, o_c    offsets or indices along an axis or within a tensor, usually a block
+    m_s, m_c    boolean mask of a block
+    b_x         values in registers: a block, or a scalar reduced from one; b_xs is a tuple of blocks
+    stride_xn   stride of x along the axis n, in elements
+    S, BLOCK_S  upper case: sizes of axes, and compile-time constants
+
+Other scalars (`start`, `end`, `eps`) are plain words.
 """
 
 from __future__ import annotations
@@ -17,70 +31,89 @@ from ccella_fast.kernels.aot import CompileCase
 from ccella_fast.kernels.backend import jit, tl
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig
 
-PARTS = 256  # most shares of a sample: as many partial results a program merges in one tile
-PROGRAMS_EACH = 2  # programs that a multiprocessor gets of a walk: few, as each merges partial results first
+MAX_PARTS = 256  # most programs per channel block of a sample: a program merges that many partial results in one tile
+PROGRAMS_PER_MULTIPROCESSOR = 2  # few, because each program merges the partial results first
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether to walk `x` channels last; both are right where C or S is 1, and that counts as channels first."""
+    """Whether `x` is addressed as channels last. Where C or S is 1 both layouts hold, and it counts as channels first."""
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def to_supported_layout(x: Tensor) -> Tensor:
-    """`x` in one of the two layouts: itself, or a contiguous copy where its strides are others."""
+    """`x` itself if it has one of the two layouts, else a contiguous copy."""
     return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
 
 
-def laid_out_like(x: Tensor, other: Tensor) -> Tensor:
+def to_layout_of(x: Tensor, other: Tensor) -> Tensor:
     """`x` in the layout of the dense tensor `other`, copied where needed."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last(other) else x.contiguous()
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; an H200's number where there is none, for the interpreter and ahead-of-time compilation."""
+def multiprocessor_count(device: torch.device) -> int:
+    """Multiprocessors of the GPU; without one, for the interpreter and ahead-of-time compilation, those of an H200."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def layout_key(kernel: str, x: Tensor) -> str:
-    """The key of a kernel's launch configuration for dense `x`."""
-    return f"{kernel} {'last' if is_channels_last(x) else 'first'}"
+def layout_key(step: str, x: Tensor) -> str:
+    """The key of the launch configuration of one step of a kernel for dense `x`, such as "apply last"."""
+    return f"{step} {'last' if is_channels_last(x) else 'first'}"
 
 
 def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:
-    """A small parameter as the kernels read it: contiguous."""
+    """An optional small parameter, contiguous as the kernels read it."""
     return None if tensor is None else tensor.contiguous()
 
 
 class LaunchGrid(NamedTuple):
-    """How one kernel goes over a tensor: programs in the grid, voxels (`rows`) of each, programs (`shares`) to a block of
-    channels of a sample, and the kernel's compile-time sizes."""
+    """How the programs of a kernel divide a tensor.
+
+    Attributes:
+        programs: Size of the flat grid.
+        voxels_per_program: Voxels of each program; the last program of a sample may have fewer.
+        programs_per_sample: Programs per channel block of a sample.
+        constants: The kernel's compile-time sizes by parameter name.
+    """
 
     programs: int
-    rows: int
-    shares: int
-    sizes: dict[str, Any]
+    voxels_per_program: int
+    programs_per_sample: int
+    constants: dict[str, Any]
 
 
-def launch_grid(x: Tensor, groups: int, tuned: LaunchConfig) -> LaunchGrid:
-    """For dense `x` of which a program takes whole groups: one where channels are first; where they are last so many that it
-    reads pieces of rows of at most 128 channels."""
-    return _launch_grid(*sizes(x), groups, tuned.constants["TILE"], PROGRAMS_EACH * multiprocessors(x.device))
+def launch_grid(x: Tensor, groups: int, config: LaunchConfig) -> LaunchGrid:
+    """The grid over dense `x` in which a program takes whole groups of channels.
+
+    With channels first a program takes one group; with channels last it takes as many as make up at most 128 channels, so that
+    it reads long runs of adjacent elements.
+    """
+    max_programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(x.device)
+    return _launch_grid(*sizes_and_layout(x), groups, config.constants["TILE"], max_programs)
 
 
 @functools.lru_cache(4096)
-def _launch_grid(B: int, C: int, S: int, last: bool, groups: int, tile: int, programs: int) -> LaunchGrid:
-    width = C // groups
-    taken = max(d for d in range(1, 33) if groups % d == 0 and (d == 1 or (last and d * width <= 128)))
-    block = power_of_two(taken * width)
-    blocks = B * (groups // taken)
-    voxels = tile // block
-    tiles = max(1, -(-S // voxels))
-    shares = min(tiles, PARTS, max(1, programs // max(1, blocks)))
-    rows = -(-tiles // shares) * voxels
-    shares = max(1, -(-S // rows))
-    constants = dict(C=C, CPG=width, GROUPS=taken, BLOCK_G=power_of_two(taken), BLOCK_C=block, LAST=last)
-    return LaunchGrid(blocks * shares, rows, shares, constants)
+def _launch_grid(B: int, C: int, S: int, last: bool, groups: int, tile: int, max_programs: int) -> LaunchGrid:
+    channels_per_group = C // groups
+    groups_per_program = max(
+        d for d in range(1, 33) if groups % d == 0 and (d == 1 or (last and d * channels_per_group <= 128))
+    )
+    block_c = next_power_of_two(groups_per_program * channels_per_group)
+    channel_blocks = B * (groups // groups_per_program)
+    block_s = tile // block_c
+    tiles = max(1, -(-S // block_s))
+    programs_per_sample = min(tiles, MAX_PARTS, max(1, max_programs // max(1, channel_blocks)))
+    voxels_per_program = -(-tiles // programs_per_sample) * block_s
+    programs_per_sample = max(1, -(-S // voxels_per_program))
+    constants = {
+        "C": C,
+        "CPG": channels_per_group,
+        "GROUPS": groups_per_program,
+        "BLOCK_G": next_power_of_two(groups_per_program),
+        "BLOCK_C": block_c,
+        "LAST": last,
+    }
+    return LaunchGrid(channel_blocks * programs_per_sample, voxels_per_program, programs_per_sample, constants)
 
 
 def layout_compile_case(
@@ -94,87 +127,102 @@ def layout_compile_case(
     dtype: str = "bf16",
     **constants: Any,
 ) -> CompileCase:
-    """The case for `kernels/aot.py` of a kernel that walks x (1, channels, voxels) in 32 groups. Parameters and statistics are
-    fp32; `dtype` is that of what is as large as x, and of the shift. constants: those that `walk` does not set."""
+    """The ahead-of-time compile case of an element-wise kernel on x (1, channels, voxels) in 32 groups.
+
+    Args:
+        kernel: Name of the kernel in `DEFAULT_LAUNCH_CONFIGS`.
+        step: Which of its launches, as in `layout_key`.
+        function: The Triton function.
+        channels: C.
+        voxels: S.
+        last: Channels last.
+        dtype: Triton's name for the dtype of the shift and of all tensors as large as x; parameters and statistics are fp32.
+        **constants: Compile-time constants that `launch_grid` does not set.
+    """
     x = torch.empty((1, voxels, channels) if last else (1, channels, voxels), device="meta")
     x = x.movedim(-1, 1) if last else x
-    tuned = DEFAULT_LAUNCH_CONFIGS[kernel][layout_key(step, x)]
+    config = DEFAULT_LAUNCH_CONFIGS[kernel][layout_key(step, x)]
     large = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "h_ptr", "residual_ptr", "shift_ptr")
     pointers = [name for name in function.arg_names if name.endswith("_ptr")]
     signature = {name: f"*{dtype}" if name in large else "*fp32" for name in pointers}
-    signature |= dict.fromkeys(("S", "rows", "shares", "part_rows", "parts", "shift_stride"), "i32") | {"eps": "fp32"}
+    integers = ("S", "voxels_per_program", "programs_per_sample", "voxels_per_part", "parts", "stride_shift_b")
+    signature |= dict.fromkeys(integers, "i32") | {"eps": "fp32"}
     title = f"{kernel} {layout_key(step, x)} c{channels} {dtype}"
-    known = {**launch_grid(x, 32, tuned).sizes, **constants}
-    sizes_and_more = {key: value for key, value in known.items() if key in function.arg_names}
-    return CompileCase(title, function, signature, tuned, sizes_and_more, ("S", "rows", "part_rows"), wide_loads=True)
+    known = {**launch_grid(x, 32, config).constants, **constants}
+    taken = {name: value for name, value in known.items() if name in function.arg_names}
+    divisible = ("S", "voxels_per_program", "voxels_per_part")
+    return CompileCase(title, function, signature, config, taken, divisible, wide_loads=True)
 
 
-def sizes(x: Tensor) -> tuple[int, int, int, bool]:
-    """B, C, S of a dense tensor, and whether its channels are last."""
+def sizes_and_layout(x: Tensor) -> tuple[int, int, int, bool]:
+    """B, C and S of a dense tensor, and whether it is channels last."""
     return x.shape[0], x.shape[1], x.shape[2:].numel(), is_channels_last(x)
 
 
-def power_of_two(n: int) -> int:
-    """The smallest that is not less than n."""
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 @jit
-def program_coords(shares, blocks, REVERSED: tl.constexpr):
-    """(sample as int64, channel block, share of the voxels) of this program in a flat grid. REVERSED: last ones first, to meet
-    in the L2 cache what the launch before touched last."""
-    pid = tl.program_id(0)
+def program_coords(programs_per_sample, channel_blocks, REVERSED: tl.constexpr):
+    """(sample as int64, channel block, part of the voxels) of this program in a flat grid.
+
+    REVERSED starts with the last program, whose data the previous launch has left in the L2 cache.
+    """
+    i_program = tl.program_id(0)
     if REVERSED:
-        pid = tl.num_programs(0) - 1 - pid
-    rest = pid // shares
-    return (rest // blocks).to(tl.int64), rest % blocks, pid % shares
+        i_program = tl.num_programs(0) - 1 - i_program
+    i_row = i_program // programs_per_sample
+    return (i_row // channel_blocks).to(tl.int64), i_row % channel_blocks, i_program % programs_per_sample
 
 
 @jit
-def tile_origin(b, first, S, C: tl.constexpr, LAST: tl.constexpr):
-    """Offset of voxel `first`, channel 0 of sample `b`; b is int64."""
-    return (b * S + first) * C if LAST else b * S * C + first
+def tile_origin(i_b, first, S, C: tl.constexpr, LAST: tl.constexpr):
+    """Offset of voxel `first`, channel 0 of sample `i_b`, which is int64."""
+    return (i_b * S + first) * C if LAST else i_b * S * C + first
 
 
 @jit
-def tile_offsets(channels, S, C: tl.constexpr, BLOCK_S: tl.constexpr, LAST: tl.constexpr):
+def tile_offsets(o_c, S, C: tl.constexpr, BLOCK_S: tl.constexpr, LAST: tl.constexpr):
     """Offsets [BLOCK_S, BLOCK_C] of a tile from its origin."""
-    voxels = tl.arange(0, BLOCK_S)
-    return voxels[:, None] * C + channels[None, :] if LAST else channels[None, :].to(tl.int64) * S + voxels[:, None]
+    o_s = tl.arange(0, BLOCK_S)
+    return o_s[:, None] * C + o_c[None, :] if LAST else o_c[None, :].to(tl.int64) * S + o_s[:, None]
 
 
 @jit
-def channel_lanes(block, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Lanes of a program, their channels, and which of them there are."""
-    lane = tl.arange(0, BLOCK_C)
-    return lane, block * GROUPS * CPG + lane, lane < GROUPS * CPG
+def channel_lanes(i_block, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(lanes of a program, their channels, mask of the lanes in use), each [BLOCK_C]."""
+    o_lane = tl.arange(0, BLOCK_C)
+    return o_lane, i_block * GROUPS * CPG + o_lane, o_lane < GROUPS * CPG
 
 
 @jit
-def voxel_range(k, rows, S):
-    """First voxel and end of share `k`."""
-    start = k.to(tl.int64) * rows
-    return start, tl.minimum(start + rows, S)
+def voxel_range(i_part, voxels_per_program, S):
+    """First voxel of part `i_part`, and the end (exclusive)."""
+    start = i_part.to(tl.int64) * voxels_per_program
+    return start, tl.minimum(start + voxels_per_program, S)
 
 
 @jit
-def to_groups(values, group, BLOCK_G: tl.constexpr):
-    """Sums [BLOCK_G] over the channels of each group of values [BLOCK_C]."""
-    return tl.sum(tl.where(group[:, None] == tl.arange(0, BLOCK_G)[None, :], values[:, None], 0.0), axis=0)
+def sum_over_groups(b_values, o_g, BLOCK_G: tl.constexpr):
+    """Sums [BLOCK_G] over the channels of each group of values [BLOCK_C]; o_g is the group of each channel."""
+    return tl.sum(tl.where(o_g[:, None] == tl.arange(0, BLOCK_G)[None, :], b_values[:, None], 0.0), axis=0)
 
 
 @jit
-def to_channels(values, group, BLOCK_G: tl.constexpr):
-    """For each channel [BLOCK_C] the value of its group, of values [BLOCK_G]."""
-    return tl.sum(tl.where(group[:, None] == tl.arange(0, BLOCK_G)[None, :], values[None, :], 0.0), axis=1)
+def broadcast_to_channels(b_values, o_g, BLOCK_G: tl.constexpr):
+    """The value of its group for each channel [BLOCK_C], from values [BLOCK_G]; o_g is the group of each channel."""
+    return tl.sum(tl.where(o_g[:, None] == tl.arange(0, BLOCK_G)[None, :], b_values[None, :], 0.0), axis=1)
 
 
 @jit
-def channel_parameters(weight_ptr, bias_ptr, shift_ptr, b, channels, inside, C: tl.constexpr):
-    weight = tl.load(weight_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+def load_channel_parameters(weight_ptr, bias_ptr, shift_ptr, i_b, o_c, m_c, C: tl.constexpr):
+    """Weight, bias and shift [BLOCK_C] in fp32; the shift is 0 where shift_ptr is None."""
+    b_weight = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_bias = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     if shift_ptr is not None:
-        shift = tl.load(shift_ptr + b * C + channels, mask=inside, other=0.0).to(tl.float32)
+        b_shift = tl.load(shift_ptr + i_b * C + o_c, mask=m_c, other=0.0).to(tl.float32)
     else:
-        shift = tl.zeros_like(bias)
-    return weight, bias, shift
+        b_shift = tl.zeros_like(b_bias)
+    return b_weight, b_bias, b_shift

@@ -1,7 +1,8 @@
-"""Launch configurations: the shipped ones, and what was measured on a chip.
+"""Launch configurations: the defaults, and those measured on a particular GPU.
 
-A kernel's launcher asks `config(kernel, key, device)`; key says which of its shipped configurations the sizes need, such as
-"d32". What `benchmarks/tune_kernels.py` measured on a chip lies in `kernels/tuned/<chip>.json` and goes before the shipped one.
+A kernel's launcher calls `launch_config(kernel, key, device)`; the key, such as "forward d32", selects the configuration for
+the sizes at hand. Configurations measured by `benchmarks/tune_kernels.py` are stored in `kernels/tuned/<chip>.json` and take
+precedence over the defaults.
 """
 
 from __future__ import annotations
@@ -17,18 +18,24 @@ import torch
 
 
 class LaunchConfig(NamedTuple):
-    """constants: the kernel's block sizes by parameter name. num_warps, num_stages: Triton's."""
+    """Compile-time parameters of one kernel launch.
+
+    Attributes:
+        constants: The kernel's block sizes by parameter name.
+        num_warps: Warps per program.
+        num_stages: Software-pipelining stages of the loops.
+    """
 
     constants: dict[str, int]
     num_warps: int = 4
     num_stages: int = 2
 
     def launch(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
+        """The configuration as keyword arguments of a launch."""
         return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# kernel -> key -> configuration. Chosen by arithmetic and by what ptxas reports (kernels/aot.json), not yet by time.
+# kernel -> key -> configuration. Chosen by arithmetic and from the report of ptxas (kernels/aot.json), not yet by timing.
 DEFAULT_LAUNCH_CONFIGS: dict[str, dict[str, LaunchConfig]] = {
     "attention": {
         "forward d32": LaunchConfig({"BLOCK_N": 128, "BLOCK_L": 64}, num_warps=8, num_stages=3),
@@ -44,14 +51,14 @@ DEFAULT_LAUNCH_CONFIGS: dict[str, dict[str, LaunchConfig]] = {
         "dkdv d128": LaunchConfig({"BLOCK_N": 32, "BLOCK_L": 64}, num_warps=8, num_stages=2),
         "dkdv fp32": LaunchConfig({"BLOCK_N": 16, "BLOCK_L": 32}, num_warps=8, num_stages=1),
     },
-    # TILE: elements of x that a program holds at a time, so that two programs fit a multiprocessor's registers: `statistics`
-    # keeps two fp32 values an element, `sums` two or three, the passes that only apply none.
+    # TILE is the number of elements of x that a program holds at a time, chosen so that two programs fit in the registers of a
+    # multiprocessor: `statistics` keeps two fp32 values per element, `sums` two or three, the element-wise passes none.
     "group_norm_silu": {
         "statistics last": LaunchConfig({"TILE": 8192}, num_warps=16),
         "statistics first": LaunchConfig({"TILE": 4096}, num_warps=8),
         "apply last": LaunchConfig({"TILE": 8192}, num_warps=16),
         "apply first": LaunchConfig({"TILE": 8192}, num_warps=16),
-        "whole 2048": LaunchConfig({}, num_warps=4),  # the tile is in the key: a smaller one would not hold the group
+        "whole 2048": LaunchConfig({}, num_warps=4),  # the key fixes the tile: it must hold the group
         "whole 8192": LaunchConfig({}, num_warps=8),
         "whole 16384": LaunchConfig({}, num_warps=16),
         "sums last": LaunchConfig({"TILE": 4096}, num_warps=8),
@@ -77,11 +84,19 @@ DEFAULT_LAUNCH_CONFIGS: dict[str, dict[str, LaunchConfig]] = {
         "output": LaunchConfig({"BLOCK_N": 64, "BLOCK_O": 64, "BLOCK_C": 64}, num_warps=4, num_stages=3),
         "output fp32": LaunchConfig({"BLOCK_N": 32, "BLOCK_O": 32, "BLOCK_C": 32}, num_warps=4, num_stages=2),
     },
+    "upsample_conv3d": {
+        "16bit": LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3),
+        "narrow": LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
+        "fp32": LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, num_warps=4, num_stages=2),
+    },
 }
 
 
+_OVERRIDES: dict[tuple[str, str], LaunchConfig] = {}  # set by `override_launch_config`
+
+
 def launch_config(kernel: str, key: str, device: torch.device) -> LaunchConfig:
-    """The configuration of `kernel` for `key` on `device`."""
+    """The configuration of `kernel` for `key` on `device`: overridden, measured or default, in this order."""
     if (kernel, key) in _OVERRIDES:
         return _OVERRIDES[kernel, key]
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -90,21 +105,18 @@ def launch_config(kernel: str, key: str, device: torch.device) -> LaunchConfig:
 
 
 def tuned_file(chip: str) -> Path:
-    """Where the configurations measured on `chip`, named as CUDA names it, lie."""
+    """The file of the configurations measured on `chip`, the device name that CUDA reports."""
     return Path(__file__).parent / "tuned" / f"{chip.replace(' ', '_')}.json"
 
 
 @contextlib.contextmanager
 def override_launch_config(kernel: str, key: str, candidate: LaunchConfig) -> Iterator[None]:
-    """Within: `candidate` goes before what is shipped or measured. For the tuner."""
+    """Context manager in which `candidate` replaces the default or measured configuration. For the tuner."""
     _OVERRIDES[kernel, key] = candidate
     try:
         yield
     finally:
         del _OVERRIDES[kernel, key]
-
-
-_OVERRIDES: dict[tuple[str, str], LaunchConfig] = {}
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Real compilation for GPUs that are not here: every shipped configuration, compared with the committed table."""
+"""Ahead-of-time compilation of every default launch configuration, compared with the committed table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ccella_fast.kernels.aot import all_cases, worse
+from ccella_fast.kernels.aot import all_cases, regressions
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,8 +19,8 @@ TABLE = ROOT / "kernels" / "aot.json"
 ARCHITECTURES = [80, 90, 100]
 
 
-# Another release of Triton allocates registers otherwise, so the table's numbers hold for its own release only. On others a
-# kernel must still compile, and have no problem but these spills, which the releases are known for.
+# Register allocation differs between releases of Triton, so the numbers of the table hold for one release only. On other
+# releases every kernel must still compile, with no problems except these known spills.
 KNOWN_SPILLS = {
     "3.6.0": {"cross_attention output c256 bf16 d32 sm_100: spills 24 bytes"},
     "3.8.0": {"cross_attention heads c256 fp32 d32 sm_100: spills 32 bytes"},
@@ -36,7 +36,7 @@ def problems(rows):
     return {f"{row['name']} sm_{row['arch']}: {problem}" for row in rows for problem in row["problems"]}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
 def test_compiles_no_worse_than_the_committed_table(tmp_path, arch):
     file = tmp_path / "aot.json"
     command = [sys.executable, "-m", "ccella_fast.kernels.aot", "--arch", str(arch), "--json", str(file)]
@@ -46,7 +46,7 @@ def test_compiles_no_worse_than_the_committed_table(tmp_path, arch):
     result = json.loads(file.read_text())
     rows = result["rows"]
     if result["triton"] == json.loads(TABLE.read_text())["triton"]:
-        assert not worse(rows, committed())
+        assert not regressions(rows, committed())
     allowed = KNOWN_SPILLS.get(result["triton"], set())
     assert problems(rows) <= allowed
     assert done.returncode == int(bool(problems(rows))), done.stdout
@@ -61,13 +61,13 @@ def test_the_committed_table_is_complete_and_clean():
     assert not [row for row in rows if row["problems"] or row["spilled_bytes"]]
 
 
-def test_every_shipped_configuration_is_compiled():
+def test_every_default_configuration_is_compiled():
     compiled = [case.config for case in all_cases()]
     missing = [
         f"{kernel} {key}"
         for kernel, table in DEFAULT_LAUNCH_CONFIGS.items()
-        for key, shipped in table.items()
-        if not any(shipped is config for config in compiled)
+        for key, default in table.items()
+        if not any(default is config for config in compiled)
     ]
     assert not missing
 
@@ -79,12 +79,13 @@ def test_every_shipped_configuration_is_compiled():
         ({"shared_bytes": 10**6}, "1000000 bytes of shared memory, before"),
         ({"problems": ["spills 64 bytes"]}, "spills 64 bytes"),
         ({"name": "unheard of"}, "not in the committed table"),
-        ({"tensor_core_instructions": 0}, "tensor_core_instructions gone"),
-        ({"wide_loads": 0}, "wide_loads gone"),
+        ({"tensor_core_instructions": 0}, "no tensor_core_instructions"),
+        ({"wide_loads": 0}, "no wide_loads"),
     ],
+    ids=["registers", "shared-memory", "spills", "unknown-name", "no-tensor-cores", "no-wide-loads"],
 )
-def test_a_worse_table_is_told(change, message):
+def test_regressions_are_found(change, message):
     row = next(row for row in committed() if row["tensor_core_instructions"] and row["wide_loads"])
     changed = {**copy.deepcopy(row), **change}
-    assert not worse([row], committed())
-    assert [message in line for line in worse([changed], committed())] == [True]
+    assert not regressions([row], committed())
+    assert [message in line for line in regressions([changed], committed())] == [True]

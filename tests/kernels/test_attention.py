@@ -1,4 +1,4 @@
-"""Attention: every implementation against float64, the Triton kernels in the interpreter here and compiled on a GPU."""
+"""Attention: every backend against float64, the Triton kernels in the interpreter or, on a GPU, compiled."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ import torch
 
 from ccella_fast.kernels.attention import attention, attention_op, attention_reference, backend_support, rows_contiguous
 from ccella_fast.kernels.backend import BackendError, explain_choice, interpreted
-from kernel_fixtures import DTYPES, check_fused, guarded, mend_interpreter, outputs_and_gradients
+from kernel_fixtures import (
+    DTYPES,
+    check_fused,
+    draw,
+    dtype_params,
+    guarded,
+    labeled,
+    on_gpu,
+    outputs_and_gradients,
+    repair_interpreter,
+)
 
 NAMES = ["o", "dq", "dk", "dv"]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def mended(require):
+def repaired_interpreter(require):
     require("triton")
     if interpreted():
-        mend_interpreter()
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        repair_interpreter()
 
 
 def heads(batch, number, queries, keys, width, dtype):
@@ -32,7 +38,7 @@ def heads(batch, number, queries, keys, width, dtype):
 
 
 def plain(q, k, v):
-    """Eager, in the dtype of its arguments throughout: what the rule compares with."""
+    """Eager attention, in the dtype of its arguments throughout: the baseline of the criterion."""
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
 
 
@@ -45,8 +51,8 @@ def fused(q, k, v):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize("keys", [6, 11])
-def test_plain_paths(keys, backend):
+@pytest.mark.parametrize("keys", [6, 11], ids=labeled("L"))
+def test_plain_backends_equal_explicit_arithmetic(keys, backend):
     q, k, v = heads(2, 3, 6, keys, 4, torch.float64)
     scores = torch.einsum("bmnk,bmlk->bmnl", q, k) / 2.0  # sqrt(K) = 2
     expected = torch.einsum("bmnl,bmlk->bmnk", scores.exp() / scores.exp().sum(dim=3, keepdim=True), v)
@@ -56,7 +62,7 @@ def test_plain_paths(keys, backend):
     assert torch.autograd.gradcheck(lambda *t: attention(*t, backend=backend), tensors)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", dtype_params(torch.bfloat16, torch.float16))
 def test_reference_rounds_once(dtype):
     tensors = heads(1, 2, 9, 7, 32, dtype)
     expected = plain(*(t.double() for t in tensors))
@@ -65,22 +71,22 @@ def test_reference_rounds_once(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [32, 64, 96, 128])
+@pytest.mark.parametrize("width", [32, 64, 96, 128], ids=labeled("K"))
 def test_head_widths(width, dtype):
     check_fused(fused, plain, heads(1, 2, 139, 77, width, dtype), names=NAMES)
 
 
-# Odd lengths, one of each, exact multiples of the blocks, more keys than queries; the model's 8 and 16 heads.
+# Odd lengths, a single query, exact multiples of the blocks, more keys than queries; the 8 and 16 heads of the model.
 SIZES = [(2, 3, 1, 2), (1, 2, 1, 300), (1, 1, 259, 3), (1, 2, 128, 128), (2, 8, 65, 33), (1, 16, 64, 64)]
 
 
-@pytest.mark.parametrize("batch, number, queries, keys", SIZES)
+@pytest.mark.parametrize("batch, number, queries, keys", SIZES, ids=["B{}-M{}-N{}-L{}".format(*size) for size in SIZES])
 def test_lengths(batch, number, queries, keys):
     check_fused(fused, plain, heads(batch, number, queries, keys, 32, torch.bfloat16), names=NAMES)
 
 
 def test_one_key():
-    """Its weight is 1 whatever the query: o = v, and neither q nor k has a gradient."""
+    """Its weight is 1 for every query: o = v, and the gradients of q and k are zero."""
     tensors = heads(1, 2, 33, 1, 32, torch.float32)
     o, dq, dk, dv = outputs_and_gradients(fused, tensors, torch.ones(1, 2, 33, 32))
     torch.testing.assert_close(o, tensors[2].expand_as(o))
@@ -93,7 +99,7 @@ def test_padded_head_width():
 
 
 def packed(batch, tokens, number, width, dtype):
-    """q, k and v as views of one projection: no last-but-one stride equals the head width."""
+    """q, k and v as views of one projection, whose strides along the tokens differ from the head width."""
     together = draw(batch, tokens, 3, number, width).to(dtype)
     return list(together.permute(2, 0, 3, 1, 4).unbind())
 
@@ -104,7 +110,7 @@ def test_views_need_no_copy(monkeypatch):
     with monkeypatch.context() as context:
         context.setattr(torch.Tensor, "contiguous", lambda *_: pytest.fail("copied"))
         o = fused(*tensors)
-    assert o.transpose(1, 2).is_contiguous()  # joining the heads is a view
+    assert o.transpose(1, 2).is_contiguous()  # so that joining the heads is a view
     check_fused(fused, plain, tensors, names=NAMES)
 
 
@@ -122,33 +128,35 @@ def test_rows_too_far_apart_for_int32_are_copied():
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa", "reference"])
-def test_refuses_shapes_that_do_not_fit(backend):
+def test_mismatched_shapes_raise(backend):
     q, k, v = heads(2, 3, 6, 11, 32, torch.float32)
     for wrong in ((q, k[:1], v[:1]), (q, k[:, :1], v[:, :1]), (q, k, v[:, :, :9]), (q, k[..., :16], v[..., :16])):
-        with pytest.raises(ValueError, match="the same but for the tokens of q"):
+        with pytest.raises(ValueError, match="equal except for the tokens of q"):
             attention(*wrong, backend=backend)
     with pytest.raises(ValueError, match="head width"):
         attention(q[0], k[0], v[0], backend=backend)
 
 
 def test_expanded_tensors():
-    """One set of keys for all samples; a gradient whose every stride is 0."""
+    """One set of keys for all samples; an output gradient whose strides are all 0."""
     q, k, v = (t.requires_grad_() for t in heads(2, 2, 19, 23, 32, torch.float32))
     k_one, v_one = k[:1].detach().requires_grad_(), v[:1].detach().requires_grad_()
     fused(q, k_one.expand(2, -1, -1, -1), v_one.expand(2, -1, -1, -1)).sum().backward()
     wide = [t.detach().double().requires_grad_() for t in (q, k_one, v_one)]
     plain(*wide).sum().backward()
-    for ours, truth in zip((q, k_one, v_one), wide, strict=True):
-        torch.testing.assert_close(ours.grad.double(), truth.grad, rtol=1e-4, atol=1e-5)
+    for actual, truth in zip((q, k_one, v_one), wide, strict=True):
+        torch.testing.assert_close(actual.grad.double(), truth.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", dtype_params(torch.float32, torch.bfloat16))
 def test_large_scores(dtype):
-    """Scores of several hundred, of either sign: exp of them overflows, and so does exp2(-lse) at keys that are not there.
+    """Scores of several hundred, of either sign: their exp overflows, and so does exp2(-lse) at keys beyond L.
 
-    One fp32 rounding of a score s changes p by |s| eps of itself. Eager keeps p for the backward pass, so its rounding is the
-    same in p as in the sum that p was divided by, and largely cancels. Backward recomputes p here, from lse, which is as large
-    as s and rounded, and from k q^T, which need not have the bits of q k^T: the matrix product decides."""
+    One fp32 rounding of a score s changes p by a relative |s| eps. Eager attention saves p for the backward pass, so the
+    rounding is the same in p as in the sum by which p was divided, and largely cancels. The fused backward pass recomputes p
+    from lse, which is as large as s and rounded, and from k q^T, whose bits may differ from those of q k^T, depending on the
+    matrix product.
+    """
     q, k, v = heads(1, 2, 70, 70, 32, dtype)
     high, low = [9 * q, 9 * k, v], [8 + 0.1 * q, -8 + 0.1 * k, v]
     assert scores(*high).max() > 300 and scores(*low).max() < -300
@@ -163,8 +171,8 @@ def test_large_scores(dtype):
                 )
 
 
-def test_negative_control():
-    """The rule rejects a scale that is off by a hundredth, and two gradients that change places."""
+def test_criterion_rejects_wrong_results():
+    """The criterion rejects a scale that is off by 1 % and two exchanged gradients."""
     tensors = heads(1, 2, 33, 33, 32, torch.float32)
     with pytest.raises(AssertionError, match="o: error"):
         check_fused(lambda q, k, v: fused(1.01 * q, k, v), plain, tensors, names=NAMES)
@@ -193,14 +201,14 @@ def test_same_bits_every_time():
 def test_autocast():
     tensors = [t.requires_grad_() for t in heads(1, 2, 9, 7, 32, torch.float32)]
     with torch.autocast("cpu", torch.bfloat16):
-        o, theirs = fused(*tensors), attention(*tensors, backend="sdpa")
-    assert o.dtype == theirs.dtype == torch.bfloat16
-    torch.testing.assert_close(o, theirs, rtol=2**-6, atol=2**-7)
+        o, expected = fused(*tensors), attention(*tensors, backend="sdpa")
+    assert o.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(o, expected, rtol=2**-6, atol=2**-7)
     o.sum().backward()
     assert all(t.grad.dtype == torch.float32 and t.grad.isfinite().all() for t in tensors)
 
 
-def test_operator():
+def test_library_op():
     tensors = [t.requires_grad_() for t in heads(1, 2, 9, 7, 32, torch.float32)]
     torch.library.opcheck(attention_op, tensors)
 
@@ -220,15 +228,15 @@ def test_compile_sees_one_node():
     assert [name for name in seen[0] if "getitem" not in name] == ["ccella_fast.attention.default"]
 
 
-def test_refusals(monkeypatch):
+def test_backend_choice_and_unsupported_backends(monkeypatch):
     tensors = heads(1, 2, 5, 5, 32, torch.float32)
     assert explain_choice("attention", backend_support(CPU, torch.float32)).backend == "sdpa"
     with pytest.raises(BackendError, match="xformers.*(on cpu, not on a GPU|not installed)"):
         attention(*tensors, backend="xformers")
-    assert "up to 64 in float32, not 96" in str(
+    assert "up to 64 in float32, got 96" in str(
         backend_support(torch.device("cuda"), torch.float32, head_width=96)["triton"]
     )
-    with pytest.raises(BackendError, match="up to 128 in bfloat16, not 160"):
+    with pytest.raises(BackendError, match="up to 128 in bfloat16, got 160"):
         attention(*heads(1, 1, 5, 5, 160, torch.bfloat16), backend="triton")
     with pytest.raises(BackendError, match="float64 is not one of"):
         attention(*heads(1, 1, 5, 5, 32, torch.float64), backend="triton")
@@ -239,7 +247,7 @@ def test_refusals(monkeypatch):
     assert list(on_gpu) == ["sdpa", "triton", "xformers", "reference"] and on_gpu["triton"] is None
 
 
-def test_environment_overrides(monkeypatch):
+def test_environment_variable_overrides_the_choice(monkeypatch):
     called = []
     monkeypatch.setattr("ccella_fast.kernels.attention.attention_op", lambda *t: called.append(t) or attention_op(*t))
     tensors = heads(1, 1, 5, 5, 32, torch.float32)
@@ -251,7 +259,7 @@ def test_environment_overrides(monkeypatch):
 
 
 def test_xformers_layout(monkeypatch):
-    """xformers cannot run here. Its layout can be checked with a stand-in: (B, N, M, K) in and out."""
+    """The (B, N, M, K) layout of xformers, checked with a substitute, since xformers does not run on a CPU."""
 
     def memory_efficient_attention(q, k, v):
         scores = torch.einsum("bnmk,blmk->bmnl", q, k) * q.shape[-1] ** -0.5
@@ -260,12 +268,12 @@ def test_xformers_layout(monkeypatch):
     ops = SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
     monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(ops=ops))
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-    monkeypatch.setattr("ccella_fast.kernels.attention.xformers_refusal", lambda *_: None)
+    monkeypatch.setattr("ccella_fast.kernels.attention.xformers_unsupported_reason", lambda *_: None)
     tensors = heads(2, 3, 6, 11, 32, torch.float64)
     torch.testing.assert_close(attention(*tensors, backend="xformers"), plain(*tensors))
 
 
-def test_xformers_really_refuses_a_cpu(require):
+def test_xformers_does_not_support_a_cpu(require):
     require("xformers")
     from ccella_fast.kernels.attention import xformers_attention
 
@@ -273,23 +281,19 @@ def test_xformers_really_refuses_a_cpu(require):
         xformers_attention(*heads(1, 2, 8, 8, 32, torch.float32))
 
 
-def on_gpu(function):
-    return lambda *tensors: function(*(t.cuda() for t in tensors)).cpu()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [32, 64, 96, 128])
+@pytest.mark.parametrize("width", [32, 64, 96, 128], ids=labeled("K"))
 def test_compiled(width, dtype):
     tensors = heads(2, 4, 1031, 777, width, dtype)
-    able = backend_support(torch.device("cuda"), dtype, head_width=width)
-    for backend in (name for name, why_not in able.items() if why_not is None):
+    support = backend_support(torch.device("cuda"), dtype, head_width=width)
+    for backend in (name for name, reason in support.items() if reason is None):
         check_fused(on_gpu(lambda *t, b=backend: attention(*t, backend=b)), on_gpu(plain), tensors, names=NAMES)
 
 
 @pytest.mark.gpu
 def test_compiled_beyond_int32():
-    """Rows that lie 2^25 elements apart: the last one starts beyond 2^31."""
+    """Rows 2^25 elements apart, the last of which starts beyond 2^31."""
     spread = [
         torch.zeros(70 * 2**25, dtype=torch.bfloat16, device="cuda").view(1, 1, 70, 2**25)[..., :32] for _ in range(2)
     ]

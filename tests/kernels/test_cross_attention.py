@@ -1,4 +1,4 @@
-"""The cross-attention block against float64: the plain paths, and the Triton kernels interpreted here, compiled on a GPU."""
+"""The cross-attention block: every backend against float64, the Triton kernels in the interpreter or, on a GPU, compiled."""
 
 from __future__ import annotations
 
@@ -15,20 +15,16 @@ from ccella_fast.kernels.cross_attention import (
     cross_attention_op,
     cross_attention_reference,
 )
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter
+from kernel_fixtures import DTYPES, check_fused, draw, labeled, on_gpu, repair_interpreter
 
 NAMES = ["y", "dx", "dk", "dv", "dln_weight", "dln_bias", "dw_q", "dw_out", "db_out"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def mended(require):
+def repaired_interpreter(require):
     require("triton")
     if interpreted():
-        mend_interpreter()
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        repair_interpreter()
 
 
 def block(batch, tokens, heads, keys, width, dtype, shared=False):
@@ -50,7 +46,7 @@ def fused(heads, backend="triton"):
 
 
 def plain(heads):
-    """Eager, in the dtype of its arguments throughout: what the rule compares with."""
+    """The eager block, in the dtype of its arguments throughout: the baseline of the criterion."""
 
     def attend(q, k, v):
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
@@ -60,39 +56,43 @@ def plain(heads):
     )
 
 
-def by_hand(heads, x, k, v, ln_weight, ln_bias, w_q, w_out, b_out):
-    centred = x - x.mean(2, keepdim=True)
-    h = centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt() * ln_weight + ln_bias
+def explicit_arithmetic(heads, x, k, v, ln_weight, ln_bias, w_q, w_out, b_out):
+    centered = x - x.mean(2, keepdim=True)
+    h = centered / (centered.square().mean(2, keepdim=True) + 1e-5).sqrt() * ln_weight + ln_bias
     q = torch.einsum("bnc,dc->bnd", h, w_q).reshape(*x.shape[:2], heads, -1)
     scores = torch.einsum("bnmk,bmlk->bmnl", q, k) / q.shape[3] ** 0.5
     o = torch.einsum("bmnl,bmlk->bnmk", scores.exp() / scores.exp().sum(3, keepdim=True), v).reshape(x.shape)
     return x + torch.einsum("bnc,dc->bnd", o, w_out) + b_out
 
 
-@pytest.mark.parametrize("backend", [None, "sdpa", "reference"])
-def test_plain_paths(backend):
+@pytest.mark.parametrize("backend", [None, "sdpa", "reference"], ids=["default", "sdpa", "reference"])
+def test_plain_backends_equal_explicit_arithmetic(backend):
     tensors = block(2, 5, 3, 7, 4, torch.float64)
-    expected = by_hand(3, *tensors)
+    expected = explicit_arithmetic(3, *tensors)
     torch.testing.assert_close(fused(3, backend)(*tensors), expected)
     tensors[5] = tensors[5] * 1.01
     assert not torch.allclose(fused(3, backend)(*tensors), expected)
 
 
-def test_plain_path_is_the_modules():
-    """On a CPU it is the chain of modules that it replaces, to the bit."""
+def test_default_on_a_cpu_equals_the_chain_of_modules():
+    """Bitwise, since it replaces them in existing models."""
     x, k, v, ln_weight, ln_bias, w_q, w_out, b_out = tensors = block(2, 9, 3, 7, 32, torch.float32)
     q = F.linear(F.layer_norm(x, (96,), ln_weight, ln_bias), w_q).unflatten(-1, (-1, 32)).transpose(1, 2)
     o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     assert torch.equal(fused(3, None)(*tensors), x + F.linear(o, w_out, b_out))
 
 
-# The model's 8 and 16 heads of 32 on its 256 keys; odd numbers of tokens and keys; one token; wider heads.
+# The 8 and 16 heads of the model on its 256 keys; odd numbers of tokens and keys; one token; wider heads.
 SIZES = [(1, 33, 8, 256, 32), (1, 18, 16, 70, 32), (2, 67, 3, 33, 32), (1, 1, 2, 5, 32)]
 WIDE = [(1, 33, 2, 35, 64), (1, 33, 2, 35, 96), (1, 33, 1, 35, 128)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch, tokens, heads, keys, width", SIZES + WIDE)
+@pytest.mark.parametrize(
+    "batch, tokens, heads, keys, width",
+    SIZES + WIDE,
+    ids=["B{}-N{}-M{}-L{}-K{}".format(*size) for size in SIZES + WIDE],
+)
 def test_sizes(batch, tokens, heads, keys, width, dtype):
     check_fused(fused(heads), plain(heads), block(batch, tokens, heads, keys, width, dtype), names=NAMES)
 
@@ -115,17 +115,17 @@ def test_layouts():
 
 
 def test_statistics_far_from_zero():
-    """Mean 1000, standard deviation 1: a variance taken as E[x^2] - E[x]^2 in fp32 would be noise."""
+    """Mean 1000, standard deviation 1: in fp32, E[x^2] - E[x]^2 would be noise."""
     tensors = block(1, 20, 4, 19, 32, torch.float32)
     tensors[0] = tensors[0] + 1000
     check_fused(fused(4), plain(4), tensors, names=NAMES)
 
 
-@pytest.mark.parametrize("each", [1, 2])
-def test_heads_may_be_split_over_programs(monkeypatch, each):
+@pytest.mark.parametrize("heads_per_program", [1, 2], ids=labeled("heads_per_program"))
+def test_dividing_the_heads_among_programs_changes_nothing(monkeypatch, heads_per_program):
     tensors = block(1, 37, 3, 19, 32, torch.bfloat16)
     together = fused(3)(*tensors)
-    monkeypatch.setattr(module, "_heads_per_program", lambda *_: each)
+    monkeypatch.setattr(module, "_heads_per_program", lambda *_: heads_per_program)
     assert torch.equal(fused(3)(*tensors), together)
 
 
@@ -147,13 +147,13 @@ def test_gradient_of_x_alone():
     tensors = block(1, 20, 2, 19, 32, torch.float32)
     x = tensors[0].requires_grad_()
     fused(2)(*tensors).square().sum().backward()
-    ours, x.grad = x.grad, None
+    actual, x.grad = x.grad, None
     plain(2)(*tensors).square().sum().backward()
-    torch.testing.assert_close(ours, x.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, x.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_negative_control():
-    """The rule rejects an epsilon of the layer norm that is off, and a bias that is left out."""
+def test_criterion_rejects_wrong_results():
+    """The criterion rejects a wrong epsilon of the layer norm and an omitted bias."""
     tensors = block(1, 20, 2, 19, 32, torch.float32)
     with pytest.raises(AssertionError, match="y: error"):
         check_fused(
@@ -172,19 +172,19 @@ def test_autocast():
     """Products in bf16, the residual stream in fp32, gradients in the dtypes of the tensors."""
     tensors = [t.requires_grad_() for t in block(1, 20, 2, 19, 32, torch.float32)]
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = fused(2)(*tensors), fused(2, "sdpa")(*tensors)
-    assert ours.dtype == theirs.dtype == torch.float32
+        actual, eager = fused(2)(*tensors), fused(2, "sdpa")(*tensors)
+    assert actual.dtype == eager.dtype == torch.float32
     truth = plain(2)(*(t.detach().double() for t in tensors))
-    assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max()
-    ours.sum().backward()
+    assert (actual - truth).abs().max() <= 2 * (eager - truth).abs().max()
+    actual.sum().backward()
     assert all(t.grad.dtype == torch.float32 and t.grad.isfinite().all() for t in tensors)
 
 
-def test_operator():
+def test_library_ops():
     tensors = [t.requires_grad_() for t in block(1, 9, 2, 7, 32, torch.float32)]
     torch.library.opcheck(cross_attention_op, (*tensors, 2, 1e-5))
     tensors = [t.detach() for t in tensors]
-    tensors[5] = tensors[5].T  # the layouts of gradients and parameters are not the results'
+    tensors[5] = tensors[5].T  # gradients and parameters may have other layouts than the results
     dy = tensors[0].mT.contiguous().mT
     torch.library.opcheck(cross_attention_backward_op, (dy, *tensors, 2, 1e-5))
 
@@ -204,45 +204,44 @@ def test_compile_sees_one_node():
     assert [name for name in seen[0] if "expand" not in name] == ["ccella_fast.cross_attention.default"]
 
 
-def test_shapes_that_do_not_fit():
+def test_mismatched_shapes_raise():
     x, k, v, *rest = block(2, 9, 4, 7, 32, torch.float32)
-    with pytest.raises(ValueError, match=r"both must be \(batch, 2, keys, 64\)"):
+    with pytest.raises(ValueError, match=r"must have shape \(batch, 2, keys, 64\)"):
         cross_attention(x, k, v, **parameters(*rest), num_heads=2)
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match="context_k and context_v must have shape"):
         cross_attention(x, k, v[:, :, :3], **parameters(*rest), num_heads=4)
-    with pytest.raises(ValueError, match="context_k has batch 3, x has 2"):
+    with pytest.raises(ValueError, match=r"must be 1 or that of x \(2\), got 3"):
         cross_attention(x, *(torch.cat([t, t[:1]]) for t in (k, v)), **parameters(*rest), num_heads=4)
     with pytest.raises(ValueError, match="divisible by 3 heads"):
         cross_attention(x, k, v, **parameters(*rest), num_heads=3)
     for name, tensor in parameters(*rest).items():
-        with pytest.raises(ValueError, match=f"{name} is .* needed for 128 channels"):
+        with pytest.raises(ValueError, match=f"{name} must have shape .* for 128 channels"):
             cross_attention(x, k, v, **{**parameters(*rest), name: tensor[:64]}, num_heads=4, backend="triton")
 
 
-def test_refusals():
+def test_backend_choice_and_unsupported_backends():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert explain_choice("cross_attention", backend_support(cpu, torch.float32)).backend == "sdpa"
     assert explain_choice("cross_attention", backend_support(gpu, torch.bfloat16)).backend == "triton"
     chosen = explain_choice("cross_attention", backend_support(gpu, torch.float32, head_width=64))
-    assert chosen.backend == "sdpa" and "up to 32 in float32, not 64" in chosen.reason
+    assert chosen.backend == "sdpa" and "up to 32 in float32, got 64" in chosen.reason
     chosen = explain_choice("cross_attention", backend_support(gpu, torch.bfloat16, channels=640, head_width=64))
-    assert chosen.backend == "sdpa" and "up to 512 channels, not 640" in chosen.reason
+    assert chosen.backend == "sdpa" and "up to 512 channels, got 640" in chosen.reason
     tensors = block(1, 9, 2, 7, 32, torch.float32)
     with pytest.raises(BackendError, match="xformers.*(on cpu, not on a GPU|not installed)"):
         fused(2, "xformers")(*tensors)
 
 
-def on_gpu(function):
-    return lambda *tensors: function(*(t.cuda() for t in tensors)).cpu()
+HEADS = [(8, 32), (16, 32), (4, 64), (8, 64), (2, 96), (4, 128)]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads, width", [(8, 32), (16, 32), (4, 64), (8, 64), (2, 96), (4, 128)])
+@pytest.mark.parametrize("heads, width", [(8, 32), (16, 32), (4, 64), (8, 64), (2, 96), (4, 128)], ids=labeled(""))
 def test_compiled(heads, width, dtype):
     tensors = block(2, 1031, heads, 256, width, dtype)
-    able = backend_support(torch.device("cuda"), dtype, channels=heads * width, head_width=width)
-    for backend in (name for name, why_not in able.items() if why_not is None):
+    support = backend_support(torch.device("cuda"), dtype, channels=heads * width, head_width=width)
+    for backend in (name for name, reason in support.items() if reason is None):
         check_fused(on_gpu(fused(heads, backend)), on_gpu(plain(heads)), tensors, names=NAMES)
 
 

@@ -1,5 +1,7 @@
-"""GroupNorm-SiLU: the plain function against arithmetic written out by hand, the Triton kernels against float64, in Triton's
-interpreter or, with the `gpu` marker, compiled."""
+"""GroupNorm-SiLU: the plain implementation against explicit arithmetic, the Triton kernels against float64.
+
+The kernels run in Triton's interpreter or, with the `gpu` marker, compiled.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ccella_fast.kernels import group_norm_silu as module
+from ccella_fast.kernels import group_norm_silu_forward as forward
 from ccella_fast.kernels import layout
 from ccella_fast.kernels.backend import BackendError, choose, jit, tl
 from ccella_fast.kernels.group_norm_silu import (
@@ -20,36 +22,44 @@ from ccella_fast.kernels.group_norm_silu import (
 )
 from ccella_fast.kernels.group_norm_silu_backward import backward_op
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter
+from kernel_fixtures import (
+    DTYPE_IDS,
+    DTYPES,
+    LAYOUTS,
+    channels_last,
+    check_fused,
+    draw,
+    dtype_params,
+    flag_params,
+    labeled,
+    repair_interpreter,
+    shape_id,
+)
 
-mend_interpreter()
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:overflow encountered:RuntimeWarning"
-)  # exp(-z) in lanes that are not stored
+repair_interpreter()
+# exp(-z) in lanes that are not stored
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 NAMES = ["y", "dx", "dweight", "dbias", "dshift"]
-KINDS = [(torch.float32, silu, shift) for silu in (False, True) for shift in (False, True)]
-KINDS += [(dtype, on, on) for dtype in (torch.bfloat16, torch.float16) for on in (False, True)]
+VARIANTS = [(torch.float32, silu, shift) for silu in (False, True) for shift in (False, True)]
+VARIANTS += [(dtype, on, on) for dtype in (torch.bfloat16, torch.float16) for on in (False, True)]
+VARIANTS = [
+    pytest.param(*variant, id=DTYPE_IDS[variant[0]] + "-silu" * variant[1] + "-shift" * variant[2])
+    for variant in VARIANTS
+]
+SHIFTED = flag_params("no_shift", "shift")
 ROUNDINGS = {torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 
-def draw(*shape, seed=0, dtype=torch.float64, mean=0.0):
-    return (mean + torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
-
-
-def channels_last(x):
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 def case(*shape, dtype=torch.float64, last=False, shift=True, mean=0.5, parameters=None):
-    """x, weight, bias, shift; parameters: the dtype of the last three."""
+    """x, weight, bias and shift; `parameters` is the dtype of the last three."""
     x = draw(*shape, dtype=dtype, mean=mean)
     batch, channels = shape[:2]
-    small = parameters or dtype
+    parameters = parameters or dtype
     return (
         channels_last(x) if last else x,
-        draw(channels, seed=1, dtype=small),
-        draw(channels, seed=2, dtype=small),
-        draw(batch, channels, seed=3, dtype=small) if shift else None,
+        draw(channels, seed=1, dtype=parameters),
+        draw(channels, seed=2, dtype=parameters),
+        draw(batch, channels, seed=3, dtype=parameters) if shift else None,
     )
 
 
@@ -70,29 +80,31 @@ def check(tensors, groups, silu=True):
 
 @pytest.fixture
 def many_programs(monkeypatch):
-    """Tiles so small that a small volume is shared among many programs, and no group is taken whole."""
-    monkeypatch.setattr(module, "WHOLE", ())
-    for key, tuned in DEFAULT_LAUNCH_CONFIGS["group_norm_silu"].items():
-        if "TILE" in tuned.constants:
-            monkeypatch.setitem(DEFAULT_LAUNCH_CONFIGS["group_norm_silu"], key, tuned._replace(constants={"TILE": 256}))
+    """Tiles so small that a small volume is divided among many programs, and no group fits in one program."""
+    monkeypatch.setattr(forward, "WHOLE_TILES", ())
+    for key, config in DEFAULT_LAUNCH_CONFIGS["group_norm_silu"].items():
+        if "TILE" in config.constants:
+            monkeypatch.setitem(
+                DEFAULT_LAUNCH_CONFIGS["group_norm_silu"], key, config._replace(constants={"TILE": 256})
+            )
 
 
-# --- The plain function.
+# --- The plain implementation.
 
 
 def expected_norm(x, groups, weight, bias, eps, silu, shift):
     h = x if shift is None else x + shift[:, :, None, None, None]
     grouped = h.reshape(x.shape[0], groups, -1)
-    centred = grouped - grouped.mean(dim=2, keepdim=True)
-    h = (centred / (centred.square().mean(dim=2, keepdim=True) + eps).sqrt()).reshape(x.shape)
+    centered = grouped - grouped.mean(dim=2, keepdim=True)
+    h = (centered / (centered.square().mean(dim=2, keepdim=True) + eps).sqrt()).reshape(x.shape)
     h = h * weight[:, None, None, None] + bias[:, None, None, None]
     return h / (1 + (-h).exp()) if silu else h
 
 
-@pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reference(dtype, silu, shifted):
+@pytest.mark.parametrize("shifted", SHIFTED)
+@pytest.mark.parametrize("silu", flag_params("no_silu", "silu"))
+@pytest.mark.parametrize("dtype", dtype_params(torch.float32, torch.bfloat16))
+def test_reference_equals_explicit_arithmetic(dtype, silu, shifted):
     x, weight, bias, shift = case(2, 8, 3, 5, 4, dtype=dtype, shift=shifted, mean=3)
     wide = [None if tensor is None else tensor.double() for tensor in (x, weight, bias, shift)]
     expected = expected_norm(wide[0], 4, wide[1], wide[2], 1e-3, silu, wide[3])
@@ -113,54 +125,54 @@ def test_reference_has_correct_gradients():
 # --- The kernels.
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize(("dtype", "silu", "shift"), KINDS)
+@pytest.mark.parametrize("last", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "silu", "shift"), VARIANTS)
 def test_a_group_in_one_program(dtype, last, silu, shift):
     check(case(2, 12, 3, 5, 4, dtype=dtype, last=last, shift=shift), 4, silu)
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize(("dtype", "silu", "shift"), KINDS)
+@pytest.mark.parametrize("last", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "silu", "shift"), VARIANTS)
 def test_a_group_in_many_programs(dtype, last, silu, shift, many_programs):
     check(case(2, 12, 3, 7, 3, dtype=dtype, last=last, shift=shift), 4, silu)
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("programs", ["one", "many"])
+@pytest.mark.parametrize("last", LAYOUTS)
+@pytest.mark.parametrize("programs", ["one_program", "many_programs"])
 def test_other_shapes(programs, last, request):
-    if programs == "many":
-        request.getfixturevalue("many_programs")
+    if programs == "many_programs":
+        request.getfixturevalue(programs)
     check(case(1, 6, 7, 13, dtype=torch.float32, last=last), 3)
     check(case(1, 6, 67, dtype=torch.bfloat16, last=last), 1)
     check(case(1, 6, 35, dtype=torch.float16, last=last), 3)
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("multiprocessors", [1, 4])
+@pytest.mark.parametrize("last", LAYOUTS)
+@pytest.mark.parametrize("multiprocessors", [1, 4], ids=labeled("multiprocessors"))
 def test_several_tiles_in_a_program(multiprocessors, last, many_programs, monkeypatch):
-    """A GPU so small that a program goes over several tiles, the last of them not full."""
-    monkeypatch.setattr(layout, "multiprocessors", lambda _: multiprocessors)
-    plan = layout.launch_grid(
+    """On a GPU so small that a program processes several tiles, the last one partial."""
+    monkeypatch.setattr(layout, "multiprocessor_count", lambda _: multiprocessors)
+    grid = layout.launch_grid(
         case(2, 12, 3, 7, 5, last=last)[0], 4, DEFAULT_LAUNCH_CONFIGS["group_norm_silu"]["sums first"]
     )
-    assert plan.rows > 256 // plan.sizes["BLOCK_C"] and 105 % plan.rows
+    assert grid.voxels_per_program > 256 // grid.constants["BLOCK_C"] and 105 % grid.voxels_per_program
     check(case(2, 12, 3, 7, 5, dtype=torch.float32, last=last), 4)
     check(case(2, 12, 3, 7, 5, dtype=torch.bfloat16, last=last), 4)
 
 
-# As the U-Net and the autoencoder use them, on grids that are much smaller and odd; 96 and 1024 take idle lanes and two blocks.
-# With channels first a program takes one of the 32 groups; four of them are enough.
-@pytest.mark.parametrize("channels", [64, 96, 128, 192, 256, 384, 512, 768, 1024])
+# The widths of the U-Net and the autoencoder, on much smaller grids of odd size; 96 has idle lanes, 192 to 1024 have several
+# channel blocks. With channels first a program takes one of the 32 groups, so that four groups are enough.
+@pytest.mark.parametrize("channels", [64, 96, 128, 192, 256, 384, 512, 768, 1024], ids=labeled("C"))
 def test_widths_of_the_model(channels, monkeypatch):
-    monkeypatch.setattr(module, "WHOLE", ())
+    monkeypatch.setattr(forward, "WHOLE_TILES", ())
     check(case(1, channels, 3, 5, 2, dtype=torch.bfloat16, last=True, parameters=torch.float32), 32)
     check(case(1, channels // 8, 3, 5, 2, dtype=torch.float32, last=False, shift=False), 4)
 
 
-@pytest.mark.parametrize("programs", ["one", "many"])
+@pytest.mark.parametrize("programs", ["one_program", "many_programs"])
 def test_other_strides(programs, request):
-    if programs == "many":
-        request.getfixturevalue("many_programs")
+    if programs == "many_programs":
+        request.getfixturevalue(programs)
     x, weight, bias, shift = case(2, 8, 3, 4, 5, dtype=torch.float32)
     wide = draw(2, 16, 4, 4, 5, seed=7, dtype=torch.float32)
     tokens = draw(2, 33, 8, seed=8, dtype=torch.float32).transpose(1, 2)
@@ -170,8 +182,8 @@ def test_other_strides(programs, request):
     assert y.is_contiguous()
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 4, 5, 6), (2, 8, 9, 5), (2, 8, 33)])
-def test_keeps_the_memory_format_and_takes_any_gradient_layout(shape, many_programs):
+@pytest.mark.parametrize("shape", [(2, 8, 4, 5, 6), (2, 8, 9, 5), (2, 8, 33)], ids=shape_id)
+def test_keeps_the_memory_format_and_accepts_any_gradient_layout(shape, many_programs):
     plain = case(*shape, dtype=torch.float32)
     last = channels_last(plain[0]).requires_grad_()
     y = both(4)[0](last, *plain[1:])
@@ -184,21 +196,21 @@ def test_keeps_the_memory_format_and_takes_any_gradient_layout(shape, many_progr
     assert torch.equal(from_contiguous, from_last)
 
 
-def test_parameters_and_shift_have_dtypes_of_their_own(many_programs):
+def test_parameters_and_shift_may_have_other_dtypes(many_programs):
     tensors = case(2, 12, 5, 7, dtype=torch.bfloat16, parameters=torch.float32)
     check(tensors, 4)
     tensors = case(2, 12, 5, 7, dtype=torch.float32, parameters=torch.bfloat16)
     check(tensors, 4)
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("programs", ["one", "many"])
+@pytest.mark.parametrize("last", LAYOUTS)
+@pytest.mark.parametrize("programs", ["one_program", "many_programs"])
 def test_stable_far_from_zero(last, programs, request):
-    if programs == "many":
-        request.getfixturevalue("many_programs")
+    if programs == "many_programs":
+        request.getfixturevalue(programs)
     x, weight, bias, _ = case(1, 8, 9, 10, 11, dtype=torch.float32, last=last, shift=False, mean=1000)
     expected = both(4)[1](x.double(), weight.double(), bias.double(), None)
-    tolerance = {"rtol": 0, "atol": 1e-3}  # fp32 holds the mean to 3e-5; weights and slopes make 1e-4 of it
+    tolerance = {"rtol": 0, "atol": 1e-3}  # the rounding of the mean, 3e-5, grows to 1e-4 by weight and slope
     torch.testing.assert_close(both(4)[0](x, weight, bias, None).double(), expected, **tolerance)
     shift = draw(1, 8, seed=3, dtype=torch.float32)
     shifted = both(4)[0](x - 1000, weight, bias, 1000 + shift)
@@ -206,12 +218,12 @@ def test_stable_far_from_zero(last, programs, request):
     torch.testing.assert_close(shifted.double(), expected, **tolerance)
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("programs", ["one", "many"])
+@pytest.mark.parametrize("last", LAYOUTS)
+@pytest.mark.parametrize("programs", ["one_program", "many_programs"])
 def test_a_constant_volume_becomes_its_bias(last, programs, request):
-    """Whatever a rounded mean leaves over is multiplied by 1 / sqrt(eps), 316."""
-    if programs == "many":
-        request.getfixturevalue("many_programs")
+    """The rounding error of the mean is multiplied by 1 / sqrt(eps) = 316."""
+    if programs == "many_programs":
+        request.getfixturevalue(programs)
     x = torch.full((1, 12, 9, 10, 11), 1000.1)
     x = channels_last(x) if last else x
     bias = draw(12, seed=2, dtype=torch.float32)
@@ -229,7 +241,7 @@ def test_the_one_pass_formula_is_not_stable_far_from_zero():
     assert not torch.allclose(y.double(), expected, rtol=0, atol=1e-3)
 
 
-def test_the_rule_refuses_a_wrong_kernel(many_programs):
+def test_criterion_rejects_a_wrong_kernel(many_programs):
     tensors = case(2, 8, 3, 7, 5, dtype=torch.bfloat16)
     fused, plain = both(4)
     for name, wrong in {
@@ -251,8 +263,8 @@ def test_every_run_gives_the_same_bits(many_programs):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("last", [False, True])
-def test_ready_made_statistics(backend, last, many_programs):
+@pytest.mark.parametrize("last", LAYOUTS)
+def test_given_statistics(backend, last, many_programs):
     x, weight, bias, shift = case(2, 12, 6, 7, 5, dtype=torch.float32, last=last, mean=100)
     mean, variance = group_norm_statistics(x, 4, shift=shift, backend=backend)
     exact = (x + shift[:, :, None, None, None]).double().reshape(2, 4, -1)
@@ -271,7 +283,7 @@ def test_ready_made_statistics(backend, last, many_programs):
     assert not torch.allclose(unshifted, whole, atol=0.1)
 
 
-def test_backward_through_ready_made_statistics_raises_on_triton():
+def test_backward_through_given_statistics_raises_on_triton():
     x, weight, bias, _ = case(1, 4, 9, dtype=torch.float32, shift=False)
     statistics = torch.zeros(1, 2), torch.ones(1, 2)
     y = group_norm_silu_apply(x.requires_grad_(), 2, *statistics, weight, bias, backend="triton")
@@ -279,60 +291,63 @@ def test_backward_through_ready_made_statistics_raises_on_triton():
         y.sum().backward()
 
 
-# --- How it is launched.
+# --- Launches and library ops.
 
 
-@pytest.mark.parametrize("channels", [64, 128, 192, 256, 384, 512, 768, 1024])
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("batch", [1, 8])
-def test_the_whole_gpu_works_whatever_the_batch(channels, last, batch):
+@pytest.mark.parametrize("channels", [64, 128, 192, 256, 384, 512, 768, 1024], ids=labeled("C"))
+@pytest.mark.parametrize("last", LAYOUTS)
+@pytest.mark.parametrize("batch", [1, 8], ids=labeled("B"))
+def test_the_grid_fills_the_gpu_at_any_batch_size(channels, last, batch):
     x = torch.empty(batch, channels, 2**14, device="meta")
     x = channels_last(x) if last else x
-    processors = layout.multiprocessors(x.device)
+    processors = layout.multiprocessor_count(x.device)
     for step in ("statistics", "apply", "sums", "input gradient"):
-        plan = layout.launch_grid(x, 32, DEFAULT_LAUNCH_CONFIGS["group_norm_silu"][layout.layout_key(step, x)])
-        assert plan.programs >= 0.9 * processors
-        assert plan.shares <= layout.PARTS and plan.shares * plan.rows >= 2**14 > (plan.shares - 1) * plan.rows
+        grid = layout.launch_grid(x, 32, DEFAULT_LAUNCH_CONFIGS["group_norm_silu"][layout.layout_key(step, x)])
+        assert grid.programs >= 0.9 * processors
+        parts, voxels = grid.programs_per_sample, grid.voxels_per_program
+        assert parts <= layout.MAX_PARTS and parts * voxels >= 2**14 > (parts - 1) * voxels
 
 
 @jit
-def _offsets_kernel(out_ptr, S, rows, LAST: tl.constexpr):
-    b, block, k = layout.program_coords(4, 1, True)
-    start, _ = layout.voxel_range(k, rows, S)
-    _, channels, _ = layout.channel_lanes(block, 2, 32, 64)
-    offsets = layout.tile_origin(b, start, S, 64, LAST) + layout.tile_offsets(channels, S, 64, 2, LAST)
-    tl.store(out_ptr + (b * 4 + k) * 128 + tl.arange(0, 2)[:, None] * 64 + tl.arange(0, 64)[None, :], offsets)
+def _offsets_kernel(out_ptr, S, voxels_per_program, LAST: tl.constexpr):
+    i_b, i_block, i_part = layout.program_coords(4, 1, True)
+    start, _ = layout.voxel_range(i_part, voxels_per_program, S)
+    _, o_c, _ = layout.channel_lanes(i_block, 2, 32, 64)
+    o_x = layout.tile_origin(i_b, start, S, 64, LAST) + layout.tile_offsets(o_c, S, 64, 2, LAST)
+    tl.store(out_ptr + (i_b * 4 + i_part) * 128 + tl.arange(0, 2)[:, None] * 64 + tl.arange(0, 64)[None, :], o_x)
 
 
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", LAYOUTS)
 def test_offsets_beyond_2_to_the_31(last):
-    """The arithmetic itself, at sizes that no test could allocate: 3 samples of 64 channels x 2^30 voxels."""
-    S, rows = 2**30, 2**28
+    """The offset arithmetic alone, at a size that no test could allocate: 3 samples of 64 channels x 2^30 voxels."""
+    S, voxels_per_program = 2**30, 2**28
     out = torch.zeros(12, 2, 64, dtype=torch.int64)
-    _offsets_kernel[(12,)](out, S, rows, LAST=last)
+    _offsets_kernel[(12,)](out, S, voxels_per_program, LAST=last)
     b, k, s, c = torch.meshgrid(*(torch.arange(n) for n in (3, 4, 2, 64)), indexing="ij")
-    voxel = k * rows + s
+    voxel = k * voxels_per_program + s
     expected = (b * S + voxel) * 64 + c if last else (b * 64 + c) * S + voxel
     assert expected.max() > 2**37
     assert torch.equal(out, expected.reshape(12, 2, 64))
-    assert not torch.equal(out.int().long(), out)  # 32 bits would not do
+    assert not torch.equal(out.int().long(), out)  # 32 bits are not enough
 
 
-@pytest.mark.parametrize(("last", "shift"), [(False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("last", "shift"), [(False, True), (True, False)], ids=["channels_first-shift", "channels_last-no_shift"]
+)
 def test_library_ops(last, shift):
     x, weight, bias, shift = case(2, 4, 3, 2, dtype=torch.float32, last=last, shift=shift)
     leaves = [tensor.requires_grad_() if tensor is not None else None for tensor in (x, weight, bias, shift)]
     x, weight, bias, shift = leaves
-    torch.library.opcheck(module._forward_op, (x, 2, weight, bias, 1e-5, True, shift))
+    torch.library.opcheck(forward.forward_op, (x, 2, weight, bias, 1e-5, True, shift))
     with torch.no_grad():
         x, weight, bias, shift = (None if tensor is None else tensor.detach() for tensor in leaves)
-        y, mean, rstd = module._forward_op(x, 2, weight, bias, 1e-5, True, shift)
+        y, mean, rstd = forward.forward_op(x, 2, weight, bias, 1e-5, True, shift)
         torch.library.opcheck(backward_op, (y, x, weight, bias, shift, mean, rstd, True))
-        torch.library.opcheck(module._apply_op, (x, mean, rstd, weight, bias, shift, True))
-        torch.library.opcheck(module._statistics_op, (x, 2, shift))
+        torch.library.opcheck(forward.apply_op, (x, mean, rstd, weight, bias, shift, True))
+        torch.library.opcheck(forward.statistics_op, (x, 2, shift))
 
 
-@pytest.mark.parametrize("backend", ["triton", None])
+@pytest.mark.parametrize("backend", ["triton", None], ids=["triton", "default"])
 def test_compiles_into_one_graph(backend):
     graphs = []
 
@@ -360,14 +375,14 @@ def test_compiles_with_its_backward_pass():
     torch.testing.assert_close(torch.autograd.grad(compiled(*tensors).sum(), tensors), expected)
 
 
-def test_meta_tensors_only_count():
+def test_meta_tensors():
     x = channels_last(torch.empty(2, 64, 8, 8, 4, device="meta", dtype=torch.bfloat16))
     weight = torch.empty(64, device="meta")
     y = group_norm_silu(x, 32, weight, weight, backend="triton")
     assert (y.shape, y.dtype, y.stride(), y.device) == (x.shape, x.dtype, x.stride(), x.device)
 
 
-def test_autocast_has_no_part_in_it():
+def test_autocast_has_no_effect():
     tensors = case(1, 4, 3, 5, dtype=torch.float32)
     for function in both(2):
         outside = function(*tensors)
@@ -377,7 +392,7 @@ def test_autocast_has_no_part_in_it():
         assert torch.equal(inside, outside)
 
 
-def test_choice():
+def test_backend_choice():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert choose("group_norm_silu", backend_support(cuda, torch.bfloat16)) == "triton"
     assert choose("group_norm_silu", backend_support(cuda, torch.float64)) == "reference"
@@ -386,7 +401,7 @@ def test_choice():
     assert choose("group_norm_silu", backend_support(torch.device("meta"), torch.bfloat16)) == "reference"
 
 
-def test_refuses_what_does_not_fit():
+def test_mismatched_shapes_and_unsupported_backends_raise():
     x, weight, bias, shift = case(2, 6, 5)
     with pytest.raises(BackendError, match="float64 is not one of"):
         group_norm_silu(x, 3, weight, bias, backend="triton")
@@ -394,13 +409,13 @@ def test_refuses_what_does_not_fit():
         group_norm_silu(x, 4, weight, bias)
     with pytest.raises(ValueError, match=r"\(B, C, \*spatial\)"):
         group_norm_silu(x[0], 3, weight, bias)
-    with pytest.raises(ValueError, match=r"\(B, C\) = \(2, 6\) is needed"):
+    with pytest.raises(ValueError, match=r"shift must have shape \(B, C\) = \(2, 6\)"):
         group_norm_silu(x, 3, weight, bias, shift=shift[:1])
-    with pytest.raises(ValueError, match=r"weight is \(3,\), \(C,\) = \(6,\) is needed"):
+    with pytest.raises(ValueError, match=r"weight must have shape \(C,\) = \(6,\), got \(3,\)"):
         group_norm_silu(x, 3, weight[:3], bias)
-    with pytest.raises(ValueError, match=r"bias is \(3,\), \(C,\) = \(6,\) is needed"):
+    with pytest.raises(ValueError, match=r"bias must have shape \(C,\) = \(6,\), got \(3,\)"):
         group_norm_silu_apply(x, 3, torch.zeros(2, 3), torch.zeros(2, 3), weight, bias[:3])
-    with pytest.raises(ValueError, match=r"mean is \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"mean and rstd must have shape \(B, G\) = \(2, 3\), got \(2, 2\)"):
         group_norm_silu_apply(x, 3, torch.zeros(2, 2), torch.zeros(2, 2), weight, bias)
 
 
@@ -416,23 +431,23 @@ def test_module_is_a_group_norm():
     torch.testing.assert_close(ours(x), nn.functional.silu(theirs(x)))
 
 
-# --- On a GPU: the same kernels, compiled, at their own tiles.
+# --- On a GPU: the same kernels, compiled, with their default tiles.
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", LAYOUTS)
 @pytest.mark.parametrize(
-    ("channels", "grid"), [(64, (33, 32, 31)), (192, (17, 16, 15)), (256, (16, 16, 8)), (1024, (5, 7, 8))]
+    "shape", [(64, 33, 32, 31), (192, 17, 16, 15), (256, 16, 16, 8), (1024, 5, 7, 8)], ids=shape_id
 )
-def test_compiled(dtype, last, channels, grid):
+def test_compiled(dtype, last, shape):
     for shift in (False, True):
-        tensors = case(2, channels, *grid, dtype=dtype, last=last, shift=shift)
+        tensors = case(2, *shape, dtype=dtype, last=last, shift=shift)
         check([None if tensor is None else tensor.cuda() for tensor in tensors], 32)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("grid", [(8, 8, 4), (32, 32, 32)])
+@pytest.mark.parametrize("grid", [(8, 8, 4), (32, 32, 32)], ids=shape_id)
 def test_in_a_cuda_graph(grid):
     x, weight, bias, shift = (tensor.cuda() for tensor in case(1, 64, *grid, dtype=torch.bfloat16, last=True))
     group_norm_silu(x, 32, weight, bias, shift=shift)
@@ -445,9 +460,9 @@ def test_in_a_cuda_graph(grid):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", LAYOUTS)
 def test_beyond_2_to_the_31_elements(last):
-    """One block of voxels over and over: statistics, output and dx are the block's, dweight is a multiple."""
+    """A block of voxels repeated: statistics, output and dx are those of the block, dweight is a multiple."""
     block, times = 2**20, 33
     x, weight, bias, _ = case(1, 64, block, dtype=torch.bfloat16, shift=False)
     small = [tensor.cuda().requires_grad_() for tensor in (x, weight, bias)]
@@ -467,9 +482,9 @@ def test_beyond_2_to_the_31_elements(last):
     torch.testing.assert_close(dweight, times * expected_dweight, rtol=2**-6, atol=times)
 
 
-@pytest.mark.parametrize("shifted", [False, True])
-def test_plain_path_keeps_a_large_mean_in_channels_last(shifted):
-    """PyTorch's own norm does not, on a CPU."""
+@pytest.mark.parametrize("shifted", SHIFTED)
+def test_plain_path_is_accurate_for_a_large_mean_in_channels_last(shifted):
+    """PyTorch's own norm on a CPU is not."""
     generator = torch.Generator().manual_seed(5)
     x = 1000 + torch.randn(2, 16, 6, 5, 4, generator=generator, dtype=torch.float64)
     shift = 100 * torch.randn(2, 16, generator=generator, dtype=torch.float64) if shifted else None

@@ -10,18 +10,10 @@ from ccella_fast.kernels import residual_shift as module
 from ccella_fast.kernels.backend import BackendError, choose
 from ccella_fast.kernels.residual_shift import backend_support, residual_shift, residual_shift_reference
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
-from kernel_fixtures import DTYPES, check_fused, mend_interpreter
+from kernel_fixtures import DTYPES, LAYOUTS, channels_last, check_fused, draw, repair_interpreter, shape_id
 
-mend_interpreter()
+repair_interpreter()
 NAMES = ["y", "dh", "dresidual", "dshift"]
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def channels_last(x):
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def fused(h, residual, shift):
@@ -36,13 +28,13 @@ def check(h, residual, shift):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """And a GPU so small that a program goes over several of them."""
-    monkeypatch.setattr(layout, "multiprocessors", lambda _: 2)
-    for key, tuned in DEFAULT_LAUNCH_CONFIGS["residual_shift"].items():
-        monkeypatch.setitem(DEFAULT_LAUNCH_CONFIGS["residual_shift"], key, tuned._replace(constants={"TILE": 256}))
+    """Small tiles, and a GPU so small that a program processes several of them."""
+    monkeypatch.setattr(layout, "multiprocessor_count", lambda _: 2)
+    for key, config in DEFAULT_LAUNCH_CONFIGS["residual_shift"].items():
+        monkeypatch.setitem(DEFAULT_LAUNCH_CONFIGS["residual_shift"], key, config._replace(constants={"TILE": 256}))
 
 
-def test_reference():
+def test_reference_equals_explicit_arithmetic():
     h, residual, shift = draw(2, 3, 4, 5), draw(2, 3, 4, 5, seed=1), draw(2, 3, seed=2)
     torch.testing.assert_close(residual_shift(h, residual, shift), h + residual + shift[:, :, None, None])
     torch.testing.assert_close(residual_shift(h, residual, shift[0]), h + residual + shift[0, :, None, None])
@@ -52,9 +44,9 @@ def test_reference():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("shape", [(2, 8, 3, 5, 7), (1, 37, 11, 3), (2, 6, 91), (1, 192, 5, 3, 2)])
-def test_errs_at_most_twice_as_much_as_plain_pytorch(dtype, last, shape):
+@pytest.mark.parametrize("last", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 8, 3, 5, 7), (1, 37, 11, 3), (2, 6, 91), (1, 192, 5, 3, 2)], ids=shape_id)
+def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, last, shape):
     h, residual = draw(*shape, dtype=dtype), draw(*shape, seed=1, dtype=dtype)
     h = channels_last(h) if last else h
     check(h, residual, draw(*shape[:2], seed=2, dtype=dtype))
@@ -62,13 +54,13 @@ def test_errs_at_most_twice_as_much_as_plain_pytorch(dtype, last, shape):
     check(h, residual, None)
 
 
-def test_the_rule_refuses_a_wrong_kernel():
+def test_criterion_rejects_a_wrong_kernel():
     tensors = draw(2, 8, 15, dtype=torch.bfloat16), draw(2, 8, 15, seed=1, dtype=torch.bfloat16), draw(2, 8, seed=2)
     with pytest.raises(AssertionError, match="y: error"):
         check_fused(lambda h, r, s: fused(h, r, s.flip(1)), residual_shift_reference, tensors, names=NAMES)
 
 
-def test_layouts():
+def test_output_has_the_layout_of_h():
     h, residual, shift = draw(2, 8, 3, 4, 5), draw(2, 8, 3, 4, 5, seed=1), draw(8, seed=2)
     h, residual, shift = h.float(), residual.float(), shift.float()
     assert fused(channels_last(h), residual, shift).stride() == channels_last(h).stride()
@@ -76,25 +68,25 @@ def test_layouts():
                                residual_shift_reference(h, residual, shift))  # fmt: skip
 
 
-@pytest.mark.parametrize("shift", [None, "of the samples", "of all"])
+@pytest.mark.parametrize("shift", ["no_shift", "per_sample", "shared"])
 def test_library_op(shift):
     h, residual = draw(2, 4, 3, 2).float(), channels_last(draw(2, 4, 3, 2, seed=1).float())
-    given = {None: None, "of the samples": draw(2, 4).float(), "of all": draw(4).float()}[shift]
+    given = {"no_shift": None, "per_sample": draw(2, 4).float(), "shared": draw(4).float()}[shift]
     leaves = [None if tensor is None else tensor.requires_grad_() for tensor in (h, residual, given)]
     torch.library.opcheck(module._residual_shift_op, tuple(leaves))
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*leaves), residual_shift_reference(*leaves))
 
 
-def test_choice_and_errors():
+def test_backend_choice_and_errors():
     cuda = torch.device("cuda")
     assert choose("residual_shift", backend_support(cuda, torch.bfloat16)) == "triton"
     assert choose("residual_shift", backend_support(cuda, torch.bfloat16, shifted=False)) == "reference"
     assert choose("residual_shift", backend_support(torch.device("cpu"), torch.float32)) == "reference"
     h = draw(2, 3, 4)
-    with pytest.raises(ValueError, match="the same"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         residual_shift(h, h[:, :, :3])
-    with pytest.raises(ValueError, match=r"\(C,\) or \(B, C\)"):
+    with pytest.raises(ValueError, match=r"must have shape \(C,\) or \(B, C\)"):
         residual_shift(h, h, torch.zeros(2))
     with pytest.raises(BackendError, match="float64"):
         residual_shift(h, h, backend="triton")
@@ -102,7 +94,7 @@ def test_choice_and_errors():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", LAYOUTS)
 def test_compiled(dtype, last):
     h, residual = draw(2, 192, 17, 16, 15, dtype=dtype), draw(2, 192, 17, 16, 15, seed=1, dtype=dtype)
     h = channels_last(h) if last else h
