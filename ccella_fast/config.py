@@ -1,8 +1,9 @@
-"""Every setting, its default and its check, in one place; the readers of both file forms.
+"""All settings with their defaults and checks, and the readers of both file formats.
 
-Our form is one JSON file with the sections of `Config`; a section or key left out keeps its default. The reference's form is
-three JSON files (env, config, def), read unchanged by `load_config([env, config, def])`. Config files are data: `_target_` must
-be on the list of targets that we implement, `$` expressions are refused, nothing is imported or run.
+Our format is one JSON file with the sections of `Config`; a section or key that is omitted keeps its default. The reference's
+format is three JSON files (env, config, def), which `load_config([env, config, def])` reads unchanged. Configuration files
+are data: nothing in them is imported or executed, `_target_` must be one of the implemented targets, and `$` expressions are
+errors.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, int) else
 
 
 class Section(BaseModel):
+    """A section of the configuration: unknown keys and non-finite numbers are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
@@ -43,7 +46,7 @@ class ModelConfig(Section):
     #: width of each level of the U-Net; every level but the last halves the grid
     num_channels: Annotated[list[Positive], Field(min_length=1)] = [64, 128, 256, 512]
     attention_levels: list[bool] = [False, False, True, True]  #: which levels have attention
-    #: width of an attention head on each level; 0 where there is no attention
+    #: width of an attention head on each level; 0 on levels without attention
     num_head_channels: list[Count] = [0, 0, 32, 32]
     num_res_blocks: Positive = 2  #: residual blocks per level on the way down; one more on the way up
     norm_num_groups: Positive = 32  #: groups of every group normalisation
@@ -61,7 +64,7 @@ class ModelConfig(Section):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in VARIANTS:
-            raise ValueError(f"there is no variant '{name}'; {did_you_mean(name, VARIANTS)}")
+            raise ValueError(f"the variant '{name}' does not exist; {did_you_mean(name, VARIANTS)}")
         return name
 
     @model_validator(mode="after")
@@ -153,6 +156,8 @@ class GridConfig(Section):
 
 
 class DataConfig(GridConfig):
+    """The grid of the studies, and how their volumes are loaded."""
+
     #: what loads and augments volumes; auto: DALI on a GPU, else torch
     engine: Literal["auto", "dali", "torch"] = "auto"
 
@@ -175,9 +180,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class AugmentationConfig(Section):
-    """How far volumes are changed. A key is the largest deviation drawn, 0 leaves the operator out; keys beside `preset` win.
+    """Strengths of the augmentations. A key is the largest deviation that is drawn; 0 turns the operator off.
 
-    Where the model reads the report, `flip` must be 0: a mirrored study has its left on the right."""
+    Keys that are given override those of `preset`. `flip` must be 0 if the model reads the report, because in a mirrored study
+    left and right are exchanged.
+    """
 
     preset: Literal["none", "text", "image"] = "text"  #: strengths of the keys that are not given
     rotation: Axes = [0.0, 0.0, 0.0]  #: degrees about R, A, S
@@ -203,12 +210,12 @@ class AugmentationConfig(Section):
 
     @property
     def active(self) -> bool:
-        """Does it change anything?"""
+        """Whether any operator is enabled."""
         return self.moves or any((self.gamma, self.contrast, self.brightness, self.bias, self.blur, self.noise))
 
     @property
     def moves(self) -> bool:
-        """Does it change where voxels lie?"""
+        """Whether any operator changes the geometry."""
         return any((*self.rotation, *self.translation, self.zoom, *self.crop, self.flip))
 
 
@@ -301,7 +308,7 @@ class PathsConfig(Section):
 
 
 class Config(Section):
-    """Everything. `dump()` is what is stored with a run; `load_config` of that file gives the same object."""
+    """The whole configuration. `dump()` is stored with a run, and `load_config` of that file returns an equal object."""
 
     name: str = "ccella"  #: name of the run, for people
     model: ModelConfig = ModelConfig()
@@ -319,7 +326,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         if len(self.model.latent_channels) != len(self.data.sequences):
             raise ValueError(
-                f"model.latent_channels {self.model.latent_channels} needs one entry a sequence (data.sequences "
+                f"model.latent_channels {self.model.latent_channels} needs one entry per sequence (data.sequences "
                 f"{self.data.sequences})"
             )
         if any(channels != self.autoencoder.latent_channels for channels in self.model.latent_channels):
@@ -330,16 +337,21 @@ class Config(Section):
     def class_loss_weight(self) -> float:
         """The configured weight w. The class target is scaled by 100, so the effective weight is 100 w.
 
-        Source: docs/explanation/method.md, section 3."""
+        Source: docs/explanation/method.md, section 3.
+        """
         given = self.training.text_class_pred_weight
         return self.model.traits.class_loss_weight if given is None else given
 
     def dump(self) -> dict[str, Any]:
-        """Plain JSON values, every default spelt out."""
+        """The configuration as JSON values, with every default."""
         return self.model_dump(mode="json")
 
     def check_grid(self) -> list[int]:
-        """The latent grid [X, Y, Z] of `data.dim`; ConfigError naming the nearest valid sizes when it does not divide."""
+        """The latent grid [X, Y, Z] of `data.dim`.
+
+        Raises:
+            ConfigError: `data.dim` is not divisible; the nearest valid sizes are named.
+        """
         step = self.autoencoder.factor * self.model.divisor
         if any(size % step for size in self.data.dim):
             down = [max(step, size // step * step) for size in self.data.dim]
@@ -377,18 +389,18 @@ def load_config(source: str | Path | Sequence[str | Path], overrides: Mapping[st
     """
     paths = [source] if isinstance(source, (str, Path)) else list(source)
     if not paths:
-        raise ConfigError("no configuration file is named", fix="give one file, or the reference's env, config and def")
+        raise ConfigError("no configuration file is given", fix="give one file, or the reference's env, config and def")
     files = [(path, read_json(path, error=ConfigError)) for path in paths]
     values, origin = files[0][1], ", ".join(Path(path).name for path in paths) if len(paths) > 1 else paths[0]
     if len(files) > 1 or (isinstance(values, dict) and reference_config.KEYS & values.keys() and "model" not in values):
         values = reference_config.convert(files)
     if not isinstance(values, dict):
-        raise ConfigError("a configuration is one JSON object", path=origin, fix="start the file with {")
+        raise ConfigError("a configuration must be one JSON object", path=origin, fix="start the file with {")
     return _validate(_override(values, overrides), origin)
 
 
 def make_config(overrides: Mapping[str, Any] | Sequence[str] = (), *, base: Config | None = None) -> Config:
-    """The defaults (or `base`) with overrides, checked as a file would be."""
+    """The defaults, or `base`, with overrides, validated like a file."""
     return _validate(_override(base.dump() if base else {}, overrides), None)
 
 
@@ -432,7 +444,7 @@ def _validate(values: dict[str, Any], origin: object) -> Config:
         fix = (
             f"this is {first['input']!r:.80}; see docs/reference/configuration.md"
             if field
-            else "mend these keys together"
+            else "make these keys consistent"
         )
         raise ConfigError(why, path=origin, field=field or None, fix=fix) from None
 

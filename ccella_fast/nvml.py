@@ -1,6 +1,6 @@
-"""NVIDIA's management library: how busy, fast, hot and full a GPU is, and what holds it back.
+"""Utilization, clocks, power, temperature and memory of a GPU, from NVIDIA's management library (NVML).
 
-Through nvidia-ml-py, whose module is called pynvml. A machine without the driver is normal: `open_gpu` then says why.
+It is read through nvidia-ml-py, whose module is called pynvml. Without the driver, `open_gpu` returns the reason.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from typing import Any, NamedTuple
 
-# NVML's "clocks event reasons": what holds the clocks down. Idle and application settings are no trouble and are left out.
+# NVML's "clocks event reasons" that lower the clocks, without those for idle GPUs and application settings.
 REASONS = {
     0x4: "power cap",
     0x8: "hardware slowdown",
@@ -19,6 +19,8 @@ REASONS = {
 
 
 class Reading(NamedTuple):
+    """One reading of a GPU."""
+
     utilisation: float  # percent of the last sampling interval in which a kernel ran
     sm_clock: float  # MHz
     memory_clock: float  # MHz
@@ -35,6 +37,7 @@ class Gpu:
         self._handle = handle
 
     def read(self) -> Reading:
+        """Read all values once."""
         import pynvml as nvml
 
         mask = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle)
@@ -49,14 +52,14 @@ class Gpu:
         )
 
     def energy(self) -> float:
-        """Joules since the driver was loaded. Differences of it are what work has cost."""
+        """Energy in joules since the driver was loaded; the difference of two readings is that of the work in between."""
         import pynvml as nvml
 
         return nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
 
 
 def open_gpu(index: int = 0) -> Gpu | str:
-    """torch's CUDA device `index`, or one sentence that says why there is none to ask."""
+    """Torch's CUDA device `index`, or a sentence that says why it cannot be read."""
     try:
         import pynvml as nvml
     except ImportError:
@@ -67,7 +70,7 @@ def open_gpu(index: int = 0) -> Gpu | str:
         nvml.nvmlInit()
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
-        uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"  # CUDA_VISIBLE_DEVICES renumbers, this does not
+        uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"  # does not depend on CUDA_VISIBLE_DEVICES
         gpu = Gpu(nvml.nvmlDeviceGetHandleByUUID(uuid))
         gpu.read()
     except nvml.NVMLError as error:
@@ -76,7 +79,7 @@ def open_gpu(index: int = 0) -> Gpu | str:
 
 
 class Monitor:
-    """Reads a GPU beside a piece of work: `with Monitor(gpu) as monitor: ...`, then `monitor.summary()`."""
+    """Reads a GPU in a thread during a block: `with Monitor(gpu) as monitor: ...`, then `monitor.summary()`."""
 
     def __init__(self, gpu: Gpu, interval: float = 0.1):
         self._gpu, self._interval = gpu, interval
@@ -99,7 +102,7 @@ class Monitor:
             self._readings.append(self._gpu.read())
 
     def summary(self) -> dict[str, Any]:
-        """Means over the work, the memory's peak, joules, and everything that held the clocks back."""
+        """Means over the block, peak memory, energy in joules, and the reasons for lowered clocks."""
         rows, count = self._readings, len(self._readings)
         means = {
             name: round(sum(getattr(row, name) for row in rows) / count, 1)

@@ -29,10 +29,10 @@ _OURS = "ccella_fast_model"
 
 @dataclass(frozen=True)
 class ReferenceCheckpoint:
-    """What a reference file holds, in plain tensors and numbers."""
+    """The content of a reference checkpoint, in plain tensors and numbers."""
 
     state_dict: dict[str, Tensor]
-    scale_factor: list[float]  # one a sequence; latents are multiplied by it before the network sees them
+    scale_factor: list[float]  # one per sequence; latents are multiplied by it before they enter the network
     epoch: int  # finished epochs
     num_train_timesteps: int
     variant: str
@@ -42,11 +42,16 @@ class ReferenceCheckpoint:
 def read_reference(
     path: str | Path, *, variant: str | None = None, config: ModelConfig | None = None
 ) -> ReferenceCheckpoint:
-    """Read a reference `.pt`, without running anything in it; tensors are on the CPU.
+    """Read a reference `.pt` to the CPU, without executing anything in it.
 
-    variant: tells CCELLA from L1ONLY, whose tensors are alike (default: the first row of the table that fits).
-    config: the exact architecture, for sizes that shapes do not show. Raises CheckpointError when the file is unsafe, damaged,
-    incomplete, or holds another variant or other tensors."""
+    Args:
+        path: the file.
+        variant: distinguishes CCELLA and L1ONLY, which have the same tensors; default: the first row of the table that fits.
+        config: the exact architecture, for sizes that do not follow from the shapes.
+
+    Raises:
+        CheckpointError: the file is unsafe, damaged or incomplete, or has another variant or other tensors.
+    """
     values = read_pt(path)
     if not isinstance(values, dict) or "unet_state_dict" not in values:
         fix = "give a checkpoint of the reference's training, such as CCELLA.pt"
@@ -71,20 +76,22 @@ def write_reference(
     path: str | Path,
     state_dict: Mapping[str, Tensor],
     scale_factor: Sequence[float],
-    epoch: int = 0,
-    loss: float = math.nan,
     num_train_timesteps: int = 1000,
-    optimizer: dict[str, Any] | None = None,
-    scheduler: dict[str, Any] | None = None,
     config: ModelConfig | None = None,
 ) -> None:
-    """Write what the reference's own scripts load: state dict of the whole module, scale factor (a 0-d tensor; several
-    sequences: a tuple of them), finished epochs, mean loss of the last one. Optimizer and scheduler state when given; with
-    config, also the sizes that shapes do not show."""
+    """Write a checkpoint that the scripts of the reference load.
+
+    Args:
+        path: the file.
+        state_dict: of the whole model.
+        scale_factor: one per sequence; written as a 0-d tensor, or as a tuple of them for several sequences.
+        num_train_timesteps: length of the noise schedule.
+        config: also stored, for the sizes that do not follow from the shapes.
+    """
     factors = tuple(torch.tensor(factor, dtype=torch.float64) for factor in scale_factor)
     values = {
-        "epoch": epoch,
-        "loss": loss,
+        "epoch": 0,
+        "loss": math.nan,
         "num_train_timesteps": num_train_timesteps,
         "scale_factor": factors[0] if len(factors) == 1 else factors,
         # Cloned: torch.save would write the whole storage behind a view.
@@ -92,8 +99,6 @@ def write_reference(
             name: plain(tensor).cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in state_dict.items()
         },
-        **({} if optimizer is None else {"optimizer": optimizer}),
-        **({} if scheduler is None else {"scheduler": scheduler}),
         **({} if config is None else {_OURS: config.model_dump(mode="json")}),
     }
     with atomic_path(path) as temporary:

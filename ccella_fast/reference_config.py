@@ -88,7 +88,7 @@ def convert(files: list[tuple[Any, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for path, values in files:
         if not isinstance(values, dict):
-            raise ConfigError("a configuration is one JSON object", path=path, fix="start the file with {")
+            raise ConfigError("a configuration must be one JSON object", path=path, fix="start the file with {")
         for key, value in values.items():
             _convert_key(result, path, values, key, value)
     return result
@@ -129,7 +129,7 @@ def _convert_section(
 ) -> None:
     body = values[section]
     if not isinstance(body, dict):
-        raise ConfigError("this section is a JSON object", path=path, field=section, fix="write it as {...}")
+        raise ConfigError("this section must be a JSON object", path=path, field=section, fix="write it as {...}")
     for key, value in body.items():
         field = f"{section}.{key}"
         _refuse_expression(path, field, value)
@@ -150,7 +150,7 @@ def _convert_section(
         each = values.get("autoencoder_latent_channels", min(channels, 4))
         each = _positive(path, "autoencoder_latent_channels", each)
         if channels % each:
-            why = f"{channels} latent channels are no multiple of the autoencoder's {each}"
+            why = f"{channels} latent channels are not a multiple of the autoencoder's {each}"
             raise ConfigError(why, path=path, field="latent_channels", fix="check autoencoder_latent_channels")
         _set(result, "model.latent_channels", [each] * (channels // each))
         if channels // each == len(_SEQUENCE_NAMES["multi"]):

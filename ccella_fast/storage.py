@@ -128,6 +128,8 @@ def safe_join(root: str | Path, entry: str, *, path: object = None, field: str |
     """Join `root` and the relative path `entry`, which must stay inside `root`, also through links.
 
     Args:
+        root: the folder.
+        entry: the relative path.
         path: the file in which `entry` is written, for the error message.
         field: its key there.
 

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder of five studies on which a small network trains in a second; nobody writes to it."""
+    """A prepared folder of five studies on which a small network trains in a second; it must not be written to."""
     from training_fixtures import write_prepared
 
     return write_prepared(tmp_path_factory.mktemp("data") / "prepared")

@@ -1,0 +1,1 @@
+"""Studies: reading, preparation, augmentation and loading."""

@@ -1,7 +1,7 @@
-"""`report.html`: what was run in a folder, with pictures, as one page that needs no network.
+"""`report.html`: the results of a folder as one page that needs no network.
 
-It only reads what the commands left behind; what is not there yet is said to be missing. No report text and no case id is
-copied: studies are numbered.
+It is built from the files that the commands have written and names those that are missing. Report text and case ids are not
+copied; studies are numbered.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SYNTHETIC = "Generated images are synthetic. Nothing on this page is for diagno
 
 
 class Sample(NamedTuple):
-    """One generated volume as `ccella-fast sample` wrote it: its sidecar and, per sequence, its file."""
+    """A generated volume as written by `ccella-fast sample`: its JSON file and its NIfTI file per sequence."""
 
     sidecar: dict[str, Any]
     files: dict[str, Path]
@@ -39,15 +39,17 @@ class Sample(NamedTuple):
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `folder/report.html` from `prepared/`, `vae/`, `model/` and `samples/` in it; returns its path.
+    """Write `folder/report.html` from `prepared/`, `vae/`, `model/` and `samples/` in it, and return its path.
 
-    Raises DataError when none of them is there or a file that is there is damaged."""
+    Raises:
+        DataError: all four are missing, or a file is damaged.
+    """
     import jinja2
 
     folder = Path(folder)
     if not any((folder / name).is_dir() for name in ("prepared", "vae", "model", "samples")):
-        fix = "give the folder that holds prepared/, vae/, model/ and samples/"
-        raise DataError("there is nothing to report on", path=folder, fix=fix)
+        fix = "give the folder that contains prepared/, vae/, model/ and samples/"
+        raise DataError("this folder contains no results", path=folder, fix=fix)
     prepared = load_manifest(folder / "prepared") if (folder / "prepared" / "manifest.json").is_file() else None
     config = _read(folder / "model" / "config.json") or {}
     samples = _samples(folder / "samples")

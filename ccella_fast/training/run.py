@@ -160,7 +160,7 @@ def find_start(run: Path, resume: str | None) -> Path | None:
     folder = Path(resume)
     if not (folder / "manifest.json").is_file():
         raise CheckpointError(
-            "there is no checkpoint here", path=folder, fix="name a step folder, or give --resume alone"
+            "this folder contains no checkpoint", path=folder, fix="give a step folder, or --resume alone"
         )
     verify_checkpoint(folder)
     if folder.resolve().parent.parent != run.resolve():

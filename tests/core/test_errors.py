@@ -15,10 +15,10 @@ EXIT_CODES = {
 
 @pytest.mark.parametrize("name", EXIT_CODES)
 def test_an_error_keeps_everything_across_processes(name: str):
-    error = getattr(errors, name)("it broke", path="a/b.nii", field="x.y", fix="mend\nit")
+    error = getattr(errors, name)("it broke", path="a/b.nii", field="x.y", fix="correct\nit")
     again = pickle.loads(pickle.dumps(error))  # noqa: S301
     assert type(again) is type(error) and again.exit_code == EXIT_CODES[name] and again.args == ("it broke",)
-    assert str(again) == "error: it broke\n  file:  a/b.nii\n  field: x.y\n  fix:   mend it"
+    assert str(again) == "error: it broke\n  file:  a/b.nii\n  field: x.y\n  fix:   correct it"
 
 
 def test_what_is_not_known_is_not_printed():

@@ -1,4 +1,4 @@
-"""The scripts under examples/ run as they stand, and say the truth about what they compare."""
+"""The scripts in examples/ run unchanged, and what they report is correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layout, import layers, names, and peace with Hugging Face's package called `kernels`."""
+"""Layout, import layers, names, and coexistence with Hugging Face's package called `kernels`."""
 
 from __future__ import annotations
 

@@ -71,7 +71,8 @@ def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
 def spellings(text: str) -> list[bytes]:
     """`text` as bytes: UTF-8 in three cases, UTF-16, hexadecimal, JSON's escapes, and base64 at its three offsets.
 
-    Of base64 only what is long enough not to stand in a picture's data by chance: four characters do."""
+    Short base64 strings are left out, because four characters can occur in the data of a picture by chance.
+    """
     raw = text.encode()
     packed = [base64.b64encode(bytes(shift) + raw)[4:-4] for shift in range(3)]
     packed = [characters for characters in packed if len(characters) >= 8]
@@ -186,7 +187,7 @@ def test_the_search_finds_what_is_there(journey: Journey, encoder: Path, tmp_pat
     assert Journey(tmp_path / "none", [REPORT], [WORD]).where(*spellings(WORD)) == ["log", "pictures"]
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     pass
 
 
@@ -216,7 +217,7 @@ def test_errors_and_tracebacks_of_every_stage_that_reads_text(
     quoted = [REPORT]  # by a library, in its message, which only --debug shows
 
     def fails(self: TextEncoder, reports: list[str]) -> None:
-        raise Broken(*quoted)
+        raise BrokenError(*quoted)
 
     prepares = ["prepare", "--data", studies, "--out", tmp_path / "out", "--config", tmp_path / "config.json"]
     samples = [
@@ -234,11 +235,11 @@ def test_errors_and_tracebacks_of_every_stage_that_reads_text(
             quoted[:] = [REPORT]
             assert cli.main([*map(str, given)]) != 0
             quoted.clear()
-            with pytest.raises(Broken) as broken:  # --debug leaves it to Python, which shows the traceback
+            with pytest.raises(BrokenError) as broken:  # --debug leaves it to Python, which shows the traceback
                 cli.main([*map(str, given), "--debug"])
             said += traceback.format_exception(broken.value)
     assert cli.main([*map(str, samples), "--solver", "none"]) != 0
     captured = capfd.readouterr()
-    assert "internal: Broken" in captured.err and "none" in captured.err  # all were reached
+    assert "internal: BrokenError" in captured.err and "none" in captured.err  # all were reached
     for secret in spellings(WORD):
         assert secret not in "\n".join([*said, captured.out, captured.err]).encode()

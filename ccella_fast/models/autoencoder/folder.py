@@ -49,7 +49,7 @@ def load_autoencoder(path: str | Path, config: AutoencoderConfig | None = None) 
     path = Path(path)
     if not path.exists():
         raise CheckpointError(
-            "there are no autoencoder weights here", path=path, fix="run `ccella-fast train-vae` first"
+            "this folder contains no autoencoder weights", path=path, fix="run `ccella-fast train-vae` first"
         )
     if path.is_file():
         config = config or AutoencoderConfig()
