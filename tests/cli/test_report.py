@@ -83,7 +83,7 @@ def test_what_is_missing_is_said(tmp_path):
     for missing in ("no reconstructions", "no generated volumes", "no autoencoder training", "no diffusion training"):
         assert missing in words
     assert len(pictures(page)) == 1
-    with pytest.raises(DataError, match="nothing to report"):
+    with pytest.raises(DataError, match="contains no results"):
         write_report(tmp_path / "prepared" / "images")
 
 
