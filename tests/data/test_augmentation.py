@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from ccella_fast.config import AugmentationConfig, Config, make_config
-from ccella_fast.data.augmentation.engine import VolumeRequest
 from ccella_fast.data.augmentation.parameters import (
     Augmentation,
     check_conditioning,
@@ -20,6 +19,7 @@ from ccella_fast.data.augmentation.parameters import (
     normals,
     operators_of,
 )
+from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine
 from ccella_fast.errors import ConfigError
 

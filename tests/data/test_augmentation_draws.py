@@ -15,7 +15,6 @@ import SimpleITK as sitk
 import torch
 
 from ccella_fast.config import AugmentationConfig
-from ccella_fast.data.augmentation.engine import VolumeRequest
 from ccella_fast.data.augmentation.parameters import (
     IDENTITY,
     Augmentation,
@@ -23,6 +22,7 @@ from ccella_fast.data.augmentation.parameters import (
     extremes,
     keeps_gland_in_view,
 )
+from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine
 
 SHAPE, SPACING = (40, 32, 20), (1.5, 2.0, 3.0)

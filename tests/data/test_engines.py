@@ -12,8 +12,9 @@ import SimpleITK as sitk
 import torch
 
 from ccella_fast.config import AugmentationConfig
-from ccella_fast.data.augmentation.engine import AugmentationEngine, VolumeRequest, make_engine
+from ccella_fast.data.augmentation.engine import AugmentationEngine, make_engine
 from ccella_fast.data.augmentation.parameters import IDENTITY, Augmentation, draw_augmentation
+from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine, blur
 from ccella_fast.data.manifest import load_manifest
 from ccella_fast.data.preparation.prepare import prepare

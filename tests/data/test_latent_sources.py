@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from ccella_fast.config import Config
-from ccella_fast.data.augmentation.engine import VolumeRequest, check_engine, make_engine
+from ccella_fast.data.augmentation.engine import check_engine, make_engine
 from ccella_fast.data.augmentation.parameters import Augmentation
+from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.loading import resident_latents
 from ccella_fast.data.loading.dataset import PreparedDataset, StudyEpoch
 from ccella_fast.data.loading.online_latents import OnlineLatents

@@ -18,8 +18,9 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from ccella_fast.config import AugmentationConfig
-from ccella_fast.data.augmentation.engine import VolumeRequest, diagnose_engine_error, threads_per_process
+from ccella_fast.data.augmentation.engine import diagnose_engine_error, threads_per_process
 from ccella_fast.data.augmentation.parameters import FAINT, normals
+from ccella_fast.data.augmentation.requests import VolumeRequest
 
 _AHEAD = 2  # batches
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccella_fast.config import AugmentationConfig
-from ccella_fast.data.augmentation.engine import VolumeRequest, threads_per_process
+from ccella_fast.data.augmentation.engine import threads_per_process
 from ccella_fast.data.augmentation.parameters import BIAS_FIELD, FAINT, normals
+from ccella_fast.data.augmentation.requests import VolumeRequest
 
 _SLAB = 2**17  # voxels: grid, source and result fit a core's cache
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ccella_fast.config import Config
-from ccella_fast.data.augmentation.engine import VolumeRequest, augmentation_of, make_engine, study_requests
+from ccella_fast.data.augmentation.engine import make_engine
+from ccella_fast.data.augmentation.requests import VolumeRequest, augmentation_of, study_requests
 from ccella_fast.data.preparation.latent_encoder import LatentEncoder
 from ccella_fast.data.preparation.stage_cache import StageCache, fingerprint_of
 from ccella_fast.data.preparation.stages import AUGMENTED_RECIPE, Stage, latent_digest, progress_bar

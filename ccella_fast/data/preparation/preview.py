@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccella_fast.data.augmentation.engine import VolumeRequest
 from ccella_fast.data.augmentation.parameters import Augmentation, extremes, operators_of
+from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine
 from ccella_fast.data.manifest import open_array
 from ccella_fast.data.preparation.images import ImageTask, read_series
