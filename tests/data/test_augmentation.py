@@ -14,10 +14,10 @@ from ccella_fast.data.augmentation.parameters import (
     Augmentation,
     check_conditioning,
     draw_augmentation,
-    extremes,
     keeps_gland_in_view,
-    normals,
-    operators_of,
+    minimal_config,
+    standard_normals,
+    strongest_augmentations,
 )
 from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine
@@ -105,15 +105,17 @@ def test_the_gland_stays_in_view():
     assert not all(keeps_gland_in_view(view, IMAGE.gland, SHAPE, SPACING) for view in free)
     assert len({view.rotation for view in views}) > 90  # not by giving up
     shown = [
-        (title, view) for title, view in extremes(IMAGE, SHAPE, SPACING) if title in ("crop", "translation", "zoom in")
+        (title, view)
+        for title, view in strongest_augmentations(IMAGE, SHAPE, SPACING)
+        if title in ("crop", "translation", "zoom in")
     ]
     assert len(shown) == 3 and all(keeps_gland_in_view(view, IMAGE.gland, SHAPE, SPACING) for _, view in shown)
 
 
 def test_only_the_operators_in_use_give_the_same_volume(tmp_path):
     x = np.random.default_rng(0).random(SHAPE)
-    for title, view in extremes(IMAGE, SHAPE, SPACING):
-        whole, alone = (make(tmp_path / "v.npy", x, config, view) for config in (IMAGE, operators_of(view)))
+    for title, view in strongest_augmentations(IMAGE, SHAPE, SPACING):
+        whole, alone = (make(tmp_path / "v.npy", x, config, view) for config in (IMAGE, minimal_config(view)))
         np.testing.assert_allclose(whole, alone, atol=2e-4, err_msg=title)
         assert np.abs(alone - x).max() > 0.01, title
 
@@ -123,7 +125,7 @@ def reads_report(**changes) -> Config:
 
 
 def test_a_mirrored_study_with_its_report_is_refused():
-    with pytest.raises(ConfigError, match="CCELLA reads the report.*'left' lies on the right") as caught:
+    with pytest.raises(ConfigError, match="CCELLA reads the report.*'left' is on the right") as caught:
         check_conditioning(reads_report(augmentation__preset="image"))
     assert caught.value.field == "augmentation.flip"
     check_conditioning(reads_report(augmentation__preset="image", augmentation__flip=0))
@@ -158,7 +160,7 @@ def test_intensities_are_what_the_module_says(tmp_path):
     ours = make(tmp_path / "v.npy", x, config, applied)
     truth = (0.9 * x.astype(np.float32).astype(np.float64)) ** 1.3
     truth = truth + 2 * 0.15 * truth * (1 - truth) * (2 * truth - 1)
-    noise = normals(x.size)[77 : 77 + x.size].reshape(x.shape).astype(np.float64)
+    noise = standard_normals(x.size)[77 : 77 + x.size].reshape(x.shape).astype(np.float64)
     truth = np.clip(truth + 0.04 * noise * np.clip(truth / 0.02, 0, 1), 0, 1)
     np.testing.assert_allclose(ours, truth, atol=1e-5)
     assert np.abs(ours - x).max() > 0.1

@@ -19,8 +19,8 @@ from ccella_fast.data.augmentation.parameters import (
     IDENTITY,
     Augmentation,
     draw_augmentation,
-    extremes,
     keeps_gland_in_view,
+    strongest_augmentations,
 )
 from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine
@@ -147,10 +147,10 @@ def test_the_gland_is_the_box_in_the_middle_of_at_most_four_fifths(gland: list[f
 def test_what_people_are_shown_is_each_strength_at_its_limit():
     config = strengths(rotation=[3, 0, 7], translation=[1, 2, 3], zoom=0.25, crop=[0.2, 0.1, 0.0], flip=0.5, gamma=0.2,
                        contrast=0.1, brightness=0.15, bias=0.2, blur=1.0, noise=0.05, gland=[5.0, 5.0, 5.0])  # fmt: skip
-    shown = dict(extremes(config, SHAPE, SPACING))
+    shown = dict(strongest_augmentations(config, SHAPE, SPACING))
     assert list(shown) == [
         "rotation R 3°", "rotation S 7°", "translation", "zoom in", "zoom out", "crop", "mirrored", "blur", "brighter",
-        "receive field", "gamma down", "gamma up", "contrast", "noise",
+        "bias field", "gamma down", "gamma up", "contrast", "noise",
     ]  # fmt: skip
     assert shown["rotation R 3°"].rotation == (3, 0, 0) and shown["rotation S 7°"].rotation == (0, 0, 7)
     assert shown["translation"].shift == (1, 2, 3) and shown["zoom in"].scale == (0.8,) * 3
@@ -159,7 +159,7 @@ def test_what_people_are_shown_is_each_strength_at_its_limit():
     assert shown["brighter"].gain == 1.15 and shown["noise"].noise == 0.05 and shown["blur"].blur == 1.0
     assert shown["gamma down"].gamma == pytest.approx(math.exp(-0.2)) and shown["contrast"].contrast == 0.1
     assert [title for title, view in shown.items() if view.flip] == ["mirrored"]
-    assert not list(extremes(strengths(), SHAPE, SPACING))
+    assert not list(strongest_augmentations(strengths(), SHAPE, SPACING))
 
 
 VIEWS = {

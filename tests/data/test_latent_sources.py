@@ -264,14 +264,14 @@ def test_online_training_needs_images_an_autoencoder_and_no_mirror(prepared: Pre
     mirrored = prepared.settings.model_copy(
         update={"augmentation": prepared.settings.augmentation.model_copy(update={"flip": 0.5})}
     )
-    with pytest.raises(ConfigError, match="'left' lies on the right"):
+    with pytest.raises(ConfigError, match="'left' is on the right"):
         train(mirrored, data=prepared.out, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_engine_that_cannot_be_had_leaves_nothing_behind(prepared: Prepared, tmp_path: Path, monkeypatch):
     """Else the same command, mended, would be refused: "this folder already holds a run"."""
-    monkeypatch.setattr("ccella_fast.data.augmentation.engine._why_no_dali", lambda: "it is not installed")
+    monkeypatch.setattr("ccella_fast.data.augmentation.engine._why_dali_is_unavailable", lambda: "it is not installed")
     data = prepared.settings.data.model_copy(update={"engine": "dali"})
     wanted = prepared.settings.model_copy(update={"data": data})
     works = [

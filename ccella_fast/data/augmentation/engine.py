@@ -1,8 +1,9 @@
-"""Prepared volumes, or windows of them, read and augmented in a given order: what is to be made, and who makes it.
+"""The engines that read and augment prepared volumes: their protocol, and the choice between them.
 
-An engine is given the whole order at once and applies what `augment` has drawn; it draws nothing itself. So the order is the
-caller's: a function of (seed, step), which any process can take up at any step. There are two engines, equal within
-rounding (tests/data/test_engines.py states it per operator): DALI, for a GPU, and torch, for either.
+An engine receives the whole order of requests at once and applies the augmentations that they carry; it does not draw random
+numbers. The caller therefore decides the order, as a function of (seed, step) that any process can resume at any step. There
+are two engines: DALI for a GPU, and torch for a CPU or a GPU. Their volumes are equal up to rounding;
+tests/data/test_engines.py states the tolerance per operator.
 """
 
 from __future__ import annotations
@@ -25,19 +26,33 @@ logger = logging.getLogger("ccella_fast")
 
 
 class AugmentationEngine(Protocol):
-    """`stream(paths, jobs, count)`: for n = 0 ... count-1 a tensor (B, 1, *size) float32 of the jobs `jobs(n)`, on the engine's
-    device. paths: of all these jobs, in order."""
+    """Reads and augments batches of volumes."""
 
     name: str
 
     def stream(
-        self, paths: Sequence[Path], jobs: Callable[[int], list[VolumeRequest]], count: int
-    ) -> Iterator[Tensor]: ...
+        self, paths: Sequence[Path], requests: Callable[[int], list[VolumeRequest]], count: int
+    ) -> Iterator[Tensor]:
+        """Yield `count` batches.
+
+        Args:
+            paths: files of all requests, in order.
+            requests: maps the number of a batch, from 0 to count - 1, to its requests.
+            count: number of batches.
+
+        Yields:
+            (B, 1, *size) float32 tensors on the engine's device.
+        """
+        ...
 
 
 def check_engine(choice: str) -> None:
-    """ConfigError where DALI is asked for by name and cannot be had: for callers that write before they make an engine."""
-    missing = _why_no_dali() if choice == "dali" else None
+    """Check that the configured engine is available, for callers that write files before they create an engine.
+
+    Raises:
+        ConfigError: `choice` is "dali" and DALI cannot be used.
+    """
+    missing = _why_dali_is_unavailable() if choice == "dali" else None
     if missing:
         fix = "pip install 'ccella-fast[gpu]', or set data.engine=auto"
         raise ConfigError(f"DALI cannot be used: {missing}", field="data.engine", fix=fix)
@@ -46,21 +61,23 @@ def check_engine(choice: str) -> None:
 def make_engine(
     choice: Literal["auto", "dali", "torch"], config: AugmentationConfig, device: torch.device, size: Sequence[int]
 ) -> AugmentationEngine:
-    """The engine for volumes of `size` voxels on `device`, and a line in the log that says which and why.
+    """Create the engine for volumes of `size` voxels on `device` and log the choice with its reason.
 
-    Raises ConfigError as `check_engine` does."""
+    Raises:
+        ConfigError: as in `check_engine`.
+    """
     check_engine(choice)
-    missing = _why_no_dali()
+    missing = _why_dali_is_unavailable()
     if choice == "auto":
         if device.type != "cuda":
-            choice, why = "torch", "on a CPU it is the faster one"
+            choice, reason = "torch", "it is faster on a CPU"
         elif missing:
-            choice, why = "torch", f"DALI cannot be used: {missing}"
+            choice, reason = "torch", f"DALI cannot be used: {missing}"
         else:
-            choice, why = "dali", "a GPU is there"
+            choice, reason = "dali", "a GPU is available"
     else:
-        why = "as configured"
-    logger.info("volumes are loaded and augmented by %s (%s)", choice, why)
+        reason = "as configured"
+    logger.info("volumes are loaded and augmented by %s (%s)", choice, reason)
     if choice == "dali":
         from ccella_fast.data.augmentation.dali_engine import DaliEngine
 
@@ -70,28 +87,29 @@ def make_engine(
     return TorchEngine(config, device, size)
 
 
-def _why_no_dali() -> str | None:
-    """None: it is there. Importing it is the test: an installed DALI may be of another Python or another CUDA."""
+def _why_dali_is_unavailable() -> str | None:
+    """The reason why DALI cannot be used, or None. It is imported because an installed DALI may not match Python or CUDA."""
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         return "it is not installed"
     try:
         import nvidia.dali  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as bad:
-        return f"it does not load ({' '.join(str(bad).split()):.80})"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"it cannot be imported ({' '.join(str(error).split()):.80})"
     return None
 
 
 def threads_per_process() -> int:
-    """For work beside the training: the cores of this process's share of the node."""
+    """Number of threads for work next to the training: this process's share of the node's cores, at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def diagnose_engine_error(jobs: Sequence[VolumeRequest], error: Exception) -> CcellaError:
-    """What an engine's failure means to the user: the file of these jobs that is at fault, or else the engine itself."""
-    for job in jobs:
+def diagnose_engine_error(requests: Sequence[VolumeRequest], error: Exception) -> CcellaError:
+    """Translate an engine's failure into an error that names the defective file among `requests`, or else the engine."""
+    for request in requests:
         try:
-            job.read()
+            request.read()
         except DataError as defect:
             return defect
     why = f"the data engine failed: {' '.join(str(error).split())[-120:]}"
-    return DataError(why, path=jobs[0].path if jobs else None, fix="set data.engine=torch, and report this")
+    path = requests[0].path if requests else None
+    return DataError(why, path=path, fix="set data.engine=torch, and report this error")

@@ -26,19 +26,29 @@ class _Window(NamedTuple):
 
 
 class VolumeRequest(_Window):
-    """One volume to make: the window of `size` voxels at `corner` of the `.npy` file (X, Y, Z) at `path`, augmented about the
-    window's centre. shape: of the file. spacing: mm. What lies outside the file is 0."""
+    """One volume that an engine is to produce: a window of a prepared `.npy` file (X, Y, Z), augmented about its center.
+
+    Voxels of the window that are outside the file are 0.
+
+    Attributes:
+        path: the file.
+        shape: shape of the file in voxels.
+        corner: index of the window's first voxel in the file.
+        size: shape of the window in voxels.
+        spacing: voxel size of the file in mm.
+        augmentation: what is applied to the window.
+    """
 
     @cached_property
     def matrix(self) -> np.ndarray:
-        """(3, 4): index of an output voxel -> index into the file."""
+        """(3, 4) float64, maps the index of an output voxel to an index into the file."""
         matrix = self.augmentation.matrix(self.size, self.spacing)
         matrix[:, 3] += self.corner
         return matrix
 
     @cached_property
     def box(self) -> tuple[Shape, Shape]:
-        """(start, shape) of the part of the file that the window needs; at least one voxel an axis."""
+        """Start and shape of the part of the file that the window needs, at least one voxel per axis."""
         last = np.array(self.size) - 1
         corners = np.array([[x, y, z] for x in (0, last[0]) for y in (0, last[1]) for z in (0, last[2])])
         reached = corners @ self.matrix[:, :3].T + self.matrix[:, 3]
@@ -49,33 +59,40 @@ class VolumeRequest(_Window):
 
     @property
     def local_matrix(self) -> np.ndarray:
-        """`matrix` into the box."""
+        """`matrix` relative to the start of `box`."""
         matrix = self.matrix.copy()
         matrix[:, 3] -= self.box[0]
         return matrix
 
     @property
     def sigmas(self) -> list[float]:
-        """Of the blur, in the result's voxels."""
+        """Standard deviation of the blur along each axis, in voxels of the output."""
         return [self.augmentation.blur / step for step in self.augmentation.spacing(self.spacing)]
 
     def read(self) -> np.ndarray:
-        """The box, a copy. DataError, naming the file, where it is missing or not what it was."""
+        """Read the box into memory.
+
+        Returns:
+            A float32 copy of the part `box` of the file.
+
+        Raises:
+            DataError: the file is missing, cannot be read or does not have the expected shape.
+        """
         try:
             if not self.path.is_file():
                 raise DataError("this prepared file is missing", path=self.path)
             values = open_array(self.path)
             if values.shape != tuple(self.shape):
-                raise DataError(f"its shape is {values.shape}, it was {self.shape}", path=self.path)
+                raise DataError(f"the shape must be {tuple(self.shape)}, got {values.shape}", path=self.path)
             (x, y, z), (i, j, k) = self.box
             return np.array(values[x : x + i, y : y + j, z : z + k])
-        except DataError as defect:
-            defect.fix = "run `ccella-fast prepare` again"
+        except DataError as error:
+            error.fix = "run `ccella-fast prepare` again"
             raise
 
 
 def augmentation_of(config: Config, case_id: str, *, seed: int, epoch: int) -> Augmentation:
-    """How a whole study looks in an epoch."""
+    """The augmentation of a whole study in an epoch; `IDENTITY` if the configuration does not enable any operator."""
     strengths, grid = config.augmentation, config.data
     if not strengths.active:
         return IDENTITY
@@ -85,7 +102,15 @@ def augmentation_of(config: Config, case_id: str, *, seed: int, epoch: int) -> A
 def study_requests(
     config: Config, images: dict[str, Path], case_id: str, *, seed: int, epoch: int
 ) -> list[VolumeRequest]:
-    """One job a sequence: the same view of each. images: sequence -> prepared file."""
+    """One request per sequence of a study, all with the same geometry.
+
+    Args:
+        config: gives the sequences, the grid and the augmentation.
+        images: prepared file of each sequence.
+        case_id: the study.
+        seed: seed of the run.
+        epoch: epoch for which the augmentation is drawn.
+    """
     x, y, z = config.data.dim
     r, a, s = config.data.spacing
     drawn = augmentation_of(config, case_id, seed=seed, epoch=epoch)

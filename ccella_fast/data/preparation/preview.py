@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccella_fast.data.augmentation.parameters import Augmentation, extremes, operators_of
+from ccella_fast.data.augmentation.parameters import Augmentation, minimal_config, strongest_augmentations
 from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine
 from ccella_fast.data.manifest import open_array
@@ -58,7 +58,7 @@ class PreviewStage(Stage):
             volume = series[name]
             yield Panel((volume.array - low) / (high - low), volume.spacing.tolist(), f"{name} as read")
             yield Panel(self._image(record, name), spacing, f"{name} prepared")
-        for title, augmentation in extremes(self.config.augmentation, self.config.data.dim, spacing):
+        for title, augmentation in strongest_augmentations(self.config.augmentation, self.config.data.dim, spacing):
             image = self._augmented(record, augmentation)
             yield Panel(image, augmentation.spacing(spacing), title)
 
@@ -70,5 +70,5 @@ class PreviewStage(Stage):
         x, y, z = self.config.data.dim
         r, a, s = self.config.data.spacing
         path = self.records.out / record["files"][f"image/{self.sequences[0]}"]["path"]
-        engine = TorchEngine(operators_of(augmentation), torch.device("cpu"), (x, y, z))
+        engine = TorchEngine(minimal_config(augmentation), torch.device("cpu"), (x, y, z))
         return engine.make(VolumeRequest(path, (x, y, z), (0, 0, 0), (x, y, z), (r, a, s), augmentation))[0].numpy()
