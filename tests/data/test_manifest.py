@@ -106,7 +106,7 @@ def test_malformed_json_names_line_and_column(folder: Path):
     with pytest.raises(DataError, match="nested too deeply|malformed"):
         load_manifest(folder)
     (folder / "manifest.json").unlink()
-    with pytest.raises(DataError, match="not prepared, or not to its end"):
+    with pytest.raises(DataError, match="not prepared, or its preparation is not complete"):
         load_manifest(folder)
 
 
@@ -127,7 +127,9 @@ def test_changed_files_are_seen(folder: Path):
     with pytest.raises(DataError, match="SHA-256"):
         prepared.array(first, "image/t2w", verify=True)
     path.write_bytes(content[:-4])
-    with pytest.raises(DataError, match="another size"):
+    with pytest.raises(
+        DataError, match=f"must be {len(content)} bytes according to the manifest, got {len(content) - 4}"
+    ):
         prepared.array(first, "image/t2w")
     path.unlink()
     with pytest.raises(DataError, match="missing"):
@@ -163,5 +165,5 @@ def test_only_plain_float32(folder: Path, kind: str):
     manifest["cases"][0]["files"]["image/t2w"] |= {"sha256": sha256(path), "bytes": path.stat().st_size}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     prepared: Manifest = load_manifest(folder)
-    with pytest.raises(DataError, match="plain .npy|float32 is expected"):
+    with pytest.raises(DataError, match="not a plain .npy array|must contain a float32 array, got"):
         prepared.array(prepared.cases[0], "image/t2w", verify=True)

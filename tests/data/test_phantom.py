@@ -28,7 +28,7 @@ def many_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """The table of many studies, without drawing them."""
     folder = tmp_path_factory.mktemp("rows")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantom, "_scan", lambda rng, patient: (None, None, patient.centre))
+        patch.setattr(phantom, "_scan", lambda rng, patient: (None, None, patient.center))
         patch.setattr(phantom, "_write_nifti", lambda *args: None)
         write_phantoms(folder, 96, seed=5)
     return read_rows(folder)
@@ -59,8 +59,12 @@ def test_a_folder_of_other_studies_is_left_alone(tmp_path: Path, name: str):
 
 
 def test_impossible_numbers(tmp_path: Path):
-    for arguments in ((0, 0), (-1, 0), (1, -1)):
-        with pytest.raises(ConfigError, match="or more"):
+    for arguments, message in [
+        ((0, 0), "--num_studies must be at least 1, got 0"),
+        ((-1, 0), "--num_studies must be at least 1, got -1"),
+        ((1, -1), "--seed must be at least 0, got -1"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
             write_phantoms(tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 
