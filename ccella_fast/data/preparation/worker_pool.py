@@ -120,7 +120,7 @@ def _collect(
     except BrokenProcessPool:
         candidates = ", ".join(names[number] for number in sorted(pending.values())[:6])
         why = f"a worker process was killed (out of memory?) at one of: {candidates}"
-        fix = "run the command again, which keeps completed work, with --workers 1 if it recurs"
+        fix = "run the command again (what is done is kept), with --workers 1 if it recurs"
         raise DataError(why, field="prepare", fix=fix) from None
 
 
