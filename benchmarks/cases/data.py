@@ -18,8 +18,9 @@ import torch
 
 from benchmark_case import BenchmarkCase, Implementation, PreparedCase
 from ccella_fast.config import AugmentationConfig, Config, load_config, make_config
-from ccella_fast.data.augmentation.engine import VolumeRequest, make_engine
+from ccella_fast.data.augmentation.engine import make_engine
 from ccella_fast.data.augmentation.parameters import Augmentation, draw_augmentation
+from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.loading.dataset import PreparedDataset
 from ccella_fast.data.loading.online_latents import OnlineLatents
 from ccella_fast.data.loading.resident_latents import ResidentLatents

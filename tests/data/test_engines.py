@@ -1,4 +1,4 @@
-"""DALI and torch give the same volumes, and both the right ones; files at fault are named; the choice of engine is told."""
+"""DALI and torch give the same, correct volumes; errors name the defective file; the choice of the engine is logged."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import SimpleITK as sitk
 import torch
 
 from ccella_fast.config import AugmentationConfig
-from ccella_fast.data.augmentation.engine import AugmentationEngine, VolumeRequest, make_engine
+from ccella_fast.data.augmentation.engine import AugmentationEngine, make_engine
 from ccella_fast.data.augmentation.parameters import IDENTITY, Augmentation, draw_augmentation
+from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine, blur
 from ccella_fast.data.manifest import load_manifest
 from ccella_fast.data.preparation.prepare import prepare
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 SHAPE, SPACING = (96, 96, 32), (1.0, 1.0, 2.25)
 IMAGE = AugmentationConfig.model_validate({"preset": "image"})
 GEOMETRY = {name: getattr(IMAGE, name) for name in ("rotation", "translation", "zoom", "crop", "flip")}
-# Operator: (strengths, largest and mean difference allowed between the engines, of an image in [0, 1]).
+# Operator: strengths, and the largest and mean difference allowed between the engines for images in [0, 1].
 OPERATORS = {
     "geometry": (GEOMETRY, 2e-3, 2e-5),  # the position of a voxel is rounded to about 1e-4 voxel
     "flip": ({"flip": 1.0}, 5e-5, 1e-6),
@@ -39,7 +40,7 @@ OPERATORS = {
 
 @pytest.fixture(scope="module")
 def patients(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The five real patients' prepared T2 series."""
+    """The prepared T2 series of the five real patients."""
     out = tmp_path_factory.mktemp("patients")
     prepare(real_data, out, config(data__spacing=list(SPACING), data__dim=list(SHAPE)))
     prepared = load_manifest(out)
@@ -57,35 +58,39 @@ def strengths(**changes) -> AugmentationConfig:
     return AugmentationConfig.model_validate({"preset": "none", **changes})
 
 
-def drawn(path: Path, settings: AugmentationConfig) -> VolumeRequest:
+def drawn_request(path: Path, settings: AugmentationConfig) -> VolumeRequest:
     view = draw_augmentation(settings, seed=2, case_id=path.parent.name, epoch=3, shape=SHAPE, spacing=SPACING)
     return VolumeRequest(path, SHAPE, (0, 0, 0), SHAPE, SPACING, view)
 
 
-def stream(choice: str, settings: AugmentationConfig, jobs: list[VolumeRequest], batch: int = 1) -> torch.Tensor:
-    """All the jobs, through the engine."""
-    made = make_engine(choice, settings, CPU, jobs[0].size)
-    batches = made.stream([job.path for job in jobs], lambda n: jobs[n * batch : (n + 1) * batch], len(jobs) // batch)
+def stream(choice: str, settings: AugmentationConfig, requests: list[VolumeRequest], batch: int = 1) -> torch.Tensor:
+    """The volumes of all requests, from the engine `choice`."""
+    engine = make_engine(choice, settings, CPU, requests[0].size)
+    batches = engine.stream(
+        [request.path for request in requests], lambda n: requests[n * batch : (n + 1) * batch], len(requests) // batch
+    )
     return torch.cat([part.clone() for part in batches])
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_both_engines_give_the_same_volumes(patients: list[Path], operator: str, require):
+def test_engines_agree_within_the_tolerance_of_the_operator(patients: list[Path], operator: str, require):
     require("nvidia.dali")
     changes, largest, mean = OPERATORS[operator]
     settings = strengths(**changes)
-    jobs = [drawn(path, settings) for path in patients]
-    ours, theirs = stream("torch", settings, jobs), stream("dali", settings, jobs)
-    apart = (ours - theirs).abs()
-    assert ours.shape == (5, 1, *SHAPE) and apart.max() < largest and apart.mean() < mean
+    requests = [drawn_request(path, settings) for path in patients]
+    ours, theirs = stream("torch", settings, requests), stream("dali", settings, requests)
+    difference = (ours - theirs).abs()
+    assert ours.shape == (5, 1, *SHAPE) and difference.max() < largest and difference.mean() < mean
     before = torch.stack([torch.from_numpy(np.load(path))[None] for path in patients])
-    assert (ours - before).abs().mean() > 50 * mean  # it has done something
-    again = [job._replace(augmentation=IDENTITY) for job in jobs[1:]]
-    assert (stream("dali", settings, again) - ours[1:]).abs().max() > 10 * largest  # another draw would be seen
+    assert (ours - before).abs().mean() > 50 * mean  # the operator changes the volumes
+    unaugmented = [request._replace(augmentation=IDENTITY) for request in requests[1:]]
+    assert (
+        stream("dali", settings, unaugmented) - ours[1:]
+    ).abs().max() > 10 * largest  # negative control: another augmentation
 
 
-def test_the_warp_is_simpleitks(patients: list[Path], engine: str):
-    """The same view, told to SimpleITK in millimetres."""
+def test_warp_matches_simpleitk(patients: list[Path], engine: str):
+    """The same augmentation, given to SimpleITK in mm."""
     view = Augmentation(rotation=(4.0, -3.0, 9.0), shift=(3.0, -5.0, 2.0), scale=(0.9, 0.95, 1.05))
     ours = stream(engine, strengths(**GEOMETRY), [VolumeRequest(patients[0], SHAPE, (0, 0, 0), SHAPE, SPACING, view)])[
         0, 0
@@ -96,19 +101,23 @@ def test_the_warp_is_simpleitks(patients: list[Path], engine: str):
     target = sitk.Image(SHAPE, sitk.sitkFloat32)
     target.SetSpacing(view.spacing(SPACING))
     target.SetOrigin([-(n - 1) / 2 * step for n, step in zip(SHAPE, view.spacing(SPACING), strict=True)])
-    turn = sitk.Euler3DTransform()
-    turn.SetComputeZYX(True)
-    turn.SetRotation(*np.deg2rad(view.rotation).tolist())
-    turn.SetTranslation(view.shift)
-    truth = sitk.GetArrayFromImage(sitk.Resample(image, target, turn, sitk.sitkLinear, 0.0)).transpose(2, 1, 0)
-    inner = (slice(14, -14), slice(14, -14), slice(5, -5))  # at the rim SimpleITK does not fade into the outside
+    transform = sitk.Euler3DTransform()
+    transform.SetComputeZYX(True)
+    transform.SetRotation(*np.deg2rad(view.rotation).tolist())
+    transform.SetTranslation(view.shift)
+    truth = sitk.GetArrayFromImage(sitk.Resample(image, target, transform, sitk.sitkLinear, 0.0)).transpose(2, 1, 0)
+    inner = (
+        slice(14, -14),
+        slice(14, -14),
+        slice(5, -5),
+    )  # SimpleITK does not interpolate with the outside at the border
     assert np.abs(ours.numpy() - truth)[inner].max() < 2e-3
-    turn.SetTranslation([3.5, -5.0, 2.0])
-    other = sitk.GetArrayFromImage(sitk.Resample(image, target, turn, sitk.sitkLinear, 0.0)).transpose(2, 1, 0)
-    assert np.abs(ours.numpy() - other)[inner].max() > 0.05  # half a millimetre would be seen
+    transform.SetTranslation([3.5, -5.0, 2.0])
+    other = sitk.GetArrayFromImage(sitk.Resample(image, target, transform, sitk.sitkLinear, 0.0)).transpose(2, 1, 0)
+    assert np.abs(ours.numpy() - other)[inner].max() > 0.05  # negative control: a shift of 0.5 mm
 
 
-def test_the_blur_is_a_gaussian():
+def test_blur_matches_a_float64_gaussian():
     values = np.random.default_rng(0).random((40, 30, 20))
     sigmas = (1.5, 0.8, 0.3)
     truth = values
@@ -123,8 +132,8 @@ def test_the_blur_is_a_gaussian():
     assert np.abs(values - truth).max() > 0.1
 
 
-def test_the_blur_is_in_millimetres_of_the_view(patients: list[Path], engine: str):
-    """A zoomed volume has other voxels: the same millimetres are fewer or more of them."""
+def test_blur_is_in_mm_of_the_augmented_volume(patients: list[Path], engine: str):
+    """Zoom changes the voxel size, so that the same sigma in mm is another one in voxels."""
     plain, blurred = Augmentation(scale=(1.5, 1.0, 0.75)), Augmentation(scale=(1.5, 1.0, 0.75), blur=2.0)
     settings = strengths(zoom=0.5, blur=2.0)
     sharp, soft = (stream(engine, settings, [VolumeRequest(patients[0], SHAPE, (0, 0, 0), SHAPE, SPACING, view)])
@@ -134,18 +143,18 @@ def test_the_blur_is_in_millimetres_of_the_view(patients: list[Path], engine: st
     assert (soft[0, 0] - truth).abs().max() < 1e-4 < 0.01 < (soft[0, 0] - wrong).abs().max()
 
 
-def test_volumes_on_a_gpu_belong_to_the_stream_that_uses_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, require):
-    """Without, DALI writes on memory that torch has let go while torch's kernels still wait to read it."""
+def test_gpu_volumes_are_bound_to_the_stream_that_uses_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, require):
+    """Otherwise DALI would overwrite memory that torch has released but that pending kernels still read."""
     require("nvidia.dali")
     from ccella_fast.data.augmentation.dali_engine import DaliEngine
 
     class Pipeline:
-        given: list[object] = []
+        streams: list[object] = []
 
         def build(self) -> None: ...
 
         def run(self, stream: object = None) -> tuple[object]:
-            self.given.append(stream)
+            self.streams.append(stream)
             return (SimpleNamespace(as_tensor=lambda: torch.zeros(1, 4, 4, 4)),)
 
     engine = DaliEngine(strengths(), CPU, (4, 4, 4))
@@ -154,59 +163,63 @@ def test_volumes_on_a_gpu_belong_to_the_stream_that_uses_them(tmp_path: Path, mo
     for device in ("cpu", "cuda:1"):
         engine.device = torch.device(device)
         list(engine.stream([tmp_path], lambda n: [], 1))
-    assert Pipeline.given == [None, "stream of cuda:1"]
+    assert Pipeline.streams == [None, "stream of cuda:1"]
 
 
-def test_a_window_is_read_where_it_lies(patients: list[Path], engine: str):
+def test_window_is_read_at_its_corner(patients: list[Path], engine: str):
     whole = np.load(patients[1])
-    jobs = [VolumeRequest(patients[1], SHAPE, corner, (32, 24, 16), SPACING) for corner in [(3, 50, 7), (64, 72, 16)]]
+    requests = [
+        VolumeRequest(patients[1], SHAPE, corner, (32, 24, 16), SPACING) for corner in [(3, 50, 7), (64, 72, 16)]
+    ]
     for settings, allowed in [(strengths(), 0.0), (strengths(rotation=[1, 1, 1]), 1e-4)]:
-        plain = stream(engine, settings, jobs)
-        for job, patch in zip(jobs, plain, strict=True):
-            x, y, z = job.corner
+        plain = stream(engine, settings, requests)
+        for request, patch in zip(requests, plain, strict=True):
+            x, y, z = request.corner
             np.testing.assert_allclose(patch[0], whole[x : x + 32, y : y + 24, z : z + 16], atol=allowed)
     assert np.abs(plain[0, 0].numpy() - whole[:32, :24, :16]).max() > 0.1
-    turned = jobs[0]._replace(augmentation=Augmentation(rotation=(0, 0, 20)))
-    start, size = VolumeRequest(*turned).box
-    assert all(n < full for n, full in zip(size, SHAPE, strict=True)) and start[0] < 3  # only what is needed is read
+    rotated = requests[0]._replace(augmentation=Augmentation(rotation=(0, 0, 20)))
+    start, size = VolumeRequest(*rotated).box
+    assert all(n < full for n, full in zip(size, SHAPE, strict=True)) and start[0] < 3  # only the required part is read
 
 
-def test_a_patch_sees_beyond_its_own_window(patients: list[Path], engine: str):
-    """A turned patch is filled from the volume around it, not with black corners."""
-    job = VolumeRequest(patients[0], SHAPE, (32, 32, 8), (32, 32, 16), SPACING, Augmentation(rotation=(0, 0, 30)))
-    patch = stream(engine, strengths(rotation=[0, 0, 30]), [job])[0, 0]
-    alone = np.ascontiguousarray(np.load(patients[0])[32:64, 32:64, 8:24])
-    assert (alone > 0.02).mean() > 0.9 and (patch > 0.02).float().mean() > 0.9
+def test_rotated_patch_is_filled_from_outside_its_window(patients: list[Path], engine: str):
+    """The corners of a rotated patch come from the surrounding volume; they are not black."""
+    request = VolumeRequest(patients[0], SHAPE, (32, 32, 8), (32, 32, 16), SPACING, Augmentation(rotation=(0, 0, 30)))
+    patch = stream(engine, strengths(rotation=[0, 0, 30]), [request])[0, 0]
+    window = np.ascontiguousarray(np.load(patients[0])[32:64, 32:64, 8:24])
+    assert (window > 0.02).mean() > 0.9 and (patch > 0.02).float().mean() > 0.9
 
 
-def test_order_and_batches_do_not_matter(patients: list[Path], engine: str):
-    jobs = [drawn(path, IMAGE) for path in patients[:4]]
-    one, two = stream(engine, IMAGE, jobs), stream(engine, IMAGE, jobs[::-1], batch=2)
+def test_order_and_batch_size_do_not_change_a_volume(patients: list[Path], engine: str):
+    requests = [drawn_request(path, IMAGE) for path in patients[:4]]
+    one, two = stream(engine, IMAGE, requests), stream(engine, IMAGE, requests[::-1], batch=2)
     assert torch.equal(one, two.flip(0)) and not torch.equal(one, two)
 
 
-def test_a_file_that_goes_missing_or_is_cut_off_is_named(tmp_path: Path, engine: str):
+def test_missing_or_truncated_file_is_named(tmp_path: Path, engine: str):
     for name in "abcd":
         np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).random((32, 32, 16), np.float32))
-    jobs = [VolumeRequest(tmp_path / f"{name}.npy", (32, 32, 16), (0, 0, 0), (32, 32, 16), SPACING) for name in "abcd"]
-    assert len(stream(engine, strengths(), jobs)) == 4
+    requests = [
+        VolumeRequest(tmp_path / f"{name}.npy", (32, 32, 16), (0, 0, 0), (32, 32, 16), SPACING) for name in "abcd"
+    ]
+    assert len(stream(engine, strengths(), requests)) == 4
     for spoil in (lambda path: path.write_bytes(path.read_bytes()[:5000]), lambda path: path.unlink()):
         spoil(tmp_path / "c.npy")
         with pytest.raises(DataError) as caught:
-            stream(engine, strengths(), jobs)
+            stream(engine, strengths(), requests)
         assert caught.value.path == str(tmp_path / "c.npy") and "prepare" in caught.value.fix, str(caught.value)
 
 
-# ---- the choice ----
+# ---- choice of the engine ----
 
 
-def test_the_choice_is_told(caplog: pytest.LogCaptureFixture):
+def test_choice_is_logged(caplog: pytest.LogCaptureFixture):
     with caplog.at_level("INFO", logger="ccella_fast"):
         chosen: AugmentationEngine = make_engine("auto", strengths(), CPU, (8, 8, 8))
-    assert isinstance(chosen, TorchEngine) and "by torch (on a CPU it is the faster one)" in caplog.text
+    assert isinstance(chosen, TorchEngine) and "by torch (it is faster on a CPU)" in caplog.text
 
 
-def test_a_missing_dali_is_chosen_away_or_refused_by_name(
+def test_missing_dali_falls_back_for_auto_and_raises_for_dali(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     find = importlib.util.find_spec
@@ -217,12 +230,12 @@ def test_a_missing_dali_is_chosen_away_or_refused_by_name(
         make_engine("dali", strengths(), CPU, (8, 8, 8))
     assert caught.value.field == "data.engine" and "auto" in caught.value.fix
     with caplog.at_level("INFO", logger="ccella_fast"):
-        made = make_engine("auto", strengths(), torch.device("cuda"), (8, 8, 8))  # nothing is on the GPU yet
-    assert made.name == "torch" and "DALI cannot be used: it is not installed" in caplog.text
+        engine = make_engine("auto", strengths(), torch.device("cuda"), (8, 8, 8))  # does not use the GPU yet
+    assert engine.name == "torch" and "DALI cannot be used: it is not installed" in caplog.text
 
 
 def test_fixture_volumes_are_not_symmetric(tmp_path: Path):
-    """Negative control: a wrong axis order would not go unseen."""
+    """Negative control: the fixtures would reveal a wrong order of the axes."""
     from ccella_fast.data.readers.volume_file import read_volume
 
     values = read_volume(write_nifti(tmp_path / "a.nii.gz")).array

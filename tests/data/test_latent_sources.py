@@ -1,4 +1,4 @@
-"""Where latents come from while training: memory maps, the device, or images through the autoencoder. Same stream for all."""
+"""The sources of latents for training (memory maps, the device, online encoding) all give the same stream of batches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from ccella_fast.config import Config
-from ccella_fast.data.augmentation.engine import VolumeRequest, check_engine, make_engine
+from ccella_fast.data.augmentation.engine import check_engine, make_engine
 from ccella_fast.data.augmentation.parameters import Augmentation
+from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.loading import resident_latents
 from ccella_fast.data.loading.dataset import PreparedDataset, StudyEpoch
 from ccella_fast.data.loading.online_latents import OnlineLatents
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 class Prepared:
-    """Studies prepared with an autoencoder, reports and two augmented copies; small, and shared by the tests here."""
+    """Small studies prepared with an autoencoder, reports and two augmented copies, shared by the tests of this file."""
 
     def __init__(self, folder: Path):
         self.folder, self.out, bert = folder, folder / "prepared", write_bert(folder / "bert")
@@ -57,29 +58,31 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return Prepared(tmp_path_factory.mktemp("online"))
 
 
-def feed(dataset, source, *, batch_size=2, rank=0, world_size=1) -> BatchStream:
+def batch_stream(dataset, source, *, batch_size=2, rank=0, world_size=1) -> BatchStream:
     return BatchStream(
         dataset, seed=3, batch_size=batch_size, accumulation=1, rank=rank, world_size=world_size, scale=torch.ones(4),
         num_timesteps=1000, source=source,
     )  # fmt: skip
 
 
-# ---- resident ----
+# ---- resident latents ----
 
 
-def test_resident_latents_are_the_memory_mapped_ones(tmp_path: Path, prepared: Prepared):
+def test_resident_latents_equal_memory_mapped_latents(tmp_path: Path, prepared: Prepared):
     dataset = prepared.dataset("latents")
     assert dataset.copies == 2
     kept = ResidentLatents(dataset, CPU, torch.float32)
     for step in range(9):  # four studies, three versions of each
-        ours, mapped = (feed(dataset, source).micro_batch(step, 0) for source in (kept, dataset))
+        ours, mapped = (batch_stream(dataset, source).micro_batch(step, 0) for source in (kept, dataset))
         assert ours.batch.ids == mapped.batch.ids and ours.class_share == mapped.class_share
         pairs = list(zip(ours.tensors(), mapped.tensors(), strict=True))
         assert len(pairs) == 9 and all(torch.equal(resident, expected) for resident, expected in pairs)
-    assert not torch.equal(feed(dataset, kept).micro_batch(0, 0).latents, feed(dataset, kept).micro_batch(4, 0).latents)
+    assert not torch.equal(
+        batch_stream(dataset, kept).micro_batch(0, 0).latents, batch_stream(dataset, kept).micro_batch(4, 0).latents
+    )
 
 
-def test_equal_reports_are_kept_once(tmp_path: Path):
+def test_equal_reports_are_stored_once(tmp_path: Path):
     write_prepared(tmp_path, cases=4)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     for case in manifest["cases"]:
@@ -92,19 +95,21 @@ def test_equal_reports_are_kept_once(tmp_path: Path):
     assert resident_latents.bytes_needed(dataset, torch.bfloat16) == latents + (8 * 32 * 4 + 128) // 2
 
 
-def test_the_memory_plan_chooses_and_says_so(prepared: Prepared, monkeypatch, caplog: pytest.LogCaptureFixture):
+def test_choice_of_the_source_follows_free_memory_and_is_logged(
+    prepared: Prepared, monkeypatch, caplog: pytest.LogCaptureFixture
+):
     dataset = prepared.dataset("latents")
     with caplog.at_level("INFO", logger="ccella_fast"):
         assert isinstance(choose_latent_source(dataset, CPU, torch.float32), ResidentLatents)
         needed = resident_latents.bytes_needed(dataset, torch.float32)
         for free, processes, fits in [(4 * needed, 1, True), (4 * needed - 1, 1, False), (4 * needed, 2, False)]:
             monkeypatch.setattr(resident_latents, "free_memory", lambda *_, free=free: free)
-            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))  # they share this machine's memory
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))  # the processes share the memory of the machine
             assert (choose_latent_source(dataset, CPU, torch.float32) is not dataset) == fits
     assert "resident on cpu" in caplog.text and "memory-mapped" in caplog.text and "12 volumes" in caplog.text
 
 
-def test_each_version_comes_once_in_its_turn(prepared: Prepared):
+def test_each_version_of_a_study_is_used_once_per_cycle(prepared: Prepared):
     dataset = prepared.dataset("latents")
     for study in range(len(dataset)):
         assert sorted(dataset.copy_of(StudyEpoch(study, epoch)) for epoch in range(3)) == [0, 1, 2]
@@ -113,7 +118,7 @@ def test_each_version_comes_once_in_its_turn(prepared: Prepared):
 # ---- augmented copies ----
 
 
-def test_copies_can_be_made_again_from_their_parameters(prepared: Prepared):
+def test_copies_are_reproducible_from_their_parameters(prepared: Prepared):
     manifest, settings = load_manifest(prepared.out), prepared.settings
     train_cases = [case for case in manifest.cases if case.split == "train"]
     assert [len(case.augmented) for case in manifest.cases] == [2 if c in train_cases else 0 for c in manifest.cases]
@@ -124,7 +129,7 @@ def test_copies_can_be_made_again_from_their_parameters(prepared: Prepared):
     case, shape = train_cases[1], tuple(settings.data.dim)
     for copy in case.augmented:
         applied = Augmentation(**copy.parameters)
-        job = VolumeRequest(
+        request = VolumeRequest(
             prepared.out / case.files["image/t2w"].path,
             shape,
             (0, 0, 0),
@@ -132,7 +137,7 @@ def test_copies_can_be_made_again_from_their_parameters(prepared: Prepared):
             tuple(settings.data.spacing),
             applied.for_sequence("t2w"),
         )
-        mean, sigma = encoder.posterior(engine.make(job)[None])
+        mean, sigma = encoder.posterior(engine.make(request)[None])
         for name, value in (("mean", mean), ("sigma", sigma)):
             stored = manifest.array(case, f"latent_{name}/t2w", verify=True, files=copy.files)
             np.testing.assert_array_equal(stored, value[0].numpy())
@@ -141,10 +146,10 @@ def test_copies_can_be_made_again_from_their_parameters(prepared: Prepared):
     assert np.abs(own - manifest.array(case, "latent_mean/t2w", files=case.augmented[0].files)).max() > 0.01
     item = prepared.dataset("latents").item(1, 2)
     np.testing.assert_allclose(item.spacing.numpy() / 100, case.augmented[1].spacing, rtol=1e-6)
-    assert torch.equal(item.latent_mean, mean[0]) and torch.equal(item.latent_sigma, sigma[0])  # of the second copy
+    assert torch.equal(item.latent_mean, mean[0]) and torch.equal(item.latent_sigma, sigma[0])  # the second copy
 
 
-def test_augmented_latents_are_checked_as_the_studys_own(prepared: Prepared, tmp_path: Path):
+def test_augmented_latents_are_verified_like_the_own_latents(prepared: Prepared, tmp_path: Path):
     out = Path(shutil.copytree(prepared.out, tmp_path / "out"))
     cases = json.loads((out / "manifest.json").read_text())["cases"]
     path = out / cases[0]["augmented"][1]["files"]["latent_sigma/t2w"]["path"]
@@ -154,12 +159,12 @@ def test_augmented_latents_are_checked_as_the_studys_own(prepared: Prepared, tmp
         PreparedDataset(out, prepared.settings)
     assert caught.value.path == str(path)
     manifest = json.loads((out / "manifest.json").read_text())
-    del manifest["cases"][0]["augmented"][1]  # now not every study has a second copy
+    del manifest["cases"][0]["augmented"][1]  # one study now has only one copy
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert PreparedDataset(out, prepared.settings).copies == 1
 
 
-def test_copies_stay_until_they_are_dropped_or_asked_for_anew(prepared: Prepared, tmp_path: Path):
+def test_copies_are_kept_until_augment_0_removes_them(prepared: Prepared, tmp_path: Path):
     out, settings = tmp_path / "out", prepared.settings
     prepare(prepared.studies, out, settings, vae=prepared.vae)
     plain = (out / "manifest.json").read_text()
@@ -177,8 +182,8 @@ def test_copies_stay_until_they_are_dropped_or_asked_for_anew(prepared: Prepared
         prepare(prepared.studies, out, mirrored, vae=prepared.vae, augment=1)
 
 
-def test_mirrored_copies_are_not_trained_on_with_reports(tmp_path: Path):
-    """Made for a variant without report, then prepared again for one with."""
+def test_mirrored_copies_raise_for_a_variant_that_reads_reports(tmp_path: Path):
+    """The copies were prepared for a variant without report; then the folder was prepared for a variant with report."""
     studies, bert = write_studies(tmp_path / "studies", 3), write_bert(tmp_path / "bert")
     blind, reading = (
         config(variant=variant, encoder=bert, augmentation__preset="none", augmentation__flip=1)
@@ -196,11 +201,11 @@ def test_mirrored_copies_are_not_trained_on_with_reports(tmp_path: Path):
     assert PreparedDataset(out, reading).copies == 0
 
 
-# ---- online ----
+# ---- online encoding ----
 
 
-def test_online_latents_are_the_encoders_of_what_was_drawn(prepared: Prepared):
-    """Epoch k of online training and copy k of `--augment` are the same study."""
+def test_online_latents_equal_the_prepared_copies(prepared: Prepared):
+    """Epoch k of online training uses the same volumes as copy k of `prepare --augment`."""
     source, manifest = prepared.online(), load_manifest(prepared.out)
     source.seed = prepared.settings.training.seed
     batch = next(source.batches(lambda n: [StudyEpoch(2, 1), StudyEpoch(0, 2)], 1))
@@ -214,15 +219,17 @@ def test_online_latents_are_the_encoders_of_what_was_drawn(prepared: Prepared):
     assert np.abs(batch.latent_mean[1].numpy() - other).max() > 1e-3
 
 
-def test_every_rank_and_every_restart_sees_the_same_stream(prepared: Prepared):
+def test_stream_does_not_depend_on_ranks_or_restarts(prepared: Prepared):
     dataset = prepared.dataset()
-    whole = [steps[0] for steps in feed(dataset, prepared.online(), batch_size=4).steps(0, 3, background=False)]
-    resumed = [steps[0] for steps in feed(dataset, prepared.online(), batch_size=4).steps(2, 3, background=True)]
+    whole = [steps[0] for steps in batch_stream(dataset, prepared.online(), batch_size=4).steps(0, 3, background=False)]
+    resumed = [
+        steps[0] for steps in batch_stream(dataset, prepared.online(), batch_size=4).steps(2, 3, background=True)
+    ]
     assert torch.equal(resumed[0].latents, whole[2].latents) and not torch.equal(whole[1].latents, whole[2].latents)
     parts = [
         [
             steps[0]
-            for steps in feed(dataset, prepared.online(), batch_size=2, rank=r, world_size=2).steps(
+            for steps in batch_stream(dataset, prepared.online(), batch_size=2, rank=r, world_size=2).steps(
                 1, 3, background=True
             )
         ]
@@ -232,11 +239,11 @@ def test_every_rank_and_every_restart_sees_the_same_stream(prepared: Prepared):
         both = [part[step - 1] for part in parts]
         assert [name for part in both for name in part.batch.ids] == whole[step].batch.ids
         torch.testing.assert_close(torch.cat([part.latents for part in both]), whole[step].latents, rtol=0, atol=1e-6)
-    # Four studies, a global batch of four: each step is an epoch, in which each study comes once.
+    # With four studies and a global batch of four, each step is an epoch and contains each study once.
     assert all(sorted(samples.batch.ids) == sorted(dataset.ids) for samples in whole)
 
 
-def test_both_engines_train_on_the_same_latents(prepared: Prepared, require):
+def test_engines_give_the_same_latents(prepared: Prepared, require):
     require("nvidia.dali")
     picks = [[StudyEpoch(0, 0), StudyEpoch(1, 0)], [StudyEpoch(2, 5), StudyEpoch(0, 7)]]
     ours, theirs = (
@@ -244,7 +251,7 @@ def test_both_engines_train_on_the_same_latents(prepared: Prepared, require):
         for name in ("torch", "dali")
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
-    assert (ours[0] - ours[3]).abs().max() > 0.02  # another epoch of the same study is further away
+    assert (ours[0] - ours[3]).abs().max() > 0.02  # negative control: another epoch of the same study
 
 
 def test_online_training_resumes_with_the_same_losses(prepared: Prepared, tmp_path: Path):
@@ -257,40 +264,40 @@ def test_online_training_resumes_with_the_same_losses(prepared: Prepared, tmp_pa
     assert losses(short) == losses(tmp_path / "whole") and len({loss for _, loss in losses(short)}) == 4
 
 
-def test_online_training_needs_images_an_autoencoder_and_no_mirror(prepared: Prepared, tmp_path: Path):
+def test_online_training_requires_images_an_autoencoder_and_no_flip(prepared: Prepared, tmp_path: Path):
     with pytest.raises(DataError, match="does not contain an autoencoder"):
         train_here(tmp_path / "run", write_prepared(tmp_path / "data"), latents="online")
     mirrored = prepared.settings.model_copy(
         update={"augmentation": prepared.settings.augmentation.model_copy(update={"flip": 0.5})}
     )
-    with pytest.raises(ConfigError, match="'left' lies on the right"):
+    with pytest.raises(ConfigError, match="'left' is on the right"):
         train(mirrored, data=prepared.out, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_an_engine_that_cannot_be_had_leaves_nothing_behind(prepared: Prepared, tmp_path: Path, monkeypatch):
-    """Else the same command, mended, would be refused: "this folder already holds a run"."""
-    monkeypatch.setattr("ccella_fast.data.augmentation.engine._why_no_dali", lambda: "it is not installed")
+def test_unavailable_engine_raises_before_anything_is_written(prepared: Prepared, tmp_path: Path, monkeypatch):
+    """Otherwise the corrected command would fail because the folder already contains a run."""
+    monkeypatch.setattr("ccella_fast.data.augmentation.engine._why_dali_is_unavailable", lambda: "it is not installed")
     data = prepared.settings.data.model_copy(update={"engine": "dali"})
     wanted = prepared.settings.model_copy(update={"data": data})
-    works = [
+    commands = [
         lambda: train(wanted, data=prepared.out, run=tmp_path / "run"),
         lambda: train_vae(prepared.out, tmp_path / "vae", wanted),
         lambda: prepare(prepared.studies, tmp_path / "prepared", wanted, vae=prepared.vae, augment=1),
     ]
-    for work in works:
+    for command in commands:
         with pytest.raises(ConfigError, match="DALI cannot be used: it is not installed"):
-            work()
+            command()
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     check_engine("auto")
 
 
-def test_an_image_that_vanishes_while_training_is_named(prepared: Prepared, tmp_path: Path):
+def test_image_that_is_deleted_during_training_is_named(prepared: Prepared, tmp_path: Path):
     shutil.copytree(prepared.out, tmp_path / "copy")
     dataset = PreparedDataset(tmp_path / "copy", prepared.settings, needs="images")
     source = OnlineLatents(dataset, prepared.out / "vae", CPU, seed=3)
-    stream = feed(dataset, source, batch_size=4).steps(0, 3, background=True)
+    stream = batch_stream(dataset, source, batch_size=4).steps(0, 3, background=True)
     next(stream)
     path = tmp_path / "copy" / dataset.cases[0].files["image/t2w"].path
     path.unlink()

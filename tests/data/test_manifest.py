@@ -1,4 +1,4 @@
-"""The prepared folder's manifest: what is read is what was written, and nothing else is believed."""
+"""The manifest of a prepared folder: a round trip is exact, and invalid contents raise an error."""
 
 from __future__ import annotations
 
@@ -84,8 +84,10 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "value", "field"), MISTAKES, ids=[row[2] + str(n) for n, row in enumerate(MISTAKES)])
-def test_mistakes_are_named(folder: Path, keys: tuple, value: Any, field: str):
+@pytest.mark.parametrize(
+    ("keys", "value", "field"), MISTAKES, ids=[f"{field}={str(value)[:20]}" for _, value, field in MISTAKES]
+)
+def test_invalid_field_is_named(folder: Path, keys: tuple, value: Any, field: str):
     manifest = json.loads((folder / "manifest.json").read_text())
     target = manifest
     for key in keys[:-1]:
@@ -106,11 +108,11 @@ def test_malformed_json_names_line_and_column(folder: Path):
     with pytest.raises(DataError, match="nested too deeply|malformed"):
         load_manifest(folder)
     (folder / "manifest.json").unlink()
-    with pytest.raises(DataError, match="not prepared, or not to its end"):
+    with pytest.raises(DataError, match="not prepared, or its preparation is not complete"):
         load_manifest(folder)
 
 
-def test_link_out_of_the_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory):
+def test_link_out_of_the_folder_raises(folder: Path, tmp_path_factory: pytest.TempPathFactory):
     outside = tmp_path_factory.mktemp("outside") / "a.npy"
     (folder / "a.npy").rename(outside)
     (folder / "a.npy").symlink_to(outside)
@@ -118,16 +120,18 @@ def test_link_out_of_the_folder(folder: Path, tmp_path_factory: pytest.TempPathF
         load_manifest(folder)
 
 
-def test_changed_files_are_seen(folder: Path):
+def test_changed_files_are_detected(folder: Path):
     prepared = load_manifest(folder)
     path, first = folder / "a.npy", prepared.cases[0]
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    prepared.array(first, "image/t2w")  # control: only `verify` reads it all
+    prepared.array(first, "image/t2w")  # control: only `verify` reads the whole file
     with pytest.raises(DataError, match="SHA-256"):
         prepared.array(first, "image/t2w", verify=True)
     path.write_bytes(content[:-4])
-    with pytest.raises(DataError, match="another size"):
+    with pytest.raises(
+        DataError, match=f"must be {len(content)} bytes according to the manifest, got {len(content) - 4}"
+    ):
         prepared.array(first, "image/t2w")
     path.unlink()
     with pytest.raises(DataError, match="missing"):
@@ -137,18 +141,18 @@ def test_changed_files_are_seen(folder: Path):
     assert "--vae" in caught.value.fix
 
 
-def test_a_file_that_the_disk_does_not_give_is_not_called_malformed(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    def refused(path: Path, **_: object) -> None:
+def test_input_output_error_is_not_reported_as_a_malformed_file(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(path: Path, **_: object) -> None:
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(np, "load", refused)
+    monkeypatch.setattr(np, "load", fail)
     with pytest.raises(DataError, match="cannot be read: Input/output error") as caught:
         open_array(folder / "a.npy")
     assert caught.value.path == str(folder / "a.npy")
 
 
 @pytest.mark.parametrize("kind", ["object", "float64", "npz", "text"])
-def test_only_plain_float32(folder: Path, kind: str):
+def test_only_plain_float32_arrays_are_accepted(folder: Path, kind: str):
     path = folder / "a.npy"
     if kind == "object":
         np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
@@ -163,5 +167,5 @@ def test_only_plain_float32(folder: Path, kind: str):
     manifest["cases"][0]["files"]["image/t2w"] |= {"sha256": sha256(path), "bytes": path.stat().st_size}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     prepared: Manifest = load_manifest(folder)
-    with pytest.raises(DataError, match="plain .npy|float32 is expected"):
+    with pytest.raises(DataError, match="not a plain .npy array|must contain a float32 array, got"):
         prepared.array(prepared.cases[0], "image/t2w", verify=True)

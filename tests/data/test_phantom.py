@@ -1,4 +1,4 @@
-"""Synthetic studies: reproducible, labelled as what they are, and what their reports say is where they say it is."""
+"""Synthetic studies are reproducible and marked as synthetic, and their reports agree with their volumes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def many_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """The table of many studies, without drawing them."""
+    """The table of many studies whose volumes are not drawn."""
     folder = tmp_path_factory.mktemp("rows")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantom, "_scan", lambda rng, patient: (None, None, patient.centre))
+        patch.setattr(phantom, "_scan", lambda rng, patient: (None, None, patient.center))
         patch.setattr(phantom, "_write_nifti", lambda *args: None)
         write_phantoms(folder, 96, seed=5)
     return read_rows(folder)
@@ -39,38 +39,42 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_same_seed_same_bytes(studies: Path, tmp_path: Path):
+def test_same_seed_gives_the_same_bytes(studies: Path, tmp_path: Path):
     write_phantoms(tmp_path / "again", 2, seed=0)
-    write_phantoms(tmp_path / "again", 2, seed=0)  # over itself: allowed
+    write_phantoms(tmp_path / "again", 2, seed=0)  # overwriting the same phantoms is allowed
     write_phantoms(tmp_path / "other", 2, seed=1)
     whole, again, other = tree(studies), tree(tmp_path / "again"), tree(tmp_path / "other")
     volumes = [name for name in again if name.endswith(".nii.gz")]
     assert len(volumes) == 2
-    assert all(again[name] == whole[name] for name in volumes)  # and so independent of num_studies
+    assert all(again[name] == whole[name] for name in volumes)  # and therefore independent of num_studies
     assert all(again[name] != other[name] for name in volumes)
 
 
 @pytest.mark.parametrize("name", ["studies.csv", "patient-1", "phantom-0002"])
-def test_a_folder_of_other_studies_is_left_alone(tmp_path: Path, name: str):
+def test_folder_with_other_files_raises_and_is_not_changed(tmp_path: Path, name: str):
     (tmp_path / name).write_text("case,report\n")
     with pytest.raises(ConfigError, match="other files"):
         write_phantoms(tmp_path, 2)
     assert tree(tmp_path).keys() == {name} and (tmp_path / name).read_text() == "case,report\n"
 
 
-def test_impossible_numbers(tmp_path: Path):
-    for arguments in ((0, 0), (-1, 0), (1, -1)):
-        with pytest.raises(ConfigError, match="or more"):
+def test_numbers_out_of_range_raise(tmp_path: Path):
+    for arguments, message in [
+        ((0, 0), "--num_studies must be at least 1, got 0"),
+        ((-1, 0), "--num_studies must be at least 1, got -1"),
+        ((1, -1), "--seed must be at least 0, got -1"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
             write_phantoms(tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_found_studies_say_synthetic(studies: Path):
+def test_discovered_studies_are_marked_synthetic(studies: Path):
     found = find_studies(studies)
     assert len(found) == 8 and all(study.synthetic for study in found)
 
 
-def test_header_says_synthetic_and_oblique(studies: Path):
+def test_header_is_marked_synthetic_and_oblique(studies: Path):
     for row in read_rows(studies):
         image = nibabel.load(studies / row["case"] / "t2w.nii.gz")
         assert row["synthetic"] == "yes"
@@ -86,7 +90,7 @@ def test_header_says_synthetic_and_oblique(studies: Path):
     assert "SYNTHETIC" in (studies / "README").read_text()
 
 
-def test_lesion_is_dark_where_the_table_says(studies: Path):
+def test_lesion_is_dark_at_the_position_in_the_table(studies: Path):
     rows = [row for row in read_rows(studies) if row["zone"] == "PZ"]
     assert len(rows) >= 2
     for row in rows:
@@ -95,14 +99,14 @@ def test_lesion_is_dark_where_the_table_says(studies: Path):
         centre = np.array([float(row[f"lesion_{axis}_mm"]) for axis in "xyz"])
         index = nibabel.affines.apply_affine(np.linalg.inv(image.affine), centre)
         middle = (image.shape[0] - 1) / 2
-        assert (index[0] > middle) == (row["side"] == "left"), "the first axis runs to the patient's left"
+        assert (index[0] > middle) == (row["side"] == "left"), "the first axis points to the patient's left"
         mirrored = index * [-1, 1, 1] + [2 * middle, 0, 0]
         lesion, healthy = _mean_around(values, index), _mean_around(values, mirrored)
         assert lesion < 0.6 * healthy, (row["case"], lesion, healthy)
 
 
-def test_without_a_lesion_the_sides_are_alike(studies: Path):
-    """Negative control of the test above: its measure finds no lesion where none was drawn."""
+def test_sides_are_similar_without_a_lesion(studies: Path):
+    """Negative control of the test above: its measure does not find a lesion in a study without one."""
     image = nibabel.load(studies / "phantom-0000" / "t2w.nii.gz")
     values = np.asarray(image.dataobj, dtype=float)
     lesion = next(row for row in read_rows(studies) if row["zone"] == "PZ")
@@ -114,7 +118,7 @@ def test_without_a_lesion_the_sides_are_alike(studies: Path):
     assert 0.6 < ratio < 1 / 0.6
 
 
-def test_reports_say_what_was_drawn(many_rows: list[dict[str, str]]):
+def test_reports_agree_with_the_table(many_rows: list[dict[str, str]]):
     zones = {"PZ": ["peripheral zone", "PZ"], "TZ": ["transition zone", "TZ"]}
     levels = {"apex": ["apex", "apical"], "mid": ["mid-gland", "midgland"], "base": ["base", "basal"]}
     for row in many_rows:
@@ -136,7 +140,7 @@ def test_reports_say_what_was_drawn(many_rows: list[dict[str, str]]):
     assert len({row["report"] for row in many_rows}) > 80, "wording varies"
 
 
-def test_balance_splits_and_gaps(many_rows: list[dict[str, str]]):
+def test_proportions_of_splits_classes_and_missing_values(many_rows: list[dict[str, str]]):
     assert sum(row["split"] == "test" for row in many_rows) == 12
     assert sum(not row["report"] for row in many_rows) == 8
     assert sum(not row["pirads"] for row in many_rows) == 8

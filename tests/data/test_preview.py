@@ -1,4 +1,4 @@
-"""`prepare --preview`: pictures that show what is there, once, and name no study."""
+"""`prepare --preview` draws correct pictures without study ids, and only when their inputs change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from study_fixtures import config, times, tree, write_merged, write_nifti, write
 MIRRORED = {"augmentation__preset": "none", "augmentation__flip": 1.0, "augmentation__noise": 0.02}
 
 
-def test_a_picture_a_study_once_and_in_the_report(tmp_path: Path):
+def test_one_picture_per_study_drawn_once_and_shown_in_the_report(tmp_path: Path):
     studies, out, settings = write_studies(tmp_path / "studies", 2), tmp_path / "prepared", config(**MIRRORED)
     prepare(studies, out, settings, preview=True)
     pictures = sorted((out / "preview").iterdir())
@@ -35,7 +35,7 @@ def test_a_picture_a_study_once_and_in_the_report(tmp_path: Path):
     assert page.count("Study 1 as read, as prepared") >= 1 and "Study 2 as read" in page and "case1" not in page
 
 
-def test_pictures_come_with_the_command(tmp_path: Path):
+def test_command_line_draws_pictures(tmp_path: Path):
     studies, arguments = write_studies(tmp_path / "studies", 1), []
     for key, value in config(**MIRRORED).dump()["data"].items():
         arguments += ["--set", f"data.{key}={value}".replace("'", '"')] if key in ("spacing", "dim") else []
@@ -46,8 +46,8 @@ def test_pictures_come_with_the_command(tmp_path: Path):
     assert (tmp_path / "out/preview/case0.png").stat().st_size > 10_000
 
 
-def test_volumes_of_two_sizes_are_drawn_at_one_scale(tmp_path: Path):
-    """A voxel size that is told wrong would show as a longer or shorter object."""
+def test_volumes_with_different_voxel_sizes_are_drawn_at_one_scale(tmp_path: Path):
+    """A wrong voxel size would change the length of the object in the picture."""
     widths = []
     for shape, spacing in [((50, 50, 50), 1.0), ((25, 25, 25), 1.0), ((25, 25, 25), 2.0)]:
         volume = np.zeros(shape)
@@ -60,7 +60,7 @@ def test_volumes_of_two_sizes_are_drawn_at_one_scale(tmp_path: Path):
     assert widths[0] == pytest.approx(widths[1], abs=3) and widths[2] == pytest.approx(2 * widths[0], abs=4)
 
 
-def test_studies_without_images_have_no_preview(tmp_path: Path):
+def test_preview_of_studies_without_images_raises(tmp_path: Path):
     write_merged(tmp_path)
     with pytest.raises(ConfigError, match="come without images"):
         prepare(
@@ -72,7 +72,7 @@ def test_studies_without_images_have_no_preview(tmp_path: Path):
         )
 
 
-def test_latents_come_as_well(tmp_path: Path):
+def test_preview_and_latents_in_one_call(tmp_path: Path):
     settings = config(**MIRRORED)
     prepare(
         write_studies(tmp_path / "studies", 1),

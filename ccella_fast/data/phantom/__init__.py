@@ -1,1 +1,1 @@
-"""Synthetic studies with reports, for the demo and the tests."""
+"""Synthetic studies with reports, for the demonstration and the tests."""

@@ -1,4 +1,4 @@
-"""English reports for synthetic studies: the same facts in varied wording."""
+"""English reports for synthetic studies: the same facts in varying words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import numpy as np
 
 
 class Findings(NamedTuple):
-    """What was drawn, and so what the report may say. Without a lesion `zone`, `side`, `level` are empty and `size_mm` is 0."""
+    """The properties of a phantom that its report states.
+
+    Without a lesion, `zone`, `side` and `level` are empty and `size_mm` is 0.
+    """
 
     volume_ml: int
     psa: float
@@ -54,23 +57,33 @@ _LEVELS = {"apex": ["apex", "apical third"], "mid": ["mid-gland", "midgland"], "
 _SUSPICION = {1: "very low", 2: "low", 3: "equivocal", 4: "high", 5: "very high"}
 
 
-def write_report(rng: np.random.Generator, found: Findings, *, with_score: bool = True) -> str:
-    """A report of a few sentences. Same generator state, same text."""
+def write_report(rng: np.random.Generator, findings: Findings, *, with_score: bool = True) -> str:
+    """Write a report of a few sentences; the same state of the generator gives the same text.
 
-    def pick(choices: list[str]) -> str:
+    Args:
+        rng: selects the wording.
+        findings: the facts.
+        with_score: whether the report states the PI-RADS score.
+    """
+
+    def choose(choices: list[str]) -> str:
         return choices[int(rng.integers(len(choices)))]
 
     words = {
-        "psa": found.psa,
-        "volume": found.volume_ml,
-        "density": f"{found.psa / found.volume_ml:.2f}",
-        "pirads": found.pirads,
-        "suspicion": _SUSPICION[found.pirads],
+        "psa": findings.psa,
+        "volume": findings.volume_ml,
+        "density": f"{findings.psa / findings.volume_ml:.2f}",
+        "pirads": findings.pirads,
+        "suspicion": _SUSPICION[findings.pirads],
     }
-    finding = pick(_CLEAR)
-    if found.size_mm:
-        words |= {"zone": pick(_ZONES[found.zone]), "level": pick(_LEVELS[found.level]), "size": found.size_mm}
-        words |= {"side": found.side, "Side": found.side.capitalize()}
-        finding = pick(_LESION)
-    sentences = [pick(_OPENING), finding, pick(_CLOSING), pick(_SCORE) if with_score else ""]
+    finding = choose(_CLEAR)
+    if findings.size_mm:
+        words |= {
+            "zone": choose(_ZONES[findings.zone]),
+            "level": choose(_LEVELS[findings.level]),
+            "size": findings.size_mm,
+        }
+        words |= {"side": findings.side, "Side": findings.side.capitalize()}
+        finding = choose(_LESION)
+    sentences = [choose(_OPENING), finding, choose(_CLOSING), choose(_SCORE) if with_score else ""]
     return " ".join(sentence for sentence in sentences if sentence).format(**words)

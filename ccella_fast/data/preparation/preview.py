@@ -1,6 +1,6 @@
-"""`prepare --preview`: a picture of every study as it was read, as it is prepared, and of each augmentation at its largest.
+"""`prepare --preview`: one picture per study of the images as read, as prepared, and with each augmentation at its strongest.
 
-For a person to look at before a training is started: is it the prostate, the right way round, in true proportions?
+It is meant for visual inspection before training: the prostate, its orientation and its proportions should be right.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccella_fast.data.augmentation.engine import VolumeRequest
-from ccella_fast.data.augmentation.parameters import Augmentation, extremes, operators_of
+from ccella_fast.data.augmentation.parameters import Augmentation, minimal_config, strongest_augmentations
+from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine
 from ccella_fast.data.manifest import open_array
 from ccella_fast.data.preparation.images import ImageTask, read_series
@@ -24,21 +24,23 @@ from ccella_fast.storage import atomic_path
 
 FOLDER = "preview"
 _CAPTION = (
-    "As read, as prepared, and augmentations at their largest. R, L: the patient's right and left. Not for diagnosis."
+    "As read, as prepared, and augmentations at their strongest. R, L: the patient's right and left. Not for diagnosis."
 )
 
 
 class PreviewStage(Stage):
-    """`preview/<id>.png`. The picture itself names no study."""
+    """Draws `preview/<id>.png`. The picture itself does not contain the study's id."""
 
     name = "preview"
 
     def inputs(self, study: Study) -> str:
+        """Digest of the prepared images and of the augmentation."""
         images = self.records.get(study.id, "image").get("files", {})
         sha256s = {key: entry["sha256"] for key, entry in sorted(images.items())}
         return fingerprint_of([RECIPE, sha256s, self.config.augmentation.model_dump(exclude={"preset"})])
 
     def run(self, todo: list[Study]) -> dict[str, float]:
+        """Draw the pictures of the studies."""
         for study in progress_bar(todo, "previews"):
             path = self.records.out / FOLDER / f"{study.id}.png"
             with atomic_path(path) as temporary:
@@ -58,7 +60,7 @@ class PreviewStage(Stage):
             volume = series[name]
             yield Panel((volume.array - low) / (high - low), volume.spacing.tolist(), f"{name} as read")
             yield Panel(self._image(record, name), spacing, f"{name} prepared")
-        for title, augmentation in extremes(self.config.augmentation, self.config.data.dim, spacing):
+        for title, augmentation in strongest_augmentations(self.config.augmentation, self.config.data.dim, spacing):
             image = self._augmented(record, augmentation)
             yield Panel(image, augmentation.spacing(spacing), title)
 
@@ -66,9 +68,9 @@ class PreviewStage(Stage):
         return open_array(self.records.out / record["files"][f"image/{sequence}"]["path"])
 
     def _augmented(self, record: dict[str, Any], augmentation: Augmentation) -> np.ndarray:
-        """The first sequence, through the engine."""
+        """The first sequence of the study, augmented by the engine."""
         x, y, z = self.config.data.dim
         r, a, s = self.config.data.spacing
         path = self.records.out / record["files"][f"image/{self.sequences[0]}"]["path"]
-        engine = TorchEngine(operators_of(augmentation), torch.device("cpu"), (x, y, z))
+        engine = TorchEngine(minimal_config(augmentation), torch.device("cpu"), (x, y, z))
         return engine.make(VolumeRequest(path, (x, y, z), (0, 0, 0), (x, y, z), (r, a, s), augmentation))[0].numpy()

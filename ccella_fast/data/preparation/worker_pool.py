@@ -1,4 +1,4 @@
-"""The same work for many studies, on all cores, with bounded memory. A worker that dies ends in a message, not in a wait."""
+"""A pool of worker processes for many studies, with bounded memory. A worker that is killed raises an error."""
 
 from __future__ import annotations
 
@@ -19,11 +19,17 @@ from ccella_fast.hardware import free_memory
 
 logger = logging.getLogger("ccella_fast")
 Task = TypeVar("Task")
-_WORTH = 4  # tasks a process, below which it is not worth its start
+_MIN_TASKS_PER_WORKER = 4  # with fewer, starting the process takes longer than it saves
 
 
 class TaskResult(NamedTuple):
-    """task: its number. result: what the function gave, or the DataError that it raised."""
+    """The result of one task.
+
+    Attributes:
+        task: index of the task.
+        result: the function's return value, or the DataError that it raised.
+        seconds: run time of the function.
+    """
 
     task: int
     result: Any
@@ -31,9 +37,11 @@ class TaskResult(NamedTuple):
 
 
 class WorkerPool:
-    """`with Pool(workers) as pool: pool.run(...)`. workers: None, as many as are worth it; 1, none beside this process.
+    """A context manager that runs tasks in worker processes, which start when first needed and are reused by every `run`.
 
-    Processes start when they are first needed and serve every `run`."""
+    Args:
+        workers: number of processes; None chooses it for each `run`, 1 runs everything in the calling process.
+    """
 
     def __init__(self, workers: int | None = None):
         self.workers = workers
@@ -49,35 +57,46 @@ class WorkerPool:
     def run(
         self, function: Callable[[Task], Any], tasks: Sequence[Task], names: Sequence[str], *, bytes_each: int
     ) -> Iterator[TaskResult]:
-        """`function(task)` for every task, as they get done. function and tasks cross process borders, so they are plain.
+        """Call `function(task)` for every task and yield the results in the order of completion.
 
-        Results depend on the task alone, never on the number of workers. Raises DataError, naming the studies, when a worker
-        dies."""
+        A result depends on its task alone, not on the number of workers.
+
+        Args:
+            function: a picklable function of a module.
+            tasks: picklable arguments.
+            names: name of each task for error messages.
+            bytes_each: memory that one task needs.
+
+        Raises:
+            DataError: a worker was killed; the message names the studies it may have been processing.
+        """
         workers = min(len(tasks), self.workers or count_workers(len(tasks), bytes_each))
         if workers > 1 and self._start(workers):
             assert self._executor is not None
-            with _one_thread_each(), _main_left_alone():
+            with _single_threaded_workers(), _without_main_module():
                 yield from _collect(self._executor, function, tasks, names, 2 * workers)
         else:
             for number, task in enumerate(tasks):
                 yield TaskResult(number, *_timed(function, task))
 
     def _start(self, workers: int) -> bool:
-        """Is there an executor? The first submit starts its processes."""
+        """Create the executor if needed and return whether there is one. The first submit starts its processes."""
         if self._executor is None:
-            try:  # Not forked: this process may hold locks of torch's threads.
+            try:  # Spawned, not forked: torch's threads may hold locks in this process.
                 context = multiprocessing.get_context("spawn")
-                self._executor = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
-            except OSError as bad:  # its semaphores lie in /dev/shm
-                why = os.strerror(bad.errno or 0)
-                logger.warning("no worker processes (%s; is /dev/shm full?): studies are done one after another", why)
+                self._executor = ProcessPoolExecutor(workers, context, initializer=_exit_with_parent)
+            except OSError as error:  # the executor's semaphores are in /dev/shm
+                why = os.strerror(error.errno or 0)
+                logger.warning(
+                    "worker processes cannot be started (%s; is /dev/shm full?): studies are processed one by one", why
+                )
         return self._executor is not None
 
 
 def count_workers(tasks: int, bytes_each: int) -> int:
-    """As many as there are cores, tasks for them and memory; at least 1."""
+    """Number of workers for `tasks` tasks that the cores and half of the free memory allow, at least 1."""
     cores, memory = len(os.sched_getaffinity(0)), free_memory() // 2
-    return max(1, min(cores, tasks // _WORTH, memory // max(1, bytes_each)))
+    return max(1, min(cores, tasks // _MIN_TASKS_PER_WORKER, memory // max(1, bytes_each)))
 
 
 def _collect(
@@ -85,38 +104,38 @@ def _collect(
     function: Callable[[Task], Any],
     tasks: Sequence[Task],
     names: Sequence[str],
-    ahead: int,  # tasks handed out at a time: what a dead worker may have been at is then a short list
+    max_pending: int,  # few tasks are submitted at a time, so that an error names few candidates
 ) -> Iterator[TaskResult]:
-    waiting: dict[Future[Any], int] = {}
-    left = iter(range(len(tasks)))
+    pending: dict[Future[Any], int] = {}
+    remaining = iter(range(len(tasks)))
     try:
         while True:
-            while len(waiting) < ahead and (number := next(left, None)) is not None:
-                waiting[executor.submit(_timed, function, tasks[number])] = number
-            if not waiting:
+            while len(pending) < max_pending and (number := next(remaining, None)) is not None:
+                pending[executor.submit(_timed, function, tasks[number])] = number
+            if not pending:
                 return
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 result, seconds = future.result()
-                yield TaskResult(waiting.pop(future), result, seconds)
+                yield TaskResult(pending.pop(future), result, seconds)
     except BrokenProcessPool:
-        among = ", ".join(names[number] for number in sorted(waiting.values())[:6])
-        why = f"a worker process was killed (out of memory?) at one of: {among}"
-        fix = "run it again: what is done is kept; with --workers 1 if it recurs"
+        candidates = ", ".join(names[number] for number in sorted(pending.values())[:6])
+        why = f"a worker process was killed (out of memory?) at one of: {candidates}"
+        fix = "run the command again (what is done is kept), with --workers 1 if it recurs"
         raise DataError(why, field="prepare", fix=fix) from None
 
 
 def _timed(function: Callable[[Task], Any], task: Task) -> tuple[Any, float]:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     try:
         result = function(task)
-    except DataError as defect:
-        result = defect
-    return result, time.perf_counter() - begun
+    except DataError as error:
+        result = error
+    return result, time.perf_counter() - start
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Processes started inside use one thread for arithmetic: there is a process for every core."""
+def _single_threaded_workers() -> Iterator[None]:
+    """Processes that are started inside use one thread for arithmetic, since there is one process per core."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
     before = {name: os.environ[name] for name in names if name in os.environ}
     os.environ.update(dict.fromkeys(names, "1"))
@@ -129,9 +148,11 @@ def _one_thread_each() -> Iterator[None]:
 
 
 @contextmanager
-def _main_left_alone() -> Iterator[None]:
-    """A spawned process would first run the caller's script again, which takes seconds and needs a guard in it. Ours need not:
-    what they run lives in modules."""
+def _without_main_module() -> Iterator[None]:
+    """Processes that are spawned inside do not run the caller's script again, since their functions are in modules.
+
+    Running it again would take seconds and would require a `__main__` guard in the script.
+    """
     main = sys.modules["__main__"]
     before = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
     main.__spec__ = None
@@ -141,8 +162,8 @@ def _main_left_alone() -> Iterator[None]:
         vars(main).update(before)  # type: ignore[arg-type]
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+def _exit_with_parent() -> None:
+    """Let a worker exit when its parent is killed; otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

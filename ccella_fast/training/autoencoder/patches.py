@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ccella_fast.config import Config, VaeTrainingConfig
-from ccella_fast.data.augmentation.engine import VolumeRequest, make_engine
+from ccella_fast.data.augmentation.engine import make_engine
 from ccella_fast.data.augmentation.parameters import IDENTITY, draw_augmentation
+from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.manifest import load_manifest
 from ccella_fast.diffusion.noise import generator
 from ccella_fast.progress import refresh_interval
