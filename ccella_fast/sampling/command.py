@@ -99,9 +99,8 @@ def sample_to_folder(
     """
     out = Path(out)
     if num_samples < 1:
-        raise ConfigError(
-            f"--num_samples must be at least 1, got {num_samples}", field="--num_samples", fix="use 1 or more"
-        )
+        why = f"--num_samples must be at least 1, got {num_samples}"
+        raise ConfigError(why, field="--num_samples", fix="use 1 or more")
     if seed < 0:
         raise ConfigError(f"--seed must be at least 0, got {seed}", field="--seed", fix="use 0 or more")
     check_writable(out, "--out")

@@ -60,6 +60,15 @@ def warnings_in(caplog) -> list[str]:
 # Detection
 
 
+def readable(value) -> str:
+    """The id of a parameter: instructions, the limit of oneDNN, or the expected answer."""
+    if isinstance(value, list):
+        return "+".join(value)
+    if isinstance(value, dict):
+        return ",".join(f"{key}={limit}" for key, limit in value.items()) or "unlimited"
+    return str(value)
+
+
 @pytest.mark.parametrize(
     ("instructions", "limit", "expected"),
     [
@@ -74,6 +83,7 @@ def warnings_in(caplog) -> list[str]:
         (["avx2", "avx512f", "avx512_bf16"], {"DNNL_MAX_CPU_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "ALL"}, True),
         (["avx2", "avx512f", "avx512_bf16"], {"ATEN_CPU_CAPABILITY": "default"}, True),
     ],
+    ids=readable,
 )
 def test_support_depends_on_instructions_and_on_the_limit_of_onednn(monkeypatch, instructions, limit, expected):
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
