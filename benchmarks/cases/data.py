@@ -18,7 +18,7 @@ import torch
 
 from benchmark_case import BenchmarkCase, Implementation, PreparedCase
 from ccella_fast.config import AugmentationConfig, Config, load_config, make_config
-from ccella_fast.data.augmentation.engine import make_engine
+from ccella_fast.data.augmentation.engine_choice import make_engine
 from ccella_fast.data.augmentation.parameters import Augmentation, draw_augmentation
 from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.loading.dataset import PreparedDataset

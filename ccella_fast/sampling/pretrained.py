@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ccella_fast.checkpoint import Checkpoint, load_checkpoint, write_manifest
 from ccella_fast.config import Config, make_config
@@ -17,9 +17,6 @@ from ccella_fast.models import DiffusionModel
 from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder, weights_file
 from ccella_fast.sampling.output import volume_digest
 from ccella_fast.storage import atomic_folder, read_json, sha256, write_json
-
-if TYPE_CHECKING:
-    from ccella_fast.sampling.sampler import FastSampler
 
 
 class Provenance(NamedTuple):
@@ -81,8 +78,10 @@ def load_pretrained(path: str | Path | Checkpoint, *, vae: str | Path | None, we
     return LoadedSampler(checkpoint, autoencoder, Provenance.of_checkpoint(checkpoint, vae_path))
 
 
-def save_pretrained_files(sampler: FastSampler, folder: Path) -> None:
-    """Write the folder that `load_pretrained` reads, atomically.
+def save_pretrained_files(
+    folder: Path, *, config: Config, model: DiffusionModel, autoencoder: Autoencoder | None, state: dict[str, Any]
+) -> None:
+    """Write the folder that `load_pretrained` reads, atomically. state: the content of training_state.json.
 
     Raises:
         ConfigError: the folder exists.
@@ -91,18 +90,13 @@ def save_pretrained_files(sampler: FastSampler, folder: Path) -> None:
 
     if folder.exists():
         raise ConfigError("this folder already exists", path=folder, field="folder", fix="choose another name")
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in sampler.model.state_dict().items()}
-    state = {
-        "step": sampler.origin.metadata.get("step", 0),
-        "scale_factor": sampler.scale_factor,
-        "intensity_scale": sampler.intensity_scale,
-    }
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_folder(folder) as partial:
-        write_json(partial / "config.json", sampler.config.dump())
+        write_json(partial / "config.json", config.dump())
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         write_json(partial / "training_state.json", state)
-        if sampler.autoencoder is not None:
-            save_autoencoder(sampler.autoencoder, partial / "vae")
+        if autoencoder is not None:
+            save_autoencoder(autoencoder, partial / "vae")
         write_manifest(partial, step=state["step"])
 
 

@@ -191,7 +191,14 @@ class FastSampler:
         Raises:
             ConfigError: the folder exists.
         """
-        pretrained.save_pretrained_files(self, Path(folder))
+        state = {
+            "step": self.origin.metadata.get("step", 0),
+            "scale_factor": self.scale_factor,
+            "intensity_scale": self.intensity_scale,
+        }
+        pretrained.save_pretrained_files(
+            Path(folder), config=self.config, model=self.model, autoencoder=self.autoencoder, state=state
+        )
 
     def __call__(self, **arguments: Any) -> Result:
         """Generate all volumes of a request.

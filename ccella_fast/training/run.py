@@ -232,7 +232,7 @@ def _build_and_train(plan: RunPlan, device: Any, last_saved: dict[str, int]) -> 
     """
     import torch.distributed as dist
 
-    from ccella_fast.data.augmentation.engine import check_engine
+    from ccella_fast.data.augmentation.engine_choice import check_engine
     from ccella_fast.data.loading.dataset import PreparedDataset
     from ccella_fast.training import checkpointing, distributed
     from ccella_fast.training.ema import Ema

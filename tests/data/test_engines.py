@@ -12,7 +12,8 @@ import SimpleITK as sitk
 import torch
 
 from ccella_fast.config import AugmentationConfig
-from ccella_fast.data.augmentation.engine import AugmentationEngine, make_engine
+from ccella_fast.data.augmentation.engine import AugmentationEngine
+from ccella_fast.data.augmentation.engine_choice import make_engine
 from ccella_fast.data.augmentation.parameters import IDENTITY, Augmentation, draw_augmentation
 from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine, blur

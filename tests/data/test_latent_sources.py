@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ccella_fast.config import Config
-from ccella_fast.data.augmentation.engine import check_engine, make_engine
+from ccella_fast.data.augmentation.engine_choice import check_engine, make_engine
 from ccella_fast.data.augmentation.parameters import Augmentation
 from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.loading import resident_latents
@@ -277,7 +277,9 @@ def test_online_training_requires_images_an_autoencoder_and_no_flip(prepared: Pr
 
 def test_unavailable_engine_raises_before_anything_is_written(prepared: Prepared, tmp_path: Path, monkeypatch):
     """Otherwise the corrected command would fail because the folder already contains a run."""
-    monkeypatch.setattr("ccella_fast.data.augmentation.engine._why_dali_is_unavailable", lambda: "it is not installed")
+    monkeypatch.setattr(
+        "ccella_fast.data.augmentation.engine_choice._why_dali_is_unavailable", lambda: "it is not installed"
+    )
     data = prepared.settings.data.model_copy(update={"engine": "dali"})
     wanted = prepared.settings.model_copy(update={"data": data})
     commands = [

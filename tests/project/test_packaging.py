@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import shutil
 import subprocess
@@ -68,6 +69,45 @@ def test_imports_point_downwards():
             if layer(other) > layer(module) or (layer(other) == layer(module) > 1 and not same_part):
                 wrong.append(f"{module} (layer {layer(module)}) imports {other} (layer {layer(other)})")
     assert not wrong, "\n".join(wrong)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module -> the modules that it imports anywhere, also in functions and for types alone."""
+    known = {module for module, _ in modules()}
+    graph = {}
+    for module, path in modules():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ccella_fast"):
+                package = (node.module or "").removeprefix("ccella_fast").lstrip(".")
+                for alias in node.names:
+                    name = f"{package}.{alias.name}".lstrip(".")
+                    found.add(name if name in known else package)
+        graph[module] = found & known - {module, ""}
+    return graph
+
+
+def test_imports_have_no_circle():
+    graph = import_graph()
+    del graph[""]  # the package's own __init__ names its public functions
+    graphlib.TopologicalSorter(graph).prepare()
+    some = next(module for module, imports in graph.items() if imports)
+    graph[next(iter(graph[some]))].add(some)
+    with pytest.raises(graphlib.CycleError):  # negative control
+        graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_no_public_class_is_defined_twice():
+    defined: dict[str, list[str]] = {}
+    for folder in ("ccella_fast", "kernels", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if "kernels" in path.relative_to(ROOT).parts[1:2]:
+                continue  # the symlink
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    defined.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert len(defined) > 100
+    assert {name: paths for name, paths in defined.items() if len(paths) > 1} == {}
 
 
 def test_layer_check_can_fail():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ccella_fast.data.augmentation.engine import make_engine
+from ccella_fast.data.augmentation.engine_choice import make_engine
 from ccella_fast.data.augmentation.requests import VolumeRequest, augmentation_of, study_requests
 from ccella_fast.data.loading.dataset import PreparedDataset, StudyEpoch, TrainingSample, collate
 from ccella_fast.data.preparation.latent_encoder import LatentEncoder

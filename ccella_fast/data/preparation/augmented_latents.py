@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ccella_fast.config import Config
-from ccella_fast.data.augmentation.engine import make_engine
+from ccella_fast.data.augmentation.engine_choice import make_engine
 from ccella_fast.data.augmentation.requests import VolumeRequest, augmentation_of, study_requests
 from ccella_fast.data.preparation.latent_encoder import LatentEncoder
 from ccella_fast.data.preparation.stage_cache import StageCache, fingerprint_of

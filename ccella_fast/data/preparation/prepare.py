@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ccella_fast.config import Config
-from ccella_fast.data.augmentation.engine import check_engine
+from ccella_fast.data.augmentation.engine_choice import check_engine
 from ccella_fast.data.augmentation.parameters import check_conditioning
 from ccella_fast.data.manifest import NAME
 from ccella_fast.data.preparation.augmented_latents import AugmentedLatentStage

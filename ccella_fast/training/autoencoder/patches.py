@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ccella_fast.config import Config, VaeTrainingConfig
-from ccella_fast.data.augmentation.engine import make_engine
+from ccella_fast.data.augmentation.engine_choice import make_engine
 from ccella_fast.data.augmentation.parameters import IDENTITY, draw_augmentation
 from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.manifest import load_manifest

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ccella_fast.config import Config
-from ccella_fast.data.augmentation.engine import check_engine
+from ccella_fast.data.augmentation.engine_choice import check_engine
 from ccella_fast.errors import ConfigError, DataError, NonFiniteError
 from ccella_fast.models.autoencoder import save_autoencoder
 from ccella_fast.run_record import write_run_record
