@@ -60,4 +60,4 @@ def test_histograms_count_the_shown_voxels(tmp_path: Path, monkeypatch: pytest.M
     assert shares.sum() == pytest.approx(100) and len(edges) == 65
     assert (shares[0], shares[16], shares[-1]) == pytest.approx(
         (40, 40, 20)
-    )  # what lies outside is in the outermost bins
+    )  # values outside are in the outermost bins
