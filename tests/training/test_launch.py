@@ -94,7 +94,7 @@ def test_the_three_files_of_the_reference(tmp_path, data):
     assert str(tmp_path / "models" / "CCELLA") in run(*arguments, *fits, code=2)
     write_json(tmp_path / "env.json", {**values, "existing_ckpt_filepath": "other.pt"})
     assert "existing_ckpt_filepath" in run(*arguments, code=2)
-    assert "parts of two" in run(*arguments[:2], "--config", "configs/demo.json", code=2)
+    assert "one file, or the reference's three files" in run(*arguments[:2], "--config", "configs/demo.json", code=2)
 
 
 def test_the_deepspeed_command_with_its_usual_flags(tmp_path, data):

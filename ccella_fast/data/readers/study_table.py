@@ -1,7 +1,7 @@
 """Read `studies.csv`, or the `participants.tsv` of a BIDS folder: split, class and report of the studies of a folder.
 
-`pirads` is the score 1 to 5, `neg` or `pos`, or empty if the class is unknown. A blank report is treated as missing. `synthetic` is
-`yes` for a study that was drawn, not measured. Further columns are the user's own and ignored.
+`pirads` is the score 1 to 5, `neg` or `pos`, or empty if the class is unknown. A blank report is treated as missing.
+`synthetic` is `yes` for a study that was drawn, not measured. Further columns are the user's own and ignored.
 """
 
 from __future__ import annotations
