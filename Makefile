@@ -19,7 +19,7 @@ NUMERICS := $(addprefix tests/, \
             $(addprefix diffusion/test_, schedule.py solvers.py solver_order.py) training/test_losses.py \
             $(addprefix models/test_, models.py autoencoder.py bf16.py thin_grids.py) \
             $(addprefix kernels/test_, attention.py cross_attention.py geglu.py group_norm_silu.py residual_shift.py upsample_conv3d.py) \
-            sampling/test_fast_sampler.py::test_bfloat16_stays_near_float32)
+            sampling/test_fast_sampler.py::test_bfloat16_is_close_to_float32)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DS_ACCELERATOR ?= $(if $(filter cpu,$(EXTRA)),cpu,cuda)

@@ -134,6 +134,14 @@ def test_no_file_beside_train_py_shadows_a_common_module():
     assert "utils" not in names
 
 
+def test_the_tests_that_the_makefile_names_exist():
+    done = subprocess.run(["make", "-n", "test-narrow"], cwd=ROOT, capture_output=True, text=True, check=True)
+    named = [word for word in done.stdout.split() if word.startswith("tests/")]
+    assert len(named) > 10
+    for path, _, function in (name.partition("::") for name in named):
+        assert f"def {function}" in (ROOT / path).read_text()
+
+
 def run_python(code: str, cwd: Path, *paths: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
