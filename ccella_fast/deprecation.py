@@ -44,6 +44,22 @@ def deprecated_arguments(**renamed: str) -> Callable[[T], T]:
     return decorate
 
 
+class DeprecatedAttribute:
+    """The old name of an attribute of a class: reading it from an object gives the attribute `new`, a field or a method."""
+
+    def __init__(self, new: str):
+        self.new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.old = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:  # of the class itself, which documentation tools list
+            return self
+        _warn(f"{owner.__name__}.{self.old}", f"{owner.__name__}.{self.new}")
+        return getattr(instance, self.new)
+
+
 def _warn(old: str, new: str) -> None:
     message = f"{old} is deprecated and goes in release 0.3; use {new}"
     warnings.warn(message, DeprecationWarning, stacklevel=3)  # of who uses the old name

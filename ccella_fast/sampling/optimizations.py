@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ccella_fast import hardware
-from ccella_fast.deprecation import deprecated_arguments
+from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.kernels.upsample_conv3d import UpsampleConv3d
 
@@ -44,6 +44,8 @@ class Optimizations:
     cuda_graph: bool = True
     overlap_decode: bool = True
     compile: bool = False
+
+    hoist = DeprecatedAttribute("precompute_conditioning")
 
     @classmethod
     def off(cls) -> Optimizations:

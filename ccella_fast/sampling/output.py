@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.errors import ConfigError
 from ccella_fast.sampling.request import CLASSES
 from ccella_fast.storage import atomic_path, check_writable, read_json, write_json
@@ -139,6 +140,7 @@ class OutputWriter:
         ]
 
 
+@deprecated_arguments(writing="writer", jobs="outputs")
 @dataclass(frozen=True)
 class Result:
     """The volumes of a call, one per row. Tensors are on the CPU.
@@ -158,6 +160,9 @@ class Result:
     class_probabilities: Tensor | None
     writer: OutputWriter
     outputs: list[OutputVolume]
+
+    writing = DeprecatedAttribute("writer")
+    jobs = DeprecatedAttribute("outputs")
 
     @classmethod
     def from_volumes(

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ccella_fast.config import Config
+from ccella_fast.deprecation import DeprecatedAttribute
 from ccella_fast.errors import ConfigError
 from ccella_fast.sampling.guidance import Guidance, Reuse
 from ccella_fast.variants import Variant
@@ -67,6 +68,10 @@ class Request:
     batch_invariant: bool = False
     decode: bool = True
     progress: bool = True
+
+    guidance = DeprecatedAttribute("resolve_guidance")
+    shape = DeprecatedAttribute("resolve_latent_shape")
+    batch = DeprecatedAttribute("resolve_batch_size")
 
     def resolve_guidance(self, config: Config) -> Guidance:
         """The guidance settings, with the defaults of `config`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ccella_fast import hardware
 from ccella_fast.checkpoint import Checkpoint
 from ccella_fast.config import Config
-from ccella_fast.deprecation import deprecated_arguments
+from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import Solver, get_solver
 from ccella_fast.errors import ConfigError, NonFiniteError
@@ -76,6 +76,8 @@ class FastSampler:
     Raises:
         ConfigError: an argument is invalid.
     """
+
+    levers = DeprecatedAttribute("optimizations")
 
     @deprecated_arguments(levers="optimizations")
     def __init__(
@@ -274,6 +276,7 @@ class FastSampler:
         outputs = [writer.describe_volume(k, *prompts.metadata_of(k)) for k in range(len(prompts))]
         return CheckedRequest(request, prompts, loop_settings, latent_shape, batch_size, writer, outputs)
 
+    @deprecated_arguments(run="checked", only="indices")
     def generate(self, checked: CheckedRequest, indices: Sequence[int] | None = None) -> Iterator[GeneratedVolume]:
         """Generate the volumes of a checked request, or only those with the given indices."""
         indices = list(range(len(checked.prompts))) if indices is None else list(indices)

@@ -10,7 +10,7 @@ import pytest
 
 from ccella_fast import FastSampler, build_model
 from ccella_fast.config import make_config
-from ccella_fast.sampling import Optimizations
+from ccella_fast.sampling import Optimizations, Request
 from sampling_fixtures import TINY
 
 RENAMED = [
@@ -45,3 +45,41 @@ def test_old_arguments_reach_the_new_ones():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert FastSampler(model, optimizations=wanted).optimizations is wanted
+
+
+def test_old_attributes_and_methods_are_the_new_ones():
+    model = build_model(make_config({**TINY, "model.variant": "MAISI"}))
+    sampler = FastSampler(
+        model, optimizations=Optimizations.off(), config=make_config({**TINY, "model.variant": "MAISI"})
+    )
+    request = Request(
+        seeds=[3, 4, 5], batch_size=2, decode=False, num_steps=2, guidance_interval=(0.2, 0.6), progress=False
+    )
+    result = sampler(**vars(request))
+    for owner, old, new in [
+        (sampler, "levers", "optimizations"),
+        (sampler.optimizations, "hoist", "precompute_conditioning"),
+        (result, "writing", "writer"),
+        (result, "jobs", "outputs"),
+    ]:
+        name = type(owner).__name__
+        with pytest.warns(DeprecationWarning, match=rf"^{name}\.{old} is .* use {name}\.{new}$") as caught:
+            assert getattr(owner, old) is getattr(owner, new)
+        assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=r"Request\.\w+ is deprecated") as caught:
+        assert request.shape(sampler.config) == [4, 8, 6, 4]
+        assert request.batch(sampler.config) == 2
+        assert request.guidance(sampler.config).interval == (0.2, 0.6)
+    assert len(caught) == 3
+    with pytest.warns(DeprecationWarning, match="the argument jobs"):
+        assert replace(result, jobs=[]).outputs == []
+
+
+def test_a_checked_request_is_generated_in_part_under_the_old_argument():
+    model = build_model(make_config({**TINY, "model.variant": "MAISI"}))
+    sampler = FastSampler(model)
+    checked = sampler.check(
+        Request(seeds=[3, 4, 5], decode=False, num_steps=2, latent_shape=[4, 4, 4, 4], progress=False)
+    )
+    with pytest.warns(DeprecationWarning, match="the argument only .* use indices"):
+        assert [volume.seed for volume in sampler.generate(run=checked, only=[2])] == [5]
