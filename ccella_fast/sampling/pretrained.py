@@ -18,6 +18,24 @@ from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_a
 from ccella_fast.sampling.output import volume_digest
 from ccella_fast.storage import atomic_folder, read_json, sha256, write_json
 
+# Settings that the first version did not have, and those of it that are gone. So that its samples stay valid, the former are
+# hashed only if they differ from their defaults, and the latter always, with the defaults that they had.
+_LATER_SETTINGS = [
+    "warmup_fraction", "max_warmup_steps", "final_lr_fraction", "weight_decay", "adam_betas", "max_grad_norm",
+    "checkpointing_seconds",
+]  # fmt: skip
+_GONE_PATHS = ["data_base_dir", "train_json", "test_json", "output_dir", "trained_autoencoder_path"]
+
+
+def config_digest(config: Config) -> str:
+    """The SHA-256 of a configuration, which is part of the identity of its samples."""
+    values, defaults = config.dump(), Config().dump()["vae_training"]
+    later = {name for name in _LATER_SETTINGS if values["vae_training"][name] == defaults[name]}
+    values["vae_training"] = {name: value for name, value in values["vae_training"].items() if name not in later}
+    values["sampling"] |= {"random_seed": 0}
+    values["paths"] |= dict.fromkeys(_GONE_PATHS)
+    return volume_digest(values)
+
 
 class Provenance(NamedTuple):
     """The origin of a sampler's weights.
@@ -35,7 +53,7 @@ class Provenance(NamedTuple):
     @classmethod
     def of_objects(cls, config: Config) -> Provenance:
         """The provenance of a model in memory, which has no file to hash."""
-        metadata = {"synthetic": True, "variant": config.model.variant, "config_sha256": volume_digest(config.dump())}
+        metadata = {"synthetic": True, "variant": config.model.variant, "config_sha256": config_digest(config)}
         return cls(metadata, None, "given")
 
     @classmethod
@@ -53,7 +71,7 @@ class Provenance(NamedTuple):
             "weights": loaded.weights,
             "weights_sha256": weights_hash,
             "vae_sha256": None if vae is None else sha256(weights_file(vae)),
-            "config_sha256": volume_digest(loaded.config.dump()),
+            "config_sha256": config_digest(loaded.config),
         }
         return cls(metadata, loaded.path, loaded.weights)
 

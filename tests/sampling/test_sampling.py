@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ccella_fast.checkpoint import load_checkpoint
+from ccella_fast.config import make_config
 from ccella_fast.diffusion.noise import generator
 from ccella_fast.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
@@ -113,6 +114,17 @@ def test_volumes_of_an_equal_request_are_kept_and_of_another_raise(checkpoint, t
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     draw(checkpoint, tmp_path, num_samples=1, seed=9, overwrite=True)
     assert names(tmp_path, "*.nii.gz") == ["sample-000_seed9.nii.gz", "sample-001_seed9.nii.gz"]
+
+
+def test_the_identity_of_samples_is_that_of_the_first_version():
+    """Its configurations had no settings of the autoencoder's optimizer, and some that nothing read."""
+    first = (
+        "5ed5234421f3556751a289f82ae8ccf0ab9a4715769c9639fecf430a3bf1d946"  # as computed by it for the same settings
+    )
+    precision = {"training.precision": "fp32"}
+    assert pretrained.config_digest(make_config(precision)) == first
+    for change in ({"vae_training.weight_decay": 0.02}, {"vae_training.lr": 2e-4}, {"scheduler.beta_end": 0.02}):
+        assert pretrained.config_digest(make_config(precision | change)) != first
 
 
 def test_an_interrupted_request_is_continued(checkpoint, tmp_path, monkeypatch):
