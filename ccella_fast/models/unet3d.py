@@ -59,10 +59,11 @@ class ConditioningCursor(NamedTuple):
 
     def shift_of(self, block: nn.Module) -> Tensor:
         """Return the shift of a residual block, which must be the next one."""
-        return _next_of(block, self.shifts)
+        return _next_of(_uncompiled(block), self.shifts)
 
     def keys_values_of(self, attention: nn.Module) -> tuple[Tensor, ...]:
         """Return keys and values of a cross-attention, which must be the next one; () for self-attention."""
+        attention = _uncompiled(attention)
         return _next_of(attention, self.keys_values) if isinstance(attention, SpatialTransformer) else ()
 
     def check_consumed(self) -> None:
@@ -70,6 +71,11 @@ class ConditioningCursor(NamedTuple):
         for kind, entries in (("residual block", self.shifts), ("cross-attention", self.keys_values)):
             if next(entries, None) is not None:
                 raise RuntimeError(f"the forward pass ended before the conditioning of every {kind} was consumed")
+
+
+def _uncompiled(block: nn.Module) -> nn.Module:
+    """The block itself if `torch.compile(block)` has taken its place in the network."""
+    return getattr(block, "_orig_mod", block)
 
 
 def _next_of(block: nn.Module, entries: Iterator[tuple[nn.Module, Any]]) -> Any:

@@ -18,6 +18,7 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.models import build_model, unet3d
 from ccella_fast.models.adapter import PerceiverBlock
 from ccella_fast.models.blocks import ResidualBlock, SpatialSelfAttention, SpatialTransformer
+from ccella_fast.models.unet3d import ResolutionLevel
 from ccella_fast.variants import VARIANTS
 
 TINY = {
@@ -278,6 +279,19 @@ def test_condition_compiles_without_graph_breaks(name):
     actual = torch.compile(model.condition, backend="eager", fullgraph=True)(timesteps, **conditions)
     expected = model.condition(timesteps, **conditions)
     torch.testing.assert_close(actual.shifts, expected.shifts, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["CCELLA", "MAISI"])
+def test_single_blocks_can_be_compiled(name):
+    model = tiny(name, **SMALLEST)
+    x, timesteps, conditions = inputs(model)
+    expected = randomized(model)(x, timesteps, **conditions)
+    torch._dynamo.reset()
+    for level in [module for module in model.modules() if isinstance(module, ResolutionLevel)]:
+        for blocks in (level.resnets, level.attentions):
+            for index, block in enumerate(blocks):
+                blocks[index] = torch.compile(block, backend="eager")
+    torch.testing.assert_close(model(x, timesteps, **conditions).noise, expected.noise, rtol=1e-3, atol=1e-4)
 
 
 def test_a_graph_break_is_detected():
