@@ -47,7 +47,7 @@ def cut(volume: np.ndarray, spacing: Sequence[float], plane: str) -> Slice:
 
 
 def montage(panels: Sequence[Panel], *, window: tuple[float, float], caption: str = "") -> bytes:
-    """A PNG with one column per volume and one row per plane, all at one scale and in one grey window."""
+    """A PNG with one column per volume and one row per plane, all at one scale and in one gray window."""
     from matplotlib.figure import Figure
 
     blocks = [list(panels[i : i + COLUMNS]) for i in range(0, len(panels), COLUMNS)]

@@ -208,7 +208,7 @@ def _histogram(real: Sequence[Panel], generated: Sequence[Panel], word: str) -> 
         return _figure(None, "", missing)
     groups = {name: np.concatenate([panel.volume.ravel() for panel in panels])
               for name, panels in ((word.lower(), real), ("generated", generated))}  # fmt: skip
-    image = histogram(groups, window=WINDOW, unit="normalised intensity")
+    image = histogram(groups, window=WINDOW, unit="normalized intensity")
     caption = "Intensities of the volumes shown above, all voxels; the last bin holds what is clipped."
     return _figure(image, caption, missing)
 
