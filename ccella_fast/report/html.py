@@ -174,7 +174,7 @@ def _pictures(prepared: Manifest | None, folder: Path, samples: list[Sample]) ->
 
 def _previews(folder: Path) -> list[dict[str, Any]]:
     """The first few pictures of `prepare --preview`, where there are any."""
-    caption = "Study {} as read, as prepared, and with each augmentation in use at its largest, in true millimetres."
+    caption = "Study {} as read, as prepared, and with each augmentation in use at its maximum strength, to scale."
     found = sorted(folder.glob("*.png"))[:_PREVIEWS]
     return [_figure(path.read_bytes(), caption.format(number), "") for number, path in enumerate(found, start=1)]
 
