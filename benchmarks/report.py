@@ -19,7 +19,7 @@ from results import seconds
 from timer import slope
 
 TEMPLATE = Path(__file__).resolve().parent / "report.html.j2"
-# By implementation: the baseline is grey, "ours" is orange, all others are blue.
+# By implementation: the baseline is gray, "ours" is orange, all others are blue.
 _GREY, _BLUE, _ORANGE = "#9aa3ad", "#7fb2e5", "#1f6fb4"
 _COLORS = {
     "convolution": "#1f6fb4", "linear": "#d98032", "attention": "#a65fa3", "norm, SiLU": "#c8b13a",

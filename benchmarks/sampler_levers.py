@@ -1,4 +1,4 @@
-"""The former name of `sampler_optimizations.py`; goes in release 0.3."""
+"""The former name of `sampler_optimizations.py`; it will be removed in release 0.3."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         for name, entry in manifest["files"].items():
             file = folder / name
             if not file.resolve().is_relative_to(folder.resolve()):
-                raise CheckpointError(f"the entry {name!r} is outside of the checkpoint", path=path, fix=_FIX)
+                raise CheckpointError(f"the entry {name!r} is outside the checkpoint", path=path, fix=_FIX)
             if not file.is_file():
                 raise CheckpointError("this file is missing", path=file, fix=_FIX)
             if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:

@@ -152,7 +152,7 @@ def _prepare(commands: argparse._SubParsersAction) -> None:
     about = "also store K augmented latents per training study (needs --vae; 0: stop using them)"
     command.add_argument("--augment", type=_from(0), metavar="K", help=about)
     about = (
-        "also write a picture of every study before and after preparation, and with each augmentation at its largest"
+        "also write a picture of every study before and after preparation, and with each augmentation at full strength"
     )
     command.add_argument("--preview", action="store_true", help=about)
     command.add_argument(

@@ -49,8 +49,8 @@ class ModelConfig(Section):
     #: width of an attention head on each level; 0 on levels without attention
     num_head_channels: list[Count] = [0, 0, 32, 32]
     num_res_blocks: Positive = 2  #: residual blocks per level on the way down; one more on the way up
-    norm_num_groups: Positive = 32  #: groups of every group normalisation
-    norm_eps: PositiveFloat = 1e-6  #: added to the variance in every group normalisation
+    norm_num_groups: Positive = 32  #: groups of every group normalization
+    norm_eps: PositiveFloat = 1e-6  #: added to the variance in every group normalization
     cross_attention_dim: Positive = 768  #: width of the adapter and of the context that it returns
     input_dim: Positive = 4096  #: width of the text features
     num_latents: Positive = 256  #: context tokens
@@ -109,8 +109,8 @@ class AutoencoderConfig(Section):
     latent_channels: Positive = 4  #: channels of a latent, per sequence
     num_channels: Annotated[list[Positive], Field(min_length=1)] = [64, 128, 256]  #: width of each level
     num_res_blocks: list[Positive] = [2, 2, 2]  #: residual blocks of each level
-    norm_num_groups: Positive = 32  #: groups of every group normalisation
-    norm_eps: PositiveFloat = 1e-6  #: added to the variance in every group normalisation
+    norm_num_groups: Positive = 32  #: groups of every group normalization
+    norm_eps: PositiveFloat = 1e-6  #: added to the variance in every group normalization
 
     @model_validator(mode="after")
     def _consistent(self) -> AutoencoderConfig:
@@ -192,11 +192,11 @@ class AugmentationConfig(Section):
     zoom: Annotated[Strength, Field(le=1)] = 0.0  #: 0.1: voxels smaller or larger by up to 10 %
     #: fraction of each axis that is cut off
     crop: Annotated[list[Fraction], Field(min_length=3, max_length=3)] = [0.0, 0.0, 0.0]
-    #: mm around the centre that always stay in view
+    #: mm around the center that always stay in view
     gland: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [60.0, 50.0, 45.0]
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0  #: probability of exchanging left and right
     gamma: Annotated[Strength, Field(le=2)] = 0.0  #: 0.1: exponent between exp(-0.1) and exp(0.1)
-    contrast: Annotated[Strength, Field(le=0.5)] = 0.0  #: change of the slope at mid-grey
+    contrast: Annotated[Strength, Field(le=0.5)] = 0.0  #: change of the slope at mid-gray
     brightness: Annotated[Strength, Field(le=1)] = 0.0  #: 0.1: gain between 0.9 and 1.1
     bias: Annotated[Strength, Field(le=1)] = 0.0  #: 0.1: bias field between exp(-0.1) and exp(0.1)
     blur: Annotated[Strength, Field(le=5)] = 0.0  #: largest standard deviation of the Gaussian, mm

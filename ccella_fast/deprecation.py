@@ -1,4 +1,4 @@
-"""Names of the previous release that still work, each with a DeprecationWarning; they go in release 0.3."""
+"""Names of the previous release that still work, each with a DeprecationWarning; they will be removed in release 0.3."""
 
 from __future__ import annotations
 
@@ -61,5 +61,5 @@ class DeprecatedAttribute:
 
 
 def _warn(old: str, new: str) -> None:
-    message = f"{old} is deprecated and goes in release 0.3; use {new}"
+    message = f"{old} is deprecated and will be removed in release 0.3; use {new}"
     warnings.warn(message, DeprecationWarning, stacklevel=3)  # of who uses the old name

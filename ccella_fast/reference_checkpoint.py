@@ -129,7 +129,9 @@ def _scale_factor(value: Any, path: str | Path) -> list[float]:
 def _count(values: dict[Any, Any], key: str, path: str | Path) -> int:
     value = values.get(key)
     if not isinstance(value, int) or value < 0:
-        raise CheckpointError(f"'{key}' is missing or no whole number", path=path, field=key, fix="give another file")
+        raise CheckpointError(
+            f"'{key}' is missing or not a whole number", path=path, field=key, fix="give another file"
+        )
     return value
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 COLUMNS = 4  # volumes side by side in a montage
 _LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
-_COLOURS = ["#1f6fb4", "#c2571a", "#3a8a4d", "#7a4fa3"]
+_COLORS = ["#1f6fb4", "#c2571a", "#3a8a4d", "#7a4fa3"]
 
 
 class Panel(NamedTuple):
@@ -47,7 +47,7 @@ def cut(volume: np.ndarray, spacing: Sequence[float], plane: str) -> Slice:
 
 
 def montage(panels: Sequence[Panel], *, window: tuple[float, float], caption: str = "") -> bytes:
-    """A PNG with one column per volume and one row per plane, all at one scale and in one grey window."""
+    """A PNG with one column per volume and one row per plane, all at one scale and in one gray window."""
     from matplotlib.figure import Figure
 
     blocks = [list(panels[i : i + COLUMNS]) for i in range(0, len(panels), COLUMNS)]
@@ -78,7 +78,7 @@ def montage(panels: Sequence[Panel], *, window: tuple[float, float], caption: st
                 _draw(figure, part, box, figure_size, window, bar=row is rows[0])
                 left += width * scale + gap
     if caption:
-        _text(figure, figure_size[0] / 2, note / 2, caption, figure_size, colour="#b8b8b8", size=7)
+        _text(figure, figure_size[0] / 2, note / 2, caption, figure_size, color="#b8b8b8", size=7)
     return _png(figure)
 
 
@@ -91,12 +91,12 @@ def curves(groups: Sequence[Mapping[str, Any]]) -> bytes:
     figure = Figure(figsize=(4.6 * columns, 2.7 * rows), dpi=110, facecolor="white", layout="constrained")
     for place, group in enumerate(groups, start=1):
         axes = figure.add_subplot(rows, columns, place)
-        for colour, (name, (steps, values)) in zip(_COLOURS, group["lines"].items(), strict=False):
+        for color, (name, (steps, values)) in zip(_COLORS, group["lines"].items(), strict=False):
             raw = np.asarray(values, dtype=float)
             smooth = _smooth(raw)
             if smooth is not raw:
-                axes.plot(steps, raw, color=colour, alpha=0.22, linewidth=0.8)
-            axes.plot(steps, smooth, color=colour, linewidth=1.6, label=name)
+                axes.plot(steps, raw, color=color, alpha=0.22, linewidth=0.8)
+            axes.plot(steps, smooth, color=color, linewidth=1.6, label=name)
         if group.get("log"):
             axes.set_yscale("log")
         axes.set_title(group["title"], fontsize=10, loc="left")
@@ -117,9 +117,9 @@ def histogram(samples: Mapping[str, np.ndarray], *, window: tuple[float, float],
     figure = Figure(figsize=(6.4, 2.8), dpi=110, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     edges = np.linspace(*window, 65)
-    for colour, (name, values) in zip(_COLOURS, samples.items(), strict=False):
+    for color, (name, values) in zip(_COLORS, samples.items(), strict=False):
         counts, _ = np.histogram(np.clip(values, *window), bins=edges)
-        axes.stairs(100 * counts / max(1, counts.sum()), edges, color=colour, linewidth=1.6, label=name)
+        axes.stairs(100 * counts / max(1, counts.sum()), edges, color=color, linewidth=1.6, label=name)
     axes.set_yscale("log")
     axes.set_xlabel(unit, fontsize=9)
     axes.set_ylabel("voxels, %", fontsize=9)
@@ -150,8 +150,8 @@ def _draw(figure: Any, part: Slice, box: tuple, figure_size: tuple, window: tupl
         axes.text(start, part.size[1] * 0.935, "20 mm", ha="left", va="bottom", **_outlined(6))
 
 
-def _text(figure: Any, x: float, y: float, text: str, figure_size: tuple, *, colour="white", size=8) -> None:
-    figure.text(x / figure_size[0], y / figure_size[1], text, color=colour, fontsize=size, ha="center", va="center")
+def _text(figure: Any, x: float, y: float, text: str, figure_size: tuple, *, color="white", size=8) -> None:
+    figure.text(x / figure_size[0], y / figure_size[1], text, color=color, fontsize=size, ha="center", va="center")
 
 
 def _outlined(size: float) -> dict[str, Any]:

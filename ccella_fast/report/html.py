@@ -174,7 +174,7 @@ def _pictures(prepared: Manifest | None, folder: Path, samples: list[Sample]) ->
 
 def _previews(folder: Path) -> list[dict[str, Any]]:
     """The first few pictures of `prepare --preview`, where there are any."""
-    caption = "Study {} as read, as prepared, and with each augmentation in use at its largest, in true millimetres."
+    caption = "Study {} as read, as prepared, and with each augmentation in use at its maximum strength, to scale."
     found = sorted(folder.glob("*.png"))[:_PREVIEWS]
     return [_figure(path.read_bytes(), caption.format(number), "") for number, path in enumerate(found, start=1)]
 
@@ -208,7 +208,7 @@ def _histogram(real: Sequence[Panel], generated: Sequence[Panel], word: str) -> 
         return _figure(None, "", missing)
     groups = {name: np.concatenate([panel.volume.ravel() for panel in panels])
               for name, panels in ((word.lower(), real), ("generated", generated))}  # fmt: skip
-    image = histogram(groups, window=WINDOW, unit="normalised intensity")
+    image = histogram(groups, window=WINDOW, unit="normalized intensity")
     caption = "Intensities of the volumes shown above, all voxels; the last bin holds what is clipped."
     return _figure(image, caption, missing)
 

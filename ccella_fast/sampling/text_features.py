@@ -104,7 +104,7 @@ class TextFeatureCache:
             fix = "give null_text=, the features of the empty report"
             raise ConfigError(bad.why, path=bad.path, field="null_text", fix=fix) from None
         if null.shape[1] != features.shape[1]:
-            why = f"the null report has {null.shape[1]} positions, the text has {features.shape[1]}"
+            why = f"the null report has {null.shape[1]} positions, but the text has {features.shape[1]}"
             raise ConfigError(why, field="null_text", fix="encode both with the same number of positions")
         return null
 
@@ -139,7 +139,7 @@ class TextFeatureCache:
             why = f"the width of the text features must be {width}, as the model was trained, got {features.shape[2]}"
             raise ConfigError(why, field=field, fix=fix)
         if self._checks_length and features.shape[1] != length:
-            why = f"the text features have {features.shape[1]} positions, the model was trained with {length}"
+            why = f"the text features have {features.shape[1]} positions, but the model was trained with {length}"
             raise ConfigError(why, field=field, fix=f"{fix}, padded to text.max_length")
         if not bool(features.isfinite().all()):
             raise ConfigError("the text features are not finite", field=field, fix="encode in fp32 or bf16")

@@ -1,6 +1,6 @@
 """The directive `configuration-keys`: every key of `ccella_fast.config.Config` with its type, default and meaning.
 
-The meaning is the `#:` comment of the field, which Sphinx's own analyser reads from the source. A key without one is an error,
+The meaning is the `#:` comment of the field, which Sphinx's own analyzer reads from the source. A key without one is an error,
 so that no setting stays undocumented. Each key becomes a `confval` that other pages can refer to: {confval}`training.lr`.
 """
 

@@ -97,7 +97,7 @@ def test_an_empty_folder_and_a_file_outside_are_refused(run, tmp_path):
     manifest = read_json(step(run, 6) / "manifest.json")
     manifest["files"]["../../../outside"] = manifest["files"]["model.safetensors"]
     write_json(step(run, 6) / "manifest.json", manifest)
-    with pytest.raises(CheckpointError, match="outside of the checkpoint"):
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
         verify_checkpoint(step(run, 6))
 
 

@@ -101,7 +101,7 @@ TABLE_MISTAKES = [
     ("Case,pirads\na,1\n", "line 1", "no column 'case'"),
     ("case,pirads\nb,1\n", "line 2, case", "no study is called 'b'"),
     ("case,pirads\na,1\na,2\n", "line 3, case", "already listed on line 2"),
-    ("case,pirads\na,1,surplus\n", "line 2", "has 3 cells, the table has 2 columns"),
+    ("case,pirads\na,1,surplus\n", "line 2", "has 3 cells, but the table has 2 columns"),
     ("case,case\na,a\n", "line 1", "the column 'case' appears twice"),
     ("case,synthetic\na,perhaps\n", "line 2, synthetic", "must be yes, no or empty, got 'perhaps'"),
     ("case,report,report_file\na,x,a.txt\n", "line 2, report_file", "both"),

@@ -291,7 +291,7 @@ def test_imports_that_do_not_match_raise(tmp_path: Path):
 
 
 def test_encoder_of_another_width_raises(studies: Path, tmp_path: Path, bert: Path):
-    with pytest.raises(ConfigError, match="features of the text encoder are 32 wide, model.input_dim is 48"):
+    with pytest.raises(ConfigError, match="features of the text encoder are 32 wide, but model.input_dim is 48"):
         prepare(studies, tmp_path / "out", config(variant="CCELLA", encoder=bert, model__input_dim=48))
     assert not (tmp_path / "out").exists()
 

@@ -432,7 +432,7 @@ def test_a_reference_file_generates_the_same_bits(checkpoint, sampler, tmp_path)
     export_reference(checkpoint, tmp_path / "CCELLA.pt")
     other = FastSampler.from_checkpoint(tmp_path / "CCELLA.pt", device="cpu", dtype="float32")
     request = {"seeds": [3], "num_steps": 3, "solver": "ddim", "latent_shape": (4, 8, 6, 4), "decode": False}
-    with pytest.raises(ConfigError, match="6 positions, the model was trained with 512"):
+    with pytest.raises(ConfigError, match="6 positions, but the model was trained with 512"):
         other(text=text(3), **request)
     features = text(3).repeat(1, 86, 1)[:, :512]
     bare = FastSampler(load_checkpoint(checkpoint).model, dtype="float32")

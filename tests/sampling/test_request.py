@@ -35,7 +35,7 @@ def sampler(checkpoint):
 
 INVALID = [
     ({"text": torch.zeros(1, TOKENS, WIDTH + 1)}, "must be 16, as the model was trained, got 17"),
-    ({"text": torch.zeros(1, TOKENS + 1, WIDTH)}, "7 positions, the model was trained with 6"),
+    ({"text": torch.zeros(1, TOKENS + 1, WIDTH)}, "7 positions, but the model was trained with 6"),
     ({"text": torch.full((1, TOKENS, WIDTH), torch.nan)}, "not finite"),
     ({"text": torch.zeros(1, TOKENS, WIDTH), "reports": ["a"]}, "both reports and text"),
     ({"reports": "a report"}, "must be a non-empty list of texts"),

@@ -219,7 +219,7 @@ def _check_series(studies: list[Study], sequences: list[Any]) -> None:
 def _make_text_encoder(config: Config) -> TextEncoder:
     encoder = TextEncoder(config.text)
     if encoder.width != config.model.input_dim:
-        why = f"the features of the text encoder are {encoder.width} wide, model.input_dim is {config.model.input_dim}"
+        why = f"the features of the text encoder are {encoder.width} wide, but model.input_dim is {config.model.input_dim}"
         fix = f"set model.input_dim={encoder.width}, or choose another encoder"
         raise ConfigError(why, field="model.input_dim", fix=fix)
     return encoder
@@ -248,5 +248,5 @@ def _check_free_space(out: Path, config: Config, images: int) -> None:
     )
     needed, free = 4 * images * values, shutil.disk_usage(existing_parent(out)).free
     if needed > free:
-        why = f"about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        why = f"about {needed / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free"
         raise DiskError(why, path=out, field="--out", fix="free space or choose another folder")

@@ -181,7 +181,7 @@ class ImportedTextStage(Stage):
         features = open_array(path, field=field)
         expected = (self.config.text.max_length, self.config.model.input_dim)
         if features.shape != expected:
-            why = f"the text features are {features.shape}, (text.max_length, model.input_dim) is {expected}"
+            why = f"the text features have the shape {features.shape}, but (text.max_length, model.input_dim) is {expected}"
             raise DataError(why, path=path, field=field, fix="set both keys to the size of the features")
         if not np.isfinite(features).all():
             why = "the text features are not finite (NaN or infinity)"

@@ -35,7 +35,7 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     reader = sitk.ImageSeriesReader()
     series = reader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
-        why = f"this folder holds {len(series)} DICOM series, one is expected"
+        why = f"this folder holds {len(series)} DICOM series, but one is expected"
         raise defect(why, "SeriesInstanceUID", "keep one series per folder")
     names = reader.GetGDCMSeriesFileNames(str(folder), series[0])
     try:

@@ -60,7 +60,7 @@ def find_studies(
     if data.is_dir():
         for value, flag in ((test_data, "--test_data"), (embedding_base_dir, "--embedding_base_dir")):
             if value is not None:
-                why = f"{flag} needs a JSON list of studies, --data is a folder"
+                why = f"{flag} needs a JSON list of studies, but --data is a folder"
                 raise DataError(why, path=data, fix=f"leave {flag} out")
         studies = _find_in_folder(data, Path(csv_file) if csv_file else None, defects)
     else:

@@ -58,7 +58,7 @@ def last_words(error: RuntimeError) -> str:
 
 def _check_shape(shape: tuple[int, ...], components: int, path: Path) -> None:
     if len(shape) != 3 or components != 1:
-        why = f"the image has {len(shape)} dimensions and {components} values per voxel, 3 and 1 are expected"
+        why = f"the image has {len(shape)} dimensions and {components} values per voxel, but 3 and 1 are expected"
         raise DataError(why, path=path, field="sizes", fix="give one 3D volume per file")
     check_size(shape, path, "sizes")
 

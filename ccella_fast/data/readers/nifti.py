@@ -46,7 +46,7 @@ def read_nifti_array(path: Path, dimensions: int = 3) -> tuple[np.ndarray, np.nd
         why = "this file is damaged: the checksum of its gzip stream does not match"
         raise DataError(why, path=path, field="gzip stream", fix=_COPY_AGAIN) from None
     if len(raw) < size:
-        why = f"this file is cut off: it holds {len(raw)} bytes, its header says {size}"
+        why = f"this file is cut off: it holds {len(raw)} bytes, but its header says {size}"
         raise DataError(why, path=path, field="dim", fix=_COPY_AGAIN)
     try:
         image = cls.from_bytes(raw)
@@ -74,11 +74,11 @@ def _check_header(header_class: Any, head: bytes, path: Path, dimensions: int) -
     header = header_class(head[:header_size], check=False)
     magic = header["magic"].item().rstrip(b"\0\r\n\x1a")
     if magic not in (b"n+1", b"n+2"):
-        why = f"the header's magic string is {magic!r}, that of a single-file NIfTI is b'n+1' or b'n+2'"
+        why = f"the header's magic string is {magic!r}, but that of a single-file NIfTI is b'n+1' or b'n+2'"
         raise defect(why, "magic", "give a .nii or .nii.gz file, not a pair of .hdr and .img")
     dim = [int(value) for value in header["dim"]]
     if dim[0] != dimensions:
-        why = f"the volume has {dim[0]} dimensions, {dimensions} are expected"
+        why = f"the volume has {dim[0]} dimensions, but {dimensions} are expected"
         raise defect(why, "dim", f"give one {dimensions}D volume per file")
     shape = tuple(dim[1 : 1 + dimensions])
     check_size(shape, path, "dim")
@@ -93,7 +93,7 @@ def _check_header(header_class: Any, head: bytes, path: Path, dimensions: int) -
     check_number_type(dtype, path, "datatype")
     offset = float(header["vox_offset"])
     if not header_size <= offset <= _LAST_OFFSET:
-        why = f"the header says that voxels start at byte {offset:g}, {header_size} to {_LAST_OFFSET} is expected"
+        why = f"the header says that voxels start at byte {offset:g}, but {header_size} to {_LAST_OFFSET} is expected"
         raise defect(why, "vox_offset")
     return int(offset) + int(np.prod(shape, dtype=object)) * dtype.itemsize
 
@@ -110,7 +110,7 @@ def _read_affine(header: Any, path: Path) -> np.ndarray:
         distance = np.linalg.norm((sform @ corners - qform @ corners)[:3], axis=0).max()
         allowed = _FORMS_TOLERANCE * np.linalg.norm(np.array(shape) * pixdim)
         if not distance <= allowed:
-            why = f"qform and sform disagree by up to {distance:.1f} mm, at most {allowed:.1f} mm is allowed"
+            why = f"qform and sform disagree by up to {distance:.1f} mm, but at most {allowed:.1f} mm is allowed"
             raise DataError(why, path=path, field="sform", fix="export the series again, or unset the wrong one")
     affine = np.asarray(sform if sform_code else qform, float)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)

@@ -67,7 +67,7 @@ def _read_rows(table: Path, key: str) -> list[tuple[int, dict[str, str]]]:
         for row in reader:
             if None in row or None in row.values():
                 cells = sum(cell is not None for name, cell in row.items() if name is not None) + len(row.get(None, ()))
-                why = f"this line has {cells} cells, the table has {len(columns)} columns"
+                why = f"this line has {cells} cells, but the table has {len(columns)} columns"
                 fix = 'put text that holds commas or quotes into "double quotes"'
                 raise DataError(why, path=table, field=f"line {reader.line_num}", fix=fix)
             if is_tsv:  # BIDS writes n/a for a missing value

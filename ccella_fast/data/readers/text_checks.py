@@ -18,7 +18,7 @@ def check_file_size(path: Path, limit: int = MAX_LIST_BYTES) -> None:
     """Raise DataError for a file of more than `limit` bytes."""
     size = path.stat().st_size
     if size > limit:
-        why = f"this file has {size} bytes, at most {limit} are read"
+        why = f"this file has {size} bytes, but at most {limit} are read"
         raise DataError(why, path=path, fix="check that this is the right file")
 
 
@@ -41,7 +41,7 @@ def read_text(path: Path, *, limit: int = MAX_LIST_BYTES) -> str:
 def clean_report(report: str, path: Path, field: str) -> str | None:
     """The report with control characters replaced by spaces (line ends are kept), or None if it is blank."""
     if len(report) > MAX_REPORT:
-        why = f"the report has {len(report)} characters, at most {MAX_REPORT} are allowed"
+        why = f"the report has {len(report)} characters, but at most {MAX_REPORT} are allowed"
         raise DataError(why, path=path, field=field, fix="check that this is a report")
     report = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", " ", report.replace("\r\n", "\n")).strip()
     return report or None

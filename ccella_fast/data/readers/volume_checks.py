@@ -32,7 +32,7 @@ def check_affine(affine: np.ndarray, path: Path) -> None:
     """Raise DataError unless `affine`, (4, 4) voxel index -> mm, has plausible voxel sizes and axes at right angles."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or spacing.min() < _SMALLEST or spacing.max() > _LARGEST:
-        why = f"the voxel size is {np.round(spacing, 4).tolist()} mm, {_SMALLEST} to {_LARGEST} mm is expected"
+        why = f"the voxel size is {np.round(spacing, 4).tolist()} mm, but {_SMALLEST} to {_LARGEST} mm is expected"
         raise DataError(why, path=path, field="spacing", fix="export the series again with its voxel size in mm")
     direction = affine[:3, :3] / spacing
     if np.abs(direction.T @ direction - np.eye(3)).max() > TOLERANCE:
