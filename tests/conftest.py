@@ -42,7 +42,9 @@ def _label(value: object) -> str:
     if value in ({}, [], ()):
         return str(value)
     if isinstance(value, dict):
-        return ",".join(f"{key}.{_label(v)}" if isinstance(v, dict) else f"{key}={_label(v)}" for key, v in value.items())
+        return ",".join(
+            f"{key}.{_label(v)}" if isinstance(v, dict) else f"{key}={_label(v)}" for key, v in value.items()
+        )
     return ",".join(map(_label, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
