@@ -158,9 +158,7 @@ class BatchStream:
     def _prefetch(self, stream: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Prepare one micro-batch ahead in a thread; on a GPU, in a CUDA stream of its own."""
         cuda_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        if (
-            cuda_stream is not None
-        ):  # latents, scale and autoencoder were written to the device in the training's CUDA stream
+        if cuda_stream is not None:  # the training's CUDA stream wrote latents, scale and autoencoder to the device
             cuda_stream.wait_stream(torch.cuda.current_stream(self.device))
 
         def make() -> tuple[MicroBatch | None, torch.cuda.Event | None]:
