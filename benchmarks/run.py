@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ccella_fast import entrypoint
 
-SUITES = ["quick", "kernels", "sampler", "training", "data", "memory", "all"]
+SUITE_CHOICES = ["quick", "kernels", "sampler", "training", "data", "memory", "all"]
 QUICK_MINUTES = {"cpu": 5, "cuda": 8}
 ROOT = Path(__file__).resolve().parents[1]
 EPILOG = """The quick suite ends within 5 minutes on two CPU cores and within 8 on a GPU; on a slow machine
@@ -98,7 +98,7 @@ def _command(arguments: argparse.Namespace) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = entrypoint.Parser(prog="benchmarks/run.py", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--suite", nargs="+", choices=SUITES, help="one or several suites (default: quick)")
+    parser.add_argument("--suite", nargs="+", choices=SUITE_CHOICES, help="one or several suites (default: quick)")
     parser.add_argument("--case", action="append", metavar="NAME", help="run only this case; may be repeated")
     parser.add_argument("--list", action="store_true", help="print all cases and exit")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier JSON file to compare with")

@@ -72,7 +72,7 @@ class ModelConfig(Section):
         levels = len(self.num_channels)
         for name in ("attention_levels", "num_head_channels"):
             if len(getattr(self, name)) != levels:
-                raise ValueError(f"{name} needs one entry a level ({levels}, as num_channels)")
+                raise ValueError(f"{name} needs one entry per level ({levels}, as num_channels)")
         attends_at = [*self.attention_levels[:-1], True]  # the middle block, as wide as the last level, always attends
         for width, attends, head in zip(self.num_channels, attends_at, self.num_head_channels, strict=True):
             if width % self.norm_num_groups:
@@ -115,7 +115,7 @@ class AutoencoderConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> AutoencoderConfig:
         if len(self.num_res_blocks) != len(self.num_channels):
-            raise ValueError("num_res_blocks needs one entry a level, as num_channels")
+            raise ValueError("num_res_blocks needs one entry per level, as num_channels")
         for width in self.num_channels:
             if width % self.norm_num_groups:
                 raise ValueError(f"num_channels {width} is not divisible by norm_num_groups {self.norm_num_groups}")

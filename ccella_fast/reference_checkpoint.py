@@ -145,10 +145,10 @@ def _find_variant(tensors: Mapping[str, Tensor], wanted: str | None, path: str |
     else:
         head = "last" if "classifier.fc1.weight" in tensors else "none"
     if f"{'unet.' if text else ''}pirads_layer.0.weight" not in tensors:
-        source = "none"
+        class_input = "none"
     else:
-        source = "given" if head == "none" else "predicted"
-    fitting = [row for row in VARIANTS.values() if (row.text, row.head, row.class_input) == (text, head, source)]
+        class_input = "given" if head == "none" else "predicted"
+    fitting = [row for row in VARIANTS.values() if (row.text, row.head, row.class_input) == (text, head, class_input)]
     if wanted is None and fitting:
         return fitting[0]
     names = " or ".join(row.name for row in fitting) or "none of the variants"

@@ -25,6 +25,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """The id of a dictionary or a sequence of plain values in a parametrization: `lr=-1` instead of `change2`."""
+    return _label(val)[:80] if isinstance(val, (dict, list, tuple)) and _is_plain(val) else None
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _label(value: object) -> str:
+    if value in ({}, [], ()):
+        return str(value)
+    if isinstance(value, dict):
+        return ",".join(
+            f"{key}.{_label(v)}" if isinstance(v, dict) else f"{key}={_label(v)}" for key, v in value.items()
+        )
+    return ",".join(map(_label, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder of five studies on which a small network trains in a second; it must not be written to."""

@@ -150,22 +150,22 @@ class BatchStream:
 
     def _draw(self, position: int, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior draw, noise and timestep of the sample at `position`."""
-        source = generator(self.seed, "sample", position)
-        posterior = torch.randn(shape, generator=source)
-        noise = torch.randn(shape, generator=source)
-        return posterior, noise, torch.randint(self.num_timesteps, (), generator=source)
+        rng = generator(self.seed, "sample", position)
+        posterior = torch.randn(shape, generator=rng)
+        noise = torch.randn(shape, generator=rng)
+        return posterior, noise, torch.randint(self.num_timesteps, (), generator=rng)
 
     def _prefetch(self, stream: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Prepare one micro-batch ahead in a thread; on a GPU, in a CUDA stream of its own."""
-        side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        if side is not None:  # latents, scale and autoencoder were written to the device in the training's CUDA stream
-            side.wait_stream(torch.cuda.current_stream(self.device))
+        cuda_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if cuda_stream is not None:  # the training's CUDA stream wrote latents, scale and autoencoder to the device
+            cuda_stream.wait_stream(torch.cuda.current_stream(self.device))
 
         def make() -> tuple[MicroBatch | None, torch.cuda.Event | None]:
-            if side is None:
+            if cuda_stream is None:
                 return next(stream, None), None
-            with torch.cuda.device(self.device), torch.cuda.stream(side):
-                return next(stream, None), side.record_event()
+            with torch.cuda.device(self.device), torch.cuda.stream(cuda_stream):
+                return next(stream, None), cuda_stream.record_event()
 
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
             pending = pool.submit(make)

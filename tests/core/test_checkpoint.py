@@ -216,6 +216,10 @@ def publish_small(run, number, keep, content="weights"):
         *[(lambda m, key=key: m | {"files": {"model.safetensors": {key: m["files"]["model.safetensors"][key]}}},
            "malformed", "manifest.json") for key in ("sha256", "bytes")],
     ],
+    ids=[
+        "other-format", "version-2", "version-text", "no-format", "no-version", "no-files", "list-of-files", "list",
+        "wrong-hash", "too-long", "too-short", "absent-file", "hash-alone", "size-alone",
+    ],
 )  # fmt: skip
 def test_a_wrong_manifest_is_refused_by_name(tmp_path, edit, words, file):
     folder = small(tmp_path / "step")

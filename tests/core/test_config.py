@@ -96,7 +96,7 @@ def test_single_file_keeps_defaults(tmp_path):
         ({"training": {"lr": float("nan")}}, "training.lr", ""),
         ({"model": {"variant": "CCELA"}}, "model.variant", "did you mean 'CCELLA'?"),
         ({"model": {"num_channels": [60, 64, 64, 64]}}, "model", "not divisible by norm_num_groups"),
-        ({"model": {"attention_levels": [True]}}, "model", "one entry a level"),
+        ({"model": {"attention_levels": [True]}}, "model", "one entry per level"),
         ({"data": {"sequences": ["t2w", "adc"]}}, None, "one entry per sequence"),
         ({"data": {"sequences": ["t2"]}}, "data.sequences.0", "t2w"),
         ({"sampling": {"solver": "dpm"}}, "sampling.solver", "ddim"),

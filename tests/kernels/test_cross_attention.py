@@ -237,7 +237,7 @@ HEADS = [(8, 32), (16, 32), (4, 64), (8, 64), (2, 96), (4, 128)]
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads, width", [(8, 32), (16, 32), (4, 64), (8, 64), (2, 96), (4, 128)], ids=labeled(""))
+@pytest.mark.parametrize("heads, width", HEADS, ids=labeled(""))
 def test_compiled(heads, width, dtype):
     tensors = block(2, 1031, heads, 256, width, dtype)
     support = backend_support(torch.device("cuda"), dtype, channels=heads * width, head_width=width)

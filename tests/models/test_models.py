@@ -466,7 +466,7 @@ def test_build_model_takes_names_and_configurations():
     with pytest.raises(ConfigError, match="'num_channel'") as caught:
         build_model("CCELLA", num_channel=[64])
     assert caught.value.fix == "did you mean 'num_channels'?"
-    with pytest.raises(ConfigError, match="one entry a level"):
+    with pytest.raises(ConfigError, match="one entry per level"):
         build_model("CCELLA", num_channels=[64, 128])
     with pytest.raises(ConfigError, match="cannot be built from a dict"):
         build_model({"variant": "CCELLA"})  # type: ignore[arg-type]

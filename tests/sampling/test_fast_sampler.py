@@ -158,6 +158,18 @@ def test_class_override_replaces_the_predicted_class(checkpoint, sampler):
     assert (free - got.latents).abs().max() > 1e-3 < (neg - got.latents).abs().max()
 
 
+def test_every_volume_has_its_own_class_override(checkpoint, sampler):
+    """Two volumes with the same noise and report equal those of two requests with one class each."""
+    alone = [
+        sampler(reports=["abc"], seeds=[4], num_steps=STEPS, class_override=name).latents for name in ("neg", "pos")
+    ]
+    together = sampler(reports=["abc"], seeds=[4, 4], num_steps=STEPS, class_override=["neg", "pos"])
+    assert error(together.latents, torch.cat(alone)) < 5e-5
+    assert error(together.latents.flip(0), torch.cat(alone)) > 1e-3
+    reversed_classes = sampler(reports=["abc"], seeds=[4, 4], num_steps=STEPS, class_override=["pos", "neg"])
+    assert error(reversed_classes.latents, torch.cat(alone[::-1])) < 5e-5
+
+
 def test_a_diffusers_scheduler_is_a_solver(sampler):
     from diffusers import DDIMScheduler
 

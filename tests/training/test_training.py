@@ -294,6 +294,25 @@ def test_cases_of_a_nonfinite_step_are_reported(tmp_path, data, caplog, monkeypa
     assert "case2" in first and message.endswith("cases: " + ("case2" if inputs else ", ".join(sorted(first))))
 
 
+def test_an_infinite_loss_with_finite_gradients_is_skipped(tmp_path, data, caplog, monkeypatch):
+    """Gradients do not tell that the loss of one micro-step has overflowed."""
+    joint = loop.joint_loss
+    calls = []
+
+    def overflowing(*arguments):
+        calls.append(joint(*arguments))
+        return calls[-1]._replace(total=calls[-1].total + (float("inf") if len(calls) == 3 else 0))
+
+    monkeypatch.setattr(loop, "joint_loss", overflowing)
+    every = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 9}
+    train_here(tmp_path / "run", data, batch_size=1, gradient_accumulation_steps=2, **every)
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 3]
+    assert any("step 2: loss or gradient is not finite" in record.getMessage() for record in caplog.records)
+    first, second, third = (weights(tmp_path / "run", step) for step in (1, 2, 3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(second[name], third[name]) for name in second)
+
+
 def test_a_case_of_another_process_is_reported(caplog):
     """This process found nothing; the other one did."""
     losses = loop.Losses(*torch.zeros(3), torch.ones(2, dtype=torch.bool))

@@ -34,10 +34,12 @@ JOBS: dict[str, dict[str, Any]] = {
         "set": {"batch_size": 1, "max_train_steps": 1, "checkpointing_steps": 1, "zero_stage": 2}, "fault": "disk", "code": 5
     },
 }  # fmt: skip
-# In bf16, gradients are summed over the processes in bf16, and Adam divides by their magnitude.
+# In bf16, gradients are summed over the processes in bf16. Adam divides by their magnitude, so a gradient that is mostly
+# rounding error moves its weight as far as any other, and no bound on the weights holds on every CPU. They must be closer to
+# the right loop than to one with other samples; the losses of steps 2 to 4 depend on them too.
 TOLERANCE = {
     "fp32": {"loss": 1e-5, "loss_l1": 1e-5, "loss_class": 1e-5, "grad_norm": 1e-5, "lr": 1e-12, "model": 2e-3, "ema": 2e-3},
-    "bf16": {"loss": 5e-3, "loss_l1": 5e-3, "loss_class": 2e-2, "grad_norm": 2e-2, "lr": 1e-12, "model": 0.5, "ema": 0.5},
+    "bf16": {"loss": 5e-3, "loss_l1": 5e-3, "loss_class": 2e-2, "grad_norm": 2e-2, "lr": 1e-12},
 }  # fmt: skip
 SLOW = ["zero0-bf16", "zero1-fp32", "zero1-bf16", "zero3-bf16"]
 
@@ -87,8 +89,9 @@ def check_equal_to_the_plain_loop(run: Path, plain) -> None:
     precision = run.name.partition("-")[2]
     two, one = plain[precision]
     found = difference(run, two, at=[2, 4])
-    assert not {key: value for key, value in found.items() if value > TOLERANCE[precision][key]}, found
     other = difference(run, one, at=[2, 4])
+    assert all(found[key] <= bound for key, bound in TOLERANCE[precision].items()), found
+    assert all(found[key] < other[key] for key in ("model", "ema")), (found, other)
     assert min(other["loss"], other["loss_class"], other["model"]) > 1e-2
 
 
