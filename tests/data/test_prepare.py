@@ -277,7 +277,7 @@ def test_files_prepared_by_the_reference_are_imported(tmp_path: Path):
 def test_imports_that_do_not_match_raise(tmp_path: Path):
     write_merged(tmp_path)
     arguments = {"embedding_base_dir": tmp_path / "emb"}
-    with pytest.raises(DataError, match="text features are \\(12, 32\\)"):
+    with pytest.raises(DataError, match="text features have the shape \\(12, 32\\)"):
         prepare(tmp_path / "merged.json", tmp_path / "out", config(variant="CCELLA", text__max_length=16), **arguments)
     with pytest.raises(DataError, match="the latent is \\(4, 8, 8, 4\\)"):
         prepare(tmp_path / "merged.json", tmp_path / "out", config(data__dim=[32, 32, 32]), **arguments)
