@@ -42,7 +42,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.7",
+            "pytest-xdist>=3.8",
             "nvidia-dali-cuda130>=2.4,<3",  # both data engines are compared, on a CPU too
             "diffusers>=0.40,<0.43",  # independent truth for solvers
             # As torch 2.11 to 2.15 require it. For kernels in its interpreter and ahead-of-time compilation; no GPU needed.
