@@ -231,6 +231,13 @@ class TextConfig(Section):
     batch_size: Positive = 8  #: reports encoded at a time
 
 
+# Settings of `VaeTrainingConfig` that the first version did not have; it trained with what are now their defaults.
+_LATER_VAE_SETTINGS = [
+    "warmup_fraction", "max_warmup_steps", "final_lr_fraction", "weight_decay", "adam_betas", "max_grad_norm",
+    "checkpointing_seconds",
+]  # fmt: skip
+
+
 class VaeTrainingConfig(Section):
     """`ccella-fast train-vae`: L1 + KL on random patches."""
 
@@ -254,6 +261,14 @@ class VaeTrainingConfig(Section):
     augmentation: AugmentationConfig = AugmentationConfig.model_validate({"preset": "none"})
     #: seconds between two saves of the state from which a stopped run is resumed; 0: whenever the loss is read, every 10 steps
     checkpointing_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
+
+    def later_settings_at_default(self) -> set[str]:
+        """The settings that the first version did not have and that have their defaults.
+
+        Hashes of a configuration leave them out, so that what the first version made stays valid.
+        """
+        fields = type(self).model_fields
+        return {name for name in _LATER_VAE_SETTINGS if getattr(self, name) == fields[name].default}
 
 
 class TrainingConfig(Section):
@@ -366,7 +381,7 @@ class Config(Section):
 
 
 # Settings of earlier releases and of the reference's files that nothing reads -> the option that decides.
-_REMOVED = {
+REMOVED_SETTINGS = {
     "paths.data_base_dir": "--data_base_dir",
     "paths.train_json": "--data",
     "paths.test_json": "--test_data",
@@ -452,7 +467,7 @@ def _validate(values: dict[str, Any], origin: object) -> Config:
 def _without_removed(values: dict[str, Any], origin: object) -> dict[str, Any]:
     """`values` without the settings that had no effect and are gone; a warning names those that were set."""
     values, ignored = dict(values), []
-    for dotted, instead in _REMOVED.items():
+    for dotted, instead in REMOVED_SETTINGS.items():
         section, key = dotted.split(".")
         if isinstance(values.get(section), dict) and key in values[section]:
             if values[section][key] not in (None, 0):  # files that we wrote spell out every default

@@ -125,9 +125,8 @@ def _group_norm_silu_fwd_apply_kernel(
         )
         b_rstd = 1.0 / tl.sqrt(b_variance + eps)
         o_g = tl.arange(0, BLOCK_G)
-        m_g = o_g < tl.where(
-            i_part == 0, GROUPS, 0
-        )  # not `& (i_part == 0)`: Triton 3.9's interpreter rejects such masks
+        # Not `& (i_part == 0)`: Triton 3.9's interpreter rejects such masks.
+        m_g = o_g < tl.where(i_part == 0, GROUPS, 0)
         tl.store(mean_ptr + i_b * G + i_block * GROUPS + o_g, b_mean, mask=m_g)
         tl.store(rstd_ptr + i_b * G + i_block * GROUPS + o_g, b_rstd, mask=m_g)
         b_center = broadcast_to_channels(b_mean, o_lane // CPG, BLOCK_G)

@@ -11,29 +11,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ccella_fast.checkpoint import Checkpoint, load_checkpoint, write_manifest
-from ccella_fast.config import Config, make_config
+from ccella_fast.config import REMOVED_SETTINGS, Config, make_config
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.models import DiffusionModel
 from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder, weights_file
 from ccella_fast.sampling.output import volume_digest
 from ccella_fast.storage import atomic_folder, read_json, sha256, write_json
 
-# Settings that the first version did not have, and those of it that are gone. So that its samples stay valid, the former are
-# hashed only if they differ from their defaults, and the latter always, with the defaults that they had.
-_LATER_SETTINGS = [
-    "warmup_fraction", "max_warmup_steps", "final_lr_fraction", "weight_decay", "adam_betas", "max_grad_norm",
-    "checkpointing_seconds",
-]  # fmt: skip
-_GONE_PATHS = ["data_base_dir", "train_json", "test_json", "output_dir", "trained_autoencoder_path"]
-
 
 def config_digest(config: Config) -> str:
-    """The SHA-256 of a configuration, which is part of the identity of its samples."""
-    values, defaults = config.dump(), Config().dump()["vae_training"]
-    later = {name for name in _LATER_SETTINGS if values["vae_training"][name] == defaults[name]}
+    """The SHA-256 of a configuration, which is part of the identity of its samples.
+
+    Samples of the first version stay valid: settings that it did not have are left out while they have their defaults, and
+    settings of it that are gone are hashed with the defaults that they had.
+    """
+    values, later = config.dump(), config.vae_training.later_settings_at_default()
     values["vae_training"] = {name: value for name, value in values["vae_training"].items() if name not in later}
-    values["sampling"] |= {"random_seed": 0}
-    values["paths"] |= dict.fromkeys(_GONE_PATHS)
+    for dotted in REMOVED_SETTINGS:
+        section, key = dotted.split(".")
+        values[section][key] = 0 if key == "random_seed" else None
     return volume_digest(values)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ccella_fast.config import Config, VaeTrainingConfig
+from ccella_fast.config import Config
 from ccella_fast.errors import CheckpointError
 from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder
 from ccella_fast.models.weights import read_pt
@@ -16,17 +16,12 @@ from ccella_fast.storage import atomic_path, read_json
 from ccella_fast.training.autoencoder.patches import Image
 
 _STATE = "state.pt"
-# Settings that the first version did not have; it trained with what are now their defaults. They are part of the identity only
-# if they differ from their defaults, so that folders of that version stay valid.
-_LATER_SETTINGS = [
-    "weight_decay", "adam_betas", "max_grad_norm", "warmup_fraction", "max_warmup_steps", "final_lr_fraction",
-]  # fmt: skip
 
 
 def identity(config: Config, images: list[Image]) -> str:
     """The SHA-256 of everything that the weights depend on: network, settings and training images."""
-    settings, fields = config.vae_training, VaeTrainingConfig.model_fields
-    excluded = {name for name in _LATER_SETTINGS if getattr(settings, name) == fields[name].default}
+    settings = config.vae_training
+    excluded = settings.later_settings_at_default()
     excluded |= {"checkpointing_seconds"} | (set() if settings.augmentation.active else {"augmentation"})
     parts = [config.autoencoder.model_dump(), settings.model_dump(exclude=excluded), [image.sha256 for image in images]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
