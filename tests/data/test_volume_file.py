@@ -16,7 +16,8 @@ import SimpleITK as sitk
 from ccella_fast.data.preparation import resampling as module
 from ccella_fast.data.preparation.resampling import covers_center, make_grid, normalize, resample
 from ccella_fast.data.readers.discovery import find_studies
-from ccella_fast.data.readers.volume_file import FORMATS, Volume, check_axial, read_volume
+from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume_file import FORMATS, check_axial, read_volume
 from ccella_fast.errors import DataError
 from study_fixtures import SHAPE, oblique, patch_header, voxels, write_nifti
 
@@ -61,8 +62,9 @@ def test_a_new_format_is_one_row_of_the_table(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(DataError, match="the file format '.raw3d' is not supported"):
         read_volume(path)
 
-    def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        return np.frombuffer(path.read_bytes(), np.uint16).reshape(SHAPE).astype(np.float32), np.diag([1.5, 1.5, 3, 1])
+    def read(path: Path, b_value: float | None) -> Volume:
+        array = np.frombuffer(path.read_bytes(), np.uint16).reshape(SHAPE).astype(np.float32)
+        return Volume(array, np.diag([1.5, 1.5, 3, 1]))
 
     monkeypatch.setitem(FORMATS, ".raw3d", read)
     assert find_studies(tmp_path)[0].files == {"t2w": path}

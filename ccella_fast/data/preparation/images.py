@@ -13,7 +13,8 @@ import numpy as np
 from ccella_fast.config import DataConfig
 from ccella_fast.data.preparation.resampling import Grid, covers_center, make_grid, normalize, resample
 from ccella_fast.data.preparation.stage_cache import write_array
-from ccella_fast.data.readers.volume_file import Volume, check_axial, read_volume
+from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume_file import check_axial, read_volume
 from ccella_fast.errors import DataError
 
 

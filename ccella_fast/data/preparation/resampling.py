@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ccella_fast.data.readers.volume_file import Volume
+from ccella_fast.data.readers.volume import Volume
 from ccella_fast.errors import DataError
 
 ADC_WINDOW = (0.0, 3000.0)  # 1e-6 mm2/s

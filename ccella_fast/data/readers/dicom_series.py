@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ccella_fast.data.readers.itk_file import arrays_of_itk_image, last_words
+from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_checks import MAX_VOXELS
 from ccella_fast.errors import DataError
 
@@ -21,8 +22,8 @@ def is_dicom_folder(folder: Path) -> bool:
     return False
 
 
-def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read the voxels, (X, Y, Z) float32, and the affine (4, 4), voxel index -> RAS mm.
+def read_dicom_series(folder: Path, b_value: float | None = None) -> Volume:
+    """Read a series in its stored order of axes.
 
     Raises:
         DataError: If the folder does not hold exactly one series of equal, parallel and evenly spaced slices.
@@ -51,7 +52,7 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     if abs(as_read - distance) > 0.01 * distance:
         why = f"the slices are {distance:.3f} mm apart by their positions, but {as_read:.3f} mm as read"
         raise defect(why, "ImagePositionPatient", "export the series again")
-    return array, affine
+    return Volume(array, affine)
 
 
 def _check_slices(names: tuple[str, ...], defect: Callable[[str, str, str], DataError]) -> float:

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_checks import check_number_type, check_size
 from ccella_fast.errors import DataError
 
 _EXPORT_AGAIN, _COPY_AGAIN = "export the series again", "copy or export the file again"
 
 
-def read_itk_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read the voxels, (X, Y, Z) float32, and the affine (4, 4), voxel index -> RAS mm.
+def read_itk_file(path: Path, b_value: float | None = None) -> Volume:
+    """Read a volume in its stored order of axes.
 
     Raises:
         DataError: If the file is damaged, is cut off, refers to another file or is not a 3D volume of plain numbers.
@@ -31,7 +32,7 @@ def read_itk_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
         _check_shape(reader.GetSize(), reader.GetNumberOfComponents(), path)
         if {header.get("compresseddata", "").lower(), header.get("encoding", "").lower()} & {"true", "gzip", "gz"}:
             _check_stream(path, start, int(np.prod(reader.GetSize(), dtype=object)) * 8)
-        return arrays_of_itk_image(reader.Execute(), path)
+        return Volume(*arrays_of_itk_image(reader.Execute(), path))
     except RuntimeError as error:
         why = f"this file cannot be read: {last_words(error)}"
         raise DataError(why, path=path, field="header", fix=_COPY_AGAIN) from None

@@ -9,12 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_checks import TOLERANCE, check_number_type, check_size
 from ccella_fast.errors import DataError
 
 _FORMS_TOLERANCE = 2e-3  # rad; near half a turn a qform, which drops a quaternion's first part, is only good to 1.2e-3
 _LAST_OFFSET = 2**24  # bytes; the largest start of the voxels, after the header's extensions
 _EXPORT_AGAIN, _COPY_AGAIN = "export the series again", "copy or export the file again"
+
+
+def read_nifti_file(path: Path, b_value: float | None = None) -> Volume:
+    """Read a 3D file. Raises DataError as `read_nifti_array` does."""
+    return Volume(*read_nifti_array(path))
 
 
 def read_nifti_array(path: Path, dimensions: int = 3) -> tuple[np.ndarray, np.ndarray]:

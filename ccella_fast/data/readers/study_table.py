@@ -11,18 +11,13 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ccella_fast.data.readers.study import NEGATIVE, POSITIVE, Defects, Study
+from ccella_fast.data.readers.study import CLASSES, Defects, Study
 from ccella_fast.data.readers.text_checks import MAX_REPORT, check_known, clean_report, printable, quote, read_text
 from ccella_fast.errors import DataError, did_you_mean
 from ccella_fast.storage import safe_join
 
 PARTICIPANTS = "participants.tsv"
 _COLUMNS = {"case", "split", "pirads", "report", "report_file", "dataset", "synthetic"}
-_CLASSES: dict[str, list[int] | None] = {
-    **dict.fromkeys(("1", "2", "neg"), NEGATIVE),
-    **dict.fromkeys(("3", "4", "5", "pos"), POSITIVE),
-    "": None,
-}
 
 
 def apply_table(studies: list[Study], table: Path, defects: Defects) -> list[Study]:
@@ -105,7 +100,7 @@ def _parse_row(table: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
         why = f"synthetic must be yes, no or empty, got {quote(synthetic)}"
         raise defect(why, "synthetic", "write yes, no, or leave it empty")
     score = (row.get("pirads") or "").strip().lower()
-    if score not in _CLASSES:
+    if score and score not in CLASSES:
         why = f"pirads must be 1 to 5, neg, pos or empty, got {quote(score)}"
         raise defect(why, "pirads", "write the PI-RADS score, neg or pos, or leave it empty")
     report, report_file = row.get("report") or "", (row.get("report_file") or "").strip()
@@ -115,7 +110,7 @@ def _parse_row(table: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
         report = _read_report(table, line, report_file)
     return {
         "split": split,
-        "pirads": _CLASSES[score],
+        "pirads": CLASSES.get(score),
         "report": clean_report(report, table, f"line {line}, report"),
         "synthetic": synthetic == "yes",
         "dataset": (row.get("dataset") or "").strip() or None,

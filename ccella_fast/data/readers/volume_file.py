@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ccella_fast.data.readers.dicom_series import read_dicom_series
 from ccella_fast.data.readers.itk_file import read_itk_file
-from ccella_fast.data.readers.nifti import read_nifti_array
+from ccella_fast.data.readers.nifti import read_nifti_file
+from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_checks import check_affine, check_voxels
 from ccella_fast.errors import DataError
 
-#: Suffix -> reader of (voxels (X, Y, Z) float32, affine (4, 4) float64: voxel index -> RAS mm). A format is one row.
-FORMATS: dict[str, Callable[[Path], tuple[np.ndarray, np.ndarray]]] = {
-    ".nii.gz": read_nifti_array,
-    ".nii": read_nifti_array,
+#: Suffix -> reader(path, b_value) of a volume in its stored order of axes. A format is one row.
+FORMATS: dict[str, Callable[[Path, float | None], Volume]] = {
+    ".nii.gz": read_nifti_file,
+    ".nii": read_nifti_file,
     ".mha": read_itk_file,
     ".nrrd": read_itk_file,
 }
@@ -29,30 +29,17 @@ FORMAT_NAMES = f"{', '.join(FORMATS)} or a folder of DICOM files"  # for message
 _PLANES = ("sagittal", "coronal", "axial")
 
 
-class Volume(NamedTuple):
-    """A 3D image and its place in the patient. Oblique direction cosines are kept: nothing is rotated.
-
-    Attributes:
-        array: (X, Y, Z) float32; the axes are those nearest to Right, Anterior, Superior.
-        affine: (4, 4) float64, voxel index -> RAS mm.
-    """
-
-    array: np.ndarray
-    affine: np.ndarray
-
-    @property
-    def spacing(self) -> np.ndarray:
-        """Voxel size in mm along the axes of the array."""
-        return np.linalg.norm(self.affine[:3, :3], axis=0)
-
-
 def volume_suffix(name: str) -> str | None:
     """The suffix in FORMATS that a file name ends with, in any case; None for other files."""
     return next((suffix for suffix in FORMATS if name.lower().endswith(suffix)), None)
 
 
-def read_volume(path: str | Path) -> Volume:
+def read_volume(path: str | Path, *, b_value: float | None = None) -> Volume:
     """Read a file of one of the FORMATS, or a folder that holds one DICOM series.
+
+    Args:
+        path: The file or folder.
+        b_value: Which image to read of a diffusion series that holds several, in s/mm2; None reads that of the highest.
 
     Raises:
         DataError: If the file is damaged or cut off, or is anything but a finite, non-constant 3D volume of plain numbers with
@@ -63,15 +50,15 @@ def read_volume(path: str | Path) -> Volume:
         raise DataError("this file does not exist", path=path, fix="check the path, or copy the file again")
     suffix = volume_suffix(path.name)
     if path.is_dir():
-        array, affine = read_dicom_series(path)
+        volume = read_dicom_series(path, b_value)
     elif suffix is not None:
-        array, affine = FORMATS[suffix](path)
+        volume = FORMATS[suffix](path, b_value)
     else:
         why = f"the file format {path.suffix!r} is not supported"
         raise DataError(why, path=path, fix=f"give {FORMAT_NAMES}")
-    check_affine(affine, path)
-    check_voxels(array, path)
-    return _to_closest_ras(array, affine)
+    check_affine(volume.affine, path)
+    check_voxels(volume.array, path)
+    return _to_closest_ras(volume)
 
 
 def check_axial(volume: Volume, path: Path) -> None:
@@ -83,10 +70,10 @@ def check_axial(volume: Volume, path: Path) -> None:
         raise DataError(why, path=path, field="direction", fix="give the axial series")
 
 
-def _to_closest_ras(array: np.ndarray, affine: np.ndarray) -> Volume:
+def _to_closest_ras(volume: Volume) -> Volume:
     """Permute and flip axes (no interpolation) so that each points most nearly to Right, Anterior, Superior."""
     from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
-    orientation = io_orientation(affine)
-    reordered = np.ascontiguousarray(apply_orientation(array, orientation))
-    return Volume(reordered, affine @ inv_ornt_aff(orientation, array.shape))
+    orientation = io_orientation(volume.affine)
+    array = np.ascontiguousarray(apply_orientation(volume.array, orientation))
+    return Volume(array, volume.affine @ inv_ornt_aff(orientation, volume.array.shape), volume.notes)
