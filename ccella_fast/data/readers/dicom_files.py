@@ -1,7 +1,7 @@
 """The DICOM files of a folder: which files are images, and their headers.
 
-pydicom, which is pure Python, parses every file that is not hidden, within bounds of time and memory. A file that is an image or has
-the name of one is read or refused by name; files that are something else are named in a note.
+pydicom, which is pure Python, parses every file that is not hidden, within bounds of time and memory. A file that is an image or
+has the name of one is read or refused by name; files that are something else are named in a note.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def read_dicom_files(folder: Path) -> tuple[list[DicomFile], list[str]]:
     patterns = {_name_pattern(entry) for entry in entries if is_dicom[entry]}
     for entry in entries:
         if not is_dicom[entry] and (_has_dicom_name(entry) or _name_pattern(entry) in patterns):
-            is_empty = not entry.exists() or entry.stat().st_size == 0
-            why = f"this file has the name of a DICOM image, but {'is empty' if is_empty else 'is no DICOM file'}"
+            state = "no DICOM file" if entry.is_file() else "no file, or a link that leads nowhere"
+            state = "empty" if entry.is_file() and entry.stat().st_size == 0 else state
+            why = f"this file has the name of a DICOM image, but is {state}"
             raise DataError(why, path=entry, field="DICOM file", fix="copy or export the series again")
     size = sum(entry.stat().st_size for entry in entries if is_dicom[entry])
     if size > _MAX_BYTES:
@@ -113,8 +114,8 @@ def _note(entries: list[Path], what: str) -> str:
 
 
 def _first_bytes(path: Path) -> bytes:
-    """The bytes that tell a DICOM file; none for a link that leads nowhere, such as that of a file that was not downloaded."""
-    if path.is_symlink() and not path.exists():
+    """The bytes that tell a DICOM file; none for a link that leads nowhere, as to a file that was not downloaded, or a pipe."""
+    if not path.is_file():
         return b""
     try:
         with open(path, "rb") as file:
@@ -125,7 +126,7 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _is_dicom(head: bytes) -> bool:
-    """Whether a file begins with the preamble, or else with one of the first elements of a header (old files lack the preamble)."""
+    """Whether a file begins with the preamble or, as old files lack it, with one of the first elements of a header."""
     first = head[:2] in (b"\x08\0", b"\x02\0") and head[2:4] < b"\x20\0" and head[3:4] == b"\0" and len(head) == 132
     return head[128:132] == b"DICM" or (first and (head[4:6].isupper() or head[6:8] == b"\0\0"))
 
@@ -175,7 +176,9 @@ def _parse(path: Path) -> Any:
 
     tags: list[Any] = [tag_for_keyword(keyword) for keyword in _KEYWORDS]
     for group, (_, element) in PRIVATE_B_VALUES.items():
-        tags += [tag for block in range(0x10, 0x20) for tag in (group << 16 | block, group << 16 | block << 8 | element)]
+        tags += [
+            tag for block in range(0x10, 0x20) for tag in (group << 16 | block, group << 16 | block << 8 | element)
+        ]
     try:
         return read_partial(file, is_past_pixels, force=True, specific_tags=tags)
     except EOFError:
@@ -186,7 +189,7 @@ def _parse(path: Path) -> Any:
 
 
 def _is_image(file: DicomFile) -> bool:
-    """Whether a file is an image, also one that lacks its pixels; other objects are reports, presentation states, directories."""
+    """Whether a file is an image, even if it lacks its pixels. Other objects are reports, presentation states, directories."""
     header = file.header
     try:
         sop_class, meta_class = header.get("SOPClassUID"), header.file_meta.get("MediaStorageSOPClassUID")

@@ -52,7 +52,7 @@ class Frame:
         file: The file that holds it.
         number: Its index in the file, from 0.
         position: (3,) the center of its first voxel in mm, LPS.
-        orientation: (2, 3) unit vectors along a row and along a column.
+        orientation: (2, 3) unit vectors along a row and along a column, as stated.
         spacing: (2,) distances in mm between rows and between columns.
         slope: What a stored value is multiplied with.
         intercept: What is then added.
@@ -129,14 +129,16 @@ def _frame(file: DicomFile, number: int, groups: list[Any] | None) -> Frame:
     has_rescale = value("RescaleSlope") is not None, value("RescaleIntercept") is not None
     if has_rescale[0] != has_rescale[1]:
         raise _defect(file, "only one of RescaleSlope and RescaleIntercept is stated", "RescaleSlope")
-    slope, intercept = (numbers(f"Rescale{name}", 1)[0] for name in ("Slope", "Intercept")) if has_rescale[0] else (1, 0)
+    slope, intercept = 1.0, 0.0
+    if has_rescale[0]:
+        slope, intercept = float(numbers("RescaleSlope", 1)[0]), float(numbers("RescaleIntercept", 1)[0])
     if slope == 0:
         raise _defect(file, "RescaleSlope is 0", "RescaleSlope")
     b_value = float(numbers("DiffusionBValue", 1)[0]) if value("DiffusionBValue") is not None else None
     labels = {keyword: str(value(keyword)) for keyword in DIMENSIONS}
     return Frame(
-        file, number, numbers("ImagePositionPatient", 3), orientation / lengths[:, None], spacing, float(slope),
-        float(intercept), _private_b_value(file) if b_value is None else b_value,
+        file, number, numbers("ImagePositionPatient", 3), orientation, spacing, slope,
+        intercept, _private_b_value(file) if b_value is None else b_value,
         value("DiffusionDirectionality") == "ISOTROPIC" or "TRACEW" in labels["ImageType"], labels,
     )  # fmt: skip
 
@@ -171,7 +173,7 @@ def _private_b_value(file: DicomFile) -> float | None:
         elif not isinstance(found, int | float | str):
             found = found[0] if found else None
         try:
-            number = float(found)  # type: ignore[arg-type]
+            number = float(found)
         except (TypeError, ValueError):
             continue
         if np.isfinite(number) and number >= 0:
@@ -180,4 +182,6 @@ def _private_b_value(file: DicomFile) -> float | None:
 
 
 def _defect(file: DicomFile, why: str, field: str) -> DataError:
-    return DataError(f"this DICOM file cannot be used: {why}", path=file.path, field=field, fix="export the series again")
+    return DataError(
+        f"this DICOM file cannot be used: {why}", path=file.path, field=field, fix="export the series again"
+    )

@@ -54,17 +54,16 @@ def stack_affine(frames: Sequence[Frame], folder: Path) -> np.ndarray:
     if len(frames) < 2:
         why = f"this folder holds a single slice ({_names(frames)}), a 3D volume is expected"
         raise DataError(why, path=folder, field="DICOM files", fix="give the whole series")
-    orientation = np.median([frame.orientation for frame in frames], axis=0)
-    normal = np.cross(*orientation)
+    axes = _right_angles(np.median([frame.orientation for frame in frames], axis=0))
     positions = np.stack([frame.position for frame in frames])
-    steps = np.diff(positions @ normal)
+    steps = np.diff(positions @ axes[:, 2])
     typical = float(np.median(steps))
     if np.abs(steps - typical).max() > _UNEVEN * typical:
         gap = int(np.abs(steps - typical).argmax())
         between = _names(frames[gap : gap + 2])
-        why = f"the slices are spaced unevenly: {steps[gap]:.2f} mm after slice {gap + 1} ({between}), {typical:.2f} mm elsewhere"
+        why = f"the slices are spaced unevenly: {steps[gap]:.2f} mm after slice {gap + 1}, {typical:.2f} mm elsewhere: {between}"
         raise DataError(why, path=folder, field="ImagePositionPatient", fix="add the missing slices")
-    in_plane = positions @ orientation.T
+    in_plane = positions @ axes[:, :2]
     # A stack may lean by TOLERANCE, as in every other format; each slice may be off by rounding.
     allowed = TOLERANCE * float(steps.sum()) + _ROUNDING
     shift = float(np.ptp(in_plane, axis=0).max())
@@ -78,9 +77,19 @@ def stack_affine(frames: Sequence[Frame], folder: Path) -> np.ndarray:
     row_spacing, column_spacing = np.median([frame.spacing for frame in frames], axis=0)
     distance = np.linalg.norm(positions[-1] - positions[0]) / (len(frames) - 1)
     affine = np.eye(4)
-    affine[:3, :3] = np.stack([*orientation, normal], axis=1) * [column_spacing, row_spacing, distance]
+    affine[:3, :3] = axes * [column_spacing, row_spacing, distance]
     affine[:3, 3] = positions[0]
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def _right_angles(orientation: np.ndarray) -> np.ndarray:
+    """The unit vectors (columns of (3, 3)) along rows, columns and normal of an image; stated ones are rounded."""
+    row, column = orientation
+    normal = np.cross(row, column)
+    normal /= np.linalg.norm(normal)
+    row = np.cross(column, normal)
+    row /= np.linalg.norm(row)
+    return np.stack([row, np.cross(normal, row), normal], axis=1)
 
 
 def _names(frames: Sequence[Frame]) -> str:

@@ -1,7 +1,7 @@
 """Stored values of DICOM images, after checks of everything that says how they are stored.
 
-Uncompressed values are read by numpy. Compressed ones are decoded by GDCM, a library in C++, which gets a file of our own with the
-attributes that were checked and the compressed bytes of one frame.
+Uncompressed values are read by numpy. Compressed ones are decoded by GDCM, a library in C++, which gets a file of our own with
+the attributes that were checked and the compressed bytes of one frame.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _decode(file: DicomFile, numbers: Sequence[int]) -> list[np.ndarray]:
 
 
 def _coded_size(frame: bytes, syntax: str) -> tuple[int, int, int] | None:
-    """Rows, columns and components that a compressed stream states, zeros if it is damaged; None for RLE, which has no such header."""
+    """Rows, columns and components that a compressed stream states, or zeros; None for RLE, which does not state them."""
     if syntax == _RLE:
         return None
     if syntax in _JPEG_2000:

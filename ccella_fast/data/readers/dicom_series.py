@@ -106,7 +106,8 @@ def _several_at_one_position(group: list[Frame], stated: int, total: int, folder
 
 def _notes_on_missing(files: Sequence[DicomFile]) -> list[str]:
     """What the headers say about slices that are not there; missing ones at an end of a stack leave no other trace."""
-    numbers, expected = [], []
+    numbers: list[int] = []
+    expected: list[int] = []
     for file in files:
         for keyword, found in (("InstanceNumber", numbers), ("ImagesInAcquisition", expected)):
             try:
