@@ -1,7 +1,8 @@
 """The DICOM files of a folder: which files are images, and their headers.
 
-pydicom, which is pure Python, parses every file that is not hidden, within bounds of time and memory. A file that is an image or
-has the name of one is read or refused by name; files that are something else are named in a note.
+pydicom, which is pure Python, parses every file that is not hidden, within bounds of time and memory. A file that is an image
+or has the name of one is read or refused by name; files that are something else are named in a note.
+
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _MAX_HEADER_BYTES = 2**25  # what precedes the voxels; an enhanced header of a t
 _MAX_READS = 10**6  # each element takes two or three
 _MAX_NAMES = 10  # in a note
 
-_DICOMDIR = "1.2.840.10008.1.3.10"
+_INDEX = "DICOMDIR"  # the name of the index of a disc
 _DEFLATED = "1.2.840.10008.1.2.1.99"  # pydicom inflates it to any size
 _PIXEL_DATA = 0x7FE00010
 _UNDEFINED_LENGTH = 0xFFFFFFFF
@@ -80,17 +81,27 @@ def read_dicom_files(folder: Path) -> tuple[list[DicomFile], list[str]]:
     if size > _MAX_BYTES:
         why = f"the DICOM files of this folder have {size} bytes, but at most {_MAX_BYTES} are read"
         raise DataError(why, path=folder, field="DICOM files", fix="keep one series per folder")
-    files = [DicomFile(entry, _parse(entry)) for entry in entries if is_dicom[entry]]
+    files = [DicomFile(entry, _parse(entry)) for entry in entries if is_dicom[entry] and entry.name != _INDEX]
     images = [file for file in files if _is_image(file)]
     if not images:
         raise DataError("this folder holds no DICOM image", path=folder, field="DICOM files", fix="give an MR series")
     used = {file.path for file in images}
     notes = [
         _note([entry for entry in entries if not is_dicom[entry]], "not DICOM"),
-        _note([file.path for file in files if file.path not in used], "DICOM, but no image"),
+        _note([entry for entry in entries if is_dicom[entry] and entry not in used], "DICOM, but no images"),
         _note(folders, "in folders below that of the series"),
     ]
     return images, [note for note in notes if note]
+
+
+def value_of(file: DicomFile, keyword: str) -> Any:
+    """The value of an attribute, None if it is absent or empty; DataError if it is damaged."""
+    try:
+        found = file.header.get(keyword)
+    except Exception:  # pydicom raises many types for values that it cannot convert, and their messages quote them
+        why = f"this DICOM file is damaged: {keyword} cannot be parsed"
+        raise DataError(why, path=file.path, field=keyword, fix="copy or export the series again") from None
+    return None if found is None or found == "" else found
 
 
 @contextmanager
@@ -190,11 +201,5 @@ def _parse(path: Path) -> Any:
 
 def _is_image(file: DicomFile) -> bool:
     """Whether a file is an image, even if it lacks its pixels. Other objects are reports, presentation states, directories."""
-    header = file.header
-    try:
-        sop_class, meta_class = header.get("SOPClassUID"), header.file_meta.get("MediaStorageSOPClassUID")
-    except Exception:  # see above
-        sop_class = meta_class = None
-    if meta_class == _DICOMDIR:
-        return False
-    return not sop_class or sop_class in _IMAGE_CLASSES or "Rows" in header or "PixelData" in header
+    sop_class = value_of(file, "SOPClassUID")
+    return sop_class is None or str(sop_class) in _IMAGE_CLASSES or "Rows" in file.header or "PixelData" in file.header

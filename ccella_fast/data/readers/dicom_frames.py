@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ccella_fast.data.readers.dicom_files import PRIVATE_B_VALUES, DicomFile
+from ccella_fast.data.readers.dicom_files import PRIVATE_B_VALUES, DicomFile, value_of
 from ccella_fast.data.readers.dicom_pixels import check_pixels
 from ccella_fast.data.readers.volume_checks import TOLERANCE
 from ccella_fast.errors import DataError
@@ -81,9 +81,8 @@ def read_frames(file: DicomFile) -> list[Frame]:
     """
     count = check_pixels(file)
     try:
-        per_frame = file.header.get("PerFrameFunctionalGroupsSequence") or []
-        shared = (file.header.get("SharedFunctionalGroupsSequence") or [None])[0]
-        per_frame = list(per_frame)
+        per_frame = list(value_of(file, "PerFrameFunctionalGroupsSequence") or [])
+        shared = (value_of(file, "SharedFunctionalGroupsSequence") or [None])[0]
     except Exception:  # pydicom raises many types for damaged headers
         raise _defect(file, "its functional groups cannot be parsed", "PerFrameFunctionalGroupsSequence") from None
     if per_frame and len(per_frame) != count:

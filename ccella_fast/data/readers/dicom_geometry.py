@@ -45,8 +45,8 @@ def by_position(frames: Sequence[Frame], folder: Path) -> list[list[Frame]]:
     return groups
 
 
-def stack_affine(frames: Sequence[Frame], folder: Path) -> np.ndarray:
-    """The affine (4, 4), voxel index (column, row, slice) -> RAS mm, of frames in order of their positions.
+def stack_affine(frames: Sequence[Frame], folder: Path) -> tuple[np.ndarray, list[str]]:
+    """The affine (4, 4), voxel index (column, row, slice) -> RAS mm, of frames in order of their positions, and notes on it.
 
     Raises:
         DataError: If positions are not even and in line along the normal.
@@ -61,7 +61,8 @@ def stack_affine(frames: Sequence[Frame], folder: Path) -> np.ndarray:
     if np.abs(steps - typical).max() > _UNEVEN * typical:
         gap = int(np.abs(steps - typical).argmax())
         between = _names(frames[gap : gap + 2])
-        why = f"the slices are spaced unevenly: {steps[gap]:.2f} mm after slice {gap + 1}, {typical:.2f} mm elsewhere: {between}"
+        step = f"{steps[gap]:.2f} mm after slice {gap + 1}, {typical:.2f} mm elsewhere"
+        why = f"the slices are spaced unevenly: {step}: {between}"
         raise DataError(why, path=folder, field="ImagePositionPatient", fix="add the missing slices")
     in_plane = positions @ axes[:, :2]
     # A stack may lean by TOLERANCE, as in every other format; each slice may be off by rounding.
@@ -79,7 +80,13 @@ def stack_affine(frames: Sequence[Frame], folder: Path) -> np.ndarray:
     affine = np.eye(4)
     affine[:3, :3] = axes * [column_spacing, row_spacing, distance]
     affine[:3, 3] = positions[0]
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    uneven = float(np.abs(steps - typical).max())
+    notes = (
+        [f"the distances of the slices differ by up to {uneven:.3f} mm; they are taken as even"]
+        if uneven > _ROUNDING
+        else []
+    )
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, notes
 
 
 def _right_angles(orientation: np.ndarray) -> np.ndarray:

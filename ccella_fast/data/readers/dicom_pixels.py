@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ccella_fast.data.readers.dicom_files import DicomFile
+from ccella_fast.data.readers.dicom_files import DicomFile, value_of
 from ccella_fast.data.readers.itk_file import last_words
 from ccella_fast.data.readers.volume_checks import MAX_VOXELS
 from ccella_fast.errors import DataError
@@ -24,20 +24,21 @@ _UNCOMPRESSED = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.
 _RLE = "1.2.840.10008.1.2.5"
 _JPEG = {f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70, 80, 81)}  # also JPEG-LS
 _JPEG_2000 = {f"1.2.840.10008.1.2.4.{number}" for number in (90, 91)}
+_END_OF_STREAM = b"\xff\xd9"  # of every JPEG; decoders fill up what is cut off
 _OTHER = "OT"  # the modality that converters such as SimpleITK write
 
 
 def check_pixels(file: DicomFile) -> int:
     """Check that the file holds grayscale MR images and all of their pixels; returns the number of frames."""
-    modality = _value(file, "Modality")
-    if modality not in (None, "", "MR", _OTHER):
+    modality = value_of(file, "Modality")
+    if modality not in (None, "MR", _OTHER):
         known = f" but {modality}" if re.fullmatch("[A-Z]{2}", str(modality)) else ""
         raise _defect(file, f"its modality is not MR{known}", "Modality", "give an MR series")
-    if _integer(file, "SamplesPerPixel", 1, 4) != 1 or _value(file, "PhotometricInterpretation") != "MONOCHROME2":
+    if _integer(file, "SamplesPerPixel", 1, 4) != 1 or value_of(file, "PhotometricInterpretation") != "MONOCHROME2":
         why = "its pixels are not gray values of which the highest is the brightest (MONOCHROME2)"
         raise _defect(file, why, "PhotometricInterpretation", "export the original MR images")
     rows, columns = _integer(file, "Rows", 2, 2**16), _integer(file, "Columns", 2, 2**16)
-    count = _integer(file, "NumberOfFrames", 1, MAX_VOXELS) if _value(file, "NumberOfFrames") is not None else 1
+    count = _integer(file, "NumberOfFrames", 1, MAX_VOXELS) if value_of(file, "NumberOfFrames") is not None else 1
     if rows * columns * count > MAX_VOXELS:
         why = f"its header claims {rows} x {columns} x {count} voxels, but at most {MAX_VOXELS} are read"
         raise _defect(file, why, "Rows")
@@ -67,7 +68,7 @@ def read_pixels(file: DicomFile, numbers: Sequence[int]) -> np.ndarray:
 
 def _check_length(file: DicomFile, expected: int) -> None:
     """Raise DataError unless the file holds all bytes of its pixels and no more than one byte of padding."""
-    data, syntax = _value(file, "PixelData"), _transfer_syntax(file)
+    data, syntax = value_of(file, "PixelData"), _transfer_syntax(file)
     if not isinstance(data, bytes) or not data:
         raise _defect(file, "it holds no pixels", "PixelData")
     if syntax in _UNCOMPRESSED:
@@ -87,7 +88,7 @@ def _decode(file: DicomFile, numbers: Sequence[int]) -> list[np.ndarray]:
     from pydicom.encaps import generate_frames
 
     shape = file.header.Rows, file.header.Columns
-    count = int(_value(file, "NumberOfFrames") or 1)
+    count = int(value_of(file, "NumberOfFrames") or 1)
     decoded = []
     try:
         frames = list(generate_frames(file.header.PixelData, number_of_frames=count))
@@ -97,6 +98,8 @@ def _decode(file: DicomFile, numbers: Sequence[int]) -> list[np.ndarray]:
         raise _defect(file, f"its compressed pixels are damaged: {count} frames are expected", "PixelData")
     with tempfile.TemporaryDirectory() as folder:
         for number in numbers:
+            if _transfer_syntax(file) != _RLE and frames[number].rstrip(b"\0")[-2:] != _END_OF_STREAM:
+                raise _defect(file, f"the compressed pixels of frame {number + 1} are cut off", "PixelData")
             if _coded_size(frames[number], _transfer_syntax(file)) not in ((*shape, 1), None):
                 why = f"the compressed pixels of frame {number + 1} have another size than the header says"
                 raise _defect(file, why, "PixelData")
@@ -162,15 +165,8 @@ def _transfer_syntax(file: DicomFile) -> str:
     return str(stated) if stated else "1.2.840.10008.1.2"
 
 
-def _value(file: DicomFile, keyword: str) -> Any:
-    try:
-        return file.header.get(keyword)
-    except Exception:  # pydicom raises many types for values that it cannot convert
-        raise _defect(file, f"{keyword} cannot be parsed", keyword) from None
-
-
 def _integer(file: DicomFile, keyword: str, low: int, high: int) -> int:
-    found = _value(file, keyword)
+    found = value_of(file, keyword)
     if not isinstance(found, int) or not low <= found <= high:
         state = "is missing" if found is None else "is not one integer" if not isinstance(found, int) else f"is {found}"
         raise _defect(file, f"{keyword} {state}, but {low} to {high} is expected", keyword)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ccella_fast.data.readers.b_values import choose_b_value
-from ccella_fast.data.readers.dicom_files import DicomFile, quiet_pydicom, read_dicom_files
+from ccella_fast.data.readers.dicom_files import DicomFile, quiet_pydicom, read_dicom_files, value_of
 from ccella_fast.data.readers.dicom_frames import DIMENSIONS, Frame, read_frames
 from ccella_fast.data.readers.dicom_geometry import by_position, stack_affine
 from ccella_fast.data.readers.dicom_pixels import read_pixels
@@ -35,24 +35,28 @@ def read_dicom_series(folder: Path, b_value: float | None = None) -> Volume:
         frames = [frame for file in files for frame in read_frames(file)]
         positions = by_position(frames, folder)
         chosen, chosen_notes = _one_per_position(positions, b_value, folder)
-        affine = stack_affine(chosen, folder)
+        affine, geometry_notes = stack_affine(chosen, folder)
         header = chosen[0].file.header
         if len(chosen) * header.Rows * header.Columns > MAX_VOXELS:
             why = f"the series has more than {MAX_VOXELS} voxels"
             raise DataError(why, path=folder, field="Rows", fix="give an MR series")
-        notes = [*notes, *chosen_notes, *_notes_on_missing(files)]
         array, scale_notes = _scaled_voxels(chosen)
-    return Volume(array, affine, tuple(notes + scale_notes))
+        notes = [*notes, *chosen_notes, *_notes_on_missing(files), *geometry_notes, *scale_notes]
+    return Volume(array, affine, tuple(notes))
 
 
 def _check_one_series(files: Sequence[DicomFile], folder: Path) -> None:
     for keyword, what in (("SeriesInstanceUID", "DICOM series"), ("FrameOfReferenceUID", "frames of reference")):
-        counts: dict[str, list[str]] = {}
+        names: dict[str, list[str]] = {}
         for file in files:
-            counts.setdefault(str(file.header.get(keyword)), []).append(file.path.name)
-        if len(counts) > 1:
-            parts = [f"{len(names)} files such as {names[0]}" for names in list(counts.values())[:3]]
-            why = f"this folder holds {len(counts)} {what}, but one is expected: {', '.join(parts)}"
+            value = value_of(file, keyword)
+            names.setdefault("" if value is None else str(value), []).append(file.path.name)
+        if len(names) > 1:
+            without = names.pop("", None)
+            parts = [f"{len(each)} files such as {each[0]}" for each in sorted(names.values(), key=len)[:3]]
+            why = f"this folder holds {len(names)} {what}, but one is expected: {', '.join(parts)}"
+            if without:
+                why = f"{len(without)} of {len(files)} files state no {keyword}, such as {without[0]}"
             raise DataError(why, path=folder, field=keyword, fix="keep one series per folder")
 
 
@@ -110,10 +114,7 @@ def _notes_on_missing(files: Sequence[DicomFile]) -> list[str]:
     expected: list[int] = []
     for file in files:
         for keyword, found in (("InstanceNumber", numbers), ("ImagesInAcquisition", expected)):
-            try:
-                value = file.header.get(keyword)
-            except Exception:  # damaged; it is not needed
-                value = None
+            value = value_of(file, keyword)
             if isinstance(value, int):
                 found.append(int(value))
     notes = []
@@ -138,7 +139,7 @@ def _scaled_voxels(frames: list[Frame]) -> tuple[np.ndarray, list[str]]:
     for indices in numbers.values():
         file = frames[indices[0]].file
         stored = read_pixels(file, [frames[index].number for index in indices])
-        padding = file.header.get("PixelPaddingValue")
+        padding = value_of(file, "PixelPaddingValue")
         padded += int(np.count_nonzero(stored == padding)) if isinstance(padding, int) else 0
         for index, slice_ in zip(indices, stored, strict=True):
             scaled = slice_ * np.float64(frames[index].slope) + frames[index].intercept
@@ -147,6 +148,8 @@ def _scaled_voxels(frames: list[Frame]) -> tuple[np.ndarray, list[str]]:
     notes = []
     if padded:
         notes.append(f"{padded} of {array.size} voxels have the value of PixelPaddingValue")
+    if len({frame.file.header.PixelRepresentation for frame in frames}) > 1:
+        notes.append("PixelRepresentation differs: some slices are signed, others are not")
     scales = Counter((frame.slope, frame.intercept) for frame in frames)
     if len(scales) > 1:
         notes.append(f"the slices have {len(scales)} different pairs of RescaleSlope and RescaleIntercept")
