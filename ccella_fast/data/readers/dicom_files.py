@@ -2,7 +2,6 @@
 
 pydicom, which is pure Python, parses every file that is not hidden, within bounds of time and memory. A file that is an image
 or has the name of one is read or refused by name; files that are something else are named in a note.
-
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ from ccella_fast.errors import DataError
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _MAX_BYTES = 2**31  # of all files of a series: MAX_VOXELS as 32-bit integers take half of it
-_MAX_HEADER_BYTES = 2**25  # what precedes the voxels; an enhanced header of a thousand frames has a tenth of it
+_MAX_HEADER_BYTES = 2**24  # what precedes the voxels; an enhanced header of a thousand frames has about a third of it
 _MAX_READS = 10**6  # each element takes two or three
+_MAX_ITEMS = 2 * 10**5  # of sequences, and compressed fragments
+_ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # the tag that begins one, in both byte orders
 _MAX_NAMES = 10  # in a note
 
 _INDEX = "DICOMDIR"  # the name of the index of a disc
@@ -169,34 +170,35 @@ def _parse(path: Path) -> Any:
     from pydicom.filereader import read_partial
 
     content = path.read_bytes()
+
+    def defect(why: str, fix: str = "copy or export the series again") -> DataError:
+        return DataError(f"this DICOM file {why}", path=path, field="DICOM file", fix=fix)
+
     if _DEFLATED.encode() in content:
-        why = f"this file is compressed as a whole (transfer syntax {_DEFLATED}), which is not read"
-        raise DataError(why, path=path, field="TransferSyntaxUID", fix="export it again, or inflate it with dcmconv")
+        raise defect(f"is compressed as a whole (transfer syntax {_DEFLATED})", "inflate it, for example with dcmconv")
+    if max(map(content.count, _ITEMS)) > _MAX_ITEMS:
+        raise defect(f"has sequences of more than {_MAX_ITEMS} items")
     file = _CountedFile(content)
 
     def is_past_pixels(tag: int, vr: str | None, length: int) -> bool:
-        """Whether the voxels have been read; raises if a value does not end within the file."""
-        if tag > _PIXEL_DATA:
-            return True
+        """Whether the pixels have been read; raises if a value does not end within the file."""
         end = file.tell() + (0 if length == _UNDEFINED_LENGTH else length)
-        if end > len(content):
-            raise EOFError
+        if tag <= _PIXEL_DATA and end > len(content):
+            raise defect("is cut off: an element is longer than what is left of the file")
         if tag < _PIXEL_DATA and end > _MAX_HEADER_BYTES:
-            raise ValueError(f"a header of more than {_MAX_HEADER_BYTES} bytes")
-        return False
+            raise defect(f"has a header of more than {_MAX_HEADER_BYTES} bytes")
+        return tag > _PIXEL_DATA
 
     tags: list[Any] = [tag_for_keyword(keyword) for keyword in _KEYWORDS]
     for group, (_, element) in PRIVATE_B_VALUES.items():
-        tags += [
-            tag for block in range(0x10, 0x20) for tag in (group << 16 | block, group << 16 | block << 8 | element)
-        ]
+        for block in range(0x10, 0x20):
+            tags += [group << 16 | block, group << 16 | block << 8 | element]
     try:
         return read_partial(file, is_past_pixels, force=True, specific_tags=tags)
-    except EOFError:
-        why = "this DICOM file is cut off: an element is longer than what is left of the file"
-    except Exception:  # pydicom raises many types for damaged headers; their messages may quote values
-        why = "this DICOM file is damaged: its header cannot be parsed"
-    raise DataError(why, path=path, field="DICOM file", fix="copy or export the series again")
+    except DataError:
+        raise
+    except Exception:  # pydicom raises many types for damaged headers, and their messages may quote values
+        raise defect("is damaged: its header cannot be parsed") from None
 
 
 def _is_image(file: DicomFile) -> bool:

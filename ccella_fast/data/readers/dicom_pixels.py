@@ -30,6 +30,8 @@ _OTHER = "OT"  # the modality that converters such as SimpleITK write
 
 def check_pixels(file: DicomFile) -> int:
     """Check that the file holds grayscale MR images and all of their pixels; returns the number of frames."""
+    if not isinstance(value_of(file, "PixelData"), bytes):
+        raise _defect(file, "it holds no pixels, or is cut off before them", "PixelData")
     modality = value_of(file, "Modality")
     if modality not in (None, "MR", _OTHER):
         known = f" but {modality}" if re.fullmatch("[A-Z]{2}", str(modality)) else ""
@@ -68,9 +70,7 @@ def read_pixels(file: DicomFile, numbers: Sequence[int]) -> np.ndarray:
 
 def _check_length(file: DicomFile, expected: int) -> None:
     """Raise DataError unless the file holds all bytes of its pixels and no more than one byte of padding."""
-    data, syntax = value_of(file, "PixelData"), _transfer_syntax(file)
-    if not isinstance(data, bytes) or not data:
-        raise _defect(file, "it holds no pixels", "PixelData")
+    data, syntax = file.header.PixelData, _transfer_syntax(file)
     if syntax in _UNCOMPRESSED:
         if len(data) not in (expected, expected + expected % 2):
             raise _defect(file, f"it holds {len(data)} bytes of pixels, but its header says {expected}", "PixelData")

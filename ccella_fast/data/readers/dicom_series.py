@@ -31,8 +31,8 @@ def read_dicom_series(folder: Path, b_value: float | None = None) -> Volume:
     """
     with quiet_pydicom():
         files, notes = read_dicom_files(folder)
-        _check_one_series(files, folder)
         frames = [frame for file in files for frame in read_frames(file)]
+        _check_one_series(files, folder)
         positions = by_position(frames, folder)
         chosen, chosen_notes = _one_per_position(positions, b_value, folder)
         affine, geometry_notes = stack_affine(chosen, folder)
