@@ -203,7 +203,6 @@ def _sample(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument(
         "--num_inference_steps",
-        dest="num_steps",
         metavar="N",
         type=_from(1),
         help="denoising steps (default: the checkpoint's)",

@@ -33,7 +33,7 @@ class LoopSettings:
     Attributes:
         plan: a SamplingPlan, or a diffusers scheduler; it is determined by the next four fields and not compared.
         solver: the solver or its name.
-        num_steps: denoising steps.
+        num_inference_steps: denoising steps.
         prediction: what the network predicts.
         timestep_spacing: None for the solver's default.
         schedule_length: the number of training timesteps.
@@ -44,7 +44,7 @@ class LoopSettings:
 
     plan: SamplingPlan | Any = field(compare=False)
     solver: Any
-    num_steps: int
+    num_inference_steps: int
     prediction: str
     timestep_spacing: str | None
     schedule_length: int
@@ -175,7 +175,7 @@ class DenoisingLoop:
         """A new copy of the diffusers scheduler for each batch, because a scheduler keeps its own state."""
         settings = self._settings
         return SchedulerTrajectory(
-            settings.plan, x_T, seeds, num_steps=settings.num_steps, prediction=settings.prediction
+            settings.plan, x_T, seeds, num_inference_steps=settings.num_inference_steps, prediction=settings.prediction
         )
 
 

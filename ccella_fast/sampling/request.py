@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ccella_fast.config import Config
-from ccella_fast.deprecation import DeprecatedAttribute
+from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.errors import ConfigError
 from ccella_fast.sampling.guidance import Guidance, Reuse
 from ccella_fast.variants import Variant
@@ -19,6 +19,7 @@ from ccella_fast.variants import Variant
 CLASSES = ["neg", "pos"]  # PI-RADS 1-2, 3-5
 
 
+@deprecated_arguments(num_steps="num_inference_steps")
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """The arguments of a call of the sampler. None means the value of the sampler's configuration, unless stated otherwise.
@@ -34,7 +35,7 @@ class Request:
         pirads: "neg" or "pos", or one per volume, for variants whose class is an input.
         class_override: the same, in place of the class that a variant predicts from the report.
         latent_shape: (C, X, Y, Z); default: that of the training grid.
-        num_steps: denoising steps.
+        num_inference_steps: denoising steps.
         solver: as for `ccella_fast.sample`, like the next two.
         prediction: what the network predicts.
         timestep_spacing: the timesteps that a run with fewer steps visits.
@@ -56,7 +57,7 @@ class Request:
     pirads: str | Sequence[str] | None = None
     class_override: str | Sequence[str] | None = None
     latent_shape: Sequence[int] | None = None
-    num_steps: int | None = None
+    num_inference_steps: int | None = None
     solver: Any = None
     prediction: str | None = None
     timestep_spacing: str | None = None
@@ -69,6 +70,7 @@ class Request:
     decode: bool = True
     progress: bool = True
 
+    num_steps = DeprecatedAttribute("num_inference_steps")
     guidance = DeprecatedAttribute("resolve_guidance")
     shape = DeprecatedAttribute("resolve_latent_shape")
     batch = DeprecatedAttribute("resolve_batch_size")

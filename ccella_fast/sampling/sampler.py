@@ -51,7 +51,7 @@ class FastSampler:
     Example::
 
         sampler = FastSampler.from_checkpoint("model")
-        result = sampler(reports=["PI-RADS 5 lesion, left"], seeds=[0, 1], num_steps=30, solver="dpmpp_2m")
+        result = sampler(reports=["PI-RADS 5 lesion, left"], seeds=[0, 1], num_inference_steps=30, solver="dpmpp_2m")
         result.save("samples")
 
     A call takes the fields of `Request` as keywords. A seed gives the same noise, bit for bit, in any batch and on any number
@@ -202,6 +202,7 @@ class FastSampler:
             Path(folder), config=self.config, model=self.model, autoencoder=self.autoencoder, state=state
         )
 
+    @deprecated_arguments(num_steps="num_inference_steps")
     def __call__(self, **arguments: Any) -> Result:
         """Generate all volumes of a request.
 
@@ -215,6 +216,7 @@ class FastSampler:
         checked = self.check(Request(**arguments))
         return Result.from_volumes(list(self.generate(checked)), checked.writer, checked.outputs)
 
+    @deprecated_arguments(num_steps="num_inference_steps")
     def iter(self, **arguments: Any) -> Iterator[GeneratedVolume]:
         """Generate the same volumes one by one, as they are finished.
 
@@ -235,17 +237,19 @@ class FastSampler:
             fix = "give an autoencoder (vae=), or call with decode=False for latents"
             raise ConfigError("this sampler has no autoencoder to decode with", field="decode", fix=fix)
         solver: Any = settings.solver if request.solver is None else request.solver
-        num_steps = settings.num_inference_steps if request.num_steps is None else request.num_steps
+        num_inference_steps = (
+            settings.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
+        )
         prediction = request.prediction or settings.prediction
         spacing = request.timestep_spacing or settings.timestep_spacing
         schedule = Schedule.from_config(config.scheduler)
         plan = get_solver(solver) if isinstance(solver, str) else solver
         if isinstance(plan, Solver):
-            plan = plan.plan(schedule, num_steps, prediction=prediction, timestep_spacing=spacing)
+            plan = plan.plan(schedule, num_inference_steps, prediction=prediction, timestep_spacing=spacing)
         loop_settings = LoopSettings(
             plan=plan,
             solver=solver,
-            num_steps=num_steps,
+            num_inference_steps=num_inference_steps,
             prediction=prediction,
             timestep_spacing=spacing,
             schedule_length=len(schedule),
@@ -261,7 +265,7 @@ class FastSampler:
         request_metadata = {
             **self.origin.metadata,
             "solver": solver if isinstance(solver, str) else repr(getattr(solver, "config", solver)),
-            "num_inference_steps": num_steps,
+            "num_inference_steps": num_inference_steps,
             "prediction": prediction,
             "timestep_spacing": spacing,
             "guidance_scale": guidance.scale,
@@ -328,5 +332,5 @@ class FastSampler:
         model, rows = self.config.model, count * (2 if settings.guidance.on else 1)
         needed = memory.activation_bytes(model, rows, shape[1:], self.dtype)
         if model.traits.text and self.optimizations.precompute_conditioning:
-            needed += memory.cache_bytes(model, rows, settings.num_steps, self.dtype)
+            needed += memory.cache_bytes(model, rows, settings.num_inference_steps, self.dtype)
         memory.check_memory(needed, self.device, f"a batch of {count} latents {shape}")
