@@ -91,9 +91,13 @@ def remove_partial_files(folder: str | Path) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON atomically, as UTF-8, with keys in the given order. Raises ValueError for NaN, which JSON does not have."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: Any) -> str:
+    """JSON as `write_json` writes it. Raises ValueError for NaN, which JSON does not have."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: str | Path, *, error: type[CcellaError] = DataError) -> Any:
