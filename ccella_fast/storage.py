@@ -83,9 +83,12 @@ def check_writable(folder: str | Path, field: str) -> None:
         raise DiskError(why, path=folder, field=field, fix="choose a folder that you can write to")
 
 
-def remove_partial_files(folder: str | Path) -> None:
-    """Remove the temporary files that killed processes left in `folder`. No other process may be writing there."""
-    for left in Path(folder).rglob(f"{_TEMPORARY}*"):
+def remove_partial_files(folder: str | Path, *, nested: bool = True) -> None:
+    """Remove the temporary files that killed processes left in `folder`. No other process may be writing there.
+
+    nested: also those in its subfolders.
+    """
+    for left in Path(folder).glob(f"**/{_TEMPORARY}*" if nested else f"{_TEMPORARY}*"):
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 

@@ -285,13 +285,12 @@ class FastSampler:
     def generate(self, checked: CheckedRequest, indices: Sequence[int] | None = None) -> Iterator[GeneratedVolume]:
         """Generate the volumes of a checked request, or only those with the given indices."""
         indices = list(range(len(checked.prompts))) if indices is None else list(indices)
-        if indices:
-            self._check_memory(checked, min(checked.batch_size, len(indices)))
+        needed = self._check_memory(checked, min(checked.batch_size, len(indices))) if indices else 0
         previous: Iterator[GeneratedVolume] = iter(())
         for start in range(0, len(indices), checked.batch_size):
             batch = indices[start : start + checked.batch_size]
             description = f"sampling {start + 1}-{start + len(batch)} of {len(indices)}"
-            with memory.out_of_memory(f"denoising {len(batch)} at a time"):
+            with memory.out_of_memory(f"denoising {len(batch)} at a time", needed):
                 latents, probabilities = self._denoise(checked, batch, description)
             decoded = self._decoder.submit(latents, probabilities, decode=checked.request.decode)
             volumes = self._collect(checked, batch, decoded)
@@ -330,10 +329,12 @@ class FastSampler:
                 raise NonFiniteError(why, path=self.origin.path, field=f"{self.origin.weights} weights", fix=fix)
             yield GeneratedVolume(k, checked.prompts.seeds[k], each.volume, each.latent, each.class_probabilities)
 
-    def _check_memory(self, checked: CheckedRequest, count: int) -> None:
+    def _check_memory(self, checked: CheckedRequest, count: int) -> int:
+        """The estimate of the bytes that a batch of `count` volumes needs, which must be free."""
         settings, shape = checked.loop_settings, checked.latent_shape
         model, rows = self.config.model, count * (2 if settings.guidance.on else 1)
         needed = memory.activation_bytes(model, rows, shape[1:], self.dtype)
         if model.traits.text and self.optimizations.precompute_conditioning:
             needed += memory.cache_bytes(model, rows, settings.num_inference_steps, self.dtype)
         memory.check_memory(needed, self.device, f"a batch of {count} latents {shape}")
+        return needed

@@ -54,7 +54,7 @@ INVALID = [
     ({"reports": ["a", "b"], "seeds": [1, 2, 3]}, "must be equal or 1, got 2 and 3"),
     ({"reports": ["a"], "seeds": []}, "number of volumes must be at least 1"),
     ({"reports": ["a"], "pirads": "pos"}, "predicts the class"),
-    ({"reports": ["a"], "class_override": "maybe"}, "there is no class 'maybe'"),
+    ({"reports": ["a"], "class_override": "maybe"}, "PI-RADS score from 1 to 5, neg or pos, got 'maybe'"),
     ({"reports": ["a"], "guidance_scale": -1}, "guidance_scale must be at least 0 and below 1000, got -1"),
     ({"reports": ["a"], "guidance_scale": 2, "guidance_interval": (0.8, 0.2)},
      r"increasing fractions between 0 and 1, got \[0.8, 0.2\]"),
