@@ -270,7 +270,7 @@ def _sample_row(number: int, sample: Sample) -> dict[str, Any]:
     probabilities = side["class_probabilities"] or {}
     neg, pos = (f"{probabilities[name]:.3f}" if name in probabilities else "-" for name in ("neg", "pos"))
     return {
-        "number": number, "report": side.get("report_id") or side["report"] + 1, "seed": side["seed"], "solver": side["solver"],
+        "number": number, "report": side["report"] + 1, "seed": side["seed"], "solver": side["solver"],
         "steps": side["num_inference_steps"], "given": side["class_given"] or "-", "neg": neg, "pos": pos,
     }  # fmt: skip
 

@@ -79,7 +79,7 @@ R, L: the patient's right and left; A, P: front and back; S, I: head and feet. T
 <td class="number">{{ row.neg }}</td><td class="number">{{ row.pos }}</td></tr>
 {% endfor %}
 </table></div>
-<p class="soft">Reports are named by their file or numbered in the order in which they were given; their text is not kept. P: the class that the model
+<p class="soft">Reports are numbered in the order in which they were given; their text is not kept. P: the class that the model
 read from the report at the last step. {{ class_heads }}</p>
 {% else %}
 <p class="notice">{{ no_samples }}</p>

@@ -233,9 +233,8 @@ def _log_results(out: Path, outputs: list[OutputVolume], generated: int) -> None
         logger.info("the predicted class is not shown: the model was not trained to predict it")
     predicted: dict[str, float] = {}  # by report: its volumes share the prediction but for rounding
     for sidecar in sidecars:
-        name = sidecar.get("report_id") or f"report {sidecar['report'] + 1}"
-        if sidecar["class_probabilities"]:
-            predicted.setdefault(name, sidecar["class_probabilities"][CLASSES[1]])
+        if sidecar["class_probabilities"]:  # named by number: a file name may name a patient
+            predicted.setdefault(f"report {sidecar['report'] + 1}", sidecar["class_probabilities"][CLASSES[1]])
     for name, probability in list(predicted.items())[:_LOGGED_REPORTS]:
         logger.info("  %s: P(PI-RADS 3 to 5) %.2f", name, probability)
     if len(predicted) > _LOGGED_REPORTS:
