@@ -9,7 +9,7 @@ CONFIG ?= configs/demo.json
 EXTRA := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 STUDIES := $(or $(DATA),$(OUT)/studies)
 # Reports are given if the model has been trained on some: phantoms have them, real studies if their folder has a studies.csv.
-REPORTS := --report "Prostate 42 cc, PSA 9.8. 14 mm low T2 focus in the left peripheral zone at mid level. PI-RADS 5." \
+REPORTS := --report "Prostate 42 cc, PSA 9.8. Left peripheral zone, mid-gland: 18 mm focus of low ADC, dark on T2 (DWI 5). PI-RADS 5." \
            --report "Prostate 38 cc, PSA 3.1. No suspicious area in the peripheral zone or the transition zone. PI-RADS 1." \
            --num_samples 2
 PROMPTS := $(if $(DATA),$(if $(wildcard $(DATA)/studies.csv),$(REPORTS),--num_samples 4),$(REPORTS))

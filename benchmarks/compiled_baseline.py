@@ -53,18 +53,20 @@ class CompiledSampler:
         self.device, self.config, self.dtype = next(model.parameters()).device, config, dtype
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, *, spacing: Tensor, text: Tensor, num_steps: int, source: torch.Generator) -> Tensor:
+    def __call__(
+        self, x: Tensor, *, spacing: Tensor, text: Tensor, num_inference_steps: int, source: torch.Generator
+    ) -> Tensor:
         """From noise x (1, C, X, Y, Z) to x_0, with step noise from `source`."""
-        scheduler, model_timesteps = reference.scheduler(self.config, num_steps)
+        scheduler, model_timesteps = reference.scheduler(self.config, num_inference_steps)
         timesteps = torch.tensor(model_timesteps, dtype=torch.float32, device=self.device)[:, None].expand(-1, len(x))
         rows = torch.tensor([_coefficients(scheduler, int(t)) for t in scheduler.timesteps], device=self.device)
         spacing, text = spacing.to(self.dtype), text.to(self.dtype)
         with best_attention(self.device):
-            for step in range(num_steps):
+            for step in range(num_inference_steps):
                 noise, _ = self.network(x.to(self.dtype), timesteps[step], spacing=spacing, text=text)
                 a, b, c = rows[step].unbind()
                 x = a * x + b * noise.float()
-                if step < num_steps - 1:
+                if step < num_inference_steps - 1:
                     x = x + c * torch.randn(x.shape, generator=source, device=self.device)
         return x
 

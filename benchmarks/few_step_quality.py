@@ -120,7 +120,7 @@ def measure(
 
 
 def sample_with_all(
-    denoiser: DenoiserFn, schedule: Schedule, shape: Sequence[int], num_steps: int, solvers: Sequence[str], seed: int,
+    denoiser: DenoiserFn, schedule: Schedule, shape: Sequence[int], num_inference_steps: int, solvers: Sequence[str], seed: int,
     device: str, done: Callable[[], Any],
 ) -> list[Tensor]:  # fmt: skip
     """The sample of each solver from one seed.
@@ -131,8 +131,8 @@ def sample_with_all(
         NonFiniteError: A sample is not finite.
     """
     start = start_noise(shape, [seed], device=device)
-    trajectories = [Trajectory(get_solver(name).plan(schedule, num_steps), start, [seed]) for name in solvers]
-    for i in range(num_steps):
+    trajectories = [Trajectory(get_solver(name).plan(schedule, num_inference_steps), start, [seed]) for name in solvers]
+    for i in range(num_inference_steps):
         outputs = denoiser(torch.cat([each.x for each in trajectories]), torch.cat([each.t for each in trajectories]))
         for trajectory, output in zip(trajectories, outputs.split(1), strict=True):
             trajectory.draw_noise(i)

@@ -193,7 +193,7 @@ def autoencoder_shared_with(vae: Autoencoder, *, splits: int = 2) -> nn.Module:
     return reference.eval()
 
 
-def scheduler(config: SchedulerConfig, num_steps: int) -> tuple[object, list[int]]:
+def scheduler(config: SchedulerConfig, num_inference_steps: int) -> tuple[object, list[int]]:
     """MONAI's DDPM scheduler, and the timestep given to the model at each of its steps.
 
     With fewer steps than in training, MONAI's own spacing is wrong, because it uses single-step posteriors. Its tables are
@@ -203,24 +203,28 @@ def scheduler(config: SchedulerConfig, num_steps: int) -> tuple[object, list[int
 
     total = config.num_train_timesteps
     settings = {"schedule": config.schedule, "beta_start": config.beta_start, "beta_end": config.beta_end}
-    chosen = np.linspace(0, total - 1, num_steps).round().astype(int) if num_steps > 1 else np.array([total - 1])
+    chosen = (
+        np.linspace(0, total - 1, num_inference_steps).round().astype(int)
+        if num_inference_steps > 1
+        else np.array([total - 1])
+    )
     full = DDPMScheduler(total, clip_sample=False, **settings)
-    short = DDPMScheduler(num_steps, clip_sample=False, **settings)
+    short = DDPMScheduler(num_inference_steps, clip_sample=False, **settings)
     short.alphas_cumprod = full.alphas_cumprod.double()[torch.as_tensor(chosen)].float()
     before = torch.cat([torch.ones(1), short.alphas_cumprod[:-1]])
     short.alphas = short.alphas_cumprod / before
     short.betas = 1 - short.alphas
-    short.set_timesteps(num_steps)
+    short.set_timesteps(num_inference_steps)
     return short, chosen[::-1].tolist()
 
 
 @torch.no_grad()
 def sample(
-    model: Callable, x: Tensor, *, spacing: Tensor, text: Tensor, config: SchedulerConfig, num_steps: int,
+    model: Callable, x: Tensor, *, spacing: Tensor, text: Tensor, config: SchedulerConfig, num_inference_steps: int,
     generator: torch.Generator | None = None, policy: torch.autocast | None = None,
 ) -> Tensor:  # fmt: skip
     """The reference's sampling loop (docs/explanation/method.md, section 4): from noise x (1, C, X, Y, Z) to x_0 in fp32."""
-    noise_scheduler, model_timesteps = scheduler(config, num_steps)
+    noise_scheduler, model_timesteps = scheduler(config, num_inference_steps)
     with policy or autocast(x.device):
         for index, timestep in zip(noise_scheduler.timesteps, model_timesteps, strict=True):
             timesteps = (

@@ -73,11 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
         device,
         budget=60 * arguments.minutes,
     )
-    rows = _rows({name: timing.rounds for name, timing in timings.items()}, distances, arguments.num_steps)
+    rows = _rows({name: timing.rounds for name, timing in timings.items()}, distances, arguments.num_inference_steps)
     record = {
         "command": " ".join(["python benchmarks/sampler_optimizations.py", *sys.argv[1:]]),
         "weights": "random" if arguments.checkpoint is None else "trained",
-        "steps": arguments.num_steps, "solver": arguments.solver, "latent": list(truth.shape), "dtype": str(fast.dtype),
+        "steps": arguments.num_inference_steps, "solver": arguments.solver, "latent": list(truth.shape),
+        "dtype": str(fast.dtype),
         "rows": rows, "environment": describe_environment(),
     }  # fmt: skip
     write_json(arguments.out / "sampler_optimizations.json", record)
@@ -118,7 +119,7 @@ def _request(model: Any, config: Any, arguments: argparse.Namespace) -> dict[str
     channels, grid = sum(config.model.latent_channels), arguments.grid or config.check_grid()
     return {
         "seeds": [0], "pirads": "pos" if model.variant.class_input == "given" else None,
-        "num_steps": arguments.num_steps, "solver": arguments.solver, "latent_shape": (channels, *grid),
+        "num_inference_steps": arguments.num_inference_steps, "solver": arguments.solver, "latent_shape": (channels, *grid),
         "decode": False, "progress": False,
     }  # fmt: skip
 
@@ -137,7 +138,7 @@ def _parser() -> entrypoint.Parser:
     parser.add_argument(
         "--checkpoint", type=Path, help="run folder, step folder or .pt (default: full size, random weights)"
     )
-    parser.add_argument("--num_steps", type=int, default=10, help="sampling steps (default 10)")
+    parser.add_argument("--num_inference_steps", type=int, default=10, help="sampling steps (default 10)")
     parser.add_argument("--solver", default="dpmpp_2m", help="solver (default dpmpp_2m)")
     parser.add_argument("--minutes", type=float, default=5.0, help="minutes for the timed rounds (default 5)")
     return parser

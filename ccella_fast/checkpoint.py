@@ -30,6 +30,7 @@ class Checkpoint:
         scale_factor: one entry per sequence.
         weights: "ema" or "raw".
         autoencoder: folder for `load_autoencoder`; None if the checkpoint has none (a reference .pt).
+        trained_on: what the training has seen, see `sampling.trained_on`; None if the checkpoint does not say.
     """
 
     model: Any
@@ -41,6 +42,7 @@ class Checkpoint:
     weights: str
     autoencoder: Path | None
     path: Path
+    trained_on: dict[str, Any] | None = None
 
 
 def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any = "cpu") -> Checkpoint:
@@ -78,7 +80,7 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
     vae = folder / "vae"
     return Checkpoint(
         model, config.model.variant, state["scale_factor"], config, state["step"], state["intensity_scale"], weights,
-        vae if vae.is_dir() else None, folder,
+        vae if vae.is_dir() else None, folder, state.get("trained_on"),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ccella_fast import entrypoint
+from ccella_fast.data.readers.study import CLASSES
 
 if TYPE_CHECKING:
     from ccella_fast.config import Config
@@ -49,8 +50,9 @@ def _run_sample(arguments: argparse.Namespace) -> None:
     from ccella_fast.sampling.guidance import Reuse
 
     options = _options(arguments, without=["report", "report_file"])
-    reports = list(arguments.report or []) + [_read_report(path) for path in arguments.report_file or []]
-    options["reports"] = reports or None
+    texts, files = arguments.report or [], arguments.report_file or []
+    options["reports"] = [*texts, *map(_read_report, files)] or None
+    options["report_ids"] = [f"report-{number}" for number in range(1, len(texts) + 1)] + [path.stem for path in files]
     options["reuse"] = None if arguments.reuse is None else Reuse(*arguments.reuse)
     sample_to_folder(options.pop("checkpoint"), options.pop("out"), **options)
 
@@ -187,7 +189,12 @@ def _sample(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--out", type=Path, required=True, help="folder for the volumes")
     command.add_argument("--report", action="append", help="report text; may be repeated")
     command.add_argument(
-        "--report_file", action="append", type=Path, help="UTF-8 file that contains a report; may be repeated"
+        "--report_file",
+        action="extend",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 files, each with one report; their names without suffix are the report ids in samples.csv",
     )
     command.add_argument(
         "--num_samples",
@@ -203,7 +210,6 @@ def _sample(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument(
         "--num_inference_steps",
-        dest="num_steps",
         metavar="N",
         type=_from(1),
         help="denoising steps (default: the checkpoint's)",
@@ -211,8 +217,8 @@ def _sample(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--spacing", type=float, nargs=3, metavar="MM", help="voxel size in mm (default: the training grid's)"
     )
-    command.add_argument("--pirads", choices=["neg", "pos"], help="class, for variants that take one as input")
-    command.add_argument("--class_override", choices=["neg", "pos"], help="class that replaces the predicted one")
+    command.add_argument("--pirads", choices=[*CLASSES], help="score or class, for variants that take one as input")
+    command.add_argument("--class_override", choices=[*CLASSES], help="score or class that replaces the predicted one")
     command.add_argument(
         "--guidance_scale",
         type=float,

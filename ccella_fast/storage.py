@@ -83,17 +83,24 @@ def check_writable(folder: str | Path, field: str) -> None:
         raise DiskError(why, path=folder, field=field, fix="choose a folder that you can write to")
 
 
-def remove_partial_files(folder: str | Path) -> None:
-    """Remove the temporary files that killed processes left in `folder`. No other process may be writing there."""
-    for left in Path(folder).rglob(f"{_TEMPORARY}*"):
+def remove_partial_files(folder: str | Path, *, nested: bool = True) -> None:
+    """Remove the temporary files that killed processes left in `folder`. No other process may be writing there.
+
+    nested: also those in its subfolders.
+    """
+    for left in Path(folder).glob(f"**/{_TEMPORARY}*" if nested else f"{_TEMPORARY}*"):
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON atomically, as UTF-8, with keys in the given order. Raises ValueError for NaN, which JSON does not have."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: Any) -> str:
+    """JSON as `write_json` writes it. Raises ValueError for NaN, which JSON does not have."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: str | Path, *, error: type[CcellaError] = DataError) -> Any:

@@ -84,7 +84,12 @@ def main(arguments: list[str] | None = None) -> tuple[Tensor, Tensor]:
     def draw() -> Tensor:
         # The seeds are for solvers that add noise: the noise of a sample depends only on its seed, not on the batch.
         return sample(
-            denoiser, noise, solver=options.solver, num_steps=options.steps, prediction="epsilon", seeds=[1, 2]
+            denoiser,
+            noise,
+            solver=options.solver,
+            num_inference_steps=options.steps,
+            prediction="epsilon",
+            seeds=[1, 2],
         )
 
     plain = draw()

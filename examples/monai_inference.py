@@ -60,8 +60,8 @@ def sample_after(unet, autoencoder, scheduler, noise: Tensor, spacing: Tensor, s
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
         return unet(x, timesteps=t, spacing_tensor=spacing)
 
-    # The same steps as MONAI. Multistep solvers need fewer, for example solver="unipc" and num_steps=20.
-    latent = sample(denoiser, noise, solver="ddim", num_steps=steps, schedule=scheduler)
+    # The same steps as MONAI. Multistep solvers need fewer, for example solver="unipc" and num_inference_steps=20.
+    latent = sample(denoiser, noise, solver="ddim", num_inference_steps=steps, schedule=scheduler)
     return autoencoder.decode(latent)
 
 

@@ -78,7 +78,7 @@ def denoising_step_tuned(bench: Workbench) -> PreparedCase:
 
     def baseline() -> Tensor:
         start, source = start_noise(shape, seeds, device=bench.device), generator(seeds[0], "step", device=bench.device)
-        return compiled(start, **conditions, num_steps=steps, source=source)
+        return compiled(start, **conditions, num_inference_steps=steps, source=source)
 
     def ours() -> Tensor:
         return _our_chain(bench, bench.sampler, seeds, conditions, steps)
@@ -132,7 +132,7 @@ def _reference_chain(
     start = start_noise(shape, seeds, device=bench.device)
     source = generator(seeds[0], "step", device=bench.device)
     return reference.sample(
-        bench.reference, start, **conditions, config=bench.config.scheduler, num_steps=steps, generator=source,
+        bench.reference, start, **conditions, config=bench.config.scheduler, num_inference_steps=steps, generator=source,
         policy=policy,
     )  # fmt: skip
 
@@ -141,9 +141,9 @@ def _our_chain(
     bench: Workbench, sampler: FastSampler, seeds: Sequence[int], conditions: dict[str, Tensor], steps: int
 ) -> Tensor:
     result = sampler(
-        text=conditions["text"], spacing=(conditions["spacing"] / SPACING_SCALE).tolist(), seeds=seeds, num_steps=steps,
-        solver="ddpm", latent_shape=(bench.latent_channels, *bench.latent_grid), batch_size=len(seeds), decode=False,
-        progress=False,
+        text=conditions["text"], spacing=(conditions["spacing"] / SPACING_SCALE).tolist(), seeds=seeds,
+        num_inference_steps=steps, solver="ddpm", latent_shape=(bench.latent_channels, *bench.latent_grid),
+        batch_size=len(seeds), decode=False, progress=False,
     )  # fmt: skip
     return result.latents.to(bench.device)
 

@@ -23,10 +23,12 @@ _MAX_FULLY_HASHED = 2**30  # bytes; of a larger weight file only the first and l
 
 
 class TextFeatures(NamedTuple):
-    """Features of n reports, and whether each report was truncated."""
+    """Features of n reports, and what of each report they do not contain."""
 
     features: np.ndarray  # (n, max_length, width) float32
     truncated: list[bool]
+    lost: list[int] = []  # tokens that were cut off at the beginning
+    unknown: list[float] = []  # share of the tokens that the tokenizer does not know
 
 
 class TextEncoder:
@@ -81,17 +83,19 @@ class TextEncoder:
         """Encode `reports` in batches of `config.batch_size`; a blank report counts as the empty string.
 
         Returns:
-            Features (n, max_length, width) float32, and whether each report was truncated.
+            Features (n, max_length, width) float32, whether each report was truncated, and by how much.
 
         Raises:
             ConfigError: the weights or the tokenizer cannot be loaded, or the features are not finite.
         """
         self._load_model()
-        features, truncated = [], []
+        features, truncated, lost, unknown = [], [], [], []
         for start in range(0, len(reports), self.config.batch_size):
             batch = [report.strip() for report in reports[start : start + self.config.batch_size]]
             untruncated = self._tokenizer(batch, verbose=False)["input_ids"]
             truncated += [len(ids) > self.config.max_length for ids in untruncated]
+            lost += [max(0, len(ids) - self.config.max_length) for ids in untruncated]
+            unknown += [ids.count(self._tokenizer.unk_token_id) / max(1, len(ids)) for ids in untruncated]
             tokens = self._tokenizer(
                 batch, truncation=True, padding="max_length", max_length=self.config.max_length, return_tensors="pt"
             ).to(self._model.device)
@@ -101,7 +105,7 @@ class TextEncoder:
             if not np.isfinite(features[-1]).all():
                 why, fix = "the text encoder produced features that are not finite", "set text.dtype=float32"
                 raise ConfigError(why, path=self.config.encoder, field="text.dtype", fix=fix)
-        return TextFeatures(np.concatenate(features), truncated)
+        return TextFeatures(np.concatenate(features), truncated, lost, unknown)
 
     def _load_model(self) -> None:
         if self._model is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ccella_fast.deprecation import deprecated_arguments
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.scheduler_adapter import SchedulerTrajectory
 from ccella_fast.diffusion.solvers import Solver, get_solver
@@ -14,12 +15,13 @@ from ccella_fast.diffusion.trajectory import Callback, DenoiserFn, Trajectory, T
 from ccella_fast.errors import ConfigError, NonFiniteError
 
 
+@deprecated_arguments(num_steps="num_inference_steps")
 def sample(
     denoiser: DenoiserFn,
     x_T: Tensor,
     *,
     solver: str | Solver | Any = "dpmpp_2m",
-    num_steps: int = 20,
+    num_inference_steps: int = 20,
     prediction: str = "epsilon",
     seeds: Sequence[int] | None = None,
     schedule: Any = None,
@@ -37,7 +39,7 @@ def sample(
             dtype.
         solver: the name of one of the solvers (see :doc:`/explanation/sampling`); a Solver, such as Ddim(eta=0.5); or any
             scheduler object of diffusers, which is not modified and whose own schedule and prediction type are used.
-        num_steps: denoising steps.
+        num_inference_steps: denoising steps.
         prediction: what the network predicts: "epsilon", "v" or "x0" for a noise schedule; "velocity" (eps - x0) or "x0" for a
             rectified flow. The names used by diffusers and MONAI ("v_prediction", "sample") are accepted.
         seeds: one per sample, required by stochastic solvers. The noise of a sample depends on its seed alone, in any batch.
@@ -61,11 +63,13 @@ def sample(
         raise ConfigError(why, field="x_T", fix="give a floating-point tensor of standard normal noise")
     if isinstance(solver, (str, Solver)):
         plan = get_solver(solver).plan(
-            Schedule.of(schedule), num_steps, prediction=prediction, timestep_spacing=timestep_spacing
+            Schedule.of(schedule), num_inference_steps, prediction=prediction, timestep_spacing=timestep_spacing
         )
         trajectory: TrajectoryProtocol = Trajectory(plan, x_T, seeds)
     else:
-        trajectory = SchedulerTrajectory(solver, x_T, seeds, num_steps=num_steps, prediction=prediction)
+        trajectory = SchedulerTrajectory(
+            solver, x_T, seeds, num_inference_steps=num_inference_steps, prediction=prediction
+        )
     result = run_trajectory(trajectory, lambda _: trajectory.advance(denoiser), callback=callback, progress=progress)
     if not bool(result.isfinite().all()):
         fix = "check the denoiser's output (fp16 overflows easily), and that prediction and schedule match the network"

@@ -29,7 +29,7 @@ class SchedulerTrajectory:
             scaled by scale_model_input.
         seeds: one per sample, for schedulers whose `step` takes a generator. Without seeds, a stochastic scheduler draws from
             torch's global generator.
-        num_steps: denoising steps.
+        num_inference_steps: denoising steps.
         prediction: the scheduler's own prediction type is used; a value other than "epsilon" must agree with it.
 
     Raises:
@@ -43,12 +43,12 @@ class SchedulerTrajectory:
         x_T: Tensor,
         seeds: Sequence[int] | None = None,
         *,
-        num_steps: int,
+        num_inference_steps: int,
         prediction: str = "epsilon",
     ):
         _check_scheduler(scheduler, prediction)
         self.scheduler = copy.deepcopy(scheduler)
-        self.scheduler.set_timesteps(num_steps, device=x_T.device)
+        self.scheduler.set_timesteps(num_inference_steps, device=x_T.device)
         if hasattr(self.scheduler, "set_begin_index"):
             # Otherwise the scheduler looks its position up by timestep, and several Karras levels may share a timestep.
             self.scheduler.set_begin_index(0)

@@ -28,7 +28,7 @@ class NoiseLevels(NamedTuple):
     sigma: np.ndarray
 
 
-def diffusion_levels(schedule: Schedule, num_steps: int, spacing: str, *, includes_last: bool) -> NoiseLevels:
+def diffusion_levels(schedule: Schedule, num_inference_steps: int, spacing: str, *, includes_last: bool) -> NoiseLevels:
     """The levels of a noise schedule, with int64 timesteps. Names and values of the spacings are those of diffusers.
 
     linspace, leading, trailing   Lin et al. 2024, arXiv 2305.08891, table 2
@@ -37,33 +37,33 @@ def diffusion_levels(schedule: Schedule, num_steps: int, spacing: str, *, includ
 
     Args:
         schedule: the noise schedule.
-        num_steps: N, from 1 to the number of training timesteps. With all of them, every spacing but karras visits each
-            timestep once.
+        num_inference_steps: N, from 1 to the number of training timesteps. With all of them, every spacing but karras visits
+            each timestep once.
         spacing: a `TimestepSpacing`.
         includes_last: whether linspace and leading end at timestep 0, as for one-step solvers. Multi-step solvers gain nothing
             from that evaluation, so they use the first N of N + 1 such points.
 
     Raises:
-        ConfigError: `num_steps` is out of range, or the spacing is unknown.
+        ConfigError: `num_inference_steps` is out of range, or the spacing is unknown.
     """
     total = len(schedule)
-    _check_steps(num_steps, total, spacing)
+    _check_steps(num_inference_steps, total, spacing)
     if spacing == "karras":
-        return _karras_levels(schedule, num_steps)
-    points = num_steps if includes_last or num_steps == total else num_steps + 1
+        return _karras_levels(schedule, num_inference_steps)
+    points = num_inference_steps if includes_last or num_inference_steps == total else num_inference_steps + 1
     match spacing:
         case "linspace":
             ascending = np.linspace(0, total - 1, points) if points > 1 else np.array([total - 1.0])
         case "leading":
             ascending = np.arange(points) * float(total // points)
         case _:  # trailing
-            ascending = np.arange(total, 0, -total / num_steps)[num_steps - 1 :: -1].round() - 1
-    timesteps = ascending.round()[::-1][:num_steps].astype(np.int64)
+            ascending = np.arange(total, 0, -total / num_inference_steps)[num_inference_steps - 1 :: -1].round() - 1
+    timesteps = ascending.round()[::-1][:num_inference_steps].astype(np.int64)
     abar = np.append(schedule.alphas_cumprod[timesteps], 1.0)
     return NoiseLevels(timesteps, np.sqrt(abar), np.sqrt(1 - abar))
 
 
-def flow_levels(schedule: Schedule, num_steps: int, spacing: str) -> NoiseLevels:
+def flow_levels(schedule: Schedule, num_inference_steps: int, spacing: str) -> NoiseLevels:
     """The levels of a rectified flow: signal = 1 - sigma, timestep = sigma T (float64), where T is the schedule's length.
 
     trailing  sigma = 1, 1 - 1/N, ..., 1/N, then 0
@@ -71,17 +71,17 @@ def flow_levels(schedule: Schedule, num_steps: int, spacing: str) -> NoiseLevels
     karras    the same ends, spaced as in Karras et al. 2022
 
     Raises:
-        ConfigError: `num_steps` is out of range, or the spacing is unknown or "leading".
+        ConfigError: `num_inference_steps` is out of range, or the spacing is unknown or "leading".
     """
     total = len(schedule)
-    _check_steps(num_steps, total, spacing)
+    _check_steps(num_inference_steps, total, spacing)
     match spacing:
         case "trailing":
-            sigma = np.linspace(1, 1 / num_steps, num_steps)
+            sigma = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
         case "linspace":
-            sigma = np.linspace(1, 1 / total, num_steps)
+            sigma = np.linspace(1, 1 / total, num_inference_steps)
         case "karras":
-            sigma = _karras_sigmas(1.0, 1 / total, num_steps)
+            sigma = _karras_sigmas(1.0, 1 / total, num_inference_steps)
         case _:
             why = "leading timesteps do not include pure noise, where a rectified flow starts"
             raise ConfigError(why, field="timestep_spacing", fix="use trailing, linspace or karras")
@@ -89,22 +89,22 @@ def flow_levels(schedule: Schedule, num_steps: int, spacing: str) -> NoiseLevels
     return NoiseLevels(sigma[:-1] * total, 1 - sigma, sigma)
 
 
-def _karras_levels(schedule: Schedule, num_steps: int) -> NoiseLevels:
+def _karras_levels(schedule: Schedule, num_inference_steps: int) -> NoiseLevels:
     known = np.sqrt((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod)
-    ratio = _karras_sigmas(known[-1], known[0], num_steps)
+    ratio = _karras_sigmas(known[-1], known[0], num_inference_steps)
     timesteps = np.interp(np.log(ratio), np.log(known), np.arange(len(known))).round().astype(np.int64)
     signal = np.append(1 / np.sqrt(1 + ratio**2), 1.0)
     return NoiseLevels(timesteps, signal, np.append(ratio, 0.0) * signal)
 
 
-def _karras_sigmas(first: float, last: float, num_steps: int) -> np.ndarray:
-    ramp = np.linspace(0, 1, num_steps)
+def _karras_sigmas(first: float, last: float, num_inference_steps: int) -> np.ndarray:
+    ramp = np.linspace(0, 1, num_inference_steps)
     return (first ** (1 / _RHO) + ramp * (last ** (1 / _RHO) - first ** (1 / _RHO))) ** _RHO
 
 
-def _check_steps(num_steps: int, total: int, spacing: str) -> None:
-    if not isinstance(num_steps, Integral) or not 1 <= int(num_steps) <= total:
-        why = f"the number of steps must be an integer from 1 to {total}, got {num_steps!r}"
+def _check_steps(num_inference_steps: int, total: int, spacing: str) -> None:
+    if not isinstance(num_inference_steps, Integral) or not 1 <= int(num_inference_steps) <= total:
+        why = f"the number of steps must be an integer from 1 to {total}, got {num_inference_steps!r}"
         fix = f"use 1 to {total}, the schedule's num_train_timesteps"
         raise ConfigError(why, field="num_inference_steps", fix=fix)
     if spacing not in get_args(TimestepSpacing):

@@ -11,13 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ccella_fast.config import ModelConfig
 from ccella_fast.errors import ConfigError
 from ccella_fast.models.unet3d import Conditioning, ConditioningCursor, DownBlock, UNet3d, UpBlock
 
 
-def check_depth(unet: UNet3d, depth: int) -> None:
+def check_depth(config: ModelConfig, depth: int) -> None:
     """Raise ConfigError unless the up path has more than `depth` residual blocks."""
-    blocks = len(_up_path(unet))
+    blocks = len(config.num_channels) * (config.num_res_blocks + 1)
     if not 1 <= depth < blocks:
         why = f"{depth} is not a possible depth: the up path has {blocks} residual blocks"
         raise ConfigError(why, field="reuse.depth", fix=f"use a depth from 1 to {blocks - 1}")

@@ -62,6 +62,7 @@ def write_report(folder: str | Path) -> Path:
         pictures=_pictures(prepared, folder, samples),
         charts=[_vae_chart(folder / "vae"), _model_chart(folder / "model")],
         samples=[_sample_row(number, sample) for number, sample in enumerate(samples, start=1)],
+        class_heads=_class_heads(samples),
         no_samples="There are no generated volumes yet: run `ccella-fast sample`.",
         timings=[row for name, command in _COMMANDS for row in _timings(folder / name, command)],
         environment=_environment(folder),
@@ -248,6 +249,20 @@ def _series(lines: list[dict[str, Any]], names: dict[str, str]) -> dict[str, tup
 def _figure(image: bytes | None, caption: str, missing: str) -> dict[str, Any]:
     encoded = base64.b64encode(image).decode() if image else None
     return {"image": encoded, "caption": caption, "alt": caption, "missing": missing}
+
+
+def _class_heads(samples: list[Sample]) -> str:
+    """A sentence about the predicted classes, where their meaning is limited."""
+    heads = {sample.sidecar.get("class_head", "unknown") for sample in samples if _has_prediction(sample.sidecar)}
+    if "untrained" in heads:
+        return "P is not shown for models that were not trained to predict the class."
+    if "unknown" in heads:
+        return "The checkpoint does not say whether it was trained to predict the class: without that, P means nothing."
+    return ""
+
+
+def _has_prediction(sidecar: dict[str, Any]) -> bool:
+    return bool(sidecar["class_probabilities"]) or sidecar.get("class_head") == "untrained"
 
 
 def _sample_row(number: int, sample: Sample) -> dict[str, Any]:

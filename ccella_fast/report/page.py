@@ -80,7 +80,7 @@ R, L: the patient's right and left; A, P: front and back; S, I: head and feet. T
 {% endfor %}
 </table></div>
 <p class="soft">Reports are numbered in the order in which they were given; their text is not kept. P: the class that the model
-read from the report at the last step.</p>
+read from the report at the last step. {{ class_heads }}</p>
 {% else %}
 <p class="notice">{{ no_samples }}</p>
 {% endif %}

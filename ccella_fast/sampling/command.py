@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -13,16 +15,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ccella_fast.config import Config
 from ccella_fast.data.readers.nifti import read_nifti_array
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.run_record import write_run_record
+from ccella_fast.sampling import pretrained
+from ccella_fast.sampling.optimizations import resolve_device
 from ccella_fast.sampling.output import OutputVolume, OutputWriter
+from ccella_fast.sampling.plan import plan_request
 from ccella_fast.sampling.request import CLASSES, Request
 from ccella_fast.sampling.sampler import FastSampler
-from ccella_fast.storage import atomic_path, check_writable, read_json
+from ccella_fast.storage import atomic_path, check_writable, read_json, remove_partial_files
 
 logger = logging.getLogger("ccella_fast")
 _MONTAGE_VOLUMES = 12
+_LOGGED_REPORTS = 10
 
 
 class DistributedContext:
@@ -42,7 +49,7 @@ class DistributedContext:
     def select_device(self, requested: str | torch.device | None) -> torch.device:
         """The requested device; by default the GPU of this process, or the CPU if there is no GPU."""
         if requested is not None:
-            return torch.device(requested)
+            return resolve_device(requested)
         if not torch.cuda.is_available():
             return torch.device("cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -66,6 +73,7 @@ def sample_to_folder(
     reports: Sequence[str] | None,
     num_samples: int,
     seed: int,
+    report_ids: Sequence[str] | None = None,
     vae: str | Path | None = None,
     text_encoder: Any = None,
     device: str | torch.device | None = None,
@@ -73,7 +81,7 @@ def sample_to_folder(
     overwrite: bool = False,
     **settings: Any,
 ) -> None:
-    """Write `sample-000_seed0.nii.gz` with its `.json`, and so on, then montage.png and run_record.json.
+    """Write `sample-000_seed0.nii.gz` with its `.json`, and so on, then samples.csv, montage.png and run_record.json.
 
     Volumes that an equal request has already written are kept. Under torchrun the processes share the volumes, which do not
     depend on the number of processes.
@@ -84,6 +92,7 @@ def sample_to_folder(
         reports: the reports; None for the null report, or for variants without a report.
         num_samples: volumes per report.
         seed: of the first volume of each report; the next ones have `seed` + 1, `seed` + 2, ...
+        report_ids: a name of each report, all different, which is written to the sidecars of its volumes.
         vae: the autoencoder, if the checkpoint does not contain one.
         text_encoder: as for `FastSampler`.
         device: default: the GPU of this process, or the CPU if there is no GPU.
@@ -92,7 +101,8 @@ def sample_to_folder(
         settings: other fields of `Request`.
 
     Raises:
-        ConfigError: an argument is invalid, or the folder contains samples of another request.
+        ConfigError: an argument is invalid, which is found before weights are loaded, or the folder contains samples of another
+            request.
         CheckpointError: a file is missing, damaged or not a checkpoint, or there is no autoencoder.
         DiskError: the folder is not writable.
         NonFiniteError: a volume is not finite; it is not written.
@@ -104,18 +114,27 @@ def sample_to_folder(
     if seed < 0:
         raise ConfigError(f"--seed must be at least 0, got {seed}", field="--seed", fix="use 0 or more")
     check_writable(out, "--out")
+    _check_report_ids(report_ids)
     processes = DistributedContext()
     device = processes.select_device(device)
+
+    def make_request(config: Config) -> Request:
+        return _make_request(config, reports, report_ids, num_samples, seed, settings)
+
+    config = pretrained.peek_config(checkpoint)
+    if config is not None:
+        plan_request(make_request(config), config)
+    if vae is None and Path(checkpoint).is_file():
+        raise _no_autoencoder(checkpoint)
     sampler = FastSampler.from_checkpoint(
         checkpoint, device=device, dtype=dtype or "auto", vae=vae, text_encoder=text_encoder
     )
     if sampler.autoencoder is None:
-        fix = "add --vae with a VAE folder or MAISI's weight file"
-        raise CheckpointError("this checkpoint does not contain an autoencoder", path=sampler.origin.path, fix=fix)
-    checked = sampler.check(_make_request(sampler, reports, num_samples, seed, settings))
+        raise _no_autoencoder(sampler.origin.path)
+    checked = sampler.check(make_request(sampler.config))
     writer, outputs = checked.writer, checked.outputs
     missing = _find_missing(out, writer, outputs, processes, overwrite)
-    if not missing and (out / "montage.png").is_file() and (out / "run_record.json").is_file():
+    if not missing and all((out / name).is_file() for name in ("samples.csv", "montage.png", "run_record.json")):
         logger.info("the samples in %s are complete, nothing to do", out)
         return
     indices = processes.shard([index for index, output in enumerate(outputs) if output in missing])
@@ -126,19 +145,40 @@ def sample_to_folder(
             writer.write(out, outputs[volume.index], volume)
         processes.barrier()
         if processes.rank == 0:
+            _write_table(out, outputs, writer)
             _write_montage(out, outputs, writer)
     processes.barrier()
+    _log_results(out, outputs, len(missing))
+
+
+def _check_report_ids(report_ids: Sequence[str] | None) -> None:
+    twice = [name for name, count in Counter(report_ids or ()).items() if count > 1]
+    if twice:
+        why = f"{len(twice)} report ids are used more than once, so that their volumes could not be told apart"
+        raise ConfigError(why, field="--report_file", fix="give each file another name and give it once")
+
+
+def _no_autoencoder(path: object) -> CheckpointError:
+    fix = "add --vae with a VAE folder or MAISI's weight file"
+    return CheckpointError("this checkpoint does not contain an autoencoder", path=path, fix=fix)
 
 
 def _make_request(
-    sampler: FastSampler, reports: Sequence[str] | None, num_samples: int, seed: int, settings: dict[str, Any]
+    config: Config,
+    reports: Sequence[str] | None,
+    report_ids: Sequence[str] | None,
+    num_samples: int,
+    seed: int,
+    settings: dict[str, Any],
 ) -> Request:
-    if sampler.config.model.traits.text and not reports:
-        logger.info("no report is given: the null report is used")
-        reports = [""]
-    repeated = [report for report in reports or () for _ in range(num_samples)]
+    """A request of `num_samples` volumes per report; the null report is used if the variant needs one and none is given."""
+    if config.model.traits.text and not reports:
+        reports, report_ids = [""], None
+    repeated, ids = (
+        [each for each in values for _ in range(num_samples)] if values else None for values in (reports, report_ids)
+    )
     seeds = [seed + number for number in range(num_samples)] * len(reports or [None])
-    return Request(reports=repeated or None, seeds=seeds, **settings)
+    return Request(reports=repeated, report_ids=ids, seeds=seeds, **settings)
 
 
 def _find_missing(
@@ -149,6 +189,7 @@ def _find_missing(
     No rank writes before every rank has looked at the folder, and none looks before rank 0 has deleted old files.
     """
     if processes.rank == 0:
+        remove_partial_files(out, nested=False)  # other commands may be writing to folders in it
         missing = writer.missing(out, outputs, overwrite=overwrite)
     processes.barrier()
     if processes.rank != 0:
@@ -161,6 +202,46 @@ def _run_record(out: Path, processes: DistributedContext, entries: dict[str, Any
     if processes.rank != 0:
         return nullcontext()
     return write_run_record(out, "sample", **entries, processes=processes.world_size)
+
+
+def _write_table(out: Path, outputs: list[OutputVolume], writer: OutputWriter) -> None:
+    """Write samples.csv, a row per volume; the columns that studies.csv has too have the same names and values."""
+    columns = ["case", "synthetic", "pirads", "report_id", "report_sha256", "seed", "p_pos", "spacing"]
+    rows = []
+    for output in outputs:
+        sidecar = read_json(out / f"{output.name}.json")
+        given = sidecar["class_given"] or sidecar["class_override"]
+        probabilities = sidecar["class_probabilities"] or {}
+        values = [
+            output.name, "yes", given, sidecar.get("report_id"), sidecar.get("report_sha256"), output.seed,
+            probabilities.get(CLASSES[1]), " ".join(f"{length:g}" for length in sidecar["spacing"]),
+        ]  # fmt: skip
+        rows.append(values + [sidecar["files"][sequence] for sequence in writer.sequences])
+    with atomic_path(out / "samples.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerows([[*columns, *writer.sequences], *rows])
+
+
+def _log_results(out: Path, outputs: list[OutputVolume], generated: int) -> None:
+    """Say what was written, the predicted class of each report, and what to do next."""
+    kept = len(outputs) - generated
+    existing = f" ({kept} were there already)" if kept else ""
+    logger.info("%s contains %d synthetic volumes%s, listed in samples.csv", out, len(outputs), existing)
+    sidecars = [read_json(out / f"{output.name}.json") for output in outputs]
+    head = sidecars[0].get("class_head")
+    if head == "untrained":
+        logger.info("the predicted class is not shown: the model was not trained to predict it")
+    predicted: dict[str, float] = {}  # by report: its volumes share the prediction but for rounding
+    for sidecar in sidecars:
+        if sidecar["class_probabilities"]:  # named by number: a file name may name a patient
+            predicted.setdefault(f"report {sidecar['report'] + 1}", sidecar["class_probabilities"][CLASSES[1]])
+    for name, probability in list(predicted.items())[:_LOGGED_REPORTS]:
+        logger.info("  %s: P(PI-RADS 3 to 5) %.2f", name, probability)
+    if len(predicted) > _LOGGED_REPORTS:
+        logger.info("  %d more reports: see samples.csv", len(predicted) - _LOGGED_REPORTS)
+    if predicted and head == "unknown":
+        logger.info("  (this checkpoint does not say whether it was trained to predict classes)")
+    logger.info("next: look at %s, or open the volumes in a viewer such as 3D Slicer", out / "montage.png")
 
 
 def _write_montage(out: Path, outputs: list[OutputVolume], writer: OutputWriter) -> None:

@@ -12,10 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ccella_fast.config import Config
 from ccella_fast.diffusion.noise import start_noise
+from ccella_fast.diffusion.prediction import ALIASES, DIFFUSION, FLOW
+from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.scheduler_adapter import SchedulerTrajectory
-from ccella_fast.diffusion.solvers import SamplingPlan
+from ccella_fast.diffusion.solvers import SOLVERS, SamplingPlan, Solver, get_solver
 from ccella_fast.diffusion.trajectory import Trajectory, run_trajectory
+from ccella_fast.errors import ConfigError
 from ccella_fast.models import Conditioning, DiffusionModel
 from ccella_fast.models.feature_reuse import check_depth, denoise_keeping, denoise_reusing
 from ccella_fast.models.unet3d import UNet3d
@@ -24,6 +28,7 @@ from ccella_fast.sampling.cuda_graph import CudaGraphCapture, StepGraphs
 from ccella_fast.sampling.guidance import Guidance, Reuse, StepKind, step_kinds
 from ccella_fast.sampling.optimizations import Optimizations
 from ccella_fast.sampling.prompts import PromptRows
+from ccella_fast.sampling.request import Request
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class LoopSettings:
     Attributes:
         plan: a SamplingPlan, or a diffusers scheduler; it is determined by the next four fields and not compared.
         solver: the solver or its name.
-        num_steps: denoising steps.
+        num_inference_steps: denoising steps.
         prediction: what the network predicts.
         timestep_spacing: None for the solver's default.
         schedule_length: the number of training timesteps.
@@ -44,13 +49,49 @@ class LoopSettings:
 
     plan: SamplingPlan | Any = field(compare=False)
     solver: Any
-    num_steps: int
+    num_inference_steps: int
     prediction: str
     timestep_spacing: str | None
     schedule_length: int
     guidance: Guidance
     reuse: Reuse | None
     row_by_row: bool
+
+    @classmethod
+    def resolve(cls, request: Request, config: Config) -> LoopSettings:
+        """The settings of a request, with the defaults of `config`.
+
+        Raises:
+            ConfigError: a value is invalid, or the solver does not fit what the network was trained to predict.
+        """
+        defaults, schedule = config.sampling, Schedule.from_config(config.scheduler)
+        solver: Any = defaults.solver if request.solver is None else request.solver
+        prediction = request.prediction or defaults.prediction
+        given = request.num_inference_steps
+        num_inference_steps = defaults.num_inference_steps if given is None else given
+        spacing = request.timestep_spacing or defaults.timestep_spacing
+        plan: Any = solver
+        if isinstance(solver, (str, Solver)):
+            plan = get_solver(solver, flow=_is_flow(request, config)).plan(
+                schedule, num_inference_steps, prediction=prediction, timestep_spacing=spacing
+            )
+        if request.reuse is not None:
+            if not isinstance(request.reuse, Reuse):
+                kind = type(request.reuse).__name__
+                why = f"reuse must be a Reuse, got an object of type {kind}"
+                raise ConfigError(why, field="reuse", fix="write reuse=Reuse(interval=3, depth=1)")
+            check_depth(config.model, request.reuse.depth)
+        return cls(
+            plan=plan,
+            solver=solver,
+            num_inference_steps=num_inference_steps,
+            prediction=prediction,
+            timestep_spacing=spacing,
+            schedule_length=len(schedule),
+            guidance=request.resolve_guidance(config),
+            reuse=request.reuse,
+            row_by_row=request.batch_invariant,
+        )
 
 
 class Denoised(NamedTuple):
@@ -78,9 +119,6 @@ class DenoisingLoop:
         batch_size: B.
         latent_shape: (C, X, Y, Z).
         memory_format: of the latents.
-
-    Raises:
-        ConfigError: the U-Net does not support the depth of feature reuse.
     """
 
     def __init__(
@@ -96,8 +134,6 @@ class DenoisingLoop:
         self._device = next(model.parameters()).device
         unet: Any = getattr(model, "unet", model)
         assert isinstance(unet, UNet3d)
-        if settings.reuse is not None:
-            check_depth(unet, settings.reuse.depth)
         # dynamic=False: compiled separately for each shape.
         wrap: Callable = (lambda f: torch.compile(f, dynamic=False)) if optimizations.compile else (lambda f: f)
         self._unet = unet
@@ -175,8 +211,17 @@ class DenoisingLoop:
         """A new copy of the diffusers scheduler for each batch, because a scheduler keeps its own state."""
         settings = self._settings
         return SchedulerTrajectory(
-            settings.plan, x_T, seeds, num_steps=settings.num_steps, prediction=settings.prediction
+            settings.plan, x_T, seeds, num_inference_steps=settings.num_inference_steps, prediction=settings.prediction
         )
+
+
+def _is_flow(request: Request, config: Config) -> bool | None:
+    """Whether the network is a rectified flow, by what it predicts; None if that does not tell."""
+    prediction = request.prediction or config.sampling.prediction
+    canonical = ALIASES.get(prediction, prediction)
+    if canonical in FLOW and canonical in DIFFUSION:  # the clean sample, which both kinds of networks can predict
+        return SOLVERS[config.sampling.solver].flow if request.prediction is None else None
+    return True if canonical in FLOW else False if canonical in DIFFUSION else None
 
 
 def _first_rows(conditioning: Conditioning, count: int) -> Conditioning:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 from ccella_fast.errors import ConfigError
@@ -24,9 +25,10 @@ class Reuse:
     depth: int = 1
 
     def __post_init__(self) -> None:
-        if self.interval < 1:
-            why = f"the interval of feature reuse must be at least 1, got {self.interval}"
-            raise ConfigError(why, field="reuse.interval", fix="use 1 or more")
+        for name, value in (("interval", self.interval), ("depth", self.depth)):
+            if not isinstance(value, Integral) or value < 1:
+                why = f"the {name} of feature reuse must be an integer of at least 1, got {value!r:.40}"
+                raise ConfigError(why, field=f"reuse.{name}", fix="use 1 or more")
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,14 @@ def check_memory(needed: int, device: torch.device, what: str) -> None:
 
 
 @contextmanager
-def out_of_memory(what: str) -> Iterator[None]:
-    """Convert out-of-memory errors of the allocators to ConfigError; `what` names the operation."""
+def out_of_memory(what: str, needed: int | None = None) -> Iterator[None]:
+    """Convert out-of-memory errors of the allocators to ConfigError.
+
+    Args:
+        what: the operation.
+        needed: the estimate of its size in bytes, if there is one.
+    """
+    what += "" if needed is None else f" (estimated: {needed / 2**30:.1f} GiB in addition to the weights)"
     try:
         yield
     except torch.OutOfMemoryError:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ccella_fast import hardware
 from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.errors import ConfigError, did_you_mean
+from ccella_fast.kernels.backend import ENVIRONMENT, BackendError, explain
 from ccella_fast.kernels.upsample_conv3d import UpsampleConv3d
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,6 +55,43 @@ class Optimizations:
             precompute_conditioning=False, channels_last=False, packed_weights=False, phase_upsampler=False, cuda_graph=False,
             overlap_decode=False,
         )  # fmt: skip
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device for its name; None is the GPU if there is one, otherwise the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        fix = did_you_mean(str(device), ["cpu", "cuda"])
+        raise ConfigError(f"there is no device '{str(device):.40}'", field="device", fix=fix) from None
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{found}' is not supported", field="device", fix="use cpu or cuda")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        reason = "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch finds no GPU"
+        raise ConfigError(f"device '{found}' cannot be used: {reason}", field="device", fix="use device cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ConfigError(f"there is no device '{found}'", field="device", fix=f"use cuda:0 to cuda:{last}, or cpu")
+    return found
+
+
+def check_backends(device: torch.device, dtype: torch.dtype) -> None:
+    """Check that the kernel backends that the environment requests can run.
+
+    Raises:
+        ConfigError: one of them does not exist or is not supported for this device and dtype.
+    """
+    try:
+        explain(device, dtype)
+    except BackendError as bad:
+        fix = f"unset {ENVIRONMENT}, or request another backend (`ccella-fast env` lists what runs here)"
+        raise ConfigError(str(bad), field=ENVIRONMENT, fix=fix) from None
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -6,9 +6,10 @@ import gzip
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.errors import ConfigError
 from ccella_fast.sampling.request import CLASSES
-from ccella_fast.storage import atomic_path, check_writable, read_json, write_json
+from ccella_fast.storage import atomic_path, check_writable, json_text, read_json
 
 # The factors by which the reference multiplies volumes in [0, 1] (docs/explanation/method.md, section 5), for checkpoints
 # that do not store their own.
@@ -34,8 +35,7 @@ class GeneratedVolume:
         seed: the seed of its noise.
         volume: (sequences, X, Y, Z) fp32 in [0, 1], axes R, A, S; None if not decoded.
         latent: (C, x, y, z) fp32, the model's output.
-        class_probabilities: [neg, pos], predicted from the report at the last step; None if the variant does not predict a
-            class.
+        class_probabilities: [neg, pos], predicted from the report at the last step; None as in `Result`.
     """
 
     index: int
@@ -43,6 +43,28 @@ class GeneratedVolume:
     volume: Tensor | None
     latent: Tensor
     class_probabilities: list[float] | None
+
+    def __repr__(self) -> str:
+        size = "not decoded" if self.volume is None else f"{_times(self.volume.shape)} voxels"
+        return f"GeneratedVolume({self.index}, seed {self.seed}, {size}, latent {_times(self.latent.shape)})"
+
+
+class VolumeMetadata(NamedTuple):
+    """The inputs of a volume, for its sidecar.
+
+    Attributes:
+        report: the number of its report among the distinct ones.
+        report_id: the name that the request gives the report; None without one.
+        report_identity: the text of the report, or a hash of given features; None without a report. It is never written.
+        seed: the seed of its noise.
+        inputs: the other sidecar entries that it does not share with the request's other volumes.
+    """
+
+    report: int
+    report_id: str | None
+    report_identity: str | None
+    seed: int
+    inputs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,8 @@ class OutputVolume:
         seed: the seed of its noise.
         sample_metadata: the sidecar entries that it does not share with the request's other volumes.
         identity: a hash of everything that the volume depends on, the report included.
+        report_id: the name of its report; None without one.
+        report_sha256: a hash of its report, salted with that of the weights; None without a report.
     """
 
     name: str
@@ -62,6 +86,8 @@ class OutputVolume:
     seed: int
     sample_metadata: dict[str, Any]
     identity: str
+    report_id: str | None = None
+    report_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,18 +98,21 @@ class OutputWriter:
         request_metadata: the sidecar entries that all volumes of the request share.
         sequences: the names of the sequences.
         intensity_scale: by sequence, the factor from [0, 1] to written intensities.
+        class_head: whether the head that predicts classes was trained on both: "trained", "untrained" or "unknown"; None if
+            the variant has none.
     """
 
     request_metadata: dict[str, Any]
     sequences: list[str]
     intensity_scale: dict[str, float]
+    class_head: str | None = None
 
-    def describe_volume(
-        self, number: int, report: int, report_identity: str | None, seed: int, sample_metadata: dict[str, Any]
-    ) -> OutputVolume:
-        """The volume with this number in the request; the other arguments are those of `Prompts.metadata_of`."""
-        identity = volume_digest([self.request_metadata, sample_metadata, report_identity, seed])
-        return OutputVolume(f"sample-{number:03d}_seed{seed}", report, seed, sample_metadata, identity)
+    def describe_volume(self, number: int, metadata: VolumeMetadata) -> OutputVolume:
+        """The volume with this number in the request."""
+        report, report_id, text, seed, inputs = metadata
+        identity = volume_digest([self.request_metadata, inputs, text, seed])
+        hashed = None if text is None else report_digest(text, self.request_metadata.get("weights_sha256"))
+        return OutputVolume(f"sample-{number:03d}_seed{seed}", report, seed, inputs, identity, report_id, hashed)
 
     def files(self, out: Path, output: OutputVolume) -> dict[str, Path]:
         """The path of each sequence's volume."""
@@ -92,7 +121,11 @@ class OutputWriter:
         return {sequence: out / f"{output.name}_seq-{sequence}.nii.gz" for sequence in self.sequences}
 
     def write(self, out: Path, output: OutputVolume, generated: GeneratedVolume) -> None:
-        """Write the sidecar, then the volumes: a volume without a sidecar could not be attributed to a request."""
+        """Write the volumes and the sidecar, all or none of them: they are renamed when all are complete.
+
+        The sidecar is renamed first, because a volume without one could not be attributed to a request. A process that is
+        killed in between leaves a sidecar without a volume, and the volume is generated again.
+        """
         assert generated.volume is not None
         files, probabilities = self.files(out, output), generated.class_probabilities
         rounded = probabilities and dict(zip(CLASSES, [round(p, 5) for p in probabilities], strict=True))
@@ -101,15 +134,22 @@ class OutputWriter:
             **output.sample_metadata,
             "seed": output.seed,
             "report": output.report,
+            "report_id": output.report_id,
+            "report_sha256": output.report_sha256,
             "files": {sequence: path.name for sequence, path in files.items()},
             "shape": list(generated.volume.shape[1:]),
             "intensity_scale": self.intensity_scale,
+            "class_head": self.class_head,
             "class_probabilities": rounded,
             "identity": output.identity,
         }
-        write_json(out / f"{output.name}.json", sidecar)
-        for (sequence, path), volume in zip(files.items(), generated.volume.numpy(), strict=True):
-            write_nifti(path, volume * self.intensity_scale[sequence], output.sample_metadata["spacing"])
+        with ExitStack() as renames:  # in the reverse order
+            for (sequence, path), volume in zip(files.items(), generated.volume.numpy(), strict=True):
+                scale = self.intensity_scale[sequence]
+                content = nifti_bytes(volume * scale, output.sample_metadata["spacing"], window=(0.0, scale))
+                renames.enter_context(atomic_path(path)).write_bytes(content)
+            sidecar_path = renames.enter_context(atomic_path(out / f"{output.name}.json"))
+            sidecar_path.write_text(json_text(sidecar), encoding="utf-8")
 
     def missing(self, out: Path, outputs: Sequence[OutputVolume], *, overwrite: bool = False) -> list[OutputVolume]:
         """The volumes that are not in the folder yet; with `overwrite`, all of them, after existing samples are deleted.
@@ -149,7 +189,8 @@ class Result:
         seeds: one per row.
         volumes: (n, sequences, X, Y, Z) fp32 in [0, 1], axes R, A, S; None if not decoded.
         latents: (n, C, x, y, z) fp32.
-        class_probabilities: (n, classes), predicted at the last step; None if the variant does not predict a class.
+        class_probabilities: (n, classes), predicted at the last step; None if the variant does not predict a class, or if it
+            was not trained on both, so that the numbers mean nothing.
         writer: writes the volumes.
         outputs: the file name and metadata of each row.
     """
@@ -160,6 +201,17 @@ class Result:
     class_probabilities: Tensor | None
     writer: OutputWriter
     outputs: list[OutputVolume]
+
+    def __repr__(self) -> str:
+        volumes = self.volumes
+        size = (
+            "not decoded"
+            if volumes is None
+            else f"{', '.join(self.writer.sequences)}, {_times(volumes.shape[2:])} voxels"
+        )
+        return (
+            f"Result({len(self.seeds)} volumes, {size}, latents {_times(self.latents.shape[1:])}, seeds {self.seeds})"
+        )
 
     writing = DeprecatedAttribute("writer")
     jobs = DeprecatedAttribute("outputs")
@@ -208,15 +260,16 @@ class Result:
         return [path for output in self.outputs for path in self.writer.files(out, output).values()]
 
 
-def write_nifti(path: str | Path, volume: np.ndarray, spacing: Sequence[float]) -> None:
-    """Write a float32 NIfTI-1 file `.nii.gz` atomically; equal inputs give equal bytes.
+def nifti_bytes(volume: np.ndarray, spacing: Sequence[float], *, window: tuple[float, float] | None = None) -> bytes:
+    """The content of a float32 NIfTI-1 file `.nii.gz`; equal inputs give equal bytes.
 
-    The axes are R, A, S in mm, sform = qform with code 1, and the center of the grid is at the origin.
+    The axes are R, A, S in mm, sform = qform with code 1, and the center of the grid is at the origin. float32 and not int16,
+    so that a scaled volume keeps what the autoencoder computed.
 
     Args:
-        path: of the file.
         volume: (X, Y, Z).
         spacing: voxel size in mm, (3,).
+        window: the intensities that a viewer shows as black and white (cal_min, cal_max); None: it guesses.
     """
     import nibabel
 
@@ -227,10 +280,24 @@ def write_nifti(path: str | Path, volume: np.ndarray, spacing: Sequence[float]) 
     image.set_qform(affine, code=1)
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = DESCRIPTION
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=6, mtime=0))
+    if window is not None:
+        image.header["cal_min"], image.header["cal_max"] = window
+    return gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)
+
+
+def report_digest(report: str, weights_sha256: str | None) -> str:
+    """The SHA-256 of a report, salted with the hash of the model's weights.
+
+    Equal reports have equal hashes in all samples of a model, and other ones with other weights. Whoever has a sidecar and
+    guesses the report can confirm the guess.
+    """
+    return hashlib.sha256(f"{weights_sha256}\n{report}".encode(errors="surrogatepass")).hexdigest()
 
 
 def volume_digest(values: Any) -> str:
     """The SHA-256 of `values` as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))

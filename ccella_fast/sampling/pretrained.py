@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ccella_fast.checkpoint import Checkpoint, load_checkpoint, write_manifest
-from ccella_fast.config import REMOVED_SETTINGS, Config, make_config
-from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.checkpoint import Checkpoint, load_checkpoint, step_folders, write_manifest
+from ccella_fast.config import REMOVED_SETTINGS, Config, load_config, make_config
+from ccella_fast.errors import CcellaError, CheckpointError, ConfigError
 from ccella_fast.models import DiffusionModel
 from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder, weights_file
 from ccella_fast.sampling.output import volume_digest
@@ -40,11 +40,13 @@ class Provenance(NamedTuple):
         metadata: the sidecar entries about the weights.
         path: of the checkpoint, for errors; None for a model in memory.
         weights: "ema", "raw" or "given", for errors.
+        trained_on: what the training has seen (see `trained_on`); None if it is not known.
     """
 
     metadata: dict[str, Any]
     path: Path | None
     weights: str
+    trained_on: dict[str, Any] | None = None
 
     @classmethod
     def of_objects(cls, config: Config) -> Provenance:
@@ -69,7 +71,7 @@ class Provenance(NamedTuple):
             "vae_sha256": None if vae is None else sha256(weights_file(vae)),
             "config_sha256": config_digest(loaded.config),
         }
-        return cls(metadata, loaded.path, loaded.weights)
+        return cls(metadata, loaded.path, loaded.weights, loaded.trained_on)
 
 
 class LoadedSampler(NamedTuple):
@@ -78,6 +80,19 @@ class LoadedSampler(NamedTuple):
     checkpoint: Checkpoint
     autoencoder: Autoencoder | None
     origin: Provenance
+
+
+def peek_config(path: str | Path) -> Config | None:
+    """The configuration of a checkpoint folder, without reading its weights and verifying its hashes.
+
+    None if it cannot be read: `load_checkpoint` then says why. A reference .pt has no configuration apart from its weights.
+    """
+    folder = Path(path)
+    steps = [] if (folder / "manifest.json").is_file() else step_folders(folder)
+    try:
+        return load_config((steps[0] if steps else folder) / "config.json")
+    except (CcellaError, OSError):
+        return None
 
 
 def load_pretrained(path: str | Path | Checkpoint, *, vae: str | Path | None, weights: str | None) -> LoadedSampler:

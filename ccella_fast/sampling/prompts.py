@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ccella_fast.config import Config
-from ccella_fast.errors import ConfigError
 from ccella_fast.models import Conditioning, DiffusionModel
-from ccella_fast.sampling.request import CLASSES, Request, parse_integers
+from ccella_fast.sampling.output import VolumeMetadata
+from ccella_fast.sampling.request import CLASSES, VolumeInputs
 from ccella_fast.sampling.text_features import PromptFeatures
 from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
 
@@ -57,49 +55,28 @@ class PromptRows(NamedTuple):
 
 
 class Prompts:
-    """The seed, spacing, class and report of every volume of a request.
+    """The seed, spacing, class and report of every volume of a request."""
 
-    Raises:
-        ConfigError: the numbers of seeds, reports, spacings and classes do not match, or a value is invalid.
-    """
-
-    def __init__(self, request: Request, config: Config, reports: PromptFeatures):
-        seeds = None if request.seeds is None else parse_integers(request.seeds, "seeds")
-        given = [seeds, reports.rows or None, _per_volume(request.spacing), request.pirads, request.class_override]
-        lengths = {len(values) for values in given if values is not None and not isinstance(values, str)} - {1}
-        if len(lengths) > 1:
-            counts = " and ".join(map(str, sorted(lengths)))
-            why = f"the numbers of seeds, reports, spacings and classes must be equal or 1, got {counts}"
-            raise ConfigError(why, field="seeds", fix="give one of each per volume, or a single one for all volumes")
-        count = lengths.pop() if lengths else 1
-        if count < 1:
-            why = "the number of volumes must be at least 1, got 0"
-            raise ConfigError(why, field="seeds", fix="give at least one seed or report")
-        self.seeds = list(range(count)) if seeds is None else _broadcast(seeds, count)
-        self._rows = _broadcast(reports.rows or [-1], count)
-        spacing = config.data.spacing if request.spacing is None else request.spacing
-        self._spacings = [_check_spacing(row) for row in _broadcast(_per_volume(spacing) or [spacing], count)]
-        self._override = request.class_override is not None
-        names = request.class_override if self._override else request.pirads
-        self._classes: list[str | None] = _broadcast(
-            [names] if names is None or isinstance(names, str) else names, count
-        )
-        for name in self._classes:
-            if name not in (*CLASSES, None):
-                fix = "use neg (PI-RADS 1-2) or pos (PI-RADS 3-5)"
-                raise ConfigError(f"there is no class '{name}'", field="--pirads", fix=fix)
-        self._reports = reports
+    def __init__(self, volumes: VolumeInputs, reports: PromptFeatures):
+        self.seeds = volumes.seeds
+        self._volumes, self._reports = volumes, reports
+        numbers = volumes.reports
+        self._rows = [-1] * len(self.seeds) if numbers is None else [reports.rows[number] for number in numbers]
+        self._spacings, self._classes = volumes.spacings, volumes.classes
 
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def metadata_of(self, k: int) -> tuple[int, str | None, int, dict[str, Any]]:
-        """The report's number, the report's identity, the seed, and the spacing and class of volume k."""
-        row = self._rows[k]
-        given, override = (None, self._classes[k]) if self._override else (self._classes[k], None)
-        sample_metadata = {"spacing": list(self._spacings[k]), "class_given": given, "class_override": override}
+    def metadata_of(self, k: int) -> VolumeMetadata:
+        """What the sidecar of volume k says about its inputs."""
+        row, override = self._rows[k], self._volumes.override_class
+        sample_metadata = {
+            "spacing": list(self._spacings[k]),
+            "class_given": None if override else self._classes[k],
+            "class_override": self._classes[k] if override else None,
+        }
         identity = self._reports.identities[row] if row >= 0 else None
-        return max(row, 0), identity, self.seeds[k], sample_metadata
+        return VolumeMetadata(max(row, 0), self._volumes.report_ids[k], identity, self.seeds[k], sample_metadata)
 
     def rows(self, volumes: Sequence[int], *, guided: bool, device: torch.device) -> PromptRows:
         """The conditioning inputs of a batch of these volumes; if `guided`, with the null report too."""
@@ -115,24 +92,6 @@ class Prompts:
             text=torch.cat([text for text in texts if text is not None]).to(device) if self._reports.rows else None,
             spacing=torch.tensor([spacing for _, spacing, _ in distinct], device=device) * SPACING_SCALE,
             pirads=None if self._classes[0] is None else torch.tensor(classes, device=device) * CLASS_SCALE,
-            override_class=self._override,
+            override_class=self._volumes.override_class,
             rows=tuple(distinct.index(row) for row in rows),
         )
-
-
-def _per_volume(spacing: Any) -> list | None:
-    """The rows of a spacing that is given per volume; None for a single spacing."""
-    rows = None if spacing is None else np.asarray(spacing, dtype=object)
-    return None if rows is None or rows.ndim < 2 else list(spacing)
-
-
-def _broadcast(values: Sequence, count: int) -> list:
-    return list(values) * count if len(values) == 1 else list(values)
-
-
-def _check_spacing(row: Sequence[float]) -> tuple[float, ...]:
-    spacing = tuple(map(float, np.atleast_1d(row)))
-    if len(spacing) != 3 or not all(0 < length < 100 for length in spacing):
-        why = f"a spacing must be three lengths between 0 and 100 mm, got {list(spacing)}"
-        raise ConfigError(why, field="--spacing", fix="give three lengths in mm")
-    return spacing

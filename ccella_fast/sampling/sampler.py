@@ -14,8 +14,6 @@ from ccella_fast import hardware
 from ccella_fast.checkpoint import Checkpoint
 from ccella_fast.config import Config
 from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
-from ccella_fast.diffusion.schedule import Schedule
-from ccella_fast.diffusion.solvers import Solver, get_solver
 from ccella_fast.errors import ConfigError, NonFiniteError
 from ccella_fast.models import DiffusionModel, build_model
 from ccella_fast.models.autoencoder import Autoencoder
@@ -23,11 +21,20 @@ from ccella_fast.sampling import memory, pretrained
 from ccella_fast.sampling.decoding import Decoded, Decoder
 from ccella_fast.sampling.denoising import DenoisingLoop, LoopSettings
 from ccella_fast.sampling.onednn_prepack import can_pack, prepack_convolutions
-from ccella_fast.sampling.optimizations import Optimizations, apply_optimizations, resolve_dtype, uses_channels_last
+from ccella_fast.sampling.optimizations import (
+    Optimizations,
+    apply_optimizations,
+    check_backends,
+    resolve_device,
+    resolve_dtype,
+    uses_channels_last,
+)
 from ccella_fast.sampling.output import REFERENCE_INTENSITY, GeneratedVolume, OutputVolume, OutputWriter, Result
+from ccella_fast.sampling.plan import plan_request
 from ccella_fast.sampling.prompts import Prompts
-from ccella_fast.sampling.request import Request, check_inputs
+from ccella_fast.sampling.request import Request
 from ccella_fast.sampling.text_features import TextFeatureCache
+from ccella_fast.sampling.trained_on import class_head_state, warn_of_untrained_spacings
 
 _MAX_LOOPS = 2  # one for full batches, one for the last batch of a request
 
@@ -51,7 +58,7 @@ class FastSampler:
     Example::
 
         sampler = FastSampler.from_checkpoint("model")
-        result = sampler(reports=["PI-RADS 5 lesion, left"], seeds=[0, 1], num_steps=30, solver="dpmpp_2m")
+        result = sampler(reports=["PI-RADS 5 lesion, left"], seeds=[0, 1], num_inference_steps=30, solver="dpmpp_2m")
         result.save("samples")
 
     A call takes the fields of `Request` as keywords. A seed gives the same noise, bit for bit, in any batch and on any number
@@ -104,8 +111,9 @@ class FastSampler:
             fix = "use load_autoencoder, from_checkpoint(vae=...), or no autoencoder and decode=False"
             raise ConfigError(why, field="autoencoder", fix=fix)
         self.optimizations = optimizations or Optimizations()
-        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        self.device = resolve_device(next(model.parameters()).device if device is None else device)
         self.dtype = resolve_dtype(dtype, self.device)
+        check_backends(self.device, self.dtype)
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
             hardware.warn_of_emulated_bf16("use dtype float32 or auto for sampling")
         self.config = config or pretrained.config_of(model, autoencoder)
@@ -129,11 +137,20 @@ class FastSampler:
         self.scale_factor = pretrained.scale_factors(scale_factor, self.sequences)
         scales = intensity_scale or {}
         self.intensity_scale = {name: scales.get(name, REFERENCE_INTENSITY[name]) for name in self.sequences}
+        #: whether predicted classes mean something: "trained", "untrained" or "unknown"; None if the variant predicts none
+        self.class_head = class_head_state(self.config, self.origin.trained_on)
         self._loops: dict[Any, DenoisingLoop] = {}
         self._text_features = TextFeatureCache(self.config, text_encoder, checks_length=config is not None)
         overlaps = self.device.type == "cuda" and self.optimizations.overlap_decode
         stream = torch.cuda.Stream(self.device) if overlaps else None
         self._decoder = Decoder(self.autoencoder, self.config.model.latent_channels, self.scale_factor, stream)
+
+    def __repr__(self) -> str:
+        data, dtype = self.config.data, str(self.dtype).removeprefix("torch.")
+        size, spacing = (" x ".join(f"{value:g}" for value in values) for values in (data.dim, data.spacing))
+        decoded = "" if self.autoencoder else ", no autoencoder"
+        name = f"{self.config.model.variant}, {', '.join(self.sequences)}"
+        return f"FastSampler({name}, {size} voxels of {spacing} mm, {dtype} on {self.device}{decoded})"
 
     @classmethod
     @deprecated_arguments(levers="optimizations")
@@ -161,10 +178,14 @@ class FastSampler:
             text_encoder: see the class.
 
         Raises:
+            ConfigError: the device, the dtype or a requested kernel backend cannot be used here; raised before anything is
+                loaded.
             CheckpointError: a file is missing, damaged or not a checkpoint.
         """
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
+        check_backends(device, dtype)
         loaded = pretrained.load_pretrained(path, vae=vae, weights=weights)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(
             loaded.checkpoint.model, loaded.autoencoder, loaded.checkpoint.scale_factor, device, dtype,
             config=loaded.checkpoint.config, optimizations=optimizations, text_encoder=text_encoder,
@@ -197,11 +218,13 @@ class FastSampler:
             "step": self.origin.metadata.get("step", 0),
             "scale_factor": self.scale_factor,
             "intensity_scale": self.intensity_scale,
+            "trained_on": self.origin.trained_on,
         }
         pretrained.save_pretrained_files(
             Path(folder), config=self.config, model=self.model, autoencoder=self.autoencoder, state=state
         )
 
+    @deprecated_arguments(num_steps="num_inference_steps")
     def __call__(self, **arguments: Any) -> Result:
         """Generate all volumes of a request.
 
@@ -215,6 +238,7 @@ class FastSampler:
         checked = self.check(Request(**arguments))
         return Result.from_volumes(list(self.generate(checked)), checked.writer, checked.outputs)
 
+    @deprecated_arguments(num_steps="num_inference_steps")
     def iter(self, **arguments: Any) -> Iterator[GeneratedVolume]:
         """Generate the same volumes one by one, as they are finished.
 
@@ -228,65 +252,45 @@ class FastSampler:
         Raises:
             ConfigError: a value is invalid, or the sampler does not support the request.
         """
-        config, settings = self.config, self.config.sampling
-        latent_shape, batch_size = request.resolve_latent_shape(config), request.resolve_batch_size(config)
-        guidance = request.resolve_guidance(config)
+        config = self.config
+        plan = plan_request(request, config)
         if request.decode and self.autoencoder is None:
             fix = "give an autoencoder (vae=), or call with decode=False for latents"
             raise ConfigError("this sampler has no autoencoder to decode with", field="decode", fix=fix)
-        solver: Any = settings.solver if request.solver is None else request.solver
-        num_steps = settings.num_inference_steps if request.num_steps is None else request.num_steps
-        prediction = request.prediction or settings.prediction
-        spacing = request.timestep_spacing or settings.timestep_spacing
-        schedule = Schedule.from_config(config.scheduler)
-        plan = get_solver(solver) if isinstance(solver, str) else solver
-        if isinstance(plan, Solver):
-            plan = plan.plan(schedule, num_steps, prediction=prediction, timestep_spacing=spacing)
-        loop_settings = LoopSettings(
-            plan=plan,
-            solver=solver,
-            num_steps=num_steps,
-            prediction=prediction,
-            timestep_spacing=spacing,
-            schedule_length=len(schedule),
-            guidance=guidance,
-            reuse=request.reuse,
-            row_by_row=request.batch_invariant,
-        )
-        has_text = not (request.reports is None and request.text is None)
-        classes = {"pirads": request.pirads, "class_override": request.class_override}
-        check_inputs(config.model.traits, has_text=has_text, **classes)
+        settings = plan.loop_settings
+        solver, guidance = settings.solver, settings.guidance
+        grid = [size * config.autoencoder.factor for size in plan.latent_shape[1:]]
+        warn_of_untrained_spacings(plan.volumes.spacings, grid, config, self.origin.trained_on)
         reports = self._text_features.features_for(request, guided=guidance.on)
-        prompts = Prompts(request, config, reports)
+        prompts = Prompts(plan.volumes, reports)
         request_metadata = {
             **self.origin.metadata,
             "solver": solver if isinstance(solver, str) else repr(getattr(solver, "config", solver)),
-            "num_inference_steps": num_steps,
-            "prediction": prediction,
-            "timestep_spacing": spacing,
+            "num_inference_steps": settings.num_inference_steps,
+            "prediction": settings.prediction,
+            "timestep_spacing": settings.timestep_spacing,
             "guidance_scale": guidance.scale,
             "guidance_interval": list(guidance.interval),
             "reuse": request.reuse and [request.reuse.interval, request.reuse.depth],
-            "latent_shape": latent_shape,
+            "latent_shape": plan.latent_shape,
             "dtype": str(self.dtype).removeprefix("torch."),
             "batch_invariant": request.batch_invariant,
             "text_encoder": reports.encoder,
         }
-        writer = OutputWriter(request_metadata, self.sequences, self.intensity_scale)
-        outputs = [writer.describe_volume(k, *prompts.metadata_of(k)) for k in range(len(prompts))]
-        return CheckedRequest(request, prompts, loop_settings, latent_shape, batch_size, writer, outputs)
+        writer = OutputWriter(request_metadata, self.sequences, self.intensity_scale, self.class_head)
+        outputs = [writer.describe_volume(k, prompts.metadata_of(k)) for k in range(len(prompts))]
+        return CheckedRequest(request, prompts, settings, plan.latent_shape, plan.batch_size, writer, outputs)
 
     @deprecated_arguments(run="checked", only="indices")
     def generate(self, checked: CheckedRequest, indices: Sequence[int] | None = None) -> Iterator[GeneratedVolume]:
         """Generate the volumes of a checked request, or only those with the given indices."""
         indices = list(range(len(checked.prompts))) if indices is None else list(indices)
-        if indices:
-            self._check_memory(checked, min(checked.batch_size, len(indices)))
+        needed = self._check_memory(checked, min(checked.batch_size, len(indices))) if indices else 0
         previous: Iterator[GeneratedVolume] = iter(())
         for start in range(0, len(indices), checked.batch_size):
             batch = indices[start : start + checked.batch_size]
             description = f"sampling {start + 1}-{start + len(batch)} of {len(indices)}"
-            with memory.out_of_memory(f"denoising {len(batch)} at a time"):
+            with memory.out_of_memory(f"denoising {len(batch)} at a time", needed):
                 latents, probabilities = self._denoise(checked, batch, description)
             decoded = self._decoder.submit(latents, probabilities, decode=checked.request.decode)
             volumes = self._collect(checked, batch, decoded)
@@ -311,7 +315,9 @@ class FastSampler:
         seeds = [checked.prompts.seeds[k] for k in batch]
         latents, logits = loop.run(seeds, prompts, description=description, progress=checked.request.progress)
         self._loops[key] = loop  # not kept if it was interrupted or ran out of memory
-        return latents, None if logits is None else logits.float()[: len(batch)].softmax(1).expand(len(batch), -1)
+        if logits is None or self.class_head == "untrained":
+            return latents, None
+        return latents, logits.float()[: len(batch)].softmax(1).expand(len(batch), -1)
 
     def _collect(
         self, checked: CheckedRequest, batch: list[int], decoded: Iterator[Decoded]
@@ -323,10 +329,12 @@ class FastSampler:
                 raise NonFiniteError(why, path=self.origin.path, field=f"{self.origin.weights} weights", fix=fix)
             yield GeneratedVolume(k, checked.prompts.seeds[k], each.volume, each.latent, each.class_probabilities)
 
-    def _check_memory(self, checked: CheckedRequest, count: int) -> None:
+    def _check_memory(self, checked: CheckedRequest, count: int) -> int:
+        """The estimate of the bytes that a batch of `count` volumes needs, which must be free."""
         settings, shape = checked.loop_settings, checked.latent_shape
         model, rows = self.config.model, count * (2 if settings.guidance.on else 1)
         needed = memory.activation_bytes(model, rows, shape[1:], self.dtype)
         if model.traits.text and self.optimizations.precompute_conditioning:
-            needed += memory.cache_bytes(model, rows, settings.num_steps, self.dtype)
+            needed += memory.cache_bytes(model, rows, settings.num_inference_steps, self.dtype)
         memory.check_memory(needed, self.device, f"a batch of {count} latents {shape}")
+        return needed

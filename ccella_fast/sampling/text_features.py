@@ -16,6 +16,7 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.sampling.request import Request
 
 logger = logging.getLogger("ccella_fast")
+_UNKNOWN_SHARE = 0.05  # of the tokens of a report, from which on a warning is due
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +63,10 @@ class TextFeatureCache:
         """The text features of a request; if `guided`, with those of the null report.
 
         Raises:
-            ConfigError: both reports and features are given, the features do not have the form that the model was trained with,
-                or guidance is requested without a report.
+            ConfigError: the features do not have the form that the model was trained with, or guidance is requested without a
+                report.
         """
         if request.text is not None:
-            if request.reports is not None:
-                raise ConfigError("both reports and text are given", field="text", fix="give one of them")
             features = self._check_features(request.text, "text")
             identities = tuple(hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in features)
             null = self._null_features_like(features, request) if guided else None
@@ -77,13 +76,15 @@ class TextFeatureCache:
                 why = f"guidance needs a report, and {self._config.model.variant} does not take one"
                 raise ConfigError(why, field="guidance_scale", fix="use 1, which disables guidance")
             return PromptFeatures()
-        reports = request.reports
-        if isinstance(reports, str) or len(reports) == 0 or not all(isinstance(report, str) for report in reports):
-            raise ConfigError("reports must be a non-empty list of texts", field="reports", fix='write reports=["..."]')
+        reports = [report if report.strip() else "" for report in request.reports]
+        if "" in reports:
+            blank = reports.count("")
+            which = f"report {reports.index('') + 1} is" if blank == 1 else f"{blank} of {len(reports)} reports are"
+            logger.warning("%s missing or blank: the null report is used", which)
         encoder = self._encoder or _LazyTextEncoder(self._config)
         distinct = tuple(dict.fromkeys(reports))
         null = self._null_features(request, encoder) if guided else None
-        features = self._encode(distinct, encoder, alone=request.batch_invariant)
+        features = self._encode(distinct, encoder, alone=request.batch_invariant, numbers=reports)
         rows = tuple(distinct.index(report) for report in reports)
         return PromptFeatures(features, rows, distinct, null, encoder.identity)
 
@@ -108,19 +109,38 @@ class TextFeatureCache:
             raise ConfigError(why, field="null_text", fix="encode both with the same number of positions")
         return null
 
-    def _encode(self, reports: Sequence[str], encoder: Any, *, alone: bool) -> Tensor:
-        """The features of each report. alone: one call per report, so that its bits do not depend on the other reports."""
+    def _encode(
+        self, reports: Sequence[str], encoder: Any, *, alone: bool, numbers: Sequence[str] | None = None
+    ) -> Tensor:
+        """The features of each report.
+
+        Args:
+            reports: distinct texts.
+            encoder: the text encoder.
+            alone: one call per report, so that its bits do not depend on the other reports.
+            numbers: the reports as the request gives them, by whose positions messages name a report.
+        """
         missing = [report for report in reports if (report, alone) not in self._encoded]
         for batch in [[report] for report in missing] if alone else [missing] if missing else []:
             encoding = encoder.encode(batch)
             features = self._check_features(encoding.features, "text.encoder")
             self._encoded |= {(report, alone): row[None] for report, row in zip(batch, features, strict=True)}
-            for report, truncated in zip(batch, getattr(encoding, "truncated", ()), strict=False):
-                if truncated:
-                    number, length = list(reports).index(report) + 1, self._config.text.max_length
-                    logger.warning("report %d is longer than %d tokens: its beginning is cut off", number, length)
+            for position, report in enumerate(batch):
+                self._warn_of_losses(encoding, position, list(numbers or reports).index(report) + 1)
         self._encoded = {key: row for key, row in self._encoded.items() if key[0] in (*reports, "")}
         return torch.cat([self._encoded[report, alone] for report in reports])
+
+    def _warn_of_losses(self, encoding: Any, position: int, number: int) -> None:
+        """Warn of what the encoder did not read of report `number`, without its text."""
+        length = self._config.text.max_length
+        if any(encoding.truncated[position : position + 1]):
+            lost = getattr(encoding, "lost", None)
+            count = f"its first {lost[position]} tokens are" if lost else "its beginning is"
+            logger.warning("report %d is longer than %d tokens: %s cut off", number, length, count)
+        unknown = getattr(encoding, "unknown", None)
+        if unknown and unknown[position] >= _UNKNOWN_SHARE:
+            why = "%.0f %% of the tokens of report %d are unknown to the tokenizer of %s: is it in another language?"
+            logger.warning(why, 100 * unknown[position], number, self._config.text.encoder)
 
     def _check_features(self, text: Any, field: str) -> Tensor:
         """Text features as fp32 (n, L, E) on the CPU.

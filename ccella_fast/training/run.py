@@ -261,11 +261,12 @@ def _build_and_train(plan: RunPlan, device: Any, last_saved: dict[str, int]) -> 
         checkpointing.restore_checkpoint(plan.start, engine, ema, state)
         nonfinite_steps = state["bad_in_a_row"]
     vae = plan.data / "vae" if (plan.data / "vae").is_dir() else None
-    stream = _make_stream(plan, dataset, device)
+    stream, trained_on = _make_stream(plan, dataset, device), dataset.trained_on()
 
     def save(now: LoopState) -> None:
         progress = {
             "step": now.step, "ema_updates": ema.updates if ema else 0, "bad_in_a_row": now.nonfinite_steps,
+            "trained_on": trained_on,
         }  # fmt: skip
         checkpointing.save_checkpoint(plan.run, now.step, engine, ema, config, plan.facts | progress, vae, collectives)
         last_saved["step"] = now.step

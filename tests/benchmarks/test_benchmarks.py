@@ -64,8 +64,8 @@ def test_reference_equals_our_model_on_the_same_weights(tiny, wrong):
     assert torch.allclose(found.class_logits, logits, rtol=1e-4, atol=1e-5) != wrong
 
 
-@pytest.mark.parametrize("num_steps", [1, 3], ids=["1-step", "3-steps"])
-def test_sampling_loops_of_both_baselines_equal_ours(tiny, num_steps):
+@pytest.mark.parametrize("num_inference_steps", [1, 3], ids=["1-step", "3-steps"])
+def test_sampling_loops_of_both_baselines_equal_ours(tiny, num_inference_steps):
     """With the same starting noise and step noise. Negative control: another seed in the loop."""
     from ccella_fast import sample
     from ccella_fast.diffusion.noise import generator, start_noise
@@ -73,14 +73,16 @@ def test_sampling_loops_of_both_baselines_equal_ours(tiny, num_steps):
     _, conditions = tiny_inputs()
     one = {name: value[:1] for name, value in conditions.items()}
     start = start_noise([4, 4, 4, 2], [5])
-    ours = sample(lambda x, t: tiny(x, t, **one).noise, start, solver="ddpm", num_steps=num_steps, seeds=[5])
+    ours = sample(
+        lambda x, t: tiny(x, t, **one).noise, start, solver="ddpm", num_inference_steps=num_inference_steps, seeds=[5]
+    )
     shared = reference.shared_with(tiny)
     compiled = compiled_baseline.CompiledSampler(tiny, SchedulerConfig(), torch.float32)
-    for seed, equal in ((5, True), (6, num_steps == 1)):
+    for seed, equal in ((5, True), (6, num_inference_steps == 1)):
         noise = lambda seed=seed: generator(seed, "step")  # noqa: E731
-        settings = {"config": SchedulerConfig(), "num_steps": num_steps}
+        settings = {"config": SchedulerConfig(), "num_inference_steps": num_inference_steps}
         chain = reference.sample(shared, start, **one, **settings, generator=noise())
-        compiled_chain = compiled(start, **one, num_steps=num_steps, source=noise())
+        compiled_chain = compiled(start, **one, num_inference_steps=num_inference_steps, source=noise())
         scale = float(ours.abs().max())
         assert (float((chain - ours).abs().max()) < 1e-3 * scale) == equal
         assert (float((compiled_chain - ours).abs().max()) < 1e-3 * scale) == equal

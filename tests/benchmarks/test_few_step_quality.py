@@ -57,9 +57,11 @@ def test_distances_equal_those_of_plain_calls(quality):
     assert [(entry["solver"], entry["steps"]) for entry in entries] == [(n, c) for n in names for c in (10, 30)]
     for entry in entries:
 
-        def plain(num_steps, seed, solver=entry["solver"]):
+        def plain(num_inference_steps, seed, solver=entry["solver"]):
             start = start_noise(shape, [seed])
-            return sample(network, start, solver=solver, num_steps=num_steps, seeds=[seed], schedule=schedule)
+            return sample(
+                network, start, solver=solver, num_inference_steps=num_inference_steps, seeds=[seed], schedule=schedule
+            )
 
         expected = [
             ((plain(entry["steps"], seed) - plain(60, seed)).norm() / plain(60, seed).norm()).item() for seed in (4, 5)

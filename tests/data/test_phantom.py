@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import nibabel
@@ -78,7 +79,7 @@ def test_header_is_marked_synthetic_and_oblique(studies: Path):
     for row in read_rows(studies):
         image = nibabel.load(studies / row["case"] / "t2w.nii.gz")
         assert row["synthetic"] == "yes"
-        assert image.header["descrip"].item() == b"ccella_fast phantom (synthetic)"
+        assert image.header["descrip"].item() == b"ccella_fast phantom 2 (synthetic)"
         (qform, q_code), (sform, s_code) = image.get_qform(coded=True), image.get_sform(coded=True)
         assert q_code == s_code == 1
         np.testing.assert_allclose(qform, sform, atol=1e-4)
@@ -138,6 +139,50 @@ def test_reports_agree_with_the_table(many_rows: list[dict[str, str]]):
         else:
             assert " mm " not in report
     assert len({row["report"] for row in many_rows}) > 80, "wording varies"
+
+
+def test_findings_follow_pirads(many_rows: list[dict[str, str]]):
+    """PI-RADS v2.1: category 5 from 15 mm on, and the category is the score of the dominant sequence of the zone."""
+    bounds = {"3": (5, 15), "4": (5, 15), "5": (15, 30)}
+    seen = set()
+    for row in many_rows:
+        if row["zone"] and row["pirads"]:
+            low, high = bounds[row["pirads"]]
+            assert low <= int(row["lesion_size_mm"]) < high, row
+            if row["report"]:
+                dominant = "DWI" if row["zone"] == "PZ" else "T2"
+                scores = re.findall(rf"{dominant} (?:score )?(\d)", row["report"])
+                assert scores == [row["pirads"]], row["report"]
+                seen.add((row["zone"], row["pirads"]))
+    assert seen == {(zone, score) for zone in ("PZ", "TZ") for score in "345"}
+
+
+def test_gland_volume_and_psa_are_plausible_together(many_rows: list[dict[str, str]]):
+    density = {score: [] for score in "12345"}
+    for row in many_rows:
+        assert 20 <= int(row["prostate_ml"]) <= 60 and 0.5 < float(row["psa"]) < 40
+        if row["pirads"]:
+            density[row["pirads"]].append(float(row["psa"]) / int(row["prostate_ml"]))
+    medians = [float(np.median(density[score])) for score in "12345"]
+    assert medians[0] < 0.15 < medians[4] and medians == sorted(medians)  # 0.15 ng/ml per ml: the usual threshold
+    assert all(0.02 < value < 0.8 for values in density.values() for value in values)
+
+
+def test_category_2_darkens_the_peripheral_zone_on_both_sides():
+    rng = np.random.default_rng([0, 2])
+    patient = phantom._draw_patient(rng, positive=False)
+    grid = np.meshgrid(
+        *[(np.arange(n) - n / 2) * step for n, step in zip(phantom.SIZE, (0.8, 0.8, 3), strict=True)], indexing="ij"
+    )
+    images = {}
+    for score in (1, 2):
+        canvas = phantom.Canvas(np.random.default_rng(0), *(axis.astype(np.float32) for axis in grid))
+        phantom.draw_phantom(canvas, patient._replace(findings=patient.findings._replace(pirads=score)))
+        images[score] = canvas.image
+    change = images[2] - images[1]
+    left, right = change[96:].min(), change[:96].min()
+    assert left < -0.1 and right < -0.1 and change.max() < 0.02
+    assert (change < -0.05).sum() < 0.1 * (np.abs(grid[0]) < 30).sum()  # a part of the gland, not all of it
 
 
 def test_proportions_of_splits_classes_and_missing_values(many_rows: list[dict[str, str]]):

@@ -31,16 +31,16 @@ def prediction(solver: str) -> str:
 
 def test_a_solver_object_with_its_own_settings():
     x_T, seeds = start_noise(SHAPE, [1, 2]), [1, 2]
-    noisy = sample(network, x_T, solver=Ddim(eta=1.0), num_steps=6, seeds=seeds)
-    ancestral = sample(network, x_T, solver="ddpm", num_steps=6, seeds=seeds)
+    noisy = sample(network, x_T, solver=Ddim(eta=1.0), num_inference_steps=6, seeds=seeds)
+    ancestral = sample(network, x_T, solver="ddpm", num_inference_steps=6, seeds=seeds)
     torch.testing.assert_close(noisy, ancestral, rtol=1e-4, atol=1e-4)  # the same distribution in each step
-    assert (sample(network, x_T, solver="ddim", num_steps=6) - noisy).abs().max() > 0.01
+    assert (sample(network, x_T, solver="ddim", num_inference_steps=6) - noisy).abs().max() > 0.01
 
 
-def draw(solver, seeds, num_steps=6, **settings):
+def draw(solver, seeds, num_inference_steps=6, **settings):
     return sample(
-        network, start_noise(SHAPE, seeds), solver=solver, num_steps=num_steps, prediction=prediction(solver),
-        seeds=seeds, **settings,
+        network, start_noise(SHAPE, seeds), solver=solver, num_inference_steps=num_inference_steps,
+        prediction=prediction(solver), seeds=seeds, **settings,
     )  # fmt: skip
 
 
@@ -58,15 +58,15 @@ def test_a_sample_is_bit_equal_in_any_batch(solver):
 def test_step_noise_depends_only_on_the_seeds(solver):
     x_T = torch.zeros(2, *SHAPE)
     torch.manual_seed(1)
-    first = sample(network, x_T, solver=solver, seeds=[1, 2], num_steps=6)
+    first = sample(network, x_T, solver=solver, seeds=[1, 2], num_inference_steps=6)
     torch.manual_seed(2)
-    assert torch.equal(first, sample(network, x_T, solver=solver, seeds=[1, 2], num_steps=6))
-    assert not torch.equal(first, sample(network, x_T, solver=solver, seeds=[1, 3], num_steps=6))
-    assert torch.equal(first, sample(network, x_T, solver=solver, seeds=np.array([1, 2]), num_steps=6))
+    assert torch.equal(first, sample(network, x_T, solver=solver, seeds=[1, 2], num_inference_steps=6))
+    assert not torch.equal(first, sample(network, x_T, solver=solver, seeds=[1, 3], num_inference_steps=6))
+    assert torch.equal(first, sample(network, x_T, solver=solver, seeds=np.array([1, 2]), num_inference_steps=6))
     for seeds in (None, [1], [1, 2, 3]):
         with pytest.raises(ConfigError, match="a seed for each sample"):
-            sample(network, x_T, solver=solver, seeds=seeds, num_steps=6)
-    sample(network, x_T, solver="unipc", num_steps=6)  # none needed
+            sample(network, x_T, solver=solver, seeds=seeds, num_inference_steps=6)
+    sample(network, x_T, solver="unipc", num_inference_steps=6)  # none needed
 
 
 def test_any_rank_and_dtype():
@@ -86,23 +86,23 @@ def test_any_rank_and_dtype():
 @pytest.mark.parametrize("solver", STOCHASTIC)
 def test_a_sample_may_be_a_scalar(solver):
     seeds, x_T = [1, 2, 3], torch.randn(3)
-    numbers = sample(network, x_T, solver=solver, seeds=seeds, num_steps=4)
-    assert torch.equal(numbers, sample(network, x_T[:, None], solver=solver, seeds=seeds, num_steps=4)[:, 0])
+    numbers = sample(network, x_T, solver=solver, seeds=seeds, num_inference_steps=4)
+    assert torch.equal(numbers, sample(network, x_T[:, None], solver=solver, seeds=seeds, num_inference_steps=4)[:, 0])
 
 
 def test_invalid_noise_and_step_counts_raise():
     for x_T in (torch.zeros(1, 3, dtype=torch.int64), np.zeros((1, 3))):
         with pytest.raises(ConfigError, match="x_T must be a floating-point tensor, got a"):
             sample(network, x_T)
-    for num_steps in (2.5, "5", 0):
-        with pytest.raises(ConfigError, match=f"must be an integer from 1 to 1000, got {num_steps!r}"):
-            sample(network, torch.zeros(1, 3), num_steps=num_steps)
+    for num_inference_steps in (2.5, "5", 0):
+        with pytest.raises(ConfigError, match=f"must be an integer from 1 to 1000, got {num_inference_steps!r}"):
+            sample(network, torch.zeros(1, 3), num_inference_steps=num_inference_steps)
 
 
 def test_the_callback_receives_every_evaluation_and_may_keep_its_tensors():
     kept = []
     x_T = torch.randn(2, *SHAPE)
-    result = sample(network, x_T, num_steps=5, callback=lambda *args: kept.append(args))
+    result = sample(network, x_T, num_inference_steps=5, callback=lambda *args: kept.append(args))
     plan = get_solver("dpmpp_2m").plan(Schedule.of(), 5)
     assert [(i, t) for i, t, _, _ in kept] == list(enumerate(plan.timesteps.tolist()))
     assert torch.equal(kept[-1][2], result)
@@ -119,12 +119,14 @@ def test_the_schedule_may_be_an_array_or_an_object_with_one():
 
     x_T = torch.randn(1, *SHAPE)
     betas = np.linspace(0.001, 0.02, 400)
-    expected = sample(network, x_T, schedule=betas, num_steps=8)
+    expected = sample(network, x_T, schedule=betas, num_inference_steps=8)
     settings = {"num_train_timesteps": 400, "beta_start": 0.001, "beta_end": 0.02}
     monai = MonaiScheduler(schedule="linear_beta", clip_sample=False, **settings)
     for same in (torch.from_numpy(betas), betas.tolist(), np.cumprod(1 - betas), DDIMScheduler(**settings), monai):
-        torch.testing.assert_close(sample(network, x_T, schedule=same, num_steps=8), expected, rtol=1e-4, atol=1e-4)
-    assert (sample(network, x_T, num_steps=8) - expected).abs().max() > 0.01
+        torch.testing.assert_close(
+            sample(network, x_T, schedule=same, num_inference_steps=8), expected, rtol=1e-4, atol=1e-4
+        )
+    assert (sample(network, x_T, num_inference_steps=8) - expected).abs().max() > 0.01
     # A constant array is betas: alphas_cumprod would decrease.
     np.testing.assert_allclose(Schedule.of([0.5] * 3).alphas_cumprod, [0.5, 0.25, 0.125])
     for wrong in (np.ones(5), betas[None], [0.1, 0.3, 0.2], [0.3, 0.2, 0.2], [0.5]):
@@ -136,14 +138,14 @@ def test_the_schedule_may_be_an_array_or_an_object_with_one():
     ("settings", "message"),
     [
         ({"solver": "dpmpp2m"}, "did you mean 'dpmpp_2m"),
-        ({"num_steps": 1001}, "use 1 to 1000"),
+        ({"num_inference_steps": 1001}, "use 1 to 1000"),
         ({"solver": "euler_flow"}, "predict velocity or x0, not epsilon"),
         ({"prediction": "velocity"}, "predict epsilon or v or x0, not velocity"),
         ({"prediction": "epsilom"}, "did you mean 'epsilon'"),
         ({"timestep_spacing": "kerras"}, "did you mean 'karras'"),
         ({"solver": object()}, "object is not a solver"),
     ],
-    ids=["solver", "num_steps", "flow_solver", "velocity", "prediction", "spacing", "object"],
+    ids=["solver", "num_inference_steps", "flow_solver", "velocity", "prediction", "spacing", "object"],
 )
 def test_contradictory_arguments_raise_before_any_evaluation(settings, message):
     with pytest.raises(ConfigError, match=message) as caught:
@@ -183,7 +185,7 @@ def test_any_diffusers_scheduler_equals_a_loop_written_out(name, settings):
     before = copy.deepcopy(scheduler.__dict__)
     seeds = [3, 4]
     start = start_noise(SHAPE, seeds)
-    got = sample(network, start, solver=scheduler, num_steps=9, seeds=seeds)
+    got = sample(network, start, solver=scheduler, num_inference_steps=9, seeds=seeds)
     assert str(scheduler.__dict__) == str(before)
     by_hand = copy.deepcopy(scheduler)
     by_hand.set_timesteps(9)
@@ -193,10 +195,10 @@ def test_any_diffusers_scheduler_equals_a_loop_written_out(name, settings):
         seen = by_hand.scale_model_input(x, t) if hasattr(by_hand, "scale_model_input") else x
         x = by_hand.step(network(seen, t.expand(2)), t, x, **extra).prev_sample
     torch.testing.assert_close(got, x)
-    alone = sample(network, start[1:], solver=scheduler, num_steps=9, seeds=seeds[1:])
+    alone = sample(network, start[1:], solver=scheduler, num_inference_steps=9, seeds=seeds[1:])
     torch.testing.assert_close(alone[0], got[1], rtol=0, atol=1e-6)
     if extra:
-        other = sample(network, start, solver=scheduler, num_steps=9, seeds=[3, 5])
+        other = sample(network, start, solver=scheduler, num_inference_steps=9, seeds=[3, 5])
         assert torch.equal(other[0], got[0]) and not torch.equal(other[1], got[1])
 
 

@@ -17,17 +17,17 @@ MEAN, WIDTH = 0.7, 0.4  # the data: N(MEAN, WIDTH^2)
 COUNTS = (32, 64, 128, 256)
 
 
-def levels(flow: bool, num_steps: int) -> NoiseLevels:
+def levels(flow: bool, num_inference_steps: int) -> NoiseLevels:
     """Smooth noise levels; timesteps are their indices.
 
     Those of a noise schedule end before sigma 0, so that the error depends on the step size alone; those of a flow end at 0.
     """
     if flow:
-        sigma = np.linspace(1, 0, num_steps + 1)
-        return NoiseLevels(np.arange(num_steps), 1 - sigma, sigma)
-    log_snr = np.linspace(-2.5, 2.5, num_steps + 1)  # of amplitudes, not powers
+        sigma = np.linspace(1, 0, num_inference_steps + 1)
+        return NoiseLevels(np.arange(num_inference_steps), 1 - sigma, sigma)
+    log_snr = np.linspace(-2.5, 2.5, num_inference_steps + 1)  # of amplitudes, not powers
     return NoiseLevels(
-        np.arange(num_steps), 1 / np.sqrt(1 + np.exp(-2 * log_snr)), 1 / np.sqrt(1 + np.exp(2 * log_snr))
+        np.arange(num_inference_steps), 1 / np.sqrt(1 + np.exp(-2 * log_snr)), 1 / np.sqrt(1 + np.exp(2 * log_snr))
     )
 
 
@@ -118,10 +118,10 @@ def test_the_default_spacing_suits_data_of_many_scales(solver):
     """At equal cost, the other spacings lose accuracy in the last step, from their coarse last timestep to 0."""
     schedule = Schedule.of()
     denoise, x = mixture(schedule)
-    truth = sample(denoise, x, solver=solver, num_steps=1000, schedule=schedule)
+    truth = sample(denoise, x, solver=solver, num_inference_steps=1000, schedule=schedule)
 
     def error(spacing):
-        result = sample(denoise, x, solver=solver, num_steps=20, schedule=schedule, timestep_spacing=spacing)
+        result = sample(denoise, x, solver=solver, num_inference_steps=20, schedule=schedule, timestep_spacing=spacing)
         return ((result - truth).norm(dim=1) / truth.norm(dim=1)).mean()
 
     assert error(None) < 0.03 < 0.12 < min(error("linspace"), error("leading"), error("trailing"))

@@ -50,7 +50,14 @@ THEIR_NAMES = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 def ours(
-    schedule, solver, num_steps, denoise=None, seeds=SEEDS, prediction="epsilon", spacing=None, dtype=torch.float64
+    schedule,
+    solver,
+    num_inference_steps,
+    denoise=None,
+    seeds=SEEDS,
+    prediction="epsilon",
+    spacing=None,
+    dtype=torch.float64,
 ) -> list[torch.Tensor]:
     """The network's input at every evaluation, and the result."""
     seen = []
@@ -59,21 +66,23 @@ def ours(
         seen.append(x)
         return (denoise or NETWORKS[prediction])(x, t)
 
-    plan = solver.plan(schedule, num_steps, prediction=prediction, timestep_spacing=spacing)
+    plan = solver.plan(schedule, num_inference_steps, prediction=prediction, timestep_spacing=spacing)
     trajectory = Trajectory(plan, start_noise(SHAPE, seeds).to(dtype), seeds)
     result = run_trajectory(trajectory, lambda _: trajectory.advance(watched), progress=False)
     return [*seen, result]
 
 
-def start_and_noises(num_steps: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def start_and_noises(num_inference_steps: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The noise of the sampling loop, drawn independently, one sample at a time."""
     start = torch.stack([torch.randn(SHAPE, generator=generator(seed, "start")) for seed in SEEDS])
     sources = [generator(seed, "step") for seed in SEEDS]
-    noises = [torch.stack([torch.randn(SHAPE, generator=g) for g in sources]) for _ in range(num_steps)]
+    noises = [torch.stack([torch.randn(SHAPE, generator=g) for g in sources]) for _ in range(num_inference_steps)]
     return start.double(), [noise.double() for noise in noises]
 
 
-def diffusers_trajectory(name: str, num_steps: int, prediction: str = "epsilon", **settings) -> list[torch.Tensor]:
+def diffusers_trajectory(
+    name: str, num_inference_steps: int, prediction: str = "epsilon", **settings
+) -> list[torch.Tensor]:
     """The one-step solvers of diffusers. Of their fp32 tables they read only alphas_cumprod."""
     import diffusers
     from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
@@ -84,13 +93,13 @@ def diffusers_trajectory(name: str, num_steps: int, prediction: str = "epsilon",
         **{"timestep_spacing": "linspace", **SAME_SCHEDULE, **settings},
     )  # fmt: skip
     truth.alphas_cumprod = ABAR
-    truth.set_timesteps(num_steps)
-    x, noises = start_and_noises(num_steps)
+    truth.set_timesteps(num_inference_steps)
+    x, noises = start_and_noises(num_inference_steps)
     trajectory = [x]
     with pytest.MonkeyPatch.context() as patch:
         for i, t in enumerate(truth.timesteps):
             # DDIMScheduler assumes t - T // N as the next timestep; with this N, that is the next one of its list.
-            following = truth.timesteps[i + 1] if i + 1 < num_steps else -1
+            following = truth.timesteps[i + 1] if i + 1 < num_inference_steps else -1
             truth.num_inference_steps = Fraction(1000, int(t - following))
             for module in (scheduling_ddim, scheduling_ddpm):
                 patch.setattr(module, "randn_tensor", lambda *_, now=noises[i], **__: now)
@@ -106,27 +115,29 @@ def assert_same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda text, i=i: f"x at step {i}: {text}")
 
 
-@pytest.mark.parametrize("num_steps", [2, 7, 10, 20, 50, 333, 1000])
+@pytest.mark.parametrize("num_inference_steps", [2, 7, 10, 20, 50, 333, 1000])
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_ddpm_trajectory_equals_diffusers(schedule, num_steps, prediction):
+def test_ddpm_trajectory_equals_diffusers(schedule, num_inference_steps, prediction):
     settings = {"variance_type": "fixed_small", "prediction": prediction}
-    expected = diffusers_trajectory("DDPMScheduler", num_steps, **settings)
-    assert_same(ours(schedule, Ddpm(), num_steps, prediction=prediction), expected)
+    expected = diffusers_trajectory("DDPMScheduler", num_inference_steps, **settings)
+    assert_same(ours(schedule, Ddpm(), num_inference_steps, prediction=prediction), expected)
 
 
-@pytest.mark.parametrize("num_steps", [2, 7, 10, 20, 50, 333, 1000])
+@pytest.mark.parametrize("num_inference_steps", [2, 7, 10, 20, 50, 333, 1000])
 @pytest.mark.parametrize(("eta", "prediction"), [(0.0, "epsilon"), (1.0, "epsilon"), (0.0, "v"), (0.5, "x0")])
-def test_ddim_trajectory_equals_diffusers(schedule, num_steps, eta, prediction):
+def test_ddim_trajectory_equals_diffusers(schedule, num_inference_steps, eta, prediction):
     settings = {"eta": eta, "set_alpha_to_one": True, "prediction": prediction}
-    truth = diffusers_trajectory("DDIMScheduler", num_steps, **settings)
-    assert_same(ours(schedule, Ddim(eta), num_steps, prediction=prediction), truth)
+    truth = diffusers_trajectory("DDIMScheduler", num_inference_steps, **settings)
+    assert_same(ours(schedule, Ddim(eta), num_inference_steps, prediction=prediction), truth)
 
 
-@pytest.mark.parametrize(("num_steps", "spacing"), [(20, "leading"), (20, "trailing"), (7, "trailing"), (7, "leading")])
-def test_ddim_spacings_equal_diffusers(schedule, num_steps, spacing):
+@pytest.mark.parametrize(
+    ("num_inference_steps", "spacing"), [(20, "leading"), (20, "trailing"), (7, "trailing"), (7, "leading")]
+)
+def test_ddim_spacings_equal_diffusers(schedule, num_inference_steps, spacing):
     settings = {"eta": 0.0, "set_alpha_to_one": True, "timestep_spacing": spacing}
-    truth = diffusers_trajectory("DDIMScheduler", num_steps, **settings)
-    assert_same(ours(schedule, Ddim(), num_steps, spacing=spacing), truth)
+    truth = diffusers_trajectory("DDIMScheduler", num_inference_steps, **settings)
+    assert_same(ours(schedule, Ddim(), num_inference_steps, spacing=spacing), truth)
 
 
 class InDouble:
@@ -154,7 +165,9 @@ MULTISTEP = {
 }
 
 
-def multistep_trajectory(solver: str, num_steps: int, spacing: str, prediction: str, **changes) -> list[torch.Tensor]:
+def multistep_trajectory(
+    solver: str, num_inference_steps: int, spacing: str, prediction: str, **changes
+) -> list[torch.Tensor]:
     """The multistep solvers of diffusers, with noise levels in float64 in place of their fp32 ones."""
     import diffusers
 
@@ -165,18 +178,18 @@ def multistep_trajectory(solver: str, num_steps: int, spacing: str, prediction: 
         **{**settings, **how, **changes},
     )  # fmt: skip
     scheduler.alphas_cumprod = ABAR
-    scheduler.set_timesteps(num_steps)
+    scheduler.set_timesteps(num_inference_steps)
     scheduler.set_begin_index(0)
     known = ((1 - ABAR) / ABAR).sqrt()
     if spacing == "karras":
         ends = known[[-1, 0]] ** (1 / 7)
-        levels = (ends[0] + torch.linspace(0, 1, num_steps, dtype=torch.float64) * (ends[1] - ends[0])) ** 7
+        levels = (ends[0] + torch.linspace(0, 1, num_inference_steps, dtype=torch.float64) * (ends[1] - ends[0])) ** 7
     else:
         levels = known[scheduler.timesteps]
     levels = torch.cat([levels, torch.zeros(1)])
     torch.testing.assert_close(scheduler.sigmas, levels.float(), rtol=1e-4, atol=0)
     scheduler.sigmas = levels
-    x, noises = start_and_noises(num_steps)
+    x, noises = start_and_noises(num_inference_steps)
     trajectory = [x]
     for t, noise in zip(scheduler.timesteps, noises, strict=True):
         extra = {"variance_noise": noise} if "sde" in solver else {}
@@ -192,12 +205,16 @@ STEPS_AND_SPACINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("num_steps", "spacing"), STEPS_AND_SPACINGS)
+@pytest.mark.parametrize(("num_inference_steps", "spacing"), STEPS_AND_SPACINGS)
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 @pytest.mark.parametrize("solver", MULTISTEP)
-def test_multistep_trajectory_equals_diffusers(schedule, diffusers_in_double, solver, prediction, num_steps, spacing):
-    expected = multistep_trajectory(solver, num_steps, spacing, prediction)
-    assert_same(ours(schedule, get_solver(solver), num_steps, prediction=prediction, spacing=spacing), expected)
+def test_multistep_trajectory_equals_diffusers(
+    schedule, diffusers_in_double, solver, prediction, num_inference_steps, spacing
+):
+    expected = multistep_trajectory(solver, num_inference_steps, spacing, prediction)
+    assert_same(
+        ours(schedule, get_solver(solver), num_inference_steps, prediction=prediction, spacing=spacing), expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,37 +229,41 @@ def test_a_similar_method_does_not_agree(schedule, diffusers_in_double, solver, 
         assert_same(ours(schedule, get_solver(solver), 20, spacing="karras"), expected)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 7, 10, 20, 50, 1000])
+@pytest.mark.parametrize("num_inference_steps", [1, 2, 7, 10, 20, 50, 1000])
 @pytest.mark.parametrize(
     ("solver", "name"),
     [("euler_flow", "FlowMatchEulerDiscreteScheduler"), ("heun_flow", "FlowMatchHeunDiscreteScheduler")],
 )
-def test_flow_trajectory_equals_diffusers(schedule, diffusers_in_double, solver, name, num_steps):
+def test_flow_trajectory_equals_diffusers(schedule, diffusers_in_double, solver, name, num_inference_steps):
     import diffusers
 
     scheduler = getattr(diffusers, name)()
-    scheduler.set_timesteps(num_steps)
+    scheduler.set_timesteps(num_inference_steps)
     assert scheduler.sigmas.dtype == torch.float64
     x, _ = start_and_noises(0)
     expected = [x]
     for t in scheduler.timesteps:
         x = scheduler.step(fake_velocity(x, t.expand(len(x))), t, x).prev_sample
         expected.append(x)
-    assert_same(ours(schedule, get_solver(solver), num_steps, prediction="velocity", spacing="linspace"), expected)
+    assert_same(
+        ours(schedule, get_solver(solver), num_inference_steps, prediction="velocity", spacing="linspace"), expected
+    )
 
 
-@pytest.mark.parametrize("num_steps", [2, 10, 50])
-def test_karras_spacing_of_a_flow_equals_diffusers(schedule, diffusers_in_double, num_steps):
+@pytest.mark.parametrize("num_inference_steps", [2, 10, 50])
+def test_karras_spacing_of_a_flow_equals_diffusers(schedule, diffusers_in_double, num_inference_steps):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
-    scheduler.set_timesteps(num_steps)
+    scheduler.set_timesteps(num_inference_steps)
     x, _ = start_and_noises(0)
     expected = [x]
     for t in scheduler.timesteps:
         x = scheduler.step(fake_velocity(x, t.expand(len(x))), t, x).prev_sample
         expected.append(x)
-    assert_same(ours(schedule, get_solver("euler_flow"), num_steps, prediction="velocity", spacing="karras"), expected)
+    assert_same(
+        ours(schedule, get_solver("euler_flow"), num_inference_steps, prediction="velocity", spacing="karras"), expected
+    )
 
 
 @pytest.mark.parametrize("solver", ["euler_flow", "heun_flow"])
@@ -255,19 +276,19 @@ def test_a_flow_network_may_predict_x0_instead(schedule, solver):
     assert_same(got[-1:], expected[-1:])
 
 
-@pytest.mark.parametrize("num_steps", [10, 20])
-def test_euler_flow_equals_monai(schedule, num_steps):
+@pytest.mark.parametrize("num_inference_steps", [10, 20])
+def test_euler_flow_equals_monai(schedule, num_inference_steps):
     """MONAI's velocity has the opposite sign; its timesteps are those of the default spacing."""
     from monai.networks.schedulers import RFlowScheduler
 
     scheduler = RFlowScheduler(num_train_timesteps=1000)
-    scheduler.set_timesteps(num_steps)
+    scheduler.set_timesteps(num_inference_steps)
     x, _ = start_and_noises(0)
     expected = [x]
     for t, following in zip(scheduler.timesteps, [*scheduler.timesteps[1:], 0], strict=True):
         x, _ = scheduler.step(-fake_velocity(x, t.expand(len(x))), t, x, following)
         expected.append(x)
-    assert_same(ours(schedule, get_solver("euler_flow"), num_steps, prediction="velocity"), expected)
+    assert_same(ours(schedule, get_solver("euler_flow"), num_inference_steps, prediction="velocity"), expected)
 
 
 def test_a_single_step_starts_at_pure_noise(schedule):
@@ -280,13 +301,13 @@ def test_a_single_step_starts_at_pure_noise(schedule):
         torch.testing.assert_close(result[1], expected, rtol=1e-10, atol=1e-10)
 
 
-def monai_trajectory(num_steps: int) -> list[torch.Tensor]:
+def monai_trajectory(num_inference_steps: int) -> list[torch.Tensor]:
     from monai.networks.schedulers.ddpm import DDPMScheduler
 
     truth = DDPMScheduler(schedule="scaled_linear_beta", **SAME_SCHEDULE)
     truth.betas, truth.alphas, truth.alphas_cumprod = 1 - ALPHAS, ALPHAS, ABAR
-    truth.set_timesteps(num_steps)
-    x, noises = start_and_noises(num_steps)
+    truth.set_timesteps(num_inference_steps)
+    x, noises = start_and_noises(num_inference_steps)
     trajectory = [x]
     with pytest.MonkeyPatch.context() as patch:
         for i, t in enumerate(truth.timesteps):
@@ -333,8 +354,8 @@ def test_samples_of_gaussian_data_have_its_mean_and_standard_deviation(schedule)
         abar = alphas[t].view(-1, 1, 1, 1, 1)
         return (1 - abar).sqrt() * (x - 2 * abar.sqrt()) / (abar * 0.25 + 1 - abar)
 
-    for solver, num_steps in ((Ddpm(), 1000), (Ddim(), 300)):
-        values = ours(schedule, solver, num_steps, denoise=exact, seeds=list(range(40)))[-1]
+    for solver, num_inference_steps in ((Ddpm(), 1000), (Ddim(), 300)):
+        values = ours(schedule, solver, num_inference_steps, denoise=exact, seeds=list(range(40)))[-1]
         assert abs(values.mean() - 2) < 0.02, solver
         assert abs(values.std() - 0.5) < 0.02, solver
 
@@ -362,16 +383,16 @@ def plain_arithmetic(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return phase * x + 0.05 * (1 - phase) * x / (1 + x * x)
 
 
-@pytest.mark.parametrize("num_steps", [2, 20, 1000])
+@pytest.mark.parametrize("num_inference_steps", [2, 20, 1000])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_single_precision_follows_double(schedule, name, num_steps):
+def test_single_precision_follows_double(schedule, name, num_inference_steps):
     """Relative to the largest value.
 
     The first step divides its rounding error by a signal of 0.07, and the errors of up to 1000 steps add up.
     """
     prediction = "velocity" if get_solver(name).flow else "epsilon"
     single, double = (
-        ours(schedule, get_solver(name), num_steps, plain_arithmetic, prediction=prediction, dtype=dtype)
+        ours(schedule, get_solver(name), num_inference_steps, plain_arithmetic, prediction=prediction, dtype=dtype)
         for dtype in (torch.float32, torch.float64)
     )
     error = max(float((a - b).abs().max()) for a, b in zip(single, double, strict=True))

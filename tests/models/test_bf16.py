@@ -139,7 +139,7 @@ for name, dtype, optimizations in settings:
     sampler = FastSampler.from_checkpoint(
         sys.argv[1], device="cpu", dtype=dtype, optimizations=optimizations, text_encoder=FakeEncoder()
     )
-    latents[name] = sampler(reports=["abc"], seeds=[3], num_steps=4).latents
+    latents[name] = sampler(reports=["abc"], seeds=[3], num_inference_steps=4).latents
 truth = latents["truth"]
 ours, eager = (float((latents[name] - truth).norm() / truth.norm()) for name in ("ours", "eager"))
 print(ours, eager)
@@ -169,7 +169,7 @@ def test_sampling_warns_once_and_recommends_float32(checkpoint, tmp_path, caplog
     fake_bf16_support(multiplies)
     for name in ("a", "b"):
         sample_to_folder(
-            checkpoint, tmp_path / name, reports=["abc"], num_samples=1, seed=0, num_steps=1,
+            checkpoint, tmp_path / name, reports=["abc"], num_samples=1, seed=0, num_inference_steps=1,
             dtype="bfloat16", text_encoder=FakeEncoder(), device="cpu",
         )  # fmt: skip
     found = warnings_in(caplog)

@@ -70,7 +70,7 @@ def error(got: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def test_each_optimization_alone_changes_only_rounding(checkpoint):
-    request = {"reports": ["abc", "d", "abc"], "seeds": [5, 6, 7], "num_steps": STEPS, "batch_size": 2}
+    request = {"reports": ["abc", "d", "abc"], "seeds": [5, 6, 7], "num_inference_steps": STEPS, "batch_size": 2}
     plain = make(checkpoint, optimizations=Optimizations.off())(**request)
     for name in ("precompute_conditioning", "channels_last", "phase_upsampler"):
         got = make(checkpoint, optimizations=replace(Optimizations.off(), **{name: True}))(**request)
@@ -82,7 +82,7 @@ def test_each_optimization_alone_changes_only_rounding(checkpoint):
 
 def test_precomputed_conditioning_is_exact(checkpoint):
     """Bit-equal for calls of equal shape; larger batches through the adapter only accumulate in another order."""
-    request = {"reports": ["abc", "d"], "num_steps": STEPS, "guidance_scale": 2.0, "batch_invariant": True}
+    request = {"reports": ["abc", "d"], "num_inference_steps": STEPS, "guidance_scale": 2.0, "batch_invariant": True}
     precomputed, plain = (
         make(checkpoint, optimizations=replace(Optimizations.off(), precompute_conditioning=on)) for on in (True, False)
     )
@@ -98,7 +98,13 @@ def test_precomputed_conditioning_is_exact(checkpoint):
 
 
 def test_the_size_of_the_window_changes_only_rounding(checkpoint, monkeypatch):
-    request = {"reports": ["abc", "d"], "seeds": [5], "num_steps": STEPS, "batch_size": 2, "solver": "dpmpp_2m"}
+    request = {
+        "reports": ["abc", "d"],
+        "seeds": [5],
+        "num_inference_steps": STEPS,
+        "batch_size": 2,
+        "solver": "dpmpp_2m",
+    }
     fills = []
     fill = ConditioningCache._fill
     monkeypatch.setattr(ConditioningCache, "_fill", lambda cache, first: fills.append(first) or fill(cache, first))
@@ -115,10 +121,10 @@ def test_the_size_of_the_window_changes_only_rounding(checkpoint, monkeypatch):
 def test_the_adapter_runs_once_per_report(checkpoint):
     sampler, rows = make(checkpoint), []
     sampler.model.ella.register_forward_hook(lambda module, given, result: rows.append(len(given[1])))
-    sampler(reports=["abc"], seeds=[1, 2, 3], num_steps=STEPS, batch_size=2)
+    sampler(reports=["abc"], seeds=[1, 2, 3], num_inference_steps=STEPS, batch_size=2)
     assert sum(rows) == 2 * STEPS  # once for the batch of two, once for the remaining volume
     rows.clear()
-    sampler(reports=["abc"], seeds=range(4), num_steps=STEPS, batch_size=2)
+    sampler(reports=["abc"], seeds=range(4), num_inference_steps=STEPS, batch_size=2)
     assert sum(rows) == 0  # the cache of the last call is still valid
 
 
@@ -131,16 +137,18 @@ def test_guidance_is_null_plus_scale_times_the_difference(checkpoint, sampler):
         inside = 200 <= t <= 700
         return null + 2.5 * (conditional - null) if inside else conditional
 
-    guided = {"guidance_scale": 2.5, "guidance_interval": (0.2, 0.7), "num_steps": STEPS}
+    guided = {"guidance_scale": 2.5, "guidance_interval": (0.2, 0.7), "num_inference_steps": STEPS}
     got = sampler(reports=["abc"], seeds=[4], **guided).latents
     assert error(got, ddim(predict, 4)) < 5e-5
     same = sampler(text=text(3), seeds=[4], null_text=text(0), **guided).latents
     assert torch.equal(got, same)
     in_batch = sampler(reports=["abc", "a"], seeds=[4, 9], batch_size=2, **guided).latents
     assert error(in_batch[:1], got) < 5e-5
-    without = sampler(reports=["abc"], seeds=[4], num_steps=STEPS).latents
+    without = sampler(reports=["abc"], seeds=[4], num_inference_steps=STEPS).latents
     assert (without - got).abs().max() > 0.01
-    assert torch.equal(sampler(reports=["abc"], seeds=[4], num_steps=STEPS, guidance_scale=1.0).latents, without)
+    assert torch.equal(
+        sampler(reports=["abc"], seeds=[4], num_inference_steps=STEPS, guidance_scale=1.0).latents, without
+    )
 
 
 def test_class_override_replaces_the_predicted_class(checkpoint, sampler):
@@ -150,10 +158,11 @@ def test_class_override_replaces_the_predicted_class(checkpoint, sampler):
         spacing, pirads = torch.tensor([[150.0, 150.0, 300.0]]), torch.tensor([[0.0, 100.0]])
         return model.denoise(x, model.condition(t, spacing=spacing, text=text(3), pirads=pirads, override_class=True))
 
-    got = sampler(reports=["abc"], seeds=[4], num_steps=STEPS, class_override="pos")
+    got = sampler(reports=["abc"], seeds=[4], num_inference_steps=STEPS, class_override="pos")
     assert error(got.latents, ddim(predict, 4)) < 5e-5
     free, neg = (
-        sampler(reports=["abc"], seeds=[4], num_steps=STEPS, class_override=name).latents for name in (None, "neg")
+        sampler(reports=["abc"], seeds=[4], num_inference_steps=STEPS, class_override=name).latents
+        for name in (None, "neg")
     )
     assert (free - got.latents).abs().max() > 1e-3 < (neg - got.latents).abs().max()
 
@@ -161,12 +170,13 @@ def test_class_override_replaces_the_predicted_class(checkpoint, sampler):
 def test_every_volume_has_its_own_class_override(checkpoint, sampler):
     """Two volumes with the same noise and report equal those of two requests with one class each."""
     alone = [
-        sampler(reports=["abc"], seeds=[4], num_steps=STEPS, class_override=name).latents for name in ("neg", "pos")
+        sampler(reports=["abc"], seeds=[4], num_inference_steps=STEPS, class_override=name).latents
+        for name in ("neg", "pos")
     ]
-    together = sampler(reports=["abc"], seeds=[4, 4], num_steps=STEPS, class_override=["neg", "pos"])
+    together = sampler(reports=["abc"], seeds=[4, 4], num_inference_steps=STEPS, class_override=["neg", "pos"])
     assert error(together.latents, torch.cat(alone)) < 5e-5
     assert error(together.latents.flip(0), torch.cat(alone)) > 1e-3
-    reversed_classes = sampler(reports=["abc"], seeds=[4, 4], num_steps=STEPS, class_override=["pos", "neg"])
+    reversed_classes = sampler(reports=["abc"], seeds=[4, 4], num_inference_steps=STEPS, class_override=["pos", "neg"])
     assert error(reversed_classes.latents, torch.cat(alone[::-1])) < 5e-5
 
 
@@ -175,7 +185,7 @@ def test_a_diffusers_scheduler_is_a_solver(sampler):
 
     settings = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear", "clip_sample": False}
     scheduler = DDIMScheduler(**settings, timestep_spacing="trailing")
-    request = {"reports": ["abc", "d"], "seeds": [4], "num_steps": 5}
+    request = {"reports": ["abc", "d"], "seeds": [4], "num_inference_steps": 5}
     theirs = sampler(solver=scheduler, **request).latents
     ours = sampler(solver="ddim", timestep_spacing="trailing", **request).latents
     assert error(theirs, ours) < 5e-5
@@ -206,21 +216,25 @@ def test_reuse_equals_the_whole_network_with_its_deep_feature_replaced(checkpoin
         count += 1
         return noise
 
-    got = sampler(reports=["abc"], seeds=[4], num_steps=STEPS, reuse=Reuse(interval=2, depth=2)).latents
+    got = sampler(reports=["abc"], seeds=[4], num_inference_steps=STEPS, reuse=Reuse(interval=2, depth=2)).latents
     assert error(got, ddim(predict, 4)) < 5e-5
-    exact = sampler(reports=["abc"], seeds=[4], num_steps=STEPS).latents
+    exact = sampler(reports=["abc"], seeds=[4], num_inference_steps=STEPS).latents
     assert (got - exact).abs().max() > 1e-3
     for depth in (1, 2, 3):
-        every = sampler(reports=["abc"], seeds=[4], num_steps=STEPS, reuse=Reuse(interval=1, depth=depth)).latents
+        every = sampler(
+            reports=["abc"], seeds=[4], num_inference_steps=STEPS, reuse=Reuse(interval=1, depth=depth)
+        ).latents
         assert torch.equal(every, exact)
-    assert torch.isfinite(sampler(reports=["abc"], seeds=[4], num_steps=STEPS, reuse=Reuse(3, 3)).latents).all()
+    assert torch.isfinite(
+        sampler(reports=["abc"], seeds=[4], num_inference_steps=STEPS, reuse=Reuse(3, 3)).latents
+    ).all()
 
 
 def test_text_free_models_reuse_features_too(tmp_path):
     sampler = make(write_checkpoint(tmp_path / "step", "MAISI"), text_encoder=None)
-    exact = sampler(seeds=[1], num_steps=STEPS).latents
-    assert torch.equal(sampler(seeds=[1], num_steps=STEPS, reuse=Reuse(1, 3)).latents, exact)
-    reused = sampler(seeds=[1], num_steps=STEPS, reuse=Reuse(3, 3)).latents
+    exact = sampler(seeds=[1], num_inference_steps=STEPS).latents
+    assert torch.equal(sampler(seeds=[1], num_inference_steps=STEPS, reuse=Reuse(1, 3)).latents, exact)
+    reused = sampler(seeds=[1], num_inference_steps=STEPS, reuse=Reuse(3, 3)).latents
     assert 1e-4 < (reused - exact).abs().max() < exact.abs().max()
 
 
@@ -240,7 +254,13 @@ def test_a_request_does_not_depend_on_the_previous_one(precompute_conditioning):
         [],
     )
     for request in requests:
-        request |= {"seeds": [0], "num_steps": 3, "latent_shape": (4, 8, 8, 4), "decode": False, "progress": False}
+        request |= {
+            "seeds": [0],
+            "num_inference_steps": 3,
+            "latent_shape": (4, 8, 8, 4),
+            "decode": False,
+            "progress": False,
+        }
         results.append(used(**request).latents)
         fresh = FastSampler(
             model, dtype="float32", optimizations=Optimizations(precompute_conditioning=precompute_conditioning)
@@ -300,7 +320,7 @@ class Recorder:
 )
 @pytest.mark.parametrize("solver", ["ddpm", "unipc"])
 def test_captured_steps_equal_eager_ones(checkpoint, sampler, monkeypatch, extra, solver):
-    request = {"reports": ["abc", "d"], "num_steps": 9, "solver": solver, "batch_size": 1, **extra}
+    request = {"reports": ["abc", "d"], "num_inference_steps": 9, "solver": solver, "batch_size": 1, **extra}
     eager, recorders = sampler(**request), []
 
     def make_capture(loop, optimizations):
@@ -316,7 +336,13 @@ def test_captured_steps_equal_eager_ones(checkpoint, sampler, monkeypatch, extra
 
 @pytest.mark.gpu
 def test_on_cuda_a_replayed_step_equals_an_eager_one_without_synchronization(checkpoint):
-    request = {"reports": ["abc", "d"], "num_steps": 12, "solver": "ddpm", "guidance_scale": 2.0, "progress": False}
+    request = {
+        "reports": ["abc", "d"],
+        "num_inference_steps": 12,
+        "solver": "ddpm",
+        "guidance_scale": 2.0,
+        "progress": False,
+    }
     eager = make(checkpoint, device="cuda", optimizations=Optimizations(cuda_graph=False, overlap_decode=False))(
         **request
     )
@@ -339,7 +365,7 @@ def test_on_cuda_a_replayed_step_equals_an_eager_one_without_synchronization(che
 def test_torch_compile_traces_the_whole_network(checkpoint, sampler, monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend="eager", fullgraph=True, **options))
-    request = {"reports": ["abc"], "seeds": [3], "num_steps": 3}
+    request = {"reports": ["abc"], "seeds": [3], "num_inference_steps": 3}
     got = make(checkpoint, optimizations=Optimizations(compile=True))(**request).latents
     assert error(got, sampler(**request).latents) < 2e-5
 
@@ -348,7 +374,7 @@ def test_torch_compile_traces_the_whole_network(checkpoint, sampler, monkeypatch
 
 
 def test_batch_invariant_gives_equal_bits_in_any_batch(checkpoint, sampler):
-    request = {"num_steps": STEPS, "batch_invariant": True, "solver": "dpmpp_2m_sde", "guidance_scale": 2.0}
+    request = {"num_inference_steps": STEPS, "batch_invariant": True, "solver": "dpmpp_2m_sde", "guidance_scale": 2.0}
     together = sampler(reports=["abc", "d", "abc", "efgh"], seeds=[4, 5, 6, 7], batch_size=3, **request)
     for row, (report, seed) in enumerate([("abc", 4), ("d", 5), ("abc", 6), ("efgh", 7)]):
         alone = make(checkpoint)(reports=[report], seeds=[seed], **request)
@@ -358,7 +384,7 @@ def test_batch_invariant_gives_equal_bits_in_any_batch(checkpoint, sampler):
 
 
 def test_iter_yields_the_volumes_in_order(checkpoint, sampler):
-    request = {"reports": ["abc", "d", "ef"], "num_steps": 2, "batch_size": 2}
+    request = {"reports": ["abc", "d", "ef"], "num_inference_steps": 2, "batch_size": 2}
     whole = sampler(**request)
     each = list(sampler.iter(**request))
     assert [(one.index, one.seed) for one in each] == [(0, 0), (1, 1), (2, 2)]
@@ -371,7 +397,7 @@ def test_bfloat16_is_close_to_float32(checkpoint, sampler):
     low = make(checkpoint, dtype="bfloat16")
     assert {parameter.dtype for parameter in low.model.parameters()} == {torch.bfloat16}
     assert low.model.unet.conv_in.conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
-    request = {"reports": ["abc"], "seeds": [3], "num_steps": 4}
+    request = {"reports": ["abc"], "seeds": [3], "num_inference_steps": 4}
     exact, rounded = sampler(**request).latents, low(**request).latents
     assert 1e-4 < (exact - rounded).norm() / exact.norm() < 0.1
 
@@ -381,7 +407,7 @@ def test_bfloat16_is_close_to_float32(checkpoint, sampler):
     reason="prepacking bf16 weights needs a CPU with AVX-512, and no ONEDNN_MAX_CPU_ISA below AVX512_CORE",
 )
 def test_prepacked_weights_give_the_same_bits(checkpoint):
-    request = {"reports": ["abc", "d"], "num_steps": 4, "batch_size": 2}
+    request = {"reports": ["abc", "d"], "num_inference_steps": 4, "batch_size": 2}
     samplers = [
         make(checkpoint, dtype="bfloat16", optimizations=Optimizations(packed_weights=on)) for on in (True, False)
     ]
@@ -404,7 +430,7 @@ def test_the_given_model_is_not_modified(checkpoint):
     before = {name: (tensor.clone(), tensor.stride()) for name, tensor in model.state_dict().items()}
     for dtype in ("float32", "bfloat16"):
         sampler = FastSampler(model, vae, 0.9, dtype=dtype, config=loaded.config)
-        sampler(text=text(3), seeds=[1], num_steps=2)
+        sampler(text=text(3), seeds=[1], num_inference_steps=2)
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name][0]) and tensor.stride() == before[name][1]
@@ -415,7 +441,7 @@ def test_the_given_model_is_not_modified(checkpoint):
 def test_a_model_without_configuration_samples_latents():
     model = scrambled(build_model(make_config(TINY)))
     result = FastSampler(model, dtype="float32")(
-        text=torch.randn(2, 9, WIDTH), latent_shape=(4, 4, 6, 2), decode=False, num_steps=3, solver="unipc"
+        text=torch.randn(2, 9, WIDTH), latent_shape=(4, 4, 6, 2), decode=False, num_inference_steps=3, solver="unipc"
     )
     assert result.latents.shape == (2, 4, 4, 6, 2) and result.volumes is None
     with pytest.raises(ConfigError, match="were not decoded"):
@@ -423,7 +449,7 @@ def test_a_model_without_configuration_samples_latents():
 
 
 def test_a_saved_and_loaded_sampler_generates_the_same_bits(checkpoint, sampler, tmp_path):
-    request = {"reports": ["abc"], "seeds": [3], "num_steps": 3}
+    request = {"reports": ["abc"], "seeds": [3], "num_inference_steps": 3}
     sampler.save_pretrained(tmp_path / "saved")
     again = FastSampler.from_pretrained(tmp_path / "saved", device="cpu", dtype="float32", text_encoder=FakeEncoder())
     assert torch.equal(again(**request).volumes, sampler(**request).volumes)
@@ -443,7 +469,7 @@ def test_a_saved_and_loaded_sampler_generates_the_same_bits(checkpoint, sampler,
 def test_a_reference_file_generates_the_same_bits(checkpoint, sampler, tmp_path):
     export_reference(checkpoint, tmp_path / "CCELLA.pt")
     other = FastSampler.from_checkpoint(tmp_path / "CCELLA.pt", device="cpu", dtype="float32")
-    request = {"seeds": [3], "num_steps": 3, "solver": "ddim", "latent_shape": (4, 8, 6, 4), "decode": False}
+    request = {"seeds": [3], "num_inference_steps": 3, "solver": "ddim", "latent_shape": (4, 8, 6, 4), "decode": False}
     with pytest.raises(ConfigError, match="6 positions, but the model was trained with 512"):
         other(text=text(3), **request)
     features = text(3).repeat(1, 86, 1)[:, :512]

@@ -14,7 +14,18 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "sampler_optimizat
 
 def test_exact_optimizations_change_only_rounding_and_reuse_changes_more(tmp_path):
     folder = write_checkpoint(tmp_path / "step", **{"model.num_res_blocks": 2})
-    command = [sys.executable, SCRIPT, "--checkpoint", folder, "--out", tmp_path, "--num_steps", "6", "--minutes", "0"]
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--checkpoint",
+        folder,
+        "--out",
+        tmp_path,
+        "--num_inference_steps",
+        "6",
+        "--minutes",
+        "0",
+    ]
     completed = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr[-3000:]
     record = json.loads((tmp_path / "sampler_optimizations.json").read_text())

@@ -43,18 +43,18 @@ INVALID = [
     ({"reports": ["a"], "seeds": 5}, "seeds must be a list of integers, got 5"),
     ({"reports": ["a"], "seeds": [0.5]}, r"seeds must be a list of integers, got \[0.5\]"),
     ({"reports": ["a"], "latent_shape": (4, 8.0, 8, 4)}, "latent_shape must be a list of integers"),
-    ({"reports": ["a"], "num_steps": "5"}, "must be an integer from 1 to 1000, got '5'"),
+    ({"reports": ["a"], "num_inference_steps": "5"}, "must be an integer from 1 to 1000, got '5'"),
     ({"reports": ["a"], "spacing": 1.0}, r"three lengths between 0 and 100 mm, got \[1.0\]"),
     ({}, "needs a report"),
     ({"reports": ["a"], "solver": "dpm_2m"}, "did you mean 'dpmpp_2m'"),
-    ({"reports": ["a"], "num_steps": 1001}, "must be an integer from 1 to 1000, got 1001"),
+    ({"reports": ["a"], "num_inference_steps": 1001}, "must be an integer from 1 to 1000, got 1001"),
     ({"reports": ["a"], "latent_shape": (4, 8, 7, 4)}, r"divisible by 2, got \[8, 7, 4\](.|\n)*use \[8, 8, 4\]"),
     ({"reports": ["a"], "latent_shape": (5, 8, 8, 4)}, r"must be \(4, X, Y, Z\) with sizes of at least 1, got \[5, 8, 8, 4\]"),
     ({"reports": ["a"], "spacing": [1, 2, -1]}, r"spacing must be .* got \[1.0, 2.0, -1.0\]"),
     ({"reports": ["a", "b"], "seeds": [1, 2, 3]}, "must be equal or 1, got 2 and 3"),
     ({"reports": ["a"], "seeds": []}, "number of volumes must be at least 1"),
     ({"reports": ["a"], "pirads": "pos"}, "predicts the class"),
-    ({"reports": ["a"], "class_override": "maybe"}, "there is no class 'maybe'"),
+    ({"reports": ["a"], "class_override": "maybe"}, "PI-RADS score from 1 to 5, neg or pos, got 'maybe'"),
     ({"reports": ["a"], "guidance_scale": -1}, "guidance_scale must be at least 0 and below 1000, got -1"),
     ({"reports": ["a"], "guidance_scale": 2, "guidance_interval": (0.8, 0.2)},
      r"increasing fractions between 0 and 1, got \[0.8, 0.2\]"),
@@ -85,7 +85,7 @@ def test_nan_raises(checkpoint):
     with torch.no_grad():
         sampler.model.unet.out[0].weight.fill_(torch.nan)
     with pytest.raises(NonFiniteError, match="diverged"):
-        sampler(reports=["abc"], num_steps=2)
+        sampler(reports=["abc"], num_inference_steps=2)
 
 
 # ---- memory ----
@@ -126,7 +126,7 @@ def test_too_little_memory_raises_before_and_during_sampling(sampler, monkeypatc
     with pytest.raises(
         ConfigError, match="needs about .* GiB in addition to the weights, but only .* GiB are free"
     ) as caught:
-        sampler(reports=["abc"], num_steps=2, latent_shape=(4, 4096, 4096, 4096), decode=False)
+        sampler(reports=["abc"], num_inference_steps=2, latent_shape=(4, 4096, 4096, 4096), decode=False)
     assert all(remedy in caught.value.fix for remedy in ("batch_size", "bfloat16", "latent_shape"))
 
     def full(*_):
@@ -134,7 +134,7 @@ def test_too_little_memory_raises_before_and_during_sampling(sampler, monkeypatc
 
     monkeypatch.setattr(sampler, "_denoise", full)
     with pytest.raises(ConfigError, match="the GPU is out of memory"):
-        sampler(reports=["abc"], num_steps=2)
+        sampler(reports=["abc"], num_inference_steps=2)
 
 
 def test_the_estimate_of_the_cache_is_the_size_of_the_keys_and_values(sampler):
@@ -163,13 +163,13 @@ def test_the_warning_of_a_long_report_contains_only_its_number(checkpoint, caplo
             return encoded
 
     sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype="float32", text_encoder=TruncatingEncoder())
-    sampler(reports=["abc", "ab", "a secret", "abc"], num_steps=1, decode=False)
+    sampler(reports=["abc", "ab", "a secret", "abc"], num_inference_steps=1, decode=False)
     (warning,) = [record.getMessage() for record in caplog.records if "longer" in record.getMessage()]
     assert warning.startswith(f"report 3 is longer than {TOKENS} tokens") and "secret" not in caplog.text
 
 
 def test_a_sampler_works_after_an_out_of_memory_error(checkpoint, monkeypatch):
-    sampler, request = make(checkpoint), {"reports": ["abc"], "seeds": [1], "num_steps": 4, "decode": False}
+    sampler, request = make(checkpoint), {"reports": ["abc"], "seeds": [1], "num_inference_steps": 4, "decode": False}
     whole = sampler(**request).latents
 
     def full(*_, **__):

@@ -54,7 +54,7 @@ def test_the_whole_path_equals_diffusers_and_direct_calls(checkpoint):
     text = torch.from_numpy(FakeEncoder().encode(["abc"]).features)
     vae = load_autoencoder(checkpoint)
     sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype="float32")
-    got = sampler(text=text, seeds=[11], num_steps=28)
+    got = sampler(text=text, seeds=[11], num_inference_steps=28)
     truth = DDIMScheduler(
         beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="linspace"
     )  # fmt: skip
@@ -70,7 +70,7 @@ def test_the_whole_path_equals_diffusers_and_direct_calls(checkpoint):
     np.testing.assert_allclose(got.volumes[0, 0], image, atol=2e-3)
     np.testing.assert_allclose(got.class_probabilities, predicted.class_logits.softmax(1), atol=1e-4)
     with pytest.raises(AssertionError):  # negative control: another spacing
-        other = sampler(text=text, seeds=[11], num_steps=28, spacing=[9, 9, 9])
+        other = sampler(text=text, seeds=[11], num_inference_steps=28, spacing=[9, 9, 9])
         np.testing.assert_allclose(other.volumes[0, 0], image, atol=2e-3)
 
 
@@ -108,7 +108,7 @@ def test_volumes_of_an_equal_request_are_kept_and_of_another_raise(checkpoint, t
     draw(checkpoint, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     draw(checkpoint, tmp_path)
-    for change in ({"seed": 4}, {"reports": [CANARY, "no focus"]}, {"num_samples": 1}, {"num_steps": 6}):
+    for change in ({"seed": 4}, {"reports": [CANARY, "no focus"]}, {"num_samples": 1}, {"num_inference_steps": 6}):
         with pytest.raises(ConfigError, match="another request"):
             draw(checkpoint, tmp_path, **change)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
@@ -208,13 +208,13 @@ def test_three_sequences_are_split_scaled_and_named(tmp_path):
     ("change", "message"),
     [
         ({"solver": "euler"}, "no solver 'euler'"),
-        ({"num_steps": 1001}, "must be an integer from 1 to 1000, got 1001"),
+        ({"num_inference_steps": 1001}, "must be an integer from 1 to 1000, got 1001"),
         ({"num_samples": 0}, "--num_samples must be at least 1, got 0"),
         ({"seed": -1}, "--seed must be at least 0, got -1"),
         ({"spacing": [1.0, 0.0, 1.0]}, "spacing"),
         ({"pirads": "pos"}, "predicts the class"),
     ],
-    ids=["solver", "num_steps", "num_samples", "seed", "spacing", "pirads"],
+    ids=["solver", "num_inference_steps", "num_samples", "seed", "spacing", "pirads"],
 )
 def test_invalid_requests_write_nothing(checkpoint, tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):

@@ -166,6 +166,16 @@ def _draw_geometry(
     }
 
 
+def augmented_spacings(
+    config: AugmentationConfig, low: Sequence[float], high: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """The range of voxel sizes in mm of augmented volumes, whose own are from `low` to `high` along each axis."""
+    zoom = 1 + config.zoom
+    return [step * (1 - part) / zoom for step, part in zip(low, config.crop, strict=True)], [
+        step * zoom for step in high
+    ]
+
+
 def keeps_gland_in_view(
     augmentation: Augmentation, gland: Sequence[float], shape: Sequence[int], spacing: Sequence[float]
 ) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ccella_fast.config import Config
+from ccella_fast.data.augmentation.parameters import augmented_spacings
 from ccella_fast.data.manifest import IMPORTED, NAME, FileEntry, StudyEntry, load_manifest
 from ccella_fast.errors import DataError, did_you_mean
 from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
@@ -139,6 +140,20 @@ class PreparedDataset:
             SPACING_SCALE * torch.tensor(spacing, dtype=torch.float32),
             torch.tensor(self.has_class[index]),
         )
+
+    def trained_on(self) -> dict[str, Any]:
+        """What a model that is trained on these studies has seen, for training_state.json.
+
+        The number of studies of each class that a class can be learned from, and the smallest and largest voxel size along
+        each axis.
+        """
+        learned = [case.pirads for case, known in zip(self.cases, self.has_class, strict=True) if known]
+        spacings = [case.spacing for case in self.cases]
+        spacings += [copy.spacing for case in self.cases for copy in case.augmented[: self.copies]]
+        low, high = (list(map(choose, zip(*spacings, strict=True))) for choose in (min, max))
+        if self.needs == "images":
+            low, high = augmented_spacings(self.config.augmentation, low, high)
+        return {"classes": [learned.count([1, 0]), learned.count([0, 1])], "spacing": [low, high]}
 
     def copy_of(self, pick: StudyEpoch) -> int:
         """The number of the version that is used in an epoch; each version is used once in `copies` + 1 epochs."""

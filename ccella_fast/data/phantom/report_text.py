@@ -1,4 +1,8 @@
-"""English reports for synthetic studies: the same facts in varying words."""
+"""English reports for synthetic studies: the same facts in varying words.
+
+They follow PI-RADS v2.1 (Turkbey et al., European Urology 76, 2019): diffusion decides in the peripheral zone and T2 in the
+transition zone, and a lesion of category 5 measures at least 15 mm, one of category 4 less.
+"""
 
 from __future__ import annotations
 
@@ -25,26 +29,43 @@ class Findings(NamedTuple):
 _OPENING = [
     "Multiparametric MRI of the prostate. PSA {psa} ng/ml. Prostate volume {volume} ml.",
     "Clinical information: PSA {psa} ng/mL. The prostate measures {volume} cc.",
-    "MRI prostate, axial T2. Serum PSA {psa}. Estimated gland volume {volume} ml.",
+    "MRI prostate with T2, diffusion and contrast series. Serum PSA {psa}. Estimated gland volume {volume} ml.",
     "Indication: PSA of {psa} ng/ml. Gland volume approximately {volume} cc, PSA density {density}.",
 ]
+# Zone and category -> how the lesion looks.
+_LOOKS = {
+    (
+        "PZ",
+        3,
+    ): "{size} mm area of non-circumscribed, moderate T2 hypointensity with mildly low ADC, no early enhancement",
+    ("PZ", 4): "{size} mm circumscribed focus of markedly low ADC and marked signal at high b-value, hypointense on T2",
+    ("PZ", 5): "{size} mm focus of markedly low ADC and marked signal at high b-value, homogeneously dark on T2",
+    ("TZ", 3): "{size} mm area of heterogeneous T2 signal with obscured margins and mildly low ADC",
+    ("TZ", 4): "{size} mm lenticular, non-circumscribed, homogeneous and moderately hypointense T2 lesion with low ADC",
+    ("TZ", 5): "{size} mm lenticular, homogeneous and hypointense T2 lesion with indistinct margins and low ADC",
+}
 _LESION = [
-    "There is a {size} mm focus of low T2 signal in the {side} {zone}, at the level of the {level}.",
-    "A {size} mm hypointense lesion is seen in the {zone} on the {side}, {level}.",
-    "{Side} {zone}, {level}: ill-defined dark area on T2, {size} mm in largest diameter.",
-    "Suspicious finding in the {level} of the {side} {zone} measuring {size} mm, homogeneous and moderately hypointense.",
+    "In the {side} {zone}, {level}: {look} ({scores}).",
+    "{Side} {zone}, {level}: {look}. {scores}.",
+    "Index lesion in the {level} of the {side} {zone}: {look} ({scores}).",
 ]
-_CLEAR = [
-    "No focal lesion. The peripheral zone shows homogeneous high signal on both sides.",
-    "The peripheral zone is of normal bright signal. The transition zone shows benign hyperplasia only.",
-    "No suspicious area in the peripheral zone or the transition zone.",
-    "Heterogeneous transition zone with well-circumscribed nodules; no area suspicious for cancer.",
-]
+_SCORES = ["DWI {category}, T2 {category}", "DWI score {category}, T2 score {category}"]
+_CLEAR = {
+    1: [
+        "No focal lesion. The peripheral zone shows homogeneous high T2 signal on both sides, diffusion is normal.",
+        "The peripheral zone is of normal bright signal. Completely encapsulated nodules in the transition zone.",
+        "No suspicious area in the peripheral zone or the transition zone.",
+    ],
+    2: [
+        "Indistinct wedge-shaped T2 hypointensity in both peripheral zones without focal diffusion restriction (DWI 2).",
+        "Linear and wedge-shaped mild hypointensity of the peripheral zone on both sides, DWI 2. No focal lesion.",
+    ],
+}
 _SCORE = [
     "PI-RADS {pirads}.",
     "Overall assessment: PI-RADS category {pirads}.",
-    "Impression: {suspicion} suspicion of clinically significant cancer (PI-RADS {pirads}).",
-    "Conclusion: PI-RADS score {pirads}, {suspicion} likelihood.",
+    "Impression: clinically significant cancer is {likelihood} (PI-RADS {pirads}).",
+    "Conclusion: PI-RADS score {pirads}, clinically significant cancer {likelihood}.",
 ]
 _CLOSING = [
     "No extraprostatic extension. Seminal vesicles unremarkable.",
@@ -54,7 +75,7 @@ _CLOSING = [
 ]
 _ZONES = {"PZ": ["peripheral zone", "PZ"], "TZ": ["transition zone", "TZ"]}
 _LEVELS = {"apex": ["apex", "apical third"], "mid": ["mid-gland", "midgland"], "base": ["base", "basal third"]}
-_SUSPICION = {1: "very low", 2: "low", 3: "equivocal", 4: "high", 5: "very high"}
+_LIKELIHOOD = {1: "highly unlikely", 2: "unlikely", 3: "equivocal", 4: "likely", 5: "highly likely"}
 
 
 def write_report(rng: np.random.Generator, findings: Findings, *, with_score: bool = True) -> str:
@@ -74,16 +95,19 @@ def write_report(rng: np.random.Generator, findings: Findings, *, with_score: bo
         "volume": findings.volume_ml,
         "density": f"{findings.psa / findings.volume_ml:.2f}",
         "pirads": findings.pirads,
-        "suspicion": _SUSPICION[findings.pirads],
+        "likelihood": _LIKELIHOOD[findings.pirads],
     }
-    finding = choose(_CLEAR)
     if findings.size_mm:
         words |= {
             "zone": choose(_ZONES[findings.zone]),
             "level": choose(_LEVELS[findings.level]),
-            "size": findings.size_mm,
+            "look": _LOOKS[findings.zone, findings.pirads].format(size=findings.size_mm),
+            "scores": choose(_SCORES).format(category=findings.pirads),
+            "side": findings.side,
+            "Side": findings.side.capitalize(),
         }
-        words |= {"side": findings.side, "Side": findings.side.capitalize()}
         finding = choose(_LESION)
+    else:
+        finding = choose(_CLEAR[findings.pirads])
     sentences = [choose(_OPENING), finding, choose(_CLOSING), choose(_SCORE) if with_score else ""]
     return " ".join(sentence for sentence in sentences if sentence).format(**words)

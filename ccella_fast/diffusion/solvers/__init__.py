@@ -19,14 +19,22 @@ SOLVERS: dict[str, type[Solver]] = {
 }
 
 
-def get_solver(solver: str | Solver) -> Solver:
+def get_solver(solver: str | Solver, *, flow: bool | None = None) -> Solver:
     """The solver of that name with its default settings; a Solver is returned as it is.
 
+    Args:
+        solver: the name, or a Solver.
+        flow: whether it must solve a rectified flow (True) or a noise schedule (False); None: either.
+
     Raises:
-        ConfigError: there is no solver of that name; the error suggests the nearest one.
+        ConfigError: there is no solver of that name, or it solves the other process; the error suggests only those that fit.
     """
-    if isinstance(solver, Solver):
-        return solver
-    if solver not in SOLVERS:
-        raise ConfigError(f"there is no solver '{solver}'", field="solver", fix=did_you_mean(solver, SOLVERS))
-    return SOLVERS[solver]()
+    fitting = [name for name, each in SOLVERS.items() if flow in (None, each.flow)]
+    if isinstance(solver, str) and solver not in SOLVERS:
+        raise ConfigError(f"there is no solver '{solver:.40}'", field="solver", fix=did_you_mean(solver, fitting))
+    found = SOLVERS[solver]() if isinstance(solver, str) else solver
+    if flow not in (None, found.flow):
+        solves, trained = ("a rectified flow", "a noise schedule")[:: 1 if found.flow else -1]
+        why = f"{found.name} solves {solves}, but this model was trained for {trained}"
+        raise ConfigError(why, field="solver", fix=f"use one of: {', '.join(fitting)}")
+    return found

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ccella_fast.deprecation import deprecated_arguments
 from ccella_fast.diffusion.prediction import check_prediction, velocity_coefficients, x0_coefficients
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.timesteps import NoiseLevels, diffusion_levels, flow_levels
@@ -142,26 +143,27 @@ class Solver(ABC):
             sigma: float64 (N + 1,); only the last entry may be 0.
         """
 
+    @deprecated_arguments(num_steps="num_inference_steps")
     def plan(
         self,
         schedule: Schedule,
-        num_steps: int,
+        num_inference_steps: int,
         *,
         prediction: str = "epsilon",
         timestep_spacing: str | None = None,
     ) -> SamplingPlan:
-        """The plan for `num_steps` steps; `timestep_spacing` None is the solver's default.
+        """The plan for `num_inference_steps` steps; `timestep_spacing` None is the solver's default.
 
         Raises:
-            ConfigError: the schedule has fewer timesteps than `num_steps`, or the spacing or the prediction type is unknown or
-                not supported by this solver.
+            ConfigError: the schedule has fewer timesteps than `num_inference_steps`, or the spacing or the prediction type is
+                unknown or not supported by this solver.
         """
         prediction = check_prediction(prediction, flow=self.flow, solver=self.name)
         spacing = timestep_spacing or self.timestep_spacing
         if self.flow:
-            levels = flow_levels(schedule, num_steps, spacing)
+            levels = flow_levels(schedule, num_inference_steps, spacing)
         else:
-            levels = diffusion_levels(schedule, num_steps, spacing, includes_last=self.includes_last)
+            levels = diffusion_levels(schedule, num_inference_steps, spacing, includes_last=self.includes_last)
         return self.plan_levels(levels, prediction)
 
     def plan_levels(self, levels: NoiseLevels, prediction: str) -> SamplingPlan:
