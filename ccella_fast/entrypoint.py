@@ -10,9 +10,10 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ccella_fast.errors import CcellaError, ConfigError, did_you_mean, nearest
@@ -21,7 +22,9 @@ from ccella_fast.foreign_errors import translate
 _PATIENCE = (
     2.0  # seconds that other ranks wait: a launcher kills all processes when one ends, and rank 0 prints the error
 )
-_LESS_MEMORY = "end other programs, use a machine with more memory, or process less at a time"
+EXIT_CODES = """exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss,
+130/143 stopped by a signal, 141 closed pipe"""
+LESS_MEMORY = "end other programs, use a machine with more memory, or process less at a time"
 
 
 def is_local_rank_zero() -> bool:
@@ -86,6 +89,17 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{value!r:.40} is not known; {did_you_mean(str(value), known)}")
 
 
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an option: a whole number of at least `least` that torch's generators and sizes can hold."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or len(text) > 19 or not least <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
 def log_to_stderr() -> None:
     """Write messages of ccella_fast to stderr without a prefix; ranks other than local rank 0 write errors only."""
     logger = logging.getLogger("ccella_fast")
@@ -95,7 +109,14 @@ def log_to_stderr() -> None:
     logger.setLevel(logging.INFO if is_local_rank_zero() else logging.ERROR)
 
 
-def run_command(work: Callable[[], int], *, debug: bool, if_out_of_memory: str = _LESS_MEMORY) -> int:
+def log_next(wrote: object, command: Sequence[object]) -> None:
+    """Log what a command has written, and the command that usually comes next."""
+    logger = logging.getLogger("ccella_fast")
+    logger.info("wrote %s", wrote)
+    logger.info("next: %s", shlex.join(map(str, command)))
+
+
+def run_command(work: Callable[[], int], *, debug: bool, if_out_of_memory: str = LESS_MEMORY) -> int:
     """Run `work` and return its exit code, or that of the error or signal that ended it.
 
     if_out_of_memory: what a user can do when the memory does not suffice.

@@ -174,7 +174,7 @@ def check_unchanged(plan: RunPlan, start: Path, state: dict[str, Any]) -> None:
 
     start: the step folder to resume from. state: its training_state.json.
     """
-    before, now = (_flatten(values.dump()) for values in (load_config(start / "config.json"), plan.config))
+    before, now = (flatten(values.dump()) for values in (load_config(start / "config.json"), plan.config))
     before |= {key: state.get(key) for key in plan.facts}
     now |= plan.facts
     for key, value in now.items():
@@ -330,12 +330,12 @@ def _initialize_run_folder(plan: RunPlan, step: int) -> None:
     write_status(plan.run, "running", step=step, total_steps=plan.total_steps)
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
