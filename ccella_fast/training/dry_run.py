@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,6 @@ def _run_facts(plan: RunPlan, studies: int) -> dict[str, Any]:
         "epochs": round(plan.total_steps * batch / studies, 2),
         "batch": batch,
         "processes": processes,
-        "checkpoints": math.ceil(plan.total_steps / training.checkpointing_steps),
         "precision": training.precision,
         "zero_stage": training.zero_stage,
         "gradient_clipping": training.max_grad_norm,
@@ -133,7 +131,7 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
         ("text encoder", f"{data['encoder'] or 'none'}, {data['truncated_reports']} reports truncated"),
         ("", ""),
         ("model", f"{facts['variant']}, {facts['parameters']:,} parameters"),
-        ("length", f"{run['steps']} steps of {run['batch']} studies, {run['epochs']:g} epochs, {run['checkpoints']} checkpoints"),
+        ("length", f"{run['steps']} steps of {run['batch']} studies, {run['epochs']:g} epochs"),
         ("training", f"{run['processes']} processes, {run['precision']}, ZeRO {run['zero_stage']}, "
                      f"gradients clipped to {run['gradient_clipping']:g}"),
         ("", ""),
