@@ -14,14 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ccella_fast import __version__, entrypoint, train
+from ccella_fast import entrypoint, train
 from ccella_fast.data.readers.study import CLASSES
 from ccella_fast.entrypoint import log_next, whole_number
 
 if TYPE_CHECKING:
     from ccella_fast.config import Config
 
-ORDER = "phantom (or your studies), prepare, train-vae, prepare --vae, train, sample, report."
+ORDER = """The order of a project: your studies or phantom, prepare, train-vae, prepare --vae, train, sample, report.
+On several GPUs, train with a launcher: deepspeed ccella_fast/train.py --help"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -161,9 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = entrypoint.Parser(
         prog="ccella-fast",
         description="Report-conditioned 3D prostate MRI: prepare studies, train, sample, report.",
-        epilog=f"The order of a project: {ORDER}\n\n{entrypoint.EXIT_CODES}",
+        epilog=f"{ORDER}\n\n{entrypoint.EXIT_CODES}",
     )
-    parser.add_argument("--version", action="version", version=f"ccella-fast {__version__}")
+    entrypoint.add_version(parser)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _phantom(commands)
     _prepare(commands)

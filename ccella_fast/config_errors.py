@@ -136,6 +136,8 @@ def _in_words(schema: dict[str, Any]) -> str:
         entries = "entries" if least is None else f"{least} entries" if least == most else f"at least {least} entries"
         return f"a list of {entries}, each {_in_words(schema.get('items') or schema['prefixItems'][0])}"
     bounds = " and ".join(words.format(schema[key]) for key, words in _BOUNDS.items() if key in schema)
+    if "minimum" in schema and "maximum" in schema:
+        bounds = f"from {schema['minimum']} to {schema['maximum']}"
     nouns = {
         "integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false", "null": "null",
         "object": "an object {...} of settings",

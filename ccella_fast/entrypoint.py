@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import ccella_fast
 from ccella_fast.errors import CcellaError, ConfigError, did_you_mean, nearest
 from ccella_fast.foreign_errors import translate
 
@@ -87,6 +88,12 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             known = map(str, action.choices)
             raise argparse.ArgumentError(action, f"{value!r:.40} is not known; {did_you_mean(str(value), known)}")
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Add `--version`."""
+    version = f"ccella-fast {ccella_fast.__version__}"
+    parser.add_argument("--version", action="version", version=version, help="print the version and exit")
 
 
 def whole_number(least: int) -> Callable[[str], int]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ccella_fast import __version__, entrypoint
+from ccella_fast import entrypoint
 from ccella_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _reference_run(paths: PathsConfig) -> Path | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = entrypoint.Parser(description="Train the diffusion model on a prepared folder.", epilog=EXAMPLE)
-    parser.add_argument("--version", action="version", version=f"ccella-fast {__version__}")
+    entrypoint.add_version(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_arguments(parser)
     return parser

@@ -102,7 +102,7 @@ def test_single_file_keeps_defaults(tmp_path):
         ({"sampling": {"solver": "dpm"}}, "sampling.solver", "ddim"),
         ({"vae_training": {"warmup_fraction": 1}}, "vae_training.warmup_fraction", "less than 1"),
         ({"vae_training": {"max_warmup_steps": 0}}, "vae_training.max_warmup_steps", "greater than 0"),
-        ({"vae_training": {"final_lr_fraction": 1.5}}, "vae_training.final_lr_fraction", "at most 1"),
+        ({"vae_training": {"final_lr_fraction": 1.5}}, "vae_training.final_lr_fraction", "from 0 to 1"),
         ({"vae_training": {"weight_decay": -0.1}}, "vae_training.weight_decay", "at least 0"),
         ({"vae_training": {"adam_betas": [0.9, 1]}}, "vae_training.adam_betas.1", "less than 1"),
         ({"vae_training": {"max_grad_norm": 0}}, "vae_training.max_grad_norm", "greater than 0"),
