@@ -54,7 +54,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _sizes(text: str) -> str:
     """`: 7.45 GiB were requested, 3.10 GiB are free`, as far as it is known."""
-    requested = re.search(r"allocate ([\d.]+) ?([KMGT]?i?B|bytes)", text)
+    requested = re.search(r"allocate ([\d.]+) ?([KMGTPE]?i?B|bytes)", text)
     on_gpu = re.search(r"([\d.]+ [KMGT]iB) is free", text)
     free = on_gpu[1] if on_gpu else f"{hardware.free_memory() / 2**30:.2f} GiB"
     if requested is None:

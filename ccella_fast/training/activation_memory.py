@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def activation_bytes(config: Config, *, tokens: int, device_type: str) -> int:
         if config.model.traits.text:
             inputs["text"] = torch.empty(size, tokens, config.model.input_dim, dtype=dtype)
         timesteps = torch.zeros(size, dtype=torch.long)
-        return saved_bytes(lambda: noise_loss(model(x, timesteps, **inputs)[0], x))
+        return saved_bytes(lambda: noise_loss(model(x, timesteps, **inputs)[0], x), without=model.parameters())
 
 
 def _build(config: Config, dtype: torch.dtype) -> Any:
@@ -51,16 +51,21 @@ def _build(config: Config, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
-def saved_bytes(run: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps for the backward pass of `run`, without parameters and inputs; each storage counts once."""
+def saved_bytes(run: Callable[[], Any], *, without: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward pass of `run`, without leaves that require gradients.
+
+    Each storage counts once, and those of `without`, of which views may be kept, do not count.
+    """
     kept: dict[int, int] = {}
     alive = []
+    excluded = {tensor.untyped_storage()._cdata for tensor in without}
 
     def pack(tensor: Tensor) -> Tensor:
         if not tensor.is_leaf or not tensor.requires_grad:
             storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
             alive.append(storage)
+            if storage._cdata not in excluded:
+                kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

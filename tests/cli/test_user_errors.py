@@ -130,8 +130,8 @@ MACHINE = {
     "backend for training": ({"CCELLA_FAST_BACKEND": "attention=xformers"}, TRAIN, 2, ["'xformers'", "supported here"]),
     "misspelled backend": ({"CCELLA_FAST_BACKEND": "attention=sdap"}, SAMPLE, 2, ["'sdap'", "sdpa"]),
     "misspelled kernel": ({"CCELLA_FAST_BACKEND": "atention=sdpa"}, SAMPLE, 2, ["'atention'", "attention"]),
-    "GPU for sampling": ({}, f"{SAMPLE} --device cuda", 2, ["--device", "finds none", "auto, cpu"]),
-    "second GPU": ({}, f"{SAMPLE} --device cuda:1", 2, ["cuda:1 needs 2 GPUs", "auto, cpu"]),
+    "GPU for sampling": ({}, f"{SAMPLE} --device cuda", 2, ["'cuda' cannot be used", "use device cpu"]),
+    "second GPU": ({}, f"{SAMPLE} --device cuda:1", 2, ["'cuda:1' cannot be used", "use device cpu"]),
     "GPU for training": ({"DS_ACCELERATOR": "cuda"}, TRAIN, 2, ["DS_ACCELERATOR", "no GPU", "cpu"]),
     "accelerator": ({"DS_ACCELERATOR": "cdua"}, TRAIN, 2, ["'cdua'", "DS_ACCELERATOR", "cpu or cuda"]),
 }  # fmt: skip
