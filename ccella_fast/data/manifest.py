@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
+import struct
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +20,14 @@ NAME = "manifest.json"
 IMPORTED = "imported"  # instead of the fingerprint of an encoder
 CASE_ID = r"^\w[\w .+@=-]{0,120}$"  # part of file names
 FORMAT: Literal["ccella_fast.prepared"] = "ccella_fast.prepared"
+
+# The start of a .npy file of version 1 (numpy.lib.format) and its header, as numpy writes it for a plain array.
+_NPY_START = struct.Struct("<8sH")
+_LONGEST_NPY_HEADER = 1024
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '(?P<type>[<>|=][a-zA-Z]\d{0,3})', 'fortran_order': (?P<order>True|False), "
+    rb"'shape': \((?P<shape>(?:\d{1,12}(?:, \d{1,12}){0,7},?)?)\), \} *\n"
+)
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -158,19 +169,32 @@ def open_array(path: Path, *, field: str | None = None) -> np.ndarray:
     Raises:
         DataError: the file cannot be read or is not a float32 `.npy` file.
     """
+
+    def defect(why: str) -> DataError:
+        return DataError(why, path=path, field=field, fix="write it again")
+
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with open(path, "rb") as file:
+            head = file.read(_NPY_START.size)
+            length = _NPY_START.unpack(head)[1] if len(head) == _NPY_START.size else 0
+            header = file.read(min(length, _LONGEST_NPY_HEADER + 1))
+        # numpy's own reader evaluates the header as Python, which damage makes fail in many ways, and believes its length.
+        match = _NPY_HEADER.fullmatch(header) if head.startswith(b"\x93NUMPY\x01\0") else None
+        if match is None:
+            raise defect("this file is not a plain .npy array")
+        if match["type"] != b"<f4":
+            raise defect(f"this file must contain a float32 array, got {match['type'].decode()}")
+        shape = tuple(map(int, re.findall(rb"\d+", match["shape"])))
+        if 0 in shape:
+            raise defect("this file contains an empty array")
+        start, size = len(head) + length, path.stat().st_size
+        if size != start + 4 * math.prod(shape):
+            raise defect(f"this file has {size} bytes, but its header says {start + 4 * math.prod(shape)}")
+        order: Literal["F", "C"] = "F" if match["order"] == b"True" else "C"
+        return np.memmap(path, np.float32, "r", start, shape, order)
     except OSError as error:
         why = f"this file cannot be read: {os.strerror(error.errno or 0)}"
         raise DataError(why, path=path, field=field, fix="check the file and its disk") from None
-    except (ValueError, EOFError, SyntaxError):
-        raise DataError("this file is not a plain .npy array", path=path, field=field, fix="write it again") from None
-    if not isinstance(array, np.ndarray) or array.dtype != np.float32:
-        kind = array.dtype if isinstance(array, np.ndarray) else "an archive"
-        raise DataError(
-            f"this file must contain a float32 array, got {kind}", path=path, field=field, fix="write it again"
-        )
-    return array
 
 
 def load_manifest(folder: str | Path) -> Manifest:

@@ -99,7 +99,11 @@ MANY = [
         "pixdim",
     ),
     Bad(
-        "4D", lambda f: write_nifti(_series(f), voxels()[..., None]) and None, "4 dimensions", "case1/t2w.nii.gz", "dim"
+        "4D",
+        lambda f: write_nifti(_series(f), np.stack([voxels()] * 2, -1)) and None,
+        "2 volumes",
+        "case1/t2w.nii.gz",
+        "dim",
     ),
     Bad("coronal", _coronal, "coronal, not axial", "case1/t2w.nii.gz", "direction"),
     Bad(

@@ -142,10 +142,12 @@ def test_changed_files_are_detected(folder: Path):
 
 
 def test_input_output_error_is_not_reported_as_a_malformed_file(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(path: Path, **_: object) -> None:
+    def fail(path: Path, *_: object) -> None:
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(np, "load", fail)
+    np.save(folder / "a.npy", np.ones(3, np.float32))
+    np.testing.assert_array_equal(open_array(folder / "a.npy"), 1)
+    monkeypatch.setattr(np, "memmap", fail)
     with pytest.raises(DataError, match="cannot be read: Input/output error") as caught:
         open_array(folder / "a.npy")
     assert caught.value.path == str(folder / "a.npy")

@@ -266,12 +266,12 @@ def test_damaged_mha_and_nrrd_raise(tmp_path: Path, suffix: str):
         sitk.WriteImage(sitk.ReadImage(str(write_nifti(tmp_path / "a.nii"))), str(path), compressed)
         content = path.read_bytes()
         path.write_bytes(content[: len(content) * 2 // 3])
-        expect_defect(path, "cut off|cannot be read")
+        expect_defect(path, "cut off")
         if compressed:
             flipped = bytearray(content)
             flipped[len(content) * 2 // 3] ^= 4
             path.write_bytes(flipped)
-            expect_defect(path, "damaged|cannot be read")
+            expect_defect(path, "damaged")
             smaller = content.replace(b"DimSize = 40 36 18", b"DimSize = 8 8 8").replace(
                 b"sizes: 40 36 18", b"sizes: 8 8 8"
             )
@@ -280,18 +280,18 @@ def test_damaged_mha_and_nrrd_raise(tmp_path: Path, suffix: str):
             expect_defect(path, "more data than its header says")
     elsewhere = content.replace(b"ElementDataFile = LOCAL", b"ElementDataFile = x.raw")
     path.write_bytes(elsewhere.replace(b"encoding", b"data file: x\nencoding"))
-    expect_defect(path, "another file")
+    expect_defect(path, "the file of the voxels, '.*', is missing")
     zero = content.replace(b"ElementSpacing = 1.5", b"ElementSpacing = 0")
     if zero != content:
         path.write_bytes(zero)
-        expect_defect(path, "voxel size 0")
+        expect_defect(path, "voxel size is .0.0, ")
 
 
 HEADER = [
     ("zero pixdim", 80, struct.pack("<f", 0), "voxel size"),  # nibabel would make it 1 mm
     ("negative pixdim", 84, struct.pack("<f", -1), "voxel size"),
     ("NaN pixdim", 88, struct.pack("<f", float("nan")), "voxel size"),
-    ("4D with one volume", 40, struct.pack("<8h", 4, *SHAPE, 1, 1, 1, 1), "4 dimensions"),
+    ("4D", 40, struct.pack("<8h", 4, 20, 36, 18, 2, 1, 1, 1), "2 volumes, and there is no t2w.bval"),
     ("2D", 40, struct.pack("<8h", 2, 40, 36, 1, 1, 1, 1, 1), "2 dimensions"),
     ("one slice", 40, struct.pack("<8h", 3, 40, 36, 1, 1, 1, 1, 1), "claims a size"),
     ("absurd size", 40, struct.pack("<8h", 3, 32767, 32767, 32767, 1, 1, 1, 1), "claims a size"),
@@ -372,7 +372,9 @@ def test_broken_dicom_series_raises(real_data: Path, tmp_path: Path):
     names[7].unlink()
     expect_defect(folder, "spaced unevenly: 6.00 mm after slice")
     names[7].write_bytes(removed[: len(removed) // 2])
-    expect_defect(folder, "cannot be read|uneven|series")
+    with pytest.raises(DataError, match="cut off") as caught:
+        read_volume(folder)
+    assert caught.value.path == str(names[7])
     names[7].write_bytes(removed)
     (folder / "copy.dcm").write_bytes(names[3].read_bytes())
     expect_defect(folder, "same position")

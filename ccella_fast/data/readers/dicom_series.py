@@ -1,103 +1,156 @@
-"""Read a folder that holds the slices of one DICOM series (dicom.nema.org, PS3.3 C.7.6.2: the image plane)."""
+"""Read a folder that holds one DICOM series: classic files of one slice each, or enhanced files of many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ccella_fast.data.readers.itk_file import arrays_of_itk_image, last_words
+from ccella_fast.data.readers.b_values import choose_b_value
+from ccella_fast.data.readers.dicom_files import DicomFile, quiet_pydicom, read_dicom_files, value_of
+from ccella_fast.data.readers.dicom_frames import DIMENSIONS, Frame, read_frames
+from ccella_fast.data.readers.dicom_geometry import by_position, stack_affine
+from ccella_fast.data.readers.dicom_pixels import read_pixels
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_checks import MAX_VOXELS
 from ccella_fast.errors import DataError
 
 
-def is_dicom_folder(folder: Path) -> bool:
-    """Whether the first file directly in `folder`, by name, is a DICOM file."""
-    for entry in sorted(folder.iterdir()):
-        if entry.is_file() and not entry.name.startswith("."):
-            with open(entry, "rb") as file:
-                return file.read(132)[128:] == b"DICM"
-    return False
-
-
 def read_dicom_series(folder: Path, b_value: float | None = None) -> Volume:
-    """Read a series in its stored order of axes.
+    """Read a series, axes in the order column, row, slice.
+
+    Args:
+        folder: The folder. Files in it that are no DICOM images are named in a note.
+        b_value: Which image to read of a diffusion series that holds several, in s/mm2; None reads that of the highest.
 
     Raises:
-        DataError: If the folder does not hold exactly one series of equal, parallel and evenly spaced slices.
+        DataError: If an image file is damaged, or if the images are anything but one series of equal, parallel and evenly
+            spaced slices whose headers state their place.
     """
-    import SimpleITK as sitk
-
-    def defect(why: str, field: str, fix: str) -> DataError:
-        return DataError(why, path=folder, field=field, fix=fix)
-
-    reader = sitk.ImageSeriesReader()
-    series = reader.GetGDCMSeriesIDs(str(folder))
-    if len(series) != 1:
-        why = f"this folder holds {len(series)} DICOM series, but one is expected"
-        raise defect(why, "SeriesInstanceUID", "keep one series per folder")
-    names = reader.GetGDCMSeriesFileNames(str(folder), series[0])
-    try:
-        distance = _check_slices(names, defect)
-        reader.SetFileNames(names)
-        reader.SetOutputPixelType(sitk.sitkFloat32)  # else that of the first slice, although others have other slopes
-        image = reader.Execute()
-    except RuntimeError as error:
-        why = f"this series cannot be read: {last_words(error)}"
-        raise defect(why, "DICOM file", "copy or export the series again") from None
-    array, affine = arrays_of_itk_image(image, folder)
-    as_read = np.linalg.norm(affine[:3, 2])  # ITK's is of the first two slices, `distance` the mean of all
-    if abs(as_read - distance) > 0.01 * distance:
-        why = f"the slices are {distance:.3f} mm apart by their positions, but {as_read:.3f} mm as read"
-        raise defect(why, "ImagePositionPatient", "export the series again")
-    return Volume(array, affine)
+    with quiet_pydicom():
+        files, notes = read_dicom_files(folder)
+        frames = [frame for file in files for frame in read_frames(file)]
+        _check_one_series(files, folder)
+        positions = by_position(frames, folder)
+        chosen, chosen_notes = _one_per_position(positions, b_value, folder)
+        affine, geometry_notes = stack_affine(chosen, folder)
+        header = chosen[0].file.header
+        if len(chosen) * header.Rows * header.Columns > MAX_VOXELS:
+            why = f"the series has more than {MAX_VOXELS} voxels"
+            raise DataError(why, path=folder, field="Rows", fix="give an MR series")
+        array, scale_notes = _scaled_voxels(chosen)
+        notes = [*notes, *chosen_notes, *_notes_on_missing(files), *geometry_notes, *scale_notes]
+    return Volume(array, affine, tuple(notes))
 
 
-def _check_slices(names: tuple[str, ...], defect: Callable[[str, str, str], DataError]) -> float:
-    """Check that slices have one orientation and size and that positions are even and in line; returns their distance in mm."""
-    import SimpleITK as sitk
+def _check_one_series(files: Sequence[DicomFile], folder: Path) -> None:
+    for keyword, what in (("SeriesInstanceUID", "DICOM series"), ("FrameOfReferenceUID", "frames of reference")):
+        names: dict[str, list[str]] = {}
+        for file in files:
+            value = value_of(file, keyword)
+            names.setdefault("" if value is None else str(value), []).append(file.path.name)
+        if len(names) > 1:
+            without = names.pop("", None)
+            parts = [f"{len(each)} files such as {each[0]}" for each in sorted(names.values(), key=len)[:3]]
+            why = f"this folder holds {len(names)} {what}, but one is expected: {', '.join(parts)}"
+            if without:
+                why = f"{len(without)} of {len(files)} files state no {keyword}, such as {without[0]}"
+            raise DataError(why, path=folder, field=keyword, fix="keep one series per folder")
 
-    if len(names) < 2:
-        raise defect(
-            "this folder holds a single slice, a 3D volume is expected", "DICOM files", "give the whole series"
+
+def _one_per_position(
+    positions: list[list[Frame]], wanted: float | None, folder: Path
+) -> tuple[list[Frame], tuple[str, ...]]:
+    """The images of one b-value, one at each position, and notes on the choice."""
+    frames = [frame for group in positions for frame in group]
+    values = [frame.b_value for frame in frames if frame.b_value is not None]
+    notes: tuple[str, ...] = ()
+    # A b-value of 0 in all images says no more than that this is no diffusion series.
+    if len(values) == len(frames) and any(values):
+        b_value, notes = choose_b_value(values, wanted, folder)
+        positions = [[frame for frame in group if frame.b_value == b_value] for group in positions]
+        covered = sum(map(bool, positions))
+        if covered < len(positions):
+            why = f"the series has images of b-value {b_value:g} at {covered} of {len(positions)} positions only"
+            raise DataError(why, path=folder, field="DiffusionBValue", fix="add the missing slices")
+    if max(map(len, positions)) > 1:
+        traces = [[frame for frame in group if frame.is_trace] for group in positions]
+        if all(len(group) == 1 for group in traces):
+            notes = (*notes, f"of {max(map(len, positions))} images at a position the trace image was read")
+            positions = traces
+    several = [group for group in positions if len(group) > 1]
+    if several:
+        raise _several_at_one_position(several[0], len(values), len(frames), folder)
+    return [group[0] for group in positions], notes
+
+
+def _several_at_one_position(group: list[Frame], stated: int, total: int, folder: Path) -> DataError:
+    """An error that names the dimension in which images at one position differ."""
+    names = " and ".join(
+        f"{frame.file.path.name}{f', frame {frame.number + 1}' if frame.number else ''}" for frame in group[:2]
+    )
+    why = f"{len(group)} images are at the same position ({names})"
+    fix = "keep one volume per folder"
+    if 0 < stated < total:
+        return DataError(
+            f"{why}, and only {stated} of {total} state a b-value", path=folder, field="DiffusionBValue", fix=fix
         )
-    heights, in_plane, planes = [], [], set()
-    for name in names:
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(name)
-        reader.ReadImageInformation()
-        try:
-            position, cosines = (
-                np.array([float(value) for value in reader.GetMetaData(tag).split("\\")])
-                for tag in ("0020|0032", "0020|0037")
-            )
-            heights.append(float(position @ np.cross(cosines[:3], cosines[3:])))
-            in_plane.append([position @ cosines[:3], position @ cosines[3:]])
-        except (RuntimeError, ValueError):
-            why = "a slice has no position or orientation"
-            raise defect(why, "ImagePositionPatient", "export the series again") from None
-        planes.add((reader.GetSize()[:2], reader.GetSpacing()[:2], tuple(np.round(cosines, 3))))
-        voxels, components = len(names) * int(np.prod(reader.GetSize(), dtype=object)), reader.GetNumberOfComponents()
-        if voxels > MAX_VOXELS or components != 1:
-            why = (
-                f"the series has {voxels} voxels of {components} values, at most {MAX_VOXELS} of one value are expected"
-            )
-            raise defect(why, "Rows", "give an MR series")
-    if len(planes) > 1:
-        why = "the slices differ in size, voxel size or orientation"
-        raise defect(why, "ImageOrientationPatient", "keep one series per folder")
-    steps = np.diff(np.sort(heights))
-    typical = float(np.median(steps))
-    if typical <= 0 or steps.min() < 0.5 * typical:
-        raise defect("two slices are at the same position", "ImagePositionPatient", "keep one volume per folder")
-    if np.abs(steps - typical).max() > 0.05 * typical:
-        gap = int(np.abs(steps - typical).argmax()) + 1
-        why = f"the slices are spaced unevenly: {steps[gap - 1]:.2f} mm after slice {gap}, {typical:.2f} mm elsewhere"
-        raise defect(why, "ImagePositionPatient", "add the missing slices")
-    shift = float(np.ptp(in_plane, axis=0).max())
-    if shift > 0.05 * typical:
-        why = f"the slices are shifted against each other by {shift:.2f} mm within their plane"
-        raise defect(why, "ImagePositionPatient", "export the series again")
-    return float(steps.mean())
+    for keyword, what in DIMENSIONS.items():
+        count = len({frame.labels[keyword] for frame in group})
+        if count > 1:
+            if keyword == "DiffusionGradientOrientation":
+                fix = "give the trace images, not those of single directions"
+            return DataError(f"{why}: {count} {what}", path=folder, field=keyword, fix=fix)
+    if group[0].b_value:
+        why, fix = f"{why} and have one b-value, {group[0].b_value:g}", "give the trace images, one at each position"
+    return DataError(why, path=folder, field="ImagePositionPatient", fix=fix)
+
+
+def _notes_on_missing(files: Sequence[DicomFile]) -> list[str]:
+    """What the headers say about slices that are not there; missing ones at an end of a stack leave no other trace."""
+    numbers: list[int] = []
+    expected: list[int] = []
+    for file in files:
+        for keyword, found in (("InstanceNumber", numbers), ("ImagesInAcquisition", expected)):
+            value = value_of(file, keyword)
+            if isinstance(value, int):
+                found.append(int(value))
+    notes = []
+    if len(numbers) == len(files) > 1 and len(set(numbers)) == len(numbers):
+        missing = max(numbers) - min(numbers) + 1 - len(numbers)
+        if missing or min(numbers) > 1:
+            gap = f", {missing} numbers are missing" if missing else ""
+            notes.append(f"images may be missing: InstanceNumber runs from {min(numbers)} to {max(numbers)}{gap}")
+    if expected and max(expected) > len(files) > 1:
+        notes.append(f"images may be missing: ImagesInAcquisition is {max(expected)}, the folder holds {len(files)}")
+    return notes
+
+
+def _scaled_voxels(frames: list[Frame]) -> tuple[np.ndarray, list[str]]:
+    """(columns, rows, slices) float32 voxels, each slice with its own scale in float64, and notes on scale and padding."""
+    header = frames[0].file.header
+    array = np.empty((header.Columns, header.Rows, len(frames)), np.float32)
+    padded = 0
+    numbers: dict[Path, list[int]] = {}
+    for index, frame in enumerate(frames):
+        numbers.setdefault(frame.file.path, []).append(index)
+    for indices in numbers.values():
+        file = frames[indices[0]].file
+        stored = read_pixels(file, [frames[index].number for index in indices])
+        padding = value_of(file, "PixelPaddingValue")
+        padded += int(np.count_nonzero(stored == padding)) if isinstance(padding, int) else 0
+        for index, slice_ in zip(indices, stored, strict=True):
+            scaled = slice_ * np.float64(frames[index].slope) + frames[index].intercept
+            with np.errstate(over="ignore"):  # becomes infinite, which check_voxels reports
+                array[:, :, index] = scaled.T
+    notes = []
+    if padded:
+        notes.append(f"{padded} of {array.size} voxels have the value of PixelPaddingValue")
+    if len({frame.file.header.PixelRepresentation for frame in frames}) > 1:
+        notes.append("PixelRepresentation differs: some slices are signed, others are not")
+    scales = Counter((frame.slope, frame.intercept) for frame in frames)
+    if len(scales) > 1:
+        notes.append(f"the slices have {len(scales)} different pairs of RescaleSlope and RescaleIntercept")
+    return array, notes

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ccella_fast.data.readers.bids import find_bids_series, is_bids
-from ccella_fast.data.readers.dicom_series import is_dicom_folder
+from ccella_fast.data.readers.dicom_files import is_dicom_folder
 from ccella_fast.data.readers.study import Defects, FoundSeries, Study
 from ccella_fast.data.readers.study_list import read_study_list
 from ccella_fast.data.readers.study_table import PARTICIPANTS, apply_table

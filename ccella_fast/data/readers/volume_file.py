@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from ccella_fast.data.readers.dicom_series import read_dicom_series
-from ccella_fast.data.readers.itk_file import read_itk_file
-from ccella_fast.data.readers.nifti import read_nifti_file
+from ccella_fast.data.readers.metaimage import parse_metaimage, read_metaimage
+from ccella_fast.data.readers.nifti import b_value_file, read_nifti_file
+from ccella_fast.data.readers.nrrd import parse_nrrd, read_nrrd
+from ccella_fast.data.readers.pointers import check_is_data
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_checks import check_affine, check_voxels
 from ccella_fast.errors import DataError
@@ -22,8 +24,10 @@ from ccella_fast.errors import DataError
 FORMATS: dict[str, Callable[[Path, float | None], Volume]] = {
     ".nii.gz": read_nifti_file,
     ".nii": read_nifti_file,
-    ".mha": read_itk_file,
-    ".nrrd": read_itk_file,
+    ".mha": read_metaimage,
+    ".mhd": read_metaimage,
+    ".nrrd": read_nrrd,
+    ".nhdr": read_nrrd,
 }
 FORMAT_NAMES = f"{', '.join(FORMATS)} or a folder of DICOM files"  # for messages
 _PLANES = ("sagittal", "coronal", "axial")
@@ -46,6 +50,8 @@ def read_volume(path: str | Path, *, b_value: float | None = None) -> Volume:
             positive spacing and orthonormal directions.
     """
     path = Path(path)
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        check_is_data(file)
     if not path.exists():
         raise DataError("this file does not exist", path=path, fix="check the path, or copy the file again")
     suffix = volume_suffix(path.name)
@@ -59,6 +65,24 @@ def read_volume(path: str | Path, *, b_value: float | None = None) -> Volume:
     check_affine(volume.affine, path)
     check_voxels(volume.array, path)
     return _to_closest_ras(volume)
+
+
+def files_of_volume(path: Path) -> list[Path]:
+    """The files that `read_volume` reads for `path`: that file, then those that its header or its name refers to.
+
+    For a folder these are the files in it, sorted.
+
+    Raises:
+        DataError: If the header that names the other file is damaged, or if that file is missing or outside its folder.
+    """
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    suffix = volume_suffix(path.name)
+    if suffix in (".mha", ".mhd", ".nrrd", ".nhdr"):
+        other = (parse_metaimage(path) if suffix in (".mha", ".mhd") else parse_nrrd(path)).path
+    else:
+        other = b_value_file(path)
+    return [path, other] if other != path and other.is_file() else [path]
 
 
 def check_axial(volume: Volume, path: Path) -> None:
