@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from ccella_fast.data.manifest import Split
 from ccella_fast.errors import DataError
 
-Split = Literal["train", "test"]
 FoundSeries = tuple[str, Path, dict[str, Path]]  # name of a study, its folder, sequence -> image file
 NEGATIVE, POSITIVE = [1, 0], [0, 1]  # PI-RADS 1 and 2, PI-RADS 3 to 5 (docs/explanation/method.md, section 1.1)
 #: A PI-RADS score, or the name of a class, -> one-hot class.
@@ -23,7 +23,7 @@ class Study(NamedTuple):
     Attributes:
         id: Unique name, which becomes part of file names.
         files: Sequence -> image file, or folder of DICOM files.
-        split: "train" or "test".
+        split: "train", "val" or "test".
         dataset: Tag that `data.dataset` can select.
         pirads: One-hot class, or None if it is unknown.
         report: Text of the report, or None if there is no report.
