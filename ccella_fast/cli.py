@@ -151,6 +151,8 @@ def _prepare(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--embedding_base_dir", type=Path, help="folder of latents and text features that the reference has prepared"
     )
+    about = "read series that are links to files or folders outside --data"
+    command.add_argument("--follow_links", action="store_true", help=about)
     about = "also store K augmented latents per training study (needs --vae; 0: stop using them)"
     command.add_argument("--augment", type=_from(0), metavar="K", help=about)
     about = (

@@ -52,7 +52,9 @@ class Study(NamedTuple):
 
 
 class Defects:
-    """Collects DataErrors, so that one pass over the studies finds all of them."""
+    """Collects DataErrors, so that one pass over the studies finds all of them; it raises the first one after `LIMIT`."""
+
+    LIMIT = 1000
 
     def __init__(self) -> None:
         self.found: list[DataError] = []
@@ -60,6 +62,8 @@ class Defects:
     def add(self, defect: DataError) -> None:
         """Collect one more defect."""
         self.found.append(defect)
+        if len(self.found) >= self.LIMIT:
+            self.raise_first()
 
     def raise_first(self) -> None:
         """Raise the first defect, if any; its message counts the others and names up to three of their files."""
@@ -68,5 +72,6 @@ class Defects:
         first, more = self.found[0], len(self.found) - 1
         if more:
             others = sorted({Path(defect.path).name for defect in self.found[1:] if defect.path})[:3]
-            first.why += f" (and {more} more defect{'s' if more > 1 else ''}, in {', '.join(others)})"
+            at_least = "at least " if len(self.found) >= self.LIMIT else ""
+            first.why += f" (and {at_least}{more} more defect{'s' if more > 1 else ''}, in {', '.join(others)})"
         raise first
