@@ -13,10 +13,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ccella_fast.data.readers.links import join_series
 from ccella_fast.data.readers.study import Defects, FoundSeries
 from ccella_fast.data.readers.volume_file import volume_suffix
 from ccella_fast.errors import DataError
-from ccella_fast.storage import safe_join
 
 MARK = "dataset_description.json"
 _NAME = re.compile(r"sub-[A-Za-z0-9]+(_[A-Za-z0-9]+-[A-Za-z0-9]+)*_(?P<suffix>[A-Za-z0-9]+)\.nii(\.gz)?")
@@ -53,7 +53,10 @@ def find_bids_series(
                     defects.add(DataError(why, path=path.parent, field=sequence, fix=fix))
                 else:
                     try:
-                        files[sequence] = _checked(root, path, sequence, follow_links)
+                        relative = path.relative_to(root).as_posix()
+                        files[sequence] = join_series(
+                            root, relative, follow_links=follow_links, path=path, field=sequence
+                        )
                     except DataError as defect:
                         defects.add(defect)
             if files:
@@ -62,16 +65,6 @@ def find_bids_series(
             elif session != subject or not sessions:
                 unread.setdefault(session.parent, []).append(f"{session.name}/")
     return found, unread
-
-
-def _checked(root: Path, path: Path, sequence: str, follow_links: bool) -> Path:
-    """`path`, a series. DataError if it is not there, or elsewhere."""
-    if path.is_symlink() and not path.exists():
-        why = "this series is a link to a file that does not exist"
-        fix = "restore the file, for git-annex and DataLad with `git annex get`"
-        raise DataError(why, path=path, field=sequence, fix=fix)
-    relative = path.relative_to(root).as_posix()
-    return safe_join(root, relative, path=path, field=sequence, follow_links=follow_links)
 
 
 def _sequence_of(path: Path) -> str | None:

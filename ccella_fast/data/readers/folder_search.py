@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ccella_fast.data.readers.dicom_files import is_dicom_folder
+from ccella_fast.data.readers.links import join_series
 from ccella_fast.data.readers.series_names import SeriesName, parse_series_name
 from ccella_fast.data.readers.study import Defects, FoundSeries
 from ccella_fast.data.readers.text_checks import printable
@@ -121,7 +122,7 @@ class FolderSearch:
                 continue
             if entry.is_dir():
                 try:
-                    self._check_place(entry)
+                    safe_join(self.root, str(entry.relative_to(self.root)), path=entry, follow_links=self.follow_links)
                     (self._linked if entry.is_symlink() else subfolders).append(_Folder(entry, study))
                 except DataError as defect:
                     self.defects.add(defect)
@@ -175,16 +176,12 @@ class FolderSearch:
 
     def _image_of(self, entry: Path, name: SeriesName) -> Path | None:
         """The file or DICOM folder of the series that `entry` is by its name; None if it is a folder of studies."""
-        if entry.is_symlink() and not entry.exists():
-            why = "this series is a link to a file that does not exist"
-            fix = "restore the file, for git-annex and DataLad with `git annex get`"
-            raise DataError(why, path=entry, field=name.sequence, fix=fix)
-        self._check_place(entry, name.sequence)
-        if entry.is_dir():
-            try:
+        try:
+            self._check_place(entry, name.sequence)
+            if entry.is_dir():
                 return self._image_in(entry, name)
-            except OSError as error:
-                raise _unreadable(entry, error) from None
+        except OSError as error:
+            raise _unreadable(entry, error) from None
         if not entry.is_file():
             why = "this has the name of a series, but is neither a file nor a folder"
             raise DataError(why, path=entry, field=name.sequence, fix="remove it")
@@ -236,11 +233,7 @@ class FolderSearch:
                     yield entry
 
     def _is_dicom(self, folder: Path) -> bool:
-        """Whether `folder` holds DICOM files. No file is opened outside the root, unless links are followed."""
         self._check_place(folder)
-        for entry in visible_entries(folder):
-            if entry.is_symlink() and not entry.is_dir():
-                self._check_place(entry)
         return is_dicom_folder(folder)
 
     def _check_hidden(self, study: Path, below: list[Path]) -> None:
@@ -255,7 +248,7 @@ class FolderSearch:
 
     def _check_place(self, entry: Path, sequence: str | None = None) -> None:
         relative = entry.relative_to(self.root).as_posix()
-        safe_join(self.root, relative, path=entry, field=sequence, follow_links=self.follow_links)
+        join_series(self.root, relative, follow_links=self.follow_links, path=entry, field=sequence)
 
 
 def warn_of_unread(unread: dict[Path, list[str]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ccella_fast.data.readers.links import join_series
 from ccella_fast.data.readers.study import NEGATIVE, POSITIVE, Defects, Split, Study
 from ccella_fast.data.readers.text_checks import (
     MAX_STUDIES,
@@ -110,7 +111,7 @@ class _Entry:
         study = Study(
             id=check_id(values["folder"].replace("/", "_"), self.path, self.field("folder")),
             files={
-                name: self.join(images, key, values[key], follow_links)
+                name: join_series(images, values[key], follow_links=follow_links, path=self.path, field=self.field(key))
                 for key, name in _SEQUENCES.items()
                 if values.get(key)
             },
@@ -148,8 +149,8 @@ class _Entry:
         latents = {name: file for name, file in latents.items() if file.is_file()}
         return study._replace(text_file=text_file, text_isnull=is_null, latent_files=latents)
 
-    def join(self, root: Path, key: str, name: str, follow_links: bool = False) -> Path:
-        return safe_join(root, name, path=self.path, field=self.field(key), follow_links=follow_links)
+    def join(self, root: Path, key: str, name: str) -> Path:
+        return safe_join(root, name, path=self.path, field=self.field(key))
 
 
 def _is_voxel_size(value: Any) -> bool:
