@@ -39,6 +39,13 @@ def _run_prepare(arguments: argparse.Namespace) -> None:
     prepare(options.pop("data"), options.pop("out"), _config(arguments), **options)
 
 
+def _run_check(arguments: argparse.Namespace) -> int:
+    from ccella_fast.data.checking.check import check
+
+    options = _options(arguments, without=["config", "set"])
+    return check(options.pop("data"), _config(arguments), **options)
+
+
 def _run_train_vae(arguments: argparse.Namespace) -> None:
     from ccella_fast.training.autoencoder.run import train_vae
 
@@ -115,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _phantom(commands)
+    _check(commands)
     _prepare(commands)
     _train_vae(commands)
     _sample(commands)
@@ -132,6 +140,30 @@ def _phantom(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--out", type=Path, required=True, help="folder for the studies")
     command.add_argument("--num_studies", type=_from(1), default=24, help="number of studies (default 24)")
     command.add_argument("--seed", type=_from(0), default=0, help="the same seed gives the same bytes (default 0)")
+
+
+def _check(commands: argparse._SubParsersAction) -> None:
+    example = "ccella-fast check --data studies/ --config configs/ccella.json --out out/check"
+    about = (
+        "Find everything that is wrong with a data set in one pass: damaged files, classes, duplicates, leakage, sizes."
+    )
+    command = _add(commands, "check", _run_check, about, example)
+    command.add_argument("--data", type=Path, required=True, help="folder or JSON list of studies, or prepared folder")
+    command.add_argument("--out", type=Path, help="folder for check.json and check.html (default: nothing is written)")
+    command.add_argument("--csv", type=Path, help="reports and classes of a study folder (default: studies.csv in it)")
+    command.add_argument("--test_data", type=Path, help="JSON manifest of the test split")
+    command.add_argument(
+        "--data_base_dir", type=Path, help="folder that the image paths of a JSON manifest are relative to"
+    )
+    command.add_argument(
+        "--embedding_base_dir", type=Path, help="folder of latents and text features that the reference has prepared"
+    )
+    about = "do not count this finding, for example leakage; may be repeated"
+    command.add_argument("--allow", action="append", default=[], metavar="NAME", help=about)
+    about = "read only the headers of images: fast, but damaged voxels and copies are not found"
+    command.add_argument("--headers_only", action="store_true", help=about)
+    command.add_argument("--workers", type=_from(1), help="number of processes that read images")
+    _add_config(command)
 
 
 def _prepare(commands: argparse._SubParsersAction) -> None:
@@ -276,7 +308,11 @@ def _env(commands: argparse._SubParsersAction) -> None:
 
 
 def _add(
-    commands: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], None], about: str, example: str
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    about: str,
+    example: str,
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name,

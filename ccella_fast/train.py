@@ -60,6 +60,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "data": Path(data),
         "run": Path(run),
         "deepspeed_file": Path(files[0]) if files else None,
+        "allow": arguments.allow,
     }
     if arguments.dry_run:
         from ccella_fast.training.dry_run import describe_run
@@ -113,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     about = "stored latents, or online: augmented and encoded during training (needs a folder prepared with --vae)"
     add("--latents", choices=["stored", "online"], help=f"{about}; default: training.latents")
     add("--seed", type=int, metavar="N", help="seed of data order, noise and initial weights")
+    about = "train although the data has this finding of `ccella-fast check`, for example leakage; may be repeated"
+    add("--allow", action="append", default=[], metavar="NAME", help=about)
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated")
     add(
         "--deepspeed",

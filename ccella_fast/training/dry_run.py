@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from ccella_fast.training.run import make_run_plan
 _FP32 = 4
 
 
-def describe_run(config: Config, *, data: Path, run: Path, deepspeed_file: Path | None) -> str:
+def describe_run(
+    config: Config, *, data: Path, run: Path, deepspeed_file: Path | None, allow: Sequence[str] = ()
+) -> str:
     """Describe a run as text: configuration, DeepSpeed values, parameters, memory without activations, and disk space.
 
     Args:
@@ -22,8 +25,9 @@ def describe_run(config: Config, *, data: Path, run: Path, deepspeed_file: Path 
         data: the prepared folder.
         run: the run's folder; nothing is written to it.
         deepspeed_file: the user's DeepSpeed configuration.
+        allow: names of findings about the data with which the run would start nevertheless.
     """
-    plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file)
+    plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, allow=allow)
     with torch.device("meta"):
         model = build_model(plan.config)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     "train": 7, "cli": 7,
     "sampling": 6,
+    "data.checking.check": 6, "data.checking.page": 6,
     "training": 5, "data.preparation.prepare": 5, "data.preparation.preview": 5, "report": 5,
     "checkpoint": 4,
     "data": 3, "reference_checkpoint": 3, "dropin": 3,

@@ -31,7 +31,7 @@ SERIES_NAMES = {
     "adc": ["adc"],
 }
 _SEQUENCES = {name: sequence for sequence, names in SERIES_NAMES.items() for name in names}
-_TABLE = "studies.csv"
+TABLE = "studies.csv"
 
 
 def find_studies(
@@ -41,6 +41,7 @@ def find_studies(
     test_data: str | Path | None = None,
     data_base_dir: str | Path | None = None,
     embedding_base_dir: str | Path | None = None,
+    defects: Defects | None = None,
 ) -> list[Study]:
     """Find the studies of a folder or of a JSON list, sorted by id.
 
@@ -50,11 +51,13 @@ def find_studies(
         test_data: A second JSON list, whose studies have the split "test".
         data_base_dir: Folder that the paths of images in a list are relative to. Default: the folder of the list.
         embedding_base_dir: Folder of the latents and text features that the reference prepared.
+        defects: Where defects are collected instead of raising the first one; the rest of the studies is returned.
 
     Raises:
         DataError: For the first defect found; the message counts the others.
     """
-    data, defects = Path(data), Defects()
+    data, raises = Path(data), defects is None
+    defects = Defects() if defects is None else defects
     if not data.exists():
         raise DataError("there is no such file or folder", path=data, fix="check --data")
     if data.is_dir():
@@ -70,8 +73,9 @@ def find_studies(
         if test_data is not None:
             studies += read_study_list(Path(test_data), "test", images, embeddings, defects)
     _check_unique_ids(studies, defects)
-    defects.raise_first()
-    if not studies:
+    if raises:
+        defects.raise_first()
+    if not studies and not defects.found:
         fix = f"name the series {', '.join(SERIES_NAMES)} and give them as {FORMAT_NAMES}"
         raise DataError("no study was found", path=data, fix=fix)
     return sorted(studies, key=lambda study: study.id)
@@ -90,11 +94,20 @@ def _find_in_folder(root: Path, table: Path | None, defects: Defects) -> list[St
     if is_bids(root):
         found, default_table = find_bids_series(root, defects), root / PARTICIPANTS
     else:
-        found, default_table = _with_unique_names(root, list(_find_series(root, root, defects))), root / _TABLE
-    studies = [Study(check_id(name, folder), files, listed_in=folder) for name, folder, files in found]
+        found, default_table = _with_unique_names(root, list(_find_series(root, root, defects))), root / TABLE
+    studies = []
+    for name, folder, files in found:
+        try:
+            studies.append(Study(check_id(name, folder), files, listed_in=folder))
+        except DataError as defect:
+            defects.add(defect)
     if table is None and default_table.is_file():
         table = default_table
-    return studies if table is None else apply_table(studies, table, defects)
+    try:
+        return studies if table is None else apply_table(studies, table, defects)
+    except DataError as defect:  # the table cannot be read at all
+        defects.add(defect)
+        return studies
 
 
 def _with_unique_names(root: Path, found: list[FoundSeries]) -> list[FoundSeries]:

@@ -1,7 +1,8 @@
 """Read `studies.csv`, or the `participants.tsv` of a BIDS folder: split, class and report of the studies of a folder.
 
 `pirads` is the score 1 to 5, `neg` or `pos`, or empty if the class is unknown. A blank report is treated as missing.
-`synthetic` is `yes` for a study that was drawn, not measured. Further columns are the user's own and ignored.
+`synthetic` is `yes` for a study that was drawn, not measured. `patient` is the same for all studies of a patient. Further
+columns are the user's own and ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ccella_fast.errors import DataError, did_you_mean
 from ccella_fast.storage import safe_join
 
 PARTICIPANTS = "participants.tsv"
-_COLUMNS = {"case", "split", "pirads", "report", "report_file", "dataset", "synthetic"}
+_COLUMNS = {"case", "split", "pirads", "report", "report_file", "dataset", "synthetic", "patient"}
 
 
 def apply_table(studies: list[Study], table: Path, defects: Defects) -> list[Study]:
@@ -113,6 +114,7 @@ def _parse_row(table: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
         "pirads": CLASSES.get(score),
         "report": clean_report(report, table, f"line {line}, report"),
         "synthetic": synthetic == "yes",
+        "patient": (row.get("patient") or "").strip() or None,
         "dataset": (row.get("dataset") or "").strip() or None,
         "listed_in": table,
         "field": f"line {line}",
