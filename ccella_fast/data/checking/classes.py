@@ -63,7 +63,7 @@ def _classes(train: list[StudyFacts], config: Config) -> list[Finding]:
     rarest = min(counts, key=lambda name: counts[name])
     if counts[rarest] == 0:
         other = next(name for name in counts if name != rarest)
-        why = f"all {len(known)} classes of the training studies are {other}; none is {rarest}"
+        why = f"all {len(known)} training studies with a class are {other}; none is {rarest}"
         found.append(Finding("one_class", stop, why, _class_fix(config)))
     elif matters and counts[rarest] < _RARE * len(known):
         why = f"only {counts[rarest]} of {len(known)} classes are {rarest}"

@@ -67,7 +67,8 @@ def make_signature(volume: Volume) -> Signature:
 def encode_signature(signature: Signature) -> str:
     """The signature as ASCII text for a JSON file."""
     packed = np.packbits(signature.signs > 0, axis=1)
-    return base64.b64encode(np.hstack([packed, signature.places.astype("<i2").view(np.uint8)]).tobytes()).decode()
+    places = np.ascontiguousarray(signature.places, "<i2").view(np.uint8)
+    return base64.b64encode(np.hstack([packed, places]).tobytes()).decode()
 
 
 def decode_signature(text: str) -> Signature:
