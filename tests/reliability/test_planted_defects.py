@@ -27,7 +27,7 @@ ALARMS = ("error", "stop", "warning")
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
     encoder = write_bert(tmp_path_factory.mktemp("bert"))
-    return config(variant="CCELLA", encoder=encoder, text__max_length=32, data__dim=[40, 40, 12])
+    return config(variant="CCELLA", encoder=encoder, text__max_length=32, data__dim=[48, 48, 16])
 
 
 def check_into(out: Path, data: Path, settings: Config, **options: object) -> tuple[int, list[dict]]:
@@ -78,7 +78,7 @@ def test_a_table_that_is_not_utf_8_and_a_grid_that_does_not_divide(tmp_path, set
     write_table(tmp_path / "studies", rows)
     table = tmp_path / "studies" / "studies.csv"
     table.write_bytes(table.read_bytes().replace(b"zone", b"z\xf6ne"))
-    grid = settings.model_copy(update={"data": settings.data.model_copy(update={"dim": [42, 40, 12]})})
+    grid = settings.model_copy(update={"data": settings.data.model_copy(update={"dim": [42, 48, 16]})})
     code, findings = check_into(tmp_path / "out", tmp_path / "studies", grid)
     errors = {each["name"]: each for each in findings if each["severity"] == "error"}
     assert code == 3 and set(errors) == {"config", "defect"}
