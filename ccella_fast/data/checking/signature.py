@@ -30,6 +30,7 @@ _EDGE_RATIO = 6.0  # a point with a larger ratio of curvatures is on an edge, an
 _AGREEMENT = 0.87  # of two descriptions, from -1 to 1: perhaps the same place
 _TOLERANCE = 4.0  # mm between the same place in two copies, once they are moved onto each other
 _SHARED = 0.085  # of the points: the same image
+_STRONGEST = 32  # points of which at least one is in a copy; the others are compared only then
 _MIN_SHARED = 9  # points
 _FLIPS = np.array(list(itertools.product((1, -1), repeat=3)))
 
@@ -82,23 +83,18 @@ def find_copies(signatures: Sequence[Signature]) -> Iterator[tuple[int, int]]:
     """The pairs of volumes that are copies of each other, in order, each once."""
     if not signatures:
         return
-    counts = np.array([len(signature.signs) for signature in signatures])
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    signs = np.concatenate([signature.signs for signature in signatures]).astype(np.float32)
-    owners = np.repeat(np.arange(len(signatures)), counts)
-    for first, signature in enumerate(signatures[:-1]):
-        later = int(starts[first + 1])
-        if not len(signature.signs) or later == len(signs):
-            continue
-        agreement = signature.signs.astype(np.float32) @ signs[later:].T
-        points, others = np.nonzero(agreement >= _AGREEMENT * _BITS)
-        others += later
-        for second in np.flatnonzero(np.bincount(owners[others], minlength=len(signatures)) >= _MIN_SHARED).tolist():
-            chosen = owners[others] == second
-            here = signature.places[points[chosen]]
-            there = signatures[second].places[others[chosen] - starts[second]]
+    signs = [signature.signs.astype(np.float32) for signature in signatures]
+    stacked = np.concatenate(signs)
+    counts = np.array([len(each) for each in signs])
+    owners, starts = np.repeat(np.arange(len(signs)), counts), np.cumsum(counts)
+    for first, strongest in enumerate(each[:_STRONGEST] for each in signs):
+        later = int(starts[first])
+        near = (strongest @ stacked[later:].T >= _AGREEMENT * _BITS).any(axis=0)
+        for second in np.unique(owners[later:][near]).tolist():
+            here, there = np.nonzero(signs[first] @ signs[second].T >= _AGREEMENT * _BITS)
             needed = max(_MIN_SHARED, _SHARED * min(counts[first], counts[second]))
-            if _count_shared(points[chosen], here, there) >= needed:
+            places = signatures[first].places[here], signatures[second].places[there]
+            if len(np.unique(here)) >= needed and _count_shared(here, *places) >= needed:
                 yield first, second
 
 
