@@ -23,6 +23,8 @@ from ccella_fast.data.readers.volume_file import check_axial, closest_ras, read_
 from ccella_fast.errors import DataError
 
 _EVERY = 3  # voxels along each axis that percentiles are measured on
+
+
 class SeriesTask(NamedTuple):
     """What a worker process needs to know of one study.
 
