@@ -80,9 +80,7 @@ def test_rare_classes_missing_values_and_synthetic_studies_are_warned_of():
     assert warned([each._replace(synthetic=True) for each in [*many, study("t", split="test")]]) == set()
 
 
-@pytest.mark.parametrize(
-    "name", ["study.csv", "Studies.xlsx", "Studies.csv", "studies.tsv", "participants.csv", "clinical_data.xlsx"]
-)
+@pytest.mark.parametrize("name", ["study.csv", "Studies.xlsx", "Studies.csv", "studies.tsv", "clinical_data.xlsx"])
 def test_a_table_with_another_name_is_named(tmp_path: Path, name: str, caplog):
     studies = write_studies(tmp_path / "studies")
     (studies / "studies.csv").rename(studies / name)
@@ -169,9 +167,9 @@ def test_geometry_and_intensities_against_grid_and_median(other: SeriesFacts, na
 
 LANGUAGES = {
     "English": "There is a lesion in the left peripheral zone with no sign of extension. The right side is normal.",
-    "Dutch": "Er is een laesie van 12 mm in de perifere zone links. Geen aanwijzingen voor doorgroei. Rechts is niet afwijkend.",
-    "German": "In der peripheren Zone links zeigt sich eine Läsion von 12 mm. Keine Hinweise auf Kapseldurchbruch, rechts nicht.",
-    "French": "Il y a une lésion de 12 mm dans la zone périphérique gauche, sans extension. Les vésicules ne sont pas atteintes.",
+    "Dutch": "Er is een laesie van 12 mm in de perifere zone links. Geen aanwijzing voor doorgroei. Rechts is niet afwijkend.",
+    "German": "In der peripheren Zone links zeigt sich eine Läsion von 12 mm. Keine Hinweise auf Durchbruch, rechts nicht.",
+    "French": "Il y a une lésion de 12 mm dans la zone périphérique gauche, sans extension. Les autres ne sont pas atteintes.",
     "not in Latin letters": "В левой периферической зоне определяется очаг размером 12 мм. PI-RADS 4.",
 }
 
