@@ -178,7 +178,9 @@ def test_charts_show_their_data():
 
 def test_a_class_loss_that_no_study_enters_is_not_drawn(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("ccella_fast.report.html.curves", lambda groups: drawn.append([g["title"] for g in groups]) or b"")
+    monkeypatch.setattr(
+        "ccella_fast.report.html.curves", lambda groups: drawn.append([g["title"] for g in groups]) or b""
+    )
     for classes in (None, 0.5):
         line = {"step": 1, "loss": 1.0, "loss_l1": 1.0, "loss_class": classes, "lr": 1e-4, "samples_per_second": 2.0}
         (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")

@@ -246,7 +246,7 @@ def test_the_command_writes_only_where_it_is_told(tmp_path: Path, capsys, monkey
     before = sorted(tmp_path.rglob("*"))
     arguments = ["check", "--data", str(studies), "--config", str(tmp_path / "config.json"), "--workers", "1"]
     assert cli.main(arguments) == 0 and sorted(tmp_path.rglob("*")) == before
-    assert "6 studies checked: nothing has to be corrected" in capsys.readouterr().out
+    assert "studies checked: 6; nothing has to be corrected" in capsys.readouterr().out
     assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "check.html").read_text()
     assert "http" not in page and "<script" not in page and "PI-RADS 1-2" in page

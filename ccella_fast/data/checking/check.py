@@ -162,7 +162,7 @@ def check_prepared(data: Path, config: Config) -> Checked:
                 findings.append(Finding.of_error(defect, case.id))
     findings += _other_settings(manifest, config)
     if manifest.truncated_reports:
-        why = f"{len(manifest.truncated_reports)} reports are longer than the encoder reads and lose their beginning"
+        why = f"reports that lose their beginning, because the encoder reads fewer tokens: {len(manifest.truncated_reports)}"
         fix = "raise text.max_length, or shorten them"
         findings.append(Finding("truncated_reports", "warning", why, fix, tuple(manifest.truncated_reports)))
     facts = facts_of_manifest(manifest)
@@ -288,8 +288,8 @@ def _print(checked: Checked, failed: int) -> None:
     for name, text in checked.needs:
         print(f"{'needs':<8} {name}: {text}")
     count = len(checked.facts)
-    ending = "nothing has to be corrected" if not failed else f"{failed} findings have to be corrected or allowed"
-    print(f"{count} {'study' if count == 1 else 'studies'} checked: {ending}")
+    ending = "nothing has to be corrected" if not failed else f"findings that have to be corrected or allowed: {failed}"
+    print(f"studies checked: {count}; {ending}")
 
 
 def _write(out: Path, data: Path, checked: Checked, allow: Sequence[str]) -> None:

@@ -101,7 +101,7 @@ def _synthetic(facts: Sequence[StudyFacts]) -> list[Finding]:
     held_out = [study.id for study in facts if study.synthetic and study.split != "train"]
     if not held_out or all(study.synthetic for study in facts):
         return []
-    why = f"{len(held_out)} synthetic studies are held out for validation or test, next to measured ones"
+    why = f"synthetic studies that are held out for validation or test, next to measured ones: {len(held_out)}"
     return [Finding("synthetic_held_out", "warning", why, "hold out measured studies only", tuple(held_out))]
 
 

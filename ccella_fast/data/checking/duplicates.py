@@ -35,7 +35,7 @@ def check_duplicates(facts: Sequence[StudyFacts]) -> list[Finding]:
     ]
     unsigned = len(facts) - len(signed)
     if signed and unsigned:
-        why = f"copies of {unsigned} studies were not looked for: they were prepared by an earlier version, or are unreadable"
+        why = f"studies of which no copies were looked for (unreadable, or prepared by an earlier version): {unsigned}"
         found.append(
             Finding("no_signature", "info", why, studies=_ids(study for study in facts if not study.signature))
         )

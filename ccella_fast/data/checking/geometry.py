@@ -40,13 +40,13 @@ def _spacing(series: list[tuple[str, SeriesFacts]], sequence: str) -> list[Findi
             if any(max(a / b, b / a) > _OTHER_SPACING for a, b in zip(each.spacing, median, strict=True))
         )
         if other:
-            why = f"the voxel size of {len(other)} {sequence} series is far from the median, {size} mm"
+            why = f"{sequence} series with a voxel size far from the median, {size} mm: {len(other)} of {len(series)}"
             found.append(
                 Finding("other_spacing", "warning", why, "check that these are the same kind of series", other)
             )
     thick = tuple(study for study, each in series if each.spacing[2] > _THICK)
     if thick:
-        why = f"{len(thick)} {sequence} series have slices of more than {_THICK:g} mm"
+        why = f"{sequence} series with slices of more than {_THICK:g} mm: {len(thick)} of {len(series)}"
         found.append(Finding("thick_slices", "warning", why, "give the series with thinner slices", thick))
     return found
 
@@ -62,16 +62,17 @@ def _field(series: list[tuple[str, SeriesFacts]], config: Config) -> list[Findin
         padded = tuple(study for study, share in shares if share < _FILLED)
         cropped = tuple(study for study, share in shares if share > 1 / _COVERED)
         if padded:
-            why = f"along {name}, {len(padded)} images fill less than {_FILLED:.0%} of the grid of {grid[axis]:.0f} mm"
+            why = f"images that fill less than {_FILLED:.0%} of the grid of {grid[axis]:.0f} mm along {name}: {len(padded)}"
             found.append(Finding("small_field", "warning", why, "choose a smaller data.dim or data.spacing", padded))
         if cropped:
-            why = f"along {name}, the grid of {grid[axis]:.0f} mm covers less than {_COVERED:.0%} of {len(cropped)} images"
+            size = f"{grid[axis]:.0f} mm"
+            why = f"images of which the grid of {size} covers less than {_COVERED:.0%} along {name}: {len(cropped)}"
             found.append(Finding("large_field", "warning", why, "choose a larger data.dim or data.spacing", cropped))
     target = config.data.spacing[2]
     thicker = sum(each.spacing[2] > 1.5 * target for _, each in series)
     if thicker:
         typical = statistics.median(each.spacing[2] for _, each in series)
-        why = f"{thicker} images have slices (median {typical:.3g} mm) thicker than the grid's {target:g} mm"
+        why = f"images with slices (median {typical:.3g} mm) thicker than the grid's {target:g} mm: {thicker}"
         found.append(Finding("interpolated_slices", "info", f"{why}; slices in between are interpolated"))
     return found
 
@@ -82,7 +83,7 @@ def _intensities(series: list[tuple[str, SeriesFacts]], sequence: str) -> list[F
     if sequence != "adc":  # magnitudes; a calculated ADC may be slightly negative
         negative = tuple(study for study, low, high in known if low < -0.1 * abs(high))
         if negative:
-            why = f"{len(negative)} {sequence} series have negative intensities, which a magnitude image does not have"
+            why = f"{sequence} series with negative intensities, which a magnitude image does not have: {len(negative)}"
             fix = "check the number type (16-bit values that wrapped?) and the rescale slope"
             found.append(Finding("negative_intensities", "warning", why, fix, negative))
     positive = [high for _, _, high in known if high > 0]
@@ -92,6 +93,8 @@ def _intensities(series: list[tuple[str, SeriesFacts]], sequence: str) -> list[F
             study for study, _, high in known if high <= 0 or max(high / median, median / high) > _OTHER_INTENSITY
         )
         if other:
-            why = f"the intensities of {len(other)} {sequence} series are far from the median of {median:.3g}"
+            why = (
+                f"{sequence} series with intensities far from the median of {median:.3g}: {len(other)} of {len(known)}"
+            )
             found.append(Finding("other_intensities", "warning", why, "check their units and rescale slopes", other))
     return found

@@ -51,7 +51,7 @@ def _languages(written: list[Study]) -> list[Finding]:
     if not foreign:
         return []
     counts = ", ".join(f"{count} {language}" for language, count in Counter(foreign.values()).most_common())
-    why = f"{len(foreign)} of {len(written)} reports seem not to be English ({counts})"
+    why = f"reports that seem not to be English: {len(foreign)} of {len(written)} ({counts})"
     fix = "translate them, or choose a text.encoder that was trained on this language"
     return [Finding("report_language", "warning", why, fix, tuple(foreign))]
 
@@ -74,11 +74,11 @@ def _tokens(written: list[Study], config: Config) -> list[Finding]:
         Finding("tokens", "info", f"{tokens / len(written):.0f} tokens per report, {unknown / tokens:.1%} unknown")
     ]
     if many:
-        why = f"in {len(many)} of {len(written)} reports, more than {_UNKNOWN:.0%} of the tokens are unknown to the encoder"
+        why = f"reports with more than {_UNKNOWN:.0%} of tokens that the encoder does not know: {len(many)} of {len(written)}"
         fix = "check the encoding of the file, or choose another text.encoder"
         found.append(Finding("unknown_tokens", "warning", why, fix, tuple(many)))
     if long:
-        why = f"{len(long)} reports are longer than {config.text.max_length} tokens and lose their beginning"
+        why = f"reports of more than {config.text.max_length} tokens, which lose their beginning: {len(long)} of {len(written)}"
         found.append(
             Finding("truncated_reports", "warning", why, "raise text.max_length, or shorten them", tuple(long))
         )
