@@ -63,6 +63,13 @@ def _run_prepare(arguments: argparse.Namespace) -> None:
     log_next(out, [*command, *_config_options(arguments)])
 
 
+def _run_check(arguments: argparse.Namespace) -> int:
+    from ccella_fast.data.checking.check import check
+
+    options = _options(arguments, without=["config", "set"])
+    return check(options.pop("data"), _config(arguments), **options)
+
+
 def _run_train_vae(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     from ccella_fast.training.autoencoder.run import train_vae
@@ -167,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     entrypoint.add_version(parser)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _phantom(commands)
+    _check(commands)
     _prepare(commands)
     _train_vae(commands)
     _train(commands)
@@ -186,6 +194,32 @@ def _phantom(commands: argparse._SubParsersAction) -> None:
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the studies")
     add("--num_studies", type=whole_number(1), default=24, metavar="N", help="number of studies (default 24)")
     add("--seed", type=whole_number(0), default=0, metavar="N", help="the same seed gives the same bytes (default 0)")
+
+
+def _check(commands: argparse._SubParsersAction) -> None:
+    example = "ccella-fast check --data studies/ --config configs/ccella.json --out out/check"
+    about = (
+        "Find everything that is wrong with a data set in one pass: damaged files, classes, duplicates, leakage, sizes."
+    )
+    command = _add(commands, "check", _run_check, about, example)
+    add = command.add_argument_group("studies").add_argument
+    add("--data", type=Path, required=True, metavar="PATH", help="folder or JSON list of studies, or prepared folder")
+    about = "reports and classes of a study folder (default: studies.csv in it)"
+    add("--csv", type=Path, metavar="FILE", help=about)
+    add("--test_data", type=Path, metavar="FILE", help="JSON manifest of the test split")
+    about = "folder that the image paths of a JSON manifest are relative to"
+    add("--data_base_dir", type=Path, metavar="FOLDER", help=about)
+    about = "folder of latents and text features that the reference has prepared"
+    add("--embedding_base_dir", type=Path, metavar="FOLDER", help=about)
+    add = command.add_argument_group("what is checked").add_argument
+    about = "do not count this finding, for example leakage; may be repeated"
+    add("--allow", action="append", default=[], metavar="NAME", help=about)
+    about = "read only the headers of images: fast, but damaged voxels and copies are not found"
+    add("--headers_only", action="store_true", help=about)
+    add = command.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="FOLDER", help="folder for check.json and check.html (default: nothing is written)")
+    add("--workers", type=whole_number(1), metavar="N", help="number of processes that read images")
+    _add_config(command)
 
 
 def _prepare(commands: argparse._SubParsersAction) -> None:

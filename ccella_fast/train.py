@@ -76,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         "data": Path(data),
         "run": Path(output),
         "deepspeed_file": Path(files[0]) if files else None,
+        "allow": arguments.allow,
     }
     config.check_grid()
     _check_machine()
@@ -148,6 +149,8 @@ def add_arguments(parser: entrypoint.Parser) -> None:
     about = "stored latents, or online: augmented and encoded during training (needs a folder prepared with --vae)"
     add("--latents", choices=["stored", "online"], help=f"{about}; default: training.latents")
     add("--seed", type=entrypoint.whole_number(0), metavar="N", help="seed of data order, noise and initial weights")
+    about = "train although the data has this finding of `ccella-fast check`, for example leakage; may be repeated"
+    add("--allow", action="append", default=[], metavar="NAME", help=about)
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated")
     add = parser.add_argument_group("DeepSpeed").add_argument
     about = "DeepSpeed file, whose values take precedence; without FILE the option has no effect"

@@ -61,13 +61,15 @@ class StudyEntry(_Model):
 
     The keys of `files` are `image/t2w` (X, Y, Z), `latent_mean/t2w` and `latent_sigma/t2w` (C, X, Y, Z), and `text` (L, E); all
     files are float32. Studies with imported latents do not have an image or a sigma. `window` contains per sequence the
-    intensities that were mapped to 0 and 1.
+    intensities that were mapped to 0 and 1. `patient` is the number of the patient where the list of
+    studies names patients.
     """
 
     id: Annotated[str, Field(pattern=CASE_ID)]
     split: Split
     synthetic: bool = False  # generated, not measured
     dataset: str | None
+    patient: int | None = Field(default=None, exclude_if=lambda number: number is None)
     spacing: Annotated[list[PositiveFinite], Field(min_length=3, max_length=3)]
     pirads: Annotated[list[Literal[0, 1]], Field(min_length=2, max_length=2)] | None
     text_isnull: Literal[0, 1]

@@ -48,7 +48,7 @@ class TextEncoder:
         from transformers import AutoConfig
 
         self.config = config
-        self._location, is_local = _locate(config.encoder)
+        self._location, is_local = locate_encoder(config.encoder)
         self._options: dict[str, Any] = {
             "revision": config.revision,
             "local_files_only": is_local,
@@ -135,7 +135,7 @@ class TextEncoder:
             raise ConfigError(why, path=self.config.encoder, field="text.encoder", fix=fix) from None
 
 
-def _locate(encoder: str) -> tuple[str, bool]:
+def locate_encoder(encoder: str) -> tuple[str, bool]:
     """The folder or hub id of an encoder, and whether it is a local folder.
 
     `package:NAME` is the folder `model` of an installed package, whose code is not executed.

@@ -234,17 +234,25 @@ def _model_chart(folder: Path) -> dict[str, Any]:
         return _figure(None, "", missing)
     groups = [
         {"title": "diffusion: loss", "lines": _series(lines, {"total": "loss", "L1 on noise": "loss_l1"})},
-        {"title": "diffusion: class loss, before its weight", "lines": _series(lines, {"class": "loss_class"})},
         {"title": "learning rate", "lines": _series(lines, {"lr": "lr"})},
         {"title": "throughput", "unit": "samples/s", "lines": _series(lines, {"samples/s": "samples_per_second"})},
     ]
     caption = f"Diffusion model, {lines[-1]['step']} steps. Faint: each logged step; bold: running mean."
+    if any(line.get("loss_class") is not None for line in lines):
+        title = "diffusion: class loss, before its weight"
+        groups.insert(1, {"title": title, "lines": _series(lines, {"class": "loss_class"})})
+    else:
+        caption += " No class loss is shown: the model has no class head, or no study with a report has a class."
     return _figure(curves(groups), caption, missing)
 
 
 def _series(lines: list[dict[str, Any]], names: dict[str, str]) -> dict[str, tuple[list, list]]:
     steps = [line["step"] for line in lines]
-    return {label: (steps, [line.get(key, np.nan) for line in lines]) for label, key in names.items()}
+    return {label: (steps, [_number(line.get(key)) for line in lines]) for label, key in names.items()}
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value
 
 
 def _figure(image: bytes | None, caption: str, missing: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The page of `report.html` as a jinja2 template: one file, no script, nothing loaded from anywhere."""
 
-TEMPLATE = """<!DOCTYPE html>
+HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -47,7 +47,16 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 {% for name, value in facts %}<div><span>{{ name }}</span><b>{{ value }}</b></div>
 {% endfor %}
 </div>
+"""
 
+FOOT = """</main>
+</body>
+</html>
+"""
+
+TEMPLATE = (
+    HEAD
+    + """
 <h2>Images</h2>
 <p class="soft">Middle slices in three planes, one gray window (0 to 1 of each volume's normalized intensity), true proportions.
 R, L: the patient's right and left; A, P: front and back; S, I: head and feet. The patient's right is on the left side.</p>
@@ -103,7 +112,6 @@ read from the report at the last step. {{ class_heads }}</p>
 <tr><th>{{ name }}</th><td>{{ value }}</td></tr>
 {% endfor %}
 </table></div>
-</main>
-</body>
-</html>
 """
+    + FOOT
+)

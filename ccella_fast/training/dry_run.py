@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from ccella_fast.training.run import RunPlan, flatten, make_run_plan
 _FP32 = 4
 
 
-def describe_run(config: Config, *, data: Path, run: Path, deepspeed_file: Path | None, as_json: bool = False) -> str:
+def describe_run(
+    config: Config,
+    *,
+    data: Path,
+    run: Path,
+    deepspeed_file: Path | None,
+    allow: Sequence[str] = (),
+    as_json: bool = False,
+) -> str:
     """Check the settings and the data as a real run does, and describe the run as a table or as JSON.
 
     Args:
@@ -28,12 +37,13 @@ def describe_run(config: Config, *, data: Path, run: Path, deepspeed_file: Path 
         data: the prepared folder; every file is compared with its SHA-256 and every shape with the configuration.
         run: the run's folder; nothing is written to it.
         deepspeed_file: the user's DeepSpeed configuration.
+        allow: names of findings about the data with which the run would start nevertheless.
         as_json: JSON, with every setting and the values for DeepSpeed.
 
     Raises:
         CcellaError: as `train`.
     """
-    plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file)
+    plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, allow=allow)
     online = plan.config.training.latents == "online"
     dataset = PreparedDataset(data, plan.config, "train", needs="images" if online else "latents")
     with torch.device("meta"):

@@ -97,6 +97,8 @@ def train_loop(
     """
     training, schedule, weight = config.training, Schedule.from_config(config.scheduler), config.class_loss_weight
     first, nonfinite_steps = state
+    head = config.model.traits.head
+    has_class_loss = head != "none" and weight > 0 and any(stream.dataset.has_class)  # else it averages no study
     on_gpu = engine.device.type == "cuda"
     for done, micro_batches in enumerate(stream.steps(first, total_steps, background=on_gpu), start=first + 1):
         lr = engine.lr_scheduler.get_last_lr()[0]
@@ -121,7 +123,8 @@ def train_loop(
                 loss, noise, classes = _mean_losses([losses for _, losses in micro_steps])
                 if telemetry is not None:
                     grad_norm = float(engine.get_global_grad_norm())
-                    telemetry.log(Progress(done, stream.epoch(done - 1), loss, noise, classes, lr, grad_norm))
+                    class_term = classes if has_class_loss else None
+                    telemetry.log(Progress(done, stream.epoch(done - 1), loss, noise, class_term, lr, grad_norm))
         if telemetry is not None:
             telemetry.bar.update()
 

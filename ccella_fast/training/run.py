@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ccella_fast.checkpoint import newest_checkpoint, read_state, step_folder, verify_checkpoint
 from ccella_fast.config import Config, load_config
 from ccella_fast.data.augmentation.parameters import check_conditioning
+from ccella_fast.data.checking.findings import check_allowed_names
+from ccella_fast.data.checking.overview import check_before_training
 from ccella_fast.data.manifest import Manifest, load_manifest
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError
 from ccella_fast.folder_kinds import check_folder
@@ -52,14 +55,26 @@ class RunPlan:
 
 
 def make_run_plan(
-    config: Config, *, data: Path, run: Path, deepspeed_file: Path | None, start: Path | None = None
+    config: Config,
+    *,
+    data: Path,
+    run: Path,
+    deepspeed_file: Path | None,
+    start: Path | None = None,
+    allow: Sequence[str] = (),
 ) -> RunPlan:
-    """Check and resolve a new run, or one that is resumed from the step folder `start`. Writes nothing."""
+    """Check and resolve a new run, or one that is resumed from the step folder `start`. Writes nothing.
+
+    allow: names of findings about the data with which a new run starts nevertheless.
+    """
+    check_allowed_names(allow)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config, engine_values = merge_deepspeed_config(
         config, deepspeed_file, world_size=world_size, output_dir=run, auto_precision=lambda: auto_precision(start)
     )
     prepared = check_data(config, data)
+    if start is None:
+        check_before_training(prepared, config, allow)
     facts = {
         "total_steps": count_steps(config, prepared, world_size),
         "world_size": world_size,
@@ -73,7 +88,13 @@ def make_run_plan(
 
 
 def train(
-    config: Config, *, data: Path, run: Path, resume: str | None = None, deepspeed_file: Path | None = None
+    config: Config,
+    *,
+    data: Path,
+    run: Path,
+    resume: str | None = None,
+    deepspeed_file: Path | None = None,
+    allow: Sequence[str] = (),
 ) -> int:
     """Train on the prepared folder `data` and write to the folder `run`.
 
@@ -83,6 +104,7 @@ def train(
         run: the run's folder.
         resume: "latest", a step folder, or None to start a new run.
         deepspeed_file: the user's DeepSpeed configuration.
+        allow: names of findings about the data with which training starts nevertheless, see `ccella-fast check`.
 
     Returns:
         The exit code: 0, or 128 + signal after a signal.
@@ -91,7 +113,7 @@ def train(
         CcellaError: with `resume=None`, also if `run` already contains a run.
     """
     start = find_start(run, resume)
-    plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, start=start)
+    plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, start=start, allow=allow)
     if start is not None:
         state = read_state(start)
         check_unchanged(plan, start, state)

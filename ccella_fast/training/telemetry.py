@@ -27,7 +27,7 @@ class Progress(NamedTuple):
     epoch: int
     loss: float
     loss_l1: float
-    loss_class: float
+    loss_class: float | None  # None: no study enters the class loss
     lr: float
     grad_norm: float
 
@@ -71,7 +71,8 @@ class Telemetry:
         append_metrics(self.path, line)
         samples = progress.step * self.global_batch
         names = {"train_loss": "loss"} | {key: key for key in ("loss_l1", "loss_class", "lr", "grad_norm")}
-        self.monitor.write_events([(f"Train/Samples/{name}", line[key], samples) for name, key in names.items()])
+        known = {name: line[key] for name, key in names.items() if line[key] is not None}
+        self.monitor.write_events([(f"Train/Samples/{name}", value, samples) for name, value in known.items()])
         numbers = [(name, value) for name, value in gpu.items() if isinstance(value, float)]
         self.monitor.write_events([(f"Train/GPU/{name}", value, samples) for name, value in numbers])
         self.bar.set_postfix(

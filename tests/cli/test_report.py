@@ -174,3 +174,16 @@ def test_charts_show_their_data():
     assert one != curves([{"title": "a", "lines": {"x": (steps, steps[::-1])}}])
     real = np.random.default_rng(0).random(1000)
     assert histogram({"real": real}, window=(0, 1), unit="") != histogram({"real": real / 2}, window=(0, 1), unit="")
+
+
+def test_a_class_loss_that_no_study_enters_is_not_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "ccella_fast.report.html.curves", lambda groups: drawn.append([g["title"] for g in groups]) or b""
+    )
+    for classes in (None, 0.5):
+        line = {"step": 1, "loss": 1.0, "loss_l1": 1.0, "loss_class": classes, "lr": 1e-4, "samples_per_second": 2.0}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        caption = html._model_chart(tmp_path)["caption"]
+        assert ("No class loss is shown" in caption) == (classes is None)
+    assert [any("class loss" in title for title in titles) for titles in drawn] == [False, True]

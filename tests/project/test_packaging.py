@@ -20,6 +20,7 @@ LAYERS = {
     "cli": 8,
     "train": 7,
     "sampling": 6,
+    "data.checking.check": 6, "data.checking.page": 6,
     "training": 5, "data.preparation.prepare": 5, "data.preparation.preview": 5, "report": 5,
     "checkpoint": 4,
     "data": 3, "reference_checkpoint": 3, "dropin": 3,
@@ -183,7 +184,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["phantom"], ["prepare"], ["train-vae"], ["sample"], ["report"], ["export"], ["env"]]
+    "command", [[], ["phantom"], ["check"], ["prepare"], ["train-vae"], ["sample"], ["report"], ["export"], ["env"]]
 )
 def test_help_loads_no_torch(command):
     arguments = [*command, "--help"]

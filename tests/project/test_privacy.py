@@ -96,9 +96,11 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Iterator[Journey]:
-    """prepare (text, latents, augmented latents, previews), train-vae, train, sample, report: all in this process."""
+    """check, prepare (text, latents, augmented latents, previews), train-vae, train, sample, report: all in this process."""
     from matplotlib.text import Text
 
+    from ccella_fast.data.checking.check import check
+    from ccella_fast.data.checking.findings import STOPPING
     from ccella_fast.sampling.command import sample_to_folder
     from ccella_fast.training.autoencoder.run import train_vae
     from ccella_fast.training.run import train
@@ -124,14 +126,16 @@ def journey(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Iterator
         logger.addHandler(handler)
         logger.setLevel(1)
     try:
+        check(studies, settings, out=out / "check" / "studies")
         prepare(studies, out / "prepared", settings)
         train_vae(out / "prepared", out / "vae", settings)
         prepare(studies, out / "prepared", settings, vae=out / "vae", augment=1, preview=True)
-        assert train(settings, data=out / "prepared", run=out / "model", resume=None, deepspeed_file=None) == 0
+        assert train(settings, data=out / "prepared", run=out / "model", allow=STOPPING) == 0
         sample_to_folder(
             out / "model", out / "samples", reports=[REPORT, ""], num_samples=1, seed=0, guidance_scale=2.0
         )
         write_report(out)
+        check(out / "prepared", settings, out=out / "check" / "prepared")
         yield Journey(folder, records, drawn)
     finally:
         patch.undo()
@@ -146,7 +150,8 @@ def test_the_journey_reached_every_stage(journey: Journey):
     """Else silence would say nothing."""
     out = journey.folder / "out"
     for pattern in ("prepared/text/*.npy", "prepared/latents/*/augmented1*", "prepared/preview/*.png", "vae/*.safetensors",
-                    "samples/*.nii.gz", "samples/montage.png", "report.html", "model/**/*.safetensors"):  # fmt: skip
+                    "samples/*.nii.gz", "samples/montage.png",
+                    "check/*/check.html", "report.html", "model/**/*.safetensors"):  # fmt: skip
         assert list(out.glob(pattern)), pattern
     texts = {
         case["files"]["text"]["path"] for case in json.loads((out / "prepared/manifest.json").read_text())["cases"]
@@ -168,8 +173,8 @@ def test_patient_names_are_nowhere(journey: Journey):
 
 
 def test_study_ids_leave_the_prepared_folder_in_no_page_picture_or_checkpoint(journey: Journey):
-    """They name files and records of the prepared folder, and the autoencoder's reconstructions."""
-    allowed = ("prepared/", "vae/reconstructions/")
+    """They name files and records of the prepared folder, the autoencoder's reconstructions, and findings."""
+    allowed = ("prepared/", "vae/reconstructions/", "check/")
     assert set(journey.where(*spellings(STUDY), but=allowed)) <= {"log"}
     prepared = [name for name, content in contents(journey.folder / "out") if STUDY.encode() in content]
     assert any(name.startswith("prepared/cases/") for name in prepared)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ccella_fast.config import DataConfig
+from ccella_fast.data.checking.signature import encode_signature, make_signature
 from ccella_fast.data.preparation.resampling import Grid, covers_center, make_grid, normalize, resample
 from ccella_fast.data.preparation.stage_cache import write_array
 from ccella_fast.data.readers.volume import Volume
@@ -39,7 +40,7 @@ class PreparedImages(NamedTuple):
 
     Attributes:
         files: Key -> entry of the manifest's `files`.
-        facts: affine, spacing and window, for the manifest.
+        facts: affine, spacing and window, for the manifest; a signature, by which copies of the study are recognized.
     """
 
     files: dict[str, dict[str, Any]]
@@ -54,12 +55,18 @@ def check_images(task: ImageTask) -> None:
 def make_images(task: ImageTask) -> PreparedImages:
     """Write `images/<id>/<sequence>.npy`, float32 in [0, 1], below `task.out`."""
     series, grid = read_series(task)
+    signature = encode_signature(make_signature(series[leading_sequence(task.data)]))
     files, windows = {}, {}
     for sequence in task.data.sequences:
         values = resample(series.pop(sequence), grid)
         image, windows[sequence] = normalize(values, sequence, grid, path=task.files[sequence])
         files[f"image/{sequence}"] = write_array(task.out, f"images/{task.id}/{sequence}.npy", image)
-    facts = {"affine": grid.affine.tolist(), "spacing": list(task.data.spacing), "window": windows}
+    facts = {
+        "affine": grid.affine.tolist(),
+        "spacing": list(task.data.spacing),
+        "window": windows,
+        "signature": signature,
+    }
     return PreparedImages(files, facts)
 
 
@@ -69,13 +76,18 @@ def read_series(task: ImageTask) -> tuple[dict[str, Volume], Grid]:
     for sequence in task.data.sequences:
         series[sequence] = read_volume(task.files[sequence])
         check_axial(series[sequence], task.files[sequence])
-    leading = "t2w" if "t2w" in task.data.sequences else task.data.sequences[0]
+    leading = leading_sequence(task.data)
     grid = make_grid(series[leading], task.data.spacing, task.data.dim)
     for sequence in task.data.sequences:
         if not covers_center(series[sequence], grid):
             why = f"this {sequence} series does not cover the center of the {leading} series"
             raise DataError(why, path=task.files[sequence], field="origin", fix="give series of one examination")
     return series, grid
+
+
+def leading_sequence(data: DataConfig) -> str:
+    """The sequence whose directions and center the grid of a study has."""
+    return "t2w" if "t2w" in data.sequences else data.sequences[0]
 
 
 def bytes_needed(task: ImageTask) -> int:

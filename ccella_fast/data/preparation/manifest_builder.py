@@ -37,6 +37,7 @@ class ManifestBuilder:
         self.records, self.studies, self.config = records, studies, config
         self.stages = {stage.name: stage for stage in stages}
         self.augment = augment
+        self.patients = list(dict.fromkeys(study.patient for study in studies if study.patient is not None))
         self.path = records.out / NAME
 
     def is_current(self) -> bool:
@@ -112,6 +113,7 @@ class ManifestBuilder:
             "split": study.split,
             "synthetic": study.synthetic,
             "dataset": study.dataset,
+            **({} if study.patient is None else {"patient": self.patients.index(study.patient)}),
             "spacing": geometry["spacing"],
             "pirads": study.pirads,
             "text_isnull": study.text_isnull if study.text_file is not None else int(study.report is None),

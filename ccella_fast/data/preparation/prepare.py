@@ -21,6 +21,10 @@ import numpy as np
 from ccella_fast.config import Config
 from ccella_fast.data.augmentation.engine_choice import check_engine
 from ccella_fast.data.augmentation.parameters import check_conditioning
+from ccella_fast.data.checking.findings import log_findings
+from ccella_fast.data.checking.overview import check_facts
+from ccella_fast.data.checking.study_facts import facts_of_studies
+from ccella_fast.data.checking.tables import check_table
 from ccella_fast.data.manifest import NAME
 from ccella_fast.data.preparation.augmented_latents import AugmentedLatentStage
 from ccella_fast.data.preparation.latent_encoder import LatentEncoder
@@ -95,6 +99,10 @@ def prepare(
         embedding_base_dir=embedding_base_dir,
         follow_links=follow_links,
     )
+    log_findings([
+        *check_table(studies, Path(data), None if csv is None else Path(csv)),
+        *check_facts(facts_of_studies(studies), config),
+    ])  # fmt: skip
     records = StageCache(out)
     with WorkerPool(workers) as pool:
         stages = _make_stages(records, studies, config, vae, pool)
@@ -153,10 +161,10 @@ def _make_stages(
     sequences = config.data.sequences
     with_latents = [study for study in studies if all(name in study.latent_files for name in sequences)]
     with_features = [study for study in studies if study.text_file is not None]
-    _check_one_form(studies, with_latents, with_features, vae)
+    check_one_form(studies, with_latents, with_features, vae)
     stages: list[Stage] = []
     if not with_latents:
-        _check_series(studies, sequences)
+        missing_series(studies, sequences).raise_first()
         stages.append(ImageStage(records, studies, config, pool))
     if with_features:
         stages.append(ImportedTextStage(records, studies, config))
@@ -169,9 +177,10 @@ def _make_stages(
     return stages
 
 
-def _check_one_form(
+def check_one_form(
     studies: list[Study], with_latents: list[Study], with_features: list[Study], vae: str | Path | None
 ) -> None:
+    """Raise DataError if studies come partly as latents, or reports partly as features."""
     if with_latents and (vae is not None or len(with_latents) < len(studies)):
         conflict = "but --vae is given" if vae is not None else f"{len(studies) - len(with_latents)} as images"
         why = f"{len(with_latents)} studies come as latents (_emb.nii.gz), {conflict}: two autoencoders do not mix"
@@ -206,8 +215,8 @@ def _make_optional_stages(
     return optional
 
 
-def _check_series(studies: list[Study], sequences: list[Any]) -> None:
-    """Raise DataError unless every study has a file of every sequence."""
+def missing_series(studies: list[Study], sequences: list[Any]) -> Defects:
+    """What is wrong where a study does not have a file of every sequence."""
     defects = Defects()
     for study in studies:
         for sequence in sequences:
@@ -220,7 +229,7 @@ def _check_series(studies: list[Study], sequences: list[Any]) -> None:
             else:
                 continue
             defects.add(DataError(why, path=place, field=study.field or sequence, fix=fix))
-    defects.raise_first()
+    return defects
 
 
 def _make_text_encoder(config: Config) -> TextEncoder:
@@ -248,12 +257,15 @@ def _invalidate_manifest(records: StageCache, stage: Stage, todo: list[Study]) -
         (records.out / NAME).unlink(missing_ok=True)
 
 
+def bytes_to_prepare(config: Config, studies: int) -> int:
+    """Disk space of the images and text features of so many studies, in fp32."""
+    voxels = int(np.prod(config.data.dim)) * len(config.data.sequences)
+    return 4 * studies * (voxels + config.text.max_length * config.model.input_dim)
+
+
 def _check_free_space(out: Path, config: Config, images: int) -> None:
-    """Raise DiskError unless the images and text features of so many studies, in fp32, fit on the disk."""
-    values = (
-        int(np.prod(config.data.dim)) * len(config.data.sequences) + config.text.max_length * config.model.input_dim
-    )
-    needed, free = 4 * images * values, shutil.disk_usage(existing_parent(out)).free
+    """Raise DiskError unless the images and text features of so many studies fit on the disk."""
+    needed, free = bytes_to_prepare(config, images), shutil.disk_usage(existing_parent(out)).free
     if needed > free:
         why = f"about {needed / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free"
         raise DiskError(why, path=out, field="--out", fix="free space or choose another folder")

@@ -146,11 +146,12 @@ class TextStage(Stage):
             warn_of_emulated_bf16("set text.dtype to float32, for training and sampling alike (the features differ)")
         for batch in progress_bar(batches, "reports", unit="batch"):
             encoded = self.encoder.encode([report for _, report in batch])
-            for (key, _), features, truncated in zip(batch, encoded.features, encoded.truncated, strict=True):
+            for (key, report), features, truncated in zip(batch, encoded.features, encoded.truncated, strict=True):
                 if key in ids_of:
                     entry = self.records.write_array(f"text/{key}.npy", features)
+                    facts = {"truncated": truncated, "words": len(report.split())}
                     for case in ids_of[key]:
-                        self.records.put(case, self.name, key, {"text": entry}, {"truncated": truncated})
+                        self.records.put(case, self.name, key, {"text": entry}, facts)
         return {}
 
 

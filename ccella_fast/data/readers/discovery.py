@@ -21,7 +21,7 @@ from ccella_fast.data.readers.text_checks import check_id, printable
 from ccella_fast.data.readers.volume_file import FORMAT_NAMES
 from ccella_fast.errors import DataError
 
-_TABLE = "studies.csv"
+TABLE = "studies.csv"
 
 
 def find_studies(
@@ -32,6 +32,7 @@ def find_studies(
     data_base_dir: str | Path | None = None,
     embedding_base_dir: str | Path | None = None,
     follow_links: bool = False,
+    defects: Defects | None = None,
 ) -> list[Study]:
     """Find the studies of a folder or of a JSON list, sorted by id.
 
@@ -42,11 +43,13 @@ def find_studies(
         data_base_dir: Folder that the paths of images in a list are relative to. Default: the folder of the list.
         embedding_base_dir: Folder of the latents and text features that the reference prepared.
         follow_links: Whether series may be links to files or folders outside the data folder.
+        defects: Where defects are collected instead of raising the first one; the rest of the studies is returned.
 
     Raises:
         DataError: For the first defect found; the message counts the others.
     """
-    data, defects = Path(data), Defects()
+    data, raises = Path(data), defects is None
+    defects = Defects() if defects is None else defects
     if not data.exists():
         raise DataError("there is no such file or folder", path=data, fix="check --data")
     if data.is_dir():
@@ -69,8 +72,9 @@ def find_studies(
         if test_data is not None:
             studies += read_study_list(Path(test_data), "test", images, embeddings, follow_links, defects)
     _check_unique_ids(studies, defects)
-    defects.raise_first()
-    if not studies:
+    if raises:
+        defects.raise_first()
+    if not studies and not defects.found:
         raise _no_study(data, "")
     return sorted(studies, key=lambda study: study.id)
 
@@ -85,7 +89,7 @@ def _check_unique_ids(studies: list[Study], defects: Defects) -> None:
 
 def _find_in_folder(root: Path, table: Path | None, follow_links: bool, defects: Defects) -> list[Study]:
     """The studies of a plain folder or a BIDS folder, with the values of the table."""
-    default_table = root / (PARTICIPANTS if is_bids(root) else _TABLE)
+    default_table = root / (PARTICIPANTS if is_bids(root) else TABLE)
     if table is None and default_table.is_file():
         table = default_table
     if is_bids(root):
@@ -94,13 +98,21 @@ def _find_in_folder(root: Path, table: Path | None, follow_links: bool, defects:
         search = FolderSearch(root, follow_links, defects)
         search.run()
         found, unread = _with_unique_names(root, search.found), search.unread(table)
-    if not found:
-        defects.raise_first()
+    if not found and not defects.found:
         names = [name for each in unread.values() for name in each][:3]
         raise _no_study(root, f"; not read are {', '.join(map(printable, names))}" if names else "")
     warn_of_unread(unread)
-    studies = [Study(check_id(name, folder), files, listed_in=folder) for name, folder, files in found]
-    return studies if table is None else apply_table(studies, table, defects)
+    studies = []
+    for name, folder, files in found:
+        try:
+            studies.append(Study(check_id(name, folder), files, listed_in=folder))
+        except DataError as defect:
+            defects.add(defect)
+    try:
+        return studies if table is None else apply_table(studies, table, defects)
+    except DataError as defect:  # the table cannot be read at all
+        defects.add(defect)
+        return studies
 
 
 def _no_study(data: Path, why: str) -> DataError:

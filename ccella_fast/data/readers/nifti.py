@@ -61,6 +61,17 @@ def read_nifti_array(path: Path, dimensions: int = 3) -> tuple[np.ndarray, np.nd
         return _read_voxels(file, header, shape, path), _read_affine(header, path)
 
 
+def read_nifti_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Sizes of all axes and affine of a file by its checked header. The voxels are not read, so they may be damaged.
+
+    Raises:
+        DataError: If the header is damaged or invalid.
+    """
+    with _open(path) as file:
+        header, shape = _read_header(file, path)
+        return shape, _read_affine(header, path)
+
+
 def b_value_file(path: Path) -> Path:
     """The file with the b-values of a NIfTI file, as FSL, dcm2niix and BIDS name it."""
     return path.with_name(re.sub(r"(?i)\.nii(\.gz)?$", ".bval", path.name))

@@ -28,6 +28,7 @@ class Study(NamedTuple):
         pirads: One-hot class, or None if it is unknown.
         report: Text of the report, or None if there is no report.
         synthetic: Whether the images were drawn, not measured.
+        patient: Whose study it is, where the list says so; studies of one patient belong into one split.
         spacing: Voxel size in mm as stated by the reference's manifest.
         text_file: Text features that the reference prepared.
         text_isnull: 1 if these features are those of an empty report, else 0; given with `text_file` only.
@@ -43,6 +44,7 @@ class Study(NamedTuple):
     pirads: list[int] | None = None
     report: str | None = None
     synthetic: bool = False
+    patient: str | None = None
     spacing: list[float] | None = None
     text_file: Path | None = None
     text_isnull: int | None = None

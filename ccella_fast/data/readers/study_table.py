@@ -2,7 +2,8 @@
 
 Cells are compared without the spaces around them. `n/a` is an empty cell. `pirads` is the score 1 to 5, also written 4.0,
 `neg` or `pos`, or empty if the class is unknown. A blank report is treated as missing. `synthetic` is `yes` for a study that
-was drawn, not measured. Further columns are the user's own and ignored. The rows are read in one pass and not kept.
+was drawn, not measured. `patient` is the same for all studies of a patient. Further columns are the user's own and ignored. The
+rows are read in one pass and not kept.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ccella_fast.storage import safe_join
 logger = logging.getLogger("ccella_fast")
 
 PARTICIPANTS = "participants.tsv"
-_COLUMNS = {"case", "split", "pirads", "report", "report_file", "dataset", "synthetic"}
+_COLUMNS = {"case", "split", "pirads", "report", "report_file", "dataset", "synthetic", "patient"}
 _SHOWN = 3  # names in a message
 _TSV_CELL = re.compile(r'(?:^|\t)("(?:[^"]|"")*"(?=\t|$)|[^\t]*)')  # BIDS: quotes enclose a cell that holds tabs
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "the character |"}
@@ -214,6 +215,7 @@ def _parse_row(table: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
         "pirads": CLASSES.get(score),
         "report": clean_report(report, table, f"line {line}, report"),
         "synthetic": synthetic == "yes",
+        "patient": row.get("patient") or None,
         "dataset": row.get("dataset") or None,
         "listed_in": table,
         "field": f"line {line}",

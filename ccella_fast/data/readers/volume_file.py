@@ -64,7 +64,7 @@ def read_volume(path: str | Path, *, b_value: float | None = None) -> Volume:
         raise DataError(why, path=path, fix=f"give {FORMAT_NAMES}")
     check_affine(volume.affine, path)
     check_voxels(volume.array, path)
-    return _to_closest_ras(volume)
+    return closest_ras(volume)
 
 
 def files_of_volume(path: Path) -> list[Path]:
@@ -94,7 +94,7 @@ def check_axial(volume: Volume, path: Path) -> None:
         raise DataError(why, path=path, field="direction", fix="give the axial series")
 
 
-def _to_closest_ras(volume: Volume) -> Volume:
+def closest_ras(volume: Volume) -> Volume:
     """Permute and flip axes (no interpolation) so that each points most nearly to Right, Anterior, Superior."""
     from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 

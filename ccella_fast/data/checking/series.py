@@ -1,0 +1,116 @@
+"""The series of one study as the checks see them. Imported by worker processes, so it does not import torch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ccella_fast.config import DataConfig
+from ccella_fast.data.checking.signature import encode_signature, make_signature
+from ccella_fast.data.checking.study_facts import SeriesFacts
+from ccella_fast.data.preparation.images import leading_sequence
+from ccella_fast.data.preparation.resampling import covers_center, make_grid
+from ccella_fast.data.readers.metaimage import parse_metaimage
+from ccella_fast.data.readers.nifti import read_nifti_geometry
+from ccella_fast.data.readers.nrrd import parse_nrrd
+from ccella_fast.data.readers.pointers import check_is_data
+from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume_checks import check_affine
+from ccella_fast.data.readers.volume_file import check_axial, closest_ras, read_volume, volume_suffix
+from ccella_fast.errors import DataError
+
+_EVERY = 3  # voxels along each axis that percentiles are measured on
+
+
+class SeriesTask(NamedTuple):
+    """What a worker process needs to know of one study.
+
+    Attributes:
+        id: The study's id.
+        files: Sequence -> image file or folder of DICOM files.
+        data: The configuration of the grid.
+        headers_only: Whether voxels are left alone.
+    """
+
+    id: str
+    files: dict[str, Path]
+    data: DataConfig
+    headers_only: bool
+
+
+class SeriesResult(NamedTuple):
+    """What was found out about one study.
+
+    Attributes:
+        series: Facts of each readable series.
+        signature: Of the leading series, encoded; None if voxels were not read.
+        defects: What the readers refuse, one error per series.
+        notes: (file, sentence) about what a reader did not use.
+    """
+
+    series: dict[str, SeriesFacts]
+    signature: str | None
+    defects: list[DataError]
+    notes: list[tuple[str, str]]
+
+
+def examine_series(task: SeriesTask) -> SeriesResult:
+    """Read all series of a study; a defect of one does not keep the others from being read."""
+    volumes: dict[str, Volume] = {}
+    series: dict[str, SeriesFacts] = {}
+    defects = []
+    for sequence, path in task.files.items():
+        try:
+            header = _read_header(path) if task.headers_only else None
+            if header is not None:
+                series[sequence] = _facts_of_header(*header, path)
+            else:
+                volume = read_volume(path)
+                check_axial(volume, path)
+                series[sequence], volumes[sequence] = _facts_of_volume(volume), volume
+        except DataError as defect:
+            defects.append(defect)
+    leading = leading_sequence(task.data)
+    signature = None
+    if leading in volumes:
+        signature = encode_signature(make_signature(volumes[leading]))
+        grid = make_grid(volumes[leading], task.data.spacing, task.data.dim)
+        for sequence, volume in volumes.items():
+            if not covers_center(volume, grid):
+                why = f"this {sequence} series does not cover the center of the {leading} series"
+                fix = "give series of one examination"
+                defects.append(DataError(why, path=task.files[sequence], field="origin", fix=fix))
+    notes = [(str(task.files[name]), note) for name, volume in volumes.items() for note in volume.notes]
+    return SeriesResult(series, signature, defects, notes)
+
+
+def _read_header(path: Path) -> tuple[tuple[int, ...], np.ndarray] | None:
+    """Shape and affine by the header alone; None where that does not say which 3D volume will be read."""
+    suffix = volume_suffix(path.name) if path.is_file() else None
+    check_is_data(path)
+    if suffix in (".nii.gz", ".nii"):
+        shape, affine = read_nifti_geometry(path)
+        return (shape, affine) if len(shape) == 3 else None
+    if suffix is not None:
+        image = parse_metaimage(path) if suffix in (".mha", ".mhd") else parse_nrrd(path)
+        return image.shape, image.affine
+    return None
+
+
+def _facts_of_header(shape: tuple[int, ...], affine: np.ndarray, path: Path) -> SeriesFacts:
+    check_affine(affine, path)
+    empty = closest_ras(Volume(np.broadcast_to(np.float32(0), shape), affine))
+    check_axial(empty, path)
+    return SeriesFacts(empty.array.shape, tuple(empty.spacing.tolist()))
+
+
+def _facts_of_volume(volume: Volume) -> SeriesFacts:
+    array = volume.array
+    digest = hashlib.sha256(repr(array.shape).encode())
+    digest.update(np.ascontiguousarray(array).data)
+    some = array[::_EVERY, ::_EVERY]
+    low, high = float(array.min()), float(np.percentile(some, 99.5))
+    return SeriesFacts(array.shape, tuple(volume.spacing.tolist()), digest.hexdigest(), low, high)
