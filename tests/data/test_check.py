@@ -87,8 +87,8 @@ def test_a_table_with_another_name_is_named(tmp_path: Path, name: str, caplog):
     (studies / "LICENSE.txt").write_text("words")
     caplog.set_level("INFO", "ccella_fast")
     prepare(studies, tmp_path / "out", config())
-    first = next(record.getMessage() for record in caplog.records)
-    assert first.startswith("no_table: ") and f"; {name} in it looks like the table" in first and "LICENSE" not in first
+    (said,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("no_table: ")]
+    assert f"; {name} in it looks like the table" in said and "LICENSE" not in said
 
 
 def test_no_table_at_all_and_studies_that_it_does_not_list(tmp_path: Path, caplog):

@@ -125,7 +125,7 @@ def check_studies(
     try:
         studies = find_studies(data, **lists, defects=defects)
     except DataError as defect:  # there is nothing to read
-        defects.add(defect)
+        defects.found += [defect] if defect not in defects.found else []
         studies = []
     findings += [Finding.of_error(defect) for defect in defects.found]
     if not defects.found:
