@@ -1,25 +1,29 @@
-"""A pool of worker processes for many studies, with bounded memory. A worker that is killed raises an error."""
+"""A pool of worker processes for many studies. Files of unknown origin are read in workers only: a crash names the study.
+
+A worker has one task at a time, so a worker that crashes, is killed or does not come back is the result of one study, a
+DataError; another worker takes its place and the other studies go on.
+"""
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import connection
 from typing import Any, NamedTuple, TypeVar
 
-from ccella_fast.errors import DataError
+from ccella_fast.errors import ConfigError, DataError
 from ccella_fast.hardware import free_memory
 
-logger = logging.getLogger("ccella_fast")
 Task = TypeVar("Task")
 _MIN_TASKS_PER_WORKER = 4  # with fewer, starting the process takes longer than it saves
+_SECONDS = 600  # for one study; a series takes seconds, also over a network
+_PRELOADED = ["ccella_fast.data.preparation.images", "SimpleITK", "nibabel"]  # what every worker imports
 
 
 class TaskResult(NamedTuple):
@@ -27,7 +31,7 @@ class TaskResult(NamedTuple):
 
     Attributes:
         task: index of the task.
-        result: the function's return value, or the DataError that it raised.
+        result: the function's return value, or the DataError that it raised or that its process ended with.
         seconds: run time of the function.
     """
 
@@ -40,19 +44,21 @@ class WorkerPool:
     """A context manager that runs tasks in worker processes, which start when first needed and are reused by every `run`.
 
     Args:
-        workers: number of processes; None chooses it for each `run`, 1 runs everything in the calling process.
+        workers: number of processes; None chooses it for each `run`.
+        seconds: time after which a task is given up and its process killed.
     """
 
-    def __init__(self, workers: int | None = None):
-        self.workers = workers
-        self._executor: ProcessPoolExecutor | None = None
+    def __init__(self, workers: int | None = None, *, seconds: float = _SECONDS):
+        self.workers, self.seconds = workers, seconds
+        self._idle: list[_Worker] = []
+        self._busy: list[_Worker] = []
 
     def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+        for worker in self._idle + self._busy:
+            worker.kill()
 
     def run(
         self, function: Callable[[Task], Any], tasks: Sequence[Task], names: Sequence[str], *, bytes_each: int
@@ -68,29 +74,68 @@ class WorkerPool:
             bytes_each: memory that one task needs.
 
         Raises:
-            DataError: a worker was killed; the message names the studies it may have been processing.
+            ConfigError: no process can be started.
         """
-        workers = min(len(tasks), self.workers or count_workers(len(tasks), bytes_each))
-        if workers > 1 and self._start(workers):
-            assert self._executor is not None
-            with _single_threaded_workers(), _without_main_module():
-                yield from _collect(self._executor, function, tasks, names, 2 * workers)
-        else:
-            for number, task in enumerate(tasks):
-                yield TaskResult(number, *_timed(function, task))
+        count = min(len(tasks), self.workers or count_workers(len(tasks), bytes_each))
+        remaining = iter(range(len(tasks)))
+        while True:
+            while len(self._busy) < count and (number := next(remaining, None)) is not None:
+                worker = self._idle.pop() if self._idle else _start_worker()
+                self._busy.append(worker)
+                worker.begin(number, function, tasks[number])
+            if not self._busy:
+                return
+            for worker in self._ready():
+                self._busy.remove(worker)
+                result = worker.finish(names[worker.task], self.seconds)
+                if worker.process.is_alive():
+                    self._idle.append(worker)
+                yield result
 
-    def _start(self, workers: int) -> bool:
-        """Create the executor if needed and return whether there is one. The first submit starts its processes."""
-        if self._executor is None:
-            try:  # Spawned, not forked: torch's threads may hold locks in this process.
-                context = multiprocessing.get_context("spawn")
-                self._executor = ProcessPoolExecutor(workers, context, initializer=_exit_with_parent)
-            except OSError as error:  # the executor's semaphores are in /dev/shm
-                why = os.strerror(error.errno or 0)
-                logger.warning(
-                    "worker processes cannot be started (%s; is /dev/shm full?): studies are processed one by one", why
-                )
-        return self._executor is not None
+    def _ready(self) -> list[_Worker]:
+        """The workers that have a result or have ended, or whose time is up."""
+        now = time.monotonic()
+        next_end = min(worker.start for worker in self._busy) + self.seconds
+        ready = connection.wait([worker.channel for worker in self._busy], timeout=max(0, next_end - now))
+        return [
+            worker for worker in self._busy
+            if worker.channel in ready or time.monotonic() - worker.start > self.seconds
+        ]  # fmt: skip
+
+
+class _Worker:
+    """A process and the channel to it."""
+
+    def __init__(self, process: Any, channel: connection.Connection):
+        self.process, self.channel = process, channel
+        self.task, self.start = -1, 0.0
+
+    def begin(self, task: int, function: Callable[[Any], Any], argument: Any) -> None:
+        """Give the worker a task."""
+        self.task, self.start = task, time.monotonic()
+        self.channel.send((function, argument))
+
+    def finish(self, name: str, seconds: float) -> TaskResult:
+        """The result of the task. A process that has none is killed, and what happened to it is the result."""
+        try:
+            result, duration = self.channel.recv() if self.channel.poll() else (None, None)
+        except (EOFError, OSError):
+            self.process.join()
+            return TaskResult(self.task, _crash(name, self.process.exitcode), time.monotonic() - self.start)
+        if duration is None:
+            self.kill()
+            why = f"reading the study '{name}' takes more than {seconds:g} s"
+            fix = "check its files and the disk that they are on, then run the command again"
+            return TaskResult(self.task, DataError(why, field=name, fix=fix), seconds)
+        if isinstance(result, Exception) and not isinstance(result, DataError):
+            raise result
+        return TaskResult(self.task, result, duration)
+
+    def kill(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.join()
+        self.channel.close()
 
 
 def count_workers(tasks: int, bytes_each: int) -> int:
@@ -99,38 +144,55 @@ def count_workers(tasks: int, bytes_each: int) -> int:
     return max(1, min(cores, tasks // _MIN_TASKS_PER_WORKER, memory // max(1, bytes_each)))
 
 
-def _collect(
-    executor: ProcessPoolExecutor,
-    function: Callable[[Task], Any],
-    tasks: Sequence[Task],
-    names: Sequence[str],
-    max_pending: int,  # few tasks are submitted at a time, so that an error names few candidates
-) -> Iterator[TaskResult]:
-    pending: dict[Future[Any], int] = {}
-    remaining = iter(range(len(tasks)))
-    try:
-        while True:
-            while len(pending) < max_pending and (number := next(remaining, None)) is not None:
-                pending[executor.submit(_timed, function, tasks[number])] = number
-            if not pending:
-                return
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                result, seconds = future.result()
-                yield TaskResult(pending.pop(future), result, seconds)
-    except BrokenProcessPool:
-        candidates = ", ".join(names[number] for number in sorted(pending.values())[:6])
-        why = f"a worker process was killed (out of memory?) at one of: {candidates}"
+def _crash(name: str, code: int | None) -> DataError:
+    """The defect of a study whose worker ended with this exit code; a negative one is a signal."""
+    if code == -signal.SIGKILL:
+        why = f"the process that was reading the study '{name}' was killed (out of memory?)"
         fix = "run the command again (what is done is kept), with --workers 1 if it recurs"
-        raise DataError(why, field="prepare", fix=fix) from None
+    else:
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        why = f"the process that was reading the study '{name}' crashed ({how}): one of its files is damaged"
+        fix = "export the series of this study again"
+    return DataError(why, field=name, fix=fix)
 
 
-def _timed(function: Callable[[Task], Any], task: Task) -> tuple[Any, float]:
-    start = time.perf_counter()
+def _start_worker() -> _Worker:
+    """Start a process. It is forked from a server that holds one thread and has imported what workers need.
+
+    Forking this process instead would copy locks that torch's threads may hold.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
     try:
-        result = function(task)
-    except DataError as error:
-        result = error
-    return result, time.perf_counter() - start
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs,), daemon=True)
+        with _single_threaded_workers(), _without_main_module():
+            process.start()
+    except OSError as error:
+        why = f"no worker process can be started: {os.strerror(error.errno or 0)}"
+        raise ConfigError(why, field="--workers", fix="free memory and processes, or give --workers 1") from None
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _work(channel: connection.Connection) -> None:
+    """Run tasks until the channel is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent ends this one
+    _exit_with_parent()
+    while True:
+        try:
+            function, task = channel.recv()
+        except EOFError:
+            return
+        start = time.perf_counter()
+        try:
+            result = function(task)
+        except MemoryError:
+            fix = "free memory, or run the command with --workers 1"
+            result = DataError("there is not enough memory to read this study", fix=fix)
+        except Exception as error:
+            result = error
+        channel.send((result, time.perf_counter() - start))
 
 
 @contextmanager
@@ -149,7 +211,7 @@ def _single_threaded_workers() -> Iterator[None]:
 
 @contextmanager
 def _without_main_module() -> Iterator[None]:
-    """Processes that are spawned inside do not run the caller's script again, since their functions are in modules.
+    """Processes that are started inside do not run the caller's script again, since their functions are in modules.
 
     Running it again would take seconds and would require a `__main__` guard in the script.
     """
@@ -163,7 +225,7 @@ def _without_main_module() -> Iterator[None]:
 
 
 def _exit_with_parent() -> None:
-    """Let a worker exit when its parent is killed; otherwise it would wait for work forever."""
+    """Let a worker exit when its parent is killed, also in the middle of a task."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
