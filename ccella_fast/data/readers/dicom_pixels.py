@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from ccella_fast.data.readers.dicom_files import DicomFile, value_of
-from ccella_fast.data.readers.itk_file import last_words
 from ccella_fast.data.readers.volume_checks import MAX_VOXELS
 from ccella_fast.errors import DataError
 
@@ -110,9 +109,8 @@ def _decode(file: DicomFile, numbers: Sequence[int]) -> list[np.ndarray]:
             reader.SetFileName(str(path))
             try:
                 array = sitk.GetArrayFromImage(reader.Execute())
-            except RuntimeError as error:
-                why = f"the pixels of frame {number + 1} cannot be decompressed: {last_words(error)}"
-                raise _defect(file, why, "PixelData") from None
+            except RuntimeError:
+                raise _defect(file, f"the pixels of frame {number + 1} cannot be decompressed", "PixelData") from None
             if array.size != shape[0] * shape[1] or array.dtype.kind not in "iu":
                 raise _defect(file, f"the pixels of frame {number + 1} cannot be decompressed", "PixelData")
             decoded.append(array.reshape(shape))
