@@ -21,6 +21,7 @@ NAME = "manifest.json"
 IMPORTED = "imported"  # instead of the fingerprint of an encoder
 CASE_ID = r"^\w[\w .+@=-]{0,120}$"  # part of file names
 FORMAT: Literal["ccella_fast.prepared"] = "ccella_fast.prepared"
+Split = Literal["train", "val", "test"]  # nothing is trained on val and test
 
 # The start of a .npy file of version 1 (numpy.lib.format) and its header, as numpy writes it for a plain array.
 _NPY_START = struct.Struct("<8sH")
@@ -64,7 +65,7 @@ class StudyEntry(_Model):
     """
 
     id: Annotated[str, Field(pattern=CASE_ID)]
-    split: Literal["train", "test"]
+    split: Split
     synthetic: bool = False  # generated, not measured
     dataset: str | None
     spacing: Annotated[list[PositiveFinite], Field(min_length=3, max_length=3)]
