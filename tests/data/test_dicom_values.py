@@ -14,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 from pydicom.encaps import encapsulate, generate_frames
 
+from ccella_fast.data.readers import dicom_pixels, dicom_series
 from ccella_fast.data.readers.dicom_series import read_dicom_series
 from ccella_fast.data.readers.volume_file import read_volume
 from ccella_fast.errors import DataError
@@ -340,4 +341,22 @@ def test_rle_of_impossible_segments_is_refused(header: list[int], tmp_path: Path
     path = write_slices(tmp_path, syntax=RLE)[2]
     rewrite_stream(path, lambda stream: struct.pack("<16I", *header, *[0] * (16 - len(header))) + stream[64:])
     with pytest.raises(DataError, match="damaged header"):
+        read_dicom_series(tmp_path)
+
+
+def test_two_slices_are_a_volume(tmp_path: Path):
+    write_slices(tmp_path, slices()[:, :, :2])
+    volume = read_dicom_series(tmp_path)
+    np.testing.assert_array_equal(volume.array, slices()[:, :, :2].astype(np.float32))
+    np.testing.assert_allclose(volume.affine, affine(), atol=1e-6)
+
+
+def test_more_voxels_than_fit_into_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of one file before its pixels are decoded, of a series before its array is made."""
+    write_slices(tmp_path)
+    monkeypatch.setattr(dicom_series, "MAX_VOXELS", 12 * 10 * 6 - 1)
+    with pytest.raises(DataError, match="more than 719 voxels"):
+        read_dicom_series(tmp_path)
+    monkeypatch.setattr(dicom_pixels, "MAX_VOXELS", 12 * 10 - 1)
+    with pytest.raises(DataError, match="10 x 12 x 1 voxels, but at most 119 are read"):
         read_dicom_series(tmp_path)
