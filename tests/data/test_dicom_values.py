@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 from pydicom.encaps import encapsulate, generate_frames
 
+from ccella_fast.data.readers import dicom_pixels, dicom_series
 from ccella_fast.data.readers.dicom_series import read_dicom_series
 from ccella_fast.data.readers.volume_file import read_volume
 from ccella_fast.errors import DataError
@@ -296,15 +298,65 @@ def test_compressed_pixels_of_another_size_or_cut_off_are_refused(name: str, tmp
     size = b"\0\0\0\x0c\0\0\0\x0a" if name == "JPEG2000" else b"\0\x0a\0\x0c"
     assert size in original
     path.write_bytes(original.replace(size, size.replace(b"\0\x0a", b"\xea\x60"), 1))
-    with pytest.raises(DataError, match="another size than the header says") as caught:
+    with pytest.raises(DataError, match="60000 x 12 x 1 values of .*which the header does not say") as caught:
         read_dicom_series(tmp_path)
     assert caught.value.path == str(path)
     for change, words in [
         (lambda stream: stream[: len(stream) // 2], "cut off"),
         (lambda stream: stream + bytes(100_000), "more than the 240 of uncompressed"),
-        (lambda stream: b"\xff\xd8\xff\xff\xff\xd9", "another size"),
+        (lambda stream: b"\xff\xd8\xff\xff\xff\xd9", "0 x 0 x 0 values"),
     ]:
         path.write_bytes(original)
         rewrite_stream(path, change)
         with pytest.raises(DataError, match=words):
             read_dicom_series(tmp_path)
+
+
+@pytest.mark.parametrize("precision", [0, 1, 17, 175])
+def test_a_compressed_stream_of_impossible_precision_is_refused(precision: int, tmp_path: Path):
+    """GDCM ends the process with a segmentation fault at a lossless JPEG of 175 bits."""
+    path = compress(tmp_path, "JPEG")[2]
+    original = path.read_bytes()
+    start = b"\xff\xc3\0\x0b"  # of the frame header of lossless JPEG; the precision follows
+    assert original.count(start + b"\x10") == 1
+    path.write_bytes(original.replace(start + b"\x10", start + bytes([precision])))
+    with pytest.raises(DataError, match=f"10 x 12 x 1 values of {precision} bits") as caught:
+        read_dicom_series(tmp_path)
+    assert caught.value.path == str(path)
+
+
+RLE_HEADERS = {
+    "none": [0],
+    "three": [3, 64, 70, 80],
+    "equal": [2, 64, 64],
+    "beyond": [2, 64, 10**6],
+    "early": [2, 0, 70],
+    "one": [1, 64],
+}
+
+
+@pytest.mark.parametrize("header", RLE_HEADERS.values(), ids=RLE_HEADERS)
+def test_rle_of_impossible_segments_is_refused(header: list[int], tmp_path: Path):
+    """GDCM divides by the number of segments: 0 ends the process."""
+    path = write_slices(tmp_path, syntax=RLE)[2]
+    rewrite_stream(path, lambda stream: struct.pack("<16I", *header, *[0] * (16 - len(header))) + stream[64:])
+    with pytest.raises(DataError, match="damaged header"):
+        read_dicom_series(tmp_path)
+
+
+def test_two_slices_are_a_volume(tmp_path: Path):
+    write_slices(tmp_path, slices()[:, :, :2])
+    volume = read_dicom_series(tmp_path)
+    np.testing.assert_array_equal(volume.array, slices()[:, :, :2].astype(np.float32))
+    np.testing.assert_allclose(volume.affine, affine(), atol=1e-6)
+
+
+def test_more_voxels_than_fit_into_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of one file before its pixels are decoded, of a series before its array is made."""
+    write_slices(tmp_path)
+    monkeypatch.setattr(dicom_series, "MAX_VOXELS", 12 * 10 * 6 - 1)
+    with pytest.raises(DataError, match="more than 719 voxels"):
+        read_dicom_series(tmp_path)
+    monkeypatch.setattr(dicom_pixels, "MAX_VOXELS", 12 * 10 - 1)
+    with pytest.raises(DataError, match="10 x 12 x 1 voxels, but at most 119 are read"):
+        read_dicom_series(tmp_path)

@@ -148,11 +148,11 @@ def _look_up(header: Any, groups: list[Any] | None, keyword: str) -> Any:
         return header.get(keyword)
     if keyword == "DiffusionGradientOrientation":
         diffusion = _look_up_group(groups, "MRDiffusionSequence")
-        directions = diffusion and diffusion.get("DiffusionGradientDirectionSequence")
+        directions = None if diffusion is None else diffusion.get("DiffusionGradientDirectionSequence")
         return directions[0].get(keyword) if directions else None
     sequence, name = _GROUPS[keyword]
     group = _look_up_group(groups, sequence)
-    return group and group.get(name or keyword)
+    return None if group is None else group.get(name or keyword)
 
 
 def _look_up_group(groups: list[Any], sequence: str) -> Any:

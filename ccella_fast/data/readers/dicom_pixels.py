@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from ccella_fast.data.readers.dicom_files import DicomFile, value_of
-from ccella_fast.data.readers.itk_file import last_words
 from ccella_fast.data.readers.volume_checks import MAX_VOXELS
 from ccella_fast.errors import DataError
 
@@ -98,11 +97,9 @@ def _decode(file: DicomFile, numbers: Sequence[int]) -> list[np.ndarray]:
         raise _defect(file, f"its compressed pixels are damaged: {count} frames are expected", "PixelData")
     with tempfile.TemporaryDirectory() as folder:
         for number in numbers:
-            if _transfer_syntax(file) != _RLE and frames[number].rstrip(b"\0")[-2:] != _END_OF_STREAM:
-                raise _defect(file, f"the compressed pixels of frame {number + 1} are cut off", "PixelData")
-            if _coded_size(frames[number], _transfer_syntax(file)) not in ((*shape, 1), None):
-                why = f"the compressed pixels of frame {number + 1} have another size than the header says"
-                raise _defect(file, why, "PixelData")
+            what = _stream_defect(file, frames[number])
+            if what is not None:
+                raise _defect(file, f"the compressed pixels of frame {number + 1} {what}", "PixelData")
             path = Path(folder) / "frame.dcm"
             _write_frame(file, frames[number], path)
             reader = sitk.ImageFileReader()
@@ -110,32 +107,50 @@ def _decode(file: DicomFile, numbers: Sequence[int]) -> list[np.ndarray]:
             reader.SetFileName(str(path))
             try:
                 array = sitk.GetArrayFromImage(reader.Execute())
-            except RuntimeError as error:
-                why = f"the pixels of frame {number + 1} cannot be decompressed: {last_words(error)}"
-                raise _defect(file, why, "PixelData") from None
+            except RuntimeError:
+                raise _defect(file, f"the pixels of frame {number + 1} cannot be decompressed", "PixelData") from None
             if array.size != shape[0] * shape[1] or array.dtype.kind not in "iu":
                 raise _defect(file, f"the pixels of frame {number + 1} cannot be decompressed", "PixelData")
             decoded.append(array.reshape(shape))
     return decoded
 
 
-def _coded_size(frame: bytes, syntax: str) -> tuple[int, int, int] | None:
-    """Rows, columns and components that a compressed stream states, or zeros; None for RLE, which does not state them."""
+def _stream_defect(file: DicomFile, frame: bytes) -> str | None:
+    """What is wrong with the header or the end of a compressed stream. Decoders trust its header, up to a crash."""
+    syntax, header = _transfer_syntax(file), file.header
     if syntax == _RLE:
-        return None
-    if syntax in _JPEG_2000:
-        siz = frame.find(b"\xff\x4f\xff\x51")  # SOC and SIZ, perhaps within the boxes of a JP2 file
-        if siz < 0 or len(frame) < siz + 42:
-            return 0, 0, 0
-        right, bottom, left, top = struct.unpack_from(">4I", frame, siz + 8)
-        return bottom - top, right - left, struct.unpack_from(">H", frame, siz + 40)[0]
+        count, *offsets = struct.unpack("<16I", frame[:64].ljust(64, b"\0"))
+        offsets = [*offsets[:count], len(frame)]
+        is_valid = count == header.BitsAllocated // 8 and offsets[0] == 64 and sorted(set(offsets)) == offsets
+        return None if is_valid else "have a damaged header"
+    if frame.rstrip(b"\0")[-2:] != _END_OF_STREAM:
+        return "are cut off"
+    rows, columns, components, bits = _jpeg_2000_size(frame) if syntax in _JPEG_2000 else _jpeg_size(frame)
+    if (rows, columns, components) != (header.Rows, header.Columns, 1) or not 2 <= bits <= header.BitsAllocated:
+        return f"are of {rows} x {columns} x {components} values of {bits} bits, which the header does not say"
+    return None
+
+
+def _jpeg_2000_size(frame: bytes) -> tuple[int, int, int, int]:
+    """Rows, columns, components and bits that a JPEG 2000 stream states; zeros if it states none."""
+    siz = frame.find(b"\xff\x4f\xff\x51")  # markers SOC and SIZ, perhaps within the boxes of a JP2 file
+    if siz < 0 or len(frame) < siz + 43:
+        return 0, 0, 0, 0
+    right, bottom, left, top = struct.unpack_from(">4I", frame, siz + 8)
+    components, bits = struct.unpack_from(">HB", frame, siz + 40)
+    return bottom - top, right - left, components, (bits & 0x7F) + 1  # the top bit is that of signed values
+
+
+def _jpeg_size(frame: bytes) -> tuple[int, int, int, int]:
+    """Rows, columns, components and bits that a JPEG or JPEG-LS stream states; zeros if it states none."""
     at = 2
     while frame[:2] == b"\xff\xd8" and at + 10 <= len(frame) and frame[at] == 0xFF:
         marker, length = frame[at + 1], struct.unpack_from(">H", frame, at + 2)[0]
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return *struct.unpack_from(">HH", frame, at + 5), frame[at + 9]
+            bits, rows, columns, components = struct.unpack_from(">BHHB", frame, at + 4)
+            return rows, columns, components, bits
         at += 1 if marker == 0xFF else 2 + length
-    return 0, 0, 0
+    return 0, 0, 0, 0
 
 
 def _write_frame(file: DicomFile, frame: bytes, path: Path) -> None:
