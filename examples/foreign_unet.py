@@ -1,6 +1,6 @@
 """Sampling from a custom U-Net with its own conditioning.
 
-    python examples/foreign_unet.py [--solver unipc] [--steps 20]
+    python examples/foreign_unet.py [--solver unipc] [--steps 20]    # about 2 s on two CPU cores
 
 The network is conditioned on the age of the patient, by a scale and shift in each block, and on a mask of the organ, an input
 channel. `ccella_fast.sample` takes any function of (x, t): here a closure over the conditions that also applies classifier-free

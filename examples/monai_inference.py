@@ -1,6 +1,6 @@
 """A MONAI inference script before and after `speed_up`, with the same networks, noise and DDIM steps.
 
-    python examples/monai_inference.py                        # small, untrained networks: seconds on a CPU
+    python examples/monai_inference.py    # small, untrained networks: about 6 s on two CPU cores, most of it to import MONAI
     python examples/monai_inference.py --device cuda --width 64 --grid 64 64 32 --timesteps 1000
 
 Before: networks and scheduler of MONAI, as in its tutorials. After: `speed_up` on both networks, and `ccella_fast.sample`

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from ccella_fast.config import GridConfig
 from ccella_fast.errors import DataError
+from ccella_fast.folder_kinds import check_folder
 from ccella_fast.storage import read_json, safe_join, sha256
 
 NAME = "manifest.json"
@@ -207,6 +208,7 @@ def load_manifest(folder: str | Path) -> Manifest:
             or a path outside the folder.
     """
     path = Path(folder) / NAME
+    check_folder(folder, "prepared", error=DataError)
     if not path.is_file():
         fix = "run `ccella-fast prepare`, which resumes where it stopped"
         raise DataError("this folder is not prepared, or its preparation is not complete", path=path, fix=fix)

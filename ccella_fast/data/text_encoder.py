@@ -95,7 +95,8 @@ class TextEncoder:
             untruncated = self._tokenizer(batch, verbose=False)["input_ids"]
             truncated += [len(ids) > self.config.max_length for ids in untruncated]
             lost += [max(0, len(ids) - self.config.max_length) for ids in untruncated]
-            unknown += [ids.count(self._tokenizer.unk_token_id) / max(1, len(ids)) for ids in untruncated]
+            added = self._tokenizer.num_special_tokens_to_add()
+            unknown += [ids.count(self._tokenizer.unk_token_id) / max(1, len(ids) - added) for ids in untruncated]
             tokens = self._tokenizer(
                 batch, truncation=True, padding="max_length", max_length=self.config.max_length, return_tensors="pt"
             ).to(self._model.device)

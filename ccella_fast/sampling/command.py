@@ -137,12 +137,13 @@ def sample_to_folder(
     if not missing and all((out / name).is_file() for name in ("samples.csv", "montage.png", "run_record.json")):
         logger.info("the samples in %s are complete, nothing to do", out)
         return
-    indices = processes.shard([index for index, output in enumerate(outputs) if output in missing])
+    batches = _missing_batches(outputs, missing, checked.batch_size, processes)
     recorded = {"volumes": len(outputs), "generated": len(missing), "device": str(device)}
     recorded |= {key: writer.request_metadata[key] for key in ("solver", "num_inference_steps", "dtype")}
     with _run_record(out, processes, recorded):
-        for volume in sampler.generate(checked, indices):
-            writer.write(out, outputs[volume.index], volume)
+        for volume in sampler.generate_batches(checked, batches):
+            if outputs[volume.index] in missing:
+                writer.write(out, outputs[volume.index], volume)
         processes.barrier()
         if processes.rank == 0:
             _write_table(out, outputs, writer)
@@ -196,6 +197,20 @@ def _find_missing(
         missing = writer.missing(out, outputs)
     processes.barrier()
     return missing
+
+
+def _missing_batches(
+    outputs: list[OutputVolume], missing: list[OutputVolume], size: int, processes: DistributedContext
+) -> list[list[int]]:
+    """The batches of this process: those of an unbroken run that contain a missing volume.
+
+    The bits of a volume may depend on the others of its batch, so a continued run repeats whole batches.
+    """
+    needed = []
+    for rank in range(processes.world_size):
+        own = range(rank, len(outputs), processes.world_size)
+        needed += [list(own[k : k + size]) for k in range(0, len(own), size)]
+    return processes.shard([batch for batch in needed if any(outputs[index] in missing for index in batch)])
 
 
 def _run_record(out: Path, processes: DistributedContext, entries: dict[str, Any]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,11 +133,12 @@ class Request:
 
     def resolve_batch_size(self, config: Config) -> int:
         """The number of volumes denoised at a time, with the default of `config`; 1 if `batch_invariant`."""
-        given = config.sampling.batch_size if self.batch_size is None else self.batch_size
-        (size,) = parse_integers([given], "batch_size")
-        if size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {size}", field="batch_size", fix="use 1 or more")
-        return 1 if self.batch_invariant else size
+        size = config.sampling.batch_size if self.batch_size is None else self.batch_size
+        if not isinstance(size, Integral) or size < 1:
+            raise ConfigError(
+                f"batch_size must be at least 1, got {size!r:.40}", field="batch_size", fix="use 1 or more"
+            )
+        return 1 if self.batch_invariant else int(size)
 
     def resolve_volumes(self, config: Config) -> VolumeInputs:
         """Seed, report, spacing and class of every volume, with the defaults of `config`.
@@ -213,7 +215,8 @@ def _parse_numbers(values: Any, count: int, field: str, fix: str) -> list[float]
     except (TypeError, ValueError):
         numbers = []
     if len(numbers) != count:
-        raise ConfigError(f"{field} must be {fix}, got {values!r:.60}", field=field, fix=f"give {fix}")
+        got = values[0] if count == 1 else values
+        raise ConfigError(f"{field} must be {fix}, got {got!r:.60}", field=field, fix=f"give {fix}")
     return numbers
 
 

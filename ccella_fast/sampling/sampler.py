@@ -284,12 +284,21 @@ class FastSampler:
     @deprecated_arguments(run="checked", only="indices")
     def generate(self, checked: CheckedRequest, indices: Sequence[int] | None = None) -> Iterator[GeneratedVolume]:
         """Generate the volumes of a checked request, or only those with the given indices."""
-        indices = list(range(len(checked.prompts))) if indices is None else list(indices)
-        needed = self._check_memory(checked, min(checked.batch_size, len(indices))) if indices else 0
+        chosen = list(range(len(checked.prompts))) if indices is None else list(indices)
+        size = checked.batch_size
+        return self.generate_batches(checked, [chosen[k : k + size] for k in range(0, len(chosen), size)])
+
+    def generate_batches(self, checked: CheckedRequest, batches: Sequence[list[int]]) -> Iterator[GeneratedVolume]:
+        """Generate the volumes with the given indices, those of each list together.
+
+        On one machine, a volume has the same bits if it is generated together with the same volumes.
+        """
+        needed = self._check_memory(checked, max(map(len, batches))) if batches else 0
         previous: Iterator[GeneratedVolume] = iter(())
-        for start in range(0, len(indices), checked.batch_size):
-            batch = indices[start : start + checked.batch_size]
-            description = f"sampling {start + 1}-{start + len(batch)} of {len(indices)}"
+        done, total = 0, sum(map(len, batches))
+        for batch in batches:
+            description = f"sampling {done + 1}-{done + len(batch)} of {total}"
+            done += len(batch)
             with memory.out_of_memory(f"denoising {len(batch)} at a time", needed):
                 latents, probabilities = self._denoise(checked, batch, description)
             decoded = self._decoder.submit(latents, probabilities, decode=checked.request.decode)

@@ -25,7 +25,7 @@ MUST_MATCH = {
     "scale_factor": [0.98],
     "intensity_scale": {"t2w": 713.0},
 }
-RESTORED = {"step", "ema_updates", "bad_in_a_row"}
+RESTORED = {"step", "ema_updates", "bad_in_a_row", "trained_on"}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,9 @@ def test_every_field_of_the_state_is_known(run, data):
     """A new field must be added to MUST_MATCH, or to RESTORED with a test."""
     state = read_json(run / "checkpoints" / "step-00000002" / "training_state.json")
     assert set(state) == MUST_MATCH.keys() | RESTORED
+    assert (
+        sum(state["trained_on"]["classes"]) > 0
+    )  # not restored, but counted in the data that a resumed run must share
     assert all(state[field] != value for field, value in MUST_MATCH.items())
     assert train_here(run, data, resume=changed(run), **SETTINGS) == 0  # control: no value is changed
 

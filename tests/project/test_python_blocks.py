@@ -1,0 +1,58 @@
+"""The Python blocks of the README and of the documentation run as they are, with a tiny checkpoint for a trained one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nibabel
+import pytest
+import torch
+
+from sampling_fixtures import write_checkpoint
+from study_fixtures import write_bert
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {"README.md": "model", "docs/how-to/sample.md": "model", "docs/getting-started.md": "out/demo/model"}
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def run_blocks(blocks: list[str]) -> dict:
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "<block>", "exec"), names)  # noqa: S102
+    return names
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with the checkpoint that every page names."""
+    monkeypatch.chdir(tmp_path)
+    encoder = {"text.encoder": str(write_bert(tmp_path / "bert", width=16)), "text.dtype": "float32"}
+    written = write_checkpoint(tmp_path / "checkpoint", **encoder)
+    for name in set(PAGES.values()):
+        link = tmp_path / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(written)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run(folder, page):
+    names = run_blocks(python_blocks((ROOT / page).read_text()))
+    volumes = sorted((folder / "samples").glob("*.nii.gz"))
+    assert [nibabel.load(path).shape for path in volumes] == [(16, 12, 8)] * 2
+    assert names["result"].seeds == [0, 1]
+    if page == "README.md":
+        assert names["x_0"].shape == names["noise"].shape and bool(torch.isfinite(names["x_0"]).all())
+
+
+def test_a_block_that_does_not_run_is_an_error(folder):
+    """Negative control: a name that no block defines, and a page without blocks."""
+    text = (ROOT / "README.md").read_text()
+    with pytest.raises(NameError, match="unet"):
+        run_blocks(python_blocks(text.replace("speed_up(network)", "speed_up(unet)")))
+    assert len(python_blocks(text)) == 1 and not python_blocks(text.replace("```python", "```"))
