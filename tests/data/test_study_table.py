@@ -278,6 +278,7 @@ LEAKY = {
     "report_file that starts with ..": f"case,report_file\n0001,../{SECRET}\n",
     "report_file that starts with ~": f"case,report_file\n0001,~/{SECRET}\n",
     "report_file with control characters": f"case,report_file\n0001,\x1b{SECRET}\n",
+    "shifted to dataset": f"case,dataset\n0001,{SECRET} {SECRET}\n",
     "both reports": f"case,report,report_file\n0001,{SECRET},{SECRET}\n",
     "twice": f"case,report\n0001,{SECRET}\n0001,{SECRET}\n",
     "surplus cells": f"case,report\n0001,{SECRET}, {SECRET}\n",
@@ -305,6 +306,7 @@ LISTS = {
     "spacing": {"spacing": SECRET},
     "text_isnull": {"text_isnull": SECRET, "text": SECRET},
     "text of another type": {"text": [SECRET]},
+    "dataset": {"dataset": SECRET + SECRET},
     "dataset of another type": {"dataset": {SECRET: SECRET}},
 }
 
@@ -317,6 +319,13 @@ def test_no_text_of_a_list_is_repeated(tmp_path: Path, change: dict, embeddings:
     with pytest.raises(DataError) as caught:
         find_studies(path, embedding_base_dir=tmp_path if embeddings else None)
     assert "Zebedee" not in str(caught.value) and caught.value.field and caught.value.field.startswith("[0].")
+
+
+@pytest.mark.parametrize("name", ["../a.nii.gz", "/a.nii.gz", "a/../../b.nii.gz"])
+def test_followed_links_do_not_allow_other_paths(tmp_path: Path, name: str):
+    (tmp_path / "list.json").write_text(json.dumps([{"folder": "a", "axt2": name}]))
+    with pytest.raises(DataError, match="leaves the data folder"):
+        find_studies(tmp_path / "list.json", follow_links=True)
 
 
 def test_no_key_of_a_list_is_repeated(tmp_path: Path):
