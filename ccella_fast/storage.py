@@ -149,10 +149,10 @@ def safe_join(
     """
     root = Path(root)
     parts = PurePosixPath(entry).parts
-    if any(len(part.encode(errors="replace")) > 255 for part in parts):
-        raise DataError(
-            "a part of this path has more than 255 bytes", path=path, field=field, fix="give a shorter relative path"
-        )
+    is_long = len(str(root.absolute() / entry).encode(errors="replace")) > 4095
+    if is_long or any(len(part.encode(errors="replace")) > 255 for part in parts):
+        why = "this path has more than 4095 bytes, or a part of it more than 255"
+        raise DataError(why, path=path, field=field, fix="give a shorter relative path")
     unsafe = not entry or not entry.isprintable() or PurePosixPath(entry).is_absolute() or ".." in parts
     if unsafe:
         fix = f"give a relative path inside {root}"

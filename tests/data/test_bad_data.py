@@ -168,6 +168,19 @@ def test_valid_studies_are_accepted(tmp_path: Path):
     assert (tmp_path / "a/manifest.json").is_file() and (tmp_path / "b/manifest.json").is_file()
 
 
+def test_series_linked_from_elsewhere_are_prepared_on_request(tmp_path: Path):
+    from ccella_fast.cli import main
+
+    folder = write_studies(tmp_path / "studies")
+    data = _link(folder)  # the list; the folder itself is a second way to the series
+    prepare(data, tmp_path / "a", config(), follow_links=True)
+    (tmp_path / "config.json").write_text(config().model_dump_json())
+    arguments = ["prepare", "--data", str(folder), "--config", str(tmp_path / "config.json"), "--out"]
+    assert main([*arguments, str(tmp_path / "b")]) == 3 and not (tmp_path / "b").exists()
+    assert main([*arguments, str(tmp_path / "b"), "--follow_links"]) == 0
+    assert (tmp_path / "b/manifest.json").is_file()
+
+
 def test_a_bad_study_keeps_earlier_results(tmp_path: Path):
     folder, out = write_studies(tmp_path / "studies"), tmp_path / "out"
     prepare(folder, out, config())

@@ -83,3 +83,55 @@ def test_bad_value_in_participants_raises(tmp_path: Path):
     with pytest.raises(DataError, match="pirads must be .* got '7'") as caught:
         find_studies(root)
     assert caught.value.path == str(root / "participants.tsv") and caught.value.field == "line 2, pirads"
+
+
+LABELS = {"cor": False, "coronal": False, "sag": False, "tseCor": False, "3dsag": False, "SAG": False,
+          "corrected": True, "decor": True, "sagamore": True, "tra": True, "ax": True, "axial": True}  # fmt: skip
+
+
+@pytest.mark.parametrize(("label", "is_read"), LABELS.items())
+def test_the_plane_is_a_word_of_the_label(tmp_path: Path, label: str, is_read: bool, caplog: pytest.LogCaptureFixture):
+    """`corrected` holds the letters `cor`."""
+    write_nifti(tmp_path / "sub-01/dwi/sub-01_ADC.nii.gz")
+    write_nifti(tmp_path / f"sub-01/anat/sub-01_acq-{label}_T2w.nii.gz")
+    (tmp_path / "dataset_description.json").write_text("{}")
+    (study,) = find_studies(tmp_path)
+    assert ("t2w" in study.files) == is_read
+    assert (f"sub-01_acq-{label}_T2w.nii.gz" in caplog.text) == (not is_read)
+
+
+def test_what_is_not_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    root = write_bids(tmp_path)
+    write_nifti(root / "sub-04/anat/sub-04_T1w.nii.gz")
+    find_studies(root)
+    text = [record.getMessage() for record in caplog.records]
+    words = "not read, as their names are not those of series"
+    assert text[:6] == [
+        f"{root / 'sub-01/dwi'}: {words}: sub-01_acq-b50_dwi.nii.gz",
+        f"{root / 'sub-02/ses-a/anat'}: {words}: sub-02_ses-a_acq-cor_T2w.nii.gz",
+        f"{root / 'sub-02/ses-b/anat'}: {words}: sub-02_ses-b_T1w.nii.gz",
+        f"{root}: {words}: sub-03/, sub-04/",
+        f"{root / 'sub-04/anat'}: {words}: sub-04_T1w.nii.gz",
+        f"{root / 'participants.tsv'}: 1 rows have no images: 'sub-0'",
+    ]
+
+
+def test_series_of_a_subject_with_sessions_are_not_lost(tmp_path: Path):
+    """Of a subject with sessions, series may also be directly in the subject's folder."""
+    for name in ("sub-01/anat/sub-01_T2w.nii.gz", "sub-01/ses-1/anat/sub-01_ses-1_T2w.nii.gz"):
+        write_nifti(tmp_path / name)
+    (tmp_path / "dataset_description.json").write_text("{}")
+    assert [study.id for study in find_studies(tmp_path)] == ["sub-01", "sub-01_ses-1"]
+
+
+def test_links_out_of_a_bids_folder(tmp_path: Path):
+    root, outside = write_bids(tmp_path / "bids"), write_nifti(tmp_path / "archive/1.nii.gz")
+    link = root / "sub-03/anat/sub-03_T2w.nii.gz"
+    link.symlink_to(outside)
+    with pytest.raises(DataError, match="through a link to elsewhere") as caught:
+        find_studies(root)
+    assert caught.value.path == str(link) and "--follow_links" in caught.value.fix
+    assert "sub-03" in [study.id for study in find_studies(root, follow_links=True)]
+    outside.unlink()
+    with pytest.raises(DataError, match="a file that does not exist"):
+        find_studies(root, follow_links=True)

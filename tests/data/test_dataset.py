@@ -87,6 +87,10 @@ def test_split_and_dataset_select_studies(folder: Path):
     assert PreparedDataset(folder, settings(data__dataset="Institute1")).ids == ["case1"]
     with pytest.raises(DataError, match="did you mean 'Institute1'"):
         PreparedDataset(folder, settings(data__dataset="Institut1"))
+    edit(folder, lambda manifest: manifest["cases"][2].update(dataset="words of a report"))
+    with pytest.raises(DataError) as caught:
+        PreparedDataset(folder, settings(data__dataset="words"))
+    assert "report" not in str(caught.value)
     with pytest.raises(DataError, match="no study in the split 'test'"):
         PreparedDataset(folder, settings(data__dataset="Institute1"), "test")
 

@@ -171,7 +171,7 @@ class PreparedDataset:
         tag = self.config.data.dataset
         cases = [case for case in self.prepared.cases if case.split == split and tag in (None, case.dataset)]
         if not cases:
-            tags = {case.dataset for case in self.prepared.cases if case.dataset}
+            tags = {case.dataset for case in self.prepared.cases if case.dataset and " " not in case.dataset}
             why = f"there is no study in the split '{split}'" + (f" with the dataset '{tag}'" if tag else "")
             fix = did_you_mean(tag, tags) if tag and tags else "prepare studies with this split"
             raise DataError(why, path=self._manifest_path, field="cases", fix=fix)

@@ -74,7 +74,7 @@ def _sequence_of(path: Path) -> str | None:
         return None
     entities = dict(part.split("-", 1) for part in path.name.split("_")[:-1])
     label, suffix = entities.get("acq", ""), match["suffix"].lower()
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", label)  # of acq-tseCor or acq-3dsag
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", re.sub("[23][dD]", " ", label))  # of acq-tseCor or acq-3dsag
     if _OTHER_PLANES & {word.lower() for word in words}:
         return None
     if suffix in ("t2w", "adc"):

@@ -35,7 +35,7 @@ _OTHER_IMAGES = re.compile(
     r"(\.(gz|bz2|xz|zst))?$",
     re.IGNORECASE,
 )
-_VOXELS = re.compile(r"\.(raw|zraw|img|rec)(\.gz)?$", re.IGNORECASE)  # that belong to a header file
+_HEADERS, _VOXELS = (".mhd", ".nhdr"), re.compile(r"\.(raw|zraw)(\.gz)?$", re.IGNORECASE)  # of one series
 _TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 _SHOWN_NAMES, _SHOWN_FOLDERS = 5, 20
 _MAX_IMAGES = 1000  # that are counted in a folder with the name of one series
@@ -74,23 +74,21 @@ class FolderSearch:
         while pending or self._linked:
             folder, study = pending.pop() if pending else self._linked.popleft()
             try:
-                status = folder.stat()
-                entries = visible_entries(folder)
+                pending += self._visit(folder, study)
             except OSError as error:
                 self.defects.add(_unreadable(folder, error))
-                continue
-            earlier = self._visited.setdefault((status.st_dev, status.st_ino), folder)
-            if earlier is folder:
-                pending += self._search(folder, entries, study)
-            else:
-                what = (
-                    "leads back to a folder above it"
-                    if _is_loop(folder)
-                    else "leads to a folder that is searched anyway"
-                )
-                logger.warning("%s: this link %s (%s) and is not followed", folder, what, earlier)
         for study, below in self._hidden.items():
             self._check_hidden(study, sorted(below))
+
+    def _visit(self, folder: Path, study: Path | None) -> list[_Folder]:
+        """Search `folder`, unless it was searched under another name, and return the folders to search next."""
+        status = folder.stat()
+        earlier = self._visited.setdefault((status.st_dev, status.st_ino), folder)
+        if earlier is folder:
+            return self._search(folder, visible_entries(folder), study)
+        what = "leads back to a folder above it" if _is_loop(folder) else "leads to a folder that is searched anyway"
+        logger.warning("%s: this link %s (%s) and is not followed", folder, what, earlier)
+        return []
 
     def unread(self, table: Path | None) -> dict[Path, list[str]]:
         """Folder -> names of images, tables other than `table`, and folders in it that are not read."""
@@ -115,7 +113,7 @@ class FolderSearch:
         elif series and study is not None:
             self._hidden[study].append(folder)
         names = self._unread.setdefault(folder, [])
-        stems = {_stem(path.name) for files in series.values() for path in files.values()}
+        has_header = any(path.suffix.lower() in _HEADERS for files in series.values() for path in files.values())
         subfolders: list[_Folder] = []
         for entry in entries:
             if entry in settled:
@@ -129,8 +127,7 @@ class FolderSearch:
             elif entry.is_symlink() and not entry.exists():
                 names.append(f"{entry.name} (a link to a file that does not exist)")
             elif _is_image(entry.name):
-                is_part = _VOXELS.search(entry.name) and _stem(entry.name) in stems  # of a series that is read
-                names += [] if is_part else [entry.name]
+                names += [] if has_header and _VOXELS.search(entry.name) else [entry.name]
             elif folder == self.root and entry.suffix.lower() in _TABLES:
                 names.append(entry.name)
         return subfolders
@@ -155,7 +152,7 @@ class FolderSearch:
         prefixes = {prefix for prefix, _ in candidates}
         defects = {key: failed[0][1] for key, failed in failures.items() if key not in candidates}
         series: dict[str, dict[str, Path]] = defaultdict(dict)
-        settled = {entry for failed in failures.values() for entry, _ in failed}
+        settled = {entry for key in defects for entry, _ in failures[key]} if study is None else set()
         for (prefix, sequence), found in sorted(candidates.items()):
             found = [each for each in found if not each[0]] or found
             if len(found) > 1 or (len(prefixes) > 1 and ("", sequence) in candidates):
@@ -170,8 +167,6 @@ class FolderSearch:
             settled |= {entry for _, entry, _ in found}
         for each in defects.values() if study is None else ():
             self.defects.add(each)
-        covered = [entry for key, failed in failures.items() if key in candidates or study for entry, _ in failed]
-        self._unread.setdefault(folder, []).extend(f"{entry.name}{'/' * entry.is_dir()}" for entry in covered)
         return series, settled
 
     def _image_of(self, entry: Path, name: SeriesName) -> Path | None:
@@ -271,9 +266,7 @@ def _parse_entry(entry: Path) -> SeriesName | None:
     """What the name of a file with the suffix of an image, or of a folder, says."""
     if entry.is_dir() or (entry.is_symlink() and not _is_image(entry.name) and not entry.exists()):
         return parse_series_name(re.sub(r"[-_. ](dicom|dcm)$", "", entry.name, flags=re.IGNORECASE))
-    if not _is_image(entry.name) or _VOXELS.search(entry.name):
-        return None
-    return parse_series_name(_stem(entry.name))
+    return parse_series_name(_stem(entry.name)) if _is_image(entry.name) else None
 
 
 def _is_image(name: str) -> bool:

@@ -1,21 +1,24 @@
 """Read the manifest of the reference implementation: a JSON list of studies with images, or with latents and text features.
 
 The class is one-hot ([1, 0]: PI-RADS 1-2, [0, 1]: PI-RADS 3-5) or null if it is unknown. `text` is the report, or the name of
-a `.npy` file of text features. `text_isnull` is 1 where there is no report. Further keys are the user's own and ignored.
+a `.npy` file of text features. `text_isnull` is 1 where there is no report. `split` replaces the split of the list. Further
+keys are the user's own and ignored.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from ccella_fast.data.manifest import Split
 from ccella_fast.data.readers.links import join_series
-from ccella_fast.data.readers.study import NEGATIVE, POSITIVE, Defects, Split, Study
+from ccella_fast.data.readers.study import NEGATIVE, POSITIVE, Defects, Study
 from ccella_fast.data.readers.text_checks import (
     MAX_STUDIES,
     check_file_size,
     check_id,
     check_known,
+    check_tag,
     clean_report,
     printable,
     quote,
@@ -25,17 +28,17 @@ from ccella_fast.storage import read_json, safe_join
 
 _SEQUENCES = {"axt2": "t2w", "b1600": "hbv", "adc": "adc"}
 _MAX_COMMAS = 5 * 10**6
-_KEYS = {*_SEQUENCES, "dataset", "folder", "pirads", "spacing", "text", "text_isnull"}
+_KEYS = {*_SEQUENCES, "dataset", "folder", "pirads", "spacing", "split", "text", "text_isnull"}
 
 
 def read_study_list(
     path: Path, split: Split, images: Path, embeddings: Path | None, follow_links: bool, defects: Defects
 ) -> list[Study]:
-    """The studies of the manifest `path`, all of the given split.
+    """The studies of the manifest `path`.
 
     Args:
         path: The JSON file.
-        split: Split of all its studies.
+        split: Split of the studies that do not have one of their own. A list of test studies holds no others.
         images: Folder that the paths of images are relative to.
         embeddings: Folder of prepared latents and text features, if there are any.
         follow_links: Whether images may be links to places outside `images`.
@@ -75,7 +78,7 @@ class _Entry:
         if not is_valid:
             raise DataError(why, path=self.path, field=self.field(key), fix=fix)
 
-    def check(self) -> None:
+    def check(self, split: Split) -> None:
         """Check the names and types of all keys."""
         values = self.values
         if not isinstance(values, dict):
@@ -91,6 +94,7 @@ class _Entry:
             self.require(
                 is_text, key, f"'{key}' must be text, got {quote(values.get(key))}", "give it as text or leave it out"
             )
+        check_tag(values.get("dataset"), self.path, self.field("dataset"))
         pirads, spacing, is_null = values.get("pirads"), values.get("spacing"), values.get("text_isnull")
         is_class = (
             isinstance(pirads, list) and pirads in (NEGATIVE, POSITIVE) and not any(each is True for each in pirads)
@@ -102,11 +106,14 @@ class _Entry:
         why = f"spacing must be three numbers between 0 and 100 mm, got {quote(spacing)}"
         self.require(spacing is None or is_size, "spacing", why, "write the voxel size in mm along x, y, z")
         is_flag = is_null is None or (is_null in (0, 1) and not isinstance(is_null, bool))
+        splits = get_args(Split) if split != "test" else ("test",)
+        why = f"split must be {' or '.join(splits)} in this list, got {quote(values.get('split'))}"
+        self.require(values.get("split", split) in splits, "split", why, "correct it or leave it out")
         self.require(is_flag, "text_isnull", f"text_isnull must be 0 or 1, got {quote(is_null)}", "write 0 or 1")
 
     def study(self, split: Split, images: Path, embeddings: Path | None, follow_links: bool) -> Study:
         """Check the entry and return its study."""
-        self.check()
+        self.check(split)
         values = self.values
         study = Study(
             id=check_id(values["folder"].replace("/", "_"), self.path, self.field("folder")),
@@ -115,7 +122,7 @@ class _Entry:
                 for key, name in _SEQUENCES.items()
                 if values.get(key)
             },
-            split=split,
+            split=values.get("split", split),
             dataset=values.get("dataset"),
             pirads=None if values.get("pirads") is None else [int(value) for value in values["pirads"]],
             spacing=values.get("spacing"),

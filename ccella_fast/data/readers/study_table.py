@@ -23,6 +23,7 @@ from ccella_fast.data.readers.text_checks import (
     MAX_REPORT,
     MAX_STUDIES,
     check_known,
+    check_tag,
     clean_report,
     misspelling_of,
     quote,
@@ -210,6 +211,7 @@ def _parse_row(table: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
         if report:
             raise defect("report and report_file are both given", "report_file", "leave one of them empty")
         report = _read_report(table, line, report_file)
+    check_tag(row.get("dataset"), table, f"line {line}, dataset")
     return {
         "split": split,
         "pirads": CLASSES.get(score),

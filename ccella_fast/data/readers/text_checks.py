@@ -13,6 +13,7 @@ from ccella_fast.errors import DataError
 MAX_LIST_BYTES = 256 * 2**20
 MAX_REPORT = 2**20  # characters
 MAX_STUDIES = 10**6  # of a table or list
+_MAX_TAG = 64
 _PLACEHOLDERS = {"n/a", "na", "nan", "nil", "none", "null", "<na>", "-"}  # what programs write for a missing report
 
 
@@ -64,6 +65,13 @@ def check_id(name: str, path: Path, field: str | None = None) -> str:
         fix = "use at most 121 letters, digits, spaces and _ . - + @ =, with a letter, digit or _ first"
         raise DataError(f"{quote(name)} cannot be the id of a study", path=path, field=field, fix=fix)
     return name
+
+
+def check_tag(tag: str | None, path: Path, field: str) -> None:
+    """Raise DataError unless the tag of a data set is short: a longer text is a report in the wrong column."""
+    if tag and len(tag) > _MAX_TAG:
+        why = f"the dataset must be a tag of at most {_MAX_TAG} characters, got {quote(tag)}"
+        raise DataError(why, path=path, field=field, fix="check that the columns are in the order of their names")
 
 
 def check_known(name: str, known: set[str], given: Collection[str], *, path: Path, field: str) -> None:
