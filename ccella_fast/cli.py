@@ -250,6 +250,12 @@ def _sample(commands: argparse._SubParsersAction) -> None:
         help="data type of the weights (default auto: bf16 where it is fast)",
     )
     command.add_argument("--vae", type=Path, help="VAE, for a reference .pt (our checkpoints contain it)")
+    command.add_argument(
+        "--format",
+        choices=["nifti", "dicom"],
+        default="nifti",
+        help="nifti: a .nii.gz file per volume (default); dicom: a folder with an MR series per volume",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace existing samples in --out")
 
 
