@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ccella_fast.kernels.backend import ENVIRONMENT
+from ccella_fast.training.activation_memory import saved_bytes as saved_bytes
 
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _VIEWS_WITHOUT_ALIAS = {"_unsafe_view", "_reshape_alias", "lift_fresh"}
@@ -107,23 +108,6 @@ def count(run: Callable[[], Any]) -> Counts:
     with counting() as counts:
         run()
     return counts
-
-
-def saved_bytes(run: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps for the backward pass of `run`, without parameters and inputs; each storage counts once."""
-    kept: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not tensor.is_leaf or not tensor.requires_grad:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(kept.values())
 
 
 class HalfAutocast(TorchFunctionMode):

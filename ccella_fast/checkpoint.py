@@ -15,6 +15,7 @@ from typing import Any
 
 from ccella_fast.config import Config, load_config, make_config
 from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.folder_kinds import check_folder, wrong_folder
 from ccella_fast.storage import publish_folder, read_json, sha256, write_json
 
 logger = logging.getLogger("ccella_fast")
@@ -61,11 +62,10 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
         raise ValueError(f"weights must be 'ema', 'raw' or None, got {weights!r}")
     if path.is_file():
         return _load_reference(path, weights, device)
+    check_folder(path, "checkpoint", error=CheckpointError)
     folder = path if (path / "manifest.json").is_file() else newest_checkpoint(path)
     if folder is None:
-        raise CheckpointError(
-            "this folder contains no checkpoint", path=path, fix="give a run folder, a step folder or a .pt file"
-        )
+        raise wrong_folder(path, "checkpoint", error=CheckpointError)
     listed = verify_checkpoint(folder)["files"]  # a file that the manifest does not list has not been checked
     from safetensors.torch import load_file
 

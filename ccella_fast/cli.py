@@ -1,48 +1,76 @@
-"""The command `ccella-fast` with its subcommands. Training of the diffusion model has a script of its own, train.py.
+"""The command `ccella-fast` with its subcommands. `ccella-fast train` is train.py, for one process.
 
-Each subcommand parses its arguments first and imports what it needs afterwards, so that `--help` is fast.
+Each subcommand parses its arguments and reads its configuration first and imports what it needs afterwards, so that `--help`
+and mistakes are answered at once. Each ends with what it wrote and the command that usually comes next.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ccella_fast import entrypoint
+from ccella_fast import entrypoint, train
 from ccella_fast.data.readers.study import CLASSES
+from ccella_fast.entrypoint import log_next, whole_number
 
 if TYPE_CHECKING:
     from ccella_fast.config import Config
 
-EXIT_CODES = "exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss"
+ORDER = """The order of a project: your studies or phantom, prepare, train-vae, prepare --vae, train, sample, report.
+On several GPUs, train with a launcher: deepspeed ccella_fast/train.py --help"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
     arguments = _parser().parse_args(argv)
-    return entrypoint.run_command(lambda: arguments.run(arguments) or 0, debug=arguments.debug)
+    return entrypoint.run_command(
+        lambda: arguments.run(arguments) or 0, debug=arguments.debug, if_out_of_memory=arguments.if_out_of_memory
+    )
 
 
 def _run_phantom(arguments: argparse.Namespace) -> None:
     from ccella_fast.data.phantom.phantom import write_phantoms
 
     write_phantoms(arguments.out, num_studies=arguments.num_studies, seed=arguments.seed)
+    prepared = arguments.out.with_name("prepared")
+    command = ["prepare", "--data", arguments.out, "--out", prepared, "--config", "configs/demo.json"]
+    log_next(arguments.out, ["ccella-fast", *command])
 
 
 def _run_prepare(arguments: argparse.Namespace) -> None:
+    from ccella_fast.errors import DataError
+    from ccella_fast.folder_kinds import check_folder
+
+    config = _config(arguments)
+    config.check_grid()
+    check_folder(arguments.data, "studies", error=DataError, field="--data")
+    from ccella_fast.data.manifest import load_manifest
     from ccella_fast.data.preparation.prepare import prepare
 
     options = _options(arguments, without=["config", "set"])
-    prepare(options.pop("data"), options.pop("out"), _config(arguments), **options)
+    data, out = options.pop("data"), options.pop("out")
+    _check_backends()
+    prepare(data, out, config, **options)
+    if load_manifest(out).scale_factor is None:
+        command = ["ccella-fast", "train-vae", "--data", out, "--out", out.with_name("vae")]
+    else:
+        command = ["deepspeed", "ccella_fast/train.py", "--data", out, "--output_dir", out.with_name("model")]
+    log_next(out, [*command, *_config_options(arguments)])
 
 
 def _run_train_vae(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
     from ccella_fast.training.autoencoder.run import train_vae
 
-    train_vae(arguments.data, arguments.out, _config(arguments))
+    _check_backends()
+    train_vae(arguments.data, arguments.out, config)
+    command = ["prepare", "--data", "STUDIES", "--out", arguments.data, "--vae", arguments.out]
+    log_next(arguments.out, ["ccella-fast", *command, *_config_options(arguments)])
 
 
 def _run_sample(arguments: argparse.Namespace) -> None:
@@ -54,19 +82,27 @@ def _run_sample(arguments: argparse.Namespace) -> None:
     options["reports"] = [*texts, *map(_read_report, files)] or None
     options["report_ids"] = [f"report-{number}" for number in range(1, len(texts) + 1)] + [path.stem for path in files]
     options["reuse"] = None if arguments.reuse is None else Reuse(*arguments.reuse)
+    options["device"] = None if arguments.device == "auto" else arguments.device
     sample_to_folder(options.pop("checkpoint"), options.pop("out"), **options)
 
 
 def _run_report(arguments: argparse.Namespace) -> None:
+    from ccella_fast.errors import DataError
+    from ccella_fast.folder_kinds import check_folder
+
+    check_folder(arguments.folder, "results", error=DataError)
     from ccella_fast.report.html import write_report
 
     print(write_report(arguments.folder))
 
 
 def _run_export(arguments: argparse.Namespace) -> None:
-    from ccella_fast.checkpoint import export_reference
+    from ccella_fast.checkpoint import export_reference, step_folders
 
     export_reference(arguments.checkpoint, arguments.out, weights=arguments.weights)
+    vae = next(iter(step_folders(arguments.checkpoint)), arguments.checkpoint)  # a .pt file does not contain one
+    command = ["sample", "--checkpoint", arguments.out, "--vae", vae, "--out", arguments.out.with_suffix("")]
+    log_next(arguments.out, ["ccella-fast", *command])
 
 
 def _run_env(arguments: argparse.Namespace) -> None:
@@ -79,11 +115,20 @@ def _run_env(arguments: argparse.Namespace) -> None:
         print(json.dumps({**facts, "warnings": environment_warnings(facts)}, indent=2))
     else:
         print(format_environment(facts))
+        print("for a bug report: ccella-fast env --json > env.json")
+
+
+def _check_backends() -> None:
+    """Refuse a value of CCELLA_FAST_BACKEND that this machine cannot run, before anything is loaded."""
+    from ccella_fast.kernels.backend import check_environment
+
+    check_environment()
 
 
 def _options(arguments: argparse.Namespace, *, without: Sequence[str]) -> dict[str, Any]:
     """The options of a subcommand, which are named like the keyword arguments of the function that it calls."""
-    return {name: value for name, value in vars(arguments).items() if name not in ("run", "debug", *without)}
+    other = {"run", "debug", "if_out_of_memory", *without}
+    return {name: value for name, value in vars(arguments).items() if name not in other}
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -92,6 +137,12 @@ def _config(arguments: argparse.Namespace) -> Config:
     if arguments.config is None:
         return make_config(arguments.set)
     return load_config(arguments.config, arguments.set)
+
+
+def _config_options(arguments: argparse.Namespace) -> list[str]:
+    """The configuration, as the next command needs it again."""
+    files = ["--config", *map(str, arguments.config)] if arguments.config else []
+    return [*files, *(part for text in arguments.set for part in ("--set", text))]
 
 
 def _read_report(path: Path) -> str:
@@ -111,12 +162,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = entrypoint.Parser(
         prog="ccella-fast",
         description="Report-conditioned 3D prostate MRI: prepare studies, train, sample, report.",
-        epilog=f"Train the diffusion model with: deepspeed ccella_fast/train.py --help\n\n{EXIT_CODES}",
+        epilog=f"{ORDER}\n\n{entrypoint.EXIT_CODES}",
     )
+    entrypoint.add_version(parser)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _phantom(commands)
     _prepare(commands)
     _train_vae(commands)
+    _train(commands)
     _sample(commands)
     _report(commands)
     _export(commands)
@@ -129,54 +182,63 @@ def _phantom(commands: argparse._SubParsersAction) -> None:
     command = _add(
         commands, "phantom", _run_phantom, "Draw synthetic T2 studies of a pelvis, with reports and classes.", example
     )
-    command.add_argument("--out", type=Path, required=True, help="folder for the studies")
-    command.add_argument("--num_studies", type=_from(1), default=24, help="number of studies (default 24)")
-    command.add_argument("--seed", type=_from(0), default=0, help="the same seed gives the same bytes (default 0)")
+    add = command.add_argument
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the studies")
+    add("--num_studies", type=whole_number(1), default=24, metavar="N", help="number of studies (default 24)")
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="the same seed gives the same bytes (default 0)")
 
 
 def _prepare(commands: argparse._SubParsersAction) -> None:
     example = "ccella-fast prepare --data studies/ --out out/prepared --config configs/demo.json"
     about = "Resample studies to one grid, encode reports and, with --vae, latents. Run it again to continue or to add."
-    command = _add(commands, "prepare", _run_prepare, about, example)
-    command.add_argument(
-        "--data", type=Path, required=True, help="folder of studies, or a manifest in the reference's JSON form"
-    )
-    command.add_argument("--out", type=Path, required=True, help="prepared folder")
-    command.add_argument("--vae", type=Path, help="VAE folder or MAISI weight file; adds latents and the scale factor")
-    command.add_argument("--csv", type=Path, help="reports and classes of a study folder (default: studies.csv in it)")
-    command.add_argument("--test_data", type=Path, help="JSON manifest of the test split")
-    command.add_argument(
-        "--data_base_dir", type=Path, help="folder that the image paths of a JSON manifest are relative to"
-    )
-    command.add_argument(
-        "--embedding_base_dir", type=Path, help="folder of latents and text features that the reference has prepared"
-    )
-    about = "also store K augmented latents per training study (needs --vae; 0: stop using them)"
-    command.add_argument("--augment", type=_from(0), metavar="K", help=about)
+    memory = "use --workers 1, a smaller text.batch_size or text.encoder, or a smaller grid (data.dim)"
+    command = _add(commands, "prepare", _run_prepare, about, example, if_out_of_memory=memory)
+    add = command.add_argument_group("studies").add_argument
+    about = "folder of studies, or a manifest in the reference's JSON form"
+    add("--data", type=Path, required=True, metavar="PATH", help=about)
+    about = "reports and classes of a study folder (default: studies.csv in it)"
+    add("--csv", type=Path, metavar="FILE", help=about)
+    add("--test_data", type=Path, metavar="FILE", help="JSON manifest of the test split")
+    about = "folder that the image paths of a JSON manifest are relative to"
+    add("--data_base_dir", type=Path, metavar="FOLDER", help=about)
+    about = "folder of latents and text features that the reference has prepared"
+    add("--embedding_base_dir", type=Path, metavar="FOLDER", help=about)
+    about = "read series that are links to files or folders outside --data"
+    add("--follow_links", action="store_true", help=about)
+    add = command.add_argument_group("output").add_argument
+    add("--out", type=Path, required=True, metavar="FOLDER", help="prepared folder")
+    about = "VAE folder or MAISI weight file; adds latents and the scale factor"
+    add("--vae", type=Path, metavar="PATH", help=about)
+    about = "also store N augmented latents per training study (needs --vae; 0: stop using them)"
+    add("--augment", type=whole_number(0), metavar="N", help=about)
     about = (
         "also write a picture of every study before and after preparation, and with each augmentation at full strength"
     )
-    command.add_argument("--preview", action="store_true", help=about)
-    command.add_argument(
-        "--workers",
-        type=_from(1),
-        help="number of processes that make images (default: as many as cores and memory allow)",
-    )
+    add("--preview", action="store_true", help=about)
+    add = command.add_argument_group("machine").add_argument
+    about = "processes that make images (default: as many as cores and memory allow)"
+    add("--workers", type=whole_number(1), metavar="N", help=about)
     _add_config(command)
 
 
 def _train_vae(commands: argparse._SubParsersAction) -> None:
     example = "ccella-fast train-vae --data out/prepared --out out/vae --config configs/demo.json"
-    command = _add(
-        commands,
-        "train-vae",
-        _run_train_vae,
-        "Train the autoencoder from scratch on prepared images (L1 + KL).",
-        example,
-    )
-    command.add_argument("--data", type=Path, required=True, help="prepared folder")
-    command.add_argument("--out", type=Path, required=True, help="VAE folder")
+    about = "Train the autoencoder from scratch on prepared images (L1 + KL)."
+    memory = "make vae_training.patch smaller, vae_training.batch_size smaller, or autoencoder.num_channels smaller"
+    command = _add(commands, "train-vae", _run_train_vae, about, example, if_out_of_memory=memory)
+    command.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="prepared folder")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="VAE folder")
     _add_config(command)
+
+
+def _train(commands: argparse._SubParsersAction) -> None:
+    example = "ccella-fast train --config configs/demo.json --data out/prepared --output_dir out/model --resume"
+    about = (
+        "Train the diffusion model on one device: train.py without a launcher. On several GPUs, start the script with one: "
+        "deepspeed --num_gpus 8 ccella_fast/train.py, with the same options."
+    )
+    command = _add(commands, "train", train.run, about, example, if_out_of_memory=train.IF_OUT_OF_MEMORY)
+    train.add_arguments(command)
 
 
 def _sample(commands: argparse._SubParsersAction) -> None:
@@ -184,95 +246,69 @@ def _sample(commands: argparse._SubParsersAction) -> None:
         'ccella-fast sample --checkpoint out/model --report "PI-RADS 5 lesion, left" --num_samples 4 --out out/samples'
     )
     about = "Generate volumes from reports: .nii.gz files with geometry, a JSON file with each, and a montage."
-    command = _add(commands, "sample", _run_sample, about, example)
-    command.add_argument("--checkpoint", type=Path, required=True, help="run folder, step folder or reference .pt")
-    command.add_argument("--out", type=Path, required=True, help="folder for the volumes")
-    command.add_argument("--report", action="append", help="report text; may be repeated")
-    command.add_argument(
-        "--report_file",
-        action="extend",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="UTF-8 files, each with one report; their names without suffix are the report ids in samples.csv",
-    )
-    command.add_argument(
-        "--num_samples",
-        type=_from(1),
-        default=1,
-        help="number of volumes per report, with seeds seed, seed+1, ... (default 1)",
-    )
-    command.add_argument(
-        "--seed", type=_from(0), default=0, help="the same seed gives the same volume in any batch (default 0)"
-    )
-    command.add_argument(
-        "--solver", metavar="NAME", help="ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or unipc (default: the checkpoint's)"
-    )
-    command.add_argument(
-        "--num_inference_steps",
-        metavar="N",
-        type=_from(1),
-        help="denoising steps (default: the checkpoint's)",
-    )
-    command.add_argument(
-        "--spacing", type=float, nargs=3, metavar="MM", help="voxel size in mm (default: the training grid's)"
-    )
-    command.add_argument("--pirads", choices=[*CLASSES], help="score or class, for variants that take one as input")
-    command.add_argument("--class_override", choices=[*CLASSES], help="score or class that replaces the predicted one")
-    command.add_argument(
-        "--guidance_scale",
-        type=float,
-        help="classifier-free guidance against the null report (default 1, which is off)",
-    )
-    command.add_argument(
-        "--guidance_interval",
-        type=float,
-        nargs=2,
-        metavar="FRACTION",
-        help="part of the schedule in which guidance acts (default 0 1)",
-    )
-    command.add_argument(
-        "--reuse",
-        type=_from(1),
-        nargs=2,
-        metavar=("INTERVAL", "DEPTH"),
-        help="reuse deep features between steps, for example 3 1 (default off)",
-    )
-    command.add_argument("--batch_size", type=_from(1), help="volumes denoised at a time (default: the checkpoint's)")
-    command.add_argument(
-        "--batch_invariant",
-        action="store_true",
-        help="process each volume alone, so that on a CPU its bits do not depend on the batch",
-    )
-    command.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16"],
-        help="data type of the weights (default auto: bf16 where it is fast)",
-    )
-    command.add_argument("--vae", type=Path, help="VAE, for a reference .pt (our checkpoints contain it)")
-    command.add_argument(
-        "--format",
-        choices=["nifti", "dicom"],
-        default="nifti",
-        help="nifti: a .nii.gz file per volume (default); dicom: a folder with an MR series per volume",
-    )
-    command.add_argument("--overwrite", action="store_true", help="replace existing samples in --out")
+    memory = "use --batch_size 1, --dtype bfloat16, or --device with another device"
+    command = _add(commands, "sample", _run_sample, about, example, if_out_of_memory=memory)
+    add = command.add_argument
+    about = "run folder, step folder or reference .pt"
+    add("--checkpoint", type=Path, required=True, metavar="PATH", help=about)
+    about = "VAE, for a reference .pt (our checkpoints contain it)"
+    add("--vae", type=Path, metavar="PATH", help=about)
+    add = command.add_argument_group("conditioning").add_argument
+    add("--report", action="append", metavar="TEXT", help="report text; may be repeated")
+    about = "UTF-8 files, each with one report; their names without suffix are the report ids in samples.csv"
+    add("--report_file", action="extend", nargs="+", type=Path, metavar="FILE", help=f"{about}; may be repeated")
+    about = "PI-RADS 1 to 5 or class, for variants that take one as input"
+    add("--pirads", choices=[*CLASSES], metavar="CLASS", help=f"{about}: {', '.join(CLASSES)}")
+    about = "class that replaces the predicted one, as --pirads"
+    add("--class_override", choices=[*CLASSES], metavar="CLASS", help=about)
+    about = "voxel size in mm along R, A, S (default: the training grid's)"
+    add("--spacing", type=_above_zero, nargs=3, metavar="MM", help=about)
+    add = command.add_argument_group("sampling").add_argument
+    about = "number of volumes per report, with seeds seed, seed+1, ... (default 1)"
+    add("--num_samples", type=whole_number(1), default=1, metavar="N", help=about)
+    about = "the same seed gives the same volume in any batch (default 0)"
+    add("--seed", type=whole_number(0), default=0, metavar="N", help=about)
+    about = "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or unipc (default: the checkpoint's)"
+    add("--solver", metavar="NAME", help=about)
+    about = "denoising steps (default: the checkpoint's)"
+    add("--num_inference_steps", type=whole_number(1), metavar="N", help=about)
+    about = "classifier-free guidance against the null report (default 1, which is off)"
+    add("--guidance_scale", type=float, metavar="SCALE", help=about)
+    about = "part of the schedule in which guidance acts (default 0 1)"
+    add("--guidance_interval", type=float, nargs=2, metavar="FRACTION", help=about)
+    about = "reuse deep features between steps, for example 3 1 (default off)"
+    add("--reuse", type=whole_number(1), nargs=2, metavar=("INTERVAL", "DEPTH"), help=about)
+    add = command.add_argument_group("output").add_argument
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the volumes")
+    about = "nifti: a .nii.gz file per volume (default); dicom: a folder with an MR series per volume"
+    add("--format", choices=["nifti", "dicom"], default="nifti", help=about)
+    add("--overwrite", action="store_true", help="replace existing samples in --out")
+    add = command.add_argument_group("machine").add_argument
+    about = "auto (a GPU if there is one), cpu, cuda or cuda:N (default auto)"
+    add("--device", type=_device_name, default="auto", metavar="DEVICE", help=about)
+    about = "volumes denoised at a time (default: the checkpoint's)"
+    add("--batch_size", type=whole_number(1), metavar="N", help=about)
+    about = "process each volume alone, so that on a CPU its bits do not depend on the batch"
+    add("--batch_invariant", action="store_true", help=about)
+    about = "data type of the weights (default auto: bf16 where it is fast)"
+    add("--dtype", choices=["auto", "float32", "bfloat16"], help=about)
 
 
 def _report(commands: argparse._SubParsersAction) -> None:
     about = "Write FOLDER/report.html: one page of curves, montages and timings that needs no network."
     command = _add(commands, "report", _run_report, about, "ccella-fast report out/demo")
-    command.add_argument("folder", type=Path, help="folder that contains prepared/, vae/, model/ and samples/")
+    about = "folder that contains prepared/, vae/, model/ and samples/"
+    command.add_argument("folder", type=Path, metavar="FOLDER", help=about)
 
 
 def _export(commands: argparse._SubParsersAction) -> None:
     about = "Write a checkpoint as one .pt file in the reference's format."
     command = _add(commands, "export", _run_export, about, "ccella-fast export --checkpoint out/model --out CCELLA.pt")
-    command.add_argument("--checkpoint", type=Path, required=True, help="run folder or step folder")
-    command.add_argument("--out", type=Path, required=True, help="file to write")
-    command.add_argument(
-        "--weights", choices=["ema", "raw"], default="ema", help="averaged or raw weights (default ema)"
-    )
+    add = command.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="run folder or step folder")
+    add("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    about = "averaged or raw weights (default ema)"
+    add("--weights", choices=["ema", "raw"], default="ema", help=about)
 
 
 def _env(commands: argparse._SubParsersAction) -> None:
@@ -282,38 +318,47 @@ def _env(commands: argparse._SubParsersAction) -> None:
 
 
 def _add(
-    commands: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], None], about: str, example: str
-) -> argparse.ArgumentParser:
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    about: str,
+    example: str,
+    *,
+    if_out_of_memory: str = entrypoint.LESS_MEMORY,
+) -> entrypoint.Parser:
     command = commands.add_parser(
         name,
         help=about.split(":")[0],
         description=about,
-        epilog=f"example: {example}\n\n{EXIT_CODES}",
+        epilog=f"example: {example}\n\n{entrypoint.EXIT_CODES}",
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, if_out_of_memory=if_out_of_memory)
     return command
 
 
-def _from(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number of at least {least}")
-        return int(text)
-
+def _above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number greater than 0")
     return number
 
 
+def _device_name(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
+    return text
+
+
 def _add_config(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("configuration")
     about = "our JSON file, or the reference's env, config and def files (default: built-in defaults)"
-    command.add_argument("--config", type=Path, nargs="+", metavar="FILE", help=about)
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a setting, for example data.dim=[96,96,32]; may be repeated",
-    )
+    group.add_argument("--config", type=Path, nargs="+", metavar="FILE", help=about)
+    about = "override a setting, for example data.dim=[96,96,32]; may be repeated"
+    group.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=about)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ccella_fast import reference_config
+from ccella_fast.config_errors import explain
 from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.storage import read_json
 from ccella_fast.variants import VARIANTS, Variant
@@ -26,6 +26,7 @@ logger = logging.getLogger("ccella_fast")
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, int) else value)
@@ -256,7 +257,7 @@ class VaeTrainingConfig(Section):
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     max_grad_norm: PositiveFloat = 1.0  #: the gradient's global norm is clipped to this
     kl_weight: Annotated[float, Field(ge=0)] = 1e-6  #: weight of the KL divergence next to the L1 loss
-    seed: Count = 0  #: data order, patches and initial weights follow from it
+    seed: Seed = 0  #: data order, patches and initial weights follow from it
     #: as the section augmentation; preset none unless given
     augmentation: AugmentationConfig = AugmentationConfig.model_validate({"preset": "none"})
     #: seconds between two saves of the state from which a stopped run is resumed; 0: whenever the loss is read, every 10 steps
@@ -295,7 +296,7 @@ class TrainingConfig(Section):
     checkpointing_steps: Positive = 500  #: optimizer steps between checkpoints
     checkpoints_total_limit: Annotated[int, Field(ge=2)] = 2  #: checkpoints that are kept; older ones are removed
     logging_steps: Positive = 1  #: optimizer steps between two reads of the loss from the device
-    seed: Count = 0  #: data order, noise and initial weights follow from it
+    seed: Seed = 0  #: data order, noise and initial weights follow from it
 
 
 class SamplingConfig(Section):
@@ -411,12 +412,28 @@ def load_config(source: str | Path | Sequence[str | Path], overrides: Mapping[st
         values = reference_config.convert(files)
     if not isinstance(values, dict):
         raise ConfigError("a configuration must be one JSON object", path=origin, fix="start the file with {")
-    return _validate(_override(values, overrides), origin)
+    return _validate(_override(values, overrides), origin, _written(overrides))
 
 
-def make_config(overrides: Mapping[str, Any] | Sequence[str] = (), *, base: Config | None = None) -> Config:
-    """The defaults, or `base`, with overrides, validated like a file."""
-    return _validate(_override(base.dump() if base else {}, overrides), None)
+def make_config(
+    overrides: Mapping[str, Any] | Sequence[str] = (), *, base: Config | None = None, origin: object = None
+) -> Config:
+    """The defaults, or `base`, with overrides, validated like a file.
+
+    Args:
+        overrides: as for `load_config`.
+        base: the configuration that is changed.
+        origin: the file that the overrides come from, for error messages.
+    """
+    written = {} if origin else _written(overrides)
+    return _validate(_override(base.dump() if base else {}, overrides), origin, written)
+
+
+def _written(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, str | None]:
+    """By the dotted name of each override: how it is written on the command line; None if it is a Python value."""
+    if isinstance(overrides, Mapping):
+        return dict.fromkeys(overrides)
+    return {text.partition("=")[0]: f"--set {text}" for text in overrides}
 
 
 def _override(values: dict[str, Any], overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
@@ -440,28 +457,15 @@ def _split(text: str) -> tuple[str, Any]:
         raise ConfigError(f"override '{text}' has no value", field=dotted, fix="write it as section.key=value")
     try:
         return dotted, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # not JSON; a number of thousands of digits; thousands of brackets
         return dotted, value
 
 
-def _validate(values: dict[str, Any], origin: object) -> Config:
-    values = _without_removed(values, origin)
+def _validate(values: dict[str, Any], origin: object, overrides: Mapping[str, str | None]) -> Config:
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_without_removed(values, origin))
     except ValidationError as bad:
-        first = bad.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = _known_keys(first["loc"][:-1])
-            fix = did_you_mean(str(first["loc"][-1]), known)
-            raise ConfigError(f"unknown key '{first['loc'][-1]}'", path=origin, field=field, fix=fix) from None
-        why = first["msg"].removeprefix("Value error, ")
-        fix = (
-            f"this is {first['input']!r:.80}; see docs/reference/configuration.md"
-            if field
-            else "make these keys consistent"
-        )
-        raise ConfigError(why, path=origin, field=field or None, fix=fix) from None
+        raise explain(bad, Config, path=origin, overrides=overrides) from None
 
 
 def _without_removed(values: dict[str, Any], origin: object) -> dict[str, Any]:
@@ -481,10 +485,3 @@ def _without_removed(values: dict[str, Any], origin: object) -> dict[str, Any]:
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = Config
-    for part in location:
-        section = typing.get_type_hints(section)[str(part)]
-    return list(section.model_fields)

@@ -9,16 +9,23 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ccella_fast.errors import CcellaError, ConfigError, DataError
+import ccella_fast
+from ccella_fast.errors import CcellaError, ConfigError, did_you_mean, nearest
+from ccella_fast.foreign_errors import translate
 
 _PATIENCE = (
     2.0  # seconds that other ranks wait: a launcher kills all processes when one ends, and rank 0 prints the error
 )
+EXIT_CODES = """exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss,
+130/143 stopped by a signal, 141 closed pipe"""
+LESS_MEMORY = "end other programs, use a machine with more memory, or process less at a time"
 
 
 def is_local_rank_zero() -> bool:
@@ -27,11 +34,40 @@ def is_local_rank_zero() -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a usage error as a `ConfigError` and does not accept abbreviated options."""
+    """An argument parser that reports a usage error as a `ConfigError` and does not accept abbreviated options.
+
+    Unknown options are named first, because a misspelled option is often why a required one is missing.
+
+    Attributes:
+        instead: returns what a user can give instead of an unknown option, or None.
+    """
+
+    instead: Callable[[str], str | None] = staticmethod(lambda option: None)
 
     def __init__(self, **settings: object):
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(allow_abbrev=False, formatter_class=raw, **settings)  # type: ignore[arg-type]
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As in argparse, after a check of the names of the options."""
+        args = sys.argv[1:] if args is None else list(args)
+        for argument in args:
+            if argument == "--" or (self._subparsers is not None and not argument.startswith("-")):
+                break  # what follows are not options, or those of a subcommand
+            name = argument.partition("=")[0]
+            if re.fullmatch(r"--?[A-Za-z][\w-]*", name) and name not in self._option_string_actions:
+                self.error(f"the option {name} does not exist; {self._suggest(name)}")
+        return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        """As in argparse; surplus arguments that may be words of a report are not printed."""
+        parsed, surplus = self.parse_known_args(args, namespace)
+        if surplus:
+            quote = "put quotes around a value that contains spaces"
+            if "--report" in (sys.argv if args is None else args):
+                self.error(f"{len(surplus)} words belong to no option; {quote}")
+            self.error(f"these arguments belong to no option: {' '.join(surplus):.200}; {quote}")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         """Print the message of a usage error and exit."""
@@ -40,6 +76,35 @@ class Parser(argparse.ArgumentParser):
         else:
             time.sleep(_PATIENCE)
         sys.exit(ConfigError.exit_code)
+
+    def _suggest(self, name: str) -> str:
+        if instead := self.instead(name):
+            return f"use {instead}"
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        near = nearest(name, options)
+        return f"did you mean {near}?" if near else f"there are {', '.join(sorted(options))}"
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = map(str, action.choices)
+            raise argparse.ArgumentError(action, f"{value!r:.40} is not known; {did_you_mean(str(value), known)}")
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Add `--version`."""
+    version = f"ccella-fast {ccella_fast.__version__}"
+    parser.add_argument("--version", action="version", version=version, help="print the version and exit")
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an option: a whole number of at least `least` that torch's generators and sizes can hold."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or len(text) > 19 or not least <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
 
 
 def log_to_stderr() -> None:
@@ -51,8 +116,18 @@ def log_to_stderr() -> None:
     logger.setLevel(logging.INFO if is_local_rank_zero() else logging.ERROR)
 
 
-def run_command(work: Callable[[], int], *, debug: bool) -> int:
-    """Run `work` and return its exit code, or that of the error or signal that ended it."""
+def log_next(wrote: object, command: Sequence[object]) -> None:
+    """Log what a command has written, and the command that usually comes next."""
+    logger = logging.getLogger("ccella_fast")
+    logger.info("wrote %s", wrote)
+    logger.info("next: %s", shlex.join(map(str, command)))
+
+
+def run_command(work: Callable[[], int], *, debug: bool, if_out_of_memory: str = LESS_MEMORY) -> int:
+    """Run `work` and return its exit code, or that of the error or signal that ended it.
+
+    if_out_of_memory: what a user can do when the memory does not suffice.
+    """
     log_to_stderr()
     try:
         code = work()
@@ -68,7 +143,7 @@ def run_command(work: Callable[[], int], *, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        message = error if isinstance(error, CcellaError) else _unexpected(error)
+        message = error if isinstance(error, CcellaError) else _foreign(error, if_out_of_memory)
         if is_local_rank_zero():
             print(message, file=sys.stderr)
             return message.exit_code
@@ -78,11 +153,8 @@ def run_command(work: Callable[[], int], *, debug: bool) -> int:
         return message.exit_code
 
 
-def _unexpected(error: Exception) -> CcellaError:
-    if isinstance(error, OSError) and error.filename is not None:
-        why = f"this file cannot be read or written: {os.strerror(error.errno or 0)}"
-        return DataError(why, path=error.filename, fix="check that it exists and that you have permission")
-    # Only the type: the message of a library may quote its input, for example a report.
-    return CcellaError(
+def _foreign(error: Exception, if_out_of_memory: str) -> CcellaError:
+    # Of a bug only the type: the message of a library may quote its input, for example a report.
+    return translate(error, remedies=if_out_of_memory) or CcellaError(
         f"internal: {type(error).__name__}", fix="run the command again with --debug and report the traceback"
     )

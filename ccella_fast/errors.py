@@ -77,6 +77,13 @@ class NonFiniteError(CcellaError):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The nearest known name as a question, or the list of known names if none is similar."""
     known = sorted(known)
-    by_lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return f"did you mean '{by_lower[near[0]]}'?" if near else f"use one of: {', '.join(known)}"
+    near = nearest(word, known)
+    return f"did you mean '{near}'?" if near else f"use one of: {', '.join(known)}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that is most similar to `word`, or None."""
+    by_lower = {name.lower(): name for name in sorted(known)}
+    cutoff = 0.6 if len(word) > 3 else 0.5  # two exchanged letters of two
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[near[0]] if near else None

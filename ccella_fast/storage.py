@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -131,7 +132,9 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def safe_join(root: str | Path, entry: str, *, path: object = None, field: str | None = None) -> Path:
+def safe_join(
+    root: str | Path, entry: str, *, path: object = None, field: str | None = None, follow_links: bool = False
+) -> Path:
     """Join `root` and the relative path `entry`, which must stay inside `root`, also through links.
 
     Args:
@@ -139,6 +142,7 @@ def safe_join(root: str | Path, entry: str, *, path: object = None, field: str |
         entry: the relative path.
         path: the file in which `entry` is written, for the error message.
         field: its key there.
+        follow_links: whether links may lead out of `root`.
 
     Raises:
         DataError: `entry` is absolute, too long, not printable, or leaves `root`.
@@ -150,10 +154,20 @@ def safe_join(root: str | Path, entry: str, *, path: object = None, field: str |
             "a part of this path has more than 255 bytes", path=path, field=field, fix="give a shorter relative path"
         )
     unsafe = not entry or not entry.isprintable() or PurePosixPath(entry).is_absolute() or ".." in parts
-    if unsafe or not (root / entry).resolve().is_relative_to(root.resolve()):
+    if unsafe:
         fix = f"give a relative path inside {root}"
-        raise DataError(f"the path {entry!r} leaves the data folder", path=path, field=field, fix=fix)
+        raise DataError(f"the path {_shown(entry)} leaves the data folder", path=path, field=field, fix=fix)
+    if not follow_links and not Path(os.path.realpath(root / entry)).is_relative_to(os.path.realpath(root)):
+        why = f"the path {_shown(entry)} leaves the data folder through a link to elsewhere"
+        fix = "copy the files into the folder, or give `prepare --follow_links`, with which it reads linked series"
+        raise DataError(why, path=path, field=field, fix=fix)
     return root / entry
+
+
+def _shown(entry: str) -> str:
+    """A path or key of a user's file for a message; more than one word may be a report in the wrong place."""
+    is_word = re.fullmatch(r"[!-~]{1,80}", entry)
+    return f"'{entry}'" if is_word else f"of {len(entry)} characters"
 
 
 def disk_error(error: OSError, path: Path) -> DiskError:
@@ -180,7 +194,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key '{twice}' appears twice")
+        raise ValueError(f"the key {_shown(twice)} appears twice")
     return result
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,21 +15,35 @@ from ccella_fast.errors import ConfigError
 if TYPE_CHECKING:
     from ccella_fast.config import PathsConfig
 
-EXAMPLE = """example:
+EXAMPLE = f"""example:
   deepspeed ccella_fast/train.py --config configs/demo.json --data out/demo/prepared --output_dir out/demo/model --resume
   deepspeed --num_gpus 2 ccella_fast/train.py ... --deepspeed configs/deepspeed/zero2.json
 
-exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss,
-130/143 stopped by a signal (the checkpoint is saved first). A launcher may hide them; OUTPUT_DIR/run_status.json does not."""
+{entrypoint.EXIT_CODES}
+After a signal the checkpoint is saved first. A launcher may hide the code; OUTPUT_DIR/run_status.json does not."""
+IF_OUT_OF_MEMORY = (
+    "lower training.batch_size and raise training.gradient_accumulation_steps, set training.activation_checkpointing=true, "
+    "or use ZeRO 2 or 3; --dry-run estimates the memory"
+)
+# Names in the training scripts of diffusers -> ours; names of our settings are recognized without this table.
+_INSTEAD = {
+    "train_batch_size": "--set training.batch_size=N", "learning_rate": "--set training.lr=NUMBER",
+    "num_train_epochs": "--set training.n_epochs=N", "mixed_precision": "--set training.precision=bf16",
+    "gradient_checkpointing": "--set training.activation_checkpointing=true", "max_grad_norm": "--set training.max_grad_norm=N",
+    "use_ema": "--set training.ema_decay=0.9999", "resume_from_checkpoint": "--resume",
+    "dataset_name": "--data", "train_data_dir": "--data",
+}  # fmt: skip
 
 
 def main() -> int:
     """Parse the arguments, train, report an error in one message, and return the exit code."""
     arguments = _parser().parse_args()
-    return entrypoint.run_command(lambda: _run(arguments), debug=arguments.debug)
+    work = functools.partial(run, arguments)
+    return entrypoint.run_command(work, debug=arguments.debug, if_out_of_memory=IF_OUT_OF_MEMORY)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Train, or describe the run if it is a dry run. Returns the exit code."""
     from ccella_fast.config import load_config
 
     three = [arguments.env_config, arguments.model_config, arguments.model_def]
@@ -35,18 +51,18 @@ def _run(arguments: argparse.Namespace) -> int:
         fix = "give --config FILE alone, or all of --env_config, --model_config and --model_def"
         raise ConfigError("the configuration must be one file, or the reference's three files", fix=fix)
     overrides = list(arguments.set)
-    if arguments.max_train_steps is not None:
-        overrides.append(f"training.max_train_steps={arguments.max_train_steps}")
-    if arguments.seed is not None:
-        overrides.append(f"training.seed={arguments.seed}")
-    if arguments.latents is not None:
-        overrides.append(f"training.latents={arguments.latents}")
+    for name in ("max_train_steps", "seed", "latents"):
+        if getattr(arguments, name) is not None:
+            overrides.append(f"training.{name}={getattr(arguments, name)}")
     config = load_config(arguments.config or three, overrides)
     if config.paths.existing_ckpt_filepath is not None:
         fix = "set it to null; --resume continues a run of ccella_fast"
         raise ConfigError("training cannot start from a reference checkpoint", field="existing_ckpt_filepath", fix=fix)
-    data, run = arguments.data or config.paths.embedding_base_dir, arguments.output_dir or _reference_run(config.paths)
-    if data is None or run is None:
+    data, output = (
+        arguments.data or config.paths.embedding_base_dir,
+        arguments.output_dir or _reference_run(config.paths),
+    )
+    if data is None or output is None:
         raise ConfigError(
             "the prepared folder and the output folder must be given",
             fix="add --data PREPARED_FOLDER and --output_dir FOLDER",
@@ -58,13 +74,15 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     settings: dict[str, Any] = {
         "data": Path(data),
-        "run": Path(run),
+        "run": Path(output),
         "deepspeed_file": Path(files[0]) if files else None,
     }
+    config.check_grid()
+    _check_machine()
     if arguments.dry_run:
         from ccella_fast.training.dry_run import describe_run
 
-        print(describe_run(config, **settings))
+        print(describe_run(config, as_json=arguments.json, **settings))
         return 0
     from ccella_fast.training.run import train
 
@@ -73,7 +91,26 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if dist.is_initialized():  # it is not if the run was already complete
         dist.destroy_process_group()
+    if code == 0:
+        command = ["sample", "--checkpoint", output, "--out", Path(output).with_name("samples")]
+        entrypoint.log_next(output, ["ccella-fast", *command])
     return code
+
+
+def _check_machine() -> None:
+    """Refuse a DS_ACCELERATOR or a CCELLA_FAST_BACKEND that this machine cannot run, before anything is loaded."""
+    accelerator = os.environ.get("DS_ACCELERATOR", "")
+    if accelerator not in ("", "cpu", "cuda"):
+        fix = "unset it, or set it to cpu or cuda"
+        raise ConfigError(f"the accelerator '{accelerator:.40}' is not supported", field="DS_ACCELERATOR", fix=fix)
+    import torch
+
+    from ccella_fast.kernels.backend import check_environment
+
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        why = "DS_ACCELERATOR is cuda, but PyTorch finds no GPU on this machine"
+        raise ConfigError(why, field="DS_ACCELERATOR", fix="unset it, or set it to cpu")
+    check_environment("cpu" if accelerator == "cpu" else None)
 
 
 def _reference_run(paths: PathsConfig) -> Path | None:
@@ -85,54 +122,53 @@ def _reference_run(paths: PathsConfig) -> Path | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = entrypoint.Parser(description="Train the diffusion model on a prepared folder.", epilog=EXAMPLE)
-    add = parser.add_argument
+    entrypoint.add_version(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_arguments(parser)
+    return parser
+
+
+def add_arguments(parser: entrypoint.Parser) -> None:
+    """Add the options of training, which `ccella-fast train` has too."""
+    parser.instead = _instead
+    add = parser.add_argument_group("data and output").add_argument
+    about = "prepared folder (default: embedding_base_dir of --env_config)"
+    add("--data", type=Path, metavar="FOLDER", help=about)
+    about = "where the run is written (default: model_dir/model_filename of --env_config, without suffix)"
+    add("--output_dir", type=Path, metavar="FOLDER", help=about)
+    about = "continue from the newest checkpoint if there is one, or from this one"
+    add("--resume", nargs="?", const="latest", metavar="STEP_FOLDER", help=about)
+    add = parser.add_argument_group("configuration").add_argument
     add("--config", type=Path, metavar="FILE", help="our single configuration file")
     add("--env_config", type=Path, metavar="FILE", help="the reference's three files instead: env,")
     add("--model_config", type=Path, metavar="FILE", help="config")
     add("--model_def", type=Path, metavar="FILE", help="and def")
-    add("--data", type=Path, metavar="FOLDER", help="prepared folder (default: embedding_base_dir of --env_config)")
-    add(
-        "--output_dir",
-        type=Path,
-        metavar="FOLDER",
-        help="where the run is written (default: model_dir/model_filename of --env_config, without suffix)",
-    )
-    add(
-        "--resume",
-        nargs="?",
-        const="latest",
-        metavar="STEP_FOLDER",
-        help="continue from the newest checkpoint if there is one, or from this one",
-    )
-    add(
-        "--max_train_steps",
-        type=int,
-        metavar="N",
-        help="length of the run in optimizer steps; fixed once it has started",
-    )
+    about = "length of the run in optimizer steps; fixed once it has started"
+    add("--max_train_steps", type=entrypoint.whole_number(1), metavar="N", help=about)
     about = "stored latents, or online: augmented and encoded during training (needs a folder prepared with --vae)"
     add("--latents", choices=["stored", "online"], help=f"{about}; default: training.latents")
-    add("--seed", type=int, metavar="N", help="seed of data order, noise and initial weights")
+    add("--seed", type=entrypoint.whole_number(0), metavar="N", help="seed of data order, noise and initial weights")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated")
-    add(
-        "--deepspeed",
-        nargs="?",
-        const=True,
-        metavar="FILE",
-        help="DeepSpeed file, whose values take precedence; without FILE the option has no effect",
-    )
+    add = parser.add_argument_group("DeepSpeed").add_argument
+    about = "DeepSpeed file, whose values take precedence; without FILE the option has no effect"
+    add("--deepspeed", nargs="?", const=True, metavar="FILE", help=about)
     add("--deepspeed_config", metavar="FILE", help="the same under DeepSpeed's own name")
-    add(
-        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
-    )  # added by launchers; LOCAL_RANK has the same value
-    add(
-        "--dry-run",
-        "--dry_run",
-        action="store_true",
-        help="print resolved settings, parameters, memory and disk space, and write nothing",
-    )
-    add("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+    # Added by launchers; LOCAL_RANK has the same value.
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add = parser.add_argument_group("dry run").add_argument
+    about = "check the data, print settings, parameters, memory and disk space, and write nothing"
+    add("--dry-run", "--dry_run", action="store_true", help=about)
+    add("--json", action="store_true", help="print the dry run as JSON, with every setting")
+
+
+def _instead(option: str) -> str | None:
+    """What to give in place of an option that is a setting here, or that has another name."""
+    from ccella_fast.config import Config
+    from ccella_fast.config_errors import settings
+
+    name = option.lstrip("-").replace("-", "_")
+    own = [dotted for dotted in settings(Config) if dotted.rpartition(".")[2] == name]
+    return _INSTEAD.get(name) or (" or ".join(f"--set {dotted}=VALUE" for dotted in own) or None)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ def explain_choice(kernel: str, support: BackendSupport, requested: str | None =
         if wanted not in support:
             raise BackendError(f"{kernel} does not have the backend {wanted!r}; choose one of {', '.join(support)}")
         if support[wanted] is not None:
-            raise BackendError(f"{kernel}: backend {wanted!r} was requested {origin}, but {support[wanted]}")
+            usable = ", ".join(backend for backend, reason in support.items() if reason is None)
+            why = f"{kernel}: backend {wanted!r} was requested {origin}, but {support[wanted]}"
+            raise BackendError(f"{why}; supported here: {usable or 'none'}")
         return BackendChoice(kernel, wanted, f"requested {origin}")
     skipped: list[str] = []
     for backend, reason in support.items():
@@ -96,6 +98,16 @@ def explain(device: torch.device | str | None = None, dtype: torch.dtype | None 
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     modules = {name: importlib.import_module(f"ccella_fast.kernels.{name}") for name in KERNELS}
     return [explain_choice(name, module.backend_support(device, dtype)) for name, module in modules.items()]
+
+
+def check_environment(device: torch.device | str | None = None) -> None:
+    """Check the backends that CCELLA_FAST_BACKEND requests, at the sizes of the default model. For use before long work.
+
+    Raises:
+        BackendError: A backend does not exist or is unsupported on the device, which is chosen as by `explain`.
+    """
+    if os.environ.get(ENVIRONMENT):
+        explain(device)
 
 
 def triton_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:

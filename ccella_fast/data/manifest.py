@@ -14,12 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from ccella_fast.config import GridConfig
 from ccella_fast.errors import DataError
+from ccella_fast.folder_kinds import check_folder
 from ccella_fast.storage import read_json, safe_join, sha256
 
 NAME = "manifest.json"
 IMPORTED = "imported"  # instead of the fingerprint of an encoder
 CASE_ID = r"^\w[\w .+@=-]{0,120}$"  # part of file names
 FORMAT: Literal["ccella_fast.prepared"] = "ccella_fast.prepared"
+Split = Literal["train", "val", "test"]  # nothing is trained on val and test
 
 # The start of a .npy file of version 1 (numpy.lib.format) and its header, as numpy writes it for a plain array.
 _NPY_START = struct.Struct("<8sH")
@@ -63,7 +65,7 @@ class StudyEntry(_Model):
     """
 
     id: Annotated[str, Field(pattern=CASE_ID)]
-    split: Literal["train", "test"]
+    split: Split
     synthetic: bool = False  # generated, not measured
     dataset: str | None
     spacing: Annotated[list[PositiveFinite], Field(min_length=3, max_length=3)]
@@ -206,6 +208,7 @@ def load_manifest(folder: str | Path) -> Manifest:
             or a path outside the folder.
     """
     path = Path(folder) / NAME
+    check_folder(folder, "prepared", error=DataError)
     if not path.is_file():
         fix = "run `ccella-fast prepare`, which resumes where it stopped"
         raise DataError("this folder is not prepared, or its preparation is not complete", path=path, fix=fix)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from ccella_fast.data.manifest import Manifest, StudyEntry, load_manifest, open_array
+from ccella_fast.data.manifest import Manifest, Split, StudyEntry, load_manifest, open_array
 from ccella_fast.environment import describe_environment
 from ccella_fast.errors import DataError
 from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage
@@ -104,8 +105,8 @@ def _facts(
 ) -> list[tuple[str, str]]:
     facts = []
     if prepared:
-        train = [case for case in prepared.cases if case.split == "train"]
-        count = f"{len(train)} train, {len(prepared.cases) - len(train)} test"
+        counts = Counter(case.split for case in prepared.cases)
+        count = ", ".join(f"{counts[split]} {split}" for split in get_args(Split) if split != "val" or counts[split])
         classes = [sum(case.pirads == one_hot for case in prepared.cases) for one_hot in ([1, 0], [0, 1])]
         without = sum(case.text_isnull for case in prepared.cases)
         facts += [
@@ -184,8 +185,8 @@ def _shown(prepared: Manifest | None) -> list[StudyEntry]:
     """A row of studies: of the test split, in the manifest's order, as train-vae reconstructs them; else of the train split."""
     if prepared is None:
         return []
-    test = [case for case in prepared.cases if case.split == "test"]
-    return (test or prepared.cases)[: max(1, COLUMNS // len(prepared.data.sequences))]
+    train, test = ([case for case in prepared.cases if case.split == split] for split in ("train", "test"))
+    return (test or train)[: max(1, COLUMNS // len(prepared.data.sequences))]
 
 
 def _word(cases: Sequence[StudyEntry]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,8 +101,6 @@ def _common_attributes(
     series: Series, spacing: Sequence[float], study: str, description: str, series_uid: str
 ) -> dict[str, Any]:
     """The attributes that all slices of a series share, by module (PS3.3, table A.4-1); empty ones are unknown."""
-    from ccella_fast import __version__
-
     columns, rows, _ = series.volume.shape
     patient = f"SYNTHETIC-{hashlib.sha256(study.encode()).hexdigest()[:12]}"
     return {
@@ -130,7 +129,7 @@ def _common_attributes(
         "PositionReferenceIndicator": "",
         "Manufacturer": MANUFACTURER,
         "ManufacturerModelName": MANUFACTURER,
-        "SoftwareVersions": __version__,
+        "SoftwareVersions": metadata.version("ccella-fast"),
         # Image
         "SOPClassUID": _MR_IMAGE_STORAGE,
         "SyntheticData": "YES",

@@ -8,6 +8,7 @@ silently ignores a misspelled top-level key; here it raises ConfigError. Neither
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -90,7 +91,7 @@ def merge_deepspeed_config(
         overrides["training.zero_stage"] = zero["stage"]
     if "activation_checkpointing" in values:
         overrides["training.activation_checkpointing"] = True
-    merged = make_config(overrides, base=config)
+    merged = make_config(overrides, base=config, origin=path)
     _log_differences(config, merged, path)
     if merged.training.precision == "auto":
         merged = make_config({"training.precision": auto_precision()}, base=merged)
@@ -108,7 +109,10 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError("this DeepSpeed file does not exist", path=path, fix="check the path") from None
     except (OSError, UnicodeDecodeError) as bad:
-        raise ConfigError(f"this DeepSpeed file cannot be read: {bad}", path=path, fix="check the path") from None
+        why = "it is not UTF-8 text" if isinstance(bad, UnicodeDecodeError) else os.strerror(bad.errno or 0)
+        raise ConfigError(f"this DeepSpeed file cannot be read: {why}", path=path, fix="check the path") from None
+    except RecursionError:
+        raise ConfigError("this DeepSpeed file is nested too deeply", path=path, fix="correct the file") from None
     except hjson.HjsonDecodeError as bad:
         where = f"line {bad.lineno}, column {bad.colno}"
         raise ConfigError(f"malformed JSON at {where}: {bad.msg}", path=path, fix="correct the file there") from None

@@ -1,54 +1,166 @@
-"""`train.py --dry-run`: settings, memory and disk space of a run that is not started."""
+"""`train.py --dry-run`: settings, data, memory and disk space of a run that is not started."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ccella_fast.config import Config
+from ccella_fast.data.loading.dataset import PreparedDataset
+from ccella_fast.data.manifest import Manifest
 from ccella_fast.models import build_model
-from ccella_fast.training.run import make_run_plan
+from ccella_fast.training import distributed
+from ccella_fast.training.activation_memory import activation_bytes
+from ccella_fast.training.run import RunPlan, flatten, make_run_plan
 
 _FP32 = 4
 
 
-def describe_run(config: Config, *, data: Path, run: Path, deepspeed_file: Path | None) -> str:
-    """Describe a run as text: configuration, DeepSpeed values, parameters, memory without activations, and disk space.
+def describe_run(config: Config, *, data: Path, run: Path, deepspeed_file: Path | None, as_json: bool = False) -> str:
+    """Check the settings and the data as a real run does, and describe the run as a table or as JSON.
 
     Args:
         config: the configuration.
-        data: the prepared folder.
+        data: the prepared folder; every file is compared with its SHA-256 and every shape with the configuration.
         run: the run's folder; nothing is written to it.
         deepspeed_file: the user's DeepSpeed configuration.
+        as_json: JSON, with every setting and the values for DeepSpeed.
+
+    Raises:
+        CcellaError: as `train`.
     """
     plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file)
+    online = plan.config.training.latents == "online"
+    dataset = PreparedDataset(data, plan.config, "train", needs="images" if online else "latents")
     with torch.device("meta"):
         model = build_model(plan.config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    memory = parameters * bytes_per_parameter(plan.config, plan.facts["world_size"])
-    training = plan.config.training
+    facts = {
+        "variant": plan.config.model.variant,
+        "parameters": parameters,
+        "data": _data_facts(dataset.prepared, len(dataset), dataset.copies),
+        "run": _run_facts(plan, len(dataset)),
+        "memory": _memory_facts(plan, parameters, dataset.prepared),
+        "disk": _disk_facts(plan, parameters),
+    }
+    if as_json:
+        # Who clips depends on precision and ZeRO stage; DeepSpeed's own value is 0 where the optimizer does it.
+        engine = plan.engine_values | {"gradient_clipping": plan.config.training.max_grad_norm}
+        return json.dumps({**facts, "config": plan.config.dump(), "deepspeed": engine}, indent=2)
+    return _table(plan, facts)
+
+
+def _data_facts(prepared: Manifest, selected: int, copies: int) -> dict[str, Any]:
+    train = [case for case in prepared.cases if case.split == "train"]
+    classes = Counter("unknown" if case.pirads is None else ("neg", "pos")[case.pirads.index(1)] for case in train)
+    return {
+        "studies": dict(Counter(case.split for case in prepared.cases)),
+        "selected_for_training": selected,
+        "augmented_copies": copies,
+        "classes_of_train": dict(classes),
+        "reports_of_train": sum(not case.text_isnull for case in train),
+        "truncated_reports": len(prepared.truncated_reports),
+        "sequences": list(prepared.data.sequences),
+        "dim": prepared.data.dim,
+        "spacing": prepared.data.spacing,
+        "encoder": None if prepared.text is None else prepared.text.encoder,
+    }
+
+
+def _run_facts(plan: RunPlan, studies: int) -> dict[str, Any]:
+    training, processes = plan.config.training, plan.facts["world_size"]
+    batch = training.batch_size * training.gradient_accumulation_steps * processes
+    return {
+        "steps": plan.total_steps,
+        "epochs": round(plan.total_steps * batch / studies, 2),
+        "batch": batch,
+        "processes": processes,
+        "precision": training.precision,
+        "zero_stage": training.zero_stage,
+        "gradient_clipping": training.max_grad_norm,
+    }
+
+
+def _memory_facts(plan: RunPlan, parameters: int, prepared: Manifest) -> dict[str, Any]:
+    """Bytes per process. `activations` is None, with the reason, if they are not estimated."""
+    each = {
+        name: round(parameters * size)
+        for name, size in memory_per_parameter(plan.config, plan.facts["world_size"]).items()
+    }
+    if plan.config.training.activation_checkpointing:
+        return {**each, "activations": None, "activations_reason": "not estimated with activation checkpointing"}
+    tokens = prepared.text.max_length if prepared.text else 1
+    kind = "cuda" if distributed.uses_gpu() else "cpu"
+    return {
+        **each,
+        "activations": activation_bytes(plan.config, tokens=tokens, device_type=kind),
+        "activations_reason": None,
+    }
+
+
+def _disk_facts(plan: RunPlan, parameters: int) -> dict[str, Any]:
     # Each checkpoint contains a copy of the autoencoder.
-    vae = sum(file.stat().st_size for file in (data / "vae").rglob("*") if file.is_file())
-    checkpoint = parameters * checkpoint_bytes_per_parameter(plan.config) + vae
-    lines = [
-        json.dumps({"config": plan.config.dump(), "deepspeed": plan.engine_values}, indent=2),
-        f"variant {plan.config.model.variant}, {parameters:,} parameters, {plan.total_steps} steps",
-        f"memory per process: {memory / 2**30:.2f} GiB for weights, gradients, optimizer and averages, plus activations",
-        f"disk: {checkpoint / 2**30:.2f} GiB per checkpoint, at most {training.checkpoints_total_limit + 1} checkpoints",
-    ]
-    return "\n".join(lines)
+    vae = sum(file.stat().st_size for file in (plan.data / "vae").rglob("*") if file.is_file())
+    return {
+        "checkpoint": parameters * checkpoint_bytes_per_parameter(plan.config) + vae,
+        "most_checkpoints": plan.config.training.checkpoints_total_limit + 1,
+    }
 
 
-def bytes_per_parameter(config: Config, world_size: int) -> float:
-    """Memory of one process: ZeRO 1 shards optimizer state and averages, ZeRO 2 also gradients, ZeRO 3 also weights."""
+def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
+    """The facts as aligned lines of `name  value`."""
+    data, run, memory, disk = facts["data"], facts["run"], facts["memory"], facts["disk"]
+    default = flatten(Config().dump())
+    changed = {key: value for key, value in flatten(plan.config.dump()).items() if value != default[key]}
+    states = sum(size for name, size in memory.items() if not name.startswith("activations"))
+    kept = memory["activations_reason"] or f"{_gib(memory['activations'])} kept for the backward pass of a micro-batch"
+    counts = lambda numbers: ", ".join(f"{number} {name}" for name, number in numbers.items())  # noqa: E731
+    mm, grid = " x ".join(f"{size:g}" for size in data["spacing"]), " x ".join(map(str, data["dim"]))
+    rows = [
+        *((key, json.dumps(value)) for key, value in changed.items()),
+        ("", ""),
+        ("prepared folder", f"{plan.data}: {counts(data['studies'])}; every file was checked"),
+        ("train split", f"{data['selected_for_training']} used, {data['reports_of_train']} with a report, "
+                        f"{data['augmented_copies']} augmented copies each"),
+        ("classes of train", counts(data["classes_of_train"])),
+        ("grid", f"{', '.join(data['sequences'])}: {grid} voxels of {mm} mm"),
+        ("text encoder", f"{data['encoder'] or 'none'}, {data['truncated_reports']} reports truncated"),
+        ("", ""),
+        ("model", f"{facts['variant']}, {facts['parameters']:,} parameters"),
+        ("length", f"{run['steps']} steps of {run['batch']} studies, {run['epochs']:g} epochs"),
+        ("training", f"{run['processes']} processes, {run['precision']}, ZeRO {run['zero_stage']}, "
+                     f"gradients clipped to {run['gradient_clipping']:g}"),
+        ("", ""),
+        ("memory per process", f"{_gib(states)} for weights, gradients, optimizer and averages"),
+        *((f"  {name}", _gib(size)) for name, size in memory.items() if not name.startswith("activations")),
+        ("  activations", kept),
+        ("disk", f"{_gib(disk['checkpoint'])} per checkpoint, at most {disk['most_checkpoints']} checkpoints"),
+    ]  # fmt: skip
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
+    return "\n".join(["settings that differ from the defaults", *lines])
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def memory_per_parameter(config: Config, world_size: int) -> dict[str, float]:
+    """Bytes of one process: ZeRO 1 shards optimizer state and averages, ZeRO 2 also gradients, ZeRO 3 also weights."""
     training = config.training
     weights, optimizer = _weights_and_optimizer(config)
-    states = optimizer + (_FP32 if training.ema_decay else 0)
-    shards = [world_size if training.zero_stage >= stage else 1 for stage in (1, 2, 3)]
-    gradients = weights
-    return states / shards[0] + gradients / shards[1] + weights / shards[2]
+    first, second, third = (world_size if training.zero_stage >= stage else 1 for stage in (1, 2, 3))
+    averages = _FP32 if training.ema_decay else 0
+    return {
+        "weights": weights / third,
+        "gradients": weights / second,
+        "optimizer": optimizer / first,
+        "averages": averages / first,
+    }
 
 
 def checkpoint_bytes_per_parameter(config: Config) -> int:

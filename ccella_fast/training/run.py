@@ -15,6 +15,8 @@ from ccella_fast.config import Config, load_config
 from ccella_fast.data.augmentation.parameters import check_conditioning
 from ccella_fast.data.manifest import Manifest, load_manifest
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError
+from ccella_fast.folder_kinds import check_folder
+from ccella_fast.foreign_errors import translate
 from ccella_fast.storage import disk_error, remove_partial_files, sha256, write_json
 from ccella_fast.training.deepspeed_config import merge_deepspeed_config
 
@@ -158,6 +160,7 @@ def find_start(run: Path, resume: str | None) -> Path | None:
             logger.info("nothing to resume in %s, starting a new run", run)
         return found
     folder = Path(resume)
+    check_folder(folder, "checkpoint", error=CheckpointError, field="--resume")
     if not (folder / "manifest.json").is_file():
         raise CheckpointError(
             "this folder contains no checkpoint", path=folder, fix="give a step folder, or --resume alone"
@@ -174,7 +177,7 @@ def check_unchanged(plan: RunPlan, start: Path, state: dict[str, Any]) -> None:
 
     start: the step folder to resume from. state: its training_state.json.
     """
-    before, now = (_flatten(values.dump()) for values in (load_config(start / "config.json"), plan.config))
+    before, now = (flatten(values.dump()) for values in (load_config(start / "config.json"), plan.config))
     before |= {key: state.get(key) for key in plan.facts}
     now |= plan.facts
     for key, value in now.items():
@@ -216,8 +219,12 @@ def _train(plan: RunPlan) -> int:
     except CcellaError as error:
         ending |= {"exit_code": error.exit_code, "why": error.why}
         raise
+    except KeyboardInterrupt:  # before the first step; from then on SignalHandler records it
+        ending |= {"state": "terminated", "exit_code": 130}
+        raise
     except BaseException as error:
-        ending["why"] = type(error).__name__
+        known = translate(error, remedies="") if isinstance(error, Exception) else None
+        ending |= {"exit_code": known.exit_code, "why": known.why} if known else {"why": type(error).__name__}
         raise
     finally:
         with contextlib.suppress(DiskError):  # a full disk must not hide what ended the run
@@ -330,12 +337,12 @@ def _initialize_run_folder(plan: RunPlan, step: int) -> None:
     write_status(plan.run, "running", step=step, total_steps=plan.total_steps)
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

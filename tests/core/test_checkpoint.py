@@ -92,8 +92,10 @@ def test_a_corrupt_newest_checkpoint_is_passed_over_with_a_warning(run, caplog):
 
 
 def test_an_empty_folder_and_a_file_outside_are_refused(run, tmp_path):
-    with pytest.raises(CheckpointError, match="contains no checkpoint"):
-        load_checkpoint(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="this is an empty folder, not a checkpoint") as caught:
+        load_checkpoint(tmp_path / "empty")
+    assert caught.value.fix == f"give {run}"
     manifest = read_json(step(run, 6) / "manifest.json")
     manifest["files"]["../../../outside"] = manifest["files"]["model.safetensors"]
     write_json(step(run, 6) / "manifest.json", manifest)

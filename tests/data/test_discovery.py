@@ -51,7 +51,6 @@ def test_names_of_picai_and_dicom(tmp_path: Path):
     touch(tmp_path, *[f"10000/10000_1000000_{name}.mha" for name in ("t2w", "adc", "hbv", "sag", "cor")])
     dicom(tmp_path, "p1/t2w-dicom")
     dicom(tmp_path, "p2/t2_tse_tra")
-    (tmp_path / "p3/t2w").mkdir(parents=True)  # a folder without a DICOM file
     assert found(tmp_path) == {"10000_1000000": ["adc", "hbv", "t2w"], "p1": ["t2w"], "p2": ["t2w"]}
 
 
@@ -94,7 +93,7 @@ def test_every_score_has_its_class(tmp_path: Path):
 TABLE_MISTAKES = [
     ("case,pirads\na,6\n", "line 2, pirads", "must be 1 to 5, neg, pos or empty"),
     ("case,pirads\na,0\n", "line 2, pirads", "must be 1 to 5, neg, pos or empty"),
-    ("case,split\na,val\n", "line 2, split", "must be train or test, got 'val'"),
+    ("case,split\na,vla\n", "line 2, split", "must be train, val or test, got 'vla'"),
     ("case,pirad\na,1\n", "line 1, pirad", "did you mean 'pirads'"),
     ("case,Report\na,x\n", "line 1, Report", "did you mean 'report'"),
     ("case,spilt\na,test\n", "line 1, spilt", "did you mean 'split'"),

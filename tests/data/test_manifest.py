@@ -69,7 +69,7 @@ MISTAKES = [
     (("cases",), [], "cases"),
     (("cases", 1, "pirads"), [1, 1], "cases[1].pirads"),
     (("cases", 1, "pirads"), [2, -1], "cases[1].pirads[0]"),
-    (("cases", 1, "split"), "val", "cases[1].split"),
+    (("cases", 1, "split"), "vla", "cases[1].split"),
     (("cases", 1, "id"), "c0", "cases[1].id"),
     (("cases", 1, "id"), "../c1", "cases[1].id"),
     (("cases", 1, "spacing"), [1.5, 0, 3], "cases[1].spacing[1]"),

@@ -17,14 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Imports point strictly downwards. A module belongs to the longest prefix here.
 LAYERS = {
-    "train": 7, "cli": 7,
+    "cli": 8,
+    "train": 7,
     "sampling": 6,
     "training": 5, "data.preparation.prepare": 5, "data.preparation.preview": 5, "report": 5,
     "checkpoint": 4,
     "data": 3, "reference_checkpoint": 3, "dropin": 3,
     "models": 2, "diffusion": 2, "losses": 2, "report.figures": 2,
-    "config": 1, "reference_config": 1,
-    "variants": 0, "errors": 0, "deprecation": 0, "entrypoint": 1, "storage": 0, "environment": 0, "hardware": 0,
+    "config": 1, "config_errors": 1, "reference_config": 1, "entrypoint": 1, "foreign_errors": 1,
+    "variants": 0, "errors": 0, "deprecation": 0, "storage": 0, "folder_kinds": 0, "environment": 0, "hardware": 0,
     "run_record": 0, "nvml": 0, "progress": 0, "kernels": 0,
 }  # fmt: skip
 

@@ -144,11 +144,8 @@ def test_the_files_have_all_attributes_that_the_standard_requires(tmp_path, monk
     del dataset.ScanningSequence
     dataset.Modality = ""
     assert lacking(dataset) == ["Modality", "ScanningSequence"]
-    with pydicom.config.disable_value_validation():
-        dataset.PixelSpacing = ["0.33333333333333333333", "1"]  # more than 16 characters
-        dataset.save_as(tmp_path / "invalid.dcm")
-    with pytest.raises(ValueError, match="16 char|DS"):
-        _ = [each.value for each in pydicom.dcmread(tmp_path / "invalid.dcm")]
+    with pytest.raises(ValueError, match="maximum length of 16"):  # as a value that was read would raise
+        dataset.PixelSpacing = ["0.33333333333333333333", "1"]
 
 
 def test_uids_follow_from_the_content(tmp_path):

@@ -185,7 +185,7 @@ def test_missing_batch_sizes_are_computed(file, micro, steps, tmp_path):
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "NVMe"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "JSON object"),
         ({"optimizer": {"type": "AdamW", "params": [1e-4]}}, "JSON object"),
-        ({"zero_optimization": {"stage": 4}}, "less than or equal to 3"),
+        ({"zero_optimization": {"stage": 4}}, "from 0 to 3"),
         ({"gradient_clipping": -1}, "greater than 0"),
         ('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}', "appears twice"),
         ('{"zero_optimization": {', "line 1"),

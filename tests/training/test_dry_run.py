@@ -10,9 +10,13 @@ import pytest
 import torch
 
 from ccella_fast.config import make_config
+from ccella_fast.errors import DataError
+from ccella_fast.losses import noise_loss
+from ccella_fast.models import build_model
 from ccella_fast.training import telemetry
-from ccella_fast.training.dry_run import bytes_per_parameter, checkpoint_bytes_per_parameter, describe_run
-from training_fixtures import CONFIG, train_here, weights, write_prepared
+from ccella_fast.training.activation_memory import activation_bytes
+from ccella_fast.training.dry_run import checkpoint_bytes_per_parameter, describe_run, memory_per_parameter
+from training_fixtures import CONFIG, TOKENS, WIDTH, train_here, weights, write_prepared
 
 
 @pytest.mark.parametrize(
@@ -34,7 +38,7 @@ from training_fixtures import CONFIG, train_here, weights, write_prepared
 )  # fmt: skip
 def test_bytes_per_parameter_on_four_processes(precision, stage, ema, expected):
     values = {"training.precision": precision, "training.zero_stage": stage, "training.ema_decay": ema}
-    assert bytes_per_parameter(make_config(values), 4) == pytest.approx(expected)
+    assert sum(memory_per_parameter(make_config(values), 4).values()) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -70,11 +74,12 @@ def test_a_dry_run_reports_memory_and_disk_space(tmp_path):
         {"model": {**CONFIG["model"], **sizes}, "data": CONFIG["data"], "text": CONFIG["text"], "training": training}
     )
     text = describe_run(config, data=data, run=tmp_path / "run", deepspeed_file=None)
-    parameters = int(re.search(r"([\d,]+) parameters, 6 steps", text)[1].replace(",", ""))
+    parameters = int(re.search(r"([\d,]+) parameters", text)[1].replace(",", ""))
+    assert "6 steps" in text
     assert parameters > 30e6
     memory, disk = (2 + 2 + 8 + 4 + 4) * parameters, (2 + 8 + 4 + 4 + 4) * parameters + 3 * 2**30
-    assert f"memory per process: {memory / 2**30:.2f} GiB" in text
-    assert f"disk: {disk / 2**30:.2f} GiB per checkpoint, at most 4 checkpoints" in text
+    assert re.search(rf"memory per process +{memory / 2**30:.2f} GiB", text)
+    assert re.search(rf"disk +{disk / 2**30:.2f} GiB per checkpoint, at most 4 checkpoints", text)
     assert not (tmp_path / "run").exists()
 
 
@@ -96,3 +101,68 @@ def test_logged_rates_are_those_since_the_last_logged_step(tmp_path, monkeypatch
     assert monitor.enabled is False
     expected = {"train_loss": 0.5, "loss_l1": 0.4, "loss_class": 0.1, "lr": 1e-4, "grad_norm": 2.0}
     assert monitor.events == [(f"Train/Samples/{name}", value, 13 * 8) for name, value in expected.items()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_of_fake_tensors_are_those_of_real_ones(precision):
+    """Also a negative control: twice the batch keeps about twice as much."""
+    config = make_config(
+        {**{key: value for key, value in CONFIG.items() if key != "name"}, "training.precision": precision}
+    )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size, grid = config.training.batch_size, config.check_grid()
+    model = build_model(config).to(dtype)
+    x, text = torch.randn(size, 4, *grid, dtype=dtype), torch.randn(size, TOKENS, WIDTH, dtype=dtype)
+    spacing, times = torch.ones(size, 3), torch.zeros(size, dtype=torch.long)
+    kept: dict[int, int] = {}
+    alive = []
+
+    weights_at = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        alive.append(tensor.untyped_storage())
+        if alive[-1].data_ptr() not in weights_at:
+            kept[alive[-1].data_ptr()] = alive[-1].nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        noise_loss(model(x, times, spacing=spacing, text=text)[0], x)
+    found = activation_bytes(config, tokens=TOKENS, device_type="cpu")
+    assert found == pytest.approx(sum(kept.values()), rel=0.01)
+    double = make_config({"training.batch_size": 2 * size}, base=config)
+    assert activation_bytes(double, tokens=TOKENS, device_type="cpu") == pytest.approx(2 * found, rel=0.1)
+
+
+def test_the_table_says_what_the_data_and_the_run_are(tmp_path):
+    """Five studies, of which two are negative, two positive and one has neither a class nor a report."""
+    data = write_prepared(tmp_path / "prepared")
+    config = make_config({key: value for key, value in CONFIG.items() if key != "name"})
+    arguments = {"data": data, "run": tmp_path / "run", "deepspeed_file": None}
+    text = " ".join(describe_run(config, **arguments).split())
+    for words in (
+        "training.lr 0.002", "5 train; every file was checked", "5 used, 4 with a report", "2 neg, 2 pos, 1 unknown",
+        "t2w: 32 x 32 x 16 voxels of 0.5 x 0.5 x 0.5625 mm", "6 steps of 2 studies, 2.4 epochs", "clipped to 1",
+    ):  # fmt: skip
+        assert words in text, (words, text)
+    assert "training.weight_decay" not in text  # a default
+    facts = json.loads(describe_run(config, as_json=True, **arguments))
+    assert facts["deepspeed"]["gradient_clipping"] == facts["run"]["gradient_clipping"] == 1.0
+    assert facts["config"]["training"]["lr"] == 0.002 and facts["data"]["classes_of_train"] == {
+        "neg": 2,
+        "pos": 2,
+        "unknown": 1,
+    }
+    assert facts["memory"]["activations"] == activation_bytes(config, tokens=TOKENS, device_type="cpu")
+    recompute = make_config({"training.activation_checkpointing": True}, base=config)
+    assert "not estimated with activation checkpointing" in describe_run(recompute, **arguments)
+
+
+def test_a_damaged_file_is_found_by_the_dry_run(tmp_path):
+    data = write_prepared(tmp_path / "prepared")
+    latent = next((data / "latents").rglob("*_mean.npy"))
+    raw = bytearray(latent.read_bytes())
+    raw[-1] ^= 1
+    latent.write_bytes(raw)
+    config = make_config({key: value for key, value in CONFIG.items() if key != "name"})
+    with pytest.raises(DataError, match="damaged"):
+        describe_run(config, data=data, run=tmp_path / "run", deepspeed_file=None)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ccella_fast.config import Config
 from ccella_fast.data.augmentation.parameters import augmented_spacings
-from ccella_fast.data.manifest import IMPORTED, NAME, FileEntry, StudyEntry, load_manifest
+from ccella_fast.data.manifest import IMPORTED, NAME, FileEntry, Split, StudyEntry, load_manifest
 from ccella_fast.errors import DataError, did_you_mean
 from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
 
@@ -85,7 +85,7 @@ class PreparedDataset:
         self,
         folder: str | Path,
         config: Config,
-        split: Literal["train", "test"] = "train",
+        split: Split = "train",
         *,
         needs: Literal["latents", "images"] = "latents",
     ):

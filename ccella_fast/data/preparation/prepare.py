@@ -57,6 +57,7 @@ def prepare(
     test_data: str | Path | None = None,
     data_base_dir: str | Path | None = None,
     embedding_base_dir: str | Path | None = None,
+    follow_links: bool = False,
     augment: int | None = None,
     preview: bool = False,
     workers: int | None = None,
@@ -72,6 +73,7 @@ def prepare(
         test_data: Manifest of the test split.
         data_base_dir: Folder that the image paths of a manifest are relative to.
         embedding_base_dir: Folder of the latents and text features that the reference implementation prepared.
+        follow_links: Whether series may be links to files or folders outside the data folder.
         augment: Number of augmented latents per training study; 0 removes them from the manifest, None keeps existing ones.
         preview: Whether to draw a picture of every study.
         workers: Number of processes that make images; None chooses it. The result does not depend on it.
@@ -86,7 +88,12 @@ def prepare(
     config.check_grid()
     check_writable(out, "--out")
     studies = find_studies(
-        data, csv_file=csv, test_data=test_data, data_base_dir=data_base_dir, embedding_base_dir=embedding_base_dir
+        data,
+        csv_file=csv,
+        test_data=test_data,
+        data_base_dir=data_base_dir,
+        embedding_base_dir=embedding_base_dir,
+        follow_links=follow_links,
     )
     records = StageCache(out)
     with WorkerPool(workers) as pool:

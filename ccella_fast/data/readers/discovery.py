@@ -1,36 +1,26 @@
 """Find studies in a folder or in a list. Only names and lists are read, no image is opened.
 
-A study of a plain folder is the shallowest folder that directly holds a recognized series; its subfolders are not searched. A
-series is a file `t2w` with a suffix of FORMATS, such as `t2w.nii.gz`, or `<id>_t2w.mha` as in PI-CAI, or a folder of DICOM
-files called `t2w` or `t2w-dicom`; the same holds for the other names of SERIES_NAMES. The id of a study is its `<id>`, else
-the name of its folder, or, if several folders have this name, the folder's path with / written as _.
+Plain folders: see folder_search.py, and series_names.py for the names of series. The id of a study is the `<id>` of files such
+as `<id>_t2w.mha`, else the name of its folder, or, if several folders have this name, the folder's path with / written as _.
 
 BIDS folders: see bids.py. Tables of classes and reports: study_table.py. JSON lists: study_list.py.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from ccella_fast.data.readers.bids import find_bids_series, is_bids
-from ccella_fast.data.readers.dicom_files import is_dicom_folder
+from ccella_fast.data.readers.folder_search import FolderSearch, warn_of_unread
+from ccella_fast.data.readers.series_names import SEQUENCES
 from ccella_fast.data.readers.study import Defects, FoundSeries, Study
 from ccella_fast.data.readers.study_list import read_study_list
 from ccella_fast.data.readers.study_table import PARTICIPANTS, apply_table
-from ccella_fast.data.readers.text_checks import check_id
-from ccella_fast.data.readers.volume_file import FORMAT_NAMES, volume_suffix
+from ccella_fast.data.readers.text_checks import check_id, printable
+from ccella_fast.data.readers.volume_file import FORMAT_NAMES
 from ccella_fast.errors import DataError
-from ccella_fast.storage import safe_join
 
-SERIES_NAMES = {
-    "t2w": ["t2w", "axt2", "t2", "t2_tra", "t2w_tra", "t2_tse_tra"],
-    "hbv": ["hbv", "b1600", "dwi_high", "dwi_high_b", "high_b", "highb"],
-    "adc": ["adc"],
-}
-_SEQUENCES = {name: sequence for sequence, names in SERIES_NAMES.items() for name in names}
 _TABLE = "studies.csv"
 
 
@@ -41,6 +31,7 @@ def find_studies(
     test_data: str | Path | None = None,
     data_base_dir: str | Path | None = None,
     embedding_base_dir: str | Path | None = None,
+    follow_links: bool = False,
 ) -> list[Study]:
     """Find the studies of a folder or of a JSON list, sorted by id.
 
@@ -50,6 +41,7 @@ def find_studies(
         test_data: A second JSON list, whose studies have the split "test".
         data_base_dir: Folder that the paths of images in a list are relative to. Default: the folder of the list.
         embedding_base_dir: Folder of the latents and text features that the reference prepared.
+        follow_links: Whether series may be links to files or folders outside the data folder.
 
     Raises:
         DataError: For the first defect found; the message counts the others.
@@ -58,22 +50,28 @@ def find_studies(
     if not data.exists():
         raise DataError("there is no such file or folder", path=data, fix="check --data")
     if data.is_dir():
-        for value, flag in ((test_data, "--test_data"), (embedding_base_dir, "--embedding_base_dir")):
+        for value, flag in (
+            (test_data, "--test_data"),
+            (data_base_dir, "--data_base_dir"),
+            (embedding_base_dir, "--embedding_base_dir"),
+        ):
             if value is not None:
                 why = f"{flag} needs a JSON list of studies, but --data is a folder"
                 raise DataError(why, path=data, fix=f"leave {flag} out")
-        studies = _find_in_folder(data, Path(csv_file) if csv_file else None, defects)
+        studies = _find_in_folder(data, Path(csv_file) if csv_file else None, follow_links, defects)
     else:
+        if csv_file is not None:
+            why = "--csv needs a folder of studies, but --data is a list, which holds classes and reports itself"
+            raise DataError(why, path=data, fix="leave --csv out")
         images = Path(data_base_dir) if data_base_dir else data.parent
         embeddings = Path(embedding_base_dir) if embedding_base_dir else None
-        studies = read_study_list(data, "train", images, embeddings, defects)
+        studies = read_study_list(data, "train", images, embeddings, follow_links, defects)
         if test_data is not None:
-            studies += read_study_list(Path(test_data), "test", images, embeddings, defects)
+            studies += read_study_list(Path(test_data), "test", images, embeddings, follow_links, defects)
     _check_unique_ids(studies, defects)
     defects.raise_first()
     if not studies:
-        fix = f"name the series {', '.join(SERIES_NAMES)} and give them as {FORMAT_NAMES}"
-        raise DataError("no study was found", path=data, fix=fix)
+        raise _no_study(data, "")
     return sorted(studies, key=lambda study: study.id)
 
 
@@ -85,16 +83,29 @@ def _check_unique_ids(studies: list[Study], defects: Defects) -> None:
             defects.add(DataError(why, path=last[name].listed_in, field=last[name].field, fix=fix))
 
 
-def _find_in_folder(root: Path, table: Path | None, defects: Defects) -> list[Study]:
+def _find_in_folder(root: Path, table: Path | None, follow_links: bool, defects: Defects) -> list[Study]:
     """The studies of a plain folder or a BIDS folder, with the values of the table."""
-    if is_bids(root):
-        found, default_table = find_bids_series(root, defects), root / PARTICIPANTS
-    else:
-        found, default_table = _with_unique_names(root, list(_find_series(root, root, defects))), root / _TABLE
-    studies = [Study(check_id(name, folder), files, listed_in=folder) for name, folder, files in found]
+    default_table = root / (PARTICIPANTS if is_bids(root) else _TABLE)
     if table is None and default_table.is_file():
         table = default_table
+    if is_bids(root):
+        found, unread = find_bids_series(root, follow_links, defects)
+    else:
+        search = FolderSearch(root, follow_links, defects)
+        search.run()
+        found, unread = _with_unique_names(root, search.found), search.unread(table)
+    if not found:
+        defects.raise_first()
+        names = [name for each in unread.values() for name in each][:3]
+        raise _no_study(root, f"; not read are {', '.join(map(printable, names))}" if names else "")
+    warn_of_unread(unread)
+    studies = [Study(check_id(name, folder), files, listed_in=folder) for name, folder, files in found]
     return studies if table is None else apply_table(studies, table, defects)
+
+
+def _no_study(data: Path, why: str) -> DataError:
+    fix = f"name the series {', '.join(SEQUENCES)} and give them as {FORMAT_NAMES}"
+    return DataError(f"no study was found{why}", path=data, fix=fix)
 
 
 def _with_unique_names(root: Path, found: list[FoundSeries]) -> list[FoundSeries]:
@@ -104,45 +115,3 @@ def _with_unique_names(root: Path, found: list[FoundSeries]) -> list[FoundSeries
         ("_".join(folder.relative_to(root).parts) if counts[name] > 1 else name, folder, files)
         for name, folder, files in found
     ]
-
-
-def _find_series(root: Path, folder: Path, defects: Defects) -> Iterator[FoundSeries]:
-    """The studies directly in `folder`; if there are none, those of its subfolders."""
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    series: dict[tuple[str, str], list[Path]] = {}
-    for entry in entries:
-        recognized = _recognize(entry)
-        if recognized:
-            series.setdefault(recognized, []).append(entry)
-    prefixes = {prefix for prefix, _ in series}
-    for prefix in sorted(prefixes):
-        files = {}
-        for (_, sequence), candidates in sorted(item for item in series.items() if item[0][0] == prefix):
-            if len(candidates) > 1 or (len(prefixes) > 1 and ("", sequence) in series):
-                same = [path.name for (_, name), paths in series.items() if name == sequence for path in paths]
-                why = f"this folder holds two series for {sequence}: {' and '.join(same)}"
-                fix = f"keep one of them, named {sequence}, in this folder"
-                defects.add(DataError(why, path=folder, field=sequence, fix=fix))
-            files[sequence] = safe_join(root, candidates[0].relative_to(root).as_posix(), path=folder, field=sequence)
-        yield prefix or folder.resolve().name, folder, files
-    if not series:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _find_series(root, safe_join(root, entry.relative_to(root).as_posix()), defects)
-
-
-def _recognize(entry: Path) -> tuple[str, str] | None:
-    """(id of the study or "", sequence) of a file or DICOM folder by its name; None if it is not a series."""
-    if entry.is_dir():
-        name = re.sub(r"[-_]dicom$", "", entry.name.lower())
-        return ("", _SEQUENCES[name]) if name in _SEQUENCES and is_dicom_folder(entry) else None
-    suffix = volume_suffix(entry.name)
-    if suffix is None:
-        return None
-    stem = entry.name[: -len(suffix)]
-    if stem.lower() in _SEQUENCES:
-        return "", _SEQUENCES[stem.lower()]
-    for name in sorted(_SEQUENCES, key=len, reverse=True):
-        if stem.lower().endswith(f"_{name}"):
-            return stem[: -len(name) - 1], _SEQUENCES[name]
-    return None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from ccella_fast.data.manifest import Split
 from ccella_fast.errors import DataError
 
-Split = Literal["train", "test"]
 FoundSeries = tuple[str, Path, dict[str, Path]]  # name of a study, its folder, sequence -> image file
 NEGATIVE, POSITIVE = [1, 0], [0, 1]  # PI-RADS 1 and 2, PI-RADS 3 to 5 (docs/explanation/method.md, section 1.1)
 #: A PI-RADS score, or the name of a class, -> one-hot class.
@@ -23,7 +23,7 @@ class Study(NamedTuple):
     Attributes:
         id: Unique name, which becomes part of file names.
         files: Sequence -> image file, or folder of DICOM files.
-        split: "train" or "test".
+        split: "train", "val" or "test".
         dataset: Tag that `data.dataset` can select.
         pirads: One-hot class, or None if it is unknown.
         report: Text of the report, or None if there is no report.
@@ -52,7 +52,9 @@ class Study(NamedTuple):
 
 
 class Defects:
-    """Collects DataErrors, so that one pass over the studies finds all of them."""
+    """Collects DataErrors, so that one pass over the studies finds all of them; it raises the first one after `LIMIT`."""
+
+    LIMIT = 1000
 
     def __init__(self) -> None:
         self.found: list[DataError] = []
@@ -60,6 +62,8 @@ class Defects:
     def add(self, defect: DataError) -> None:
         """Collect one more defect."""
         self.found.append(defect)
+        if len(self.found) >= self.LIMIT:
+            self.raise_first()
 
     def raise_first(self) -> None:
         """Raise the first defect, if any; its message counts the others and names up to three of their files."""
@@ -68,5 +72,6 @@ class Defects:
         first, more = self.found[0], len(self.found) - 1
         if more:
             others = sorted({Path(defect.path).name for defect in self.found[1:] if defect.path})[:3]
-            first.why += f" (and {more} more defect{'s' if more > 1 else ''}, in {', '.join(others)})"
+            at_least = "at least " if len(self.found) >= self.LIMIT else ""
+            first.why += f" (and {at_least}{more} more defect{'s' if more > 1 else ''}, in {', '.join(others)})"
         raise first

@@ -9,16 +9,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ccella_fast.data.readers.links import join_series
 from ccella_fast.data.readers.study import NEGATIVE, POSITIVE, Defects, Split, Study
-from ccella_fast.data.readers.text_checks import check_file_size, check_id, check_known, clean_report, printable, quote
+from ccella_fast.data.readers.text_checks import (
+    MAX_STUDIES,
+    check_file_size,
+    check_id,
+    check_known,
+    clean_report,
+    printable,
+    quote,
+)
 from ccella_fast.errors import DataError
 from ccella_fast.storage import read_json, safe_join
 
 _SEQUENCES = {"axt2": "t2w", "b1600": "hbv", "adc": "adc"}
+_MAX_COMMAS = 5 * 10**6
 _KEYS = {*_SEQUENCES, "dataset", "folder", "pirads", "spacing", "text", "text_isnull"}
 
 
-def read_study_list(path: Path, split: Split, images: Path, embeddings: Path | None, defects: Defects) -> list[Study]:
+def read_study_list(
+    path: Path, split: Split, images: Path, embeddings: Path | None, follow_links: bool, defects: Defects
+) -> list[Study]:
     """The studies of the manifest `path`, all of the given split.
 
     Args:
@@ -26,18 +38,25 @@ def read_study_list(path: Path, split: Split, images: Path, embeddings: Path | N
         split: Split of all its studies.
         images: Folder that the paths of images are relative to.
         embeddings: Folder of prepared latents and text features, if there are any.
+        follow_links: Whether images may be links to places outside `images`.
         defects: Collects what is wrong with single entries.
     """
     if path.is_file():
         check_file_size(path)
+        if path.read_bytes().count(b",") > _MAX_COMMAS:  # before its values take fifty times the memory of the file
+            why = f"this list has more than {_MAX_COMMAS} values"
+            raise DataError(why, path=path, fix="check that this is the right file")
     entries = read_json(path)
     if not isinstance(entries, list):
         fix = "start the file with [ (a prepared folder is not given to `prepare` again)"
         raise DataError("a manifest must be a JSON list of objects", path=path, fix=fix)
+    if len(entries) > MAX_STUDIES:
+        why = f"this list has {len(entries)} entries, but at most {MAX_STUDIES} are read"
+        raise DataError(why, path=path, fix="check that this is the right file")
     studies = []
     for index, entry in enumerate(entries):
         try:
-            studies.append(_Entry(path, index, entry).study(split, images, embeddings))
+            studies.append(_Entry(path, index, entry).study(split, images, embeddings, follow_links))
         except DataError as defect:
             defects.add(defect)
     return studies
@@ -63,7 +82,7 @@ class _Entry:
             why, fix = "an entry must be a JSON object", 'write {"folder": ..., "axt2": ..., ...}'
             raise DataError(why, path=self.path, field=f"[{self.index}]", fix=fix)
         for key in values.keys() - _KEYS:
-            check_known(key, _KEYS, path=self.path, field=self.field(printable(key)))
+            check_known(key, _KEYS, values, path=self.path, field=self.field(printable(key)))
         for key in ("folder", "axt2"):
             is_text = isinstance(values.get(key), str) and values[key] != ""
             self.require(is_text, key, f"'{key}' must be a text that is not empty", "give it as text")
@@ -85,13 +104,17 @@ class _Entry:
         is_flag = is_null is None or (is_null in (0, 1) and not isinstance(is_null, bool))
         self.require(is_flag, "text_isnull", f"text_isnull must be 0 or 1, got {quote(is_null)}", "write 0 or 1")
 
-    def study(self, split: Split, images: Path, embeddings: Path | None) -> Study:
+    def study(self, split: Split, images: Path, embeddings: Path | None, follow_links: bool) -> Study:
         """Check the entry and return its study."""
         self.check()
         values = self.values
         study = Study(
             id=check_id(values["folder"].replace("/", "_"), self.path, self.field("folder")),
-            files={name: self.join(images, key, values[key]) for key, name in _SEQUENCES.items() if values.get(key)},
+            files={
+                name: join_series(images, values[key], follow_links=follow_links, path=self.path, field=self.field(key))
+                for key, name in _SEQUENCES.items()
+                if values.get(key)
+            },
             split=split,
             dataset=values.get("dataset"),
             pirads=None if values.get("pirads") is None else [int(value) for value in values["pirads"]],

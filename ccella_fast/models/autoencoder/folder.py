@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ccella_fast.config import AutoencoderConfig
 from ccella_fast.errors import CheckpointError
+from ccella_fast.folder_kinds import check_folder
 from ccella_fast.models.autoencoder.network import Autoencoder
 from ccella_fast.models.weights import load_weights, plain_tensors, read_pt
 from ccella_fast.storage import atomic_path, read_json, sha256, write_json
@@ -56,6 +57,7 @@ def load_autoencoder(path: str | Path, config: AutoencoderConfig | None = None) 
         tensors = plain_tensors(read_pt(path), path=path)
     else:
         file = weights_file(path)
+        check_folder(file.parent, "autoencoder", error=CheckpointError)
         config = _read_config(file.parent, config)
         tensors = _read_safetensors(file)
     vae = Autoencoder(config)

@@ -36,10 +36,15 @@ class Image(NamedTuple):
 
 
 def read_images(data: str | Path) -> tuple[list[Image], list[Image]]:
-    """All sequences of all studies, as the lists (train, test). Raises DataError if a file is missing or has changed."""
+    """All sequences of the studies of the splits (train, test); those of val are left out.
+
+    Raises:
+        DataError: a file is missing or has changed.
+    """
     prepared = load_manifest(data)
     splits: dict[str, list[Image]] = {"train": [], "test": []}
-    for case in tqdm(prepared.cases, desc="checking images", unit="study", mininterval=refresh_interval()):
+    cases = [case for case in prepared.cases if case.split in splits]
+    for case in tqdm(cases, desc="checking images", unit="study", mininterval=refresh_interval()):
         for sequence in prepared.data.sequences:
             key = f"image/{sequence}"
             values = prepared.array(case, key, verify=True)
