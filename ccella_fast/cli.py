@@ -314,6 +314,8 @@ def _sample(commands: argparse._SubParsersAction) -> None:
     add("--reuse", type=whole_number(1), nargs=2, metavar=("INTERVAL", "DEPTH"), help=about)
     add = command.add_argument_group("output").add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the volumes")
+    about = "nifti: a .nii.gz file per volume (default); dicom: a folder with an MR series per volume"
+    add("--format", choices=["nifti", "dicom"], default="nifti", help=about)
     add("--overwrite", action="store_true", help="replace existing samples in --out")
     add = command.add_argument_group("machine").add_argument
     about = "auto (a GPU if there is one), cpu, cuda or cuda:N (default auto)"

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from ccella_fast.data.manifest import Manifest, Split, StudyEntry, load_manifest, open_array
-from ccella_fast.data.readers.nifti import read_nifti_array
 from ccella_fast.environment import describe_environment
 from ccella_fast.errors import DataError
 from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage
 from ccella_fast.report.page import TEMPLATE
+from ccella_fast.report.sample_files import read_sample
 from ccella_fast.storage import atomic_path, read_json
 
 WINDOW = (0.0, 1.0)
@@ -29,14 +29,14 @@ _SYNTHETIC = "Generated images are synthetic. Nothing on this page is for diagno
 
 
 class Sample(NamedTuple):
-    """A generated volume as written by `ccella-fast sample`: its JSON file and its NIfTI file per sequence."""
+    """A generated volume as written by `ccella-fast sample`: its JSON file, and per sequence its NIfTI file or DICOM folder."""
 
     sidecar: dict[str, Any]
     files: dict[str, Path]
 
     def volume(self, sequence: str) -> np.ndarray:
         """(X, Y, Z) float32, scaled to [0, 1]."""
-        return read_nifti_array(self.files[sequence])[0] / self.sidecar["intensity_scale"][sequence]
+        return read_sample(self.files[sequence]) / self.sidecar["intensity_scale"][sequence]
 
 
 def write_report(folder: str | Path) -> Path:
@@ -81,7 +81,7 @@ def _samples(folder: Path) -> list[Sample]:
     for path in sorted(folder.glob("sample-*.json")):
         sidecar = read_json(path)
         files = {sequence: folder / name for sequence, name in sidecar["files"].items()}
-        if all(file.is_file() for file in files.values()):
+        if all(file.exists() for file in files.values()):
             found.append(Sample(sidecar, files))
     return found
 

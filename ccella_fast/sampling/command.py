@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ import torch
 import torch.distributed as dist
 
 from ccella_fast.config import Config
-from ccella_fast.data.readers.nifti import read_nifti_array
 from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.report.sample_files import read_sample
 from ccella_fast.run_record import write_run_record
 from ccella_fast.sampling import pretrained
 from ccella_fast.sampling.optimizations import resolve_device
-from ccella_fast.sampling.output import OutputVolume, OutputWriter
+from ccella_fast.sampling.output import Format, OutputVolume, OutputWriter, check_format
 from ccella_fast.sampling.plan import plan_request
 from ccella_fast.sampling.request import CLASSES, Request
 from ccella_fast.sampling.sampler import FastSampler
@@ -79,6 +80,7 @@ def sample_to_folder(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
+    format: Format = "nifti",
     **settings: Any,
 ) -> None:
     """Write `sample-000_seed0.nii.gz` with its `.json`, and so on, then samples.csv, montage.png and run_record.json.
@@ -98,6 +100,7 @@ def sample_to_folder(
         device: default: the GPU of this process, or the CPU if there is no GPU.
         dtype: as for `FastSampler`.
         overwrite: delete samples that the folder contains.
+        format: "nifti", or "dicom" for a folder with a series per volume and sequence, which needs pydicom.
         settings: other fields of `Request`.
 
     Raises:
@@ -114,6 +117,7 @@ def sample_to_folder(
     if seed < 0:
         raise ConfigError(f"--seed must be at least 0, got {seed}", field="--seed", fix="use 0 or more")
     check_writable(out, "--out")
+    check_format(format)
     _check_report_ids(report_ids)
     processes = DistributedContext()
     device = processes.select_device(device)
@@ -132,7 +136,7 @@ def sample_to_folder(
     if sampler.autoencoder is None:
         raise _no_autoencoder(sampler.origin.path)
     checked = sampler.check(make_request(sampler.config))
-    writer, outputs = checked.writer, checked.outputs
+    writer, outputs = replace(checked.writer, format=format), checked.outputs
     missing = _find_missing(out, writer, outputs, processes, overwrite)
     if not missing and all((out / name).is_file() for name in ("samples.csv", "montage.png", "run_record.json")):
         logger.info("the samples in %s are complete, nothing to do", out)
@@ -266,7 +270,7 @@ def _write_montage(out: Path, outputs: list[OutputVolume], writer: OutputWriter)
     for output in outputs[:_MONTAGE_VOLUMES]:
         sidecar = read_json(out / f"{output.name}.json")
         for sequence, path in writer.files(out, output).items():
-            volume = read_nifti_array(path)[0] / scale[sequence]
+            volume = read_sample(path) / scale[sequence]
             title = f"report {output.report + 1}, seed {output.seed}" + (f", {sequence}" if len(scale) > 1 else "")
             if sidecar["class_probabilities"]:
                 title += f", P({CLASSES[1]}) {sidecar['class_probabilities'][CLASSES[1]]:.2f}"

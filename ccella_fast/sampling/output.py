@@ -5,25 +5,28 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
-from ccella_fast.errors import ConfigError
+from ccella_fast.errors import ConfigError, did_you_mean
+from ccella_fast.sampling import dicom_output
 from ccella_fast.sampling.request import CLASSES
-from ccella_fast.storage import atomic_path, check_writable, json_text, read_json
+from ccella_fast.storage import atomic_folder, atomic_path, check_writable, json_text, read_json
 
 # The factors by which the reference multiplies volumes in [0, 1] (docs/explanation/method.md, section 5), for checkpoints
 # that do not store their own.
 REFERENCE_INTENSITY = {"t2w": 962.0, "hbv": 117.0, "adc": 3000.0}
 DESCRIPTION = b"ccella_fast synthetic"
+Format = Literal["nifti", "dicom"]
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,14 @@ class OutputWriter:
         intensity_scale: by sequence, the factor from [0, 1] to written intensities.
         class_head: whether the head that predicts classes was trained on both: "trained", "untrained" or "unknown"; None if
             the variant has none.
+        format: "nifti", a file per sequence, or "dicom", a folder with a series per sequence.
     """
 
     request_metadata: dict[str, Any]
     sequences: list[str]
     intensity_scale: dict[str, float]
     class_head: str | None = None
+    format: Format = "nifti"
 
     def describe_volume(self, number: int, metadata: VolumeMetadata) -> OutputVolume:
         """The volume with this number in the request."""
@@ -115,10 +120,11 @@ class OutputWriter:
         return OutputVolume(f"sample-{number:03d}_seed{seed}", report, seed, inputs, identity, report_id, hashed)
 
     def files(self, out: Path, output: OutputVolume) -> dict[str, Path]:
-        """The path of each sequence's volume."""
+        """The path of each sequence's volume: a NIfTI file, or a folder with a DICOM series."""
+        suffix = {"nifti": ".nii.gz", "dicom": ""}[self.format]
         if len(self.sequences) == 1:
-            return {self.sequences[0]: out / f"{output.name}.nii.gz"}
-        return {sequence: out / f"{output.name}_seq-{sequence}.nii.gz" for sequence in self.sequences}
+            return {self.sequences[0]: out / f"{output.name}{suffix}"}
+        return {sequence: out / f"{output.name}_seq-{sequence}{suffix}" for sequence in self.sequences}
 
     def write(self, out: Path, output: OutputVolume, generated: GeneratedVolume) -> None:
         """Write the volumes and the sidecar, all or none of them: they are renamed when all are complete.
@@ -144,12 +150,30 @@ class OutputWriter:
             "identity": output.identity,
         }
         with ExitStack() as renames:  # in the reverse order
-            for (sequence, path), volume in zip(files.items(), generated.volume.numpy(), strict=True):
-                scale = self.intensity_scale[sequence]
-                content = nifti_bytes(volume * scale, output.sample_metadata["spacing"], window=(0.0, scale))
-                renames.enter_context(atomic_path(path)).write_bytes(content)
+            volumes = generated.volume.numpy()
+            for number, ((sequence, path), volume) in enumerate(zip(files.items(), volumes, strict=True), start=1):
+                scale, spacing = self.intensity_scale[sequence], output.sample_metadata["spacing"]
+                if self.format == "nifti":
+                    content = nifti_bytes(volume * scale, spacing, window=(0.0, scale))
+                    renames.enter_context(atomic_path(path)).write_bytes(content)
+                    continue
+                remove_sample(path)  # of a volume of which another sequence is missing
+                series = dicom_output.Series(sequence, number, volume, scale)
+                folder = renames.enter_context(atomic_folder(path))
+                dicom_output.write_series(
+                    folder, series, spacing, study=output.identity, description=self._describe(output)
+                )
             sidecar_path = renames.enter_context(atomic_path(out / f"{output.name}.json"))
             sidecar_path.write_text(json_text(sidecar), encoding="utf-8")
+
+    def _describe(self, output: OutputVolume) -> str:
+        """How a volume was generated, in a sentence for its DICOM files."""
+        request, seed = self.request_metadata, output.seed
+        weights = f"weights {request.get('weights_sha256') or 'in memory'}"
+        how = f"{request['num_inference_steps']} steps of {request['solver']}, seed {seed}, {weights}"
+        return (
+            f"Synthetic image: generated from noise by the diffusion model {request['variant']} of ccella_fast, {how}"
+        )
 
     def missing(self, out: Path, outputs: Sequence[OutputVolume], *, overwrite: bool = False) -> list[OutputVolume]:
         """The volumes that are not in the folder yet; with `overwrite`, all of them, after existing samples are deleted.
@@ -160,9 +184,10 @@ class OutputWriter:
         identities = {f"{output.name}.json": output.identity for output in outputs}
         names = {path.name for output in outputs for path in self.files(out, output).values()} | set(identities)
         existing = {path for pattern in ("sample-*.nii.gz", "sample-*.json") for path in out.glob(pattern)}
+        existing |= {path for path in out.glob("sample-*") if path.is_dir()}
         if overwrite:
             for path in existing:
-                path.unlink()
+                remove_sample(path)
             return list(outputs)
         foreign = {path for path in existing if path.name not in names}
         for path in existing - foreign:
@@ -176,7 +201,7 @@ class OutputWriter:
         return [
             output
             for output in outputs
-            if not all(path.is_file() for path in [out / f"{output.name}.json", *self.files(out, output).values()])
+            if not all(path.exists() for path in [out / f"{output.name}.json", *self.files(out, output).values()])
         ]
 
 
@@ -232,32 +257,56 @@ class Result:
             outputs=outputs,
         )
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
+    def save(self, folder: str | Path, *, overwrite: bool = False, format: Format = "nifti") -> list[Path]:
         """Write `sample-000_seed0.nii.gz` with its `.json`, and so on: the files of `ccella-fast sample` without the montage.
 
         Args:
             folder: created if it does not exist. Samples of an equal request that it contains are kept.
             overwrite: delete samples that the folder contains.
+            format: "nifti", or "dicom" for a folder with a series per volume and sequence, which needs pydicom.
 
         Returns:
             The paths of all volumes.
 
         Raises:
-            ConfigError: the latents were not decoded, or the folder contains samples of another request.
+            ConfigError: the latents were not decoded, the folder contains samples of another request, or pydicom is missing.
             DiskError: the folder is not writable.
         """
         out = Path(folder)
         if self.volumes is None:
             why = "the latents were not decoded, so there are no volumes to save"
             raise ConfigError(why, field="decode", fix="call the sampler with decode=True")
+        check_format(format)
         check_writable(out, "folder")
-        missing = self.writer.missing(out, self.outputs, overwrite=overwrite)
+        writer = replace(self.writer, format=format)
+        missing = writer.missing(out, self.outputs, overwrite=overwrite)
         for row, output in enumerate(self.outputs):
             if output in missing:
                 probabilities = None if self.class_probabilities is None else self.class_probabilities[row].tolist()
                 generated = GeneratedVolume(row, output.seed, self.volumes[row], self.latents[row], probabilities)
-                self.writer.write(out, output, generated)
-        return [path for output in self.outputs for path in self.writer.files(out, output).values()]
+                writer.write(out, output, generated)
+        return [path for output in self.outputs for path in writer.files(out, output).values()]
+
+
+def check_format(name: str) -> None:
+    """Check that volumes can be written in this format.
+
+    Raises:
+        ConfigError: there is no such format, or pydicom is missing.
+    """
+    if name not in get_args(Format):
+        fix = did_you_mean(str(name), get_args(Format))
+        raise ConfigError(f"there is no output format '{name!s:.40}'", field="format", fix=fix)
+    if name == "dicom":
+        dicom_output.check_pydicom()
+
+
+def remove_sample(path: Path) -> None:
+    """Remove the file or folder of a sample if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def nifti_bytes(volume: np.ndarray, spacing: Sequence[float], *, window: tuple[float, float] | None = None) -> bytes:
