@@ -239,6 +239,8 @@ def _prepare(commands: argparse._SubParsersAction) -> None:
     add("--embedding_base_dir", type=Path, metavar="FOLDER", help=about)
     about = "read series that are links to files or folders outside --data"
     add("--follow_links", action="store_true", help=about)
+    about = "which image to read of a diffusion series that holds several (default: the highest b-value)"
+    add("--b_value", type=float, metavar="S/MM2", help=about)
     add = command.add_argument_group("output").add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="prepared folder")
     about = "VAE folder or MAISI weight file; adds latents and the scale factor"

@@ -12,6 +12,7 @@ import numpy as np
 
 from ccella_fast.config import DataConfig
 from ccella_fast.data.checking.signature import encode_signature, make_signature
+from ccella_fast.data.preparation.plausibility import check_intensities, coverage_note
 from ccella_fast.data.preparation.resampling import Grid, covers_center, make_grid, normalize, resample
 from ccella_fast.data.preparation.stage_cache import write_array
 from ccella_fast.data.readers.volume import Volume
@@ -27,12 +28,14 @@ class ImageTask(NamedTuple):
         files: Sequence -> image file or folder of DICOM files.
         data: The configuration of the grid.
         out: The prepared folder.
+        b_value: Which image to read of a diffusion series that holds several; None reads that of the highest.
     """
 
     id: str
     files: dict[str, Path]
     data: DataConfig
     out: Path
+    b_value: float | None = None
 
 
 class PreparedImages(NamedTuple):
@@ -40,7 +43,8 @@ class PreparedImages(NamedTuple):
 
     Attributes:
         files: Key -> entry of the manifest's `files`.
-        facts: affine, spacing and window, for the manifest; a signature, by which copies of the study are recognized.
+        facts: affine, spacing and window, for the manifest; a signature, by which copies of the study are recognized; notes on
+            what was there and was not used.
     """
 
     files: dict[str, dict[str, Any]]
@@ -48,13 +52,16 @@ class PreparedImages(NamedTuple):
 
 
 def check_images(task: ImageTask) -> None:
-    """Read all series; raises DataError if one is invalid or not in the same place as the others."""
-    read_series(task)
+    """Read all series; raises DataError if one is invalid or implausible, or not in the same place as the others."""
+    series, _ = read_series(task)
+    for sequence, volume in series.items():
+        check_intensities(volume, sequence, task.files[sequence])
 
 
 def make_images(task: ImageTask) -> PreparedImages:
     """Write `images/<id>/<sequence>.npy`, float32 in [0, 1], below `task.out`."""
     series, grid = read_series(task)
+    notes = series_notes(series, grid)
     signature = encode_signature(make_signature(series[leading_sequence(task.data)]))
     files, windows = {}, {}
     for sequence in task.data.sequences:
@@ -66,6 +73,7 @@ def make_images(task: ImageTask) -> PreparedImages:
         "spacing": list(task.data.spacing),
         "window": windows,
         "signature": signature,
+        "notes": notes,
     }
     return PreparedImages(files, facts)
 
@@ -74,7 +82,7 @@ def read_series(task: ImageTask) -> tuple[dict[str, Volume], Grid]:
     """The series of a study as they were measured, and the study's grid, which follows the T2 series."""
     series: dict[str, Volume] = {}
     for sequence in task.data.sequences:
-        series[sequence] = read_volume(task.files[sequence])
+        series[sequence] = read_volume(task.files[sequence], b_value=task.b_value if sequence == "hbv" else None)
         check_axial(series[sequence], task.files[sequence])
     leading = leading_sequence(task.data)
     grid = make_grid(series[leading], task.data.spacing, task.data.dim)
@@ -83,6 +91,16 @@ def read_series(task: ImageTask) -> tuple[dict[str, Volume], Grid]:
             why = f"this {sequence} series does not cover the center of the {leading} series"
             raise DataError(why, path=task.files[sequence], field="origin", fix="give series of one examination")
     return series, grid
+
+
+def series_notes(series: dict[str, Volume], grid: Grid) -> dict[str, list[str]]:
+    """Sequence -> sentences about what the series holds and was not used, and what it does not cover."""
+    notes = {}
+    for sequence, volume in series.items():
+        coverage = coverage_note(volume, sequence, grid)
+        if sentences := [*volume.notes, *([] if coverage is None else [coverage])]:
+            notes[sequence] = sentences
+    return notes
 
 
 def leading_sequence(data: DataConfig) -> str:

@@ -62,6 +62,7 @@ def prepare(
     data_base_dir: str | Path | None = None,
     embedding_base_dir: str | Path | None = None,
     follow_links: bool = False,
+    b_value: float | None = None,
     augment: int | None = None,
     preview: bool = False,
     workers: int | None = None,
@@ -78,6 +79,7 @@ def prepare(
         data_base_dir: Folder that the image paths of a manifest are relative to.
         embedding_base_dir: Folder of the latents and text features that the reference implementation prepared.
         follow_links: Whether series may be links to files or folders outside the data folder.
+        b_value: Which image to read of a diffusion series that holds several, in s/mm2; None reads that of the highest.
         augment: Number of augmented latents per training study; 0 removes them from the manifest, None keeps existing ones.
         preview: Whether to draw a picture of every study.
         workers: Number of processes that make images; None chooses it. The result does not depend on it.
@@ -105,7 +107,7 @@ def prepare(
     ])  # fmt: skip
     records = StageCache(out)
     with WorkerPool(workers) as pool:
-        stages = _make_stages(records, studies, config, vae, pool)
+        stages = _make_stages(records, studies, config, vae, pool, b_value)
         stages += _make_optional_stages(records, studies, config, stages, augment, preview)
         _run_stages(out, config, records, stages, ManifestBuilder(records, studies, config, stages, augment))
 
@@ -155,7 +157,12 @@ def _timed(times: dict[str, Any], stage: str, studies: int) -> Iterator[dict[str
 
 
 def _make_stages(
-    records: StageCache, studies: list[Study], config: Config, vae: str | Path | None, pool: WorkerPool
+    records: StageCache,
+    studies: list[Study],
+    config: Config,
+    vae: str | Path | None,
+    pool: WorkerPool,
+    b_value: float | None,
 ) -> list[Stage]:
     """The stages that these studies need. Neither imported and encoded text nor latents of two autoencoders are mixed."""
     sequences = config.data.sequences
@@ -165,7 +172,7 @@ def _make_stages(
     stages: list[Stage] = []
     if not with_latents:
         missing_series(studies, sequences).raise_first()
-        stages.append(ImageStage(records, studies, config, pool))
+        stages.append(ImageStage(records, studies, config, pool, b_value))
     if with_features:
         stages.append(ImportedTextStage(records, studies, config))
     elif config.model.traits.text:
@@ -208,10 +215,11 @@ def _make_optional_stages(
         check_engine(config.data.engine)
         optional.append(AugmentedLatentStage(records, studies, config, latents.vae, augment))
     if preview:
-        if not any(isinstance(stage, ImageStage) for stage in stages):
+        image = next((stage for stage in stages if isinstance(stage, ImageStage)), None)
+        if image is None:
             why = "these studies come without images, which previews need"
             raise ConfigError(why, field="--preview", fix="leave --preview out")
-        optional.append(PreviewStage(records, studies, config))
+        optional.append(PreviewStage(records, studies, config, image.b_value))
     return optional
 
 

@@ -6,17 +6,19 @@ It is meant for visual inspection before training: the prostate, its orientation
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ccella_fast.config import Config
 from ccella_fast.data.augmentation.parameters import Augmentation, minimal_config, strongest_augmentations
 from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine
 from ccella_fast.data.manifest import open_array
 from ccella_fast.data.preparation.images import ImageTask, read_series
-from ccella_fast.data.preparation.stage_cache import file_entry, fingerprint_of
+from ccella_fast.data.preparation.stage_cache import StageCache, file_entry, fingerprint_of
 from ccella_fast.data.preparation.stages import RECIPE, Stage, progress_bar
 from ccella_fast.data.readers.study import Study
 from ccella_fast.report.figures import Panel, montage
@@ -32,6 +34,10 @@ class PreviewStage(Stage):
     """Draws `preview/<id>.png`. The picture itself does not contain the study's id."""
 
     name = "preview"
+
+    def __init__(self, records: StageCache, studies: list[Study], config: Config, b_value: float | None = None):
+        super().__init__(records, studies, config)
+        self.b_value = b_value
 
     def inputs(self, study: Study) -> str:
         """Digest of the prepared images and of the augmentation."""
@@ -51,9 +57,8 @@ class PreviewStage(Stage):
 
     def _panels(self, study: Study) -> Iterator[Panel]:
         record, spacing = self.records.get(study.id, "image"), self.config.data.spacing
-        task = ImageTask(
-            study.id, {name: study.files[name] for name in self.sequences}, self.config.data, self.records.out
-        )
+        files: dict[str, Path] = {name: study.files[name] for name in self.sequences}
+        task = ImageTask(study.id, files, self.config.data, self.records.out, self.b_value)
         series, _ = read_series(task)
         for name in self.sequences:
             low, high = record["facts"]["window"][name]

@@ -7,6 +7,7 @@ processes.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,9 +23,12 @@ from ccella_fast.data.preparation.latent_encoder import LatentEncoder, import_la
 from ccella_fast.data.preparation.stage_cache import StageCache, fingerprint_of
 from ccella_fast.data.preparation.worker_pool import TaskResult, WorkerPool
 from ccella_fast.data.readers.study import Study
+from ccella_fast.data.readers.volume_file import files_of_volume
 from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.errors import DataError
 from ccella_fast.hardware import warn_of_emulated_bf16
+
+logger = logging.getLogger("ccella_fast")
 
 # Part of every digest; to be increased when the same inputs give other results.
 RECIPE, IMAGE_RECIPE, AUGMENTED_RECIPE = 1, 2, 2
@@ -76,16 +80,22 @@ class ImageStage(Stage):
 
     name = "image"
 
-    def __init__(self, records: StageCache, studies: list[Study], config: Config, pool: WorkerPool):
+    def __init__(
+        self,
+        records: StageCache,
+        studies: list[Study],
+        config: Config,
+        pool: WorkerPool,
+        b_value: float | None = None,
+    ):
         super().__init__(records, studies, config)
-        self.pool = pool
+        self.pool, self.b_value = pool, b_value
 
     def inputs(self, study: Study) -> str:
         """Digest of the series and the grid."""
-        series = {sequence: self.records.fingerprint(study.files[sequence]) for sequence in self.sequences}
-        return fingerprint_of(
-            [IMAGE_RECIPE, series, self.config.data.model_dump(include={"sequences", "spacing", "dim"})]
-        )
+        series = {sequence: self._fingerprint(study.files[sequence]) for sequence in self.sequences}
+        grid = self.config.data.model_dump(include={"sequences", "spacing", "dim"})
+        return fingerprint_of([IMAGE_RECIPE, series, grid, *([] if self.b_value is None else [self.b_value])])
 
     def check(self, todo: list[Study]) -> list[DataError]:
         """Read every series."""
@@ -102,16 +112,31 @@ class ImageStage(Stage):
             files, facts = done.result
             self.records.trust(files.values())
             self.records.put(study.id, self.name, self.inputs(study), files, facts)
+            for sequence, sentences in facts["notes"].items():
+                for sentence in sentences:
+                    logger.warning("%s: %s", study.files[sequence], sentence)
             seconds[study.id] = done.seconds
         return seconds
 
     def _run_in_pool(self, function: Callable[[ImageTask], Any], todo: list[Study], title: str) -> Iterator[TaskResult]:
-        tasks = [ImageTask(study.id, self._files(study), self.config.data, self.records.out) for study in todo]
+        tasks = [
+            ImageTask(study.id, self._files(study), self.config.data, self.records.out, self.b_value) for study in todo
+        ]
         ids, bytes_per_task = [study.id for study in todo], bytes_needed(tasks[0]) if tasks else 0
         with progress_bar(todo, title) as progress:
             for done in self.pool.run(function, tasks, ids, bytes_each=bytes_per_task):
                 progress.update()
                 yield done
+
+    def _fingerprint(self, path: Path) -> list[Any]:
+        """Of a series in one file or one folder, or of all its files, such as a header and its voxels."""
+        try:
+            files = files_of_volume(path)
+        except DataError:  # a damaged header, which `check` reports
+            files = [path]
+        if path.is_dir() or files == [path]:
+            return self.records.fingerprint(path)
+        return [self.records.fingerprint(file) for file in files]
 
     def _files(self, study: Study) -> dict[str, Path]:
         return {sequence: study.files[sequence] for sequence in self.sequences}

@@ -1,0 +1,134 @@
+"""Implausible intensities are refused with the number to correct; notes reach the user and the record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from ccella_fast.data.preparation.plausibility import check_intensities, coverage_note
+from ccella_fast.data.preparation.prepare import prepare
+from ccella_fast.data.preparation.resampling import make_grid
+from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume_file import read_volume
+from ccella_fast.errors import DataError
+from study_fixtures import SHAPE, config, oblique, tree, voxels, write_nifti
+
+
+def adc() -> np.ndarray:
+    """Values of a plausible ADC map, with background."""
+    values = 600 + 4.0 * voxels().astype(np.float32)
+    values[:3] = 0
+    return values
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [(1e-3, "multiply by 1000"), (1e-6, "multiply by 1e\\+06"), (10, "multiply by 0.1"), (1e3, "multiply by 0.001")],
+)
+def test_adc_in_other_units_is_refused_with_the_factor(scale: float, words: str, tmp_path: Path):
+    volume = Volume(adc() * np.float32(scale), oblique())
+    with pytest.raises(DataError, match=words) as caught:
+        check_intensities(volume, "adc", tmp_path)
+    factor = float(caught.value.fix.rpartition(" ")[2])
+    check_intensities(volume._replace(array=volume.array * np.float32(factor)), "adc", tmp_path)  # the factor is right
+    check_intensities(volume, "t2w", tmp_path)  # control: no other sequence has a unit
+
+
+def test_adc_without_positive_voxels_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match="no voxel of this ADC map is positive"):
+        check_intensities(Volume(-adc(), oblique()), "adc", tmp_path)
+
+
+@pytest.mark.parametrize("sequence", ["t2w", "hbv"])
+def test_padding_and_hot_voxels_that_take_the_contrast_are_refused(sequence: str, tmp_path: Path):
+    plain = voxels().astype(np.float32)
+    check_intensities(Volume(plain, oblique()), sequence, tmp_path)
+    padded = plain.copy()
+    padded.ravel()[:800] = -32768
+    with pytest.raises(DataError, match="800 voxels are -32768, which leaves the tissue"):
+        check_intensities(Volume(padded, oblique()), sequence, tmp_path)
+    hot = plain.copy()
+    hot[20, 20, 9] = 1e30
+    with pytest.raises(DataError, match="1 voxels are up to 1e.30, more than 1000 times the 99.5th percentile"):
+        check_intensities(Volume(hot, oblique()), sequence, tmp_path)
+    masked = np.where(
+        np.arange(SHAPE[0])[:, None, None] < 36, 0, plain
+    )  # control: nine tenths are background of value 0
+    check_intensities(Volume(masked, oblique()), sequence, tmp_path)
+
+
+def test_real_series_are_plausible(real_data: Path):
+    folder = real_data / "mri" / "prostatex-0000"
+    for sequence in ("t2w", "hbv", "adc"):
+        check_intensities(read_volume(folder / f"{sequence}.mha"), sequence, folder)
+    volume = read_volume(folder / "adc.mha")
+    with pytest.raises(DataError, match="multiply by 1000"):
+        check_intensities(volume._replace(array=volume.array / 1000), "adc", folder)
+
+
+def test_a_series_that_covers_half_of_the_grid_is_noted_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    study = tmp_path / "studies" / "a"
+    write_nifti(study / "t2w.nii.gz")
+    write_nifti(study / "hbv.nii.gz", seed=1)
+    half, affine = adc()[:, :, :11].copy(), oblique()
+    write_nifti(study / "adc.nii.gz", half, affine)
+    three = {"data__sequences": ["t2w", "hbv", "adc"], "model__latent_channels": [4, 4, 4]}
+    prepare(tmp_path / "studies", tmp_path / "out", config(**three))
+    notes = json.loads((tmp_path / "out/cases/a.json").read_text())["image"]["facts"]["notes"]
+    assert notes.keys() == {"adc"} and "adc covers" in notes["adc"][0]
+    assert caplog.text.count("adc covers") == 1 and str(study / "adc.nii.gz") in caplog.text
+    grid = make_grid(read_volume(study / "t2w.nii.gz"), [1.5, 1.5, 3.0], [32, 32, 16])
+    share = float(notes["adc"][0].split()[2].rstrip("%")) / 100
+    points = nibabel.affines.apply_affine(grid.affine, np.stack(np.indices((32, 32, 16)), -1)[grid.inner])
+    index = nibabel.affines.apply_affine(np.linalg.inv(read_volume(study / "adc.nii.gz").affine), points)
+    inside = ((index >= -0.5) & (index <= np.array(half.shape) - 0.5)).all(-1).mean()
+    assert abs(share - inside) < 0.06
+    assert coverage_note(read_volume(study / "hbv.nii.gz"), "hbv", grid) is None  # control
+
+
+def test_a_change_of_the_voxels_beside_a_header_is_noticed(tmp_path: Path):
+    import SimpleITK as sitk
+
+    study = tmp_path / "studies" / "a"
+    sitk.WriteImage(sitk.ReadImage(str(write_nifti(tmp_path / "t2w.nii"))), str(_made(study) / "t2w.mhd"))
+    prepare(tmp_path / "studies", tmp_path / "out", config())
+    before = tree(tmp_path / "out")
+    prepare(tmp_path / "studies", tmp_path / "out", config())
+    assert tree(tmp_path / "out") == before  # control: nothing to do
+    content = bytearray((study / "t2w.raw").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4000] = bytes(4000)
+    (study / "t2w.raw").write_bytes(content)
+    prepare(tmp_path / "studies", tmp_path / "out", config())
+    assert tree(tmp_path / "out")["images/a/t2w.npy"] != before["images/a/t2w.npy"]
+
+
+def test_the_b_value_is_an_argument_and_part_of_the_digest(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    study = tmp_path / "studies" / "a"
+    write_nifti(study / "t2w.nii.gz")
+    write_nifti(study / "adc.nii.gz", adc())
+    images = np.stack([voxels(seed=seed) for seed in (1, 2, 3)], -1)
+    image = nibabel.Nifti1Image(images, oblique())
+    image.set_qform(image.affine, code=1)
+    image.set_sform(image.affine, code=1)
+    nibabel.save(image, study / "hbv.nii.gz")
+    (study / "hbv.bval").write_text("50 400 1400\n")
+    three = {"data__sequences": ["t2w", "hbv", "adc"], "model__latent_channels": [4, 4, 4]}
+    prepare(tmp_path / "studies", tmp_path / "highest", config(**three))
+    assert "b-value 1400 was read, out of 50, 400, 1400 s/mm2" in caplog.text
+    prepare(tmp_path / "studies", tmp_path / "low", config(**three), b_value=50)
+    prepare(tmp_path / "studies", tmp_path / "named", config(**three), b_value=1400)
+    highest, low, named = (np.load(tmp_path / name / "images/a/hbv.npy") for name in ("highest", "low", "named"))
+    np.testing.assert_array_equal(highest, named)
+    assert np.abs(highest - low).max() > 0.1
+    with pytest.raises(DataError, match="no image of b-value 800"):
+        prepare(tmp_path / "studies", tmp_path / "absent", config(**three), b_value=800)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
