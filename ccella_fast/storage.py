@@ -149,9 +149,9 @@ def safe_join(
     """
     root = Path(root)
     parts = PurePosixPath(entry).parts
-    is_long = len(str(root.absolute() / entry).encode(errors="replace")) > 4095
-    if is_long or any(len(part.encode(errors="replace")) > 255 for part in parts):
-        why = "this path has more than 4095 bytes, or a part of it more than 255"
+    longest = max((len(part.encode(errors="replace")) for part in parts), default=0)
+    if longest > 255 or len(str(root.absolute() / entry).encode(errors="replace")) > 4095:
+        why = "a part of this path has more than 255 bytes" if longest > 255 else "this path has more than 4095 bytes"
         raise DataError(why, path=path, field=field, fix="give a shorter relative path")
     unsafe = not entry or not entry.isprintable() or PurePosixPath(entry).is_absolute() or ".." in parts
     if unsafe:

@@ -166,6 +166,11 @@ def test_folders_above_are_made_and_long_names_of_files_refused(tmp_path):
     for name in ("x" * 256, "ä" * 128, "a/" + "x" * 256):  # bytes, not letters
         with pytest.raises(DataError, match="more than 255 bytes"):
             storage.safe_join(tmp_path, name)
+    room = 4094 - len(bytes(tmp_path))  # of the longest path that the system opens, after the slash
+    longest = ("x/" * room)[:room].rstrip("/").ljust(room, "x")
+    assert storage.safe_join(tmp_path, longest) == tmp_path / longest
+    with pytest.raises(DataError, match="this path has more than 4095 bytes"):
+        storage.safe_join(tmp_path, longest + "x")
 
 
 def test_json_as_it_is_written(tmp_path):
