@@ -199,7 +199,7 @@ def _percentile(values: np.ndarray, percent: float) -> float:
 
 
 def _to_itk(volume: Volume) -> Any:
-    """The inverse of `arrays_of_itk_image`."""
+    """The volume as an image of ITK, whose arrays are (Z, Y, X) and whose coordinates are LPS."""
     import SimpleITK as sitk
 
     image = sitk.GetImageFromArray(np.ascontiguousarray(volume.array.transpose(2, 1, 0)))

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from ccella_fast.data.readers.dicom_files import DicomFile, value_of
-from ccella_fast.data.readers.itk_file import last_words
 from ccella_fast.data.readers.volume_checks import MAX_VOXELS
 from ccella_fast.errors import DataError
 
@@ -111,12 +110,18 @@ def _decode(file: DicomFile, numbers: Sequence[int]) -> list[np.ndarray]:
             try:
                 array = sitk.GetArrayFromImage(reader.Execute())
             except RuntimeError as error:
-                why = f"the pixels of frame {number + 1} cannot be decompressed: {last_words(error)}"
+                why = f"the pixels of frame {number + 1} cannot be decompressed: {_last_words(error)}"
                 raise _defect(file, why, "PixelData") from None
             if array.size != shape[0] * shape[1] or array.dtype.kind not in "iu":
                 raise _defect(file, f"the pixels of frame {number + 1} cannot be decompressed", "PixelData")
             decoded.append(array.reshape(shape))
     return decoded
+
+
+def _last_words(error: RuntimeError) -> str:
+    """The last words of an ITK message, at most 90 characters; source lines and pointers come first."""
+    message = " ".join(str(error).split())
+    return message if len(message) <= 90 else message[-90:].partition(" ")[2]
 
 
 def _coded_size(frame: bytes, syntax: str) -> tuple[int, int, int] | None:
