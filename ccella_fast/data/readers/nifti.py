@@ -38,7 +38,7 @@ def read_nifti_file(path: Path, b_value: float | None = None) -> Volume:
     """
     with _open(path) as file:
         header, shape = _read_header(file, path)
-        if len(shape) < 3 or set(shape[4:]) > {1}:
+        if len(shape) < 3 or any(size > 1 for size in shape[4:]):
             why = f"the volume has {len(shape)} dimensions, but 3 are expected (or 4 with b-values)"
             raise DataError(why, path=path, field="dim", fix="give one 3D volume per file")
         count = shape[3] if len(shape) > 3 else 1
