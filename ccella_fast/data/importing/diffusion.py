@@ -1,10 +1,10 @@
 """b-values in DICOM headers: the standard's attribute, and those of vendors from before there was one.
 
-    all       (0018,9087) Diffusion b-value; in multi-frame files in each frame's MR Diffusion Sequence
-    Siemens   (0019,xx0C) of "SIEMENS MR HEADER", and the sequence's name, such as `*ep_b1400t`
-    GE        (0043,xx39) of "GEMS_PARM_01", first value, to which 1,000,000,000 may be added
-    Philips   (2001,xx03) of "Philips Imaging DD 001"
-    UIH       (0065,xx09) of "Image Private Header"
+all       (0018,9087) Diffusion b-value; in multi-frame files in each frame's MR Diffusion Sequence
+Siemens   (0019,xx0C) of "SIEMENS MR HEADER", and the sequence's name, such as `*ep_b1400t`
+GE        (0043,xx39) of "GEMS_PARM_01", first value, to which 1,000,000,000 may be added
+Philips   (2001,xx03) of "Philips Imaging DD 001"
+UIH       (0065,xx09) of "Image Private Header"
 """
 
 from __future__ import annotations

@@ -165,13 +165,18 @@ def _read_header(path: str) -> FileHeader | UnusedFile:
         if not start:
             return UnusedFile(path, "the file is empty")
         has_preamble = start[128:] == b"DICM"
-        if not has_preamble and start[:2] not in (b"\x02\x00", b"\x08\x00"):  # files without one begin with group 2 or 8
+        if not has_preamble and start[:2] not in (
+            b"\x02\x00",
+            b"\x08\x00",
+        ):  # files without one begin with group 2 or 8
             return UnusedFile(path, "not a DICOM file")
         dataset = pydicom.dcmread(path, stop_before_pixels=True, force=not has_preamble)
         if dataset.file_meta.get("MediaStorageSOPClassUID") == _DICOMDIR:
             return UnusedFile(path, "a DICOMDIR; the files themselves are read")
         header = _parse(path, dataset)
-    except Exception as error:  # pydicom raises nearly everything on damaged files, with texts that may quote the header
+    except (
+        Exception
+    ) as error:  # pydicom raises nearly everything on damaged files, with texts that may quote the header
         return UnusedFile(path, f"the header cannot be read ({type(error).__name__})")
     for name in ("study_uid", "series_uid", "instance_uid"):
         if not getattr(header, name):

@@ -133,7 +133,10 @@ def _exclusion(volume: Volume3D) -> str:
 
 def _is_adc(volume: Volume3D) -> bool:
     first = volume.headers[0]
-    if any(re.fullmatch(r"(DIFFUSION_)?ADC(_UNSPECIFIED|_MAP)?|APPARENT DIFFUSION COEFFICIENT", code) for code in first.image_type):
+    if any(
+        re.fullmatch(r"(DIFFUSION_)?ADC(_UNSPECIFIED|_MAP)?|APPARENT DIFFUSION COEFFICIENT", code)
+        for code in first.image_type
+    ):
         return True
     # GE and some reconstruction software state it only in the description of a derived image.
     return "adc" in first.words and "DERIVED" in first.image_type and not volume.trace and "trace" not in first.words
@@ -194,7 +197,9 @@ def _anatomy(volume: Volume3D) -> Judgement:
     if echo is not None and echo < MIN_T2_ECHO_TIME:
         return Judgement(volume, "", f"echo time of {echo:g} ms, below {MIN_T2_ECHO_TIME:g}: not T2-weighted")
     if repetition is not None and repetition < MIN_T2_REPETITION_TIME:
-        return Judgement(volume, "", f"repetition time of {repetition:g} ms, below {MIN_T2_REPETITION_TIME:g}: not T2-weighted")
+        return Judgement(
+            volume, "", f"repetition time of {repetition:g} ms, below {MIN_T2_REPETITION_TIME:g}: not T2-weighted"
+        )
     if "t1" in first.words and "t2" not in first.words:
         return Judgement(volume, "", "T1-weighted, by its description")
     doubt = ""
@@ -229,7 +234,19 @@ def _t2(volume: Volume3D, doubt: str) -> Judgement:
 
 def _is_fat_suppressed(volume: Volume3D) -> bool:
     first = volume.headers[0]
-    codes = {"FS", "FATSAT", "FAT_SAT", "SPIR", "SPAIR", "STIR", "FAT_GEMS", "FSA_GEMS", "FSS_GEMS", "DIXON", "WATER_EXCITATION"}
+    codes = {
+        "FS",
+        "FATSAT",
+        "FAT_SAT",
+        "SPIR",
+        "SPAIR",
+        "STIR",
+        "FAT_GEMS",
+        "FSA_GEMS",
+        "FSS_GEMS",
+        "DIXON",
+        "WATER_EXCITATION",
+    }
     inverted = "IR" in first.scanning_sequence and (first.inversion_time or 0) < 400
     return bool(codes & first.options) or inverted or "fat suppressed" in first.words
 
@@ -237,7 +254,11 @@ def _is_fat_suppressed(volume: Volume3D) -> bool:
 def _is_single_shot(volume: Volume3D) -> bool:
     first = volume.headers[0]
     long_train = first.acquisition_type != "3D" and (first.echo_train or 0) > MAX_ECHO_TRAIN_2D
-    return long_train or bool(re.search(r"(^\*?h(fi)?2d|haste|ssfse)", first.sequence_name)) or "single shot" in first.words
+    return (
+        long_train
+        or bool(re.search(r"(^\*?h(fi)?2d|haste|ssfse)", first.sequence_name))
+        or "single shot" in first.words
+    )
 
 
 def _distortion(volume: Volume3D) -> bool:

@@ -111,7 +111,9 @@ def _volumes(name: str, series_uid: str, files: list[FileHeader]) -> list[Volume
         b_value = key[4]
         own = name if len(groups) == 1 else f"{name}/b{b_value:g}" if b_value is not None else f"{name}/"
         taken[own] += 1
-        own = own if taken[own] == 1 and not own.endswith("/") else f"{own}{'' if own.endswith('/') else '/'}{taken[own]}"
+        own = (
+            own if taken[own] == 1 and not own.endswith("/") else f"{own}{'' if own.endswith('/') else '/'}{taken[own]}"
+        )
         slices, each = _positions(first, [frame for _, frame in images])
         headers = tuple({file.path: file for file, _ in images}.values())
         volumes.append(Volume3D(own, series_uid, headers, b_value, slices, each, key[5], echoes))
