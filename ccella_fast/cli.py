@@ -42,6 +42,13 @@ def _run_phantom(arguments: argparse.Namespace) -> None:
     log_next(arguments.out, ["ccella-fast", *command])
 
 
+def _run_import(arguments: argparse.Namespace) -> None:
+    from ccella_fast.data.importing.import_studies import import_studies
+
+    options = _options(arguments, without=[])
+    import_studies(options.pop("data"), options.pop("out"), **options)
+
+
 def _run_prepare(arguments: argparse.Namespace) -> None:
     from ccella_fast.errors import DataError
     from ccella_fast.folder_kinds import check_folder
@@ -167,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     entrypoint.add_version(parser)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _phantom(commands)
+    _import(commands)
     _prepare(commands)
     _train_vae(commands)
     _train(commands)
@@ -186,6 +194,43 @@ def _phantom(commands: argparse._SubParsersAction) -> None:
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the studies")
     add("--num_studies", type=whole_number(1), default=24, metavar="N", help="number of studies (default 24)")
     add("--seed", type=whole_number(0), default=0, metavar="N", help="the same seed gives the same bytes (default 0)")
+
+
+def _import(commands: argparse._SubParsersAction) -> None:
+    example = "ccella-fast import --data EXPORT --out studies/ --reports reports.csv"
+    about = (
+        "Find the axial T2, high-b and ADC series of a PACS export (DICOM) and de-identify them: the first run shows the "
+        "choice and writes no study; run it again with --write."
+    )
+    command = _add(commands, "import", _run_import, about, example)
+    command.add_argument("--data", type=Path, required=True, help="folder of the export, in any layout")
+    command.add_argument(
+        "--out", type=Path, required=True, help="folder for the studies; OUT.import gets the page and choices.csv"
+    )
+    command.add_argument("--write", action="store_true", help="write the studies as choices.csv says")
+    about = "CSV file of reports, or folder of .txt files named by accession number, study UID or patient id"
+    command.add_argument("--reports", type=Path, help=about)
+    command.add_argument("--report_column", metavar="NAME", help="column of the text, if it is not recognized")
+    command.add_argument(
+        "--id_column",
+        metavar="NAME",
+        help="column of accession number, study UID or patient id, if it is not recognized",
+    )
+    about = "folder for the key from old to new ids, which must not be passed on (default: OUT.private)"
+    command.add_argument("--private", type=Path, help=about)
+    command.add_argument(
+        "--split",
+        type=float,
+        nargs=3,
+        default=(0.7, 0.15, 0.15),
+        metavar="SHARE",
+        help="shares of train, val and test among new patients (default 0.7 0.15 0.15)",
+    )
+    command.add_argument(
+        "--workers",
+        type=_from(1),
+        help="number of processes that read files (default: as many as cores and memory allow)",
+    )
 
 
 def _prepare(commands: argparse._SubParsersAction) -> None:

@@ -60,9 +60,10 @@ _LIST = re.compile(
     re.IGNORECASE,
 )
 _OTHER_LESION = re.compile(
-    rf"(?:#|\b(?:lesion|lasion|laesie|target|roi|nodule|nr|no)\b\.?\s*#?)\s*\w?\s*[:=]\s*(?P<score>[1-5])(?![\d]|[.,]\d){_NO_UNIT}",
+    rf"(?:#|\b(?:lesion|lasion|laesie|target|roi|nodule|nr|no)\b\.?\s*#?)\s*\w?\s*[:=]\s*(?P<first>[1-5])(?![\d]|[.,]\d){_NO_UNIT}"
+    rf"|(?<![\d.,])(?P<second>[1-5])\s*\((?:lesion|lasion|laesie|target|roi|nodule)\b",
     re.IGNORECASE,
-)  # "lesion 1: PI-RADS 4; lesion 2: 5"
+)  # "lesion 1: PI-RADS 4; lesion 2: 5", "PI-RADS 4 (lesion 1), 5 (lesion 2)"
 _MORE_DIGITS = re.compile(rf"\s*[\[\](x )]*\s+[1-5](?![\d]|[.,]\d){_NO_UNIT}", re.IGNORECASE)
 _COMPARED = re.compile(
     r"(?:[<>≥≤]\s*=?|\bat\s+least|\bmindestens|\bminstens|\bau\s+moins|\bal\s+menos)\s*$", re.IGNORECASE
@@ -153,7 +154,8 @@ def read_pirads(report: str) -> PiradsReading:
         for match in _MENTION.finditer(text)
     ]
     mentions += [
-        _Mention("unclear", int(each["score"]), "a lesion without PI-RADS") for each in _OTHER_LESION.finditer(text)
+        _Mention("unclear", int(each["first"] or each["second"]), "a lesion without PI-RADS")
+        for each in _OTHER_LESION.finditer(text)
     ]
     stated = [each.score for each in mentions if each.kind == "stated"]
     unclear = [each for each in mentions if each.kind == "unclear" and each.score > max(stated, default=0)]
@@ -243,7 +245,7 @@ def _all_scores(first: int, after: str) -> tuple[int, str, str]:
 
 def _is_maybe_earlier(before: str) -> bool:
     earlier = [found.end() for found in _MAYBE_EARLIER.finditer(before)]
-    now = [found.start() for found in _NOW.finditer(before)]
+    now = [found.end() for found in _NOW.finditer(before)]
     return bool(earlier) and max(now, default=-1) < max(earlier)
 
 

@@ -79,16 +79,15 @@ def group_studies(headers: Iterable[FileHeader]) -> tuple[list[ExportedStudy], i
     studies = []
     for uid, by_series in sorted(by_study.items()):
         series = {name: list(files.values()) for name, files in by_series.items()}
-        numbers = Counter(files[0].series_number for files in series.values())
+        numbers = Counter(images[0].series_number for images in series.values())
         volumes: list[Volume3D] = []
-        for series_uid, files in sorted(series.items(), key=lambda item: (item[1][0].series_number or 0, item[0])):
-            number = files[0].series_number
+        for series_uid, images in sorted(series.items(), key=lambda item: (item[1][0].series_number or 0, item[0])):
+            number = images[0].series_number
             name = "none" if number is None else str(number)
-            if numbers[number] > 1:  # the UID's last digits are not stable enough a name if they coincide; its order is
-                same = sorted(other for other, its in series.items() if its[0].series_number == number)
-                name = f"{name}.{same.index(series_uid) + 1}"
-            volumes += _volumes(name, series_uid, files)
-        identities = {file.identity for files in series.values() for file in files}
+            if numbers[number] > 1:  # not a counter, which would name another series when one more is exported later
+                name = f"{name} ({hashlib.sha256(series_uid.encode()).hexdigest()[:4]})"
+            volumes += _volumes(name, series_uid, images)
+        identities = {image.identity for images in series.values() for image in images}
         studies.append(ExportedStudy(uid, tuple(sorted(identities)), tuple(volumes)))
     return studies, copies
 
@@ -106,17 +105,14 @@ def _volumes(name: str, series_uid: str, files: list[FileHeader]) -> list[Volume
             else:
                 groups.append((key, file, [(file, frame)]))
     groups.sort(key=lambda group: (group[0][4] or 0, group[0][0], group[0][3] or 0, not group[0][5]))
-    volumes, taken = [], Counter()
+    volumes, taken = [], Counter[str]()
     for key, first, images in groups:
-        b_value = key[4]
-        own = name if len(groups) == 1 else f"{name}/b{b_value:g}" if b_value is not None else f"{name}/"
+        own = name if len(groups) == 1 or key[4] is None else f"{name} b{key[4]:g}"
         taken[own] += 1
-        own = (
-            own if taken[own] == 1 and not own.endswith("/") else f"{own}{'' if own.endswith('/') else '/'}{taken[own]}"
-        )
+        own = own if taken[own] == 1 else f"{own} part {taken[own]}"
         slices, each = _positions(first, [frame for _, frame in images])
         headers = tuple({file.path: file for file, _ in images}.values())
-        volumes.append(Volume3D(own, series_uid, headers, b_value, slices, each, key[5], echoes))
+        volumes.append(Volume3D(own, series_uid, headers, key[4], slices, each, key[5], echoes))
     return volumes
 
 
