@@ -183,7 +183,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["phantom"], ["prepare"], ["train-vae"], ["sample"], ["report"], ["export"], ["env"]]
+    "command", [[], ["phantom"], ["import"], ["prepare"], ["train-vae"], ["sample"], ["report"], ["export"], ["env"]]
 )
 def test_help_loads_no_torch(command):
     arguments = [*command, "--help"]

@@ -25,6 +25,10 @@ from ccella_fast.errors import DataError
 from ccella_fast.storage import atomic_path
 
 _COLUMNS = ("id", "patient", "split", "patient_id", "study_uid", "accession")
+_MONTHS = (
+    "jan[a-z]*", "f[eé][bv][a-zé]*", "m(?:ar|aa|ä)[a-z]*", "a[pvb]r[a-z]*", "ma[iyj]o?", "jui?n[a-z]*", "jui?l[a-z]*",
+    "a(?:ug|go|o)[a-zû]*", "sep[a-z]*", "o[ck]t[a-z]*", "nov[a-z]*", "d[eéi][zc][a-z]*",
+)  # fmt: skip
 _MANY_STUDIES = 8  # of one patient; more look like an export whose patient ids were all replaced by one
 
 
@@ -184,11 +188,7 @@ def _dates(value: str) -> list[str]:
     year, month, day = match.groups()
     m, d, y = (f"0?{int(month)}", f"0?{int(day)}", f"(?:{year}|{year[2:]})")
     gap = r"\s?[./-]\s?"
-    months = (
-        "jan[a-z]*|feb[a-z]*|m(?:ar|aa|ä)[a-z]*|a[pvb]r[a-z]*|ma[iyj]o?|jui?n[a-z]*|jui?l[a-z]*|a(?:ug|go|o)[a-zû]*|sep[a-z]*"
-        "|o[ck]t[a-z]*|nov[a-z]*|d[eé][zc][a-z]*"
-    ).split("|")
-    name = f"(?i:{months[int(month) - 1]})" if 1 <= int(month) <= 12 else "(?!)"
+    name = f"(?i:{_MONTHS[int(month) - 1]})" if 1 <= int(month) <= 12 else "(?!)"
     return [
         value, f"{year}{gap}{m}{gap}{d}", f"{d}{gap}{m}{gap}{y}", f"{m}{gap}{d}{gap}{y}",
         rf"{d}\.?\s{name}\.?,?\s{year}", rf"{name}\.?\s{d},?\s{year}",

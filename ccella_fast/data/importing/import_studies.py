@@ -303,12 +303,15 @@ def _write_table(
     rows: dict[str, dict[str, str]] = {}
     columns = list(TABLE_COLUMNS)
     if path.is_file():
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="", restkey="")
         columns += [name for name in reader.fieldnames or () if name not in columns]
-        rows = {row["case"]: row for row in reader if (path.parent / row["case"]).is_dir()}
+        if "case" not in (reader.fieldnames or ()):
+            raise DataError("the table has no column 'case'", path=path, field="line 1", fix="restore its first line")
+        rows = {row["case"]: row for row in reader if row["case"] and (path.parent / row["case"]).is_dir()}
     for study in written:
         report = matched[study]
         row = rows.setdefault(study, dict.fromkeys(columns, ""))
+        row["case"] = study
         row["split"] = splits[study]
         row["pirads"] = row["pirads"] or report.score
         row["report"] = row["report"] or report.text
