@@ -46,7 +46,13 @@ def _run_import(arguments: argparse.Namespace) -> None:
     from ccella_fast.data.importing.import_studies import import_studies
 
     options = _options(arguments, without=[])
-    import_studies(options.pop("data"), options.pop("out"), **options)
+    wrote = import_studies(options.pop("data"), options.pop("out"), **options)
+    if arguments.write:
+        prepared = arguments.out.with_name("prepared")
+        command = ["prepare", "--data", arguments.out, "--out", prepared, "--config", "configs/ccella.json"]
+        log_next(wrote, ["ccella-fast", *command])
+    else:
+        log_next(wrote, ["ccella-fast", *sys.argv[1:], "--write"])
 
 
 def _run_prepare(arguments: argparse.Namespace) -> None:
@@ -202,35 +208,24 @@ def _import(commands: argparse._SubParsersAction) -> None:
         "Find the axial T2, high-b and ADC series of a PACS export (DICOM) and de-identify them: the first run shows the "
         "choice and writes no study; run it again with --write."
     )
-    command = _add(commands, "import", _run_import, about, example)
-    command.add_argument("--data", type=Path, required=True, help="folder of the export, in any layout")
-    command.add_argument(
-        "--out", type=Path, required=True, help="folder for the studies; OUT.import gets the page and choices.csv"
-    )
-    command.add_argument("--write", action="store_true", help="write the studies as choices.csv says")
+    command = _add(commands, "import", _run_import, about, example, if_out_of_memory="use --workers 1")
+    add = command.add_argument
+    add("--data", type=Path, required=True, metavar="FOLDER", help="folder of the export, in any layout")
+    about = "folder for the studies; FOLDER.import gets the page and choices.csv"
+    add("--out", type=Path, required=True, metavar="FOLDER", help=about)
+    add("--write", action="store_true", help="write the studies as choices.csv says")
+    about = "folder for the key from old to new ids, which must not be passed on (default: that of --out + .private)"
+    add("--private", type=Path, metavar="FOLDER", help=about)
+    about = "shares of train, val and test among new patients (default 0.7 0.15 0.15)"
+    add("--split", type=float, nargs=3, default=(0.7, 0.15, 0.15), metavar=("TRAIN", "VAL", "TEST"), help=about)
+    about = "number of processes that read files (default: as many as cores and memory allow)"
+    add("--workers", type=whole_number(1), metavar="N", help=about)
+    add = command.add_argument_group("reports").add_argument
     about = "CSV file of reports, or folder of .txt files named by accession number, study UID or patient id"
-    command.add_argument("--reports", type=Path, help=about)
-    command.add_argument("--report_column", metavar="NAME", help="column of the text, if it is not recognized")
-    command.add_argument(
-        "--id_column",
-        metavar="NAME",
-        help="column of accession number, study UID or patient id, if it is not recognized",
-    )
-    about = "folder for the key from old to new ids, which must not be passed on (default: OUT.private)"
-    command.add_argument("--private", type=Path, help=about)
-    command.add_argument(
-        "--split",
-        type=float,
-        nargs=3,
-        default=(0.7, 0.15, 0.15),
-        metavar="SHARE",
-        help="shares of train, val and test among new patients (default 0.7 0.15 0.15)",
-    )
-    command.add_argument(
-        "--workers",
-        type=_from(1),
-        help="number of processes that read files (default: as many as cores and memory allow)",
-    )
+    add("--reports", type=Path, metavar="PATH", help=about)
+    add("--report_column", metavar="NAME", help="column of the text, if it is not recognized")
+    about = "column of accession number, study UID or patient id, if it is not recognized"
+    add("--id_column", metavar="NAME", help=about)
 
 
 def _prepare(commands: argparse._SubParsersAction) -> None:

@@ -10,6 +10,21 @@ import pytest
 from ccella_fast.data.importing.pirads_text import read_pirads
 
 PHRASES = [
+    ("72 year old man with a PI-RADS 4 lesion", 4),
+    ("extends outside the capsule, PI-RADS 5", 5),
+    ("PI-RADS 5 lesion extending from apex to base", 5),
+    ("Outside MRI: PI-RADS 4", None),
+    ("Old MRI PI-RADS 4, current MRI PI-RADS 2", 2),
+    ("Score PI-RADS global : 4", 4),
+    ("Clasificación PI-RADS v2.1: 3", 3),
+    ("Antecedentes: PI-RADS 5 en 2018.\nHallazgos: PI-RADS 2.", 2),
+    ("PI-RADS-Score 2, keine PI-RADS 3 Läsion", 2),
+    ("Beoordeling: PI-RADS categorie 3", 3),
+    ("PI-RADS 4 ou 5", None),
+    ("PI-RADS 4 oder 5", None),
+    ("PI-RADS 4 of 5", None),
+    ("wahrscheinlich PI-RADS 4", None),
+    ("vermutlich PI-RADS 3", None),
     ("PI-RADS 4", 4),
     ("PIRADS 5", 5),
     ("PI RADS 3", 3),
@@ -50,7 +65,8 @@ PHRASES = [
     ("No extraprostatic extension. PI-RADS 4.", 4),
     ("PI-RADS 1: very low, 2: low, 3: intermediate, 4: high, 5: very high", None),
     (
-        "Lesion PI-RADS 3. PI-RADS 1: very low; PI-RADS 2: low; PI-RADS 3: intermediate; PI-RADS 4: high; PI-RADS 5: very high.",
+        "Lesion PI-RADS 3. PI-RADS 1: very low; PI-RADS 2: low; PI-RADS 3: intermediate; PI-RADS 4: high; "
+        "PI-RADS 5: very high.",
         3,
     ),
     (
@@ -155,9 +171,7 @@ def test_the_table_can_fail():
 
 def test_the_reason_never_repeats_the_report():
     for phrase, _ in PHRASES:
-        assert not {"lesion", "biopsy", "gland", "laesie"} & set(
-            read_pirads(f"{phrase} biopsy gland laesie").reason.split()
-        )
+        assert "kanarie" not in read_pirads(f"kanarie {phrase} kanarie").reason
 
 
 def test_real_reports(real_data: Path):

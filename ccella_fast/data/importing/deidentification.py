@@ -1,7 +1,7 @@
 """New ids for patients and studies, kept in a key file that never leaves the private folder, and texts without the old ones.
 
-`key.csv` has one line per study. A patient that is in it keeps its number and its split, a study its id, so that repeated imports
-give the same ids. The numbers of new patients are drawn at random: their order says nothing about the old ids.
+`key.csv` has one line per study. A patient that is in it keeps its number and its split, a study its id, so that repeated
+imports give the same ids. The numbers of new patients are drawn at random: their order says nothing about the old ids.
 """
 
 from __future__ import annotations

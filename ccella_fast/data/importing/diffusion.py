@@ -1,10 +1,7 @@
-"""b-values in DICOM headers: the standard's attribute, and those of vendors from before there was one.
+"""b-values in DICOM headers of an export.
 
-all       (0018,9087) Diffusion b-value; in multi-frame files in each frame's MR Diffusion Sequence
-Siemens   (0019,xx0C) of "SIEMENS MR HEADER", and the sequence's name, such as `*ep_b1400t`
-GE        (0043,xx39) of "GEMS_PARM_01", first value, to which 1,000,000,000 may be added
-Philips   (2001,xx03) of "Philips Imaging DD 001"
-UIH       (0065,xx09) of "Image Private Header"
+The readers refuse what is not stated plainly. Here a series is only to be recognized, so that two more places are looked at:
+the private attribute whose creator's name was removed with other texts, and the sequence's name, such as `*ep_b1400t`.
 """
 
 from __future__ import annotations
@@ -13,13 +10,9 @@ import re
 import struct
 from typing import Any
 
+from ccella_fast.data.readers.dicom_files import PRIVATE_B_VALUES
+
 MAX_B_VALUE = 10_000  # s/mm2; above, the number is no b-value
-_PRIVATE = (
-    (0x0019, 0x0C, "SIEMENS MR HEADER"),
-    (0x0043, 0x39, "GEMS_PARM_01"),
-    (0x2001, 0x03, "Philips Imaging DD 001"),
-    (0x0065, 0x09, "Image Private Header"),
-)
 _SEQUENCE_NAME = re.compile(r"ep_?(?:calc_?)?b(\d+)", re.IGNORECASE)
 
 
@@ -27,7 +20,7 @@ def b_value_of(dataset: Any) -> float | None:
     """The b-value of a single image or of a frame's functional groups, in s/mm2; None if the header states none."""
     values = [dataset.get("DiffusionBValue")]
     values += [item.get("DiffusionBValue") for item in dataset.get("MRDiffusionSequence") or []]
-    values += [_private(dataset, *place) for place in _PRIVATE]
+    values += [_private(dataset, group, *place) for group, place in PRIVATE_B_VALUES.items()]
     name = _SEQUENCE_NAME.search(str(dataset.get("SequenceName") or dataset.get("PulseSequenceName") or ""))
     values += [name[1]] if name else []
     for value in values:
@@ -44,7 +37,7 @@ def is_trace(dataset: Any, image_type: tuple[str, ...]) -> bool:
     return "ISOTROPIC" in directions or bool({"TRACEW", "TRACE", "CALC_BVAL", "ISOTROPIC"} & set(image_type))
 
 
-def _private(dataset: Any, group: int, element: int, creator: str) -> Any:
+def _private(dataset: Any, group: int, creator: str, element: int) -> Any:
     try:
         return dataset.private_block(group, creator)[element].value
     except KeyError:
@@ -67,9 +60,8 @@ def _number(value: Any) -> float | None:
     if not isinstance(value, str | int | float | None) and hasattr(value, "__getitem__"):
         value = value[0] if len(value) else None
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
     except (TypeError, ValueError):
         return None
-    if number >= 1e9:
-        number %= 1e5
+    number %= 1e9  # which GE adds to the b-values of a series of several
     return number if 0 <= number <= MAX_B_VALUE else None

@@ -1,7 +1,8 @@
 """`ccella-fast import`: from a PACS export to a folder of studies that `prepare` reads.
 
-The first run reads headers, proposes a series per sequence and shows the choice. The run with `write` writes what was shown, as the
-user has edited it. Nothing that is logged or written outside the private folder holds a name, an id or a date of the hospital.
+The first run reads headers, proposes a series per sequence and shows the choice. The run with `write` writes what was shown, as
+the user has edited it. Nothing that is logged or written outside the private folder holds a name, an id or a date of the
+hospital.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def import_studies(
     split: Sequence[float] = (0.7, 0.15, 0.15),
     write: bool = False,
     workers: int | None = None,
-) -> None:
+) -> Path:
     """Find the axial T2, high-b and ADC series of a PACS export, show the choice, and with `write` write the studies.
 
     Args:
@@ -88,6 +89,9 @@ def import_studies(
         split: Shares of train, val and test; they hold for patients that are not in the key yet.
         write: Write what `choices.csv` says.
         workers: Number of processes that read files.
+
+    Returns:
+        The page to look at; with `write` the folder of the studies.
 
     Raises:
         ConfigError: If folders are inside one another, or `write` is given before the choice was shown.
@@ -111,9 +115,8 @@ def import_studies(
         logger.info("%s", notice)
     tasks = {study: task_of(study, judged, places.out, places.private) for study, judged in used.items()}
     if write:
-        _write_all(tasks, matched, export.key, places, workers)
-    else:
-        _show(tasks, used, notices, places, workers)
+        return _write_all(tasks, matched, export.key, places, workers)
+    return _show(tasks, used, notices, places, workers)
 
 
 def _places(data: Path, out: Path, private: str | Path | None) -> Places:
@@ -230,14 +233,18 @@ def _show(
     notices: Sequence[str],
     places: Places,
     workers: int | None,
-) -> None:
+) -> Path:
     pictures: dict[str, Picture] = {}
     names = list(tasks)
     with WorkerPool(workers) as pool, tqdm(total=len(names), desc="pictures", unit="study", mininterval=1) as progress:
         for done in pool.run(draw_study, list(tasks.values()), names, bytes_each=_BYTES_PER_STUDY):
-            failed = isinstance(done.result, DataError)
-            pictures[names[done.task]] = Picture(None, (done.result.why,)) if failed else done.result
+            pictures[names[done.task]] = done.result
             progress.update()
+    defects = [study for study, picture in pictures.items() if picture.defects]
+    if defects:
+        logger.warning(
+            "%d studies have a chosen series that cannot be read, see the page: %s", len(defects), shortened(defects)
+        )
     counts = {sequence: sum(sequence in task.series for task in tasks.values()) for sequence in SEQUENCES}
     patients = len({study.split("_")[0] for study in tasks})
     facts = [("patients", str(patients)), ("studies", str(len(tasks)))]
@@ -246,13 +253,9 @@ def _show(
     if counts["t2w"] == 0:
         why = f"none of the {len(tasks)} studies has an axial T2 series that the rule recognizes"
         raise DataError(why, path=page, fix=f"see the reasons there; write t2w into the column use of {places.choices}")
-    unreadable = [study for study, picture in pictures.items() if picture.png is None and tasks[study].series]
-    if unreadable:
-        logger.warning("%d studies could not be read, see the page: %s", len(unreadable), shortened(unreadable))
-    print(
-        f"Nothing was written to {places.out} yet. Look at {page}, correct the column use of\n{places.choices} where "
-        f"needed, then run the same command with --write.\nKeep {places.private} to yourself: it holds the key."
-    )
+    logger.info("no study is in %s yet: look at %s and correct the column use of %s", places.out, page, places.choices)
+    logger.info("%s holds the key to the old ids: do not pass it on", places.private)
+    return page
 
 
 def _write_all(
@@ -261,7 +264,7 @@ def _write_all(
     key: Mapping[str, KeyRow],
     places: Places,
     workers: int | None,
-) -> None:
+) -> Path:
     places.out.mkdir(parents=True, exist_ok=True)
     remove_partial_files(places.out)
     chosen = {study: task for study, task in tasks.items() if "t2w" in task.series}
@@ -282,24 +285,23 @@ def _write_all(
     written = [study for study, task in chosen.items() if is_written(task)]
     splits = {row.id: row.split for row in key.values()}
     table = _write_table(places.out / "studies.csv", written, matched, splits)
-    print(
-        f"{len(written)} studies are in {places.out}, {len(todo) - len(defects)} of them new; {len(table)} lines in studies.csv:"
-    )
-    print("  " + ", ".join(f"{sum(row['split'] == name for row in table)} {name}" for name in SPLITS))
-    print(
-        f"  {sum(bool(row['report']) for row in table)} with a report, {sum(bool(row['pirads']) for row in table)} with a PI-RADS score"
-    )
+    splits_of = ", ".join(f"{sum(row['split'] == name for row in table)} {name}" for name in SPLITS)
+    reports, scores = (sum(bool(row[name]) for row in table) for name in ("report", "pirads"))
+    logger.info(
+        "%d studies in %s (%d were written now): %s; %d with a report, %d with a PI-RADS score",
+        len(table), places.out, len(todo) - len(defects), splits_of, reports, scores,
+    )  # fmt: skip
     if defects:
         first, more = defects[0], len(defects) - 1
         first.why += f" (and {more} more studies)" if more else ""
         raise first
-    print(f"Next: ccella-fast prepare --data {places.out} --out prepared --config configs/ccella.json")
+    return places.out
 
 
 def _write_table(
     path: Path, written: Sequence[str], matched: Mapping[str, StudyReport], splits: Mapping[str, str]
 ) -> list[dict[str, str]]:
-    """Write studies.csv and return its rows. Cells that it has are kept, as a user may have filled them; the split is the key's."""
+    """Write studies.csv and return its rows. Filled cells are kept, as they may be the user's; the split is the key's."""
     rows: dict[str, dict[str, str]] = {}
     columns = list(TABLE_COLUMNS)
     if path.is_file():

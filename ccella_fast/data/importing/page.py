@@ -23,26 +23,34 @@ _CAPTION = (
 
 
 class Picture(NamedTuple):
-    """The chosen series of a study. png: None if no series could be read. notes: what was chosen or could not be read."""
+    """The chosen series of a study.
+
+    Attributes:
+        png: None if there is no series, or none that can be read.
+        notes: What the readers say about them.
+        defects: Why series cannot be read.
+    """
 
     png: bytes | None
     notes: tuple[str, ...]
+    defects: tuple[str, ...]
 
 
 def draw_study(task: StudyTask) -> Picture:
     """Read the series of a study and draw their middle slices. The picture shows no id."""
-    panels, notes = [], []
+    panels, notes, defects = [], [], []
     for sequence in task.series:
         try:
             volume = read_series(task, sequence)
         except DataError as error:
-            notes.append(error.why)
+            defects.append(error.why)
             continue
         notes += [f"{sequence}: {note}" for note in volume.notes]
         low, high = np.percentile(volume.array, (0.5, 99.5))
         scaled = (volume.array - low) / max(high - low, 1e-6)
         panels.append(Panel(scaled, volume.spacing.tolist(), sequence))
-    return Picture(montage(panels, window=(0, 1), caption=_CAPTION) if panels else None, tuple(notes))
+    png = montage(panels, window=(0, 1), caption=_CAPTION) if panels else None
+    return Picture(png, tuple(notes), tuple(defects))
 
 
 def write_pages(
@@ -86,7 +94,7 @@ def _study(study: str, judged: Sequence[Judgement], picture: Picture) -> dict[st
         "rows": rows,
         "missing": [name for name in ("t2w", "hbv", "adc") if name not in {each.use for each in judged}],
         "image": None if picture.png is None else base64.b64encode(picture.png).decode(),
-        "notes": picture.notes,
+        "notes": picture.defects + picture.notes,
     }
 
 
@@ -97,7 +105,8 @@ _PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>ccella-fast import</title>
 <style>
-:root { --ink: #1b1f24; --soft: #59636e; --line: #d8dee4; --paper: #ffffff; --card: #f6f8fa; --mark: #8a5a00; color-scheme: light dark; }
+:root { --ink: #1b1f24; --soft: #59636e; --line: #d8dee4; --paper: #ffffff; --card: #f6f8fa; --mark: #8a5a00;
+  color-scheme: light dark; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ed; --soft: #9aa4af; --line: #323a43; --paper: #12161b; --card: #1a2027; --mark: #e3b341; }
 }
@@ -120,9 +129,9 @@ tr.used td { font-weight: 600; }
 <body>
 <main>
 <h1>Series chosen by ccella-fast import</h1>
-<p class="soft">Check that each picture shows the prostate in the right sequence. To change a choice, edit the column <b>use</b> of
-choices.csv (t2w, hbv, adc or empty) and run the command again; then run it with --write. This page shows no names, dates or ids
-of the hospital, but a face or a burned-in text would be visible: look before you share it.</p>
+<p class="soft">Check that each picture shows the prostate in the right sequence. To change a choice, edit the column
+<b>use</b> of choices.csv (t2w, hbv, adc or empty) and run the command again; then run it with --write. This page shows no
+names, dates or ids of the hospital, but text that is part of an image would be visible: look before you share it.</p>
 {% if names | length > 1 %}<p>{% for other in names %}<a href="{{ other }}">{{ other }}</a> {% endfor %}</p>{% endif %}
 {% for notice in notices %}<p class="notice">{{ notice }}</p>
 {% endfor %}
@@ -140,7 +149,8 @@ of the hospital, but a face or a burned-in text would be visible: look before yo
 <tr><th>series</th><th>use</th><th>plane</th><th>slices</th><th>reason</th></tr>
 {% for row in study.rows %}
 <tr{% if row.use %} class="used"{% endif %}><td>{{ row.series }}</td><td>{{ row.use }}</td><td>{{ row.plane }}</td>
-<td>{{ row.slices }}</td><td>{{ row.reason }}{% if row.doubt %} <span class="doubt">look at it: {{ row.doubt }}</span>{% endif %}</td></tr>
+<td>{{ row.slices }}</td>
+<td>{{ row.reason }}{% if row.doubt %} <span class="doubt">look at it: {{ row.doubt }}</span>{% endif %}</td></tr>
 {% endfor %}
 </table></div>
 {% endfor %}

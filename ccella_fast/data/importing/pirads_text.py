@@ -1,7 +1,7 @@
 """Read the PI-RADS score of a study from its report. The rule, with examples, is in docs/how-to/import.md.
 
-Every mention of PI-RADS is classified: *stated* with a score, *ignored* (negated, earlier, part of a legend, only the version), or
-*unclear*, for which the highest score is kept that it may mean. The result is the highest stated score, unless an unclear mention
+Every mention of PI-RADS is classified: stated with a score, ignored (negated, earlier, part of a legend, only the version), or
+unclear, for which the highest score is kept that it may mean. The result is the highest stated score, unless an unclear mention
 may be higher: then there is no result, as a wrong class is worse than none.
 """
 
@@ -91,20 +91,24 @@ _NEGATED_AFTER = re.compile(
     re.IGNORECASE,
 )
 
+_EXAMINATION = r"(?:mri|exam\w*|study|scan|report|year|hospital|institution)"
 _EARLIER = (
     r"previous(?:ly)?|prior|earlier|formerly|former|history\s+of|initial(?:ly)?|baseline|upgraded\s+from|downgraded\s+from|from"
     r"|voorheen|eerder\w*|vorige?|destijds|fruher\w*|vorbefund\w*|voruntersuchung\w*|voraufnahme\w*|vormals|zuvor|ehemals|vor-mrt"
     r"|precedemment|precedente?|anterieurement|auparavant|ancien\w*|examen\s+anterieur|irm\s+anterieure|previamente|previ[oa]"
-    r"|anteriormente|(?:estudio|informe|rm)\s+anterior|last|old"
+    r"|anteriormente|(?:estudio|informe|rm)\s+anterior"
+    rf"|(?:last|old)\s+{_EXAMINATION}"
 )
 _BETWEEN_EARLIER = (
-    r"(?:mri|mr|mrt|irm|rm|exam(?:ination|en)?|study|scan|report|score|scored|lesions?|imaging|with|a|an|the|of|was|were|as|is|on|in|at|from|to"
-    r"|categorized|categorised|classified|graded|rated|reported|described|assigned|called|known|war|wurde|als|mit|befund|am|vom|een|met"
+    r"(?:mri|mr|mrt|irm|rm|exam(?:ination|en)?|study|scan|report|score|scored|lesions?|imaging|with|a|an|the|of|was|were|as|is|on|in|at|from"
+    r"|to|categorized|categorised|classified|graded|rated|reported|described|assigned|called|known|war|wurde|als|mit|befund|am|vom|een|met"
     r"|de|du|le|la|en|el|\d{1,4}(?:[./-]\d{1,4}){0,2}|[a-z]+\s+\d{4}|assessment|overall|category)"
 )
 _IS_EARLIER = re.compile(rf"\b(?:{_EARLIER})(?:[\s:(-]+{_BETWEEN_EARLIER})*[\s:(-]*$", re.IGNORECASE)
 _MAYBE_EARLIER = re.compile(
-    rf"\b(?:{_EARLIER.replace('|from', '')}|known|outside|status\s+post|s/p|ablat\w*|treated|biopsied|19\d\d|20\d\d|external|bekannt\w*|bekende|connue?|conocid\w*)\b",
+    rf"\b(?:{_EARLIER.replace('|from', '')}"
+    rf"|(?:outside|external)\s+{_EXAMINATION}|known|status\s+post|s/p|ablat\w*|treated|biopsied"
+    r"|19\d\d|20\d\d|bekannt\w*|bekende|connue?|conocid\w*)\b",
     re.IGNORECASE,
 )
 _NOW = re.compile(
@@ -127,8 +131,8 @@ _VERSION_ONLY = re.compile(
     re.IGNORECASE,
 )
 _HISTORY = re.compile(
-    r"(?:^|\n|(?<=[.;!?]))[ \t]*(?:clinical\s+(?:history|information|indication|details|data)|clinical|indication|history|comparison"
-    r"|prior\s+(?:mri|exams?|studies|imaging)|reason\s+for\s+\w+|anamnese|voorgeschiedenis|klinische\s+\w+|vraagstelling|fragestellung"
+    r"(?:^|\n|(?<=[.;!?]))[ \t]*(?:clinical\s+(?:history|information|indication|details|data)|clinical|indication|history"
+    r"|comparison|prior\s+(?:mri|exams?|studies|imaging)|reason\s+for\s+\w+|anamnese|voorgeschiedenis|klinische\s+\w+|vraagstelling|fragestellung"
     r"|indikation|indicatie|vergelijking|vergleich|renseignements\s+cliniques|antecedents|comparaison|antecedentes|datos\s+clinicos"
     r"|motivo|comparacion)\s*:",
     re.IGNORECASE,

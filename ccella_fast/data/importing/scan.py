@@ -6,8 +6,8 @@ the key and the comparison with report texts use.
 
 from __future__ import annotations
 
+import io
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +17,15 @@ from tqdm import tqdm
 from ccella_fast.data.importing.diffusion import b_value_of, is_trace
 from ccella_fast.data.importing.words import known_words
 from ccella_fast.data.preparation.worker_pool import WorkerPool
+from ccella_fast.data.readers.dicom_files import quiet_pydicom
 from ccella_fast.errors import DataError
 
 _FILES_PER_TASK = 200
 _BYTES_PER_TASK = 200 * 2**20
+_META_BYTES = 1024  # which hold the transfer syntax
+_MAX_ELEMENT = 2**26  # bytes; before the voxels
+_MAX_READS = 10**6  # each element takes two or three
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
 _DICOMDIR = "1.2.840.10008.1.3.10"
 _STORAGE = {
     "1.2.840.10008.5.1.4.1.1.4": "MR",
@@ -138,20 +143,20 @@ def read_headers(paths: list[str]) -> list[FileHeader | UnusedFile]:
     Raises:
         DataError: If pydicom is not installed.
     """
-    try:
-        import pydicom
-    except ImportError:
-        why = "DICOM headers are read with pydicom, which is not installed"
-        raise DataError(why, fix='pip install "ccella-fast[dicom]"') from None
+    with quiet_pydicom():
+        return [_read_header(path) for path in paths]
 
-    before = pydicom.config.settings.reading_validation_mode
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's warnings quote values of the header
-            return [_read_header(path) for path in paths]
-    finally:
-        pydicom.config.settings.reading_validation_mode = before
+
+class _BoundedFile(io.BufferedReader):
+    """A file of which a header is read in a bounded number of steps, none of them large."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads += 1
+        if self.reads > _MAX_READS or size is None or not 0 <= size <= _MAX_ELEMENT:
+            raise ValueError("the header is too long")
+        return super().read(size)
 
 
 def _read_header(path: str) -> FileHeader | UnusedFile:
@@ -160,17 +165,20 @@ def _read_header(path: str) -> FileHeader | UnusedFile:
     try:
         if not os.path.isfile(path):
             return UnusedFile(path, "not a regular file")
-        with open(path, "rb") as file:
-            start = file.read(132)
+        with open(path, "rb") as opened:
+            start = opened.read(_META_BYTES)
         if not start:
             return UnusedFile(path, "the file is empty")
-        has_preamble = start[128:] == b"DICM"
+        has_preamble = start[128:132] == b"DICM"
         if not has_preamble and start[:2] not in (
             b"\x02\x00",
             b"\x08\x00",
         ):  # files without one begin with group 2 or 8
             return UnusedFile(path, "not a DICOM file")
-        dataset = pydicom.dcmread(path, stop_before_pixels=True, force=not has_preamble)
+        if _DEFLATED in start:  # it may inflate to any size
+            return UnusedFile(path, "compressed as a whole")
+        with _BoundedFile(io.FileIO(path)) as file:
+            dataset = pydicom.dcmread(file, stop_before_pixels=True, force=not has_preamble)
         if dataset.file_meta.get("MediaStorageSOPClassUID") == _DICOMDIR:
             return UnusedFile(path, "a DICOMDIR; the files themselves are read")
         header = _parse(path, dataset)

@@ -144,7 +144,7 @@ def _is_adc(volume: Volume3D) -> bool:
 
 def _is_diffusion(volume: Volume3D) -> bool:
     first = volume.headers[0]
-    if volume.b_value is not None and (volume.b_value > 0 or "EP" in first.scanning_sequence):
+    if volume.diffusion or (volume.b_value is not None and "EP" in first.scanning_sequence):
         return True
     return bool({"DIFFUSION", "TRACEW", "TRACE", "CALC_BVAL"} & set(first.image_type)) or (
         "EP" in first.scanning_sequence and bool({"dwi", "trace", "calculated"} & first.words)

@@ -30,6 +30,7 @@ class Volume3D(NamedTuple):
         images_per_position: More than one for dynamic series, several diffusion directions, and repetitions.
         trace: Whether its images are means over diffusion directions.
         echoes: Number of echo times in the series.
+        diffusion: Whether an image of the series has a b-value above 0.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Volume3D(NamedTuple):
     images_per_position: int
     trace: bool
     echoes: int
+    diffusion: bool
 
     @property
     def normal(self) -> np.ndarray | None:
@@ -95,6 +97,7 @@ def group_studies(headers: Iterable[FileHeader]) -> tuple[list[ExportedStudy], i
 def _volumes(name: str, series_uid: str, files: list[FileHeader]) -> list[Volume3D]:
     groups: list[tuple[tuple, FileHeader, list[tuple[FileHeader, Frame]]]] = []
     echoes = len({round(file.echo_time) for file in files if file.echo_time})
+    diffusion = any(frame.b_value for file in files for frame in file.frames)
     for file in files:
         for frame in file.frames:
             key = (file.image_type, file.rows, file.columns, file.echo_time, frame.b_value, frame.trace, file.storage)
@@ -112,7 +115,7 @@ def _volumes(name: str, series_uid: str, files: list[FileHeader]) -> list[Volume
         own = own if taken[own] == 1 else f"{own} part {taken[own]}"
         slices, each = _positions(first, [frame for _, frame in images])
         headers = tuple({file.path: file for file, _ in images}.values())
-        volumes.append(Volume3D(own, series_uid, headers, key[4], slices, each, key[5], echoes))
+        volumes.append(Volume3D(own, series_uid, headers, key[4], slices, each, key[5], echoes, diffusion))
     return volumes
 
 

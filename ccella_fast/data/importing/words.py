@@ -1,4 +1,4 @@
-"""Words of series descriptions that say what a series is, in several languages. Other words are not kept: they may be a name."""
+"""Words of series descriptions that say what a series is, in several languages. Others are not kept: they may be a name."""
 
 from __future__ import annotations
 

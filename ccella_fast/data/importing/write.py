@@ -12,17 +12,25 @@ from typing import NamedTuple
 import numpy as np
 
 from ccella_fast.data.importing.sequence_choice import Judgement
+from ccella_fast.data.readers.dicom_series import MAY_BE_MISSING
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_file import check_axial, read_volume
 from ccella_fast.errors import DataError
-from ccella_fast.storage import atomic_folder, read_json, write_json
+from ccella_fast.storage import atomic_folder, atomic_path, read_json, write_json
 
 
 class SeriesFiles(NamedTuple):
-    """The files of a chosen volume. b_value: which of a file with several, in s/mm2; None if they hold one volume."""
+    """The files of a chosen volume.
+
+    Attributes:
+        files: Their paths.
+        b_value: Which volume of files with several, in s/mm2; None if they hold one.
+        is_part: Whether the series has more files, which belong to other volumes.
+    """
 
     files: tuple[str, ...]
     b_value: float | None
+    is_part: bool
 
 
 class StudyTask(NamedTuple):
@@ -32,13 +40,18 @@ class StudyTask(NamedTuple):
         id: New id.
         series: Sequence -> files.
         folder: Where to write the study.
-        record: File that says from which files the study in `folder` was written.
+        private: The private folder.
     """
 
     id: str
     series: dict[str, SeriesFiles]
     folder: Path
-    record: Path
+    private: Path
+
+    @property
+    def record(self) -> Path:
+        """The file that says from which files the study in `folder` was written."""
+        return self.private / "written" / f"{self.id}.json"
 
 
 def task_of(study_id: str, judged: list[Judgement], out: Path, private: Path) -> StudyTask:
@@ -49,14 +62,16 @@ def task_of(study_id: str, judged: list[Judgement], out: Path, private: Path) ->
             headers = each.volume.headers
             has_several = any(header.storage == "enhanced MR" for header in headers) and each.volume.b_value is not None
             series[each.use] = SeriesFiles(
-                tuple(header.path for header in headers), each.volume.b_value if has_several else None
+                tuple(header.path for header in headers),
+                each.volume.b_value if has_several else None,
+                sum(other.volume.series_uid == each.volume.series_uid for other in judged) > 1,
             )
-    return StudyTask(study_id, series, out / study_id, private / "written" / f"{study_id}.json")
+    return StudyTask(study_id, series, out / study_id, private)
 
 
 def read_series(task: StudyTask, sequence: str) -> Volume:
     """Read one volume. Its files are linked into a temporary folder under neutral names, which is all that messages show."""
-    files, b_value = task.series[sequence]
+    files, b_value, is_part = task.series[sequence]
     with tempfile.TemporaryDirectory(prefix="ccella-") as temporary:
         folder = Path(temporary)
         for number, file in enumerate(files):
@@ -65,9 +80,16 @@ def read_series(task: StudyTask, sequence: str) -> Volume:
             volume = read_volume(folder, b_value=b_value)
             check_axial(volume, folder)
         except DataError as error:
-            why = f"the series chosen as {sequence} cannot be used: {error.why}"
-            fix = "export it again, or choose another series in choices.csv"
-            raise DataError(why, path=f"study {task.id}", field=error.field, fix=fix) from None
+            defect = task.private / "defects" / f"{task.id}_{sequence}.txt"
+            place = Path(error.path or folder)
+            original = files[int(place.stem)] if place.parent == folder else files[0]
+            with atomic_path(defect) as unfinished:
+                unfinished.write_text(f"{original}\n{error.why}\n", encoding="utf-8")
+            why = f"the series chosen as {sequence} of {task.id} cannot be used: {error.why}"
+            fix = "see that file for the path in the export; export it again, or choose another series in choices.csv"
+            raise DataError(why, path=defect, field=error.field, fix=fix) from None
+    if is_part:  # the numbers of the images run through the whole series
+        volume = volume._replace(notes=tuple(note for note in volume.notes if not note.startswith(MAY_BE_MISSING)))
     return volume
 
 
@@ -100,7 +122,7 @@ def write_study(task: StudyTask) -> dict[str, tuple[str, ...]]:
 
 
 def nifti_bytes(volume: Volume) -> bytes:
-    """A gzip-compressed NIfTI file with equal sform and qform. Whole numbers are stored as int16 or int32, others as float32."""
+    """A gzip-compressed NIfTI file with equal sform and qform. Whole numbers are stored as int16 or int32, else float32."""
     import nibabel
 
     array: np.ndarray = volume.array
