@@ -182,7 +182,7 @@ def _check_shown(
 
 
 def _print_choices(used: Mapping[str, Sequence[Judgement]]) -> None:
-    rows = [("study", *SEQUENCES, "look at")]
+    rows: list[tuple[str, ...]] = [("study", *SEQUENCES, "look at")]
     for study, judged in used.items():
         by_use = {each.use: each for each in judged if each.use}
         doubts = ", ".join(use for use, each in by_use.items() if each.doubt)

@@ -122,7 +122,7 @@ _EARLIER_AFTER = re.compile(
 )
 _MAYBE = re.compile(
     r"\b(?:if|when|whether|would|could|may|might|should|possibl[ey]|probabl[ey]|perhaps|versus|vs\.?|rather\s+than|suggestive\s+of|dd"
-    r"|wenn|falls|eventuell|moglicherweise|vermutlich|mogelijk|indien|waarschijnlijk|peut-etre|si|posible\w*|probable\w*)"
+    r"|wenn|falls|eventuell|wahrscheinlich|moglicherweise|vermutlich|mogelijk|indien|waarschijnlijk|peut-etre|si|posible\w*|probable\w*)"
     r"(?:\s+(?:be|a|an|as|is|for|of|to|the|een|eine?|une?|lesions?)){0,3}\s*$",
     re.IGNORECASE,
 )

@@ -57,7 +57,8 @@ class Judgement(NamedTuple):
         volume: The volume.
         sequence: "t2w", "hbv", "adc", or "" if it is none of them.
         reason: Why, without any text of the header.
-        rank: Smaller is better; compared among volumes of one sequence.
+        rank: Of the attributes, smaller is better; compared among volumes of one sequence.
+        tie: What decides among equal ranks: words of the description, then the latest series.
         doubt: Why a person should look at it; "" for none.
         use: The sequence that it is proposed for; "" if it is not proposed.
     """
@@ -66,6 +67,7 @@ class Judgement(NamedTuple):
     sequence: str
     reason: str
     rank: tuple[float, ...] = ()
+    tie: tuple[float, ...] = ()
     doubt: str = ""
     use: str = ""
 
@@ -77,13 +79,13 @@ def choose_sequences(volumes: Sequence[Volume3D]) -> list[Judgement]:
         found = [number for number, each in enumerate(judged) if each.sequence == sequence]
         if not found:
             continue
-        found.sort(key=lambda number: judged[number].rank)
+        found.sort(key=lambda number: (judged[number].rank, judged[number].tie))
         best = judged[found[0]]
-        rivals = [judged[number] for number in found[1:] if judged[number].rank[:-1] == best.rank[:-1]]
+        rivals = [judged[number] for number in found[1:] if judged[number].rank == best.rank]
         doubt = best.doubt
         if rivals:
             names = ", ".join(each.volume.name for each in rivals)
-            doubt = f"equal by the rule to {names}: the latest series was taken"
+            doubt = f"equal in all attributes to {names}"
         judged[found[0]] = best._replace(use=sequence, doubt=doubt)
         for number in found[1:]:
             other = judged[number]
@@ -157,8 +159,9 @@ def _adc(volume: Volume3D) -> Judgement:
         return Judgement(volume, "", f"ADC, but {volume.images_per_position} images at a position")
     by_type = any("ADC" in code or code.startswith("APPARENT") for code in first.image_type)
     reason = "ADC by its image type" if by_type else "ADC by its description"
-    rank = (not by_type, _distortion(volume), -volume.slices, -(first.series_number or 0))
-    return Judgement(volume, "adc", reason, rank, "" if by_type else "no attribute but the description says ADC")
+    rank = (not by_type, _distortion(volume), -volume.slices)
+    doubt = "" if by_type else "no attribute but the description says ADC"
+    return Judgement(volume, "adc", reason, rank, (_latest(volume),), doubt)
 
 
 def _diffusion(volume: Volume3D) -> Judgement:
@@ -176,11 +179,9 @@ def _diffusion(volume: Volume3D) -> Judgement:
         return Judgement(volume, "", f"{name}, but {volume.images_per_position} images at a position (directions?)")
     doubt = "" if b_value >= GOOD_HIGH_B else f"b-value {b_value:g} is below {GOOD_HIGH_B:g}"
     doubt = doubt if volume.b_value is not None else "no attribute but the description states the b-value"
-    rank = (
-        volume.b_value is None, -b_value, not volume.trace, _distortion(volume), -volume.slices,
-        -(first.series_number or 0),
-    )  # fmt: skip
-    return Judgement(volume, "hbv", name + (", trace" if volume.trace else ""), rank, doubt)
+    rank = (volume.b_value is None, -b_value, not volume.trace, _distortion(volume), -volume.slices)
+    reason = name + (", trace" if volume.trace else "")
+    return Judgement(volume, "hbv", reason, rank, (_latest(volume),), doubt)
 
 
 def _anatomy(volume: Volume3D) -> Judgement:
@@ -226,10 +227,14 @@ def _t2(volume: Volume3D, doubt: str) -> Judgement:
     rank = (
         bool(doubt) and first.echo_time is None, single_shot, suppressed, large, reformatted, is_3d,
         "DERIVED" in first.image_type, _distortion(volume), "NORM" not in first.image_type,
-        round(max(first.pixel_spacing), 1), "large field" in first.words, "t2" not in first.words,
-        -(first.series_number or 0),
+        round(max(first.pixel_spacing), 1),
     )  # fmt: skip
-    return Judgement(volume, "t2w", f"axial T2: {echo}, {', '.join(traits)}", rank, doubt)
+    tie = ("large field" in first.words, "t2" not in first.words, _latest(volume))
+    return Judgement(volume, "t2w", f"axial T2: {echo}, {', '.join(traits)}", rank, tie, doubt)
+
+
+def _latest(volume: Volume3D) -> int:
+    return -(volume.headers[0].series_number or 0)
 
 
 def _is_fat_suppressed(volume: Volume3D) -> bool:
