@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("pydicom", reason="pydicom is not installed; install it with: pip install -e '.[test]'")
 
+from ccella_fast.data.importing import page  # noqa: E402
 from ccella_fast.data.importing.import_studies import import_studies  # noqa: E402
 from ccella_fast.data.importing.scan import scan_export  # noqa: E402
 from ccella_fast.data.importing.sequence_choice import Judgement, choose_sequences  # noqa: E402
@@ -17,6 +18,12 @@ from ccella_fast.data.importing.series import group_studies  # noqa: E402
 from ccella_fast.errors import ConfigError, DataError  # noqa: E402
 from dicom_fixtures import enhanced, slices  # noqa: E402
 from pacs_fixtures import change, remove, write_export  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take most of the time and are tested in test_import.py."""
+    monkeypatch.setattr(page, "montage", lambda panels, **_: b"")
 
 
 def judged(folder: Path) -> dict[str, Judgement]:

@@ -13,12 +13,19 @@ import pytest
 pytest.importorskip("pydicom", reason="pydicom is not installed; install it with: pip install -e '.[test]'")
 
 from ccella_fast import cli  # noqa: E402
+from ccella_fast.data.importing import page  # noqa: E402
 from ccella_fast.data.importing.deidentification import without_identity  # noqa: E402
 from ccella_fast.data.importing.import_studies import import_studies  # noqa: E402
 from ccella_fast.data.importing.scan import Identity, scan_export  # noqa: E402
 from ccella_fast.data.importing.splitting import assign_splits, check_fractions  # noqa: E402
 from ccella_fast.errors import ConfigError, DataError  # noqa: E402
 from pacs_fixtures import CANARIES, change, remove, write_export  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take most of the time and are tested in test_import.py."""
+    monkeypatch.setattr(page, "montage", lambda panels, **_: b"")
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -222,7 +229,6 @@ def test_what_the_user_fills_in_is_kept(tmp_path: Path):
 
 def test_identity_in_texts():
     identity = Identity("MRN77", "QUAGGA^ZEBEDEE^LONG", "19410317", "ACC9", "20210604")
-    spellings = "04.06.2021 4.6.2021 04/06/2021 6/4/21 2021-06-04 20210604 4 June 2021 June 4, 2021 4. Juni 2021 17-03-1941".split()
     text = "Quagga, Zebedee (MRN77, acc9x ACC9): a long lesion. Dr Quaggason. 05.06.2021."
     cleaned, count = without_identity(text, [identity])
     assert cleaned == "[NAME], [NAME] ([ID], acc9x [ID]): a long lesion. Dr Quaggason. 05.06.2021." and count == 4
@@ -273,8 +279,6 @@ def test_the_command(arguments, code, words, tmp_path, monkeypatch, capfd):
 
 
 def test_many_studies_are_shown_on_several_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from ccella_fast.data.importing import page
-
     monkeypatch.setattr(page, "STUDIES_PER_PAGE", 1)
     write_export(tmp_path / "export", patients=1)
     import_studies(tmp_path / "export", tmp_path / "studies", workers=1)

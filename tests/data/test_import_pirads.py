@@ -174,6 +174,16 @@ def test_the_reason_never_repeats_the_report():
         assert "kanarie" not in read_pirads(f"kanarie {phrase} kanarie").reason
 
 
+def test_the_examples_of_the_documentation():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "import.md").read_text(encoding="utf-8")
+    table = page.split("| report | score |")[1].split("\n\n")[0]
+    examples = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert len(examples) > 15
+    for phrase, score in examples:
+        assert (read_pirads(phrase).score is None) == score.startswith("empty"), phrase
+        assert str(read_pirads(phrase).score or "empty") == score.split(":")[0], phrase
+
+
 def test_real_reports(real_data: Path):
     for name in ("nl-1", "nl-2"):
         assert read_pirads((real_data / "text" / f"prostate-mri-report-{name}.txt").read_text()).score == 5
