@@ -74,6 +74,8 @@ def write_pages(
         page = template.render(name=name, names=names, studies=studies, facts=facts, notices=notices)
         with atomic_path(folder / name) as temporary:
             temporary.write_text(page, encoding="utf-8")
+    for left in set(folder.glob("import-*.html")) - {folder / name for name in names}:
+        left.unlink()
     return folder / names[0]
 
 

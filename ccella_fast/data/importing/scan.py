@@ -44,7 +44,7 @@ class Identity(NamedTuple):
     study_date: str
 
 
-class Frame(NamedTuple):
+class FrameHeader(NamedTuple):
     """An image of a file. position: of its first voxel, LPS mm. b_value: s/mm2. trace: a mean over diffusion directions."""
 
     position: tuple[float, ...] | None
@@ -81,7 +81,7 @@ class FileHeader(NamedTuple):
     repetition_time: float | None
     inversion_time: float | None
     echo_train: int | None
-    frames: tuple[Frame, ...]
+    frames: tuple[FrameHeader, ...]
     orientation: tuple[float, ...] | None
     rows: int
     columns: int
@@ -206,7 +206,7 @@ def _parse(path: str, dataset: Any) -> FileHeader:
     image_type += _codes(found("AcquisitionContrast", "MRImageFrameTypeSequence"))
     if per_frame:
         frames = tuple(
-            Frame(
+            FrameHeader(
                 _numbers(found("ImagePositionPatient", "PlanePositionSequence", frame), 3),
                 b_value_of(frame),
                 is_trace(frame, image_type),
@@ -215,7 +215,7 @@ def _parse(path: str, dataset: Any) -> FileHeader:
         )
     else:
         position = _numbers(dataset.get("ImagePositionPatient"), 3)
-        frames = (Frame(position, b_value_of(dataset), is_trace(dataset, image_type)),)
+        frames = (FrameHeader(position, b_value_of(dataset), is_trace(dataset, image_type)),)
     echo_time = found("EffectiveEchoTime", "MREchoSequence")
     return FileHeader(
         path=path,

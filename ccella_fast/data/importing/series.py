@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ccella_fast.data.importing.scan import FileHeader, Frame, Identity
+from ccella_fast.data.importing.scan import FileHeader, FrameHeader, Identity
 
 _SAME_DIRECTION = 0.02  # largest difference of direction cosines within a volume; a rounded header differs by less
 _SAME_POSITION = 0.01  # mm
@@ -95,7 +95,7 @@ def group_studies(headers: Iterable[FileHeader]) -> tuple[list[ExportedStudy], i
 
 
 def _volumes(name: str, series_uid: str, files: list[FileHeader]) -> list[Volume3D]:
-    groups: list[tuple[tuple, FileHeader, list[tuple[FileHeader, Frame]]]] = []
+    groups: list[tuple[tuple, FileHeader, list[tuple[FileHeader, FrameHeader]]]] = []
     echoes = len({round(file.echo_time) for file in files if file.echo_time})
     diffusion = any(frame.b_value for file in files for frame in file.frames)
     for file in files:
@@ -125,7 +125,7 @@ def _parallel(first: FileHeader, second: FileHeader) -> bool:
     return bool(np.abs(np.subtract(first.orientation, second.orientation)).max() < _SAME_DIRECTION)
 
 
-def _positions(file: FileHeader, frames: list[Frame]) -> tuple[int, int]:
+def _positions(file: FileHeader, frames: list[FrameHeader]) -> tuple[int, int]:
     """Number of positions along the normal, and the largest number of images at one of them."""
     if file.orientation is None or any(frame.position is None for frame in frames):
         return len(frames), 1
