@@ -49,7 +49,7 @@ def draw_study(task: StudyTask) -> Picture:
         low, high = np.percentile(volume.array, (0.5, 99.5))
         scaled = (volume.array - low) / max(high - low, 1e-6)
         panels.append(Panel(scaled, volume.spacing.tolist(), sequence))
-    png = montage(panels, window=(0, 1), caption=_CAPTION) if panels else None
+    png = montage(panels, window=(0, 1)) if panels else None
     return Picture(png, tuple(notes), tuple(defects))
 
 
@@ -133,7 +133,8 @@ tr.used td { font-weight: 600; }
 <h1>Series chosen by ccella-fast import</h1>
 <p class="soft">Check that each picture shows the prostate in the right sequence. To change a choice, edit the column
 <b>use</b> of choices.csv (t2w, hbv, adc or empty) and run the command again; then run it with --write. This page shows no
-names, dates or ids of the hospital, but text that is part of an image would be visible: look before you share it.</p>
+names, dates or ids of the hospital, but text that is part of an image would be visible: look before you share it.
+Pictures are middle slices, each series in a gray window of its own. R, L: the patient's right and left. Not for diagnosis.</p>
 {% if names | length > 1 %}<p>{% for other in names %}<a href="{{ other }}">{{ other }}</a> {% endfor %}</p>{% endif %}
 {% for notice in notices %}<p class="notice">{{ notice }}</p>
 {% endfor %}
