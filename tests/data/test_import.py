@@ -97,6 +97,8 @@ def test_voxels_and_geometry_equal_simpleitk(imported: Imported):
             written = nibabel.load(imported.out / imported.ids[study.uid] / f"{sequence}.nii.gz")
             values = np.asarray(written.dataobj)
             assert values.size == np.prod(image.GetSize()) == 16 * 16 * 6
+            is_whole = np.array_equal(values, np.rint(values))
+            assert written.get_data_dtype() == (np.int16 if is_whole else np.float32)
             np.testing.assert_allclose(written.get_sform(), written.get_qform(), atol=1e-5)
             for index in np.random.default_rng(0).integers(0, [16, 16, 6], (50, 3)).tolist():
                 x, y, z = image.TransformIndexToPhysicalPoint(index)

@@ -17,9 +17,6 @@ from ccella_fast.report.figures import Panel, montage
 from ccella_fast.storage import atomic_path
 
 STUDIES_PER_PAGE = 100  # of some 200 kB each
-_CAPTION = (
-    "Middle slices; each series in a gray window of its own. R, L: the patient's right and left. Not for diagnosis."
-)
 
 
 class Picture(NamedTuple):
