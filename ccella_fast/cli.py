@@ -42,6 +42,19 @@ def _run_phantom(arguments: argparse.Namespace) -> None:
     log_next(arguments.out, ["ccella-fast", *command])
 
 
+def _run_import(arguments: argparse.Namespace) -> None:
+    from ccella_fast.data.importing.import_studies import import_studies
+
+    options = _options(arguments, without=[])
+    wrote = import_studies(options.pop("data"), options.pop("out"), **options)
+    if arguments.write:
+        prepared = arguments.out.with_name("prepared")
+        command = ["prepare", "--data", arguments.out, "--out", prepared, "--config", "configs/ccella.json"]
+        log_next(wrote, ["ccella-fast", *command])
+    else:
+        log_next(wrote, ["ccella-fast", *sys.argv[1:], "--write"])
+
+
 def _run_prepare(arguments: argparse.Namespace) -> None:
     from ccella_fast.errors import DataError
     from ccella_fast.folder_kinds import check_folder
@@ -174,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     entrypoint.add_version(parser)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _phantom(commands)
+    _import(commands)
     _check(commands)
     _prepare(commands)
     _train_vae(commands)
@@ -220,6 +234,32 @@ def _check(commands: argparse._SubParsersAction) -> None:
     add("--out", type=Path, metavar="FOLDER", help="folder for check.json and check.html (default: nothing is written)")
     add("--workers", type=whole_number(1), metavar="N", help="number of processes that read images")
     _add_config(command)
+
+
+def _import(commands: argparse._SubParsersAction) -> None:
+    example = "ccella-fast import --data EXPORT --out studies/ --reports reports.csv"
+    about = (
+        "Find the axial T2, high-b and ADC series of a PACS export (DICOM) and de-identify them: the first run shows the "
+        "choice and writes no study; run it again with --write."
+    )
+    command = _add(commands, "import", _run_import, about, example, if_out_of_memory="use --workers 1")
+    add = command.add_argument
+    add("--data", type=Path, required=True, metavar="FOLDER", help="folder of the export, in any layout")
+    about = "folder for the studies; FOLDER.import gets the page and choices.csv"
+    add("--out", type=Path, required=True, metavar="FOLDER", help=about)
+    add("--write", action="store_true", help="write the studies as choices.csv says")
+    about = "folder for the key from old to new ids, which must not be passed on (default: that of --out + .private)"
+    add("--private", type=Path, metavar="FOLDER", help=about)
+    about = "shares of train, val and test among new patients (default 0.7 0.15 0.15)"
+    add("--split", type=float, nargs=3, default=(0.7, 0.15, 0.15), metavar=("TRAIN", "VAL", "TEST"), help=about)
+    about = "number of processes that read files (default: as many as cores and memory allow)"
+    add("--workers", type=whole_number(1), metavar="N", help=about)
+    add = command.add_argument_group("reports").add_argument
+    about = "CSV file of reports, or folder of .txt files named by accession number, study UID or patient id"
+    add("--reports", type=Path, metavar="PATH", help=about)
+    add("--report_column", metavar="NAME", help="column of the text, if it is not recognized")
+    about = "column of accession number, study UID or patient id, if it is not recognized"
+    add("--id_column", metavar="NAME", help=about)
 
 
 def _prepare(commands: argparse._SubParsersAction) -> None:

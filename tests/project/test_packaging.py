@@ -184,7 +184,8 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["phantom"], ["check"], ["prepare"], ["train-vae"], ["sample"], ["report"], ["export"], ["env"]]
+    "command",
+    [[], ["phantom"], ["import"], ["check"], ["prepare"], ["train-vae"], ["sample"], ["report"], ["export"], ["env"]],
 )
 def test_help_loads_no_torch(command):
     arguments = [*command, "--help"]

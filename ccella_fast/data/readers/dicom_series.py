@@ -17,6 +17,9 @@ from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_checks import MAX_VOXELS
 from ccella_fast.errors import DataError
 
+#: How a note begins that says that slices may be missing.
+MAY_BE_MISSING = "images may be missing"
+
 
 def read_dicom_series(folder: Path, b_value: float | None = None) -> Volume:
     """Read a series, axes in the order column, row, slice.
@@ -122,9 +125,9 @@ def _notes_on_missing(files: Sequence[DicomFile]) -> list[str]:
         missing = max(numbers) - min(numbers) + 1 - len(numbers)
         if missing or min(numbers) > 1:
             gap = f", {missing} numbers are missing" if missing else ""
-            notes.append(f"images may be missing: InstanceNumber runs from {min(numbers)} to {max(numbers)}{gap}")
+            notes.append(f"{MAY_BE_MISSING}: InstanceNumber runs from {min(numbers)} to {max(numbers)}{gap}")
     if expected and max(expected) > len(files) > 1:
-        notes.append(f"images may be missing: ImagesInAcquisition is {max(expected)}, the folder holds {len(files)}")
+        notes.append(f"{MAY_BE_MISSING}: ImagesInAcquisition is {max(expected)}, the folder holds {len(files)}")
     return notes
 
 
