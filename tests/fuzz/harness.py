@@ -1,8 +1,8 @@
 """Feeds damaged inputs to a reader in a process of its own, watches that process, and judges what becomes of each input.
 
-An input may be refused (a CcellaError of at most five lines and LETTERS characters, without the canary), or be read with the same content. It may be
-read with another content only if no checksum covers what was changed. Everything else is a failure: another exception, a crash,
-more than SECONDS of computing or BYTES of memory, a slice that is lost without a note.
+An input may be refused (a CcellaError of at most five lines and LETTERS characters, without the canary), or be read with the
+same content. It may be read with another content only if no checksum covers what was changed. Everything else is a failure:
+another exception, a crash, more than SECONDS of computing or BYTES of memory, a slice that is lost without a note.
 """
 
 from __future__ import annotations
