@@ -1,9 +1,10 @@
-# make demo [DATA=DIR] [OUT=DIR]   make test   make test-narrow   make soak   make mutants [MINUTES=60] [SEED=0] [FILES=...]   make lint   make docs   make gpu   make clean
+# make demo [DATA=DIR] [OUT=DIR]   make test   make test-narrow   make soak   make mutants [MINUTES=60] [SEED=0] [FILES=...]   make fuzz [FUZZ_MINUTES=120] [SEED=0]   make lint   make docs   make gpu   make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
 MINUTES ?= 60
+FUZZ_MINUTES ?= 120
 SEED ?= 0
 CONFIG ?= configs/demo.json
 EXTRA := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
@@ -28,7 +29,7 @@ export DS_ACCELERATOR ?= $(if $(filter cpu,$(EXTRA)),cpu,cuda)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-narrow soak mutants lint docs gpu clean
+.PHONY: demo test test-narrow soak mutants fuzz lint docs gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -57,6 +58,10 @@ soak: $(VENV)/installed-test
 mutants: $(VENV)/installed-test
 	CCELLA_TEST_DATA=$${CCELLA_TEST_DATA:-$(abspath ../shared/data)} \
 	  python tests/mutants/run.py --minutes $(MINUTES) --seed $(SEED) $(FILES)
+
+# Damaged images, tables, lists, checkpoints and configurations; lists those that are not refused. A part of it is in `make test`.
+fuzz: $(VENV)/installed-test
+	python tests/fuzz/run.py --minutes $(FUZZ_MINUTES) --seed $(SEED)
 
 lint: $(VENV)/installed-test
 	ruff check .
