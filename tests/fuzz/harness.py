@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import resource
@@ -163,6 +164,7 @@ def _serve(
 ) -> None:
     targets = importlib.import_module(module).TARGETS
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    logging.getLogger("ccella_fast").setLevel(logging.ERROR)
     valid: dict[str, tuple[dict[str, bytes], Content]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "input"
