@@ -18,6 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ccella_fast import errors
 from ccella_fast.errors import CcellaError
 
 logger = logging.getLogger("ccella_fast")
@@ -87,6 +88,15 @@ class HostCollectives:
         values: list = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def raise_together(error: CcellaError | None) -> None:
+    """Raise the error of the first process that has one, on all processes."""
+    mine = None if error is None else [type(error).__name__, error.why, error.path, error.field, error.fix]
+    for given in HostCollectives().all_gather(mine):
+        if given is not None:
+            kind, why, path, field, fix = given
+            raise getattr(errors, kind)(why, path=path, field=field, fix=fix)
 
 
 class SignalHandler:

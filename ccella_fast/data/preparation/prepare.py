@@ -44,6 +44,7 @@ from ccella_fast.data.readers.discovery import find_studies
 from ccella_fast.data.readers.study import Defects, Study
 from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.errors import ConfigError, DataError, DiskError
+from ccella_fast.folder_lock import lock_folder
 from ccella_fast.hardware import peak_memory
 from ccella_fast.run_record import write_run_record
 from ccella_fast.storage import check_writable, existing_parent, read_json, remove_partial_files
@@ -84,27 +85,27 @@ def prepare(
 
     Raises:
         DataError: If a study, report or manifest is invalid; the message counts all defects.
-        ConfigError: If the settings do not fit together or do not fit the studies.
+        ConfigError: If the settings do not fit together or do not fit the studies, or another command writes to `out`.
         CheckpointError: If the autoencoder cannot be used.
         DiskError: If `out` cannot be written or the disk is too small.
     """
     out = Path(out)
     config.check_grid()
     check_writable(out, "--out")
-    studies = find_studies(
-        data,
-        csv_file=csv,
-        test_data=test_data,
-        data_base_dir=data_base_dir,
-        embedding_base_dir=embedding_base_dir,
-        follow_links=follow_links,
-    )
-    log_findings([
-        *check_table(studies, Path(data), None if csv is None else Path(csv)),
-        *check_facts(facts_of_studies(studies), config),
-    ])  # fmt: skip
-    records = StageCache(out)
-    with WorkerPool(workers) as pool:
+    with lock_folder(out, "ccella-fast prepare"), WorkerPool(workers) as pool:
+        studies = find_studies(
+            data,
+            csv_file=csv,
+            test_data=test_data,
+            data_base_dir=data_base_dir,
+            embedding_base_dir=embedding_base_dir,
+            follow_links=follow_links,
+        )
+        log_findings([
+            *check_table(studies, Path(data), None if csv is None else Path(csv)),
+            *check_facts(facts_of_studies(studies), config),
+        ])  # fmt: skip
+        records = StageCache(out)
         stages = _make_stages(records, studies, config, vae, pool)
         stages += _make_optional_stages(records, studies, config, stages, augment, preview)
         _run_stages(out, config, records, stages, ManifestBuilder(records, studies, config, stages, augment))
