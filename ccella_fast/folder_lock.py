@@ -1,7 +1,7 @@
 """One writer per folder: a command holds the lock of the folder that it writes to.
 
-The lock is `flock` on the file `.lock` in the folder. The kernel releases it when its process ends, however it ends, so a `.lock`
-that a killed process has left behind means nothing and the next command takes it over. Worker processes do not inherit it.
+The lock is `flock` on the file `.lock` in the folder. The kernel releases it when its process ends, however it ends, so a
+`.lock` that a killed process has left behind means nothing: the next command takes it over. Worker processes do not inherit it.
 """
 
 from __future__ import annotations
