@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,7 +112,9 @@ class SignalHandler:
         self._ancestors = _launchers()
 
     def __enter__(self) -> SignalHandler:
-        self._before = {number: signal.signal(number, self._record) for number in (signal.SIGTERM, signal.SIGINT)}
+        in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+        numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+        self._before = {number: signal.signal(number, self._record) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:

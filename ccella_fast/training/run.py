@@ -17,7 +17,7 @@ from ccella_fast.data.augmentation.parameters import check_conditioning
 from ccella_fast.data.checking.findings import check_allowed_names
 from ccella_fast.data.checking.overview import check_before_training
 from ccella_fast.data.manifest import Manifest, load_manifest
-from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError
+from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError, Stopped
 from ccella_fast.folder_kinds import check_folder
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.foreign_errors import translate
@@ -264,8 +264,8 @@ def _train(plan: RunPlan, refusal: CcellaError | None) -> int:
     except CcellaError as error:
         ending |= {"exit_code": error.exit_code, "why": error.why}
         raise
-    except KeyboardInterrupt:  # before the first step; from then on SignalHandler records it
-        ending |= {"state": "terminated", "exit_code": 130}
+    except KeyboardInterrupt as stop:  # before the first step; from then on SignalHandler records it
+        ending |= {"state": "terminated", "exit_code": stop.exit_code if isinstance(stop, Stopped) else 130}
         raise
     except BaseException as error:
         known = translate(error, remedies="") if isinstance(error, Exception) else None
