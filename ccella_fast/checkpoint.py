@@ -16,6 +16,7 @@ from typing import Any
 from ccella_fast.config import Config, load_config, make_config
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.folder_kinds import check_folder, wrong_folder
+from ccella_fast.folder_lock import lock_folder
 from ccella_fast.storage import publish_folder, read_json, sha256, write_json
 
 logger = logging.getLogger("ccella_fast")
@@ -88,20 +89,22 @@ def export_reference(path: str | Path, out: str | Path, *, weights: str | None =
     """Write a checkpoint in the reference's format: one .pt file that `torch.load(weights_only=True)` reads.
 
     Raises:
-        ConfigError: `out` exists. It may be the reference's own file of the same name.
+        ConfigError: `out` exists, or another export is writing it. It may be the reference's own file of the same name.
     """
     from ccella_fast.reference_checkpoint import write_reference
 
-    if Path(out).exists():
+    out = Path(out)
+    if out.exists():
         raise ConfigError("this file already exists", path=out, field="--out", fix="remove it, or choose another name")
-    loaded = load_checkpoint(path, weights=weights)
-    write_reference(
-        out,
-        state_dict=loaded.model.state_dict(),
-        scale_factor=loaded.scale_factor,
-        num_train_timesteps=loaded.config.scheduler.num_train_timesteps,
-        config=loaded.config.model,
-    )
+    with lock_folder(out.parent, "ccella-fast export", name=f".{out.name}.lock"):
+        loaded = load_checkpoint(path, weights=weights)
+        write_reference(
+            out,
+            state_dict=loaded.model.state_dict(),
+            scale_factor=loaded.scale_factor,
+            num_train_timesteps=loaded.config.scheduler.num_train_timesteps,
+            config=loaded.config.model,
+        )
 
 
 def step_folder(run: Path, step: int) -> Path:

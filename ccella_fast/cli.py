@@ -291,6 +291,8 @@ def _prepare(commands: argparse._SubParsersAction) -> None:
         "also write a picture of every study before and after preparation, and with each augmentation at full strength"
     )
     add("--preview", action="store_true", help=about)
+    about = "replace what --out holds for other settings or another autoencoder"
+    add("--overwrite", action="store_true", help=about)
     add = command.add_argument_group("machine").add_argument
     about = "processes that make images (default: as many as cores and memory allow)"
     add("--workers", type=whole_number(1), metavar="N", help=about)

@@ -11,13 +11,16 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 import ccella_fast
-from ccella_fast.errors import CcellaError, ConfigError, did_you_mean, nearest
+from ccella_fast.errors import CcellaError, ConfigError, Stopped, did_you_mean, nearest
 from ccella_fast.foreign_errors import translate
 
 _PATIENCE = (
@@ -130,16 +133,18 @@ def run_command(work: Callable[[], int], *, debug: bool, if_out_of_memory: str =
     """
     log_to_stderr()
     try:
-        code = work()
+        with _stop_on_sigterm():
+            code = work()
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader has closed the pipe (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        stop = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
         if is_local_rank_zero():
-            print("stopped; run the same command again to continue", file=sys.stderr)
-        return 130
+            print(stop, file=sys.stderr)
+        return stop.exit_code
     except Exception as error:
         if debug:
             raise
@@ -151,6 +156,27 @@ def run_command(work: Callable[[], int], *, debug: bool, if_out_of_memory: str =
         # Not killed by the launcher: the error may be of this rank alone, such as a study that only this rank has read.
         print(message, file=sys.stderr)
         return message.exit_code
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that temporary files are removed; a second one ends the process at once.
+
+    Not under a launcher: a process that waits for others in a library would not notice the signal.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> NoReturn:
+        signal.signal(number, signal.SIG_DFL)
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _foreign(error: Exception, if_out_of_memory: str) -> CcellaError:

@@ -74,6 +74,19 @@ class NonFiniteError(CcellaError):
     exit_code = 6
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal has ended a command; what is done can be continued.
+
+    Args:
+        number: of the signal.
+        how: one line for the user.
+    """
+
+    def __init__(self, number: int, how: str = "stopped; run the same command again to continue"):
+        super().__init__(how)
+        self.number, self.exit_code = number, 128 + number
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The nearest known name as a question, or the list of known names if none is similar."""
     known = sorted(known)

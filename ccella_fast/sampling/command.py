@@ -6,8 +6,8 @@ import csv
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from ccella_fast.config import Config
-from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.errors import CcellaError, CheckpointError, ConfigError
+from ccella_fast.folder_lock import lock_folder
 from ccella_fast.report.sample_files import read_sample
 from ccella_fast.run_record import write_run_record
 from ccella_fast.sampling import pretrained
@@ -27,6 +28,7 @@ from ccella_fast.sampling.plan import plan_request
 from ccella_fast.sampling.request import CLASSES, Request
 from ccella_fast.sampling.sampler import FastSampler
 from ccella_fast.storage import atomic_path, check_writable, read_json, remove_partial_files
+from ccella_fast.training.distributed import raise_together
 
 logger = logging.getLogger("ccella_fast")
 _MONTAGE_VOLUMES = 12
@@ -61,6 +63,22 @@ class DistributedContext:
         """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
+
+    @contextmanager
+    def lock_folder(self, folder: Path) -> Iterator[None]:
+        """Hold the lock of the folder that the processes write to. Raises on all processes if another command holds it."""
+        refusal = None
+        with ExitStack() as held:
+            try:
+                if self.rank == 0:
+                    held.enter_context(lock_folder(folder, "ccella-fast sample"))
+            except CcellaError as error:
+                refusal = error
+                if self.world_size == 1:
+                    raise
+            if self.world_size > 1:
+                raise_together(refusal)
+            yield
 
     def shard(self, items: Sequence[Any]) -> list[Any]:
         """The items of this process: item i belongs to rank i modulo the number of processes."""
@@ -104,8 +122,8 @@ def sample_to_folder(
         settings: other fields of `Request`.
 
     Raises:
-        ConfigError: an argument is invalid, which is found before weights are loaded, or the folder contains samples of another
-            request.
+        ConfigError: an argument is invalid, which is found before weights are loaded, the folder contains samples of another
+            request, or another command writes to it.
         CheckpointError: a file is missing, damaged or not a checkpoint, or there is no autoencoder.
         DiskError: the folder is not writable.
         NonFiniteError: a volume is not finite; it is not written.
@@ -120,40 +138,41 @@ def sample_to_folder(
     check_format(format)
     _check_report_ids(report_ids)
     processes = DistributedContext()
-    device = processes.select_device(device)
+    with processes.lock_folder(out):
+        device = processes.select_device(device)
 
-    def make_request(config: Config) -> Request:
-        return _make_request(config, reports, report_ids, num_samples, seed, settings)
+        def make_request(config: Config) -> Request:
+            return _make_request(config, reports, report_ids, num_samples, seed, settings)
 
-    config = pretrained.peek_config(checkpoint)
-    if config is not None:
-        plan_request(make_request(config), config)
-    if vae is None and Path(checkpoint).is_file():
-        raise _no_autoencoder(checkpoint)
-    sampler = FastSampler.from_checkpoint(
-        checkpoint, device=device, dtype=dtype or "auto", vae=vae, text_encoder=text_encoder
-    )
-    if sampler.autoencoder is None:
-        raise _no_autoencoder(sampler.origin.path)
-    checked = sampler.check(make_request(sampler.config))
-    writer, outputs = replace(checked.writer, format=format), checked.outputs
-    missing = _find_missing(out, writer, outputs, processes, overwrite)
-    if not missing and all((out / name).is_file() for name in ("samples.csv", "montage.png", "run_record.json")):
-        logger.info("the samples in %s are complete, nothing to do", out)
-        return
-    batches = _missing_batches(outputs, missing, checked.batch_size, processes)
-    recorded = {"volumes": len(outputs), "generated": len(missing), "device": str(device)}
-    recorded |= {key: writer.request_metadata[key] for key in ("solver", "num_inference_steps", "dtype")}
-    with _run_record(out, processes, recorded):
-        for volume in sampler.generate_batches(checked, batches):
-            if outputs[volume.index] in missing:
-                writer.write(out, outputs[volume.index], volume)
+        config = pretrained.peek_config(checkpoint)
+        if config is not None:
+            plan_request(make_request(config), config)
+        if vae is None and Path(checkpoint).is_file():
+            raise _no_autoencoder(checkpoint)
+        sampler = FastSampler.from_checkpoint(
+            checkpoint, device=device, dtype=dtype or "auto", vae=vae, text_encoder=text_encoder
+        )
+        if sampler.autoencoder is None:
+            raise _no_autoencoder(sampler.origin.path)
+        checked = sampler.check(make_request(sampler.config))
+        writer, outputs = replace(checked.writer, format=format), checked.outputs
+        missing = _find_missing(out, writer, outputs, processes, overwrite)
+        if not missing and all((out / name).is_file() for name in ("samples.csv", "montage.png", "run_record.json")):
+            logger.info("the samples in %s are complete, nothing to do", out)
+            return
+        batches = _missing_batches(outputs, missing, checked.batch_size, processes)
+        recorded = {"volumes": len(outputs), "generated": len(missing), "device": str(device)}
+        recorded |= {key: writer.request_metadata[key] for key in ("solver", "num_inference_steps", "dtype")}
+        with _run_record(out, processes, recorded):
+            for volume in sampler.generate_batches(checked, batches):
+                if outputs[volume.index] in missing:
+                    writer.write(out, outputs[volume.index], volume)
+            processes.barrier()
+            if processes.rank == 0:
+                _write_table(out, outputs, writer)
+                _write_montage(out, outputs, writer)
         processes.barrier()
-        if processes.rank == 0:
-            _write_table(out, outputs, writer)
-            _write_montage(out, outputs, writer)
-    processes.barrier()
-    _log_results(out, outputs, len(missing))
+        _log_results(out, outputs, len(missing))
 
 
 def _check_report_ids(report_ids: Sequence[str] | None) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ccella_fast import errors
 from ccella_fast.errors import CcellaError
 
 logger = logging.getLogger("ccella_fast")
@@ -89,6 +91,15 @@ class HostCollectives:
         return values
 
 
+def raise_together(error: CcellaError | None) -> None:
+    """Raise the error of the first process that has one, on all processes."""
+    mine = None if error is None else [type(error).__name__, error.why, error.path, error.field, error.fix]
+    for given in HostCollectives().all_gather(mine):
+        if given is not None:
+            kind, why, path, field, fix = given
+            raise getattr(errors, kind)(why, path=path, field=field, fix=fix)
+
+
 class SignalHandler:
     """Context manager that records SIGTERM and SIGINT for the loop to read, and detects that the launcher has ended.
 
@@ -101,7 +112,9 @@ class SignalHandler:
         self._ancestors = _launchers()
 
     def __enter__(self) -> SignalHandler:
-        self._before = {number: signal.signal(number, self._record) for number in (signal.SIGTERM, signal.SIGINT)}
+        in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+        numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+        self._before = {number: signal.signal(number, self._record) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:

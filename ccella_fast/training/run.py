@@ -17,8 +17,9 @@ from ccella_fast.data.augmentation.parameters import check_conditioning
 from ccella_fast.data.checking.findings import check_allowed_names
 from ccella_fast.data.checking.overview import check_before_training
 from ccella_fast.data.manifest import Manifest, load_manifest
-from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError
+from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError, Stopped
 from ccella_fast.folder_kinds import check_folder
+from ccella_fast.folder_lock import lock_folder
 from ccella_fast.foreign_errors import translate
 from ccella_fast.storage import disk_error, remove_partial_files, sha256, write_json
 from ccella_fast.training.deepspeed_config import merge_deepspeed_config
@@ -112,15 +113,33 @@ def train(
     Raises:
         CcellaError: with `resume=None`, also if `run` already contains a run.
     """
-    start = find_start(run, resume)
-    plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, start=start, allow=allow)
-    if start is not None:
-        state = read_state(start)
-        check_unchanged(plan, start, state)
-        if state["step"] >= plan.total_steps:
-            logger.info("%s is complete (%d steps), nothing to do", run, plan.total_steps)
-            return 0
-    return _train(plan)
+    with contextlib.ExitStack() as held:
+        refusal = _lock_run_folder(run, held)
+        start = find_start(run, resume)
+        plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, start=start, allow=allow)
+        if start is not None:
+            state = read_state(start)
+            check_unchanged(plan, start, state)
+            if state["step"] >= plan.total_steps:
+                logger.info("%s is complete (%d steps), nothing to do", run, plan.total_steps)
+                return 0
+        return _train(plan, refusal)
+
+
+def _lock_run_folder(run: Path, held: contextlib.ExitStack) -> CcellaError | None:
+    """Let rank 0 lock the run's folder until `held` is closed. Other ranks return None, since they write where rank 0 does.
+
+    One of several ranks returns its refusal for `_train`, where all ranks can raise it: alone, the others would wait for it.
+    """
+    if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) != "0":
+        return None
+    try:
+        held.enter_context(lock_folder(run, "train.py"))
+    except CcellaError as refusal:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        return refusal
+    return None
 
 
 def auto_precision(start: Path | None) -> Literal["bf16", "fp32"]:
@@ -212,8 +231,11 @@ def check_unchanged(plan: RunPlan, start: Path, state: dict[str, Any]) -> None:
             )
 
 
-def _train(plan: RunPlan) -> int:
-    """Train, and record the outcome in run_status.json, also when an error is raised."""
+def _train(plan: RunPlan, refusal: CcellaError | None) -> int:
+    """Train, and record the outcome in run_status.json, also when an error is raised.
+
+    refusal: why this rank may not write to the run's folder; raised on all ranks, before anything is written.
+    """
     from ccella_fast.training import distributed
 
     device = distributed.initialize_processes()  # before anything imports DeepSpeed
@@ -224,6 +246,7 @@ def _train(plan: RunPlan) -> int:
     from ccella_fast.run_record import write_run_record
     from ccella_fast.training.telemetry import write_status
 
+    distributed.raise_together(refusal)
     main, precision = dist.get_rank() == 0, plan.config.training.precision
     if main:
         logger.info("training in %s on %s", precision, device)
@@ -241,8 +264,8 @@ def _train(plan: RunPlan) -> int:
     except CcellaError as error:
         ending |= {"exit_code": error.exit_code, "why": error.why}
         raise
-    except KeyboardInterrupt:  # before the first step; from then on SignalHandler records it
-        ending |= {"state": "terminated", "exit_code": 130}
+    except KeyboardInterrupt as stop:  # before the first step; from then on SignalHandler records it
+        ending |= {"state": "terminated", "exit_code": stop.exit_code if isinstance(stop, Stopped) else 130}
         raise
     except BaseException as error:
         known = translate(error, remedies="") if isinstance(error, Exception) else None

@@ -148,7 +148,7 @@ def test_another_autoencoder_gives_other_latents(studies: Path, tmp_path: Path):
     out, settings = tmp_path / "out", config()
     prepare(studies, out, settings, vae=write_vae(tmp_path / "a", settings))
     first = load_manifest(out)
-    prepare(studies, out, settings, vae=write_vae(tmp_path / "b", settings, seed=1))
+    prepare(studies, out, settings, vae=write_vae(tmp_path / "b", settings, seed=1), overwrite=True)
     second = load_manifest(out)
     assert first.vae != second.vae and first.scale_factor != second.scale_factor
     assert first.cases[0].files["image/t2w"] == second.cases[0].files["image/t2w"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ import torch
 
 from ccella_fast.config import VaeTrainingConfig, make_config
 from ccella_fast.diffusion.noise import generator
-from ccella_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from ccella_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
 from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder
 from ccella_fast.storage import sha256, write_json
 from ccella_fast.training.autoencoder import loop, run
@@ -464,3 +466,24 @@ def test_learning_rate_equals_torch_schedulers(steps, warm):
         optimizer.step()
         both.step()
     np.testing.assert_allclose([learning_rate(settings, step) for step in range(steps)], truth, rtol=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_state(data, trained, tmp_path, monkeypatch, number):
+    """At the interrupted step, not only when the interval has passed."""
+    out, calls, whole = tmp_path / "vae", [], loop.train_step
+
+    def signalled(*arguments):
+        calls.append(1)
+        if len(calls) == 37:
+            os.kill(os.getpid(), number)
+        return whole(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", signalled)
+    with pytest.raises(Stopped, match="stopped after step 37, which is saved in") as stopped:
+        train_vae(data, out, make_config(SETTINGS))
+    assert stopped.value.exit_code == 128 + number and not (out / "manifest.json").exists()
+    train_vae(data, out, make_config(SETTINGS))
+    assert len(calls) == 80  # no step twice
+    expected, got = load_autoencoder(trained).state_dict(), load_autoencoder(out).state_dict()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)

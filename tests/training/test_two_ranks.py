@@ -14,6 +14,7 @@ import torch
 
 from ccella_fast.checkpoint import verify_checkpoint
 from ccella_fast.errors import ConfigError
+from ccella_fast.folder_lock import lock_folder
 from ccella_fast.storage import write_json
 from plain_training import UNUSUAL, difference, plain_training
 from training_fixtures import CONFIG, ROOT, environment, losses, train_here, weights
@@ -30,6 +31,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "zero2-bf16": {"set": {**ZERO2_BF16, **TWICE}},
     "signal": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "fault": "signal", "code": 143},
     "resumed": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "continues": "signal"},
+    "locked": {"set": {**SETTINGS}, "code": 2},
     "disk": {
         "set": {"batch_size": 1, "max_train_steps": 1, "checkpointing_steps": 1, "zero_stage": 2}, "fault": "disk", "code": 5
     },
@@ -72,7 +74,8 @@ def launch(folder: Path, data: Path, jobs: dict[str, dict[str, Any]]) -> None:
 def launched(tmp_path_factory, data):
     """The folder with the runs of JOBS."""
     folder = tmp_path_factory.mktemp("launched")
-    launch(folder, data, JOBS)
+    with lock_folder(folder / "locked", "another command"):
+        launch(folder, data, JOBS)
     return folder
 
 
@@ -110,6 +113,11 @@ def test_two_processes_equal_the_plain_loop_at_other_stages(tmp_path, data, plai
     launch(tmp_path, data, jobs)
     for name in jobs:
         check_equal_to_the_plain_loop(tmp_path / name, plain)
+
+
+def test_a_locked_folder_stops_both(launched):
+    """Rank 0 alone asks for the lock; that both end with code 2 is checked by `launch`, which would wait for a hanging one."""
+    assert not (launched / "locked").exists()  # the fixture's lock has removed the empty folder
 
 
 def test_a_signal_to_one_process_saves_and_ends_both(launched):

@@ -8,13 +8,14 @@ import statistics
 from typing import Any
 
 from ccella_fast.config import Config
-from ccella_fast.data.manifest import FORMAT, IMPORTED, NAME, Manifest
+from ccella_fast.data.manifest import FORMAT, IMPORTED, NAME, Manifest, load_manifest
 from ccella_fast.data.preparation.augmented_latents import AugmentedLatentStage, augmented_digest, listed
 from ccella_fast.data.preparation.latent_encoder import combine_moments
 from ccella_fast.data.preparation.resampling import ADC_WINDOW
 from ccella_fast.data.preparation.stage_cache import StageCache
-from ccella_fast.data.preparation.stages import ImportedLatentStage, Stage, TextStage, latent_digest
+from ccella_fast.data.preparation.stages import ImportedLatentStage, LatentStage, Stage, TextStage, latent_digest
 from ccella_fast.data.readers.study import Study
+from ccella_fast.errors import DataError
 from ccella_fast.storage import read_json, write_json
 
 logger = logging.getLogger("ccella_fast")
@@ -43,6 +44,23 @@ class ManifestBuilder:
     def is_current(self) -> bool:
         """Whether the manifest on disk lists exactly what the records hold."""
         return self.path.is_file() and read_json(self.path) == json.loads(json.dumps(self._build()))
+
+    def changed_settings(self) -> dict[str, tuple[Any, Any]]:
+        """Setting -> (before, now), where this run would replace results that the complete folder holds for other settings."""
+        try:
+            before = load_manifest(self.path.parent)
+        except DataError:  # not complete, so there is nothing finished to lose
+            return {}
+        grids = before.data.model_dump(mode="json"), self.config.data.model_dump(mode="json", exclude={"engine"})
+        pairs = {f"data.{key}": (grids[0].get(key), value) for key, value in grids[1].items()}
+        text = self._text()
+        if before.text is not None and text is not None:
+            pairs |= {f"text.{key}": (value, text[key]) for key, value in before.text.model_dump().items()}
+        latent = self.stages.get("latent")
+        if latent is not None and before.scale_factor is not None:
+            vae = latent.vae.sha256 if isinstance(latent, LatentStage) else None
+            pairs["the autoencoder"] = (before.vae.sha256 if before.vae else None, vae)
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
     def write(self) -> None:
         """Write the manifest and log a summary of it."""

@@ -44,6 +44,7 @@ from ccella_fast.data.readers.discovery import find_studies
 from ccella_fast.data.readers.study import Defects, Study
 from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.errors import ConfigError, DataError, DiskError
+from ccella_fast.folder_lock import lock_folder
 from ccella_fast.hardware import peak_memory
 from ccella_fast.run_record import write_run_record
 from ccella_fast.storage import check_writable, existing_parent, read_json, remove_partial_files
@@ -65,6 +66,7 @@ def prepare(
     b_value: float | None = None,
     augment: int | None = None,
     preview: bool = False,
+    overwrite: bool = False,
     workers: int | None = None,
 ) -> None:
     """Prepare studies for training. All studies are read and checked before the first file is written.
@@ -82,34 +84,61 @@ def prepare(
         b_value: Which image to read of a diffusion series that holds several, in s/mm2; None reads that of the highest.
         augment: Number of augmented latents per training study; 0 removes them from the manifest, None keeps existing ones.
         preview: Whether to draw a picture of every study.
+        overwrite: Whether to replace what a complete `out` holds for other settings or another autoencoder.
         workers: Number of processes that make images; None chooses it. The result does not depend on it.
 
     Raises:
         DataError: If a study, report or manifest is invalid; the message counts all defects.
-        ConfigError: If the settings do not fit together or do not fit the studies.
+        ConfigError: If the settings do not fit together or do not fit the studies, if another command writes to `out`, or if
+            `out` is complete with other settings and `overwrite` is not given.
         CheckpointError: If the autoencoder cannot be used.
         DiskError: If `out` cannot be written or the disk is too small.
     """
     out = Path(out)
     config.check_grid()
     check_writable(out, "--out")
-    studies = find_studies(
-        data,
-        csv_file=csv,
-        test_data=test_data,
-        data_base_dir=data_base_dir,
-        embedding_base_dir=embedding_base_dir,
-        follow_links=follow_links,
-    )
-    log_findings([
-        *check_table(studies, Path(data), None if csv is None else Path(csv)),
-        *check_facts(facts_of_studies(studies), config),
-    ])  # fmt: skip
-    records = StageCache(out)
-    with WorkerPool(workers) as pool:
+    with lock_folder(out, "ccella-fast prepare"), WorkerPool(workers) as pool:
+        studies = find_studies(
+            data,
+            csv_file=csv,
+            test_data=test_data,
+            data_base_dir=data_base_dir,
+            embedding_base_dir=embedding_base_dir,
+            follow_links=follow_links,
+        )
+        log_findings([
+            *check_table(studies, Path(data), None if csv is None else Path(csv)),
+            *check_facts(facts_of_studies(studies), config),
+        ])  # fmt: skip
+        records = StageCache(out)
         stages = _make_stages(records, studies, config, vae, pool, b_value)
         stages += _make_optional_stages(records, studies, config, stages, augment, preview)
-        _run_stages(out, config, records, stages, ManifestBuilder(records, studies, config, stages, augment))
+        manifest = ManifestBuilder(records, studies, config, stages, augment)
+        if not overwrite:
+            _check_settings(records, stages, manifest)
+        _run_stages(out, config, records, stages, manifest)
+
+
+def _check_settings(records: StageCache, stages: list[Stage], manifest: ManifestBuilder) -> None:
+    """Raise ConfigError if results that took long would be replaced because a setting or the autoencoder has changed."""
+    changed = manifest.changed_settings()
+    if not changed:
+        return
+    held = {stage.name: [study for study in stage.stale() if records.get(study.id, stage.name)] for stage in stages}
+    if held.get("image"):  # latents of images that are replaced are worth nothing, also without --vae
+        held["latent"] = [study for study in manifest.studies if records.get(study.id, "latent")]
+    redone = [f"{name} of {len(studies)} studies" for name, studies in held.items() if studies]
+    why = "this folder was prepared with other settings: " + "; ".join(
+        f"{name} was {_shown(before)}, now {_shown(now)}" for name, (before, now) in changed.items()
+    )
+    why += f". Results to be replaced: {', '.join(redone) or 'the manifest alone'}"
+    fix = "restore the settings, choose another --out, or replace the results with --overwrite"
+    raise ConfigError(why, path=records.out, field=next(iter(changed)), fix=fix)
+
+
+def _shown(value: Any) -> str:
+    """A setting for a message; a long hash is cut."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else f"{value}"[:80]
 
 
 def _run_stages(out: Path, config: Config, records: StageCache, stages: list[Stage], manifest: ManifestBuilder) -> None:

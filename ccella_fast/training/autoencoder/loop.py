@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from ccella_fast.config import Config, VaeTrainingConfig
 from ccella_fast.diffusion.noise import generator, randn_per_sample
-from ccella_fast.errors import NonFiniteError
+from ccella_fast.errors import NonFiniteError, Stopped
 from ccella_fast.losses import kl_divergence
 from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.progress import refresh_interval
 from ccella_fast.training.autoencoder.checkpointing import load_state, save_state
 from ccella_fast.training.autoencoder.patches import Image, patch_batches
+from ccella_fast.training.distributed import SignalHandler
 from ccella_fast.training.metrics_log import append_metrics, discard_metrics_after
 
 _READ_EVERY = 10  # steps between two reads of the loss from the device
@@ -37,6 +38,7 @@ def train_loop(images: list[Image], out: Path, config: Config, device: torch.dev
     Raises:
         NonFiniteError: the loss is not finite.
         CheckpointError: the saved state is damaged.
+        Stopped: SIGINT or SIGTERM; the state is saved first.
     """
     settings = config.vae_training
     vae = _initial_autoencoder(config, device)
@@ -52,28 +54,35 @@ def train_loop(images: list[Image], out: Path, config: Config, device: torch.dev
         range(start, settings.max_train_steps), desc="training the autoencoder", unit="step",
         initial=start, total=settings.max_train_steps, mininterval=refresh_interval(),
     )  # fmt: skip
-    for step, patches in zip(bar, patch_batches(images, config, device, start), strict=True):
-        rate = learning_rate(settings, step)
-        x = patches.to(device, memory_format=torch.channels_last_3d)
-        generators = [generator(settings.seed, "posterior", step, row) for row in range(len(x))]
-        unread.append(
-            train_step(vae, optimizer, x, randn_per_sample(latent, generators, device=device), rate, settings)
-        )
-        done = step + 1
-        if done % _READ_EVERY and done < settings.max_train_steps:
-            continue
-        l1, kl = torch.stack(unread).mean(0).tolist()
-        unread.clear()
-        if not math.isfinite(l1 + kl):
-            fix = f"lower vae_training.lr ({settings.lr:g})"
-            raise NonFiniteError(f"the loss is not finite before step {done}", path=out, fix=fix)
-        bar.set_postfix(l1=f"{l1:.4f}", kl=f"{kl:.0f}")
-        seconds = (time.monotonic() - begun) / (done - start)
-        values = {"step": done, "loss": l1 + settings.kl_weight * kl, "loss_l1": l1, "loss_kl": kl, "lr": rate}
-        append_metrics(out / "metrics.jsonl", {**values, "seconds_per_step": round(seconds, 5)})
-        if time.monotonic() - saved > settings.checkpointing_seconds or done == settings.max_train_steps:
-            save_state(out, vae, optimizer, done)
-            saved = time.monotonic()
+    with SignalHandler() as signals:
+        for step, patches in zip(bar, patch_batches(images, config, device, start), strict=True):
+            rate = learning_rate(settings, step)
+            x = patches.to(device, memory_format=torch.channels_last_3d)
+            generators = [generator(settings.seed, "posterior", step, row) for row in range(len(x))]
+            unread.append(
+                train_step(vae, optimizer, x, randn_per_sample(latent, generators, device=device), rate, settings)
+            )
+            done = step + 1
+            stop = signals.signal
+            if done % _READ_EVERY and done < settings.max_train_steps and not stop:
+                continue
+            l1, kl = torch.stack(unread).mean(0).tolist()
+            unread.clear()
+            if not math.isfinite(l1 + kl):
+                fix = f"lower vae_training.lr ({settings.lr:g})"
+                raise NonFiniteError(f"the loss is not finite before step {done}", path=out, fix=fix)
+            bar.set_postfix(l1=f"{l1:.4f}", kl=f"{kl:.0f}")
+            seconds = (time.monotonic() - begun) / (done - start)
+            values = {"step": done, "loss": l1 + settings.kl_weight * kl, "loss_l1": l1, "loss_kl": kl, "lr": rate}
+            append_metrics(out / "metrics.jsonl", {**values, "seconds_per_step": round(seconds, 5)})
+            due = time.monotonic() - saved > settings.checkpointing_seconds
+            if due or stop or done == settings.max_train_steps:
+                save_state(out, vae, optimizer, done)
+                saved = time.monotonic()
+            if stop:
+                bar.close()
+                how = f"stopped after step {done}, which is saved in {out}; run the same command again to continue"
+                raise Stopped(stop, how)
     seconds = time.monotonic() - begun
     return vae, round(max(0, settings.max_train_steps - start) / max(seconds, 1e-9), 3)
 

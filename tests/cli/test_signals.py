@@ -1,0 +1,76 @@
+"""Signals end a command with one line and the code 128 + signal, without tracebacks of its workers, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ccella_fast import entrypoint
+from ccella_fast.errors import Stopped
+from study_fixtures import write_studies
+
+SETTINGS = ["model.variant=MAISI", "data.spacing=[0.5,0.5,0.6]", "data.dim=[96,96,64]"]
+
+
+def start_prepare(studies: Path, out: Path) -> subprocess.Popen:
+    """`ccella-fast prepare` with two workers, in a process group of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "ccella_fast.cli",
+        "prepare",
+        "--data",
+        str(studies),
+        "--out",
+        str(out),
+        "--workers",
+        "2",
+    ]
+    command += [part for value in SETTINGS for part in ("--set", value)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_prepare_ends_with_one_line(tmp_path: Path, number: int, code: int):
+    studies, out = write_studies(tmp_path / "studies", 40), tmp_path / "out"
+    process = start_prepare(studies, out)
+    while process.poll() is None and not (out / "cases").is_dir():
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert not (out / "manifest.json").exists()  # control: it was not ready before the signal
+    assert said.count("stopped; run the same command again to continue") == 1
+    assert "Traceback" not in said and "Error" not in said
+    assert not list(out.rglob(".lock")) and "\n" not in said.split("to continue\n")[1]
+
+
+def test_sigterm_cleans_up_and_the_handler_is_restored(tmp_path: Path, capsys):
+    before, cleaned = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            cleaned.append(True)
+        return 0
+
+    assert entrypoint.run_command(work, debug=False) == 143
+    assert cleaned and signal.getsignal(signal.SIGTERM) == before
+    assert capsys.readouterr().err == "stopped; run the same command again to continue\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_says_how_it_was_stopped(number: int, capsys):
+    def work() -> int:
+        raise Stopped(number, "stopped after step 3")
+
+    assert entrypoint.run_command(work, debug=False) == 128 + number
+    assert capsys.readouterr().err == "stopped after step 3\n"
