@@ -273,7 +273,7 @@ def _train(plan: RunPlan, refusal: CcellaError | None) -> int:
         raise
     finally:
         with contextlib.suppress(DiskError):  # a full disk must not hide what ended the run
-            if main and plan.run.is_dir():
+            if main and (plan.run / "config.json").is_file():
                 write_status(plan.run, step=last_saved["step"], total_steps=plan.total_steps, **ending)
 
 

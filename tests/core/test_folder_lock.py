@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ccella_fast import folder_lock
 from ccella_fast.checkpoint import export_reference
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import CcellaError, ConfigError, DiskError
@@ -168,3 +169,18 @@ def test_exports_of_other_files_do_not_disturb_each_other(tmp_path: Path):
         with pytest.raises(CcellaError) as error:
             export_reference(tmp_path / "missing", tmp_path / "b.pt")
     assert "another command" not in str(error.value)
+
+
+def test_lock_of_a_removed_file_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The holder removes the file after this process has opened it and before this process has locked it."""
+    whole, calls = folder_lock.fcntl.flock, []
+
+    def flock(handle: int, operation: int) -> None:
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(handle)
+        whole(handle, operation)
+
+    monkeypatch.setattr(folder_lock.fcntl, "flock", flock)
+    with lock_folder(tmp_path, "train.py"):
+        assert len(calls) == 2 and (tmp_path / ".lock").exists()

@@ -128,10 +128,12 @@ def _check_settings(records: StageCache, stages: list[Stage], manifest: Manifest
     if held.get("image"):  # latents of images that are replaced are worth nothing, also without --vae
         held["latent"] = [study for study in manifest.studies if records.get(study.id, "latent")]
     redone = [f"{name} of {len(studies)} studies" for name, studies in held.items() if studies]
+    if not redone:
+        return
     why = "this folder was prepared with other settings: " + "; ".join(
         f"{name} was {_shown(before)}, now {_shown(now)}" for name, (before, now) in changed.items()
     )
-    why += f". Results to be replaced: {', '.join(redone) or 'the manifest alone'}"
+    why += f". Results to be replaced: {', '.join(redone)}"
     fix = "restore the settings, choose another --out, or replace the results with --overwrite"
     raise ConfigError(why, path=records.out, field=next(iter(changed)), fix=fix)
 
