@@ -61,7 +61,7 @@ mutants: $(VENV)/installed-test
 
 # Damaged images, tables, lists, checkpoints and configurations; lists those that are not refused. A part of it is in `make test`.
 fuzz: $(VENV)/installed-test
-	python tests/fuzz/run.py --minutes $(FUZZ_MINUTES) --seed $(SEED)
+	python tests/fuzz/fuzz.py --minutes $(FUZZ_MINUTES) --seed $(SEED)
 
 lint: $(VENV)/installed-test
 	ruff check .

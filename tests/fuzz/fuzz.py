@@ -1,6 +1,6 @@
 """Fuzz every reader: damaged images, tables, lists, prepared files, checkpoints and configurations.
 
-    python tests/fuzz/run.py [--seed 0] [--share 1.0] [--commands 0.01] [--minutes 120] [TARGET ...]
+    python tests/fuzz/fuzz.py [--seed 0] [--share 1.0] [--commands 0.01] [--minutes 120] [TARGET ...]
 
 A whole run tries the counts of targets.py in this process's children and 1 % of them through the real commands, on all cores.
 The same seed gives the same inputs. The table and every failure are written to out/fuzz/results.json, failed inputs to
