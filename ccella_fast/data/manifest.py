@@ -25,7 +25,6 @@ Split = Literal["train", "val", "test"]  # nothing is trained on val and test
 
 # The start of a .npy file of version 1 (numpy.lib.format) and its header, as numpy writes it for a plain array.
 _NPY_START = struct.Struct("<8sH")
-_LONGEST_NPY_HEADER = 1024
 _NPY_HEADER = re.compile(
     rb"\{'descr': '(?P<type>[<>|=][a-zA-Z]\d{0,3})', 'fortran_order': (?P<order>True|False), "
     rb"'shape': \((?P<shape>(?:\d{1,12}(?:, \d{1,12}){0,7},?)?)\), \} *\n"
@@ -181,7 +180,7 @@ def open_array(path: Path, *, field: str | None = None) -> np.ndarray:
         with open(path, "rb") as file:
             head = file.read(_NPY_START.size)
             length = _NPY_START.unpack(head)[1] if len(head) == _NPY_START.size else 0
-            header = file.read(min(length, _LONGEST_NPY_HEADER + 1))
+            header = file.read(length)
         # numpy's own reader evaluates the header as Python, which damage makes fail in many ways, and believes its length.
         match = _NPY_HEADER.fullmatch(header) if head.startswith(b"\x93NUMPY\x01\0") else None
         if match is None:

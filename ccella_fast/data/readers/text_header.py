@@ -13,7 +13,6 @@ from ccella_fast.errors import DataError
 
 MAX_HEADER = 2**20  # bytes; copied DICOM attributes take up to some 10 KiB
 NUMBER = r"[-+]?(?:\d{1,20}(?:\.\d{0,60})?|\.\d{1,60})(?:[eE][-+]?\d{1,2})?"  # not nan, not inf
-_LONGEST = 1000  # characters of a value that is used
 _LARGEST = 1e6  # mm or mm per voxel; larger numbers are damage
 
 
@@ -52,7 +51,7 @@ class TextHeader:
         if value is None:
             fix = f"export the series again with its {field}, or add the line if you know it"
             raise self.defect(f"the header does not state {field} ({expected})", field, fix)
-        if len(value) > _LONGEST or not re.fullmatch(pattern, value, re.IGNORECASE | re.ASCII):
+        if not re.fullmatch(pattern, value, re.IGNORECASE | re.ASCII):
             raise self.defect(f"{field} is {quote(value)}, but {expected} is expected", field)
         return value
 
