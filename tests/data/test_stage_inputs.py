@@ -86,12 +86,12 @@ def assert_redone(
         other: Options of `prepare` that differ in the second run.
         same: Whether the change must have no effect.
     """
-    prepare(studies, tmp_path / "twice", first, **options, overwrite=True)
+    prepare(studies, tmp_path / "twice", first, **options)
     before = tree(tmp_path / "twice")
     change()
     options |= other or {}
     prepare(studies, tmp_path / "twice", second, **options, overwrite=True)
-    prepare(studies, tmp_path / "once", second, **options, overwrite=True)
+    prepare(studies, tmp_path / "once", second, **options)
     after, fresh = tree(tmp_path / "twice"), tree(tmp_path / "once")
     differing = {name for name in fresh if after.get(name) != fresh[name]}
     assert not differing
@@ -118,9 +118,9 @@ def latents(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images and latents, which do not depend on augmentation, and another one with augmented latents too."""
     folder = tmp_path_factory.mktemp("latents")
     settings = settings_of(sources, "MAISI")
-    prepare(sources / "studies", folder / "plain", settings, vae=sources / "vae", overwrite=True)
+    prepare(sources / "studies", folder / "plain", settings, vae=sources / "vae")
     shutil.copytree(folder / "plain", folder / "augmented")
-    prepare(sources / "studies", folder / "augmented", settings, vae=sources / "vae", augment=1, overwrite=True)
+    prepare(sources / "studies", folder / "augmented", settings, vae=sources / "vae", augment=1)
     return folder
 
 
@@ -131,7 +131,7 @@ def test_augmentation_strength_is_an_input(field: str, sources: Path, latents: P
     trees = []
     for name in ("augmented", "plain"):
         shutil.copytree(latents / name, tmp_path / name)
-        prepare(sources / "studies", tmp_path / name, settings, vae=sources / "vae", augment=1, overwrite=True)
+        prepare(sources / "studies", tmp_path / name, settings, vae=sources / "vae", augment=1)
         trees.append(tree(tmp_path / name))
     assert trees[0] == trees[1]
     assert (trees[0] == tree(latents / "augmented")) == (field == "preset")
