@@ -125,4 +125,4 @@ def test_the_random_model_changes_the_sample_and_stays_bounded(quality):
 
 def test_a_wrong_folder_is_reported_in_one_message(quality, tmp_path, capsys):
     assert quality.main(["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]) == 4
-    assert "contains no checkpoint" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "not a checkpoint or run folder" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -158,18 +158,13 @@ def test_participants_that_match_no_study_are_refused(tmp_path: Path, name: str)
     assert "did you mean 'sub-01'?" in error.fix
 
 
-def test_rows_and_studies_that_do_not_meet_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_rows_without_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Studies without a row are a finding of `check` and `prepare`, tests/data/test_check.py."""
     table = f"participant_id\tpirads\nsub-01\t4\nsub-07\t\n{SECRET}\t\nsub-09\t\nsub-10\t\n"
     studies = read(bids(tmp_path, "sub-01/ses-1", "sub-01/ses-2", "sub-02/ses-1"), table, "participants.tsv")
     assert [study.pirads for study in studies.values()] == [[0, 1], [0, 1], None]
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path / 'participants.tsv'}: 4 rows have no images: 'sub-07', a text of 41 characters, 'sub-09' and 1 more",
-        f"{tmp_path / 'participants.tsv'}: 1 studies have no row: 'sub-02_ses-1'",
-    ]
-    caplog.clear()
-    read(folder(tmp_path / "b"), "case\n0002\n")
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'b/studies.csv'}: 1 studies have no row: '0001'"
     ]
 
 

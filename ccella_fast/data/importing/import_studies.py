@@ -26,7 +26,7 @@ from ccella_fast.data.importing.deidentification import (
     write_private_table,
 )
 from ccella_fast.data.importing.page import Picture, draw_study, write_pages
-from ccella_fast.data.importing.report_sources import StudyReport, match_reports, read_sources, shortened
+from ccella_fast.data.importing.report_sources import SourceReport, StudyReport, match_reports, read_sources, shortened
 from ccella_fast.data.importing.scan import UnusedFile, scan_export
 from ccella_fast.data.importing.sequence_choice import SEQUENCES, Judgement, choose_sequences
 from ccella_fast.data.importing.series import ExportedStudy, group_studies
@@ -35,6 +35,7 @@ from ccella_fast.data.importing.write import StudyTask, is_written, remove_study
 from ccella_fast.data.preparation.worker_pool import WorkerPool
 from ccella_fast.data.readers.text_checks import read_text
 from ccella_fast.errors import ConfigError, DataError
+from ccella_fast.folder_lock import lock_folder
 from ccella_fast.storage import atomic_path, check_writable, remove_partial_files
 
 logger = logging.getLogger("ccella_fast")
@@ -94,13 +95,28 @@ def import_studies(
         The page to look at; with `write` the folder of the studies.
 
     Raises:
-        ConfigError: If folders are inside one another, or `write` is given before the choice was shown.
+        ConfigError: If folders are inside one another, if `write` is given before the choice was shown, or if another import
+            is writing to the private folder.
         DataError: If there is no DICOM file, no T2 series, or a chosen series cannot be read.
     """
     places = _places(Path(data), Path(out), private)
     check_fractions(split)
     sources = None if reports is None else read_sources(Path(reports), report_column, id_column)
-    export = _read_export(Path(data), places, split, workers)
+    places.private.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with lock_folder(places.private, "ccella-fast import"):
+        return _import(Path(data), places, split, sources, write=write, workers=workers)
+
+
+def _import(
+    data: Path,
+    places: Places,
+    split: Sequence[float],
+    sources: list[SourceReport] | None,
+    *,
+    write: bool,
+    workers: int | None,
+) -> Path:
+    export = _read_export(data, places, split, workers)
     proposed = {study: choose_sequences(exported.volumes) for study, exported in export.studies.items()}
     lines = read_choices(places.choices)
     if write:
@@ -140,7 +156,6 @@ def _places(data: Path, out: Path, private: str | Path | None) -> Places:
 
 def _read_export(data: Path, places: Places, split: Sequence[float], workers: int | None) -> Export:
     headers, unused = scan_export(data, workers)
-    places.private.mkdir(parents=True, exist_ok=True, mode=0o700)
     remove_partial_files(places.private)
     found, copies = group_studies(headers)
     key = extend_key(read_key(places.private / "key.csv"), found, split)

@@ -76,9 +76,6 @@ def apply_table(studies: list[Study], table: Path, defects: Defects) -> list[Stu
         defects.add(DataError(why, path=table, field=key, fix=_suggest(names[0], ids)))
     elif unmatched:
         _warn(table, unmatched, names, "rows have no images")
-    listed = {name for case in lines for name in ids[case]}
-    missing = [name for name in by_id if name not in listed]
-    _warn(table, len(missing), missing[:_SHOWN], "studies have no row")
     return list(by_id.values())
 
 
