@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from ccella_fast import cli
 from ccella_fast.storage import read_json, write_json
 from training_fixtures import CONFIG, write_config, write_prepared
 
@@ -180,31 +177,6 @@ def places(tmp_path_factory) -> dict[str, Path]:
     found["latin"] = files / "report.txt"
     found["latin"].write_bytes("Läsion".encode("latin-1"))
     return found
-
-
-@pytest.fixture
-def call(capsys, monkeypatch, tmp_path, places):
-    """Run a command in this process: (exit code, stderr)."""
-    import torch
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CCELLA_FAST_BACKEND"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
-    logger = logging.getLogger("ccella_fast")
-    before = logger.handlers, logger.level
-
-    def run(command: str) -> tuple[int, str]:
-        try:
-            code = cli.main(shlex.split(command.format(tmp=tmp_path, **places)))
-        except SystemExit as left:
-            code = int(left.code or 0)
-        return code, capsys.readouterr().err
-
-    yield run
-    logger.handlers, level = before
-    logger.setLevel(level)
 
 
 def check(answer: tuple[int, str], code: int, words: list[str], places: dict[str, Path], tmp_path: Path) -> None:
