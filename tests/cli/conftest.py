@@ -12,7 +12,7 @@ from ccella_fast import cli
 
 @pytest.fixture
 def call(capsys, monkeypatch, tmp_path, places):
-    """Run a command in this process: (exit code, stderr). The paths in braces are those of the fixture `places` of the module."""
+    """Run a command in this process: (exit code, stderr). Names in braces are paths of the fixture `places`."""
     import torch
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CCELLA_FAST_BACKEND"):

@@ -1,4 +1,4 @@
-"""Mistakes that need a real checkpoint, run, prepared folder or second command to be made: exit code and words of the message."""
+"""Mistakes that need a real checkpoint, run, prepared folder or second command: exit code and words of the message."""
 
 from __future__ import annotations
 
