@@ -131,7 +131,9 @@ class TextEncoder:
             return from_pretrained(self._location, **self._options, **options)
         except (OSError, ValueError, ImportError) as error:
             why = f"the text encoder cannot be loaded: {' '.join(str(error).split()):.110}"
-            fix = "download it once, or use a local folder with safetensors weights"
+            fix = "use a local folder with safetensors weights"
+            if not self._options["local_files_only"]:
+                fix = f"download it once with `hf download {self.config.encoder}`, or {fix}"
             raise ConfigError(why, path=self.config.encoder, field="text.encoder", fix=fix) from None
 
 
