@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_MAX_CHARACTERS = 1000  # of a line; the longest list of known names has fewer
+
 
 class CcellaError(Exception):
     """A mistake in the input. It contains plain strings only, so it can be pickled between processes.
@@ -28,16 +30,21 @@ class CcellaError(Exception):
         self.path = None if path is None else str(path)
 
     def __str__(self) -> str:
-        lines = [f"error: {self.why}"]
+        lines = [f"error: {_cut(self.why)}"]
         lines += [f"  file:  {self.path}"] if self.path else []
-        lines += [f"  field: {self.field}"] if self.field else []
-        lines += [f"  fix:   {self.fix}"] if self.fix else []
+        lines += [f"  field: {_cut(self.field)}"] if self.field else []
+        lines += [f"  fix:   {_cut(self.fix)}"] if self.fix else []
         return "\n".join(
             " ".join(line.splitlines()) for line in lines
         )  # names in a user's file may contain line breaks
 
     def __reduce__(self):
         return _rebuild, (type(self), self.why, self.path, self.field, self.fix)
+
+
+def _cut(text: str) -> str:
+    """The beginning of a text: names in a user's file may be of any length."""
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}..."
 
 
 def _rebuild(cls, why, path, field, fix):

@@ -31,3 +31,10 @@ def test_the_nearest_word_is_proposed():
     assert errors.did_you_mean("SPACNIG", known) == "did you mean 'spacing'?"
     assert errors.did_you_mean("spine", known) == "did you mean 'Spline'?"
     assert errors.did_you_mean("zebra", known) == "use one of: Spline, dim, spacing"
+
+
+def test_a_name_of_any_length_makes_a_short_message():
+    error = errors.ConfigError(f"unknown key '{'x' * 10**6}'", path="a.json", field="x" * 10**6, fix="remove it")
+    lines = str(error).splitlines()
+    assert len(lines) == 4 and max(map(len, lines)) < 1100
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)  # noqa: S301

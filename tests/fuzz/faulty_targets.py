@@ -39,7 +39,7 @@ _ON_DAMAGE = {
     "memory": _memory,
     "internal": lambda folder: _raise(RuntimeError("unexpected")),
     "leak": lambda folder: _raise(DataError(f"unknown name '{CANARY}'")),
-    "long message": lambda folder: _raise(DataError("words " * 500)),
+    "long message": lambda folder: _raise(DataError("words", path="words " * 1000)),
     "silent change": lambda folder: Content("other", 6),
     "lost slices": lambda folder: Content("other", 5),
     "refused": lambda folder: _raise(DataError("this file is damaged")),

@@ -28,7 +28,7 @@ import numpy as np
 from targets import CANARY, Content, Target, valid_files, write_files
 
 SECONDS, BYTES, HANGS = 10, 2**30, 60  # of the CPU; above the memory before; of the clock
-LETTERS = 1500  # of a message
+LETTERS = 4000  # of a message
 FAILURES = (
     "internal",
     "crash",

@@ -33,7 +33,7 @@ def test_inputs_that_once_failed(folder: Path, tmp_path: Path):
 
 
 def test_the_harness_notices_every_failure():
-    results = run_inputs([(name, 0) for name in FAULTY], seed=0, module="faulty_targets", hangs=3)
+    results = run_inputs([(name, 0) for name in FAULTY], seed=0, module="faulty_targets", hangs=20)
     assert {result.target: result.outcome for result in results} == {name: name for name in FAULTY}
 
 

@@ -271,6 +271,8 @@ def test_a_gpu_uses_bf16_on_any_cpu(tmp_path, data, fake_bf16_support, monkeypat
 
 def test_processes_with_different_precisions_are_an_error(tmp_path, data, fake_bf16_support, monkeypatch):
     fake_bf16_support(True)
-    monkeypatch.setattr(distributed.HostCollectives, "all_gather", lambda self, value: [value, "fp32"])
+    other = {"bf16": ["fp32"]}  # what the other process has; it has no error when the folder is locked
+    gather = lambda self, value: [value, *other.get(value if isinstance(value, str) else "", [value])]  # noqa: E731
+    monkeypatch.setattr(distributed.HostCollectives, "all_gather", gather)
     with pytest.raises(ConfigError, match="CPUs differ"):
         train_here(tmp_path / "run", data, precision="auto", max_train_steps=1)

@@ -194,7 +194,7 @@ def test_a_bomb_is_refused_within_bounds(write, use, tmp_path: Path, monkeypatch
 def test_the_bound_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Control: reading a legal volume of more than the bound is not called refused."""
     monkeypatch.setattr(harness, "BYTES", 10 * MEGABYTE)
-    values = np.random.default_rng(0).integers(0, 99, (200, 200, 100)).astype(np.uint16)
+    values = np.random.default_rng(0).integers(0, 99, (320, 320, 160), np.uint16)
     path = write_nifti(tmp_path / "t2w.nii", values, oblique())
     target = Target("legal", None, lambda folder: Content(digest(_volume(path))), [], 1)
     assert judge(target, tmp_path, Content(""), guarded=False)[0] == "memory"
