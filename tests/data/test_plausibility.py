@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import nibabel
@@ -11,7 +12,7 @@ import pytest
 
 from ccella_fast.data.preparation.plausibility import check_intensities, coverage_note
 from ccella_fast.data.preparation.prepare import prepare
-from ccella_fast.data.preparation.resampling import make_grid
+from ccella_fast.data.preparation.resampling import make_grid, resample
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_file import read_volume
 from ccella_fast.errors import DataError
@@ -53,12 +54,65 @@ def test_padding_and_hot_voxels_that_take_the_contrast_are_refused(sequence: str
         check_intensities(Volume(padded, oblique()), sequence, tmp_path)
     hot = plain.copy()
     hot[20, 20, 9] = 1e30
-    with pytest.raises(DataError, match="1 voxels are up to 1e.30, more than 1000 times the 99.5th percentile"):
+    with pytest.raises(DataError, match="1 voxel is 1e.30, more than 1000 times the 99.5th percentile"):
         check_intensities(Volume(hot, oblique()), sequence, tmp_path)
     masked = np.where(
         np.arange(SHAPE[0])[:, None, None] < 36, 0, plain
     )  # control: nine tenths are background of value 0
     check_intensities(Volume(masked, oblique()), sequence, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("padding", "words"),
+    [
+        ([(800, 32767)], "800 voxels are 32767, which leaves the tissue"),
+        ([(8000, 1e30)], "8000 voxels are 1e.30, which leaves the tissue"),
+        ([(3000, -32768), (1500, -32767)], "4500 voxels are -32768 to -32767, which leaves the tissue"),
+        ([(2000, -32768), (2000, 32767)], "2000 voxels are -32768, which leaves the tissue"),
+    ],
+)
+def test_the_voxels_that_take_the_contrast_are_named(padding: list[tuple[int, float]], words: str, tmp_path: Path):
+    """Padding at the upper end, in most of the volume, of two values, at both ends."""
+    values, start = voxels().astype(np.float32), 0
+    for count, value in padding:
+        values.ravel()[start : start + count] = value
+        start += count
+    for sequence in ("t2w", "hbv"):
+        with pytest.raises(DataError, match=words):
+            check_intensities(Volume(values, oblique()), sequence, tmp_path)
+
+
+def test_faint_series_are_plausible(tmp_path: Path):
+    """Controls: few levels of gray; a background far below the tissue; a few bright vessels."""
+    plain = voxels().astype(np.float32)
+    bright = plain.copy()
+    bright.ravel()[:60] *= 5
+    masked = plain + 400
+    masked[:20] = 0
+    for values in (np.floor(plain / 100), bright, masked):
+        check_intensities(Volume(values, oblique()), "hbv", tmp_path)
+
+
+@pytest.mark.parametrize("value", [-32768, 32767, 65535, 1e30, -1e30])
+def test_adc_beyond_the_limit_is_refused(value: float, tmp_path: Path):
+    """Interpolation would spread it: the control is the error of a map that is resampled with one such voxel."""
+    values = adc()
+    values[:3] = value
+    with pytest.raises(DataError, match=re.escape(f"{values[:3].size} voxels are {value:.6g}, but an ADC map")):
+        check_intensities(Volume(values, oblique()), "adc", tmp_path)
+    values = adc()
+    values[20, 18, 9] = value
+    with pytest.raises(DataError, match="1 voxel is"):
+        check_intensities(Volume(values, oblique()), "adc", tmp_path)
+    grid = make_grid(Volume(values, oblique()), [1.1, 1.1, 3.0], [32, 32, 16])
+    clean, spread = (np.clip(resample(Volume(each, oblique()), grid), 0, 3000) for each in (adc(), values))
+    assert (np.abs(spread - clean) > 100).sum() > 10
+
+
+def test_noise_of_an_adc_map_is_plausible(tmp_path: Path):
+    values = adc()
+    values[:2], values[2] = 28000, -28000
+    check_intensities(Volume(values, oblique()), "adc", tmp_path)
 
 
 def test_real_series_are_plausible(real_data: Path):

@@ -19,9 +19,13 @@ from ccella_fast.errors import DataError
 ADC_MEDIAN = (100.0, 3000.0)
 _TYPICAL_ADC = 1200.0
 _ADC_UNITS = {1e3: "1e-3 mm2/s", 1e6: "mm2/s", 1e-1: "1e-7 mm2/s", 1e-3: "1e-9 mm2/s"}
+#: Largest magnitude of an ADC value, ten times free water. Noise reaches log(4095) / 300 s/mm2 = 28,000, with signals of 12
+#: bits and b-values 300 apart; padding values and damaged voxels are beyond it, and a cubic B-spline spreads them.
+ADC_LIMIT = 30_000.0
 _LEAST_SPREAD = (
     0.1  # of the window of T2 or high b, between the 5th and the 95th percentile; real series have 0.5 to 0.8
 )
+_GAP = 0.3  # of the window, without any voxel: beyond it are other things than tissue; real series have less than 0.05
 _HOT = 1000  # times the top of the window; beyond it a cubic B-spline spreads a voxel over the volume. Real series have 2 to 5
 _SAMPLE = 200_000  # voxels, for percentiles
 _LEAST_COVER = 0.75  # of the voxels of the grid that the leading series covers
@@ -53,34 +57,53 @@ def _check_adc_unit(array: np.ndarray, path: Path) -> None:
         why = f"no voxel of this ADC map is positive (its range is {array.min():g} to {array.max():g})"
         raise DataError(why, path=path, field="voxels", fix="export the ADC map again, in 1e-6 mm2/s")
     median, (low, high) = float(np.median(positive)), ADC_MEDIAN
-    if low <= median <= high:
-        return
-    factor = 10.0 ** round(math.log10(_TYPICAL_ADC / median))
-    unit = next((f" (it looks like {unit})" for each, unit in _ADC_UNITS.items() if math.isclose(each, factor)), "")
-    why = (
-        f"the median of the positive voxels of this ADC map is {median:.3g}, but {low:g} to {high:g} is expected{unit}"
-    )
-    raise DataError(why, path=path, field="voxels", fix=f"give ADC in 1e-6 mm2/s: multiply by {factor:g}")
+    if not low <= median <= high:
+        factor = 10.0 ** round(math.log10(_TYPICAL_ADC / median))
+        unit = next((f" (it looks like {unit})" for each, unit in _ADC_UNITS.items() if math.isclose(each, factor)), "")
+        why = (
+            f"the median of the positive voxels of this ADC map is {median:.3g}, "
+            f"but {low:g} to {high:g} is expected{unit}"
+        )
+        raise DataError(why, path=path, field="voxels", fix=f"give ADC in 1e-6 mm2/s: multiply by {factor:g}")
+    outside = array[np.abs(array) > ADC_LIMIT]
+    if outside.size:
+        why = f"{_voxels_between(outside)}, but an ADC map has values between {-ADC_LIMIT:g} and {ADC_LIMIT:g}"
+        raise DataError(why, path=path, field="voxels", fix="replace this padding value by 0, or export the map again")
 
 
 def _check_window(array: np.ndarray, sequence: str, path: Path) -> None:
     low = float(array.min())
     rest = array[array > low]  # without the background, if it has one value
     sample = rest[:: max(1, rest.size // _SAMPLE)]
-    first, last, high = (float(value) for value in np.percentile(sample, [5, 95, PERCENTILES[1]]))
-    hot = array > _HOT * max(high, 1e-30)
-    if hot.any():
-        why = (
-            f"{np.count_nonzero(hot)} voxels are up to {array.max():.3g}, "
-            f"more than {_HOT} times the 99.5th percentile ({high:.4g})"
-        )
+    high = float(np.percentile(sample, PERCENTILES[1]))
+    hot = array[array > _HOT * max(high, 1e-30)]
+    if hot.size:
+        why = f"{_voxels_between(hot)}, more than {_HOT} times the 99.5th percentile ({high:.4g})"
         raise DataError(why, path=path, field="voxels", fix="replace these voxels by plausible values, or export again")
+    values = np.unique(np.append(sample[sample <= high], np.float32(low)))
+    start, stop = _largest_cluster(values, _GAP * (high - low))
+    first, last = (float(each) for each in np.percentile(sample[(sample >= start) & (sample <= stop)], [5, 95]))
     if last - first < _LEAST_SPREAD * (high - low):
-        count = array.size - rest.size
+        start, stop = start if start > low else first, stop if stop < high else last
+        other = array[array < start] if start - low > high - stop else array[array > stop]
         why = (
-            f"{count} voxels are {low:g}, which leaves the tissue ({first:.4g} to {last:.4g}) "
+            f"{_voxels_between(other)}, which leaves the tissue ({first:.4g} to {last:.4g}) "
             f"{(last - first) / (high - low):.1%} of the window of {sequence}"
         )
         raise DataError(
             why, path=path, field="voxels", fix="replace this padding value by 0, or export the series again"
         )
+
+
+def _largest_cluster(values: np.ndarray, gap: float) -> tuple[float, float]:
+    """The ends of the part of `values`, which are sorted and different, with the most values and without a gap."""
+    clusters = np.split(values, np.flatnonzero(np.diff(values) > gap) + 1)
+    largest = max(reversed(clusters), key=len)
+    return float(largest[0]), float(largest[-1])
+
+
+def _voxels_between(outside: np.ndarray) -> str:
+    """How many voxels there are in `outside`, and their values."""
+    low, high = outside.min(), outside.max()
+    values = f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
+    return f"{outside.size} voxel{' is' if outside.size == 1 else 's are'} {values}"
