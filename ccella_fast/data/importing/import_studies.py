@@ -10,7 +10,8 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from ccella_fast.data.importing.write import StudyTask, is_written, remove_study
 from ccella_fast.data.preparation.worker_pool import WorkerPool
 from ccella_fast.data.readers.text_checks import read_text
 from ccella_fast.errors import ConfigError, DataError
+from ccella_fast.folder_lock import lock_folder
 from ccella_fast.storage import atomic_path, check_writable, remove_partial_files
 
 logger = logging.getLogger("ccella_fast")
@@ -94,29 +96,42 @@ def import_studies(
         The page to look at; with `write` the folder of the studies.
 
     Raises:
-        ConfigError: If folders are inside one another, or `write` is given before the choice was shown.
+        ConfigError: If folders are inside one another, if `write` is given before the choice was shown, or if another import
+            writes to the same studies or key.
         DataError: If there is no DICOM file, no T2 series, or a chosen series cannot be read.
     """
     places = _places(Path(data), Path(out), private)
     check_fractions(split)
     sources = None if reports is None else read_sources(Path(reports), report_column, id_column)
-    export = _read_export(Path(data), places, split, workers)
-    proposed = {study: choose_sequences(exported.volumes) for study, exported in export.studies.items()}
-    lines = read_choices(places.choices)
-    if write:
-        _check_shown(proposed, lines, places)
-    used = apply_edits(proposed, lines, places.choices)
-    write_choices(places.choices, proposed, used, lines)
-    _print_choices(used)
-    matched, notes = match_reports(sources or [], export.studies, export.key)
-    notices = export.notices + notes + _summary(used, matched, export, sources is not None)
-    _write_report_list(places.review / "reports.csv", matched)
-    for notice in notices:
-        logger.info("%s", notice)
-    tasks = {study: task_of(study, judged, places.out, places.private) for study, judged in used.items()}
-    if write:
-        return _write_all(tasks, matched, export.key, places, workers)
-    return _show(tasks, used, notices, places, workers)
+    with _lock(places):
+        export = _read_export(Path(data), places, split, workers)
+        proposed = {study: choose_sequences(exported.volumes) for study, exported in export.studies.items()}
+        lines = read_choices(places.choices)
+        if write:
+            _check_shown(proposed, lines, places)
+        used = apply_edits(proposed, lines, places.choices)
+        write_choices(places.choices, proposed, used, lines)
+        _print_choices(used)
+        matched, notes = match_reports(sources or [], export.studies, export.key)
+        notices = export.notices + notes + _summary(used, matched, export, sources is not None)
+        _write_report_list(places.review / "reports.csv", matched)
+        for notice in notices:
+            logger.info("%s", notice)
+        tasks = {study: task_of(study, judged, places.out, places.private) for study, judged in used.items()}
+        if write:
+            return _write_all(tasks, matched, export.key, places, workers)
+        return _show(tasks, used, notices, places, workers)
+
+
+@contextmanager
+def _lock(places: Places) -> Iterator[None]:
+    """Let no other import write to the studies, or to the key, which imports into several folders may share.
+
+    The lock of the key is next to its folder, which is created later, for its owner alone.
+    """
+    command, private = "ccella-fast import", places.private
+    with lock_folder(places.out, command), lock_folder(private.parent, command, name=f".{private.name}.lock"):
+        yield
 
 
 def _places(data: Path, out: Path, private: str | Path | None) -> Places:
