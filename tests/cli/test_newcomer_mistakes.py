@@ -20,7 +20,7 @@ SAMPLE = "sample --checkpoint {checkpoint} --out {tmp}/out"
 HOLD = """
 import sys
 from ccella_fast.folder_lock import lock_folder
-with lock_folder(sys.argv[1], "another command"):
+with lock_folder(sys.argv[1], "another command", name=sys.argv[2]):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -71,7 +71,12 @@ WRITERS = {
     "train, continued": "train --config {config} --data {prepared} --output_dir {tmp}/held --resume",
     "train-vae": "train-vae --config {small} --data {images} --out {tmp}/held",
     "sample": "sample --checkpoint {no_text} --out {tmp}/held --pirads 2",
+    "import": "import --data {studies} --out {tmp}/held",
+    "import, written": "import --data {studies} --out {tmp}/held --write",
+    "import with the same key": "import --data {studies} --out {tmp}/other --private {tmp}/held/key",
+    "export": "export --checkpoint {checkpoint} --out {tmp}/held/model.pt",
 }
+LOCKS = {"import with the same key": ".key.lock", "export": ".model.pt.lock"}  # others lock .lock
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +138,12 @@ def test_a_mistake_with_real_folders_can_be_corrected_from_its_message(name, cal
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_second_command_does_not_write_to_the_folder_of_the_first(name, call, places, tmp_path):
+    lock = LOCKS.get(name, ".lock")
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "held")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(tmp_path / "held"), lock],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as holder:
         assert holder.stdout.readline() == "held\n"
         found, message = call(WRITERS[name])
@@ -143,7 +152,8 @@ def test_a_second_command_does_not_write_to_the_folder_of_the_first(name, call, 
     lines = error_of(message)
     assert found == 2 and len(lines) <= 5, message
     assert f"'another command', process {holder.pid}" in message and str(tmp_path / "held") in message
-    assert "wait until it has ended" in lines[-1] and inside == [".lock"]
+    assert "wait until it has ended" in lines[-1] and inside == [lock]
+    assert not list(tmp_path.iterdir())  # the first one has written nothing either
 
 
 def test_a_folder_without_a_table_is_prepared_with_a_warning_and_stops_check(call, places, tmp_path):

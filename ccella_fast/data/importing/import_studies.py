@@ -10,7 +10,8 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from ccella_fast.data.importing.deidentification import (
     write_private_table,
 )
 from ccella_fast.data.importing.page import Picture, draw_study, write_pages
-from ccella_fast.data.importing.report_sources import SourceReport, StudyReport, match_reports, read_sources, shortened
+from ccella_fast.data.importing.report_sources import StudyReport, match_reports, read_sources, shortened
 from ccella_fast.data.importing.scan import UnusedFile, scan_export
 from ccella_fast.data.importing.sequence_choice import SEQUENCES, Judgement, choose_sequences
 from ccella_fast.data.importing.series import ExportedStudy, group_studies
@@ -96,43 +97,41 @@ def import_studies(
 
     Raises:
         ConfigError: If folders are inside one another, if `write` is given before the choice was shown, or if another import
-            is writing to the private folder.
+            writes to the same studies or key.
         DataError: If there is no DICOM file, no T2 series, or a chosen series cannot be read.
     """
     places = _places(Path(data), Path(out), private)
     check_fractions(split)
     sources = None if reports is None else read_sources(Path(reports), report_column, id_column)
-    places.private.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with lock_folder(places.private, "ccella-fast import"):
-        return _import(Path(data), places, split, sources, write=write, workers=workers)
+    with _lock(places):
+        export = _read_export(Path(data), places, split, workers)
+        proposed = {study: choose_sequences(exported.volumes) for study, exported in export.studies.items()}
+        lines = read_choices(places.choices)
+        if write:
+            _check_shown(proposed, lines, places)
+        used = apply_edits(proposed, lines, places.choices)
+        write_choices(places.choices, proposed, used, lines)
+        _print_choices(used)
+        matched, notes = match_reports(sources or [], export.studies, export.key)
+        notices = export.notices + notes + _summary(used, matched, export, sources is not None)
+        _write_report_list(places.review / "reports.csv", matched)
+        for notice in notices:
+            logger.info("%s", notice)
+        tasks = {study: task_of(study, judged, places.out, places.private) for study, judged in used.items()}
+        if write:
+            return _write_all(tasks, matched, export.key, places, workers)
+        return _show(tasks, used, notices, places, workers)
 
 
-def _import(
-    data: Path,
-    places: Places,
-    split: Sequence[float],
-    sources: list[SourceReport] | None,
-    *,
-    write: bool,
-    workers: int | None,
-) -> Path:
-    export = _read_export(data, places, split, workers)
-    proposed = {study: choose_sequences(exported.volumes) for study, exported in export.studies.items()}
-    lines = read_choices(places.choices)
-    if write:
-        _check_shown(proposed, lines, places)
-    used = apply_edits(proposed, lines, places.choices)
-    write_choices(places.choices, proposed, used, lines)
-    _print_choices(used)
-    matched, notes = match_reports(sources or [], export.studies, export.key)
-    notices = export.notices + notes + _summary(used, matched, export, sources is not None)
-    _write_report_list(places.review / "reports.csv", matched)
-    for notice in notices:
-        logger.info("%s", notice)
-    tasks = {study: task_of(study, judged, places.out, places.private) for study, judged in used.items()}
-    if write:
-        return _write_all(tasks, matched, export.key, places, workers)
-    return _show(tasks, used, notices, places, workers)
+@contextmanager
+def _lock(places: Places) -> Iterator[None]:
+    """Let no other import write to the studies, or to the key, which imports into several folders may share.
+
+    The lock of the key is next to its folder, which is created later, for its owner alone.
+    """
+    command, private = "ccella-fast import", places.private
+    with lock_folder(places.out, command), lock_folder(private.parent, command, name=f".{private.name}.lock"):
+        yield
 
 
 def _places(data: Path, out: Path, private: str | Path | None) -> Places:
@@ -156,6 +155,7 @@ def _places(data: Path, out: Path, private: str | Path | None) -> Places:
 
 def _read_export(data: Path, places: Places, split: Sequence[float], workers: int | None) -> Export:
     headers, unused = scan_export(data, workers)
+    places.private.mkdir(parents=True, exist_ok=True, mode=0o700)
     remove_partial_files(places.private)
     found, copies = group_studies(headers)
     key = extend_key(read_key(places.private / "key.csv"), found, split)
