@@ -144,6 +144,22 @@ def test_a_series_that_covers_half_of_the_grid_is_noted_and_recorded(tmp_path: P
     assert coverage_note(read_volume(study / "hbv.nii.gz"), "hbv", grid) is None  # control
 
 
+def test_notes_are_logged_once_per_sentence_and_in_a_limited_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    three = {"data__sequences": ["t2w", "hbv", "adc"], "model__latent_channels": [4, 4, 4]}
+    for name, slices in [("a", 11), ("b", 10), ("c", 11), ("d", 12)]:
+        write_nifti(tmp_path / "studies" / name / "t2w.nii.gz")
+        write_nifti(tmp_path / "studies" / name / "hbv.nii.gz", seed=1)
+        write_nifti(tmp_path / "studies" / name / "adc.nii.gz", adc()[:, :, :slices].copy(), oblique())
+    monkeypatch.setattr("ccella_fast.data.preparation.manifest_builder._LOGGED_NOTES", 1)
+    prepare(tmp_path / "studies", tmp_path / "out", config(**three), workers=2)
+    lines = [record.getMessage() for record in caplog.records if "adc covers" in record.getMessage()]
+    assert len(lines) == 1 and str(tmp_path / "studies/a/adc.nii.gz") in lines[0]
+    assert lines[0].endswith("(and 2 more series)")
+    assert "notes that are not shown: 1, see cases" in caplog.text
+
+
 def test_a_change_of_the_voxels_beside_a_header_is_noticed(tmp_path: Path):
     import SimpleITK as sitk
 

@@ -57,6 +57,22 @@ def test_other_settings_of_the_text_encoder_are_refused(studies: Path, tmp_path:
     assert "image of" not in str(error.value) and tree(out) == before
 
 
+def test_another_b_value_is_refused(studies: Path, tmp_path: Path):
+    """Equal values of an argument that no configuration holds are recorded with each study."""
+    out, settings = tmp_path / "out", config()
+    prepare(studies, out, settings, b_value=1400)
+    before = tree(out)
+    prepare(studies, out, settings, b_value=1400)  # control
+    for other in (800, None):
+        with pytest.raises(ConfigError, match=f"--b_value was 1400, now {other}. .*image of 3 studies"):
+            prepare(studies, out, settings, b_value=other)
+    assert tree(out) == before
+    prepare(studies, out, settings, b_value=800, overwrite=True)
+    prepare(studies, tmp_path / "plain", settings)
+    with pytest.raises(ConfigError, match="--b_value was None, now 800"):
+        prepare(studies, tmp_path / "plain", settings, b_value=800)
+
+
 def test_additions_need_no_permission(studies: Path, tmp_path: Path):
     """Latents, reports, studies and changed series are added to a complete folder as before."""
     out, settings = tmp_path / "out", config()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from ccella_fast.data.preparation.images import ImageTask, bytes_needed
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.data.preparation.worker_pool import WorkerPool, count_workers
 from ccella_fast.errors import ConfigError, DataError
-from pool_tasks import die, fail, refuse, threads
+from pool_tasks import damage, die, fail, refuse, threads
 from study_fixtures import config, tree, write_nifti, write_studies
 
 
@@ -48,6 +49,24 @@ def test_a_worker_that_ends_is_the_result_of_its_study(workers: int):
     ]:
         assert isinstance(results[task], DataError) and words in str(results[task])
         assert results[task].field == f"study{task}" and results[task].fix
+
+
+def test_a_study_is_not_blamed_for_the_one_before_it():
+    with WorkerPool(1) as pool:
+        done = {each.task: each.result for each in pool.run(damage, range(4), list("abcd"), bytes_each=1)}
+        assert done[0] == done[1] != done[2] == done[3]  # task 2 was done once more, in another process
+        alone = {each.task: each.result for each in pool.run(die, [5], ["e"], bytes_each=1)}
+    assert isinstance(alone[0], DataError)  # control: what crashes in a new process too is to blame
+
+
+def test_a_worker_that_is_killed_between_two_tasks_is_replaced():
+    with WorkerPool(1) as pool:
+        first = [each.result for each in pool.run(refuse, [0], ["a"], bytes_each=1)]
+        os.kill(first[0], signal.SIGKILL)
+        while _alive(first[0]):
+            time.sleep(0.01)
+        again = [each.result for each in pool.run(refuse, [0, 1], ["a", "b"], bytes_each=1)]
+    assert again[0] == again[1] != first[0]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

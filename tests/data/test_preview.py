@@ -9,6 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from ccella_fast import cli
+from ccella_fast.data.preparation.images import ImageTask, read_images
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import ConfigError
 from ccella_fast.report.figures import Panel, montage
@@ -58,6 +59,17 @@ def test_volumes_with_different_voxel_sizes_are_drawn_at_one_scale(tmp_path: Pat
         rows = (np.abs(pixels - 0.6) < 0.02).sum(1)
         widths.append(int(np.median(rows[rows > 10])))
     assert widths[0] == pytest.approx(widths[1], abs=3) and widths[2] == pytest.approx(2 * widths[0], abs=4)
+
+
+def test_series_are_read_in_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A reader that crashes would otherwise end the command; the control is that this process would notice a read."""
+    studies, read = write_studies(tmp_path / "studies", 1), []
+    monkeypatch.setattr("ccella_fast.data.preparation.images.read_volume", lambda *_, **__: read.append(1))
+    prepare(studies, tmp_path / "out", config(**MIRRORED), preview=True, workers=1)
+    assert (tmp_path / "out/preview/case0.png").is_file() and not read
+    with pytest.raises(AttributeError):
+        read_images(ImageTask("a", {"t2w": studies}, config().data, tmp_path))
+    assert read
 
 
 def test_preview_of_studies_without_images_raises(tmp_path: Path):

@@ -44,7 +44,7 @@ class PreparedImages(NamedTuple):
     Attributes:
         files: Key -> entry of the manifest's `files`.
         facts: affine, spacing and window, for the manifest; a signature, by which copies of the study are recognized; notes on
-            what was there and was not used.
+            what was there and was not used; the b-value that was asked for.
     """
 
     files: dict[str, dict[str, Any]]
@@ -56,6 +56,11 @@ def check_images(task: ImageTask) -> None:
     series, _ = read_series(task)
     for sequence, volume in series.items():
         check_intensities(volume, sequence, task.files[sequence])
+
+
+def read_images(task: ImageTask) -> dict[str, Volume]:
+    """The series of a study as they were measured."""
+    return read_series(task)[0]
 
 
 def make_images(task: ImageTask) -> PreparedImages:
@@ -75,6 +80,8 @@ def make_images(task: ImageTask) -> PreparedImages:
         "signature": signature,
         "notes": notes,
     }
+    if task.b_value is not None:
+        facts["b_value"] = task.b_value
     return PreparedImages(files, facts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import statistics
+from pathlib import Path
 from typing import Any
 
 from ccella_fast.config import Config
@@ -13,12 +14,20 @@ from ccella_fast.data.preparation.augmented_latents import AugmentedLatentStage,
 from ccella_fast.data.preparation.latent_encoder import combine_moments
 from ccella_fast.data.preparation.resampling import ADC_WINDOW
 from ccella_fast.data.preparation.stage_cache import StageCache
-from ccella_fast.data.preparation.stages import ImportedLatentStage, LatentStage, Stage, TextStage, latent_digest
+from ccella_fast.data.preparation.stages import (
+    ImageStage,
+    ImportedLatentStage,
+    LatentStage,
+    Stage,
+    TextStage,
+    latent_digest,
+)
 from ccella_fast.data.readers.study import Study
 from ccella_fast.errors import DataError
 from ccella_fast.storage import read_json, write_json
 
 logger = logging.getLogger("ccella_fast")
+_LOGGED_NOTES = 20
 
 
 class ManifestBuilder:
@@ -56,6 +65,10 @@ class ManifestBuilder:
         text = self._text()
         if before.text is not None and text is not None:
             pairs |= {f"text.{key}": (value, text[key]) for key, value in before.text.model_dump().items()}
+        if isinstance(image := self.stages.get("image"), ImageStage):
+            held = [self.records.get(study.id, "image").get("facts", {}).get("b_value") for study in self.studies]
+            other = [value for value in held if value != image.b_value]
+            pairs["--b_value"] = (other[0] if other else image.b_value, image.b_value)
         latent = self.stages.get("latent")
         if latent is not None and before.scale_factor is not None:
             vae = latent.vae.sha256 if isinstance(latent, LatentStage) else None
@@ -171,8 +184,23 @@ class ManifestBuilder:
         if truncated:
             message = "%d reports are longer than %d tokens and lose their beginning: %s"
             logger.warning(message, len(truncated), self.config.text.max_length, join_ids(truncated))
+        if "image" in self.stages:
+            self._log_notes()
         if manifest["scale_factor"] is None:
             logger.info("no latents yet: run `ccella-fast train-vae`, then `prepare` again with --vae")
+
+    def _log_notes(self) -> None:
+        """Warn of what was there and was not used: an equal sentence once, with the first series, and a limited number."""
+        series: dict[str, list[Path]] = {}
+        for study in self.studies:
+            for sequence, sentences in self._facts(study, "image").get("notes", {}).items():
+                for sentence in sentences:
+                    series.setdefault(sentence, []).append(study.files[sequence])
+        for sentence, paths in list(series.items())[:_LOGGED_NOTES]:
+            more = f" (and {len(paths) - 1} more series)" if len(paths) > 1 else ""
+            logger.warning("%s: %s%s", paths[0], sentence, more)
+        if len(series) > _LOGGED_NOTES:
+            logger.warning("notes that are not shown: %d, see cases/<id>.json", len(series) - _LOGGED_NOTES)
 
 
 def join_ids(ids: list[str]) -> str:

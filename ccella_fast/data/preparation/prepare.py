@@ -250,7 +250,7 @@ def _make_optional_stages(
         if image is None:
             why = "these studies come without images, which previews need"
             raise ConfigError(why, field="--preview", fix="leave --preview out")
-        optional.append(PreviewStage(records, studies, config, image.b_value))
+        optional.append(PreviewStage(records, studies, config, image))
     return optional
 
 

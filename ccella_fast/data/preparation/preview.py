@@ -6,7 +6,6 @@ It is meant for visual inspection before training: the prostate, its orientation
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ from ccella_fast.data.augmentation.parameters import Augmentation, minimal_confi
 from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine
 from ccella_fast.data.manifest import open_array
-from ccella_fast.data.preparation.images import ImageTask, read_series
 from ccella_fast.data.preparation.stage_cache import StageCache, file_entry, fingerprint_of
-from ccella_fast.data.preparation.stages import RECIPE, Stage, progress_bar
+from ccella_fast.data.preparation.stages import RECIPE, ImageStage, Stage
 from ccella_fast.data.readers.study import Study
+from ccella_fast.data.readers.volume import Volume
 from ccella_fast.report.figures import Panel, montage
 from ccella_fast.storage import atomic_path
 
@@ -35,9 +34,9 @@ class PreviewStage(Stage):
 
     name = "preview"
 
-    def __init__(self, records: StageCache, studies: list[Study], config: Config, b_value: float | None = None):
+    def __init__(self, records: StageCache, studies: list[Study], config: Config, images: ImageStage):
         super().__init__(records, studies, config)
-        self.b_value = b_value
+        self.images = images
 
     def inputs(self, study: Study) -> str:
         """Digest of the prepared images and of the augmentation."""
@@ -47,19 +46,16 @@ class PreviewStage(Stage):
 
     def run(self, todo: list[Study]) -> dict[str, float]:
         """Draw the pictures of the studies."""
-        for study in progress_bar(todo, "previews"):
+        for study, series in self.images.read(todo, "previews"):
             path = self.records.out / FOLDER / f"{study.id}.png"
             with atomic_path(path) as temporary:
-                temporary.write_bytes(montage(list(self._panels(study)), window=(0, 1), caption=_CAPTION))
+                temporary.write_bytes(montage(list(self._panels(study, series)), window=(0, 1), caption=_CAPTION))
             entry = file_entry(self.records.out, f"{FOLDER}/{study.id}.png")
             self.records.put(study.id, self.name, self.inputs(study), {"preview": entry}, {})
         return {}
 
-    def _panels(self, study: Study) -> Iterator[Panel]:
+    def _panels(self, study: Study, series: dict[str, Volume]) -> Iterator[Panel]:
         record, spacing = self.records.get(study.id, "image"), self.config.data.spacing
-        files: dict[str, Path] = {name: study.files[name] for name in self.sequences}
-        task = ImageTask(study.id, files, self.config.data, self.records.out, self.b_value)
-        series, _ = read_series(task)
         for name in self.sequences:
             low, high = record["facts"]["window"][name]
             volume = series[name]

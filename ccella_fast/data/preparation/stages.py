@@ -7,7 +7,6 @@ processes.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,17 +17,16 @@ from tqdm import tqdm
 
 from ccella_fast.config import Config
 from ccella_fast.data.manifest import open_array
-from ccella_fast.data.preparation.images import ImageTask, bytes_needed, check_images, make_images
+from ccella_fast.data.preparation.images import ImageTask, bytes_needed, check_images, make_images, read_images
 from ccella_fast.data.preparation.latent_encoder import LatentEncoder, import_latent, moments
 from ccella_fast.data.preparation.stage_cache import StageCache, fingerprint_of
 from ccella_fast.data.preparation.worker_pool import TaskResult, WorkerPool
 from ccella_fast.data.readers.study import Study
+from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_file import files_of_volume
 from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.errors import DataError
 from ccella_fast.hardware import warn_of_emulated_bf16
-
-logger = logging.getLogger("ccella_fast")
 
 # Part of every digest; to be increased when the same inputs give other results.
 RECIPE, IMAGE_RECIPE, AUGMENTED_RECIPE = 1, 2, 2
@@ -112,11 +110,15 @@ class ImageStage(Stage):
             files, facts = done.result
             self.records.trust(files.values())
             self.records.put(study.id, self.name, self.inputs(study), files, facts)
-            for sequence, sentences in facts["notes"].items():
-                for sentence in sentences:
-                    logger.warning("%s: %s", study.files[sequence], sentence)
             seconds[study.id] = done.seconds
         return seconds
+
+    def read(self, todo: list[Study], title: str) -> Iterator[tuple[Study, dict[str, Volume]]]:
+        """The series of these studies as they were measured."""
+        for done in self._run_in_pool(read_images, todo, title):
+            if isinstance(done.result, DataError):
+                raise done.result
+            yield todo[done.task], done.result
 
     def _run_in_pool(self, function: Callable[[ImageTask], Any], todo: list[Study], title: str) -> Iterator[TaskResult]:
         tasks = [

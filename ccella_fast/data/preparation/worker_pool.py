@@ -1,7 +1,8 @@
 """A pool of worker processes for many studies. Files of unknown origin are read in workers only: a crash names the study.
 
 A worker has one task at a time, so a worker that crashes, is killed or does not come back is the result of one study, a
-DataError; another worker takes its place and the other studies go on.
+DataError; another worker takes its place and the other studies go on. A study is blamed for a crash only if it was the first of
+its process: after others, whose files may have damaged the memory, it is read once more in a new process.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from typing import Any, NamedTuple, TypeVar
 
@@ -77,20 +79,23 @@ class WorkerPool:
             ConfigError: no process can be started.
         """
         count = min(len(tasks), self.workers or count_workers(len(tasks), bytes_each))
-        remaining = iter(range(len(tasks)))
-        while True:
-            while len(self._busy) < count and (number := next(remaining, None)) is not None:
-                worker = self._idle.pop() if self._idle else _start_worker()
+        waiting, repeated = deque(range(len(tasks))), set[int]()
+        while waiting or self._busy:
+            while waiting and len(self._busy) < count:
+                number = waiting.popleft()
+                worker = self._idle.pop() if self._idle and number not in repeated else _start_worker()
                 self._busy.append(worker)
                 worker.begin(number, function, tasks[number])
-            if not self._busy:
-                return
             for worker in self._ready():
                 self._busy.remove(worker)
                 result = worker.finish(names[worker.task], self.seconds)
                 if worker.process.is_alive():
                     self._idle.append(worker)
-                yield result
+                if result is None:
+                    waiting.appendleft(worker.task)
+                    repeated.add(worker.task)
+                else:
+                    yield result
 
     def _ready(self) -> list[_Worker]:
         """The workers that have a result or have ended, or whose time is up."""
@@ -108,19 +113,25 @@ class _Worker:
 
     def __init__(self, process: Any, channel: connection.Connection):
         self.process, self.channel = process, channel
-        self.task, self.start = -1, 0.0
+        self.task, self.start, self.begun = -1, 0.0, 0
 
     def begin(self, task: int, function: Callable[[Any], Any], argument: Any) -> None:
         """Give the worker a task."""
-        self.task, self.start = task, time.monotonic()
-        self.channel.send((function, argument))
+        self.task, self.start, self.begun = task, time.monotonic(), self.begun + 1
+        with suppress(BrokenPipeError):  # the process has ended since its last task, as `finish` finds
+            self.channel.send((function, argument))
 
-    def finish(self, name: str, seconds: float) -> TaskResult:
-        """The result of the task. A process that has none is killed, and what happened to it is the result."""
+    def finish(self, name: str, seconds: float) -> TaskResult | None:
+        """The result of the task. A process that has none is killed, and what happened to it is the result.
+
+        None if the process has ended and had other tasks before.
+        """
         try:
             result, duration = self.channel.recv() if self.channel.poll() else (None, None)
         except (EOFError, OSError):
             self.process.join()
+            if self.begun > 1:
+                return None
             return TaskResult(self.task, _crash(name, self.process.exitcode), time.monotonic() - self.start)
         if duration is None:
             self.kill()
