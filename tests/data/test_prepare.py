@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import nibabel
@@ -19,7 +13,7 @@ import pytest
 from ccella_fast.data.manifest import load_manifest
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import ConfigError, DataError
-from study_fixtures import config, times, tree, voxels, write_bert, write_merged, write_nifti, write_studies, write_vae
+from study_fixtures import config, times, tree, write_bert, write_merged, write_nifti, write_studies, write_vae
 
 TESTS = Path(__file__).resolve().parents[1] / "fixtures"
 
