@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ccella_fast.data.preparation.resampling import PERCENTILES, Grid
+from ccella_fast.data.preparation.resampling import ADC_WINDOW, PERCENTILES, Grid
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.errors import DataError
 
@@ -31,6 +31,7 @@ def check_intensities(volume: Volume, sequence: str, path: Path) -> None:
     """Raise DataError unless the intensities are plausible for `sequence`, "t2w", "hbv" or "adc"."""
     if sequence == "adc":
         _check_adc_unit(volume.array, path)
+        _check_hot_voxels(np.abs(volume.array), ADC_WINDOW[1], "the top of the window", path)
     else:
         _check_window(volume.array, sequence, path)
 
@@ -64,23 +65,29 @@ def _check_adc_unit(array: np.ndarray, path: Path) -> None:
 
 
 def _check_window(array: np.ndarray, sequence: str, path: Path) -> None:
-    low = float(array.min())
-    rest = array[array > low]  # without the background, if it has one value
-    sample = rest[:: max(1, rest.size // _SAMPLE)]
-    first, last, high = (float(value) for value in np.percentile(sample, [5, 95, PERCENTILES[1]]))
+    low, top = float(array.min()), float(array.max())
+    # The background has the lowest value, and padding may have the highest.
+    tissue = array[(array > low) & (array < top)]
+    tissue = tissue if tissue.size else array[array > low]
+    high = float(np.percentile(_sample(array[array > low]), PERCENTILES[1]))
+    first, last = (float(value) for value in np.percentile(_sample(tissue), [5, 95]))
+    _check_hot_voxels(array, high, "the 99.5th percentile", path)
+    if last - first >= _LEAST_SPREAD * (high - low):
+        return
+    value = low if first - low > high - last else top
+    why = (
+        f"{np.count_nonzero(array == value)} voxels are {value:g}, which leaves the tissue ({first:.4g} to {last:.4g}) "
+        f"{(last - first) / (high - low):.1%} of the window of {sequence}"
+    )
+    raise DataError(why, path=path, field="voxels", fix="replace this padding value by 0, or export the series again")
+
+
+def _check_hot_voxels(array: np.ndarray, high: float, what: str, path: Path) -> None:
     hot = array > _HOT * max(high, 1e-30)
     if hot.any():
-        why = (
-            f"{np.count_nonzero(hot)} voxels are up to {array.max():.3g}, "
-            f"more than {_HOT} times the 99.5th percentile ({high:.4g})"
-        )
+        why = f"{np.count_nonzero(hot)} voxels are up to {array.max():.3g}, more than {_HOT} times {what} ({high:.4g})"
         raise DataError(why, path=path, field="voxels", fix="replace these voxels by plausible values, or export again")
-    if last - first < _LEAST_SPREAD * (high - low):
-        count = array.size - rest.size
-        why = (
-            f"{count} voxels are {low:g}, which leaves the tissue ({first:.4g} to {last:.4g}) "
-            f"{(last - first) / (high - low):.1%} of the window of {sequence}"
-        )
-        raise DataError(
-            why, path=path, field="voxels", fix="replace this padding value by 0, or export the series again"
-        )
+
+
+def _sample(values: np.ndarray) -> np.ndarray:
+    return values[:: max(1, values.size // _SAMPLE)]
