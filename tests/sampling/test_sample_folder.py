@@ -288,7 +288,7 @@ def kill_and_finish(checkpoint: Path, folder: Path, trials: int, *, by_time: boo
         started = context.Event()
         child = context.Process(target=draw_until, args=(checkpoint, out, operation, started))
         child.start()
-        assert started.wait(60)
+        assert started.wait(300)
         return child, time.monotonic()
 
     draw(checkpoint, folder / "whole")
