@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ccella_fast import load_config
-from ccella_fast.config import Config
+from ccella_fast.config import Config, make_config
 from ccella_fast.errors import ConfigError
 from ccella_fast.variants import VARIANTS
 
