@@ -8,6 +8,7 @@ errors.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -445,7 +446,7 @@ def _override(values: dict[str, Any], overrides: Mapping[str, Any] | Sequence[st
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise ConfigError(f"'{parent}' is a value, not a section", field=dotted, fix="check the dotted name")
-        section[last] = value
+        section[last] = copy.deepcopy(value)  # a later override may change a key in it
     return values
 
 

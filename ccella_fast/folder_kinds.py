@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from ccella_fast.errors import CcellaError
+from ccella_fast.errors import CcellaError, ConfigError
 
 Wanted = Literal["checkpoint", "prepared", "autoencoder", "studies", "results"]
 
@@ -40,6 +40,14 @@ _WANTED: dict[Wanted, tuple[set[str], str]] = {
     ),
     "studies": ({"studies", "bids"}, "give the folder that contains the folders of the studies"),
     "results": ({"results"}, "give the folder that contains prepared/, vae/, model/ and samples/"),
+}
+# What a command writes -> the kinds of an existing folder that it may go on with.
+_OUTPUTS: dict[str, set[str]] = {
+    "prepared data": {"prepared", "unprepared"},
+    "an autoencoder": {"autoencoder", "unfinished autoencoder"},
+    "a run": {"run", "unsaved run"},
+    "samples": {"samples"},
+    "a checkpoint": {"step"},
 }
 _FORMATS = {
     "ccella_fast.prepared": "prepared",
@@ -84,6 +92,14 @@ def check_folder(path: str | Path, wanted: Wanted, *, error: type[CcellaError], 
     kind = folder_kind(path)
     if kind is not None and kind not in _WANTED[wanted][0]:
         raise wrong_folder(path, wanted, error=error, field=field)
+
+
+def check_output(folder: str | Path, what: str, *, field: str) -> None:
+    """Raise ConfigError if `folder` holds results of another kind than `what`, which is a key of the table above."""
+    kind = folder_kind(folder)
+    if any(kind in kinds for name, kinds in _OUTPUTS.items() if name != what):
+        why = f"this is {_NAMES[str(kind)]}; {what} would be mixed with its files"
+        raise ConfigError(why, path=folder, field=field, fix="choose a folder of its own")
 
 
 def wrong_folder(

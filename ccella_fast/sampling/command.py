@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ccella_fast.config import Config
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError
+from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.report.sample_files import read_sample
 from ccella_fast.run_record import write_run_record
@@ -122,8 +123,8 @@ def sample_to_folder(
         settings: other fields of `Request`.
 
     Raises:
-        ConfigError: an argument is invalid, which is found before weights are loaded, the folder contains samples of another
-            request, or another command writes to it.
+        ConfigError: an argument is invalid, which is found before weights are loaded, the folder contains results of
+            another kind or samples of another request, or another command writes to it.
         CheckpointError: a file is missing, damaged or not a checkpoint, or there is no autoencoder.
         DiskError: the folder is not writable.
         NonFiniteError: a volume is not finite; it is not written.
@@ -135,6 +136,7 @@ def sample_to_folder(
     if seed < 0:
         raise ConfigError(f"--seed must be at least 0, got {seed}", field="--seed", fix="use 0 or more")
     check_writable(out, "--out")
+    check_output(out, "samples", field="--out")
     check_format(format)
     _check_report_ids(report_ids)
     processes = DistributedContext()

@@ -18,7 +18,7 @@ from ccella_fast.data.checking.findings import check_allowed_names
 from ccella_fast.data.checking.overview import check_before_training
 from ccella_fast.data.manifest import Manifest, load_manifest
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError, Stopped
-from ccella_fast.folder_kinds import check_folder
+from ccella_fast.folder_kinds import check_folder, check_output
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.foreign_errors import translate
 from ccella_fast.storage import disk_error, remove_partial_files, sha256, write_json
@@ -188,6 +188,7 @@ def count_steps(config: Config, prepared: Manifest, world_size: int) -> int:
 
 def find_start(run: Path, resume: str | None) -> Path | None:
     """The step folder to resume from, or None to start a new run. Raises ConfigError, CheckpointError."""
+    check_output(run, "a run", field="--output_dir")
     if resume is None:
         if (run / "checkpoints").exists() or (run / "config.json").exists():
             fix = "add --resume, or choose another --output_dir"

@@ -64,6 +64,22 @@ ROWS = {
         "prepare --config {small} --data {studies} --out {images} --workers 1 --set data.spacing=[2,2,3]", 2,
         ["data.spacing was [1.5, 1.5, 3.0], now [2.0, 2.0, 3.0]", "image of 3 studies", "--overwrite"],
     ),
+    "prepare into the studies": (
+        "prepare --config {small} --data {studies} --out {studies}", 2, ["in the folder of studies", "next to --data"],
+    ),
+    "prepare into a folder in the studies": (
+        "prepare --config {small} --data {studies} --out {studies}/prepared", 2, ["in the folder of studies", "--out"],
+    ),
+    "prepare into a run": ("prepare --config {small} --data {studies} --out {run}", 2, ["a run folder", "{run}", "--out"]),
+    "train-vae into its data": ("train-vae --config {small} --data {images} --out {images}", 2, ["a prepared folder", "--out"]),
+    "train into its data": (
+        "train --config {config} --data {prepared} --output_dir {images}", 2, ["a prepared folder", "{images}", "--output_dir"],
+    ),
+    "train into prepared data, continued": (
+        "train --config {config} --data {prepared} --output_dir {images} --resume", 2, ["a prepared folder", "--output_dir"],
+    ),
+    "sample into a checkpoint": ("sample --checkpoint {no_text} --out {no_text} --pirads 2", 2, ["this is a checkpoint"]),
+    "sample into the run": ("sample --checkpoint {no_text} --out {run} --pirads 2", 2, ["a run folder", "mixed", "{run}"]),
 }  # fmt: skip
 WRITERS = {
     "prepare": "prepare --config {small} --data {studies} --out {tmp}/held --workers 1",
@@ -125,7 +141,7 @@ def error_of(message: str) -> list[str]:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_mistake_with_real_folders_can_be_corrected_from_its_message(name, call, places, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    kept = {each: tree(places[each]) for each in ("images", "run", "samples")}
+    kept = {each: tree(places[each]) for each in ("images", "run", "samples", "studies")}
     command, code, words = ROWS[name]
     found, message = call(command)
     lines = error_of(message)

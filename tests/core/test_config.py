@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ccella_fast import load_config
-from ccella_fast.config import Config
+from ccella_fast.config import Config, make_config
 from ccella_fast.errors import ConfigError
 from ccella_fast.variants import VARIANTS
 
@@ -275,3 +275,9 @@ def test_overrides_need_a_value_and_a_section(tmp_path):
         load_config(path, ["training.lr"])
     with pytest.raises(ConfigError, match="not a section"):
         load_config(path, ["training.lr.x=1"])
+
+
+def test_the_callers_dictionary_is_not_changed():
+    training = {"precision": "fp32"}
+    assert make_config({"training": training, "training.precision": "bf16"}).training.precision == "bf16"
+    assert training == {"precision": "fp32"}

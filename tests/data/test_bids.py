@@ -47,6 +47,22 @@ def test_sessions_series_and_participants(tmp_path: Path):
     assert studies[1].report is None  # BIDS writes n/a for a missing value
 
 
+@pytest.mark.parametrize("name", ["02", "2", "sub-2", "SUB-02", "sub-02.0"])
+def test_a_row_that_almost_names_a_study_raises(name: str, tmp_path: Path):
+    """That other rows do name studies must not hide that this one's class and report would be lost."""
+    table = write_bids(tmp_path) / "participants.tsv"
+    table.write_text(table.read_text().replace("sub-02\t", f"{name}\t"))
+    with pytest.raises(DataError, match=f"no study is called '{name}', and 'sub-02' has no row") as caught:
+        find_studies(tmp_path)
+    assert caught.value.field == "line 3, participant_id" and "did you mean 'sub-02" in str(caught.value.fix)
+
+
+def test_a_participant_without_images_may_have_a_name_like_that_of_another(tmp_path: Path):
+    with open(write_bids(tmp_path) / "participants.tsv", "a") as table:
+        table.write("sub-1\t50\t5\ttest\tn/a\n")
+    assert [study.pirads for study in find_studies(tmp_path)] == [[0, 1], None, None]
+
+
 def test_given_table_replaces_participants(tmp_path: Path):
     (tmp_path / "mine.csv").write_text("case,pirads\nsub-01,1\n")
     studies = find_studies(write_bids(tmp_path / "bids"), csv_file=tmp_path / "mine.csv")

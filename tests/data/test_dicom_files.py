@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import struct
 import sys
@@ -65,6 +66,16 @@ def test_a_damaged_slice_is_named_among_files_without_a_suffix(number: int, tmp_
     assert read_dicom_series(tmp_path).array.shape[2] == 6
     paths[number].write_bytes(b"")
     expect_defect(tmp_path, "name of a DICOM image, but is empty", paths[number])
+
+
+@pytest.mark.parametrize("suffix", [".dcm", ""])
+@pytest.mark.parametrize("appended", [".gz", ".PART"])
+def test_a_slice_that_is_compressed_or_was_not_transferred_is_named(suffix: str, appended: str, tmp_path: Path):
+    paths = [path.rename(tmp_path / f"IM{n}{suffix}") for n, path in enumerate(write_slices(tmp_path))]
+    part = paths[LAST].rename(tmp_path / f"{paths[LAST].name}{appended}")
+    assert read_dicom_series(tmp_path).array.shape[2] == 6  # complete: only its name is odd
+    part.write_bytes(gzip.compress(part.read_bytes()) if appended == ".gz" else part.read_bytes()[:100])
+    expect_defect(tmp_path, "name of a DICOM image, but is no DICOM file", part)
 
 
 def report_object(path: Path) -> None:

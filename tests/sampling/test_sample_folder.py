@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -281,6 +282,7 @@ def draw_until(checkpoint: Path, out: Path, operation: int | None, started) -> N
 
 def kill_and_finish(checkpoint: Path, folder: Path, trials: int, *, by_time: bool) -> None:
     """Kill runs at random file operations or instants, and finish each. A third of them must die with volumes missing."""
+    multiprocessing.forkserver._forkserver._stop()  # one that an earlier test has started lacks what is preloaded here
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ccella_fast.sampling.command", "sampling_fixtures", "matplotlib.figure"])
 
@@ -288,7 +290,7 @@ def kill_and_finish(checkpoint: Path, folder: Path, trials: int, *, by_time: boo
         started = context.Event()
         child = context.Process(target=draw_until, args=(checkpoint, out, operation, started))
         child.start()
-        assert started.wait(60)
+        assert started.wait(300)
         return child, time.monotonic()
 
     draw(checkpoint, folder / "whole")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ccella_fast.data.preparation.resampling import PERCENTILES, Grid
+from ccella_fast.data.preparation.resampling import ADC_WINDOW, PERCENTILES, Grid
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.errors import DataError
 
@@ -20,8 +20,9 @@ ADC_MEDIAN = (100.0, 3000.0)
 _TYPICAL_ADC = 1200.0
 _ADC_UNITS = {1e3: "1e-3 mm2/s", 1e6: "mm2/s", 1e-1: "1e-7 mm2/s", 1e-3: "1e-9 mm2/s"}
 #: Largest magnitude of an ADC value, ten times free water. Noise reaches log(4095) / 300 s/mm2 = 28,000, with signals of 12
-#: bits and b-values 300 apart; padding values and damaged voxels are beyond it, and a cubic B-spline spreads them.
+#: bits and b-values 300 apart. Few voxels may be beyond it; a padding value is in many, and a cubic B-spline spreads it.
 ADC_LIMIT = 30_000.0
+_MOST_NOISE = 0.001  # of the voxels of an ADC map
 _LEAST_SPREAD = (
     0.1  # of the window of T2 or high b, between the 5th and the 95th percentile; real series have 0.5 to 0.8
 )
@@ -34,7 +35,7 @@ _LEAST_COVER = 0.75  # of the voxels of the grid that the leading series covers
 def check_intensities(volume: Volume, sequence: str, path: Path) -> None:
     """Raise DataError unless the intensities are plausible for `sequence`, "t2w", "hbv" or "adc"."""
     if sequence == "adc":
-        _check_adc_unit(volume.array, path)
+        _check_adc(volume.array, path)
     else:
         _check_window(volume.array, sequence, path)
 
@@ -51,7 +52,7 @@ def coverage_note(volume: Volume, sequence: str, grid: Grid) -> str | None:
     return f"{sequence} covers {share:.0%} of the grid, the rest is filled with its minimum"
 
 
-def _check_adc_unit(array: np.ndarray, path: Path) -> None:
+def _check_adc(array: np.ndarray, path: Path) -> None:
     positive = array[array > 0]
     if positive.size == 0:
         why = f"no voxel of this ADC map is positive (its range is {array.min():g} to {array.max():g})"
@@ -65,8 +66,9 @@ def _check_adc_unit(array: np.ndarray, path: Path) -> None:
             f"but {low:g} to {high:g} is expected{unit}"
         )
         raise DataError(why, path=path, field="voxels", fix=f"give ADC in 1e-6 mm2/s: multiply by {factor:g}")
+    _check_hot_voxels(array, ADC_WINDOW[1], "the top of the window", path)
     outside = array[np.abs(array) > ADC_LIMIT]
-    if outside.size:
+    if outside.size > _MOST_NOISE * array.size:
         why = f"{_voxels_between(outside)}, but an ADC map has values between {-ADC_LIMIT:g} and {ADC_LIMIT:g}"
         raise DataError(why, path=path, field="voxels", fix="replace this padding value by 0, or export the map again")
 
@@ -76,10 +78,7 @@ def _check_window(array: np.ndarray, sequence: str, path: Path) -> None:
     rest = array[array > low]  # without the background, if it has one value
     sample = rest[:: max(1, rest.size // _SAMPLE)]
     high = float(np.percentile(sample, PERCENTILES[1]))
-    hot = array[array > _HOT * max(high, 1e-30)]
-    if hot.size:
-        why = f"{_voxels_between(hot)}, more than {_HOT} times the 99.5th percentile ({high:.4g})"
-        raise DataError(why, path=path, field="voxels", fix="replace these voxels by plausible values, or export again")
+    _check_hot_voxels(array[array > 0], high, "the 99.5th percentile", path)
     values = np.unique(np.append(sample[sample <= high], np.float32(low)))
     start, stop = _largest_cluster(values, _GAP * (high - low))
     first, last = (float(each) for each in np.percentile(sample[(sample >= start) & (sample <= stop)], [5, 95]))
@@ -93,6 +92,13 @@ def _check_window(array: np.ndarray, sequence: str, path: Path) -> None:
         raise DataError(
             why, path=path, field="voxels", fix="replace this padding value by 0, or export the series again"
         )
+
+
+def _check_hot_voxels(array: np.ndarray, high: float, what: str, path: Path) -> None:
+    hot = array[np.abs(array) > _HOT * max(high, 1e-30)]
+    if hot.size:
+        why = f"{_voxels_between(hot)}, more than {_HOT} times {what} ({high:.4g})"
+        raise DataError(why, path=path, field="voxels", fix="replace these voxels by plausible values, or export again")
 
 
 def _largest_cluster(values: np.ndarray, gap: float) -> tuple[float, float]:

@@ -44,6 +44,7 @@ from ccella_fast.data.readers.discovery import find_studies
 from ccella_fast.data.readers.study import Defects, Study
 from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.errors import ConfigError, DataError, DiskError
+from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.hardware import peak_memory
 from ccella_fast.run_record import write_run_record
@@ -89,14 +90,19 @@ def prepare(
 
     Raises:
         DataError: If a study, report or manifest is invalid; the message counts all defects.
-        ConfigError: If the settings do not fit together or do not fit the studies, if another command writes to `out`, or if
-            `out` is complete with other settings and `overwrite` is not given.
+        ConfigError: If the settings do not fit together or do not fit the studies, if `out` is in `data` or holds results of
+            another kind, if another command writes to it, or if it is complete with other settings and `overwrite` is not
+            given.
         CheckpointError: If the autoencoder cannot be used.
         DiskError: If `out` cannot be written or the disk is too small.
     """
     out = Path(out)
     config.check_grid()
     check_writable(out, "--out")
+    check_output(out, "prepared data", field="--out")
+    if out.resolve().is_relative_to(Path(data).resolve()):  # the next run would read what this one has written
+        why = "the prepared folder would be in the folder of studies"
+        raise ConfigError(why, path=out, field="--out", fix="choose a folder next to --data")
     with lock_folder(out, "ccella-fast prepare"), WorkerPool(workers) as pool:
         studies = find_studies(
             data,

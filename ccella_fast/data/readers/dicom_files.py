@@ -18,6 +18,8 @@ from ccella_fast.data.readers.text_checks import printable
 from ccella_fast.errors import DataError
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
+#: What programs append to the name of a file that they compress, or that they have not transferred completely.
+_APPENDED = re.compile(r"\.(gz|bz2|xz|zst|part|partial|filepart|crdownload|tmp)$", re.IGNORECASE)
 _MAX_BYTES = 2**31  # of all files of a series: MAX_VOXELS as 32-bit integers take half of it
 _MAX_HEADER_BYTES = 2**24  # what precedes the voxels; an enhanced header of a thousand frames has about a third of it
 _MAX_READS = 10**6  # each element takes two or three
@@ -144,12 +146,13 @@ def _is_dicom(head: bytes) -> bool:
 
 
 def _has_dicom_name(path: Path) -> bool:
-    return path.name.lower().endswith(_SUFFIXES)
+    return _APPENDED.sub("", path.name).lower().endswith(_SUFFIXES)
 
 
 def _name_pattern(path: Path) -> str:
     """A name without its numbers: slices are numbered, or are called by a UID or a hash."""
-    return "#" if re.fullmatch(r"[0-9a-fA-F-]{8,}", path.name) else re.sub(r"\d[\d.]*", "#", path.name)
+    name = _APPENDED.sub("", path.name)
+    return "#" if re.fullmatch(r"[0-9a-fA-F-]{8,}", name) else re.sub(r"\d[\d.]*", "#", name)
 
 
 class _CountedFile(io.BytesIO):

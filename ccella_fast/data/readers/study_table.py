@@ -53,11 +53,14 @@ def apply_table(studies: list[Study], table: Path, defects: Defects) -> list[Stu
     key = "participant_id" if is_bids else "case"
     lines: dict[str, int] = {}
     unmatched, names = 0, list[str]()
+    alike = {_plain_id(name): name for name in ids}
+    misnamed: list[tuple[str, str, str]] = []
     for line, row in _read_rows(table, key):
         case, field = row[key], f"line {line}, {key}"
         if case not in ids and is_bids:
             unmatched += 1
             names += [case] * (unmatched <= _SHOWN)
+            misnamed += [(case, field, alike[_plain_id(case)])] if _plain_id(case) in alike else []
         elif case not in ids:
             why = f"no study is called {quote(case)}"
             defects.add(DataError(why, path=table, field=field, fix=_suggest(case, ids)))
@@ -75,6 +78,10 @@ def apply_table(studies: list[Study], table: Path, defects: Defects) -> list[Stu
         why = f"none of the {unmatched} rows names a study of this folder; the first names {quote(names[0])}"
         defects.add(DataError(why, path=table, field=key, fix=_suggest(names[0], ids)))
     elif unmatched:
+        for case, field, name in misnamed:
+            if name not in lines:
+                why = f"no study is called {quote(case)}, and '{name}' has no row"
+                defects.add(DataError(why, path=table, field=field, fix=_suggest(case, ids)))
         _warn(table, unmatched, names, "rows have no images")
     return list(by_id.values())
 

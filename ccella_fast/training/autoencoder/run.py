@@ -13,6 +13,7 @@ import torch
 from ccella_fast.config import Config
 from ccella_fast.data.augmentation.engine_choice import check_engine
 from ccella_fast.errors import ConfigError, DataError, NonFiniteError
+from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.models.autoencoder import save_autoencoder
 from ccella_fast.run_record import write_run_record
@@ -32,11 +33,13 @@ def train_vae(data: str | Path, out: str | Path, config: Config) -> None:
     it already contains a run with equal settings and images, a finished one is kept, an unfinished one is resumed.
 
     Raises:
-        ConfigError: the patch or the number of channels does not fit, or another command writes to `out`.
+        ConfigError: the patch or the number of channels does not fit, `out` holds results of another kind, or another command
+            writes to it.
         DataError: the train split is empty, or an image is missing or damaged.
         CheckpointError: `out` contains another autoencoder, or a damaged one.
         NonFiniteError: training diverged.
     """
+    check_output(out, "an autoencoder", field="--out")
     with lock_folder(out, "ccella-fast train-vae"):
         _train_vae(data, Path(out), config)
 
