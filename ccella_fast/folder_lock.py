@@ -73,7 +73,7 @@ def _open_locked(path: Path) -> int:
         except BlockingIOError:
             holder = os.pread(handle, _MAX_BYTES, 0)
             os.close(handle)
-            raise _refusal(path.parent, holder) from None
+            raise _refusal(path, holder) from None
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 os.close(handle)
@@ -97,12 +97,14 @@ def _describe(handle: int, command: str) -> None:
         os.pwrite(handle, json.dumps(facts).encode(), 0)
 
 
-def _refusal(folder: Path, holder: bytes) -> ConfigError:
-    """The error of a command that does not get the lock."""
+def _refusal(path: Path, holder: bytes) -> ConfigError:
+    """The error of a command that does not get the lock, which is the file `path`."""
     fix = "wait until it has ended, or choose another folder"
     try:
         facts = json.loads(holder)
+        if facts["host"] != socket.gethostname():  # a file server may keep the lock of a machine that it has lost
+            fix += f"; if {facts['host']} is gone, delete {path}"
         who = f"'{facts['command']}', process {facts['pid']} on {facts['host']} since {facts['since']}"
     except (ValueError, KeyError, TypeError):  # it has just taken the lock
         who = "a process that has just started"
-    return ConfigError(f"another command is writing to this folder: {who}", path=folder, fix=fix)
+    return ConfigError(f"another command is writing to this folder: {who}", path=path.parent, fix=fix)

@@ -54,6 +54,21 @@ def test_second_writer_is_told_who_the_first_is(tmp_path: Path, holder):
         pass
 
 
+def test_what_to_do_if_the_machine_of_the_first_writer_is_lost(tmp_path: Path, holder):
+    """The lock of another machine may outlive it on a file server; deleting the file makes it the lock of no path."""
+    lock = tmp_path / "out" / ".lock"
+    with pytest.raises(ConfigError) as error, lock_folder(tmp_path / "out", "train.py"):
+        pytest.fail("two writers")
+    assert "delete" not in error.value.fix  # control: this machine is not lost
+    lock.write_text(json.dumps({**json.loads(lock.read_text()), "host": "node7"}))
+    with pytest.raises(ConfigError) as error, lock_folder(tmp_path / "out", "train.py"):
+        pytest.fail("two writers")
+    assert f"if node7 is gone, delete {lock}" in error.value.fix and "on node7 since" in str(error.value)
+    lock.unlink()
+    with lock_folder(tmp_path / "out", "train.py"):
+        pass
+
+
 def test_killed_holder_holds_nothing(tmp_path: Path, holder):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
