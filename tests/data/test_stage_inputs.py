@@ -17,6 +17,8 @@ from ccella_fast.data.preparation import resampling
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.data.preparation.preview import PreviewStage
 from ccella_fast.data.preparation.stage_cache import StageCache
+from ccella_fast.data.preparation.stages import ImageStage
+from ccella_fast.data.preparation.worker_pool import WorkerPool
 from ccella_fast.data.readers.discovery import find_studies
 from study_fixtures import (
     config,
@@ -142,8 +144,9 @@ def test_augmentation_strength_is_an_input_of_previews(field: str, sources: Path
     """Only digests are compared, because drawing takes seconds."""
     records = StageCache(latents / "plain")
     studies = find_studies(sources / "studies")
+    images = ImageStage(records, studies, settings_of(sources, "MAISI"), WorkerPool(1))
     before, after = (
-        PreviewStage(records, studies, settings_of(sources, "MAISI", **changes)).inputs(studies[0])
+        PreviewStage(records, studies, settings_of(sources, "MAISI", **changes), images).inputs(studies[0])
         for changes in ({}, {f"augmentation__{field}": AUGMENTATION[field]})
     )
     assert (before == after) == (field == "preset")
