@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,8 @@ def test_lock_is_not_inherited_by_workers(tmp_path: Path):
         worker = multiprocessing.get_context("spawn").Process(target=signal.pause, daemon=True)
         worker.start()
         try:
+            while b"spawn_main" not in Path(f"/proc/{worker.pid}/cmdline").read_bytes():
+                time.sleep(0.001)  # it is still a copy of this process, about to run the worker's program
             handles = [os.readlink(f"/proc/{pid}/fd/{each}") for pid in (child.pid, worker.pid) for each in "012"]
             handles += [
                 str(path.resolve()) for pid in (child.pid, worker.pid) for path in Path(f"/proc/{pid}/fd").iterdir()
