@@ -5,14 +5,11 @@ from __future__ import annotations
 import csv
 import errno
 import hashlib
-import itertools
 import json
 import logging
 import multiprocessing
 import multiprocessing.forkserver
-import os
 import random
-import signal
 import time
 from pathlib import Path
 
@@ -24,22 +21,15 @@ import torch
 from ccella_fast import cli
 from ccella_fast.errors import ConfigError, DiskError
 from ccella_fast.sampling import FastSampler
-from ccella_fast.sampling.command import sample_to_folder
 from ccella_fast.storage import read_json, write_json
+from killed_sampling import REPORTS, draw, draw_until
 from sampling_fixtures import FakeEncoder, write_checkpoint
 from study_fixtures import tree, write_bert
-
-REPORTS = ["left focus of 14 mm", "no focus", "left focus of 14 mm"]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("run") / "step")
-
-
-def draw(checkpoint: Path, out: Path, **changes) -> None:
-    wanted = {"reports": REPORTS, "num_samples": 1, "seed": 3, "text_encoder": FakeEncoder(), "dtype": "float32"}
-    sample_to_folder(checkpoint, out, **(wanted | {"device": "cpu"} | changes))
 
 
 def sidecars(folder: Path) -> list[dict]:
@@ -261,36 +251,17 @@ def readable_volumes(folder: Path) -> dict[str, int]:
         path.name.replace(".nii.gz", ".json")).is_file()}  # fmt: skip
 
 
-def draw_until(checkpoint: Path, out: Path, operation: int | None, started) -> None:
-    """Draw in a process that is killed before its file operation of this number, or by its parent; see `kill_and_finish`."""
-    performed = itertools.count()
-
-    def dying(function):
-        def call(*arguments, **named):
-            if next(performed) == operation:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **named)
-
-        return call
-
-    for name in ("fsync", "replace"):
-        setattr(os, name, dying(getattr(os, name)))
-    started.set()
-    draw(checkpoint, out)
-    (out.parent / "operations").write_text(str(next(performed)))
-
-
 def kill_and_finish(checkpoint: Path, folder: Path, trials: int, *, by_time: bool) -> None:
     """Kill runs at random file operations or instants, and finish each. A third of them must die with volumes missing."""
     multiprocessing.forkserver._forkserver._stop()  # one that an earlier test has started lacks what is preloaded here
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ccella_fast.sampling.command", "sampling_fixtures", "matplotlib.figure"])
+    context.set_forkserver_preload(["ccella_fast.sampling.command", "killed_sampling", "matplotlib.figure"])
 
     def start(out: Path, operation: int | None):
         started = context.Event()
         child = context.Process(target=draw_until, args=(checkpoint, out, operation, started))
         child.start()
-        assert started.wait(300)
+        assert started.wait(60)
         return child, time.monotonic()
 
     draw(checkpoint, folder / "whole")
