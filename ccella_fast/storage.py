@@ -5,6 +5,7 @@ A file is written next to its target under a temporary name, flushed, fsynced an
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import json
@@ -12,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -102,6 +103,16 @@ def write_json(path: str | Path, value: Any) -> None:
 def json_text(value: Any) -> str:
     """JSON as `write_json` writes it. Raises ValueError for NaN, which JSON does not have."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_csv(
+    path: str | Path, columns: Sequence[str], rows: Iterable[Iterable[object]], *, line_end: str = "\r\n"
+) -> None:
+    """Write a table atomically, as UTF-8. Lines end as RFC 4180 says, or with `line_end`."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator=line_end)
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 def read_json(path: str | Path, *, error: type[CcellaError] = DataError) -> Any:

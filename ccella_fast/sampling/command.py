@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 from collections import Counter
@@ -28,7 +27,7 @@ from ccella_fast.sampling.output import Format, OutputVolume, OutputWriter, chec
 from ccella_fast.sampling.plan import plan_request
 from ccella_fast.sampling.request import CLASSES, Request
 from ccella_fast.sampling.sampler import FastSampler
-from ccella_fast.storage import atomic_path, check_writable, read_json, remove_partial_files
+from ccella_fast.storage import atomic_path, check_writable, read_json, remove_partial_files, write_csv
 from ccella_fast.training.distributed import raise_together
 
 logger = logging.getLogger("ccella_fast")
@@ -257,9 +256,7 @@ def _write_table(out: Path, outputs: list[OutputVolume], writer: OutputWriter) -
             probabilities.get(CLASSES[1]), " ".join(f"{length:g}" for length in sidecar["spacing"]),
         ]  # fmt: skip
         rows.append(values + [sidecar["files"][sequence] for sequence in writer.sequences])
-    with atomic_path(out / "samples.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerows([[*columns, *writer.sequences], *rows])
+    write_csv(out / "samples.csv", [*columns, *writer.sequences], rows, line_end="\n")
 
 
 def _log_results(out: Path, outputs: list[OutputVolume], generated: int) -> None:

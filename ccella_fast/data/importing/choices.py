@@ -13,7 +13,7 @@ from pathlib import Path
 from ccella_fast.data.importing.sequence_choice import SEQUENCES, Judgement
 from ccella_fast.data.readers.text_checks import quote, read_text
 from ccella_fast.errors import DataError
-from ccella_fast.storage import atomic_path
+from ccella_fast.storage import write_csv
 
 COLUMNS = ("study", "series", "use", "proposed", "slices", "b_value", "plane", "reason", "look_at")
 
@@ -98,10 +98,7 @@ def write_choices(
             rows[study, each.volume.name] = [
                 study, each.volume.name, each.use, rule.use, str(each.volume.slices), b_value, plane, each.reason, rule.doubt
             ]  # fmt: skip
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(row for _, row in sorted(rows.items()))
+    write_csv(path, COLUMNS, (row for _, row in sorted(rows.items())))
 
 
 def plane_of(judgement: Judgement) -> str:

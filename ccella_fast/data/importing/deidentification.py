@@ -22,7 +22,7 @@ from ccella_fast.data.importing.series import ExportedStudy
 from ccella_fast.data.importing.splitting import assign_splits
 from ccella_fast.data.readers.text_checks import read_text
 from ccella_fast.errors import DataError
-from ccella_fast.storage import atomic_path
+from ccella_fast.storage import write_csv
 
 _COLUMNS = ("id", "patient", "split", "patient_id", "study_uid", "accession")
 _MONTHS = (
@@ -127,10 +127,8 @@ def write_key(path: Path, key: dict[str, KeyRow]) -> None:
 
 def write_private_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a CSV file with mode 0600, in a folder with mode 0700 if it is new."""
-    with _owner_only(), atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
+    with _owner_only():
+        write_csv(path, columns, rows)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from ccella_fast.data.preparation.worker_pool import WorkerPool
 from ccella_fast.data.readers.text_checks import read_text
 from ccella_fast.errors import ConfigError, DataError
 from ccella_fast.folder_lock import lock_folder
-from ccella_fast.storage import atomic_path, check_writable, remove_partial_files
+from ccella_fast.storage import check_writable, remove_partial_files, write_csv
 
 logger = logging.getLogger("ccella_fast")
 TABLE_COLUMNS = ("case", "split", "pirads", "report")
@@ -235,11 +235,9 @@ def _summary(
 
 def _write_report_list(path: Path, matched: Mapping[str, StudyReport]) -> None:
     """Which study has which score and why, without any text."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("study", "characters", "pirads", "reason", "replaced"))
-        for study, report in matched.items():
-            writer.writerow((study, len(report.text), report.score, report.reason, report.replaced))
+    columns = ("study", "characters", "pirads", "reason", "replaced")
+    rows = ((study, len(each.text), each.score, each.reason, each.replaced) for study, each in matched.items())
+    write_csv(path, columns, rows)
 
 
 def _show(
@@ -332,8 +330,5 @@ def _write_table(
         row["split"] = splits[study]
         row["pirads"] = row["pirads"] or report.score
         row["report"] = row["report"] or report.text
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(row for _, row in sorted(rows.items()))
+    write_csv(path, columns, ([row.get(name, "") for name in columns] for _, row in sorted(rows.items())))
     return list(rows.values())

@@ -9,7 +9,6 @@ category on T2; PI-RADS 2 is a mild wedge-shaped darkening of the peripheral zon
 
 from __future__ import annotations
 
-import csv
 import gzip
 import math
 from pathlib import Path
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from ccella_fast.data.phantom.report_text import Findings, write_report
 from ccella_fast.errors import ConfigError
-from ccella_fast.storage import atomic_path, check_writable
+from ccella_fast.storage import atomic_path, check_writable, write_csv
 
 SIZE = (192, 192, 20)  # voxels to the left, to the back, to the head
 VERSION = 2  # of the phantoms; part of every file, so that figures from different versions are not compared
@@ -81,10 +80,7 @@ def write_phantoms(out: str | Path, num_studies: int = 24, seed: int = 0) -> Non
         case = f"phantom-{index:04d}"
         _write_nifti(out / case / "t2w.nii.gz", volume, affine)
         rows.append(_row(case, index, rng, patient, lesion_ras))
-    with atomic_path(out / "studies.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out / "studies.csv", COLUMNS, ([row.get(name) for name in COLUMNS] for row in rows), line_end="\n")
     with atomic_path(out / "README") as temporary:
         temporary.write_text(_README, encoding="utf-8")
 
