@@ -39,6 +39,20 @@ def run(folder: Path, **options) -> None:
         import_studies(folder / "export", folder / "studies", workers=1, write=write, **options)
 
 
+def test_a_line_of_the_users_table_with_too_many_cells_is_refused(tmp_path: Path):
+    write_export(tmp_path / "export", patients=1, visits=1)
+    run(tmp_path)
+    table = tmp_path / "studies" / "studies.csv"
+    plain = table.read_text()
+    table.write_text(plain.rstrip("\n") + ",a cell, and another\n")
+    changed = table.read_bytes()
+    with pytest.raises(DataError, match="this line has too many cells") as caught:
+        run(tmp_path)
+    assert caught.value.path == str(table) and caught.value.field == "line 2" and table.read_bytes() == changed
+    table.write_text(plain)
+    run(tmp_path)  # control
+
+
 def test_a_later_export_moves_no_patient(tmp_path: Path):
     write_export(tmp_path / "all", patients=6, visits=1)
     shutil.copytree(tmp_path / "all", tmp_path / "export")

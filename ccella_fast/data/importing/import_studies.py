@@ -318,11 +318,16 @@ def _write_table(
     rows: dict[str, dict[str, str]] = {}
     columns = list(TABLE_COLUMNS)
     if path.is_file():
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="", restkey="")
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
         columns += [name for name in reader.fieldnames or () if name not in columns]
         if "case" not in (reader.fieldnames or ()):
             raise DataError("the table has no column 'case'", path=path, field="line 1", fix="restore its first line")
-        rows = {row["case"]: row for row in reader if row["case"] and (path.parent / row["case"]).is_dir()}
+        for row in reader:
+            if None in row:
+                fix = "put a text that holds commas into double quotes"
+                raise DataError("this line has too many cells", path=path, field=f"line {reader.line_num}", fix=fix)
+            if row["case"] and (path.parent / row["case"]).is_dir():
+                rows[row["case"]] = row
     for study in written:
         report = matched[study]
         row = rows.setdefault(study, dict.fromkeys(columns, ""))
