@@ -7,10 +7,7 @@ import errno
 import hashlib
 import json
 import logging
-import multiprocessing
-import multiprocessing.forkserver
-import random
-import time
+from functools import partial
 from pathlib import Path
 
 import nibabel
@@ -22,7 +19,8 @@ from ccella_fast import cli
 from ccella_fast.errors import ConfigError, DiskError
 from ccella_fast.sampling import FastSampler
 from ccella_fast.storage import read_json, write_json
-from killed_sampling import REPORTS, draw, draw_until
+from killed_runs import killed_runs
+from killed_sampling import REPORTS, draw
 from sampling_fixtures import FakeEncoder, write_checkpoint
 from study_fixtures import tree, write_bert
 
@@ -253,32 +251,14 @@ def readable_volumes(folder: Path) -> dict[str, int]:
 
 def kill_and_finish(checkpoint: Path, folder: Path, trials: int, *, by_time: bool) -> None:
     """Kill runs at random file operations or instants, and finish each. A third of them must die with volumes missing."""
-    multiprocessing.forkserver._forkserver._stop()  # one that an earlier test has started lacks what is preloaded here
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ccella_fast.sampling.command", "killed_sampling", "matplotlib.figure"])
-
-    def start(out: Path, operation: int | None):
-        started = context.Event()
-        child = context.Process(target=draw_until, args=(checkpoint, out, operation, started))
-        child.start()
-        assert started.wait(60)
-        return child, time.monotonic()
-
-    draw(checkpoint, folder / "whole")
-    child, begin = start(folder / "counted", None)
-    child.join()
-    duration, operations = time.monotonic() - begin, int((folder / "operations").read_text())
-    expected, chance, unfinished = tree(folder / "whole"), random.Random(0), 0
-    for trial in range(trials):
-        out, at = folder / f"trial{trial}", (trial + chance.random()) / trials
-        child, _ = start(out, None if by_time else int(at * operations))
-        child.join(timeout=at * duration if by_time else None)
-        child.kill()
-        child.join()
+    run, preload = partial(draw, checkpoint), ["ccella_fast.sampling.command", "killed_sampling", "matplotlib.figure"]
+    run(folder / "whole")
+    expected, unfinished = tree(folder / "whole"), 0
+    for out in killed_runs(run, folder, trials, by_time=by_time, preload=preload):
         finished = readable_volumes(out)
         unfinished += len(finished) < len(REPORTS)
-        draw(checkpoint, out)
-        assert tree(out) == expected, trial
+        run(out)
+        assert tree(out) == expected, out.name
         after = readable_volumes(out)
         assert {name: after[name] for name in finished} == finished  # not generated again
     assert unfinished >= trials / 3
