@@ -216,15 +216,7 @@ def _check(commands: argparse._SubParsersAction) -> None:
         "Find everything that is wrong with a data set in one pass: damaged files, classes, duplicates, leakage, sizes."
     )
     command = _add(commands, "check", _run_check, about, example)
-    add = command.add_argument_group("studies").add_argument
-    add("--data", type=Path, required=True, metavar="PATH", help="folder or JSON list of studies, or prepared folder")
-    about = "reports and classes of a study folder (default: studies.csv in it)"
-    add("--csv", type=Path, metavar="FILE", help=about)
-    add("--test_data", type=Path, metavar="FILE", help="JSON manifest of the test split")
-    about = "folder that the image paths of a JSON manifest are relative to"
-    add("--data_base_dir", type=Path, metavar="FOLDER", help=about)
-    about = "folder of latents and text features that the reference has prepared"
-    add("--embedding_base_dir", type=Path, metavar="FOLDER", help=about)
+    _add_studies(command, "folder or JSON list of studies, or prepared folder")
     add = command.add_argument_group("what is checked").add_argument
     about = "do not count this finding, for example leakage; may be repeated"
     add("--allow", action="append", default=[], metavar="NAME", help=about)
@@ -267,16 +259,7 @@ def _prepare(commands: argparse._SubParsersAction) -> None:
     about = "Resample studies to one grid, encode reports and, with --vae, latents. Run it again to continue or to add."
     memory = "use --workers 1, a smaller text.batch_size or text.encoder, or a smaller grid (data.dim)"
     command = _add(commands, "prepare", _run_prepare, about, example, if_out_of_memory=memory)
-    add = command.add_argument_group("studies").add_argument
-    about = "folder of studies, or a manifest in the reference's JSON form"
-    add("--data", type=Path, required=True, metavar="PATH", help=about)
-    about = "reports and classes of a study folder (default: studies.csv in it)"
-    add("--csv", type=Path, metavar="FILE", help=about)
-    add("--test_data", type=Path, metavar="FILE", help="JSON manifest of the test split")
-    about = "folder that the image paths of a JSON manifest are relative to"
-    add("--data_base_dir", type=Path, metavar="FOLDER", help=about)
-    about = "folder of latents and text features that the reference has prepared"
-    add("--embedding_base_dir", type=Path, metavar="FOLDER", help=about)
+    add = _add_studies(command, "folder of studies, or a manifest in the reference's JSON form").add_argument
     about = "read series that are links to files or folders outside --data"
     add("--follow_links", action="store_true", help=about)
     about = "which image to read of a diffusion series that holds several (default: the highest b-value)"
@@ -429,6 +412,21 @@ def _device_name(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
     return text
+
+
+def _add_studies(command: argparse.ArgumentParser, data: str) -> argparse._ArgumentGroup:
+    """Add the options that say where studies are; `data` is the help of --data."""
+    group = command.add_argument_group("studies")
+    add = group.add_argument
+    add("--data", type=Path, required=True, metavar="PATH", help=data)
+    about = "reports and classes of a study folder (default: studies.csv in it)"
+    add("--csv", type=Path, metavar="FILE", help=about)
+    add("--test_data", type=Path, metavar="FILE", help="JSON manifest of the test split")
+    about = "folder that the image paths of a JSON manifest are relative to"
+    add("--data_base_dir", type=Path, metavar="FOLDER", help=about)
+    about = "folder of latents and text features that the reference has prepared"
+    add("--embedding_base_dir", type=Path, metavar="FOLDER", help=about)
+    return group
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
