@@ -19,7 +19,7 @@ from ccella_fast.data.manifest import Manifest, Split, StudyEntry, load_manifest
 from ccella_fast.environment import describe_environment
 from ccella_fast.errors import DataError
 from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage
-from ccella_fast.report.page import TEMPLATE
+from ccella_fast.report.page import TEMPLATE, render
 from ccella_fast.report.sample_files import read_sample
 from ccella_fast.storage import atomic_path, read_json
 
@@ -45,8 +45,6 @@ def write_report(folder: str | Path) -> Path:
     Raises:
         DataError: all four are missing, or a file is damaged.
     """
-    import jinja2
-
     folder = Path(folder)
     if not any((folder / name).is_dir() for name in ("prepared", "vae", "model", "samples")):
         fix = "give the folder that contains prepared/, vae/, model/ and samples/"
@@ -54,8 +52,8 @@ def write_report(folder: str | Path) -> Path:
     prepared = load_manifest(folder / "prepared") if (folder / "prepared" / "manifest.json").is_file() else None
     config = _read(folder / "model" / "config.json") or {}
     samples = _samples(folder / "samples")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(TEMPLATE).render(
+    page = render(
+        TEMPLATE,
         title=f"ccella_fast: {config.get('name', 'results')}",
         subtitle="Report-conditioned latent diffusion of 3D prostate MRI",
         notices=_notices(prepared),

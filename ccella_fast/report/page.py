@@ -1,4 +1,8 @@
-"""The page of `report.html` as a jinja2 template: one file, no script, nothing loaded from anywhere."""
+"""The page of `report.html` as a jinja2 template, and what all pages share: one file, no script, nothing that is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
 
 HEAD = """<!DOCTYPE html>
 <html lang="en">
@@ -21,6 +25,8 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: 0.6rem 0 0.2rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 0.6rem; border-bottom: 1px solid var(--line); padding-bottom: 0.25rem; }
 p { margin: 0.4rem 0; }
 .soft { color: var(--soft); }
+tr.used td { font-weight: 600; }
+.doubt { color: var(--mark); }
 .notice { border-left: 4px solid var(--mark); background: var(--card); padding: 0.6rem 0.9rem; margin: 0.9rem 0; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 0.6rem; margin: 1rem 0; }
 .facts div { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 0.5rem 0.7rem; }
@@ -115,3 +121,11 @@ read from the report at the last step. {{ class_heads }}</p>
 """
     + FOOT
 )
+
+
+def render(template: str, **values: Any) -> str:
+    """The page as HTML. Values are escaped, and one that the template names must be given."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(**values)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ccella_fast.data.checking.findings import MEANING, Finding
-from ccella_fast.report.page import FOOT, HEAD
+from ccella_fast.report.page import FOOT, HEAD, render
 
 _TEMPLATE = (
     HEAD
@@ -47,13 +47,11 @@ def render_page(
         needs: Memory and disk space, as (name, text).
         allow: Names of findings that were allowed.
     """
-    import jinja2
-
     groups = [(severity, meaning, [each for each in findings if each.severity == severity])
               for severity, meaning in MEANING.items()]  # fmt: skip
     facts = [("Studies", str(studies)), *((severity, str(len(rows))) for severity, _, rows in groups)]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(_TEMPLATE).render(
+    return render(
+        _TEMPLATE,
         title="ccella_fast: check of a data set",
         subtitle=str(data),
         notices=[f"Allowed: {', '.join(allow)}"] if allow else [],

@@ -14,6 +14,7 @@ from ccella_fast.data.importing.sequence_choice import Judgement
 from ccella_fast.data.importing.write import StudyTask, read_series
 from ccella_fast.errors import DataError
 from ccella_fast.report.figures import Panel, montage
+from ccella_fast.report.page import FOOT, HEAD, render
 from ccella_fast.storage import atomic_path
 
 STUDIES_PER_PAGE = 100  # of some 200 kB each
@@ -58,17 +59,23 @@ def write_pages(
     notices: Sequence[str],
 ) -> Path:
     """Write `import.html`, and `import-2.html` ... for many studies; return the path of the first."""
-    import jinja2
+    from markupsafe import Markup  # which jinja2 brings
 
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
-        _PAGE
-    )
     ids = sorted(judged)
     parts = [ids[start : start + STUDIES_PER_PAGE] for start in range(0, len(ids), STUDIES_PER_PAGE)] or [[]]
     names = ["import.html", *(f"import-{number}.html" for number in range(2, len(parts) + 1))]
     for name, part in zip(names, parts, strict=True):
         studies = [_study(study, judged[study], pictures[study]) for study in part]
-        page = template.render(name=name, names=names, studies=studies, facts=facts, notices=notices)
+        title = "Series chosen by ccella-fast import"
+        page = render(
+            _PAGE,
+            title=title,
+            subtitle=Markup(_ABOUT),
+            names=names,
+            studies=studies,
+            facts=facts,
+            notices=notices,
+        )
         with atomic_path(folder / name) as temporary:
             temporary.write_text(page, encoding="utf-8")
     for left in set(folder.glob("import-*.html")) - {folder / name for name in names}:
@@ -97,54 +104,22 @@ def _study(study: str, judged: Sequence[Judgement], picture: Picture) -> dict[st
     }
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>ccella-fast import</title>
-<style>
-:root { --ink: #1b1f24; --soft: #59636e; --line: #d8dee4; --paper: #ffffff; --card: #f6f8fa; --mark: #8a5a00;
-  color-scheme: light dark; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ed; --soft: #9aa4af; --line: #323a43; --paper: #12161b; --card: #1a2027; --mark: #e3b341; }
-}
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 1.2rem 1rem 3rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 0.6rem; border-bottom: 1px solid var(--line); }
-.soft { color: var(--soft); }
-.notice { border-left: 4px solid var(--mark); background: var(--card); padding: 0.5rem 0.9rem; margin: 0.6rem 0; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 0.6rem; margin: 1rem 0; }
-.facts div { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 0.5rem 0.7rem; }
-.facts span { display: block; color: var(--soft); font-size: 0.8rem; }
-img { max-width: 100%; height: auto; border-radius: 6px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.92rem; width: 100%; }
-th, td { text-align: left; padding: 0.3rem 0.7rem 0.3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-tr.used td { font-weight: 600; }
-.doubt { color: var(--mark); }
-</style>
-</head>
-<body>
-<main>
-<h1>Series chosen by ccella-fast import</h1>
-<p class="soft">Check that each picture shows the prostate in the right sequence. To change a choice, edit the column
+_ABOUT = """Check that each picture shows the prostate in the right sequence. To change a choice, edit the column
 <b>use</b> of choices.csv (t2w, hbv, adc or empty) and run the command again; then run it with --write. This page shows no
 names, dates or ids of the hospital, but text that is part of an image would be visible: look before you share it.
-Pictures are middle slices, each series in a gray window of its own. R, L: the patient's right and left. Not for diagnosis.</p>
+Pictures are middle slices, each series in a gray window of its own. R, L: the patient's right and left. Not for diagnosis."""
+_PAGE = (
+    HEAD
+    + """
 {% if names | length > 1 %}<p>{% for other in names %}<a href="{{ other }}">{{ other }}</a> {% endfor %}</p>{% endif %}
-{% for notice in notices %}<p class="notice">{{ notice }}</p>
-{% endfor %}
-<div class="facts">
-{% for label, value in facts %}<div><span>{{ label }}</span><b>{{ value }}</b></div>
-{% endfor %}
-</div>
 {% for study in studies %}
 <h2>{{ study.id }}</h2>
 {% if study.missing %}<p class="notice">Not found: {{ study.missing | join(", ") }}</p>{% endif %}
 {% for note in study.notes %}<p class="notice">{{ note }}</p>
 {% endfor %}
-{% if study.image %}<img alt="Middle slices of the chosen series" src="data:image/png;base64,{{ study.image }}">{% endif %}
+{% if study.image %}
+<figure><img alt="Middle slices of the chosen series" src="data:image/png;base64,{{ study.image }}"></figure>
+{% endif %}
 <div class="scroll"><table>
 <tr><th>series</th><th>use</th><th>plane</th><th>slices</th><th>reason</th></tr>
 {% for row in study.rows %}
@@ -154,7 +129,6 @@ Pictures are middle slices, each series in a gray window of its own. R, L: the p
 {% endfor %}
 </table></div>
 {% endfor %}
-</main>
-</body>
-</html>
 """
+    + FOOT
+)
