@@ -56,10 +56,10 @@ def _sizes(text: str) -> str:
     """`: 7.45 GiB were requested, 3.10 GiB are free`, as far as it is known."""
     requested = re.search(r"allocate ([\d.]+) ?([KMGTPE]?i?B|bytes)", text)
     on_gpu = re.search(r"([\d.]+ [KMGT]iB) is free", text)
-    free = on_gpu[1] if on_gpu else f"{hardware.free_memory() / 2**30:.2f} GiB"
+    free = on_gpu[1] if on_gpu else hardware.gib(hardware.free_memory())
     if requested is None:
         return f": {free} are free"
-    size = f"{float(requested[1]) / 2**30:.2f} GiB" if requested[2] == "bytes" else f"{requested[1]} {requested[2]}"
+    size = hardware.gib(float(requested[1])) if requested[2] == "bytes" else f"{requested[1]} {requested[2]}"
     return f": {size} more were requested, {free} are free"
 
 

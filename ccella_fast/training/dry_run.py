@@ -13,6 +13,7 @@ import torch
 from ccella_fast.config import Config
 from ccella_fast.data.loading.dataset import PreparedDataset
 from ccella_fast.data.manifest import Manifest
+from ccella_fast.hardware import gib
 from ccella_fast.models import build_model
 from ccella_fast.training import distributed
 from ccella_fast.training.activation_memory import activation_bytes
@@ -127,7 +128,7 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
     default = flatten(Config().dump())
     changed = {key: value for key, value in flatten(plan.config.dump()).items() if value != default[key]}
     states = sum(size for name, size in memory.items() if not name.startswith("activations"))
-    kept = memory["activations_reason"] or f"{_gib(memory['activations'])} kept for the backward pass of a micro-batch"
+    kept = memory["activations_reason"] or f"{gib(memory['activations'])} kept for the backward pass of a micro-batch"
     counts = lambda numbers: ", ".join(f"{number} {name}" for name, number in numbers.items())  # noqa: E731
     mm, grid = " x ".join(f"{size:g}" for size in data["spacing"]), " x ".join(map(str, data["dim"]))
     rows = [
@@ -145,18 +146,14 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
         ("training", f"{run['processes']} processes, {run['precision']}, ZeRO {run['zero_stage']}, "
                      f"gradients clipped to {run['gradient_clipping']:g}"),
         ("", ""),
-        ("memory per process", f"{_gib(states)} for weights, gradients, optimizer and averages"),
-        *((f"  {name}", _gib(size)) for name, size in memory.items() if not name.startswith("activations")),
+        ("memory per process", f"{gib(states)} for weights, gradients, optimizer and averages"),
+        *((f"  {name}", gib(size)) for name, size in memory.items() if not name.startswith("activations")),
         ("  activations", kept),
-        ("disk", f"{_gib(disk['checkpoint'])} per checkpoint, at most {disk['most_checkpoints']} checkpoints"),
+        ("disk", f"{gib(disk['checkpoint'])} per checkpoint, at most {disk['most_checkpoints']} checkpoints"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
     return "\n".join(["settings that differ from the defaults", *lines])
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def memory_per_parameter(config: Config, world_size: int) -> dict[str, float]:

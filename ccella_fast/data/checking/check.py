@@ -34,7 +34,7 @@ from ccella_fast.data.preparation.worker_pool import WorkerPool, count_workers
 from ccella_fast.data.readers.discovery import find_studies
 from ccella_fast.data.readers.study import Defects, Study
 from ccella_fast.errors import ConfigError, DataError
-from ccella_fast.hardware import free_memory
+from ccella_fast.hardware import free_memory, gib
 from ccella_fast.storage import atomic_path, check_writable, existing_parent, write_json
 from ccella_fast.training.dry_run import checkpoint_bytes_per_parameter, memory_per_parameter
 
@@ -261,25 +261,21 @@ def estimate_needs(
     run = parameters * checkpoint_bytes_per_parameter(config)
     model = parameters * sum(memory_per_parameter(config, 1).values())
     needs = [
-        ("preparing: disk", "done" if prepared else f"{_gib(space)} for images and text features"),
-        ("preparing: memory", f"{_gib(one)} per process, {count_workers(max(1, studies), one)} processes here"),
+        ("preparing: disk", "done" if prepared else f"{gib(space)} for images and text features"),
+        ("preparing: memory", f"{gib(one)} per process, {count_workers(max(1, studies), one)} processes here"),
         ("training: memory",
-         f"{_gib(model)} for weights, gradients and optimizer; {parameters:,} parameters, and activations"),
-        ("training: disk", f"{_gib(run)} per checkpoint, at most {checkpoints} checkpoints, and the autoencoder in each"),
-        ("this machine", f"{_gib(memory)} of memory and {_gib(disk)} of disk space are free"),
+         f"{gib(model)} for weights, gradients and optimizer; {parameters:,} parameters, and activations"),
+        ("training: disk", f"{gib(run)} per checkpoint, at most {checkpoints} checkpoints, and the autoencoder in each"),
+        ("this machine", f"{gib(memory)} of memory and {gib(disk)} of disk space are free"),
     ]  # fmt: skip
     found = []
     if space + checkpoints * run > disk:
-        why = f"about {_gib(space + checkpoints * run)} of disk space are needed, but {_gib(disk)} are free next to the data"
+        why = f"about {gib(space + checkpoints * run)} of disk space are needed, but {gib(disk)} are free next to the data"
         found.append(Finding("disk_space", "warning", why, "free space, or write to another disk"))
     if max(one, model) > memory and not torch.cuda.is_available():
-        why = f"about {_gib(max(one, model))} of memory are needed, but {_gib(memory)} are free"
+        why = f"about {gib(max(one, model))} of memory are needed, but {gib(memory)} are free"
         found.append(Finding("memory", "warning", why, "train on a GPU, with ZeRO or a smaller model"))
     return needs, found
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def _print(checked: Checked, failed: int) -> None:

@@ -12,14 +12,10 @@ from ccella_fast.config import DataConfig
 from ccella_fast.data.checking.signature import encode_signature, make_signature
 from ccella_fast.data.checking.study_facts import SeriesFacts
 from ccella_fast.data.preparation.images import leading_sequence
-from ccella_fast.data.preparation.resampling import covers_center, make_grid
-from ccella_fast.data.readers.metaimage import parse_metaimage
-from ccella_fast.data.readers.nifti import read_nifti_geometry
-from ccella_fast.data.readers.nrrd import parse_nrrd
-from ccella_fast.data.readers.pointers import check_is_data
+from ccella_fast.data.preparation.resampling import check_center, make_grid
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_checks import check_affine
-from ccella_fast.data.readers.volume_file import check_axial, closest_ras, read_volume, volume_suffix
+from ccella_fast.data.readers.volume_file import check_axial, closest_ras, read_geometry, read_volume
 from ccella_fast.errors import DataError
 
 _EVERY = 3  # voxels along each axis that percentiles are measured on
@@ -64,7 +60,7 @@ def examine_series(task: SeriesTask) -> SeriesResult:
     defects = []
     for sequence, path in task.files.items():
         try:
-            header = _read_header(path) if task.headers_only else None
+            header = read_geometry(path) if task.headers_only else None
             if header is not None:
                 series[sequence] = _facts_of_header(*header, path)
             else:
@@ -79,25 +75,12 @@ def examine_series(task: SeriesTask) -> SeriesResult:
         signature = encode_signature(make_signature(volumes[leading]))
         grid = make_grid(volumes[leading], task.data.spacing, task.data.dim)
         for sequence, volume in volumes.items():
-            if not covers_center(volume, grid):
-                why = f"this {sequence} series does not cover the center of the {leading} series"
-                fix = "give series of one examination"
-                defects.append(DataError(why, path=task.files[sequence], field="origin", fix=fix))
+            try:
+                check_center(volume, grid, sequence, leading, path=task.files[sequence])
+            except DataError as defect:
+                defects.append(defect)
     notes = [(str(task.files[name]), note) for name, volume in volumes.items() for note in volume.notes]
     return SeriesResult(series, signature, defects, notes)
-
-
-def _read_header(path: Path) -> tuple[tuple[int, ...], np.ndarray] | None:
-    """Shape and affine by the header alone; None where that does not say which 3D volume will be read."""
-    suffix = volume_suffix(path.name) if path.is_file() else None
-    check_is_data(path)
-    if suffix in (".nii.gz", ".nii"):
-        shape, affine = read_nifti_geometry(path)
-        return (shape, affine) if len(shape) == 3 else None
-    if suffix is not None:
-        image = parse_metaimage(path) if suffix in (".mha", ".mhd") else parse_nrrd(path)
-        return image.shape, image.affine
-    return None
 
 
 def _facts_of_header(shape: tuple[int, ...], affine: np.ndarray, path: Path) -> SeriesFacts:

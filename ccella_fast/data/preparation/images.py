@@ -13,11 +13,10 @@ import numpy as np
 from ccella_fast.config import DataConfig
 from ccella_fast.data.checking.signature import encode_signature, make_signature
 from ccella_fast.data.preparation.plausibility import check_intensities, coverage_note
-from ccella_fast.data.preparation.resampling import Grid, covers_center, make_grid, normalize, resample
+from ccella_fast.data.preparation.resampling import Grid, check_center, make_grid, normalize, resample
 from ccella_fast.data.preparation.stage_cache import write_array
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_file import check_axial, read_volume
-from ccella_fast.errors import DataError
 
 
 class ImageTask(NamedTuple):
@@ -94,9 +93,7 @@ def read_series(task: ImageTask) -> tuple[dict[str, Volume], Grid]:
     leading = leading_sequence(task.data)
     grid = make_grid(series[leading], task.data.spacing, task.data.dim)
     for sequence in task.data.sequences:
-        if not covers_center(series[sequence], grid):
-            why = f"this {sequence} series does not cover the center of the {leading} series"
-            raise DataError(why, path=task.files[sequence], field="origin", fix="give series of one examination")
+        check_center(series[sequence], grid, sequence, leading, path=task.files[sequence])
     return series, grid
 
 

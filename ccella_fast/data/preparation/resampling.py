@@ -152,6 +152,13 @@ def covers_center(volume: Volume, grid: Grid) -> bool:
     return bool((index >= -0.5).all() and (index <= np.array(volume.array.shape) - 0.5).all())
 
 
+def check_center(volume: Volume, grid: Grid, sequence: str, leading: str, *, path: object) -> None:
+    """Raise DataError unless the series covers the center of the grid, which is that of the leading series."""
+    if not covers_center(volume, grid):
+        why = f"this {sequence} series does not cover the center of the {leading} series"
+        raise DataError(why, path=path, field="origin", fix="give series of one examination")
+
+
 def normalize(
     values: np.ndarray, sequence: str, grid: Grid, *, path: object = None
 ) -> tuple[np.ndarray, tuple[float, float]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ccella_fast.data.readers.volume_file import files_of_volume
 from ccella_fast.errors import DataError
 from ccella_fast.storage import atomic_path, read_json, sha256, write_json
 
@@ -61,7 +62,10 @@ class StageCache:
         self._verified |= {(entry["path"], entry["sha256"]) for entry in entries}
 
     def fingerprint(self, source: Path) -> list[Any]:
-        """[name, size, SHA-256] of a source file, or a list of these for the files in a folder; read once per run."""
+        """[name, size, SHA-256] of a source file, or a list of these for several files; read once per run.
+
+        These are the files in a folder, or those of a series in several files, such as a header and its voxels.
+        """
         if source not in self._fingerprints:
             self._fingerprints[source] = _fingerprint(source)
         return self._fingerprints[source]
@@ -115,6 +119,9 @@ def fingerprint_of(values: Any) -> str:
 
 
 def _fingerprint(path: Path) -> list[Any]:
-    if path.is_dir():
-        return [_fingerprint(file) for file in sorted(path.iterdir()) if file.is_file() and file.name[0] != "."]
-    return [path.name, path.stat().st_size, sha256(path)]
+    try:
+        files = files_of_volume(path)
+    except DataError:  # a damaged header, which the check of the series reports
+        files = [path]
+    each = [[file.name, file.stat().st_size, sha256(file)] for file in files]
+    return each if path.is_dir() or len(each) > 1 else each[0]

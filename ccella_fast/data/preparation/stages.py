@@ -23,7 +23,6 @@ from ccella_fast.data.preparation.stage_cache import StageCache, fingerprint_of
 from ccella_fast.data.preparation.worker_pool import TaskResult, WorkerPool
 from ccella_fast.data.readers.study import Study
 from ccella_fast.data.readers.volume import Volume
-from ccella_fast.data.readers.volume_file import files_of_volume
 from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.errors import DataError
 from ccella_fast.hardware import warn_of_emulated_bf16
@@ -91,7 +90,7 @@ class ImageStage(Stage):
 
     def inputs(self, study: Study) -> str:
         """Digest of the series and the grid."""
-        series = {sequence: self._fingerprint(study.files[sequence]) for sequence in self.sequences}
+        series = {sequence: self.records.fingerprint(study.files[sequence]) for sequence in self.sequences}
         grid = self.config.data.model_dump(include={"sequences", "spacing", "dim"})
         return fingerprint_of([IMAGE_RECIPE, series, grid, *([] if self.b_value is None else [self.b_value])])
 
@@ -129,16 +128,6 @@ class ImageStage(Stage):
             for done in self.pool.run(function, tasks, ids, bytes_each=bytes_per_task):
                 progress.update()
                 yield done
-
-    def _fingerprint(self, path: Path) -> list[Any]:
-        """Of a series in one file or one folder, or of all its files, such as a header and its voxels."""
-        try:
-            files = files_of_volume(path)
-        except DataError:  # a damaged header, which `check` reports
-            files = [path]
-        if path.is_dir() or files == [path]:
-            return self.records.fingerprint(path)
-        return [self.records.fingerprint(file) for file in files]
 
     def _files(self, study: Study) -> dict[str, Path]:
         return {sequence: study.files[sequence] for sequence in self.sequences}

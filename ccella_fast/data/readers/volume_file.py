@@ -13,9 +13,10 @@ import numpy as np
 
 from ccella_fast.data.readers.dicom_series import read_dicom_series
 from ccella_fast.data.readers.metaimage import parse_metaimage, read_metaimage
-from ccella_fast.data.readers.nifti import b_value_file, read_nifti_file
+from ccella_fast.data.readers.nifti import b_value_file, read_nifti_file, read_nifti_geometry
 from ccella_fast.data.readers.nrrd import parse_nrrd, read_nrrd
 from ccella_fast.data.readers.pointers import check_is_data
+from ccella_fast.data.readers.raw_voxels import RawImage
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_checks import check_affine, check_voxels
 from ccella_fast.errors import DataError
@@ -28,6 +29,13 @@ FORMATS: dict[str, Callable[[Path, float | None], Volume]] = {
     ".mhd": read_metaimage,
     ".nrrd": read_nrrd,
     ".nhdr": read_nrrd,
+}
+#: Suffix -> parser of the header of a format whose header says where the voxels are.
+_RAW_HEADERS: dict[str, Callable[[Path], RawImage]] = {
+    ".mha": parse_metaimage,
+    ".mhd": parse_metaimage,
+    ".nrrd": parse_nrrd,
+    ".nhdr": parse_nrrd,
 }
 FORMAT_NAMES = f"{', '.join(FORMATS)} or a folder of DICOM files"  # for messages
 _PLANES = ("sagittal", "coronal", "axial")
@@ -78,11 +86,25 @@ def files_of_volume(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     suffix = volume_suffix(path.name)
-    if suffix in (".mha", ".mhd", ".nrrd", ".nhdr"):
-        other = (parse_metaimage(path) if suffix in (".mha", ".mhd") else parse_nrrd(path)).path
-    else:
-        other = b_value_file(path)
+    other = _RAW_HEADERS[suffix](path).path if suffix in _RAW_HEADERS else b_value_file(path)
     return [path, other] if other != path and other.is_file() else [path]
+
+
+def read_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray] | None:
+    """Shape and affine by the header alone, axes as stored; None where that does not say which 3D volume will be read.
+
+    Raises:
+        DataError: If the header is damaged or invalid.
+    """
+    suffix = volume_suffix(path.name) if path.is_file() else None
+    check_is_data(path)
+    if suffix in (".nii.gz", ".nii"):
+        shape, affine = read_nifti_geometry(path)
+        return (shape, affine) if len(shape) == 3 else None
+    if suffix in _RAW_HEADERS:
+        image = _RAW_HEADERS[suffix](path)
+        return image.shape, image.affine
+    return None
 
 
 def check_axial(volume: Volume, path: Path) -> None:
