@@ -20,7 +20,7 @@ ENTRIES = [
     "..\\outside\\t2w.nii.gz", "..\\..\\outside", "\\\\server\\share\\t2w.nii.gz", "//server/share/t2w.nii.gz",
     "C:\\t2w.nii.gz", "C:/t2w.nii.gz", "C:t2w.nii.gz", "\\\\?\\C:\\x", "NUL", "CON", "/dev/stdin", "/dev/zero",
     "/dev/random", "/dev/fd/0", "/proc/self/environ", "/proc/self/mem", "/etc/passwd", "/etc/hostname",
-    "/root/.ssh/id_rsa", "http://127.0.0.1/x", "https://localhost/t2w.nii.gz", "ftp://localhost/x", "s3://bucket/x",
+    "/home/user/.ssh/id_rsa", "http://127.0.0.1/x", "https://localhost/t2w.nii.gz", "ftp://localhost/x", "s3://bucket/x",
     "gs://bucket/x", "data:text/plain,x", "smb://x/y", "%2e%2e/outside/t2w.nii.gz", "..%2foutside%2ft2w.nii.gz",
     "%2e%2e%2foutside", "..%c0%afoutside", "..%252foutside", "․․/outside/t2w.nii.gz", "‥/outside/t2w.nii.gz",
     "．．/outside/t2w.nii.gz", "..∕outside∕t2w.nii.gz", "..／outside／t2w.nii.gz", "..⁄outside", "\u202e../outside",

@@ -58,7 +58,7 @@ def read_key(path: Path) -> dict[str, KeyRow]:
     """Study UID -> row of the key file; empty if there is none yet.
 
     Raises:
-        DataError: If the file is no key, or states two splits for a patient. No message repeats its content.
+        DataError: If the file is not a key file, or states two splits for a patient. No message repeats its content.
     """
     if not path.exists():
         return {}
@@ -66,7 +66,7 @@ def read_key(path: Path) -> dict[str, KeyRow]:
         reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
         if tuple(reader.fieldnames or ()) != _COLUMNS:
             fix = "give the private folder of an earlier import, or a new one"
-            raise DataError(f"this is no key file: its columns are not {', '.join(_COLUMNS)}", path=path, fix=fix)
+            raise DataError(f"this is not a key file: its columns are not {', '.join(_COLUMNS)}", path=path, fix=fix)
         rows = []
         for row in reader:
             if None in row or None in row.values():

@@ -12,7 +12,7 @@ from typing import Any
 
 from ccella_fast.data.readers.dicom_files import PRIVATE_B_VALUES
 
-MAX_B_VALUE = 10_000  # s/mm2; above, the number is no b-value
+MAX_B_VALUE = 10_000  # s/mm2; a larger number is not a b-value
 _SEQUENCE_NAME = re.compile(r"ep_?(?:calc_?)?b(\d+)", re.IGNORECASE)
 
 

@@ -179,7 +179,7 @@ def _plain(report: str) -> str:
 
 
 def _without_legends(text: str) -> str:
-    """The text with explanations of all five scores taken out. A line such as "1: ... 5: ..." without PI-RADS is no legend."""
+    """The text without explanations of all five scores. A line such as "1: ... 5: ..." without PI-RADS is not a legend."""
     for legend in _LEGENDS:
         for match in list(legend.finditer(text)):
             if re.search(_NAME, text[max(0, match.start() - 60) : match.end()], re.IGNORECASE):

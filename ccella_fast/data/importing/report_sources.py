@@ -156,7 +156,7 @@ def match_reports(
     notes = []
     if unmatched:
         notes.append(
-            f"{unmatched} reports have an id that is no accession number, study UID or patient id of the export"
+            f"{unmatched} reports have an id that is not an accession number, study UID or patient id of the export"
         )
     if several:
         notes.append(

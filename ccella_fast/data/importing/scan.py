@@ -101,7 +101,7 @@ def scan_export(export: Path, workers: int | None) -> tuple[list[FileHeader], li
     """The headers of all DICOM files below `export`, and the other files, sorted by path. Linked folders are not searched.
 
     Raises:
-        DataError: If `export` is no folder, pydicom is not installed, or a worker process was killed.
+        DataError: If `export` is not a folder, pydicom is not installed, or a worker process was killed.
     """
     if not export.is_dir():
         why = "this is a file, not a folder" if export.exists() else "there is no such folder"
@@ -170,10 +170,8 @@ def _read_header(path: str) -> FileHeader | UnusedFile:
         if not start:
             return UnusedFile(path, "the file is empty")
         has_preamble = start[128:132] == b"DICM"
-        if not has_preamble and start[:2] not in (
-            b"\x02\x00",
-            b"\x08\x00",
-        ):  # files without one begin with group 2 or 8
+        # Files without a preamble begin with group 2 or 8.
+        if not has_preamble and start[:2] not in (b"\x02\x00", b"\x08\x00"):
             return UnusedFile(path, "not a DICOM file")
         if _DEFLATED in start:  # it may inflate to any size
             return UnusedFile(path, "compressed as a whole")
@@ -182,9 +180,7 @@ def _read_header(path: str) -> FileHeader | UnusedFile:
         if dataset.file_meta.get("MediaStorageSOPClassUID") == _DICOMDIR:
             return UnusedFile(path, "a DICOMDIR; the files themselves are read")
         header = _parse(path, dataset)
-    except (
-        Exception
-    ) as error:  # pydicom raises nearly everything on damaged files, with texts that may quote the header
+    except Exception as error:  # pydicom raises nearly everything on damaged files, and its texts may quote the header
         return UnusedFile(path, f"the header cannot be read ({type(error).__name__})")
     for name in ("study_uid", "series_uid", "instance_uid"):
         if not getattr(header, name):

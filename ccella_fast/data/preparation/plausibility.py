@@ -23,9 +23,8 @@ _ADC_UNITS = {1e3: "1e-3 mm2/s", 1e6: "mm2/s", 1e-1: "1e-7 mm2/s", 1e-3: "1e-9 m
 #: bits and b-values 300 apart. Few voxels may be beyond it; a padding value is in many, and a cubic B-spline spreads it.
 ADC_LIMIT = 30_000.0
 _MOST_NOISE = 0.001  # of the voxels of an ADC map
-_LEAST_SPREAD = (
-    0.1  # of the window of T2 or high b, between the 5th and the 95th percentile; real series have 0.5 to 0.8
-)
+#: Of the window of T2 or high b, between the 5th and the 95th percentile; real series have 0.5 to 0.8.
+_LEAST_SPREAD = 0.1
 _GAP = 0.3  # of the window, without any voxel: beyond it are other things than tissue; real series have less than 0.05
 _HOT = 1000  # times the top of the window; beyond it a cubic B-spline spreads a voxel over the volume. Real series have 2 to 5
 _SAMPLE = 200_000  # voxels, for percentiles

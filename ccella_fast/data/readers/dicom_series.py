@@ -25,7 +25,7 @@ def read_dicom_series(folder: Path, b_value: float | None = None) -> Volume:
     """Read a series, axes in the order column, row, slice.
 
     Args:
-        folder: The folder. Files in it that are no DICOM images are named in a note.
+        folder: The folder. Files in it that are not DICOM images are named in a note.
         b_value: Which image to read of a diffusion series that holds several, in s/mm2; None reads that of the highest.
 
     Raises:
@@ -70,7 +70,7 @@ def _one_per_position(
     frames = [frame for group in positions for frame in group]
     values = [frame.b_value for frame in frames if frame.b_value is not None]
     notes: tuple[str, ...] = ()
-    # A b-value of 0 in all images says no more than that this is no diffusion series.
+    # A b-value of 0 in all images says no more than that this is not a diffusion series.
     if len(values) == len(frames) and any(values):
         b_value, notes = choose_b_value(values, wanted, folder)
         positions = [[frame for frame in group if frame.b_value == b_value] for group in positions]

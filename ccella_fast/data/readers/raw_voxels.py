@@ -70,7 +70,7 @@ def find_data_file(name: str, header: TextHeader, field: str) -> Path:
     if plain.startswith("LIST") or "%" in plain:
         raise header.defect("the voxels are stored in several files", field, "write them into one file")
     if plain in ("", ".", "..") or len(plain) > 250 or not plain.isprintable() or any(sign in plain for sign in "/\\"):
-        why = f"the voxels are stored in {quote(name)}, which is no file in the folder of the header"
+        why = f"the voxels are stored in {quote(name)}, which is not a file in the folder of the header"
         raise header.defect(why, field, "put both files into one folder and write only the file's name")
     folders = (path.parent, path.resolve().parent)
     found = next((folder / plain for folder in folders if (folder / plain).exists()), path.parent / plain)

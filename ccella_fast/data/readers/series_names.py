@@ -1,7 +1,7 @@
 """What the name of a file or folder says about the series in it: its sequence, and the id of the study if that is part of it.
 
 Names are compared in lower case, with - . and space as _. The words of a sequence may have the axial plane and the technique
-around them, as in `ax_t2_tse`. A name of another plane or of a mask, such as `t2_cor` or `mask_t2w`, is no series that is read.
+around them, as in `ax_t2_tse`. A name of another plane or of a mask, such as `t2_cor` or `mask_t2w`, is not read as a series.
 """
 
 from __future__ import annotations

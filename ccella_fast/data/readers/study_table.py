@@ -97,7 +97,7 @@ def _ids_of_cases(names: Iterable[str], is_bids: bool) -> dict[str, list[str]]:
 
 
 def _suggest(case: str, ids: dict[str, list[str]]) -> str:
-    """What to do about a case that is no study: spreadsheets drop leading zeros and append .0, people drop `sub-`."""
+    """What to do about a case that is not a study: spreadsheets drop leading zeros and append .0, people drop `sub-`."""
     alike = next((name for name in ids if _plain_id(name) == _plain_id(case)), None)
     if alike is not None:
         return f"did you mean '{alike}'? (a spreadsheet may have changed the ids)"
