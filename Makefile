@@ -78,7 +78,7 @@ docs: $(VENV)/installed-docs
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "this machine has no CUDA device")'
 	@export PYTHONPATH=$(CURDIR); status=0; \
-	timeout 150 $(PYTHON) -m pytest -m gpu || status=$$?; \
+	timeout 150 $(PYTHON) -m pytest -m gpu -n 12 --dist loadgroup --timeout=120 tests/kernels tests/gpu || status=$$?; \
 	$(PYTHON) benchmarks/run.py --suite kernels sampler training memory --minutes 7 --keep || status=$$?; \
 	exit $$status
 

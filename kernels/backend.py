@@ -20,7 +20,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +29,10 @@ try:  # Triton is optional: the kernel modules must be importable without it
     import triton
     import triton.language as tl
 
-    jit: Callable[..., Any] = triton.jit
     constexpr: Callable[..., Any] = tl.constexpr
 except ImportError:
     triton = tl = None
-    jit = constexpr = lambda unchanged: unchanged  # noqa: E731
+    constexpr = lambda unchanged: unchanged  # noqa: E731
 
 ENVIRONMENT = "CCELLA_FAST_BACKEND"
 BACKENDS = ("triton", "xformers", "sdpa", "phase", "reference")
@@ -43,6 +42,19 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # backend -> the reason why it is unsupported, None if it is supported; in order of preference
 BackendSupport = Mapping[str, str | None]
+
+
+def jit(function: Callable[..., Any] | None = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
+    """Decorator `triton.jit`, which leaves the function unchanged where Triton is absent.
+
+    Args:
+        function: The kernel.
+        do_not_specialize: Integer arguments from whose values the code gains nothing. Triton otherwise compiles a binary for
+            each combination of arguments that are 1, multiples of 16 or neither: dozens in the first step of a model.
+    """
+    if function is None:
+        return functools.partial(jit, do_not_specialize=do_not_specialize)
+    return function if triton is None else triton.jit(function, do_not_specialize=list(do_not_specialize))
 
 
 class BackendError(ValueError):

@@ -116,7 +116,7 @@ def _layer_norm_rows(
     return b_hs
 
 
-@jit
+@jit(do_not_specialize=["heads_per_program"])
 def _cross_attention_fwd_heads_kernel(
     x_ptr, ln_weight_ptr, ln_bias_ptr, w_q_ptr, k_ptr, v_ptr, o_ptr, M, N, L, heads_per_program, scale, eps,
     stride_xb, stride_xn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
