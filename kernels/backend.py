@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -158,7 +159,23 @@ def xformers_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str
         return f"the tensors are on {device.type}, not on a GPU"
     if dtype not in TRITON_DTYPES:
         return f"it does not support {str(dtype).removeprefix('torch.')}"
-    return None
+    return _unloadable_xformers_reason()
+
+
+@functools.cache
+def _unloadable_xformers_reason() -> str | None:
+    """Why the compiled part of xformers does not load, None if it does; xformers itself only logs a warning."""
+    logger = logging.getLogger("xformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        loads = importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception is None
+    finally:
+        logger.setLevel(level)
+    return None if loads else f"its compiled part does not load with PyTorch {torch.__version__}"
+
+
+_unloadable_xformers_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def library_op(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:

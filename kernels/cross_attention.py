@@ -353,7 +353,8 @@ def aot_cases() -> list[CompileCase]:
         )
         for dtype, key in ((torch.bfloat16, "output"), (torch.float32, "output fp32"))
     ]
-    return [*(heads(*size) for size in sizes), heads(256, 32, torch.float32), *outputs]
+    singles = [heads(channels, 32, torch.float32) for channels in (256, 512)]
+    return [*(heads(*size) for size in sizes), *singles, *outputs]
 
 
 def _check_parameters(
