@@ -158,10 +158,7 @@ def _try(trial: Trial, known: dict[str, Workload], prepared: dict[str, tuple[Cal
 
 def agrees(results: list[Tensor], truth: list[Tensor]) -> bool:
     """Whether the results differ only as the order of sums may make them: each tensor by 1 % of its largest element."""
-    return all(
-        float((a - b).abs().max()) <= 0.01 * float(b.abs().max())
-        for a, b in zip(results, truth, strict=True)
-    )
+    return all(float((a - b).abs().max()) <= 0.01 * float(b.abs().max()) for a, b in zip(results, truth, strict=True))
 
 
 def _gpu_works(device: torch.device) -> bool:

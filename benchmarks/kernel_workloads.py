@@ -76,7 +76,9 @@ _Maker = Callable[[torch.device, Sequence[int]], tuple[list[Tensor], Callable[..
 
 def _norm(device: torch.device, shape: Sequence[int]) -> tuple[list[Tensor], Callable[..., Tensor]]:
     inputs = [_volume(device, shape), *(_draw(device, *size) for size in (shape[1:2], shape[1:2], shape[:2]))]
-    return inputs, lambda x, weight, bias, shift: group_norm_silu(x, GROUPS, weight, bias, shift=shift, backend="triton")
+    return inputs, lambda x, weight, bias, shift: group_norm_silu(
+        x, GROUPS, weight, bias, shift=shift, backend="triton"
+    )
 
 
 def _residual(device: torch.device, shape: Sequence[int]) -> tuple[list[Tensor], Callable[..., Tensor]]:

@@ -4,9 +4,10 @@
 
 Every shipped configuration that the default model uses is varied in one or two factors (block sizes halved and doubled, warps,
 stages). Worker processes compile the candidates and discard those that do not run or whose result differs from the shipped
-configuration's (`kernel_trials.py`). Then the launch that a configuration belongs to is timed by itself, in a CUDA graph, at
-every size at which the model makes it (`kernel_workloads.py`), the largest share of a step first. The fastest candidate is
-written to kernels/tuned/<chip>.json if its gain exceeds the noise; `kernels/tuning.py` reads that file from then on.
+configuration's (`kernel_trials.py`). Then the launch that a configuration belongs to is timed by itself, in a CUDA graph
+(`kernel_launches.py`), at every size at which the model makes it (`kernel_workloads.py`), the largest share of a step first.
+The fastest candidate is written to kernels/tuned/<chip>.json if its gain exceeds the noise; `kernels/tuning.py` reads that file
+from then on.
 
 Both files are written after every configuration, so a run that is cut off keeps what it has found.
 """
@@ -14,7 +15,6 @@ Both files are written after every configuration, so a run that is cut off keeps
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import math
@@ -22,8 +22,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +31,10 @@ import torch
 from ccella_fast import entrypoint
 from ccella_fast.errors import ConfigError
 from ccella_fast.kernels import tuning
+from ccella_fast.kernels.backend import triton
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig
 from ccella_fast.storage import atomic_path
+from kernel_launches import launches_of, record_launches, time_in_graph
 from kernel_trials import OK, Candidate, Trial, TrialPool
 from kernel_workloads import BATCHES, GRID, Call, Workload, workloads
 from script import default_device, make_parser, run_script
@@ -41,19 +42,9 @@ from script import default_device, make_parser, run_script
 GAIN = 1.03  # a smaller speedup is noise
 MOST_CANDIDATES = 24  # of a configuration
 PIPELINED = ("attention", "cross_attention", "upsample_conv3d")  # loops with tl.dot; the others ignore the stages
-MERGED_LATER = ("statistics", "sums")  # steps whose partial results the later launches of the same call merge
 COMPILING = 0.6  # most of the time limit that compilation may take
-_GRAPH_SECONDS, _MOST_CALLS, _REPLAYS = 1e-3, 50, 15  # of a timed CUDA graph; no more calls than `_MOST_CALLS`
 
-Measure = Callable[[Sequence[Callable[[], Any]]], float]  # the seconds of some launches, one after the other
-
-
-class Launch(NamedTuple):
-    """A launch of a Triton kernel that can be repeated, and the configuration that it was made with."""
-
-    kernel: str
-    key: str
-    repeat: Callable[[], Any]
+Measure = Callable[[Sequence[Callable[[], Any]]], float]  # `time_in_graph`, or what a test uses instead
 
 
 class Tuned(NamedTuple):
@@ -80,80 +71,12 @@ def candidates(kernel: str, shipped: LaunchConfig) -> list[LaunchConfig]:
 
     near = sorted((values for values in itertools.product(*factors) if rank(values)[0] <= 2), key=rank)
     names = [name for name, _ in blocks]
-    return [
-        LaunchConfig(dict(zip(names, values[:-2], strict=True)), *values[-2:]) for values in near[:MOST_CANDIDATES]
-    ]
+    return [LaunchConfig(dict(zip(names, values[:-2], strict=True)), *values[-2:]) for values in near[:MOST_CANDIDATES]]
 
 
 def _halved(size: int) -> int:
     """tl.dot needs blocks of 16; blocks that are smaller already are not for tl.dot."""
     return max(16 if size >= 16 else 1, size // 2)
-
-
-def record_launches(call: Call) -> list[Launch]:
-    """The launches of our kernels in a call, which is run once."""
-    from triton.runtime.jit import KernelInterface
-
-    launches: list[Launch] = []
-    asked: list[tuple[str, str]] = []  # every launcher asks for a configuration just before it launches
-    plain_config, plain_launch = tuning.launch_config, KernelInterface.__getitem__
-
-    def launch_config(kernel: str, key: str, device: torch.device) -> LaunchConfig:
-        asked.append((kernel, key))
-        return plain_config(kernel, key, device)
-
-    def recording(function: Any, grid: Any) -> Callable[..., Any]:
-        def launch(*args: Any, **kwargs: Any) -> Any:
-            repeat = functools.partial(plain_launch(function, grid), *args, **kwargs)
-            launches.append(Launch(*asked[-1], repeat))
-            return repeat()
-
-        return launch
-
-    with _replaced_launch_config(launch_config):
-        KernelInterface.__getitem__ = recording
-        try:
-            call()
-        finally:
-            KernelInterface.__getitem__ = plain_launch
-    return launches
-
-
-def launches_of(kernel: str, key: str, call: Call) -> list[Callable[[], Any]]:
-    """The launch of a call that the configuration belongs to, with those that merge its partial results, if there are any."""
-    launches = record_launches(call)
-    first = next(i for i, launch in enumerate(launches) if (launch.kernel, launch.key) == (kernel, key))
-    end = None if key.split()[0] in MERGED_LATER else first + 1
-    return [launch.repeat for launch in launches[first:end]]
-
-
-def time_in_graph(launches: Sequence[Callable[[], Any]]) -> float:
-    """The seconds of some launches on the GPU: the median over replays of a CUDA graph that repeats them.
-
-    The inputs stay the same: in a step they have just been written, so they are in the L2 cache as well if they fit in it.
-    """
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for launch in launches:  # loads the compiled kernels, which must not happen in a capture
-        launch()
-    begin.record()
-    for launch in launches:
-        launch()
-    end.record()
-    torch.cuda.synchronize()
-    calls = max(4, min(_MOST_CALLS, round(_GRAPH_SECONDS / max(1e-9, begin.elapsed_time(end) / 1e3))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            for launch in launches:
-                launch()
-    graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(_REPLAYS + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        graph.replay()
-        mark.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) / 1e3 / calls
 
 
 def speedup(before: dict[str, float], after: dict[str, float], known: dict[str, Workload]) -> float:
@@ -212,31 +135,14 @@ def write_config(chip: str, kernel: str, key: str, config: LaunchConfig) -> Path
     file = tuning.tuned_file(chip)
     table = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     table.setdefault(kernel, {})[key] = config._asdict()
-    file.parent.mkdir(exist_ok=True)
     _write_json(file, table)
     return file
 
 
 def _write_json(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as temporary:
         temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _replaced_launch_config(new: Callable[..., LaunchConfig]) -> Iterator[None]:
-    """Replace `tuning.launch_config` in every module that has imported it."""
-    old = tuning.launch_config
-    _swap_launch_config(old, new)
-    try:
-        yield
-    finally:
-        _swap_launch_config(new, old)
-
-
-def _swap_launch_config(old: Callable[..., LaunchConfig], new: Callable[..., LaunchConfig]) -> None:
-    for name, module in list(sys.modules.items()):
-        if name.startswith("ccella_fast.kernels") and getattr(module, "launch_config", None) is old:
-            module.launch_config = new  # type: ignore[attr-defined]
 
 
 def tune(
@@ -268,27 +174,28 @@ def tune(
     start = time.monotonic()
     known = {name: each for name, each in workloads(device, grid).items() if each.kernel in kernels}
     with TrialPool(workers, device, grid) as pool:
-        names = list(known)
-        verdicts = dict(zip(names, pool.run([Trial(None, [name]) for name in names], start + COMPILING * seconds)))
-        for name, verdict in verdicts.items():
-            if verdict != OK:
+        calls: dict[str, Call] = {}
+        trials = [Trial(None, [name]) for name in known]
+        for name, verdict in zip(known, pool.run(trials, start + COMPILING * seconds), strict=True):
+            if verdict == OK:
+                calls[name] = known[name].prepare()
+            else:
                 print(f"{name}: {verdict}", file=sys.stderr, flush=True)
-        calls = {name: known[name].prepare() for name in names if verdicts[name] == OK}
         if not calls:
-            raise ConfigError("no kernel runs with its shipped configuration; the reasons are above")
+            raise ConfigError("no kernel has run with its shipped configuration; the reasons are above")
         users, shares = _shares(calls, known, measure)
         _say(start, f"{len(calls)} workloads use {len(users)} configurations")
         tried = [Candidate(*key, config) for key in users for config in candidates(key[0], _shipped(key))[1:]]
         trials = [Trial(candidate, users[candidate.kernel, candidate.key]) for candidate in tried]
-        verdicts_of = list(zip(tried, pool.run(trials, start + COMPILING * seconds)))
-    _say(start, f"{sum(verdict == OK for _, verdict in verdicts_of)} of {len(tried)} candidates run and are correct")
+        verdicts = list(zip(tried, pool.run(trials, start + COMPILING * seconds), strict=True))
+    _say(start, f"{sum(verdict == OK for _, verdict in verdicts)} of {len(tried)} candidates run and are correct")
 
-    found: dict[str, Any] = {"chip": chip, "torch": torch.__version__, "keys": {}}
+    found: dict[str, Any] = {"chip": chip, "torch": torch.__version__, "triton": triton.__version__, "keys": {}}
     for key, users_of_key in users.items():
         if time.monotonic() > start + seconds:
             _say(start, "the time is over")
             break
-        mine = [(each.config, verdict) for each, verdict in verdicts_of if (each.kernel, each.key) == key]
+        mine = [(each.config, verdict) for each, verdict in verdicts if (each.kernel, each.key) == key]
         configs = [_shipped(key), *(config for config, verdict in mine if verdict == OK)]
         used = {name: calls[name] for name in users_of_key}
         tuned = tune_key(*key, configs, used, known, measure, deadline=start + seconds)
