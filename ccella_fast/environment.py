@@ -7,7 +7,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from ccella_fast import __version__, hardware
+import ccella_fast
+from ccella_fast import hardware
 
 PACKAGES = [
     "torch", "deepspeed", "triton", "xformers", "monai", "transformers", "nvidia-dali-cuda130", "numpy", "nvidia-ml-py",
@@ -34,7 +35,7 @@ def describe_environment() -> dict[str, Any]:
     import torch
 
     return {
-        "ccella_fast": __version__,
+        "ccella_fast": ccella_fast.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in PACKAGES},

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ccella_fast import __version__
+import ccella_fast
 from ccella_fast.errors import ConfigError
 
 # Stored values are from 0 to 32767, so that readers that take them for signed ones see the same. The rounding error of an
@@ -129,7 +129,7 @@ def _common_attributes(
         "PositionReferenceIndicator": "",
         "Manufacturer": MANUFACTURER,
         "ManufacturerModelName": MANUFACTURER,
-        "SoftwareVersions": __version__,
+        "SoftwareVersions": ccella_fast.__version__,
         # Image
         "SOPClassUID": _MR_IMAGE_STORAGE,
         "SyntheticData": "YES",
