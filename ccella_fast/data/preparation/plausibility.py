@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ccella_fast.data.preparation.resampling import ADC_WINDOW, PERCENTILES, Grid
+from ccella_fast.data.preparation.resampling import ADC_WINDOW, PERCENTILES, Grid, normalize, resample
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.errors import DataError
 
@@ -39,16 +39,32 @@ def check_intensities(volume: Volume, sequence: str, path: Path) -> None:
         _check_window(volume.array, sequence, path)
 
 
+def check_contrast(volume: Volume, sequence: str, grid: Grid, path: Path) -> None:
+    """Raise DataError if `normalize` would, for a series of which the part inside the grid has no contrast."""
+    if sequence == "adc":  # its window is fixed
+        return
+    index, inside = _nearest_voxels(volume, grid, 48)
+    values = volume.array[tuple(index[inside].T)]
+    is_certain = inside.mean() >= _LEAST_COVER and np.percentile(values, PERCENTILES[1]) > max(values.min(), 0)
+    if not is_certain:
+        normalize(resample(volume, grid), sequence, grid, path=path)
+
+
 def coverage_note(volume: Volume, sequence: str, grid: Grid) -> str | None:
     """A sentence if a series covers less than three quarters of the part of the grid that the leading series covers."""
-    steps = [np.linspace(part.start, part.stop - 1, 12) for part in grid.inner]
-    points = np.stack([*np.meshgrid(*steps, indexing="ij"), np.ones((12, 12, 12))], -1)
-    index = points @ (np.linalg.inv(volume.affine) @ grid.affine).T
-    inside = (index[..., :3] >= -0.5) & (index[..., :3] <= np.array(volume.array.shape) - 0.5)
-    share = float(inside.all(-1).mean())
+    _, inside = _nearest_voxels(volume, grid, 12)
+    share = float(inside.mean())
     if share >= _LEAST_COVER:
         return None
     return f"{sequence} covers {share:.0%} of the grid, the rest is filled with its minimum"
+
+
+def _nearest_voxels(volume: Volume, grid: Grid, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 3) index of the voxels nearest to count**3 points of the inner part of the grid, and which of them exist."""
+    steps = [np.linspace(part.start, part.stop - 1, count) for part in grid.inner]
+    points = np.stack([*np.meshgrid(*steps, indexing="ij"), np.ones([count] * 3)], -1).reshape(-1, 4)
+    index = np.rint(points @ (np.linalg.inv(volume.affine) @ grid.affine)[:3].T).astype(int)
+    return index, ((index >= 0) & (index < np.array(volume.array.shape))).all(-1)
 
 
 def _check_adc(array: np.ndarray, path: Path) -> None:
