@@ -34,7 +34,8 @@ from ccella_fast.data.preparation.worker_pool import WorkerPool, count_workers
 from ccella_fast.data.readers.discovery import find_studies
 from ccella_fast.data.readers.study import Defects, Study
 from ccella_fast.errors import ConfigError, DataError
-from ccella_fast.hardware import free_memory, gib
+from ccella_fast.hardware import free_memory
+from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.storage import atomic_path, check_writable, existing_parent, write_json
 from ccella_fast.training.dry_run import checkpoint_bytes_per_parameter, memory_per_parameter
 
@@ -281,21 +282,24 @@ def estimate_needs(
     checkpoints = config.training.checkpoints_total_limit + 1
     space = 0 if prepared else bytes_to_prepare(config, studies)
     run = parameters * checkpoint_bytes_per_parameter(config)
+    processes = counted(count_workers(max(1, studies), one), "process", "processes")
     model = parameters * sum(memory_per_parameter(config, 1).values())
     needs = [
-        ("preparing: disk", "done" if prepared else f"{gib(space)} for images and text features"),
-        ("preparing: memory", f"{gib(one)} per process, {count_workers(max(1, studies), one)} processes here"),
+        ("preparing: disk", "done" if prepared else f"{format_bytes(space)} for images and text features"),
+        ("preparing: memory", f"{format_bytes(one)} per process, {processes} here"),
         ("training: memory",
-         f"{gib(model)} for weights, gradients and optimizer; {parameters:,} parameters, and activations"),
-        ("training: disk", f"{gib(run)} per checkpoint, at most {checkpoints} checkpoints, and the autoencoder in each"),
-        ("this machine", f"{gib(memory)} of memory and {gib(disk)} of disk space are free"),
+         f"{format_bytes(model)} for weights, gradients and optimizer; {parameters:,} parameters, and activations"),
+        ("training: disk",
+         f"{format_bytes(run)} per checkpoint, at most {checkpoints} checkpoints, and the autoencoder in each"),
+        ("this machine", f"{format_bytes(memory)} of memory and {format_bytes(disk)} of disk space are free"),
     ]  # fmt: skip
     found = []
     if space + checkpoints * run > disk:
-        why = f"about {gib(space + checkpoints * run)} of disk space are needed, but {gib(disk)} are free next to the data"
+        needed = format_bytes(space + checkpoints * run)
+        why = f"about {needed} of disk space are needed, but {format_bytes(disk)} are free next to the data"
         found.append(Finding("disk_space", "warning", why, "free space, or write to another disk"))
     if max(one, model) > memory and not torch.cuda.is_available():
-        why = f"about {gib(max(one, model))} of memory are needed, but {gib(memory)} are free"
+        why = f"about {format_bytes(max(one, model))} of memory are needed, but {format_bytes(memory)} are free"
         found.append(Finding("memory", "warning", why, "train on a GPU, with ZeRO or a smaller model"))
     return needs, found
 

@@ -87,7 +87,9 @@ def make_images(task: ImageTask) -> PreparedImages:
 
 def read_series(task: ImageTask) -> tuple[dict[str, Volume], Grid]:
     """The series of a study as they were measured, and the study's grid, which follows the T2 series."""
-    series = {sequence: read_sequence(task.files[sequence], sequence, task.b_value) for sequence in task.data.sequences}
+    series: dict[str, Volume] = {}
+    for sequence in task.data.sequences:
+        series[sequence] = read_sequence(task.files[sequence], sequence, task.b_value)
     leading = leading_sequence(task.data)
     grid = make_grid(series[leading], task.data.spacing, task.data.dim)
     for sequence in task.data.sequences:

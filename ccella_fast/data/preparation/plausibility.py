@@ -13,6 +13,7 @@ import numpy as np
 from ccella_fast.data.preparation.resampling import ADC_WINDOW, PERCENTILES, Grid, normalize, resample
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.errors import DataError
+from ccella_fast.quantities import counted
 
 #: Of the median of the positive voxels of an ADC map, in 1e-6 mm2/s. Free water at body temperature has 3000, restricted
 #: diffusion in cancer 500 to 900, normal prostate 1300 to 2000; fat and bone around it have a few hundred.
@@ -127,4 +128,4 @@ def _voxels_between(outside: np.ndarray) -> str:
     """How many voxels there are in `outside`, and their values."""
     low, high = outside.min(), outside.max()
     values = f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
-    return f"{outside.size} voxel{' is' if outside.size == 1 else 's are'} {values}"
+    return f"{counted(outside.size, 'voxel is', 'voxels are')} {values}"
