@@ -17,8 +17,8 @@ from ccella_fast.quantities import counted
 
 #: Of the median of the positive voxels in the middle of an ADC map, in 1e-6 mm2/s. Muscle and normal prostate, most of what is
 #: there, have 1000 to 1800; free water at body temperature (bladder, cysts) has 3000, cancer 500 to 900, marrow and fat a few
-#: hundred; real maps and parts of them have a median of 1020 to 2890. A tenth of any map, even of water, is below these bounds, and
-#: ten times a map with a median of at least 400 is above them.
+#: hundred; real maps and parts of them have a median of 1020 to 2890. A tenth of any map, even of water, is below the bounds,
+#: and ten times a map with a median of at least 400 is above them.
 ADC_MEDIAN = (300.0, 4000.0)
 _TYPICAL_ADC = 1200.0
 _ADC_UNITS = {
