@@ -43,13 +43,13 @@ _WANTED: dict[Wanted, tuple[set[str], str]] = {
     "studies": ({"studies", "bids"}, "give the folder that contains the folders of the studies"),
     "results": ({"results"}, "give the folder that contains prepared/, vae/, model/ and samples/"),
 }
-# What a command writes -> the kinds of an existing folder that it may continue, and its name in a folder of results.
-_OUTPUTS: dict[Output, tuple[set[str], str]] = {
-    "studies": ({"studies"}, "studies"),
-    "prepared data": ({"prepared", "unprepared"}, "prepared"),
-    "an autoencoder": ({"autoencoder", "unfinished autoencoder"}, "vae"),
-    "a run": ({"run", "unsaved run"}, "model"),
-    "samples": ({"samples"}, "samples"),
+# What a command writes -> the kinds of an existing folder that it may continue.
+_OUTPUTS: dict[Output, set[str]] = {
+    "studies": {"studies"},
+    "prepared data": {"prepared", "unprepared"},
+    "an autoencoder": {"autoencoder", "unfinished autoencoder"},
+    "a run": {"run", "unsaved run"},
+    "samples": {"samples"},
 }
 _FORMATS = {
     "ccella_fast.prepared": "prepared",
@@ -98,13 +98,14 @@ def check_folder(path: str | Path, wanted: Wanted, *, error: type[CcellaError], 
 
 
 def check_output(folder: str | Path, what: Output, *, field: str) -> None:
-    """Raise ConfigError if `folder` holds something else than an earlier `what`. Anything unknown passes."""
+    """Raise ConfigError if `folder` holds something else than an earlier `what`.
+
+    Anything unknown passes, and a folder whose folders hold the results of commands: those are not mixed.
+    """
     kind = folder_kind(folder)
-    continued, name = _OUTPUTS[what]
-    if kind is not None and kind != "empty" and kind not in continued:
+    if kind is not None and kind not in _OUTPUTS[what] | {"empty", "results"}:
         why = f"this is {_NAMES[kind]}; {what} would be mixed with its files"
-        example = f", such as {Path(folder, name)}" if kind == "results" else ""
-        raise ConfigError(why, path=folder, field=field, fix=f"choose a folder of its own{example}")
+        raise ConfigError(why, path=folder, field=field, fix="choose a folder of its own")
 
 
 def wrong_folder(
