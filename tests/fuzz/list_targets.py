@@ -6,10 +6,15 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mutations as m
 from mutations import Mutation, on_one_file
 from target import CANARY, Content, Target, digest, prepare_command, text_target
+
+if TYPE_CHECKING:
+    from ccella_fast.data.importing.sequence_choice import Judgement
+    from ccella_fast.data.importing.series import ExportedStudy
 
 
 def _write_studies(folder: Path) -> None:
@@ -77,8 +82,9 @@ def _find(entry: str, folder: Path) -> Content:
 
 
 def _write_export(folder: Path) -> None:
-    """One study of three series, a table of reports, and the choices and the key of an earlier import."""
-    from ccella_fast.data.importing.import_studies import import_studies
+    """One study of three series, a table of reports, and the choices and the key as a first import has written them."""
+    from ccella_fast.data.importing.choices import write_choices
+    from ccella_fast.data.importing.deidentification import extend_key, write_key
     from pacs_fixtures import change, remove, write_export
 
     export = folder / "export"
@@ -90,27 +96,37 @@ def _write_export(folder: Path) -> None:
     for name in ("PatientName", "PatientID", "AccessionNumber", "InstitutionName", "ReferringPhysicianName"):
         change(export, name, CANARY)
     (folder / "reports.csv").write_text(
-        "accession;report;pirads\n" + f'{CANARY};"Focus {CANARY} of 18 mm;\nPI-RADS 5.";5\n' + f"other;{CANARY} x;\n"
+        f'accession;report;pirads\n{CANARY};"Focus {CANARY} of 18 mm;\nPI-RADS 5.";5\nother;{CANARY} x;\n'
     )
-    import_studies(export, folder / "studies", reports=folder / "reports.csv", private=folder / "private", workers=1)
+    studies, judged, _ = _choose(export)
+    key = extend_key({}, studies, (1, 0, 0))
+    write_key(folder / "private" / "key.csv", key)
+    shown = {key[study.uid].id: each for study, each in zip(studies, judged, strict=True)}
+    write_choices(folder / "studies.import" / "choices.csv", shown, shown, {})
+
+
+def _choose(export: Path) -> tuple[list[ExportedStudy], list[list[Judgement]], int]:
+    """The studies, their volumes with what each is chosen as, and the number of files that are not used."""
+    from ccella_fast.data.importing.scan import FileHeader, read_headers
+    from ccella_fast.data.importing.sequence_choice import choose_sequences
+    from ccella_fast.data.importing.series import group_studies
+
+    found = read_headers(sorted(str(path) for path in export.rglob("*.dcm")))
+    headers = [each for each in found if isinstance(each, FileHeader)]
+    studies, _ = group_studies(headers)
+    return studies, [choose_sequences(study.volumes) for study in studies], len(found) - len(headers)
 
 
 def _read_export(folder: Path) -> Content:
     """What is chosen of the export, and its voxels."""
-    from ccella_fast.data.importing.scan import FileHeader, read_headers
-    from ccella_fast.data.importing.sequence_choice import choose_sequences
-    from ccella_fast.data.importing.series import group_studies
     from ccella_fast.data.importing.write import read_series, task_of
 
-    found = read_headers(sorted(str(path) for path in (folder / "export").rglob("*.dcm")))
-    studies, _ = group_studies([each for each in found if isinstance(each, FileHeader)])
-    judged = [choose_sequences(study.volumes) for study in studies]
+    _, judged, unused = _choose(folder / "export")
     tasks = [task_of("p0001_s1", each, folder / "out", folder / "out.private") for each in judged]
     volumes = [read_series(task, sequence) for task in tasks for sequence in task.series]
-    slices = sum(volume.array.shape[2] for volume in volumes)
     # A file that is not used is listed, and a volume that is not chosen is shown.
-    shown = any(not isinstance(each, FileHeader) for each in found) or sum(map(len, judged)) != 3
-    noted = shown or any(volume.notes for volume in volumes)
+    noted = unused > 0 or sum(map(len, judged)) != 3 or any(volume.notes for volume in volumes)
+    slices = sum(volume.array.shape[2] for volume in volumes)
     return Content(
         digest(*(part for each in volumes for part in (each.array, each.affine.round(5) + 0.0))), slices, noted
     )
