@@ -202,7 +202,7 @@ def test_lesions_are_drawn_with_the_size_side_level_and_zone_of_the_report(drawn
     for patient, c, lesion in drawn_lesions:
         facts, half = patient.findings, patient.prostate
         size = largest_axial_diameter(lesion, 0.8)
-        assert abs(size - facts.size_mm) <= 1.8, facts
+        assert -1.4 < size - facts.size_mm < 1.8, facts  # category 3 has an indistinct margin
         assert (facts.pirads == 5) == (size >= 15), (facts, size)
         to_side = c.x * (1 if facts.side == "left" else -1)
         assert (to_side[lesion] > 0).mean() > 0.85, facts
