@@ -11,8 +11,8 @@ CONFIG ?= configs/demo.json
 EXTRA := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 STUDIES := $(or $(DATA),$(OUT)/studies)
 # Reports are given if the model has been trained on some: phantoms have them, real studies if their folder has a studies.csv.
-REPORTS := --report "Prostate 42 cc, PSA 9.8. Left peripheral zone, mid-gland: 18 mm focus of low ADC, dark on T2 (DWI 5). PI-RADS 5." \
-           --report "Prostate 38 cc, PSA 3.1. No suspicious area in the peripheral zone or the transition zone. PI-RADS 1." \
+REPORTS := --report "Prostate 42 cc, PSA 9.8. Left peripheral zone, mid-gland: 18 mm focus of markedly low ADC and marked signal at high b-value, homogeneously dark on T2 (DWI 5, T2 5). PI-RADS 5." \
+           --report "Prostate 38 cc, PSA 3.1. No focal lesion. The peripheral zone shows homogeneous high T2 signal on both sides, diffusion is normal. PI-RADS 1." \
            --num_samples 2
 PROMPTS := $(if $(DATA),$(if $(wildcard $(DATA)/studies.csv),$(REPORTS),--num_samples 4),$(REPORTS))
 
