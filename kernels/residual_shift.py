@@ -49,7 +49,7 @@ def residual_shift_reference(h: Tensor, residual: Tensor, shift: Tensor | None =
 def _residual_shift_fwd_kernel(
     h_ptr, residual_ptr, shift_ptr, y_ptr, stride_shift_b, S, voxels_per_program, programs_per_sample,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, LAST: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y of one part of the voxels of a sample. stride_shift_b: C, or 0 where all samples share one shift."""
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
@@ -61,7 +61,7 @@ def _residual_shift_fwd_kernel(
         b_shift = tl.load(shift_ptr + i_b * stride_shift_b + o_c, mask=m_c, other=0.0).to(tl.float32)
     else:
         b_shift = tl.zeros([BLOCK_C], tl.float32)
-    for first in range(start, end, BLOCK_S):
+    for first in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         m_tile = (first + o_s < end)[:, None] & m_c[None, :]
         o_x = tile_origin(i_b, first, S, C, LAST) + o_tile
         b_h = tl.load(h_ptr + o_x, mask=m_tile, other=0.0).to(tl.float32)

@@ -31,7 +31,9 @@ def small_tiles(monkeypatch):
     """Small tiles, and a GPU so small that a program processes several of them."""
     monkeypatch.setattr(layout, "multiprocessor_count", lambda _: 2)
     for key, config in DEFAULT_LAUNCH_CONFIGS["residual_shift"].items():
-        monkeypatch.setitem(DEFAULT_LAUNCH_CONFIGS["residual_shift"], key, config._replace(constants={"TILE": 256}))
+        monkeypatch.setitem(
+            DEFAULT_LAUNCH_CONFIGS["residual_shift"], key, config._replace(constants={"TILE": 256, "STAGES": 2})
+        )
 
 
 def test_reference_equals_explicit_arithmetic():
