@@ -88,8 +88,8 @@ def launch_grid(x: Tensor, groups: int, config: LaunchConfig, *, partial: bool =
     """The grid over dense `x` in which a program takes whole groups of channels.
 
     With channels first a program takes one group; with channels last it takes as many as make up at most 128 channels, so that
-    it reads long runs of adjacent elements. If each program writes a `partial` result, a sample has at most `MAX_PARTS` programs
-    per channel block.
+    it reads long runs of adjacent elements. If each program writes a `partial` result, a sample has at most `MAX_PARTS`
+    programs per channel block.
     """
     max_programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(x.device)
     most = MAX_PARTS if partial else max_programs
