@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.grad import conv3d_input
 
 from ccella_fast.kernels.backend import compute_dtype
 
@@ -40,7 +39,10 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = conv3d_input(x.shape, weight, dy, padding=1)
+            ones, only_dx = [1, 1, 1], [True, False, False]
+            dx = torch.ops.aten.convolution_backward(  # not conv3d_input, which does not see the layout of x
+                dy, x, weight, None, ones, ones, ones, False, [0, 0, 0], 1, only_dx
+            )[0]
         if ctx.needs_input_grad[1]:
             dweight = weight_gradient(x, dy)
         if ctx.needs_input_grad[2]:
