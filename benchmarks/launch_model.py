@@ -1,7 +1,7 @@
 """How many kernels an operator launches on a GPU, and the memory layout of its results, for operators on meta tensors.
 
-The rules are those of PyTorch 2.11 with cuDNN 9.19 and of the launchers in `kernels/`. What a library splits internally, such as
-the memory that a split-K product clears, is not included.
+The rules are those of PyTorch 2.11 with cuDNN 9.19 and of the launchers in `kernels/`. What a library adds internally, such as
+clearing the memory of a split-K product, is not included.
 
 * A convolution runs in channels_last_3d if its input or its weight is in that layout, else in NCDHW; whichever is in another
   layout is copied first. Its bias is added by a kernel of its own. A 1x1x1 convolution is a matrix product with one copy.

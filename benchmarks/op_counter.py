@@ -56,7 +56,13 @@ class Counts:
 
     def summary(self) -> dict[str, int]:
         """The counts that are kept and compared."""
-        return {"ops": self.ops, "launches": self.launches, "bytes": self.bytes, "flops": self.flops, "peak_bytes": self.peak_bytes}
+        return {
+            "ops": self.ops,
+            "launches": self.launches,
+            "bytes": self.bytes,
+            "flops": self.flops,
+            "peak_bytes": self.peak_bytes,
+        }
 
 
 class _Counter(TorchDispatchMode):

@@ -13,8 +13,8 @@ from ccella_fast.kernels.backend import compute_dtype
 class DerivedWeight:
     """A function of weights whose result is kept between calls that need no gradient, as long as the weights do not change.
 
-    A change through `.data`, as DeepSpeed's optimizers make it, cannot be detected: so a call with gradients discards the result,
-    and a module that has a derived weight calls `clear` in `train()`, which `eval()` calls too.
+    A change through `.data`, as DeepSpeed's optimizers make it, cannot be detected: so a call with gradients discards the
+    result, and a module that has a derived weight calls `clear` in `train()`, which `eval()` calls too.
 
     Args:
         compute: the function.

@@ -254,9 +254,9 @@ def backend_support(
 ) -> BackendSupport:
     """The backends in order of preference, each with the reason why it is unsupported, None if it is supported.
 
-    On an NVIDIA H200 (Triton 3.6.0, PyTorch 2.11, bf16) a denoising step of the default model takes 6.17 ms with `triton`, 6.60 ms
-    with `reference` and 6.78 ms with `phase`, whose many small operations convert the layout back and forth. `triton` is also the
-    only one whose gradients are channels-last throughout.
+    On an NVIDIA H200 (Triton 3.6.0, PyTorch 2.11, bf16) a denoising step of the default model took 6.17 ms with `triton`, 6.60
+    with `reference` and 6.78 with `phase`, whose many small operations convert the layout back and forth. Training was not
+    measured; there `triton` is the one whose output and gradients stay channels-last.
 
     Args:
         device: Device of the tensors.

@@ -8,7 +8,6 @@ feature that enters the last `depth` residual blocks of the up path is kept. On 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ccella_fast.config import ModelConfig

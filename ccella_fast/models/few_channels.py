@@ -1,8 +1,8 @@
 """3x3x3 convolutions from or to very few channels on a GPU: the gradient of the weight as one matrix product.
 
-cuDNN computes that gradient without tensor cores: at batch 8, the one of the U-Net's first or last convolution (4 channels) took 32
-of the 175 ms of a training step on an NVIDIA H200. With the 27 shifted copies of the tensor that has few channels as the columns
-of a matrix, it is a product over the voxels:
+cuDNN computes that gradient without tensor cores: at batch 8, the one of the U-Net's first or last convolution (4 channels)
+took 32 of the 175 ms of a training step on an NVIDIA H200. With the 27 shifted copies of the tensor that has few channels as
+the columns of a matrix, it is a product over the voxels:
 
     dw[o, c, k] = sum over voxels v of dy[v, o] x[v + k, c] = sum over voxels u of dy[u - k, o] x[u, c]
 
@@ -30,12 +30,12 @@ def conv3d_few_channels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return F.conv3d(x, weight, bias, padding=1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:

@@ -32,8 +32,8 @@ class Optimizations:
         channels_last: convolutions in channels_last_3d; None: on CUDA, and on a CPU if the weights are not fp32.
         packed_weights: on a CPU with oneDNN support for bf16, with bf16 weights in channels_last_3d: store convolution weights
             in oneDNN's blocked layout; None: on, unless `compile` is.
-        phase_upsampler: nearest x2 upsampling and convolution as eight small convolutions, with 3.4 times fewer
-            multiplications.
+        phase_upsampler: nearest x2 upsampling and convolution as eight convolutions of the small grid, in one kernel on a GPU,
+            with 3.4 times fewer multiplications.
         cuda_graph: on CUDA, capture a step once and replay it: one launch instead of hundreds.
         overlap_decode: on CUDA, decode on a second stream while the next batch is denoised.
         compile: apply torch.compile to the network; the first step then takes minutes.

@@ -199,5 +199,5 @@ def test_queries_keys_and_values_are_one_product(bias, as_on_gpu, monkeypatch):
         module.eval()  # ... but this clears it
         torch.testing.assert_close(module(tokens), separately())
     weights = [module.to_q.weight, module.to_k.weight, module.to_v.weight]
-    for one, other in zip(*(torch.autograd.grad(y().square().sum(), weights) for y in (lambda: module(tokens), separately))):
-        torch.testing.assert_close(one, other)
+    found, expected = (torch.autograd.grad(y().square().sum(), weights) for y in (lambda: module(tokens), separately))
+    torch.testing.assert_close(found, expected)
