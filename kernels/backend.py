@@ -37,7 +37,15 @@ except ImportError:
 
 ENVIRONMENT = "CCELLA_FAST_BACKEND"
 BACKENDS = ("triton", "xformers", "sdpa", "phase", "reference")
-KERNELS = ("group_norm_silu", "cross_attention", "attention", "upsample_conv3d", "geglu", "residual_shift")
+KERNELS = (
+    "group_norm_silu",
+    "cross_attention",
+    "attention",
+    "upsample_conv3d",
+    "geglu",
+    "residual_shift",
+    "upsample_trilinear",
+)
 XFORMERS = importlib.util.find_spec("xformers") is not None  # found, not imported
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ccella_fast.hardware import free_memory
 from ccella_fast.kernels.group_norm_silu import GroupNormSiLU, group_norm_silu_apply
+from ccella_fast.kernels.upsample_trilinear import upsample_trilinear
 from ccella_fast.models.autoencoder.tiling_plan import (
     HALO,
     TiledConv,
@@ -290,12 +291,7 @@ def _upsample_planes(x: ChunkedTensor, lo: int, hi: int, device: torch.device) -
     Plane i becomes planes 2i and 2i + 1, each with a weight of 1/4 for its other neighbor.
     """
     first, last = max((lo - 1) // 2, 0), min(hi // 2 + 1, x.edges[-1])
-    return upsample_trilinear(x.read(first, last, device))[:, :, lo - 2 * first : hi - 2 * first]
-
-
-def upsample_trilinear(x: Tensor) -> Tensor:
-    """Trilinear upsampling by 2 with `align_corners=False`."""
-    return F.interpolate(x, scale_factor=2.0, mode="trilinear", align_corners=False)
+    return upsample_trilinear(x.read(first, last, device), (lo - 2 * first, hi - 2 * first))
 
 
 def _empty_like(y: Tensor, planes: int, store: torch.device) -> Tensor:
