@@ -96,10 +96,10 @@ def test_comparison_detects_a_wrong_tiling(mistake, vae, theirs, monkeypatch):
     if mistake == "no halo":
         convolve = tiling._convolve_planes
 
-        def convolve_without_halo(conv, read, length, lo, hi):
+        def convolve_without_halo(conv, read, length, lo, hi, bias):
             if conv.kernel_size[0] == 3 and conv.stride[0] == 1:
-                return convolve(conv, lambda first, last: read(lo, hi), hi - lo, 0, hi - lo)
-            return convolve(conv, read, length, lo, hi)
+                return convolve(conv, lambda first, last: read(lo, hi), hi - lo, 0, hi - lo, bias)
+            return convolve(conv, read, length, lo, hi, bias)
 
         monkeypatch.setattr(tiling, "_convolve_planes", convolve_without_halo)
     z = draw(1, 3, 9, 3, 2)
