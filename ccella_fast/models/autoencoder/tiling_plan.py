@@ -17,8 +17,8 @@ from ccella_fast.quantities import format_bytes
 
 # Bytes of transient tensors. More are not faster, so even a volume that fits in memory is computed in slabs of this size.
 SLAB_BYTES = 2**29
-# On a GPU, larger slabs repeat fewer planes and take fewer launches, and an activation that is computed whole is not copied. With
-# this size a volume of 256x256x128 is decoded whole in bf16, and no tensor of a slab has more than 2^31 elements.
+# On a GPU larger slabs repeat fewer planes and take fewer launches, and an activation that is computed whole is not copied.
+# With this size a volume of 256x256x128 is decoded whole in bf16, and no tensor of a slab has more than 2^31 elements.
 GPU_SLAB_BYTES = 2**32
 # Chunks in which a large activation is stored: a chunk that has been read is freed while the others are still needed.
 CHUNKS = 4
