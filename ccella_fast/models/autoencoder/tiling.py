@@ -267,8 +267,10 @@ def _run_step(
     for index, slabs in enumerate(slab_bounds(conv, x.edges, step.output_shape[1], step.planes)):
         for lo, hi in slabs:
             if conv.shortcut is not None:
-                shortcut_bias = conv.shortcut.bias if shortcut.shift is None else None
-                shortcut.write(lo, F.conv3d(x.read(lo, hi, device), conv.shortcut.weight, shortcut_bias))
+                planes = x.read(lo, hi, device)
+                plain = shortcut.shift is None
+                shortcut.write(lo, conv.shortcut(planes) if plain else F.conv3d(planes, conv.shortcut.weight))
+                del planes
             y = _convolve_planes(conv.conv, read, length, lo, hi, bias)
             outputs = [y]
             if conv.ends_block:
