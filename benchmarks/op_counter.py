@@ -78,10 +78,11 @@ class _Counter(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self._allocate(inputs, outputs)
-        if name in _ALLOCATIONS or name in _VIEWS_WITHOUT_ALIAS or _is_view(func) or not outputs:
+        written_inputs = [] if outputs else _mutated(func, args)
+        if name in _ALLOCATIONS or name in _VIEWS_WITHOUT_ALIAS or _is_view(func) or not (outputs or written_inputs):
             self.counts.views += 1
             return out
-        read, written = sum(map(_bytes, inputs)), sum(map(_bytes, outputs))
+        read, written = sum(map(_bytes, inputs)), sum(map(_bytes, [*outputs, *written_inputs]))
         self.counts.ops += 1
         self.counts.bytes_read += read
         self.counts.bytes_written += written
@@ -197,6 +198,12 @@ def _full(value: Any) -> Any:
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return bool(returns) and all(ret.alias_info is not None and not ret.alias_info.is_write for ret in returns)
+
+
+def _mutated(func: Any, args: Any) -> list[Tensor]:
+    """The positional arguments that an op writes in place."""
+    declared = func._schema.arguments[: len(args)]
+    return [arg for arg, given in zip(args, declared, strict=True) if given.alias_info and given.alias_info.is_write]
 
 
 def _bytes(tensor: Tensor) -> int:

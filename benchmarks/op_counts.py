@@ -1,11 +1,11 @@
-"""Ops, bytes and FLOPs of a denoising step and a training step of the default model, counted on meta tensors.
+"""Ops, bytes and FLOPs of a denoising step, a training step and a decode of the default model, counted on meta tensors.
 
     python benchmarks/op_counts.py            prints the table
     python benchmarks/op_counts.py --write    also writes benchmarks/counts.json; a test fails if a count exceeds it
 
-Both steps are at batch 1 and the latent of the default configuration (4 x 64 x 64 x 32), on the 16-bit paths of a GPU: the
+All are at batch 1 and the latent of the default configuration (4 x 64 x 64 x 32), on the 16-bit paths of a GPU: the
 reference under fp16 autocast with its weights already cast, ours with bf16 weights and with our kernels as single ops. The
-optimizer is not counted.
+optimizer is not counted. The decode is that of a GPU with enough memory for whole volumes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from torch.nn import functional as F
 import reference
 from ccella_fast.config import Config
 from ccella_fast.models import build_model
+from ccella_fast.models.autoencoder import Autoencoder
+from ccella_fast.models.autoencoder.tiling import run_plan
+from ccella_fast.models.autoencoder.tiling_plan import GPU_SLAB_BYTES, make_tiling_plan
 from ccella_fast.storage import write_json
 from op_counter import Counts, FlashAttention, HalfAutocast, backend, count, saved_bytes
 
@@ -53,6 +56,7 @@ def counted(config: Config | None = None) -> dict[str, dict[str, dict[str, int]]
                 "reference": _training(config, plain, HalfAutocast(), torch.float32),
                 "ours": _training(config, ours, FlashAttention(), torch.bfloat16),
             },
+            "decode": {"ours": _decoding(config).summary()},
         }
 
 
@@ -99,6 +103,16 @@ def _training(config: Config, model: Any, mode: Any, dtype: torch.dtype) -> dict
     for parameter in model.parameters():
         parameter.grad = None
     return {**facts, "saved_bytes": kept}
+
+
+def _decoding(config: Config) -> Counts:
+    """Count the decode of one volume in bf16."""
+    with torch.device("meta"):
+        vae = Autoencoder(config.autoencoder).bfloat16().requires_grad_(False)
+        z = torch.empty(1, config.autoencoder.latent_channels, *config.check_grid(), dtype=torch.bfloat16)
+    convs = vae.decoder.tiled_convs()
+    plan = make_tiling_plan(convs, tuple(z.shape[1:]), z.element_size(), 2**36, slab_bytes=GPU_SLAB_BYTES)
+    return count(lambda: run_plan(convs, plan, vae.post_quant_conv(z)))
 
 
 def table(counts: dict[str, Any]) -> str:

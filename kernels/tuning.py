@@ -76,6 +76,13 @@ DEFAULT_LAUNCH_CONFIGS: dict[str, dict[str, LaunchConfig]] = {
         "sum last": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),
         "sum first": LaunchConfig({"TILE": 8192, "STAGES": 3}, num_warps=16),
     },
+    # TILE: elements of a program, with channels last eight channels of a voxel in each thread.
+    "upsample_trilinear": {
+        "forward last": LaunchConfig({"TILE": 1024}, num_warps=4),
+        "forward first": LaunchConfig({"TILE": 256}, num_warps=4),
+        "backward last": LaunchConfig({"TILE": 1024}, num_warps=4),
+        "backward first": LaunchConfig({"TILE": 256}, num_warps=4),
+    },
     "cross_attention": {
         "heads d32 c256": LaunchConfig({"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_L": 64}, num_warps=4, num_stages=2),
         "heads d32 c512": LaunchConfig({"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_L": 64}, num_warps=8, num_stages=2),
