@@ -23,6 +23,7 @@ from ccella_fast.quantities import counted
 from ccella_fast.report.sample_files import read_sample
 from ccella_fast.run_record import write_run_record
 from ccella_fast.sampling import pretrained
+from ccella_fast.sampling.earlier_samples import check_earlier_samples
 from ccella_fast.sampling.optimizations import resolve_device
 from ccella_fast.sampling.output import Format, OutputVolume, OutputWriter, check_format
 from ccella_fast.sampling.plan import plan_request
@@ -148,7 +149,11 @@ def sample_to_folder(
 
         config = pretrained.peek_config(checkpoint)
         if config is not None:
-            plan_request(make_request(config), config)
+            request = make_request(config)
+            plan = plan_request(request, config)
+            if not overwrite:
+                known = {"config_sha256": pretrained.config_digest(config)}
+                check_earlier_samples(out, request, plan, known | pretrained.peek_weights(checkpoint))
         if vae is None and Path(checkpoint).is_file():
             raise _no_autoencoder(checkpoint)
         sampler = FastSampler.from_checkpoint(

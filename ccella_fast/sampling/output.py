@@ -118,7 +118,7 @@ class OutputWriter:
         report, report_id, text, seed, inputs = metadata
         identity = volume_digest([self.request_metadata, inputs, text, seed])
         hashed = None if text is None else report_digest(text, self.request_metadata.get("weights_sha256"))
-        return OutputVolume(f"sample-{number:03d}_seed{seed}", report, seed, inputs, identity, report_id, hashed)
+        return OutputVolume(sample_name(number, seed), report, seed, inputs, identity, report_id, hashed)
 
     def files(self, out: Path, output: OutputVolume) -> dict[str, Path]:
         """The path of each sequence's volume: a NIfTI file, or a folder with a DICOM series."""
@@ -299,6 +299,11 @@ def check_format(name: str) -> None:
         raise ConfigError(f"there is no output format '{name!s:.40}'", field="format", fix=fix)
     if name == "dicom":
         dicom_output.check_pydicom()
+
+
+def sample_name(number: int, seed: int) -> str:
+    """The name of the files of a volume, without suffix. number: of the volume in its request."""
+    return f"sample-{number:03d}_seed{seed}"
 
 
 def remove_sample(path: Path) -> None:

@@ -82,6 +82,7 @@ ROWS = {
     "sample into the run": ("sample --checkpoint {no_text} --out {run} --pirads 2", 2, ["a run folder", "mixed", "{run}"]),
 }  # fmt: skip
 WRITERS = {
+    "phantom": "phantom --out {tmp}/held --num_studies 1",
     "prepare": "prepare --config {small} --data {studies} --out {tmp}/held --workers 1",
     "train": "train --config {config} --data {prepared} --output_dir {tmp}/held",
     "train, continued": "train --config {config} --data {prepared} --output_dir {tmp}/held --resume",

@@ -36,6 +36,7 @@ from ccella_fast.data.importing.write import StudyTask, is_written, remove_study
 from ccella_fast.data.preparation.worker_pool import WorkerPool
 from ccella_fast.data.readers.text_checks import read_text
 from ccella_fast.errors import ConfigError, DataError
+from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.quantities import counted
 from ccella_fast.storage import check_writable, remove_partial_files, write_csv
@@ -97,11 +98,12 @@ def import_studies(
         The page to look at; with `write` the folder of the studies.
 
     Raises:
-        ConfigError: If folders are inside one another, if `write` is given before the choice was shown, or if another import
-            writes to the same studies or key.
+        ConfigError: If folders are inside one another, if `out` holds results of a command, if `write` is given before the
+            choice was shown, or if another import writes to the same studies or key.
         DataError: If there is no DICOM file, no T2 series, or a chosen series cannot be read.
     """
     places = _places(Path(data), Path(out), private)
+    check_output(out, "studies", field="--out")
     check_fractions(split)
     sources = None if reports is None else read_sources(Path(reports), report_column, id_column)
     with _lock(places):

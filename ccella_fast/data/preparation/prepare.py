@@ -100,10 +100,10 @@ def prepare(
     out = Path(out)
     config.check_grid()
     check_writable(out, "--out")
-    check_output(out, "prepared data", field="--out")
     if out.resolve().is_relative_to(Path(data).resolve()):  # the next run would read what this one has written
         why = "the prepared folder would be in the folder of studies"
         raise ConfigError(why, path=out, field="--out", fix="choose a folder next to --data")
+    check_output(out, "prepared data", field="--out")
     with lock_folder(out, "ccella-fast prepare"), WorkerPool(workers) as pool:
         studies = find_studies(
             data,

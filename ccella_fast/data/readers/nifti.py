@@ -217,7 +217,9 @@ def _read_voxels(
     if file.read(1):
         why = "this file holds more data than its header says"
         raise DataError(why, path=path, field="dim", fix=_EXPORT_AGAIN)
-    proxy = ArrayProxy(io.BytesIO(raw), (shape, dtype, 0, *header.get_slope_inter()))
+    slope, intercept = header.get_slope_inter()  # None for a slope of 0 or NaN: the values are not scaled
+    scaling = () if slope is None else (slope, intercept)
+    proxy = ArrayProxy(io.BytesIO(raw), (shape, dtype, 0, *scaling))
     with np.errstate(over="ignore"):  # becomes infinite, which check_voxels reports
         return np.asarray(proxy, dtype=np.float32)
 
