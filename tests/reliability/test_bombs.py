@@ -19,7 +19,7 @@ import pytest
 import harness
 from harness import judge
 from study_fixtures import config, oblique, patch_header, write_dicom, write_nifti
-from targets import Content, Target, digest
+from target import Content, Target, digest
 
 MEGABYTE = 2**20
 
