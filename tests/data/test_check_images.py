@@ -90,6 +90,19 @@ def test_check_shows_what_prepare_refuses_with_the_same_sentence(tmp_path: Path)
     assert DEFECTS.keys() - wide.keys() == {"t2w-empty"}  # control: a larger grid contains its tissue
 
 
+def test_check_shows_the_notes_that_prepare_records(tmp_path: Path):
+    """About a series that covers half of the grid; none about a complete one."""
+    folder = write_study(tmp_path / "studies" / "half", adc=lambda values: values[:, :, :11].copy())
+    write_study(tmp_path / "studies" / "whole")
+    prepare(tmp_path / "studies", tmp_path / "prepared", settings(), workers=1)
+    recorded = json.loads((tmp_path / "prepared/cases/half.json").read_text())["image"]["facts"]["notes"]
+    assert recorded.keys() == {"adc"} and "adc covers" in recorded["adc"][0]
+    check(tmp_path / "studies", settings(), out=tmp_path / "out", workers=1)
+    findings = json.loads((tmp_path / "out" / "check.json").read_text())["findings"]
+    notes = [(each["studies"], each["path"], each["message"]) for each in findings if each["name"] == "note"]
+    assert notes == [(["half"], str(folder / "adc.nii.gz"), recorded["adc"][0])]
+
+
 def test_prepare_refuses_a_grid_without_contrast_before_it_writes(tmp_path: Path):
     write_study(tmp_path / "studies" / "a")
     write_study(tmp_path / "studies" / "b", hbv=outside_the_grid)

@@ -45,8 +45,14 @@ def test_adc_in_other_units_is_refused_with_the_factor(scale: float, unit: str, 
 
 
 def test_adc_without_positive_voxels_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="no voxel in the middle of this ADC map is positive"):
+    with pytest.raises(DataError, match="positive voxels in the middle of this ADC map: none"):
         check_intensities(Volume(-adc(), oblique()), "adc", tmp_path)
+    gland = np.zeros(SHAPE, np.float32)
+    gland[18:22, 16:20, 7:11] = 1300
+    check_intensities(Volume(gland, oblique()), "adc", tmp_path)  # control: a map that is masked to an organ
+    single = np.where(np.arange(gland.size).reshape(SHAPE) == (20 * SHAPE[1] + 18) * SHAPE[2] + 9, gland, 0)
+    with pytest.raises(DataError, match="positive voxels in the middle of this ADC map: 1 of 6480"):
+        check_intensities(Volume(single, oblique()), "adc", tmp_path)
 
 
 @pytest.mark.parametrize("value", [1e30, -1e30, 1e8])

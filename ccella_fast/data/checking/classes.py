@@ -64,7 +64,7 @@ def _classes(train: list[StudyFacts], config: Config) -> list[Finding]:
     rarest = min(counts, key=lambda name: counts[name])
     if counts[rarest] == 0:
         other = next(name for name in counts if name != rarest)
-        why = f"training studies with the class {other}: all {len(known)} that have one; with {rarest}: none"
+        why = f"all training studies with a class are {other} ({len(known)}); none is {rarest}"
         found.append(Finding("one_class", stop, why, _class_fix(config)))
     elif matters and counts[rarest] < _RARE * len(known):
         why = f"training studies with the class {rarest}: only {counts[rarest]} of {len(known)} that have one"

@@ -11,7 +11,7 @@ import numpy as np
 from ccella_fast.config import DataConfig
 from ccella_fast.data.checking.signature import encode_signature, make_signature
 from ccella_fast.data.checking.study_facts import SeriesFacts
-from ccella_fast.data.preparation.images import leading_sequence, read_sequence
+from ccella_fast.data.preparation.images import leading_sequence, read_sequence, series_notes
 from ccella_fast.data.preparation.plausibility import check_contrast, check_intensities
 from ccella_fast.data.preparation.resampling import check_center, make_grid
 from ccella_fast.data.readers.volume import Volume
@@ -47,7 +47,7 @@ class SeriesResult(NamedTuple):
         series: Facts of each readable series.
         signature: Of the leading series, encoded; None if voxels were not read.
         defects: What `prepare` would refuse.
-        notes: (file, sentence) about what a reader did not use.
+        notes: (file, sentence) about what a reader did not use and what a series does not cover.
     """
 
     series: dict[str, SeriesFacts]
@@ -83,7 +83,10 @@ def examine_series(task: SeriesTask) -> SeriesResult:
                 check_contrast(volume, sequence, grid, task.files[sequence])
             except DataError as defect:
                 defects.append(defect)
-    notes = [(str(task.files[name]), note) for name, volume in volumes.items() for note in volume.notes]
+        found = series_notes(volumes, grid)
+    else:
+        found = {sequence: list(volume.notes) for sequence, volume in volumes.items()}
+    notes = [(str(task.files[name]), note) for name, sentences in found.items() for note in sentences]
     return SeriesResult(series, signature, defects, notes)
 
 

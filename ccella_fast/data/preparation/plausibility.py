@@ -21,6 +21,7 @@ from ccella_fast.quantities import counted
 #: and ten times a map with a median of at least 400 is above them.
 ADC_MEDIAN = (300.0, 4000.0)
 _TYPICAL_ADC = 1200.0
+_LEAST_POSITIVE = 0.001  # of the voxels in the middle; the gland alone takes more
 _ADC_UNITS = {
     6: "mm2/s",
     8: "cm2/s",
@@ -78,8 +79,10 @@ def _check_adc(array: np.ndarray, path: Path) -> None:
     x, y = (slice(size // 4, -(size // 4) or None) for size in array.shape[:2])
     middle = array[x, y]  # around it is noise or fat, whose share depends on the field of view
     positive = middle[middle > 0]
-    if positive.size == 0:
-        why = f"no voxel in the middle of this ADC map is positive (its range is {array.min():g} to {array.max():g})"
+    if positive.size <= _LEAST_POSITIVE * middle.size:
+        count = f"{positive.size} of {middle.size}" if positive.size else "none"
+        extent = f"its range is {array.min():g} to {array.max():g}"
+        why = f"positive voxels in the middle of this ADC map: {count} ({extent})"
         raise DataError(why, path=path, field="voxels", fix="export the ADC map again, in 1e-6 mm2/s")
     median, (low, high) = float(np.median(positive)), ADC_MEDIAN
     if not low <= median <= high:

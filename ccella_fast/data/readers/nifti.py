@@ -22,6 +22,7 @@ from ccella_fast.errors import DataError
 from ccella_fast.quantities import counted
 
 _FORMS_TOLERANCE = 2e-3  # rad; near half a turn a qform, which drops a quaternion's first part, is only good to 1.2e-3
+_OTHER_UNITS = {1: "metres", 3: "micrometres"}  # of length, by the code of the format; 0 is unknown, 2 is mm
 _LAST_OFFSET = 2**24  # bytes; the largest start of the voxels, after the header's extensions
 _MAX_RATIO = 1040  # deflate shortens at most 1032 to 1
 _BLOCK = 2**22  # bytes that are read at once where nothing is kept
@@ -173,6 +174,10 @@ def _check_header(header_class: Any, head: bytes, path: Path) -> tuple[int, ...]
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
         why = f"the voxel size {spacing.tolist()} mm is not positive and finite"
         raise defect(why, "pixdim", "export the series again with its voxel size in mm")
+    unit = _OTHER_UNITS.get(int(header["xyzt_units"]) & 7)
+    if unit is not None:
+        why = f"the header gives the voxel size {spacing.tolist()} in {unit}, but mm is expected"
+        raise defect(why, "xyzt_units", "export the series again with its voxel size in mm")
     try:
         dtype = header.get_data_dtype()
     except Exception:  # nibabel raises several types for an unknown code
