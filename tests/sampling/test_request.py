@@ -155,6 +155,30 @@ def test_errors_of_the_cpu_allocator_are_converted_and_others_are_not():
         torch.zeros(2) + torch.zeros(3)
 
 
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        ("Lésion hypointense de la zone périphérique gauche", "report 2 seems to be in French: "),
+        ("Hypointense Läsion in der peripheren Zone links", "report 2 seems to be in German: "),
+        ("Lesión hipointensa en la zona periférica izquierda", "report 2 seems to be in Spanish: "),
+        ("Laesie in de perifere zone links", "report 2 seems to be in Dutch: "),
+        ("Lesione nella zona periferica sinistra", "report 2 seems to be in Italian: "),
+        ("Lesão na zona periférica esquerda", "report 2 seems to be in Portuguese: "),
+        ("前列腺外周带左侧病灶", "report 2 seems to be not in Latin letters: "),
+        ("Lesion of 15 mm in the left peripheral zone with low ADC", None),
+        ("PI-RADS 5 lesion, left", None),
+    ],
+)
+def test_a_report_that_seems_not_to_be_english_is_named_by_its_number(checkpoint, caplog, report, said):
+    """The encoder knows all tokens of these reports, so that only the language can be noticed."""
+    sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype="float32", text_encoder=FakeEncoder())
+    sampler(reports=["PI-RADS 2", report, report], num_inference_steps=1, decode=False)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (said is not None)
+    assert said is None or warnings[0].startswith(said)
+    assert not set(report.lower().split()) & set(" ".join(warnings).lower().split()) - {"in"}
+
+
 def test_the_warning_of_a_long_report_contains_only_its_number(checkpoint, caplog):
     class TruncatingEncoder(FakeEncoder):
         def encode(self, reports):
