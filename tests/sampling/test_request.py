@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +137,40 @@ def test_too_little_memory_raises_before_and_during_sampling(sampler, monkeypatc
     monkeypatch.setattr(sampler, "_denoise", full)
     with pytest.raises(ConfigError, match="the GPU is out of memory"):
         sampler(reports=["abc"], num_inference_steps=2)
+
+
+def failures():
+    """What allocators raise: the GPU's, torch's on the CPU, Python's and numpy's, the operating system's, cuDNN's."""
+    yield torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "the GPU"
+    for message in ("DefaultCPUAllocator: can't allocate memory: you tried to", "CUDNN_STATUS_ALLOC_FAILED"):
+        yield RuntimeError(message), "the machine"
+    yield MemoryError(), "the machine"
+    yield OSError(errno.ENOMEM, "Cannot allocate memory"), "the machine"
+
+
+@pytest.mark.parametrize(("failure", "where"), failures())
+def test_too_little_memory_for_decoding_is_said_with_what_it_needs(sampler, monkeypatch, failure, where):
+    decoder, plans = sampler.autoencoder.decoder, []
+    monkeypatch.setattr(decoder, "plan", lambda shape, device: plans.append(shape) or SimpleNamespace(bytes=3 * 2**30))
+
+    def full(*_):
+        raise failure
+
+    monkeypatch.setattr(sampler.autoencoder, "decode", full)
+    with pytest.raises(ConfigError) as caught:
+        sampler(reports=["abc"], num_inference_steps=1)
+    assert f"decoding a volume (estimated: 3.0 GiB in addition to the weights): {where} is out of memory" in str(
+        caught.value
+    )
+    assert "bfloat16" in caught.value.fix and len(str(caught.value).splitlines()) <= 5
+    assert plans == [(4, 8, 6, 4)]
+
+    def broken(*_):
+        raise RuntimeError("shapes must match")
+
+    monkeypatch.setattr(sampler.autoencoder, "decode", broken)
+    with pytest.raises(RuntimeError, match="must match"):
+        sampler(reports=["abc"], num_inference_steps=1)
 
 
 def test_the_estimate_of_the_cache_is_the_size_of_the_keys_and_values(sampler):
