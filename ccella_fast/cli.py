@@ -43,6 +43,10 @@ def _run_phantom(arguments: argparse.Namespace) -> None:
 
 
 def _run_import(arguments: argparse.Namespace) -> None:
+    from ccella_fast.errors import DataError
+    from ccella_fast.folder_kinds import check_folder
+
+    check_folder(arguments.data, "export", error=DataError, field="--data")
     from ccella_fast.data.importing.import_studies import import_studies
 
     options = _options(arguments, without=[])
@@ -77,6 +81,11 @@ def _run_prepare(arguments: argparse.Namespace) -> None:
 
 
 def _run_check(arguments: argparse.Namespace) -> int:
+    from ccella_fast.errors import DataError
+    from ccella_fast.folder_kinds import check_folder, folder_kind
+
+    if folder_kind(arguments.data) != "prepared":
+        check_folder(arguments.data, "studies", error=DataError, field="--data")
     from ccella_fast.data.checking.check import check
 
     options = _options(arguments, without=["config", "set"])
