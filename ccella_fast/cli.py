@@ -117,8 +117,10 @@ def _run_sample(arguments: argparse.Namespace) -> None:
 
 def _run_report(arguments: argparse.Namespace) -> None:
     from ccella_fast.errors import DataError
-    from ccella_fast.folder_kinds import check_folder
+    from ccella_fast.folder_kinds import check_folder, wrong_folder
 
+    if not arguments.folder.is_dir():
+        raise wrong_folder(arguments.folder, "results", error=DataError)
     check_folder(arguments.folder, "results", error=DataError)
     from ccella_fast.report.html import write_report
 
@@ -179,6 +181,9 @@ def _read_report(path: Path) -> str:
 
     try:
         return path.read_text(encoding="utf-8-sig")
+    except IsADirectoryError:
+        fix = f"give the files in it: --report_file {path}/*.txt"
+        raise DataError("this is a folder, not a report file", path=path, field="--report_file", fix=fix) from None
     except OSError:
         raise DataError(
             "this report file cannot be read", path=path, fix="check the path and its permissions"
@@ -272,7 +277,7 @@ def _prepare(commands: argparse._SubParsersAction) -> None:
     about = "read series that are links to files or folders outside --data"
     add("--follow_links", action="store_true", help=about)
     about = "which image to read of a diffusion series that holds several (default: the highest b-value)"
-    add("--b_value", type=float, metavar="S/MM2", help=about)
+    add("--b_value", type=_b_value, metavar="S/MM2", help=about)
     add = command.add_argument_group("output").add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="prepared folder")
     about = "VAE folder or MAISI weight file; adds latents and the scale factor"
@@ -414,6 +419,16 @@ def _above_zero(text: str) -> float:
         number = math.nan
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number greater than 0")
+    return number
+
+
+def _b_value(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number of 0 or more, in s/mm2")
     return number
 
 
