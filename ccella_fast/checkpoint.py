@@ -95,6 +95,11 @@ def export_reference(path: str | Path, out: str | Path, *, weights: str | None =
     from ccella_fast.reference_checkpoint import write_reference
 
     out = Path(out)
+    if Path(path).is_file():
+        why = "this is a file; a run folder or a step folder is exported"
+        raise CheckpointError(why, path=path, field="--checkpoint", fix="use a reference's .pt file as it is")
+    if out.is_dir():
+        raise ConfigError("this is a folder", path=out, field="--out", fix=f"give a file, such as {out / 'CCELLA.pt'}")
     if out.exists():
         raise ConfigError("this file already exists", path=out, field="--out", fix="remove it, or choose another name")
     with lock_folder(out.parent, "ccella-fast export", name=f".{out.name}.lock"):

@@ -43,6 +43,10 @@ def _run_phantom(arguments: argparse.Namespace) -> None:
 
 
 def _run_import(arguments: argparse.Namespace) -> None:
+    from ccella_fast.errors import DataError
+    from ccella_fast.folder_kinds import check_folder
+
+    check_folder(arguments.data, "export", error=DataError, field="--data")
     from ccella_fast.data.importing.import_studies import import_studies
 
     options = _options(arguments, without=[])
@@ -77,6 +81,11 @@ def _run_prepare(arguments: argparse.Namespace) -> None:
 
 
 def _run_check(arguments: argparse.Namespace) -> int:
+    from ccella_fast.errors import DataError
+    from ccella_fast.folder_kinds import check_folder, folder_kind
+
+    if folder_kind(arguments.data) != "prepared":
+        check_folder(arguments.data, "studies", error=DataError, field="--data")
     from ccella_fast.data.checking.check import check
 
     options = _options(arguments, without=["config", "set"])
@@ -108,8 +117,10 @@ def _run_sample(arguments: argparse.Namespace) -> None:
 
 def _run_report(arguments: argparse.Namespace) -> None:
     from ccella_fast.errors import DataError
-    from ccella_fast.folder_kinds import check_folder
+    from ccella_fast.folder_kinds import check_folder, wrong_folder
 
+    if not arguments.folder.is_dir():
+        raise wrong_folder(arguments.folder, "results", error=DataError)
     check_folder(arguments.folder, "results", error=DataError)
     from ccella_fast.report.html import write_report
 
@@ -170,6 +181,9 @@ def _read_report(path: Path) -> str:
 
     try:
         return path.read_text(encoding="utf-8-sig")
+    except IsADirectoryError:
+        fix = f"give the files in it: --report_file {path}/*.txt"
+        raise DataError("this is a folder, not a report file", path=path, field="--report_file", fix=fix) from None
     except OSError:
         raise DataError(
             "this report file cannot be read", path=path, fix="check the path and its permissions"
@@ -401,6 +415,16 @@ def _above_zero(text: str) -> float:
         number = math.nan
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number greater than 0")
+    return number
+
+
+def _b_value(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number of 0 or more, in s/mm2")
     return number
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ccella_fast.errors import CcellaError, ConfigError
 
-Wanted = Literal["checkpoint", "prepared", "autoencoder", "studies", "results"]
+Wanted = Literal["checkpoint", "prepared", "autoencoder", "studies", "export", "results"]
 Output = Literal["studies", "prepared data", "an autoencoder", "a run", "samples"]
 
 _NAMES = {
@@ -41,6 +41,7 @@ _WANTED: dict[Wanted, tuple[set[str], str]] = {
         "give the folder that `ccella-fast train-vae --out` wrote, or MAISI's .pt file",
     ),
     "studies": ({"studies", "bids"}, "give the folder that contains the folders of the studies"),
+    "export": ({"studies", "bids"}, "give the folder that the PACS has written"),
     "results": ({"results"}, "give the folder that contains prepared/, vae/, model/ and samples/"),
 }
 # What a command writes -> the kinds of an existing folder that it may continue.
@@ -57,7 +58,7 @@ _FORMATS = {
     "ccella_fast.autoencoder": "autoencoder",
 }
 _IMAGES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm")
-_SAMPLE = re.compile(r"sample-\d{3,}_seed\d+[._]|sample-\d{3,}_seed\d+$")
+_SAMPLE = re.compile(r"sample-\d{3,}_seed\d+(_seq-\w+)?\.(json|nii\.gz)")  # not a study's folder that is named like one
 _MOST = 200  # entries of a folder that are looked at
 
 
@@ -77,7 +78,7 @@ def folder_kind(folder: str | Path) -> str | None:
         "unsaved run": "run_status.json" in names or "checkpoints" in names,
         "unprepared": "cases" in names and (folder / "cases").is_dir(),
         "unfinished autoencoder": "identity" in _read(folder / "training.json"),
-        "samples": any(_SAMPLE.match(name) for name in names),
+        "samples": any(_SAMPLE.fullmatch(name) for name in names),
         "results": any(folder_kind(folder / name) in _NAMES for name in ("prepared", "vae", "model", "samples")),
         "deepspeed": any(name.startswith(("global_step", "mp_rank_", "zero_pp_rank_")) for name in names),
         "diffusers": "model_index.json" in names or "_class_name" in config,
@@ -130,19 +131,23 @@ def wrong_folder(
         why = f"this path does not exist; {_article(wanted)} is needed"
     else:
         why = f"this is not {_article(wanted)}"
-    near = [path.parent, *_entries(path), *_entries(path.parent)] if path.is_dir() else _entries(path.parent)
+    inside = [] if kind == "samples" else _entries(path)  # a sample's DICOM files look like a study
+    near = [path.parent, *inside, *_entries(path.parent)] if path.is_dir() else _entries(path.parent)
     best = next((other for other in near if other != path and folder_kind(other) in accepted), None)
     if kind == "unsaved run":
         fix = "wait for its first checkpoint (training.checkpointing_steps), or give another run"
-    elif best is not None:
+    elif best is not None and wanted != "export":  # nothing tells an export from other studies
         fix = f"give {best}"
+    if kind == "samples" and wanted in ("studies", "export"):
+        fix += "; to prepare samples, copy each to FOLDER/CASE/, named by its sequence, and give samples.csv as `prepare --csv`"
     return error(why, path=path, field=field, fix=fix)
 
 
 def _article(wanted: Wanted) -> str:
     names = {
         "checkpoint": "a checkpoint or run folder", "prepared": "a prepared folder",
-        "autoencoder": "an autoencoder (VAE) folder", "studies": "a folder of studies", "results": "a folder of results",
+        "autoencoder": "an autoencoder (VAE) folder", "studies": "a folder of studies", "export": "a PACS export",
+        "results": "a folder of results",
     }  # fmt: skip
     return names[wanted]
 

@@ -33,7 +33,7 @@ def translate(error: Exception, *, remedies: str) -> CcellaError | None:
     if "ccella_fast.kernels.backend.BackendError" in names:  # its text is ours
         fix = "change or unset the variable; `ccella-fast env` lists what each kernel can use on this machine"
         return ConfigError(str(error), field="CCELLA_FAST_BACKEND", fix=fix)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return ConfigError(f"the memory does not suffice{_sizes(str(error))}", fix=remedies)
     if isinstance(error, ImportError):
         return _missing_package(error)
@@ -47,7 +47,8 @@ def translate(error: Exception, *, remedies: str) -> CcellaError | None:
     return _file_error(error) if isinstance(error, OSError) else None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation of the operating system, of a GPU or of a library has failed."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None

@@ -64,6 +64,7 @@ def read_pt(path: str | Path) -> Any:
         CheckpointError: the file is missing or damaged, or it refers to another class or function; in the latter case it is
             refused before any of it is run.
     """
+    _check_is_weights(path)
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -78,6 +79,20 @@ def read_pt(path: str | Path) -> Any:
         first = "".join(str(error).strip().splitlines()[:1])
         why = f"this is not a readable weight file: {first:.150}"
         raise CheckpointError(why, path=path, fix="copy the file again") from None
+
+
+def _check_is_weights(path: str | Path) -> None:
+    """Raise CheckpointError for a file that `torch.save` cannot have written; a missing one passes."""
+    if not Path(path).is_file():
+        return
+    with open(path, "rb") as file:
+        head = file.read(100)
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        why = "this file is a pointer of Git LFS: its data was not downloaded"
+        raise CheckpointError(why, path=path, fix="run `git lfs pull` in its folder")
+    if not head.startswith((b"PK", b"\x80")):  # a ZIP archive, or a pickle of earlier versions of torch
+        why = "this file is empty" if not head else "this is not a file that torch.save has written"
+        raise CheckpointError(why, path=path, fix="download or copy the file again, or give another one")
 
 
 def plain_tensors(values: Any, *, path: str | Path, field: str | None = None) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from ccella_fast.config import Config
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError
 from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
+from ccella_fast.models.autoencoder import check_autoencoder
 from ccella_fast.quantities import counted
 from ccella_fast.report.sample_files import read_sample
 from ccella_fast.run_record import write_run_record
@@ -139,6 +140,8 @@ def sample_to_folder(
     check_writable(out, "--out")
     check_output(out, "samples", field="--out")
     check_format(format)
+    if vae is not None:
+        check_autoencoder(Path(vae))
     _check_report_ids(report_ids)
     processes = DistributedContext()
     with processes.lock_folder(out):

@@ -12,6 +12,9 @@ from torch import Tensor
 from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.sampling.memory import out_of_memory
 
+# Volumes are decoded one at a time, so a smaller batch helps only where the next batch is denoised meanwhile, on a GPU.
+_LESS = "end other programs, or use dtype bfloat16, another device or, on a GPU, a smaller batch_size"
+
 
 class Decoded(NamedTuple):
     """One decoded latent, on the CPU.
@@ -97,7 +100,9 @@ class Decoder:
         assert self._autoencoder is not None
         dtype = next(self._autoencoder.parameters()).dtype
         images = []
-        with out_of_memory("decoding"):
+        shape = (self._channels[0], *latent.shape[1:])
+        needed = self._autoencoder.decoder.plan(shape, latent.device).bytes
+        with out_of_memory("decoding a volume", needed, fix=_LESS):
             for part, factor in zip(latent.split(self._channels), self._scale, strict=True):
                 image = self._autoencoder.decode((part[None] / factor).to(dtype))[0, 0].float()
                 finite = finite & image.isfinite().all()

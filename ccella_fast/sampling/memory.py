@@ -10,11 +10,13 @@ import torch
 
 from ccella_fast.config import ModelConfig
 from ccella_fast.errors import ConfigError
+from ccella_fast.foreign_errors import is_out_of_memory
 from ccella_fast.hardware import free_memory
 from ccella_fast.quantities import format_bytes
 from ccella_fast.sampling.conditioning import CACHE_BYTES
 
 _FP32 = 4
+_LESS = "use a smaller batch_size, dtype bfloat16, another device or, in Python, a smaller latent_shape"
 
 
 def activation_bytes(config: ModelConfig, rows: int, grid: list[int], dtype: torch.dtype) -> int:
@@ -52,30 +54,24 @@ def check_memory(needed: int, device: torch.device, what: str) -> None:
     free = free_memory(device)
     if needed > free:
         estimate, available = format_bytes(needed), format_bytes(free)
-        raise _out_of_memory_error(
-            f"{what} needs about {estimate} in addition to the weights, but only {available} are free"
-        )
+        why = f"{what} needs about {estimate} in addition to the weights, but only {available} are free"
+        raise ConfigError(why, field="batch_size", fix=_LESS)
 
 
 @contextmanager
-def out_of_memory(what: str, needed: int | None = None) -> Iterator[None]:
+def out_of_memory(what: str, needed: int | None = None, *, fix: str = _LESS) -> Iterator[None]:
     """Convert out-of-memory errors of the allocators to ConfigError.
 
     Args:
         what: the operation.
         needed: the estimate of its size in bytes, if there is one.
+        fix: what to do.
     """
     what += "" if needed is None else f" (estimated: {format_bytes(needed)} in addition to the weights)"
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise _out_of_memory_error(f"{what}: the GPU is out of memory") from None
-    except RuntimeError as bad:
-        if "can't allocate memory" not in str(bad) and "not enough memory" not in str(bad):
+    except Exception as bad:
+        if not is_out_of_memory(bad):
             raise
-        raise _out_of_memory_error(f"{what}: the machine is out of memory") from None
-
-
-def _out_of_memory_error(why: str) -> ConfigError:
-    fix = "use a smaller batch_size, dtype bfloat16, or a smaller latent_shape"
-    return ConfigError(why, field="batch_size", fix=fix)
+        where = "the GPU" if isinstance(bad, torch.OutOfMemoryError) else "the machine"
+        raise ConfigError(f"{what}: {where} is out of memory", field="batch_size", fix=fix) from None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ccella_fast.config import Config
+from ccella_fast.data.checking.text import language_of
 from ccella_fast.errors import ConfigError
 from ccella_fast.sampling.request import Request
 
@@ -81,6 +82,7 @@ class TextFeatureCache:
             blank = reports.count("")
             which = f"report {reports.index('') + 1} is" if blank == 1 else f"{blank} of {len(reports)} reports are"
             logger.warning("%s missing or blank: the null report is used", which)
+        _warn_of_languages(reports)
         encoder = self._encoder or _LazyTextEncoder(self._config)
         distinct = tuple(dict.fromkeys(reports))
         null = self._null_features(request, encoder) if guided else None
@@ -164,6 +166,22 @@ class TextFeatureCache:
         if not bool(features.isfinite().all()):
             raise ConfigError("the text features are not finite", field=field, fix="encode in fp32 or bf16")
         return features
+
+
+def _warn_of_languages(reports: Sequence[str]) -> None:
+    """Warn of reports that seem not to be English: nothing about the words of training reports is kept with a checkpoint."""
+    numbers: dict[str, list[int]] = {}
+    for report in dict.fromkeys(reports):
+        language = language_of(report)
+        if language not in (None, "English"):
+            numbers.setdefault(str(language), []).append(reports.index(report) + 1)
+    for language, those in numbers.items():
+        which = f"report {those[0]} seems" if len(those) == 1 else f"{len(those)} reports (first: {those[0]}) seem"
+        how = language if language.startswith("not ") else f"in {language}"
+        why = (
+            "the volumes follow it only if the model was trained on reports like that, which a checkpoint does not say"
+        )
+        logger.warning("%s to be %s: %s", which, how, why)
 
 
 class _LazyTextEncoder:

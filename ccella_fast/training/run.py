@@ -18,7 +18,7 @@ from ccella_fast.data.checking.findings import check_allowed_names
 from ccella_fast.data.checking.overview import check_before_training
 from ccella_fast.data.manifest import Manifest, load_manifest
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError, Stopped
-from ccella_fast.folder_kinds import check_folder, check_output
+from ccella_fast.folder_kinds import check_folder, check_output, wrong_folder
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.foreign_errors import translate
 from ccella_fast.quantities import counted
@@ -204,6 +204,8 @@ def find_start(run: Path, resume: str | None) -> Path | None:
         return found
     folder = Path(resume)
     check_folder(folder, "checkpoint", error=CheckpointError, field="--resume")
+    if not folder.exists():
+        raise wrong_folder(folder, "checkpoint", error=CheckpointError, field="--resume")
     if not (folder / "manifest.json").is_file():
         raise CheckpointError(
             "this folder contains no checkpoint", path=folder, fix="give a step folder, or --resume alone"

@@ -51,6 +51,13 @@ USAGE = {
     "device": (f"{SAMPLE} --device gpu", 2, ["--device", "'gpu'", "cuda"]),
     "no training steps": (f"{TRAIN} --max_train_steps 0", 2, ["--max_train_steps", "'0'", "at least 1"]),
     "latents": (f"{TRAIN} --latents offline", 2, ["--latents", "did you mean 'online'?"]),
+    "negative b-value": ("prepare --data x --out {tmp}/out --b_value -5", 2, ["--b_value", "'-5'", "0 or more"]),
+    "b-value in words": ("prepare --data x --out {tmp}/out --b_value high", 2, ["--b_value", "'high'"]),
+    "shares in words": ("import --data x --out {tmp}/out --split a b c", 2, ["--split", "'a'"]),
+    "format": (f"{SAMPLE} --format dcm", 2, ["--format", "'dcm'", "did you mean 'dicom'?"]),
+    "no seed": ("phantom --out {tmp}/out --seed x", 2, ["--seed", "'x'", "whole number"]),
+    "no workers": ("check --data x --workers 0", 2, ["--workers", "'0'", "at least 1"]),
+    "no folder of results": ("report", 2, ["FOLDER", "ccella-fast report --help"]),
     "no phantoms": ("phantom --out {tmp}/out --num_studies -1", 2, ["--num_studies", "'-1'", "at least 1"]),
 }
 SETTINGS = {
@@ -103,6 +110,39 @@ FOLDERS = {
     ),
     "prepared folder as studies": ("prepare --data {prepared} --out {tmp}/x", 3, ["a prepared folder", "--data", "studies"]),
     "run as studies": ("prepare --data {run} --out {tmp}/x", 3, ["a run folder", "--data"]),
+    "samples as studies": (
+        "prepare --data {samples} --out {tmp}/x", 3, ["generated samples", "--data", "FOLDER/CASE/", "--csv"],
+    ),
+    "samples checked": ("check --data {samples}", 3, ["generated samples, not a folder of studies", "--csv"]),
+    "samples as an export": ("import --data {samples} --out {tmp}/x", 3, ["generated samples, not a PACS export", "--csv"]),
+    "samples as prepared data": ("train-vae --data {samples} --out {tmp}/x", 3, ["generated samples", "give {prepared}"]),
+    "run checked": ("check --data {run}", 3, ["a run folder", "--data"]),
+    "no studies to check": ("check --data {empty}", 3, ["an empty folder", "the folders of the studies"]),
+    "prepared folder as an export": ("import --data {prepared} --out {tmp}/x", 3, ["a prepared folder", "the PACS"]),
+    "no export": ("import --data {tmp}/none --out {tmp}/x", 3, ["{tmp}/none", "--data"]),
+    "table as studies": ("prepare --data {table} --out {tmp}/x", 3, ["{table}", "--data", "--csv"]),
+    "text as studies": ("prepare --data {latin} --out {tmp}/x", 3, ["{latin}", "UTF-8"]),
+    "VAE does not exist": ("prepare --data {studies} --out {tmp}/x --vae {tmp}/none", 4, ["{tmp}/none", "does not exist"]),
+    "VAE of sample does not exist": ("sample --checkpoint {latin} --vae {tmp}/none --out x", 4, ["{tmp}/none", "train-vae"]),
+    "checkpoint is a web page": ("sample --checkpoint {page} --vae {vae} --out x", 4, ["{page}", "torch.save", "download"]),
+    "checkpoint is a pointer": ("sample --checkpoint {pointer} --vae {vae} --out x", 4, ["{pointer}", "git lfs pull"]),
+    "checkpoint is empty": ("sample --checkpoint {nothing} --vae {vae} --out x", 4, ["{nothing}", "is empty"]),
+    "export of a file": ("export --checkpoint {page} --out {tmp}/x", 4, ["{page}", "a run folder", "--checkpoint"]),
+    "export over a folder": ("export --checkpoint {run} --out {studies}", 2, ["this is a folder", "{studies}/CCELLA.pt"]),
+    "resume from nothing": (f"{TRAIN} --resume {{tmp}}/none", 4, ["{tmp}/none", "does not exist", "--resume"]),
+    "report files in a folder": (f"{SAMPLE} --report_file {{files}}", 3, ["{files}", "a folder", "{files}/*.txt"]),
+    "report on nothing": ("report {tmp}/none", 3, ["{tmp}/none", "does not exist"]),
+    "report on a file": ("report {latin}", 3, ["{latin}", "not a folder of results"]),
+    "phantoms among studies": ("phantom --out {studies}", 2, ["other files", "{studies}/case1", "--out"]),
+    "phantoms over a file": ("phantom --out {latin}", 5, ["{latin}", "a file, not a folder", "--out"]),
+    "phantoms where nothing can be": ("phantom --out /proc/none/x", 5, ["/proc/none/x"]),
+    "run over a file": ("train --config {config} --data {prepared} --output_dir {latin}", 5, ["{latin}", "a file"]),
+    "autoencoder over a file": ("train-vae --data {prepared} --out {latin}", 5, ["{latin}", "a file"]),
+    "link to nothing": ("train-vae --data {prepared} --out {link}/x", 5, ["{link}/x", "a link to nothing"]),
+    "check over a file": ("check --data {studies} --out {latin}", 5, ["{latin}", "a file, not a folder"]),
+    "misspelled finding": ("check --data {studies} --allow leekage", 2, ["'leekage'", "did you mean 'leakage'?"]),
+    "reports do not exist": ("import --data {studies} --out {tmp}/x --reports {tmp}/none", 3, ["{tmp}/none", "not exist"]),
+    "studies in the export": ("import --data {studies} --out {studies}/new", 2, ["{studies}/new", "--out", "next to"]),
     "report on studies": ("report {studies}", 3, ["a folder of studies", "prepared/"]),
     "report on one part": ("report {prepared}", 3, ["a prepared folder", "give {results}"]),
     "report on an empty folder": ("report {empty}", 3, ["an empty folder"]),
@@ -187,6 +227,13 @@ def places(tmp_path_factory) -> dict[str, Path]:
     for name, text in texts.items():
         found[name] = files / f"{name}.json"
         found[name].write_text(text)
+    for name, text in [("table", "case\n"), ("page", "<!doctype html>"), ("nothing", "")]:
+        found[name] = files / f"{name}.csv"
+        found[name].write_text(text)
+    found["pointer"] = files / "pointer.pt"
+    found["pointer"].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    found["link"] = files / "link"
+    found["link"].symlink_to("nowhere")
     found["latin"] = files / "report.txt"
     found["latin"].write_bytes("Läsion".encode("latin-1"))
     return found

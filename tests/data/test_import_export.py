@@ -280,7 +280,7 @@ def test_impossible_shares_are_refused(fractions):
         (["--out", "export/studies"], 2, ["next to the export"]),
         (["--private", "studies/key"], 2, ["outside of --out"]),
         (["--data", "absent"], 3, ["there is no such folder"]),
-        (["--data", "empty"], 3, ["no DICOM file was found among 0 files"]),
+        (["--data", "empty"], 3, ["an empty folder, not a PACS export"]),
         (["--reports", "absent.csv"], 3, ["does not exist"]),
         (["--split", "0.5", "0.5", "0.5"], 2, ["sum up to 1"]),
     ],

@@ -124,7 +124,7 @@ def test_state_dict_of_the_reference_is_loaded(vae, tmp_path):
 
 
 def test_missing_files_are_errors(saved):
-    with pytest.raises(CheckpointError, match="no autoencoder weights"):
+    with pytest.raises(CheckpointError, match="an autoencoder is needed"):
         load_autoencoder(saved / "nowhere")
     (saved / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="missing"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +139,40 @@ def test_too_little_memory_raises_before_and_during_sampling(sampler, monkeypatc
         sampler(reports=["abc"], num_inference_steps=2)
 
 
+def failures():
+    """What allocators raise: the GPU's, torch's on the CPU, Python's and numpy's, the operating system's, cuDNN's."""
+    yield torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "the GPU"
+    for message in ("DefaultCPUAllocator: can't allocate memory: you tried to", "CUDNN_STATUS_ALLOC_FAILED"):
+        yield RuntimeError(message), "the machine"
+    yield MemoryError(), "the machine"
+    yield OSError(errno.ENOMEM, "Cannot allocate memory"), "the machine"
+
+
+@pytest.mark.parametrize(("failure", "where"), failures())
+def test_too_little_memory_for_decoding_is_said_with_what_it_needs(sampler, monkeypatch, failure, where):
+    decoder, plans = sampler.autoencoder.decoder, []
+    monkeypatch.setattr(decoder, "plan", lambda shape, device: plans.append(shape) or SimpleNamespace(bytes=3 * 2**30))
+
+    def full(*_):
+        raise failure
+
+    monkeypatch.setattr(sampler.autoencoder, "decode", full)
+    with pytest.raises(ConfigError) as caught:
+        sampler(reports=["abc"], num_inference_steps=1)
+    assert f"decoding a volume (estimated: 3.0 GiB in addition to the weights): {where} is out of memory" in str(
+        caught.value
+    )
+    assert "bfloat16" in caught.value.fix and len(str(caught.value).splitlines()) <= 5
+    assert plans == [(4, 8, 6, 4)]
+
+    def broken(*_):
+        raise RuntimeError("shapes must match")
+
+    monkeypatch.setattr(sampler.autoencoder, "decode", broken)
+    with pytest.raises(RuntimeError, match="must match"):
+        sampler(reports=["abc"], num_inference_steps=1)
+
+
 def test_the_estimate_of_the_cache_is_the_size_of_the_keys_and_values(sampler):
     rows, steps = 3, 4
     text, spacing = torch.zeros(rows * steps, TOKENS, WIDTH), torch.ones(rows * steps, 3)
@@ -153,6 +189,30 @@ def test_errors_of_the_cpu_allocator_are_converted_and_others_are_not():
         torch.empty(2**50, dtype=torch.uint8)  # larger than the address space
     with pytest.raises(RuntimeError, match="must match"), memory.out_of_memory("decoding"):
         torch.zeros(2) + torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        ("Lésion hypointense de la zone périphérique gauche", "report 2 seems to be in French: "),
+        ("Hypointense Läsion in der peripheren Zone links", "report 2 seems to be in German: "),
+        ("Lesión hipointensa en la zona periférica izquierda", "report 2 seems to be in Spanish: "),
+        ("Laesie in de perifere zone links", "report 2 seems to be in Dutch: "),
+        ("Lesione nella zona periferica sinistra", "report 2 seems to be in Italian: "),
+        ("Lesão na zona periférica esquerda", "report 2 seems to be in Portuguese: "),
+        ("前列腺外周带左侧病灶", "report 2 seems to be not in Latin letters: "),
+        ("Lesion of 15 mm in the left peripheral zone with low ADC", None),
+        ("PI-RADS 5 lesion, left", None),
+    ],
+)
+def test_a_report_that_seems_not_to_be_english_is_named_by_its_number(checkpoint, caplog, report, said):
+    """The encoder knows all tokens of these reports, so that only the language can be noticed."""
+    sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype="float32", text_encoder=FakeEncoder())
+    sampler(reports=["PI-RADS 2", report, report], num_inference_steps=1, decode=False)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (said is not None)
+    assert said is None or warnings[0].startswith(said)
+    assert not set(report.lower().split()) & set(" ".join(warnings).lower().split()) - {"in"}
 
 
 def test_the_warning_of_a_long_report_contains_only_its_number(checkpoint, caplog):

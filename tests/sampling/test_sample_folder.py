@@ -16,13 +16,16 @@ import pytest
 import torch
 
 from ccella_fast import cli
-from ccella_fast.errors import ConfigError, DiskError
+from ccella_fast.data.manifest import load_manifest
+from ccella_fast.data.preparation.prepare import prepare
+from ccella_fast.errors import ConfigError, DataError, DiskError
+from ccella_fast.folder_kinds import check_folder
 from ccella_fast.sampling import FastSampler
 from ccella_fast.storage import read_json, write_json
 from killed_runs import killed_runs
 from killed_sampling import REPORTS, draw
 from sampling_fixtures import FakeEncoder, write_checkpoint
-from study_fixtures import tree, write_bert
+from study_fixtures import config, tree, write_bert
 
 
 @pytest.fixture(scope="module")
@@ -280,3 +283,20 @@ def test_a_partial_file_of_a_killed_run_is_removed_and_of_other_folders_is_not(c
     (tmp_path / "out" / ".partial-abc.nii.gz").write_bytes(b"half")
     draw(checkpoint, tmp_path / "out")
     assert other.is_dir() and not (tmp_path / "out" / ".partial-abc.nii.gz").exists()
+
+
+@pytest.mark.parametrize("format", ["nifti", "dicom"])
+def test_samples_are_prepared_as_the_message_of_a_wrong_folder_says(checkpoint, tmp_path, format):
+    out, studies = tmp_path / "samples", tmp_path / "studies"
+    draw(checkpoint, out, format=format)
+    with pytest.raises(DataError, match="generated samples"):
+        check_folder(out, "studies", error=DataError)
+    for path in [*out.glob("sample-*.nii.gz"), *(path for path in out.glob("sample-*") if path.is_dir())]:
+        name, dot, suffix = path.name.partition(".")
+        (studies / name).mkdir(parents=True)
+        path.rename(studies / name / f"t2w{dot}{suffix}")
+    check_folder(studies, "studies", error=DataError)
+    prepare(studies, tmp_path / "prepared", config(), csv=out / "samples.csv", workers=1)
+    cases = load_manifest(tmp_path / "prepared").cases
+    names = sorted(path.name for path in studies.iterdir())
+    assert [case.id for case in cases] == names and all(case.synthetic for case in cases)

@@ -16,12 +16,12 @@ _UNKNOWN = 0.02  # share of tokens
 # Frequent words that radiology reports contain and the other languages here do not.
 _STOP_WORDS = {
     "English": "the of and is with are there without for from no not was this has which left right",
-    "Dutch": "het een van zijn niet geen naar bij aan wordt dat voor met links rechts er deze",
-    "German": "der das und ist mit keine nicht im eine bei den dem links rechts kein sowie auf zeigt",
-    "French": "les des dans une est pas avec du sur sans gauche droite au aux et par ne",
-    "Spanish": "los las del una en con sin izquierda derecha el por se que no hay lóbulo",
-    "Italian": "il della nel con una di sinistra destra non del alla che lesione sono dei",
-    "Portuguese": "uma com sem não esquerda direita da do na em dos das os observa",
+    "Dutch": "het een van zijn niet geen naar bij aan wordt dat voor met links rechts er deze laesie perifere",
+    "German": "der das und ist mit keine nicht im eine bei den dem links rechts kein sowie auf läsion periphere peripheren",
+    "French": "les des dans une est pas avec du sur sans gauche droite au aux et par ne lésion périphérique",
+    "Spanish": "los las del una en con sin izquierda derecha el por se que no hay lóbulo lesión",
+    "Italian": "il della nel con una di sinistra destra non del alla che lesione sono dei nella periferica",
+    "Portuguese": "uma com sem não esquerda direita da do na em dos das os observa lesão na",
 }
 _WORDS = {language: frozenset(words.split()) for language, words in _STOP_WORDS.items()}
 

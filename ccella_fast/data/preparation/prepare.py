@@ -47,6 +47,7 @@ from ccella_fast.errors import ConfigError, DataError, DiskError
 from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.hardware import peak_memory
+from ccella_fast.models.autoencoder import check_autoencoder
 from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.run_record import write_run_record
 from ccella_fast.storage import check_writable, existing_parent, read_json, remove_partial_files
@@ -104,6 +105,8 @@ def prepare(
         why = "the prepared folder would be in the folder of studies"
         raise ConfigError(why, path=out, field="--out", fix="choose a folder next to --data")
     check_output(out, "prepared data", field="--out")
+    if vae is not None:
+        check_autoencoder(Path(vae))
     with lock_folder(out, "ccella-fast prepare"), WorkerPool(workers) as pool:
         studies = find_studies(
             data,

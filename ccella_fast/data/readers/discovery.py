@@ -23,6 +23,8 @@ from ccella_fast.errors import DataError
 
 TABLE = "studies.csv"
 
+_NO_LIST = {".csv", ".tsv", ".xls", ".xlsx", ".nii", ".gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm"}
+
 
 def find_studies(
     data: str | Path,
@@ -63,6 +65,10 @@ def find_studies(
                 raise DataError(why, path=data, fix=f"leave {flag} out")
         studies = _find_in_folder(data, Path(csv_file) if csv_file else None, follow_links, defects)
     else:
+        if data.suffix.lower() in _NO_LIST:
+            why = "this is a table or an image, and neither a folder of studies nor a JSON list of studies"
+            fix = "give the folder of the studies as --data, and a table as --csv"
+            raise DataError(why, path=data, field="--data", fix=fix)
         if csv_file is not None:
             why = "--csv needs a folder of studies, but --data is a list, which holds classes and reports itself"
             raise DataError(why, path=data, fix="leave --csv out")

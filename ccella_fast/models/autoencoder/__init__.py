@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ccella_fast.models.autoencoder.folder import load_autoencoder, save_autoencoder, weights_file
+from ccella_fast.models.autoencoder.folder import check_autoencoder, load_autoencoder, save_autoencoder, weights_file
 from ccella_fast.models.autoencoder.network import Autoencoder
 
-__all__ = ["Autoencoder", "load_autoencoder", "save_autoencoder", "weights_file"]
+__all__ = ["Autoencoder", "check_autoencoder", "load_autoencoder", "save_autoencoder", "weights_file"]

@@ -48,21 +48,26 @@ def load_autoencoder(path: str | Path, config: AutoencoderConfig | None = None) 
         CheckpointError: weights are missing, damaged or of another architecture.
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(
-            "this folder contains no autoencoder weights", path=path, fix="run `ccella-fast train-vae` first"
-        )
+    check_autoencoder(path)
     if path.is_file():
         config = config or AutoencoderConfig()
         tensors = plain_tensors(read_pt(path), path=path)
     else:
         file = weights_file(path)
-        check_folder(file.parent, "autoencoder", error=CheckpointError)
         config = _read_config(file.parent, config)
         tensors = _read_safetensors(file)
     vae = Autoencoder(config)
     load_weights(vae, tensors, path=path, what="this autoencoder")
     return vae.eval().requires_grad_(False)
+
+
+def check_autoencoder(path: Path) -> None:
+    """Raise CheckpointError if `path` does not exist or is a folder of another kind. For use before long work."""
+    if not path.exists():
+        fix = "check the path, or run `ccella-fast train-vae` first"
+        raise CheckpointError("this path does not exist; an autoencoder is needed", path=path, fix=fix)
+    if path.is_dir():
+        check_folder(weights_file(path).parent, "autoencoder", error=CheckpointError)
 
 
 def weights_file(path: str | Path) -> Path:
