@@ -124,9 +124,9 @@ class TextEncoder:
         # Of an encoder-decoder model such as T5, only the encoder is loaded.
         model_class: Any = AutoModelForTextEncoding if self._settings.is_encoder_decoder else AutoModel
         model = self._load(model_class.from_pretrained, dtype=getattr(torch, self.config.dtype), use_safetensors=True)
-        words, known = len(self._tokenizer), model.get_input_embeddings().num_embeddings
-        if words > known:
-            why = f"the tokenizer has {words} words, but the model only {known}: they do not belong together"
+        largest, known = max(self._tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+        if largest >= known:
+            why = f"the tokenizer gives ids up to {largest}, but the model only knows {known}: they do not belong together"
             raise ConfigError(why, path=self.config.encoder, field="text.encoder", fix="download the encoder again")
         self._model = model.eval().requires_grad_(False).to(self.device)
 

@@ -186,6 +186,7 @@ DAMAGE = {
     "no word": ("vocab.txt", lambda content: b""),
     "not UTF-8": ("vocab.txt", lambda content: b"\xff\xfe" + content),
     "more words than the model": ("vocab.txt", lambda content: content + b"further\n"),
+    "a word twice": ("vocab.txt", lambda content: content.replace(b"word\n", b"no\nword\n")),
     "no weights": ("model.safetensors", lambda content: b""),
     "cut": ("model.safetensors", lambda content: content[: len(content) // 2]),
     "other sizes": (
@@ -203,5 +204,5 @@ def test_a_damaged_encoder_is_refused(tmp_path: Path, name: str, change: Callabl
     (folder / name).write_bytes(change(content))
     assert (folder / name).read_bytes() != content
     with pytest.raises(ConfigError) as caught:
-        TextEncoder(config(encoder=folder).text).encode(["lesion of 4 mm further"])
+        TextEncoder(config(encoder=folder).text).encode(["lesion of 4 mm further start"])
     assert caught.value.field == "text.encoder" and caught.value.path == str(folder)
