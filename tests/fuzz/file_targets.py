@@ -1,4 +1,4 @@
-"""What the commands write and read again: prepared folders, checkpoints, encoders, results; and configurations."""
+"""What the commands write and read again: prepared folders and checkpoints; text encoders; configurations."""
 
 from __future__ import annotations
 
@@ -163,18 +163,6 @@ def _read_encoder(folder: Path) -> Content:
     return Content(digest(encoder.encode([f"lesion of 4 mm {CANARY}"]).features))
 
 
-def _write_results(folder: Path) -> None:
-    from report_fixtures import write_run
-
-    write_run(folder / "run", ["a", "b"])
-
-
-def _read_results(folder: Path) -> Content:
-    from ccella_fast.report.html import write_report
-
-    return Content(digest(write_report(folder / "run").read_text()))
-
-
 def _prepare_with_config(folder: Path, out: Path) -> list[str]:
     command = ["ccella_fast.cli", "prepare", "--data", str(folder), "--out", str(out)]
     return [*command, "--config", str(folder / "config.json"), "--workers", "1"]
@@ -183,10 +171,6 @@ def _prepare_with_config(folder: Path, out: Path) -> list[str]:
 def _sample(folder: Path, out: Path) -> list[str]:
     command = ["ccella_fast.cli", "sample", "--checkpoint", str(folder / "checkpoint"), "--out", str(out)]
     return [*command, "--device", "cpu"]
-
-
-def _report(folder: Path, out: Path) -> list[str]:
-    return ["ccella_fast.cli", "report", str(folder / "run")]
 
 
 _TEXT_HEADER = [Mutation("header", on_one_file(m.header(128), "text.npy"))]
@@ -208,5 +192,4 @@ TARGETS = [
     text_target("configuration of the reference", _write_reference_config, ".json", _read_reference_config, 1500),
     text_target("DeepSpeed file", _write_deepspeed, "ds.json", _read_deepspeed, 500),
     text_target("DeepSpeed file in Hjson", _write_hjson, "ds.json", _read_deepspeed, 1000),
-    text_target("results of a run", _write_results, ".json", _read_results, 500, command=_report),
 ]

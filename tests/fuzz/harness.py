@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from target import CANARY, Content, Target, valid_files, write_files
 
 SECONDS, BYTES, HANGS = 10, 2**30, 60  # of the CPU; above the memory before; of the clock
 LETTERS = 4000  # of a message
+_WRITING = threading.Lock()  # libraries such as transformers cannot be imported by two threads at a time
 FAILURES = (
     "internal",
     "crash",
@@ -89,7 +91,8 @@ def run_inputs(
     targets = importlib.import_module(module).TARGETS
     for result in results:
         if keep is not None and result.outcome in FAILURES:
-            files = valid_files(targets[result.target])
+            with _WRITING:
+                files = valid_files(targets[result.target])
             write_files(
                 keep / result.target / str(result.index), mutate(targets[result.target], seed, result.index, files)[0]
             )
@@ -134,7 +137,8 @@ def run_command(target: Target, seed: int, index: int) -> Result:
 
 def _run_command(target: Target, seed: int, index: int) -> Result:
     assert target.command is not None
-    files = valid_files(target)
+    with _WRITING:
+        files = valid_files(target)
     changed, kind, _ = (files, "none", False) if index == VALID else mutate(target, seed, index, files)
     with tempfile.TemporaryDirectory() as temporary:
         folder, out = Path(temporary) / "input", Path(temporary) / "out"

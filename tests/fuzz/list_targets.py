@@ -124,8 +124,9 @@ def _read_export(folder: Path) -> Content:
     _, judged, unused = _choose(folder / "export")
     tasks = [task_of("p0001_s1", each, folder / "out", folder / "out.private") for each in judged]
     volumes = [read_series(task, sequence) for task in tasks for sequence in task.series]
-    # A file that is not used is listed, and a volume that is not chosen is shown.
-    noted = unused > 0 or sum(map(len, judged)) != 3 or any(volume.notes for volume in volumes)
+    # A file that is not used is listed, and a volume that is not chosen is shown with the reason.
+    unchosen = any(not volume.use for each in judged for volume in each)
+    noted = unused > 0 or unchosen or any(volume.notes for volume in volumes)
     slices = sum(volume.array.shape[2] for volume in volumes)
     return Content(
         digest(*(part for each in volumes for part in (each.array, each.affine.round(5) + 0.0))), slices, noted

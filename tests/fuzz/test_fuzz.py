@@ -27,6 +27,7 @@ def test_damaged_inputs_are_refused_or_unchanged():
 @pytest.mark.parametrize("folder", FAILED, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 def test_inputs_that_once_failed(folder: Path, tmp_path: Path):
     target = TARGETS[folder.parent.name]
+    (tmp_path / "valid").mkdir()
     target.write(tmp_path / "valid")
     base = target.read(tmp_path / "valid")
     outcome, detail = judge(target, folder, base, guarded=True)
