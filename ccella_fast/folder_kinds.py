@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from ccella_fast.errors import CcellaError, ConfigError
 
 Wanted = Literal["checkpoint", "prepared", "autoencoder", "studies", "results"]
+Output = Literal["studies", "prepared data", "an autoencoder", "a run", "samples"]
 
 _NAMES = {
     "prepared": "a prepared folder",
@@ -41,13 +43,13 @@ _WANTED: dict[Wanted, tuple[set[str], str]] = {
     "studies": ({"studies", "bids"}, "give the folder that contains the folders of the studies"),
     "results": ({"results"}, "give the folder that contains prepared/, vae/, model/ and samples/"),
 }
-# What a command writes -> the kinds of an existing folder that it may go on with.
-_OUTPUTS: dict[str, set[str]] = {
+# What a command writes -> the kinds of an existing folder that it may continue.
+_OUTPUTS: dict[Output, set[str]] = {
+    "studies": {"studies"},
     "prepared data": {"prepared", "unprepared"},
     "an autoencoder": {"autoencoder", "unfinished autoencoder"},
     "a run": {"run", "unsaved run"},
     "samples": {"samples"},
-    "a checkpoint": {"step"},
 }
 _FORMATS = {
     "ccella_fast.prepared": "prepared",
@@ -55,6 +57,7 @@ _FORMATS = {
     "ccella_fast.autoencoder": "autoencoder",
 }
 _IMAGES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm")
+_SAMPLE = re.compile(r"sample-\d{3,}_seed\d+[._]|sample-\d{3,}_seed\d+$")
 _MOST = 200  # entries of a folder that are looked at
 
 
@@ -74,7 +77,7 @@ def folder_kind(folder: str | Path) -> str | None:
         "unsaved run": "run_status.json" in names or "checkpoints" in names,
         "unprepared": "cases" in names and (folder / "cases").is_dir(),
         "unfinished autoencoder": "identity" in _read(folder / "training.json"),
-        "samples": any(name.startswith("sample-") and name.endswith(".json") for name in names),
+        "samples": any(_SAMPLE.match(name) for name in names),
         "results": any(folder_kind(folder / name) in _NAMES for name in ("prepared", "vae", "model", "samples")),
         "deepspeed": any(name.startswith(("global_step", "mp_rank_", "zero_pp_rank_")) for name in names),
         "diffusers": "model_index.json" in names or "_class_name" in config,
@@ -94,11 +97,14 @@ def check_folder(path: str | Path, wanted: Wanted, *, error: type[CcellaError], 
         raise wrong_folder(path, wanted, error=error, field=field)
 
 
-def check_output(folder: str | Path, what: str, *, field: str) -> None:
-    """Raise ConfigError if `folder` holds results of another kind than `what`, which is a key of the table above."""
+def check_output(folder: str | Path, what: Output, *, field: str) -> None:
+    """Raise ConfigError if `folder` holds something else than an earlier `what`.
+
+    Anything unknown passes, and a folder whose folders hold the results of commands: those are not mixed.
+    """
     kind = folder_kind(folder)
-    if any(kind in kinds for name, kinds in _OUTPUTS.items() if name != what):
-        why = f"this is {_NAMES[str(kind)]}; {what} would be mixed with its files"
+    if kind is not None and kind not in _OUTPUTS[what] | {"empty", "results"}:
+        why = f"this is {_NAMES[kind]}; {what} would be mixed with its files"
         raise ConfigError(why, path=folder, field=field, fix="choose a folder of its own")
 
 
@@ -157,7 +163,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _holds_images(folder: Path) -> bool:
-    """Whether the folder or one of its folders contains an image."""
-    entries = _entries(folder)
+    """Whether the folder or one of its folders contains an image; what a killed command has left does not count."""
+    entries = [entry for entry in _entries(folder) if not entry.name.startswith(".")]
     files = [*entries, *(inner for entry in entries[:20] for inner in _entries(entry))]
     return any(file.name.lower().endswith(_IMAGES) for file in files)

@@ -19,8 +19,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +30,10 @@ try:  # Triton is optional: the kernel modules must be importable without it
     import triton
     import triton.language as tl
 
-    jit: Callable[..., Any] = triton.jit
     constexpr: Callable[..., Any] = tl.constexpr
 except ImportError:
     triton = tl = None
-    jit = constexpr = lambda unchanged: unchanged  # noqa: E731
+    constexpr = lambda unchanged: unchanged  # noqa: E731
 
 ENVIRONMENT = "CCELLA_FAST_BACKEND"
 BACKENDS = ("triton", "xformers", "sdpa", "phase", "reference")
@@ -43,6 +43,19 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # backend -> the reason why it is unsupported, None if it is supported; in order of preference
 BackendSupport = Mapping[str, str | None]
+
+
+def jit(function: Callable[..., Any] | None = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
+    """Decorator `triton.jit`, which leaves the function unchanged where Triton is absent.
+
+    Args:
+        function: The kernel.
+        do_not_specialize: Integer arguments from whose values the code gains nothing. Triton otherwise compiles a binary for
+            each combination of arguments that are 1, multiples of 16 or neither: dozens in the first step of a model.
+    """
+    if function is None:
+        return functools.partial(jit, do_not_specialize=do_not_specialize)
+    return function if triton is None else triton.jit(function, do_not_specialize=list(do_not_specialize))
 
 
 class BackendError(ValueError):
@@ -146,7 +159,23 @@ def xformers_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str
         return f"the tensors are on {device.type}, not on a GPU"
     if dtype not in TRITON_DTYPES:
         return f"it does not support {str(dtype).removeprefix('torch.')}"
-    return None
+    return _unloadable_xformers_reason()
+
+
+@functools.cache
+def _unloadable_xformers_reason() -> str | None:
+    """Why the compiled part of xformers does not load, None if it does; xformers itself only logs a warning."""
+    logger = logging.getLogger("xformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        loads = importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception is None
+    finally:
+        logger.setLevel(level)
+    return None if loads else f"its compiled part does not load with PyTorch {torch.__version__}"
+
+
+_unloadable_xformers_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def library_op(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:

@@ -40,7 +40,7 @@ def _silu_gradient(b_z, b_dy, SILU: tl.constexpr):
     return b_dy
 
 
-@jit
+@jit(do_not_specialize=["programs_per_sample"])
 def _group_norm_silu_bwd_sums_kernel(
     x_ptr, dy_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, channel_ptr, group_ptr,
     S, voxels_per_program, programs_per_sample,
@@ -93,7 +93,7 @@ def _group_norm_silu_bwd_sums_kernel(
     )
 
 
-@jit
+@jit(do_not_specialize=["programs_per_sample", "parts"])
 def _group_norm_silu_bwd_dx_kernel(
     x_ptr, dy_ptr, dx_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, group_ptr,
     S, voxels_per_program, programs_per_sample, parts,
@@ -132,7 +132,7 @@ def _group_norm_silu_bwd_dx_kernel(
         tl.store(dx_ptr + o_origin + o_tile, b_dx.to(dx_ptr.dtype.element_ty), mask=m_tile)
 
 
-@jit
+@jit(do_not_specialize=["B", "parts"])
 def _group_norm_silu_bwd_parameters_kernel(
     channel_ptr, group_ptr, weight_ptr, rstd_ptr, dweight_ptr, dbias_ptr, dshift_ptr, B, S, parts,
     C: tl.constexpr, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,

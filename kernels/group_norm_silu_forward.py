@@ -33,7 +33,7 @@ from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 WHOLE_TILES = (2048, 8192, 16384)  # tile sizes, in elements, for a group that fits in one program
 
 
-@jit
+@jit(do_not_specialize=["programs_per_sample"])
 def _group_norm_silu_fwd_statistics_kernel(
     x_ptr, shift_ptr, mean_ptr, m2_ptr, S, voxels_per_program, programs_per_sample,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -101,7 +101,7 @@ def _merge_statistics(
     return b_mean, b_variance
 
 
-@jit
+@jit(do_not_specialize=["programs_per_sample", "parts"])
 def _group_norm_silu_fwd_apply_kernel(
     x_ptr, y_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, part_mean_ptr, part_m2_ptr,
     S, voxels_per_program, programs_per_sample, voxels_per_part, parts, eps,
@@ -258,8 +258,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    dx, dweight, dbias, dshift = backward_op(dy, *ctx.saved_tensors, ctx.silu)
-    return dx, None, dweight, dbias, None, None, None if ctx.saved_tensors[3] is None else dshift
+    saved = ctx.saved_tensors  # read once: activation checkpointing unpacks a tensor a single time
+    dx, dweight, dbias, dshift = backward_op(dy, *saved, ctx.silu)
+    return dx, None, dweight, dbias, None, None, None if saved[3] is None else dshift
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)

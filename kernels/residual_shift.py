@@ -45,7 +45,7 @@ def residual_shift_reference(h: Tensor, residual: Tensor, shift: Tensor | None =
     return (h.to(wide) + residual.to(wide) + shift).to(h.dtype)
 
 
-@jit
+@jit(do_not_specialize=["programs_per_sample"])
 def _residual_shift_fwd_kernel(
     h_ptr, residual_ptr, shift_ptr, y_ptr, stride_shift_b, S, voxels_per_program, programs_per_sample,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, LAST: tl.constexpr,

@@ -19,9 +19,11 @@ from ccella_fast.config import Config
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError
 from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
+from ccella_fast.quantities import counted
 from ccella_fast.report.sample_files import read_sample
 from ccella_fast.run_record import write_run_record
 from ccella_fast.sampling import pretrained
+from ccella_fast.sampling.earlier_samples import check_earlier_samples
 from ccella_fast.sampling.optimizations import resolve_device
 from ccella_fast.sampling.output import Format, OutputVolume, OutputWriter, check_format
 from ccella_fast.sampling.plan import plan_request
@@ -147,7 +149,11 @@ def sample_to_folder(
 
         config = pretrained.peek_config(checkpoint)
         if config is not None:
-            plan_request(make_request(config), config)
+            request = make_request(config)
+            plan = plan_request(request, config)
+            if not overwrite:
+                known = {"config_sha256": pretrained.config_digest(config)}
+                check_earlier_samples(out, request, plan, known | pretrained.peek_weights(checkpoint))
         if vae is None and Path(checkpoint).is_file():
             raise _no_autoencoder(checkpoint)
         sampler = FastSampler.from_checkpoint(
@@ -262,8 +268,9 @@ def _write_table(out: Path, outputs: list[OutputVolume], writer: OutputWriter) -
 def _log_results(out: Path, outputs: list[OutputVolume], generated: int) -> None:
     """Say what was written, the predicted class of each report, and what to do next."""
     kept = len(outputs) - generated
-    existing = f" ({kept} were there already)" if kept else ""
-    logger.info("%s contains %d synthetic volumes%s, listed in samples.csv", out, len(outputs), existing)
+    existing = f" (there already: {kept})" if kept else ""
+    volumes = counted(len(outputs), "synthetic volume")
+    logger.info("%s contains %s%s, listed in samples.csv", out, volumes, existing)
     sidecars = [read_json(out / f"{output.name}.json") for output in outputs]
     head = sidecars[0].get("class_head")
     if head == "untrained":
@@ -275,7 +282,7 @@ def _log_results(out: Path, outputs: list[OutputVolume], generated: int) -> None
     for name, probability in list(predicted.items())[:_LOGGED_REPORTS]:
         logger.info("  %s: P(PI-RADS 3 to 5) %.2f", name, probability)
     if len(predicted) > _LOGGED_REPORTS:
-        logger.info("  %d more reports: see samples.csv", len(predicted) - _LOGGED_REPORTS)
+        logger.info("  %s: see samples.csv", counted(len(predicted) - _LOGGED_REPORTS, "more report"))
     if predicted and head == "unknown":
         logger.info("  (this checkpoint does not say whether it was trained to predict classes)")
     logger.info("next: look at %s, or open the volumes in a viewer such as 3D Slicer", out / "montage.png")

@@ -11,6 +11,7 @@ import torch
 from ccella_fast.config import ModelConfig
 from ccella_fast.errors import ConfigError
 from ccella_fast.hardware import free_memory
+from ccella_fast.quantities import format_bytes
 from ccella_fast.sampling.conditioning import CACHE_BYTES
 
 _FP32 = 4
@@ -50,7 +51,7 @@ def check_memory(needed: int, device: torch.device, what: str) -> None:
     """
     free = free_memory(device)
     if needed > free:
-        estimate, available = f"{needed / 2**30:.1f} GiB", f"{free / 2**30:.1f} GiB"
+        estimate, available = format_bytes(needed), format_bytes(free)
         raise _out_of_memory_error(
             f"{what} needs about {estimate} in addition to the weights, but only {available} are free"
         )
@@ -64,7 +65,7 @@ def out_of_memory(what: str, needed: int | None = None) -> Iterator[None]:
         what: the operation.
         needed: the estimate of its size in bytes, if there is one.
     """
-    what += "" if needed is None else f" (estimated: {needed / 2**30:.1f} GiB in addition to the weights)"
+    what += "" if needed is None else f" (estimated: {format_bytes(needed)} in addition to the weights)"
     try:
         yield
     except torch.OutOfMemoryError:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.errors import ConfigError, did_you_mean
+from ccella_fast.quantities import counted
 from ccella_fast.sampling import dicom_output
 from ccella_fast.sampling.request import CLASSES
 from ccella_fast.storage import atomic_folder, atomic_path, check_writable, json_text, read_json
@@ -117,7 +118,7 @@ class OutputWriter:
         report, report_id, text, seed, inputs = metadata
         identity = volume_digest([self.request_metadata, inputs, text, seed])
         hashed = None if text is None else report_digest(text, self.request_metadata.get("weights_sha256"))
-        return OutputVolume(f"sample-{number:03d}_seed{seed}", report, seed, inputs, identity, report_id, hashed)
+        return OutputVolume(sample_name(number, seed), report, seed, inputs, identity, report_id, hashed)
 
     def files(self, out: Path, output: OutputVolume) -> dict[str, Path]:
         """The path of each sequence's volume: a NIfTI file, or a folder with a DICOM series."""
@@ -170,7 +171,7 @@ class OutputWriter:
         """How a volume was generated, in a sentence for its DICOM files."""
         request, seed = self.request_metadata, output.seed
         weights = f"weights {request.get('weights_sha256') or 'in memory'}"
-        how = f"{request['num_inference_steps']} steps of {request['solver']}, seed {seed}, {weights}"
+        how = f"{counted(request['num_inference_steps'], 'step')} of {request['solver']}, seed {seed}, {weights}"
         return (
             f"Synthetic image: generated from noise by the diffusion model {request['variant']} of ccella_fast, {how}"
         )
@@ -196,7 +197,7 @@ class OutputWriter:
             if not isinstance(content, dict) or content.get("identity") != identities[sidecar.name]:
                 foreign.add(path)
         if foreign:
-            why = f"this folder contains {len(foreign)} files of another request's samples"
+            why = f"this folder contains {counted(len(foreign), 'file')} of another request's samples"
             raise ConfigError(why, path=min(foreign), fix="choose another --out, or add --overwrite")
         return [
             output
@@ -234,9 +235,8 @@ class Result:
             if volumes is None
             else f"{', '.join(self.writer.sequences)}, {_times(volumes.shape[2:])} voxels"
         )
-        return (
-            f"Result({len(self.seeds)} volumes, {size}, latents {_times(self.latents.shape[1:])}, seeds {self.seeds})"
-        )
+        count, latents = counted(len(self.seeds), "volume"), _times(self.latents.shape[1:])
+        return f"Result({count}, {size}, latents {latents}, seeds {self.seeds})"
 
     writing = DeprecatedAttribute("writer")
     jobs = DeprecatedAttribute("outputs")
@@ -299,6 +299,11 @@ def check_format(name: str) -> None:
         raise ConfigError(f"there is no output format '{name!s:.40}'", field="format", fix=fix)
     if name == "dicom":
         dicom_output.check_pydicom()
+
+
+def sample_name(number: int, seed: int) -> str:
+    """The name of the files of a volume, without suffix. number: of the volume in its request."""
+    return f"sample-{number:03d}_seed{seed}"
 
 
 def remove_sample(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ccella_fast.config import Config
 from ccella_fast.sampling.denoising import LoopSettings
@@ -16,6 +16,22 @@ class RequestPlan(NamedTuple):
     latent_shape: list[int]
     batch_size: int
     volumes: VolumeInputs
+
+    def request_metadata(self, request: Request) -> dict[str, Any]:
+        """The sidecar entries that follow from the request and the configuration and that all volumes share."""
+        settings = self.loop_settings
+        solver, guidance = settings.solver, settings.guidance
+        return {
+            "solver": solver if isinstance(solver, str) else repr(getattr(solver, "config", solver)),
+            "num_inference_steps": settings.num_inference_steps,
+            "prediction": settings.prediction,
+            "timestep_spacing": settings.timestep_spacing,
+            "guidance_scale": guidance.scale,
+            "guidance_interval": list(guidance.interval),
+            "reuse": request.reuse and [request.reuse.interval, request.reuse.depth],
+            "latent_shape": self.latent_shape,
+            "batch_invariant": request.batch_invariant,
+        }
 
 
 def plan_request(request: Request, config: Config) -> RequestPlan:

@@ -18,6 +18,8 @@ from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_a
 from ccella_fast.sampling.output import volume_digest
 from ccella_fast.storage import atomic_folder, read_json, sha256, write_json
 
+_WEIGHT_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+
 
 def config_digest(config: Config) -> str:
     """The SHA-256 of a configuration, which is part of the identity of its samples.
@@ -57,7 +59,7 @@ class Provenance(NamedTuple):
     @classmethod
     def of_checkpoint(cls, loaded: Checkpoint, vae: Path | None) -> Provenance:
         """The provenance of a checkpoint with the autoencoder of `vae`, a folder or weight file."""
-        name = {"ema": "ema.safetensors", "raw": "model.safetensors"}[loaded.weights]
+        name = _WEIGHT_FILES[loaded.weights]
         if loaded.path.is_file():
             weights_hash = sha256(loaded.path)
         else:  # load_checkpoint has verified the file against its manifest
@@ -93,6 +95,18 @@ def peek_config(path: str | Path) -> Config | None:
         return load_config((steps[0] if steps else folder) / "config.json")
     except (CcellaError, OSError):
         return None
+
+
+def peek_weights(path: str | Path) -> dict[str, Any]:
+    """The sidecar entries about the weights that a checkpoint folder lists, without reading them; empty if it does not say."""
+    folder = Path(path)
+    steps = [] if (folder / "manifest.json").is_file() else step_folders(folder)
+    try:
+        listed = read_json((steps[0] if steps else folder) / "manifest.json")["files"]
+        weights = "ema" if _WEIGHT_FILES["ema"] in listed else "raw"
+        return {"weights": weights, "weights_sha256": listed[_WEIGHT_FILES[weights]]["sha256"]}
+    except (CcellaError, OSError, KeyError, TypeError):  # `load_checkpoint` says why
+        return {}
 
 
 def load_pretrained(path: str | Path | Checkpoint, *, vae: str | Path | None, weights: str | None) -> LoadedSampler:

@@ -69,14 +69,11 @@ class Prompts:
 
     def metadata_of(self, k: int) -> VolumeMetadata:
         """What the sidecar of volume k says about its inputs."""
-        row, override = self._rows[k], self._volumes.override_class
-        sample_metadata = {
-            "spacing": list(self._spacings[k]),
-            "class_given": None if override else self._classes[k],
-            "class_override": self._classes[k] if override else None,
-        }
+        row = self._rows[k]
         identity = self._reports.identities[row] if row >= 0 else None
-        return VolumeMetadata(max(row, 0), self._volumes.report_ids[k], identity, self.seeds[k], sample_metadata)
+        return VolumeMetadata(
+            max(row, 0), self._volumes.report_ids[k], identity, self.seeds[k], self._volumes.metadata(k)
+        )
 
     def rows(self, volumes: Sequence[int], *, guided: bool, device: torch.device) -> PromptRows:
         """The conditioning inputs of a batch of these volumes; if `guided`, with the null report too."""

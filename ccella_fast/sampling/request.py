@@ -41,6 +41,14 @@ class VolumeInputs(NamedTuple):
     classes: list[str | None]
     override_class: bool
 
+    def metadata(self, k: int) -> dict[str, Any]:
+        """The sidecar entries about the spacing and the class of volume k."""
+        return {
+            "spacing": list(self.spacings[k]),
+            "class_given": None if self.override_class else self.classes[k],
+            "class_override": self.classes[k] if self.override_class else None,
+        }
+
 
 @deprecated_arguments(num_steps="num_inference_steps")
 @dataclass(frozen=True, kw_only=True)

@@ -258,23 +258,14 @@ class FastSampler:
             fix = "give an autoencoder (vae=), or call with decode=False for latents"
             raise ConfigError("this sampler has no autoencoder to decode with", field="decode", fix=fix)
         settings = plan.loop_settings
-        solver, guidance = settings.solver, settings.guidance
         grid = [size * config.autoencoder.factor for size in plan.latent_shape[1:]]
         warn_of_untrained_spacings(plan.volumes.spacings, grid, config, self.origin.trained_on)
-        reports = self._text_features.features_for(request, guided=guidance.on)
+        reports = self._text_features.features_for(request, guided=settings.guidance.on)
         prompts = Prompts(plan.volumes, reports)
         request_metadata = {
             **self.origin.metadata,
-            "solver": solver if isinstance(solver, str) else repr(getattr(solver, "config", solver)),
-            "num_inference_steps": settings.num_inference_steps,
-            "prediction": settings.prediction,
-            "timestep_spacing": settings.timestep_spacing,
-            "guidance_scale": guidance.scale,
-            "guidance_interval": list(guidance.interval),
-            "reuse": request.reuse and [request.reuse.interval, request.reuse.depth],
-            "latent_shape": plan.latent_shape,
+            **plan.request_metadata(request),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "batch_invariant": request.batch_invariant,
             "text_encoder": reports.encoder,
         }
         writer = OutputWriter(request_metadata, self.sequences, self.intensity_scale, self.class_head)

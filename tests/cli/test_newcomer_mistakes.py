@@ -29,7 +29,7 @@ with lock_folder(sys.argv[1], "another command", name=sys.argv[2]):
 ROWS = {
     "training without classes and reports": (
         "train --config {config} --data {no_table} --output_dir {tmp}/out", 3,
-        ["none of 5 training studies has a class", "pirads", "--allow no_class --allow no_reports"],
+        ["none of the training studies has a class", "pirads", "--allow no_class --allow no_reports"],
     ),
     "dry run without classes and reports": (
         "train --config {config} --data {no_table} --output_dir {tmp}/out --dry-run", 3, ["no_class", "no_reports"],
@@ -82,6 +82,7 @@ ROWS = {
     "sample into the run": ("sample --checkpoint {no_text} --out {run} --pirads 2", 2, ["a run folder", "mixed", "{run}"]),
 }  # fmt: skip
 WRITERS = {
+    "phantom": "phantom --out {tmp}/held --num_studies 1",
     "prepare": "prepare --config {small} --data {studies} --out {tmp}/held --workers 1",
     "train": "train --config {config} --data {prepared} --output_dir {tmp}/held",
     "train, continued": "train --config {config} --data {prepared} --output_dir {tmp}/held --resume",

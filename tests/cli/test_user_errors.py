@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from ccella_fast.folder_kinds import folder_kind
 from ccella_fast.storage import read_json, write_json
+from study_fixtures import tree
 from training_fixtures import CONFIG, write_config, write_prepared
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +136,17 @@ MACHINE = {
 }  # fmt: skip
 
 
+# Commands that write to the folder {at} -> the folders of the fixture that they may continue.
+OUTPUTS = {
+    "import --data {studies} --out {at}": {"studies"},
+    "prepare --data {files} --out {at}": {"prepared", "no_latents", "encoded"},
+    "train-vae --data {prepared} --out {at}": {"vae"},
+    "train --config {config} --data {prepared} --output_dir {at}": {"run", "unsaved"},
+    "train --config {config} --data {prepared} --output_dir {at} --resume": {"run", "unsaved"},
+    "sample --checkpoint {run} --out {at}": {"samples"},
+}
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[str, Path]:
     """Folders and files of every kind, as small as they are recognized."""
@@ -208,6 +221,41 @@ def test_what_the_machine_cannot_do_is_refused_before_anything_is_loaded(name, c
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     check(call(command), code, words, places, tmp_path)
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_nothing_is_written_to_a_folder_of_another_kind(command, call, places, tmp_path):
+    folders = {
+        name: path for name, path in places.items() if path.is_dir() and name not in ("empty", "files", "results")
+    }
+    for name in folders.keys() - OUTPUTS[command]:
+        before = tree(places[name])
+        answer = call(command.replace("{at}", str(places[name])))
+        check(
+            answer,
+            2,
+            ["would be mixed with its files", f"  file:  {places[name]}", "a folder of its own"],
+            places,
+            tmp_path,
+        )
+        assert tree(places[name]) == before
+    for name in OUTPUTS[command]:  # control
+        shutil.copytree(places[name], tmp_path / name)
+        continued = command.replace("{at}", str(tmp_path / name)).replace("{prepared}", "{empty}")  # no long work
+        code, message = call(continued)
+        assert code and "mixed" not in message
+
+
+def test_what_a_killed_command_leaves_is_not_taken_for_studies(tmp_path):
+    """The volumes of an interrupted `sample` may be all that is in its folder."""
+    (tmp_path / ".partial-1").mkdir()
+    for name in (".partial-1/0001.dcm", ".partial-2.nii.gz"):
+        (tmp_path / name).touch()
+        assert folder_kind(tmp_path) is None
+    (tmp_path / "sample-000_seed3.nii.gz").touch()
+    assert folder_kind(tmp_path) == "samples"
+    (tmp_path / "sample-000_seed3.nii.gz").rename(tmp_path / "t2w.nii.gz")
+    assert folder_kind(tmp_path) == "studies"  # control
 
 
 def test_words_of_a_report_without_quotes_are_not_printed(call):

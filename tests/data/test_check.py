@@ -66,7 +66,7 @@ def test_a_class_is_learned_only_from_studies_with_a_report(variant, predicts):
     assert stops(half, variant) == ["one_class"] * predicts
     (found, *_) = [each for each in check_classes(half, config(variant=variant)) if each.severity == "stop"] or [None]
     assert found is None or found.message == (
-        "all 2 training studies with a report and a class are PI-RADS 3-5; none is PI-RADS 1-2"
+        "training studies with the class PI-RADS 3-5: all 2 that have one and a report; with PI-RADS 1-2: none"
     )
     apart = [study("a", None), study("b", POSITIVE, None), study("c", NEGATIVE, None)]
     assert stops(apart, variant) == ["no_class"] * (variant == "CCELLA")
@@ -109,7 +109,11 @@ def test_no_table_at_all_and_studies_that_it_does_not_list(tmp_path: Path, caplo
     table = studies / "studies.csv"
     table.write_text("\n".join(table.read_text().splitlines()[:-1]) + "\n")
     prepare(studies, tmp_path / "out", config())
-    assert "not_in_table: 1 of 3 studies are not in the table" in caplog.text and "studies: case2" in caplog.text
+    assert (
+        "not_in_table: studies that are not in the table, and so have neither report nor class and the split train: 1 of 3"
+        in caplog.text
+        and "studies: case2" in caplog.text
+    )
     table.unlink()
     caplog.clear()
     prepare(studies, tmp_path / "out", config())

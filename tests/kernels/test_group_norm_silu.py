@@ -26,6 +26,7 @@ from kernel_fixtures import (
     DTYPE_IDS,
     DTYPES,
     LAYOUTS,
+    ROUNDINGS,
     channels_last,
     check_fused,
     draw,
@@ -47,7 +48,6 @@ VARIANTS = [
     for variant in VARIANTS
 ]
 SHIFTED = flag_params("no_shift", "shift")
-ROUNDINGS = {torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 
 def case(*shape, dtype=torch.float64, last=False, shift=True, mean=0.5, parameters=None):

@@ -73,6 +73,18 @@ def _dicom(folder: Path) -> Path:
     return folder / "t2w"
 
 
+def _deflated_dicom(folder: Path) -> Path:
+    """A slice that is followed by 300 MB of zeros, deflated as a whole."""
+    import pydicom
+
+    path = write_dicom(folder / "t2w")[0]
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    dataset.add_new(0xFFFCFFFC, "OB", bytes(300 * MEGABYTE))
+    dataset.save_as(path)
+    return folder / "t2w"
+
+
 def _npy(folder: Path) -> Path:
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({10**9}, 1000), }}".encode()
     path = folder / "text.npy"
@@ -177,7 +189,8 @@ def _configuration(path: Path) -> Any:
 
 BOMBS: list[tuple[Callable[[Path], Path], Callable[[Path], Any]]] = [
     (_nifti_gz, _volume), (_nifti_dim, _volume), (_nifti_gz_dim, _volume), (_mha, _volume), (_mha_dim, _volume),
-    (_nrrd, _volume), (_dicom, _volume), (_npy, _array), (_npy_header, _array), (_npz, _array), (_json_depth, _studies),
+    (_nrrd, _volume), (_dicom, _volume), (_deflated_dicom, _volume),
+    (_npy, _array), (_npy_header, _array), (_npz, _array), (_json_depth, _studies),
     (_json_length, _studies), (_json_depth, _configuration), (_csv, _studies), (_safetensors, _autoencoder),
     (_safetensors_overlap, _autoencoder), (_pt, _autoencoder),
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from ccella_fast.errors import CcellaError, CheckpointError, ConfigError
 from ccella_fast.models import build_model
 from ccella_fast.sampling import Reuse, pretrained
 from ccella_fast.sampling.command import sample_to_folder
+from ccella_fast.storage import read_json, write_json
 from sampling_fixtures import TINY, FakeEncoder, write_checkpoint
 
 FLOW = {"sampling.prediction": "velocity", "sampling.solver": "euler_flow"}
@@ -73,6 +76,52 @@ def test_a_wrong_request_is_answered_before_weights_load(checkpoint, no_weights,
 def test_a_correct_request_loads_weights(checkpoint, no_weights, tmp_path):
     with pytest.raises(ZeroDivisionError, match="weights were loaded"):
         draw(checkpoint, tmp_path / "out")
+
+
+SAME = {"num_inference_steps": 2, "num_samples": 2}
+EARLIER = [
+    ({"seed": 1}, "other seeds or fewer volumes"),
+    ({"num_samples": 1}, "other seeds or fewer volumes"),
+    ({"num_inference_steps": 3}, "num_inference_steps was 2, now 3"),
+    ({"solver": "ddpm"}, "solver was 'ddim', now 'ddpm'"),
+    ({"spacing": [1.0, 1.5, 3.0]}, r"spacing was \[1.5, 1.5, 3.0\], now \[1.0, 1.5, 3.0\]"),
+    ({"guidance_scale": 2.0}, "guidance_scale was 1.0, now 2.0"),
+    ({"reuse": Reuse(2, 1)}, r"reuse was None, now \[2, 1\]"),
+    ({"class_override": 5}, "class_override was None, now 'pos'"),
+    ({"batch_invariant": True}, "batch_invariant was False, now True"),
+    ({"reports": ["canary"]}, "it had another report"),
+    ({"reports": [" "]}, "it had another report"),
+]
+
+
+@pytest.fixture(scope="module")
+def earlier(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("samples")
+    draw(checkpoint, out, text_encoder=FakeEncoder(), **SAME)
+    return out
+
+
+@pytest.mark.parametrize(("change", "message"), EARLIER)
+def test_samples_of_another_request_are_found_before_weights_load(checkpoint, earlier, no_weights, change, message):
+    for path in (checkpoint, checkpoint.parents[1]):
+        with pytest.raises(ConfigError, match=message) as caught:
+            draw(path, earlier, **SAME | change)
+        assert "canary" not in str(caught.value) and "sample-00" in caught.value.path
+        assert "--out" in caught.value.fix and "--overwrite" in caught.value.fix
+    for accepted in ({}, {"overwrite": True} | change, {"report_ids": ["another"]}):  # control
+        with pytest.raises(ZeroDivisionError):
+            draw(checkpoint, earlier, **SAME | accepted)
+
+
+def test_samples_of_another_checkpoint_are_found_before_weights_load(checkpoint, earlier, no_weights, tmp_path):
+    changed = shutil.copytree(checkpoint, tmp_path / "step")
+    manifest = read_json(changed / "manifest.json")
+    manifest["files"]["model.safetensors"]["sha256"] = "0" * 64
+    write_json(changed / "manifest.json", manifest)
+    with pytest.raises(ConfigError, match="another request: weights_sha256 was"):
+        draw(changed, earlier, **SAME)
+    with pytest.raises(ConfigError, match="another request: config_sha256 was"):
+        draw(write_checkpoint(tmp_path / "other", **{"training.lr": 0.5}), earlier, **SAME)
 
 
 def test_a_configuration_that_cannot_be_read_is_left_to_the_checkpoint(tmp_path):

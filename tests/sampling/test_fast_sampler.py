@@ -334,34 +334,6 @@ def test_captured_steps_equal_eager_ones(checkpoint, sampler, monkeypatch, extra
     assert recorders[0].captured == (1 if not extra else 4)
 
 
-@pytest.mark.gpu
-def test_on_cuda_a_replayed_step_equals_an_eager_one_without_synchronization(checkpoint):
-    request = {
-        "reports": ["abc", "d"],
-        "num_inference_steps": 12,
-        "solver": "ddpm",
-        "guidance_scale": 2.0,
-        "progress": False,
-    }
-    eager = make(checkpoint, device="cuda", optimizations=Optimizations(cuda_graph=False, overlap_decode=False))(
-        **request
-    )
-    sampler = make(checkpoint, device="cuda")
-    captured = sampler(**request)
-    assert error(captured.latents, eager.latents) < 1e-4 > error(captured.volumes, eager.volumes)
-    (loop,) = sampler._loops.values()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.no_grad():
-            loop._trajectory.index.zero_()
-            for i in range(12):
-                loop._trajectory.draw_noise(i)
-                loop._step(i)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_torch_compile_traces_the_whole_network(checkpoint, sampler, monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend="eager", fullgraph=True, **options))

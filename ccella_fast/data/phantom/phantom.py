@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ccella_fast.data.phantom.report_text import Findings, write_report
 from ccella_fast.errors import ConfigError
+from ccella_fast.folder_lock import lock_folder
 from ccella_fast.storage import atomic_path, check_writable, write_csv
 
 SIZE = (192, 192, 20)  # voxels to the left, to the back, to the head
@@ -68,11 +69,16 @@ def write_phantoms(out: str | Path, num_studies: int = 24, seed: int = 0) -> Non
         seed: seed of the random numbers.
 
     Raises:
-        ConfigError: a number is out of range, or `out` contains other files.
+        ConfigError: a number is out of range, `out` contains other files, or another command writes to it.
         DiskError: the folder cannot be written.
     """
     out = Path(out)
     _check_arguments(out, num_studies, seed)
+    with lock_folder(out, "ccella-fast phantom"):
+        _write_phantoms(out, num_studies, seed)
+
+
+def _write_phantoms(out: Path, num_studies: int, seed: int) -> None:
     rows = []
     for index in tqdm(range(num_studies), desc="phantom", unit="study", mininterval=1):
         rng = np.random.default_rng([seed, index])

@@ -13,6 +13,7 @@ from torch import nn
 
 from ccella_fast.errors import ConfigError
 from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
+from ccella_fast.quantities import format_bytes
 
 # Bytes of transient tensors. More are not faster, so even a volume that fits in memory is computed in slabs of this size.
 SLAB_BYTES = 2**29
@@ -114,10 +115,10 @@ class TilingPlan:
     def __str__(self) -> str:
         how = f"{self.slabs} slabs" if self.slabs else "whole"
         where = ", activations on the host" if self.on_host else ""
-        lines = [f"{how}{where}: peak {self.bytes / 2**30:.2f} GiB of {self.budget / 2**30:.2f} GiB"]
+        lines = [f"{how}{where}: peak {format_bytes(self.bytes)} of {format_bytes(self.budget)}"]
         for step in self.steps:
             shape = " x ".join(map(str, step.output_shape))
-            lines.append(f"  {step.name:<16} {shape:<24} {step.slabs:>4} {step.bytes / 2**30:9.3f} GiB")
+            lines.append(f"  {step.name:<16} {shape:<24} {step.slabs:>4} {format_bytes(step.bytes):>10}")
         return "\n".join(lines)
 
 
@@ -143,7 +144,7 @@ def make_tiling_plan(
         if all(step.bytes <= budget for step in steps):
             return TilingPlan(tuple(steps), budget, on_host)
     worst = max(steps, key=lambda step: step.bytes)
-    needed, available = (f"{size / 2**30:.2f} GiB" for size in (worst.bytes, budget))
+    needed, available = format_bytes(worst.bytes), format_bytes(budget)
     why = f"slabs of a single plane need {needed} of memory, but at most {available} may be used"
     fix = "free memory on this device, use a smaller grid, or use bf16 instead of fp32"
     raise ConfigError(why, field=f"autoencoder, {worst.name}", fix=fix)

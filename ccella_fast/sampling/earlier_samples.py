@@ -1,0 +1,55 @@
+"""Compares the samples in a folder with a request before anything is loaded; `OutputWriter.missing` decides later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ccella_fast.errors import CcellaError, ConfigError
+from ccella_fast.sampling.output import report_digest, sample_name
+from ccella_fast.sampling.plan import RequestPlan
+from ccella_fast.sampling.request import Request
+from ccella_fast.storage import read_json
+
+
+def check_earlier_samples(out: Path, request: Request, plan: RequestPlan, weights: dict[str, Any]) -> None:
+    """Check that the sidecars in a folder are those of this request, as far as that is known without the weights.
+
+    Args:
+        out: the folder, which need not exist.
+        request: the request.
+        plan: its plan.
+        weights: sidecar entries about the checkpoint.
+
+    Raises:
+        ConfigError: the folder contains samples of another request; the message names the first difference.
+    """
+    shared = weights | plan.request_metadata(request)
+    volumes = plan.volumes
+    numbers = {sample_name(k, seed): k for k, seed in enumerate(volumes.seeds)}
+    for path in sorted(out.glob("sample-*.json")):
+        if path.stem not in numbers:
+            raise _another_request(path, "it has other seeds or fewer volumes")
+        k, sidecar = numbers[path.stem], _read(path)
+        for name, value in (shared | volumes.metadata(k)).items():
+            if name in sidecar and sidecar[name] != value:
+                raise _another_request(path, f"{name} was {sidecar[name]!r:.70}, now {value!r:.70}")
+        if request.reports is not None and volumes.reports is not None and "report_sha256" in sidecar:
+            report = request.reports[volumes.reports[k]]
+            text = report if report.strip() else ""
+            if sidecar["report_sha256"] != report_digest(text, sidecar.get("weights_sha256")):
+                raise _another_request(path, "it had another report")
+
+
+def _another_request(path: Path, difference: str) -> ConfigError:
+    why = f"this folder contains samples of another request: {difference}"
+    return ConfigError(why, path=path, fix="choose another --out, or add --overwrite, which deletes them")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A sidecar; empty if it cannot be read, about which `OutputWriter.missing` says more."""
+    try:
+        content = read_json(path)
+    except CcellaError:
+        return {}
+    return content if isinstance(content, dict) else {}
