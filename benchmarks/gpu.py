@@ -6,9 +6,9 @@ It runs on a bare machine with PyTorch, Triton and pytest: packages that are mis
 `make gpu-wheels` fills on a machine with a network. In this order, each as a process of its own with its share of the time:
 
     tests       the tests that need a GPU: kernels, model, sampler, training
-    step        a denoising step, a training step and a decode beside the reference, and with and without each kernel
+    measure     a denoising step, a training step and a decode beside the reference, both steps with another backend for one
+                kernel at a time, then each kernel by itself beside PyTorch, torch.compile and other libraries
     tuning      the launch configurations of the kernels
-    kernels     each kernel by itself, beside PyTorch, torch.compile and other libraries
 
 Every result is written as soon as it is known, so a call that is cut off keeps what it has measured. This file needs the
 standard library only.
@@ -27,9 +27,11 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS, PACKAGES = ROOT / "build" / "wheels", ROOT / "build" / "gpu-packages"
-STEP_CASES = (
+CASES = (
     "denoising_step", "training_step", "decode", "denoising_step_by_kernel", "training_step_by_kernel", "sampling",
-    "denoising_step_batch_8", "encode",
+    "group_norm_silu", "group_norm_silu_backward", "cross_attention", "attention", "upsample_conv3d", "denoising_step_batch_8",
+    "cross_attention_backward", "attention_backward", "upsample_conv3d_backward", "group_norm_silu_batch_8", "encode", "energy",
+    "group_norm_silu_public",
 )  # fmt: skip
 
 
@@ -39,7 +41,7 @@ class Phase(NamedTuple):
     Attributes:
         name: Of the phase, and of the file with its output.
         share: Of the time that is left when the phase starts.
-        command: Arguments of Python, separated by spaces.
+        command: Arguments of Python, separated by spaces; {seconds} and {minutes} stand for most of the time of the phase.
         last: Further arguments, which may contain spaces.
     """
 
@@ -49,20 +51,18 @@ class Phase(NamedTuple):
     last: list[str]
 
 
-def phases(out: Path, seconds: float, *, rehearse: bool) -> list[Phase]:
-    """The phases in their order. A rehearsal collects the tests, measures a case that takes no time, and lists the rest."""
+def phases(out: Path, *, rehearse: bool) -> list[Phase]:
+    """The phases in their order. A rehearsal collects the tests, measures a case that takes no time, and lists candidates."""
     tests = f"-n {max(1, (os.cpu_count() or 1) - 3)} --dist loadgroup --timeout=100 -rA --durations=20"
-    cases = " ".join(f"--case {case}" for case in (["training_memory"] if rehearse else STEP_CASES))
-    tuning = "--dry_run" if rehearse else f"--seconds {0.2 * seconds:.0f} --report"
-    kernels = "--list" if rehearse else f"--suite kernels --minutes {0.3 * seconds / 60:.2f} --json"
+    cases = " ".join(f"--case {case}" for case in (["training_memory"] if rehearse else CASES))
+    tuning = "--dry_run" if rehearse else "--seconds {seconds:.0f} --report"
     return [
         Phase(
-            "tests", 0.3, f"-m pytest -m gpu tests/kernels tests/gpu --tb=short {'--collect-only' if rehearse else tests}",
+            "tests", 0.25, f"-m pytest -m gpu tests/kernels tests/gpu --tb=short {'--collect-only' if rehearse else tests}",
             [f"--junitxml={out / 'tests.xml'}"],
         ),
-        Phase("step", 0.55, f"benchmarks/run.py {cases} --minutes {0.4 * seconds / 60:.2f} --json", [str(out / "step.json")]),
-        Phase("tuning", 0.5, f"benchmarks/tune_kernels.py {tuning}", [] if rehearse else [str(out / "tuning.json")]),
-        Phase("kernels", 1.0, f"benchmarks/run.py {kernels}", [] if rehearse else [str(out / "kernels.json")]),
+        Phase("measure", 0.75, f"benchmarks/run.py {cases} --minutes {{minutes:.2f}} --json", [str(out / "measured.json")]),
+        Phase("tuning", 1.0, f"benchmarks/tune_kernels.py {tuning}", [] if rehearse else [str(out / "tuning.json")]),
     ]  # fmt: skip
 
 
@@ -77,7 +77,8 @@ def install_wheels() -> None:
 def run_phase(phase: Phase, out: Path, limit: float) -> str:
     """Run a phase for at most `limit` seconds and return how it ended, in a word or two. Its last lines are printed."""
     log = out / f"{phase.name}.log"
-    command = [sys.executable, *phase.command.split(), *phase.last]
+    seconds = 0.9 * limit
+    command = [sys.executable, *phase.command.format(seconds=seconds, minutes=seconds / 60).split(), *phase.last]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGES), str(ROOT)]), "PYTHONUNBUFFERED": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(log, "w", encoding="utf-8") as output:
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.rehearse:
         install_wheels()
     failed = []
-    for phase in phases(out, 60 * arguments.minutes, rehearse=arguments.rehearse):
+    for phase in phases(out, rehearse=arguments.rehearse):
         limit = phase.share * (end - time.monotonic())
         begin = time.monotonic()
         print(f"{phase.name}: at most {limit:.0f} s", flush=True)

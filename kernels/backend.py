@@ -37,7 +37,15 @@ except ImportError:
 
 ENVIRONMENT = "CCELLA_FAST_BACKEND"
 BACKENDS = ("triton", "xformers", "sdpa", "phase", "reference")
-KERNELS = ("group_norm_silu", "cross_attention", "attention", "upsample_conv3d", "geglu", "residual_shift")
+KERNELS = (
+    "group_norm_silu",
+    "cross_attention",
+    "attention",
+    "upsample_conv3d",
+    "geglu",
+    "residual_shift",
+    "upsample_trilinear",
+)
 XFORMERS = importlib.util.find_spec("xformers") is not None  # found, not imported
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -178,8 +186,10 @@ def _unloadable_xformers_reason() -> str | None:
 _unloadable_xformers_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def library_op(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
-    """Decorator that registers a launcher as the library op `ccella_fast::name`.
+def library_op(
+    name: str, *, mutates_args: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    """Decorator that registers a launcher as the library op `ccella_fast::name`, which writes to `mutates_args` in place.
 
     torch.compile, CUDA graphs and torch.export see it as one node. It runs on the GPU of its first argument, whereas Triton
     alone would launch on the current GPU.
@@ -191,8 +201,9 @@ def library_op(name: str) -> Callable[[Callable[..., Any]], torch.library.Custom
             with torch.cuda.device_of(first):
                 return launcher(first, *rest)
 
-        schema = torch.library.infer_schema(launcher, mutates_args=())
-        return torch.library.custom_op(f"ccella_fast::{name}", on_device_of_first, mutates_args=(), schema=schema)
+        schema = torch.library.infer_schema(launcher, mutates_args=mutates_args)
+        options: Any = {"mutates_args": mutates_args, "schema": schema}
+        return torch.library.custom_op(f"ccella_fast::{name}", on_device_of_first, **options)
 
     return register
 

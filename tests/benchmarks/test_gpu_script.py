@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import gpu
+import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,10 +18,9 @@ def test_the_rehearsal_runs_every_phase(tmp_path):
     command = [sys.executable, "benchmarks/gpu.py", "--rehearse", "--minutes", "5", "--out", tmp_path / "out"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((tmp_path / "out" / "step.json").read_text())
+    record = json.loads((tmp_path / "out" / "measured.json").read_text())
     assert [case["name"] for case in record["cases"]] == ["training_memory"] and record["cases"][0]["status"] == "ok"
     assert "tests/gpu/test_model.py" in (tmp_path / "out" / "tests.log").read_text()
-    assert "group_norm_silu_backward" in (tmp_path / "out" / "kernels.log").read_text()
     assert "candidates" in (tmp_path / "out" / "tuning.log").read_text()
 
 
@@ -54,3 +54,7 @@ def test_a_failed_phase_gives_exit_code_1_and_the_others_run(tmp_path, monkeypat
     assert "bad: exit code 3" in out and "good: exit code 0" in out and "not complete: bad" in out
     monkeypatch.setattr(gpu, "phases", lambda *_, **__: phases[1:])
     assert gpu.main(["--out", str(tmp_path), "--minutes", "1"]) == 0
+
+
+def test_every_case_that_is_measured_exists():
+    assert {*gpu.CASES} <= {case.name for case in registry.registry()}

@@ -12,6 +12,7 @@ from ccella_fast.kernels.geglu import geglu
 from ccella_fast.kernels.group_norm_silu import group_norm_silu
 from ccella_fast.kernels.residual_shift import residual_shift
 from ccella_fast.kernels.upsample_conv3d import upsample_conv3d
+from ccella_fast.kernels.upsample_trilinear import upsample_trilinear
 from kernel_fixtures import draw, flag_params, repair_interpreter
 
 repair_interpreter()
@@ -46,6 +47,7 @@ KERNELS = {
         lambda x, w, b: upsample_conv3d(x, w, b, backend="triton"),
         [(1, 16, 2, 3, 2), (16, 16, 3, 3, 3), (16,)],
     ),
+    "upsample_trilinear": (lambda x: upsample_trilinear(x, backend="triton"), [(1, 8, 2, 3, 2)]),
 }
 
 

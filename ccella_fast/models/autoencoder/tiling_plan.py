@@ -17,6 +17,9 @@ from ccella_fast.quantities import format_bytes
 
 # Bytes of transient tensors. More are not faster, so even a volume that fits in memory is computed in slabs of this size.
 SLAB_BYTES = 2**29
+# On a GPU larger slabs repeat fewer planes and take fewer launches, and an activation that is computed whole is not copied.
+# With this size a volume of 256x256x128 is decoded whole in bf16, and no tensor of a slab has more than 2^31 elements.
+GPU_SLAB_BYTES = 2**32
 # Chunks in which a large activation is stored: a chunk that has been read is freed while the others are still needed.
 CHUNKS = 4
 # Planes of the previous chunk that each chunk repeats, so that a 3x3x3 window never spans two chunks.
@@ -123,7 +126,13 @@ class TilingPlan:
 
 
 def make_tiling_plan(
-    convs: list[TiledConv], shape: tuple[int, ...], itemsize: int, budget: int, *, host: bool = False
+    convs: list[TiledConv],
+    shape: tuple[int, ...],
+    itemsize: int,
+    budget: int,
+    *,
+    host: bool = False,
+    slab_bytes: int | None = None,
 ) -> TilingPlan:
     """Plan the fewest slabs with which every convolution stays within a memory budget.
 
@@ -135,12 +144,13 @@ def make_tiling_plan(
         itemsize: bytes per element of an activation.
         budget: bytes that may be allocated.
         host: activations may be stored in host memory if the device memory is too small.
+        slab_bytes: bytes of transient tensors; default `SLAB_BYTES`.
 
     Raises:
         ConfigError: not even slabs of one plane fit; the message contains the estimate.
     """
     for on_host in (False, True) if host else (False,):
-        steps = _plan_steps(convs, shape, itemsize, budget, on_host)
+        steps = _plan_steps(convs, shape, itemsize, budget, slab_bytes or SLAB_BYTES, on_host)
         if all(step.bytes <= budget for step in steps):
             return TilingPlan(tuple(steps), budget, on_host)
     worst = max(steps, key=lambda step: step.bytes)
@@ -179,7 +189,7 @@ def slab_bounds(conv: TiledConv, edges: list[int], length: int, planes: int) -> 
 
 
 def _plan_steps(
-    convs: list[TiledConv], shape: tuple[int, ...], itemsize: int, budget: int, on_host: bool
+    convs: list[TiledConv], shape: tuple[int, ...], itemsize: int, budget: int, slab_bytes: int, on_host: bool
 ) -> list[TilingStep]:
     steps: list[TilingStep] = []
     chunked = kept_chunked = False  # whether x, and the activation kept for the end of the block, are stored in chunks
@@ -195,7 +205,7 @@ def _plan_steps(
                 resident = _resident_bytes(
                     conv, shape, itemsize, chunked=chunked, kept_chunked=kept_chunked, whole=whole
                 )
-            if transient <= min(SLAB_BYTES, budget - resident):
+            if transient <= min(slab_bytes, budget - resident):
                 break
         steps.append(TilingStep(conv.name, output, max(slabs), len(slabs), resident + transient))
         if conv.starts_block:
