@@ -73,7 +73,7 @@ def _classes(train: list[StudyFacts], config: Config) -> list[Finding]:
         found.append(Finding("no_class", stop, why, "give studies.csv with both, the columns pirads and report"))
     elif counts[rarest] == 0:
         other = next(name for name in counts if name != rarest)
-        why = f"all training studies with {what.replace('one', 'a class', 1)} are {other} ({len(learned)}); none is {rarest}"
+        why = f"training studies with the class {other}: all {len(learned)} that have {what}; with {rarest}: none"
         found.append(Finding("one_class", stop, why, _class_fix(config)))
     elif matters and counts[rarest] < _RARE * len(learned):
         why = f"training studies with the class {rarest}: only {counts[rarest]} of {len(learned)} that have {what}"
