@@ -1,17 +1,18 @@
-# make demo [DATA=DIR] [OUT=DIR]   make test   make test-narrow   make soak   make mutants [MINUTES=60] [SEED=0] [FILES=...]   make fuzz [FUZZ_MINUTES=120] [SEED=0]   make lint   make docs   make gpu   make clean
+# make demo [DATA=DIR] [OUT=DIR]   make test   make test-narrow   make soak   make mutants [MINUTES=60] [SEED=0] [FILES=...]   make fuzz [FUZZ_MINUTES=120] [SEED=0]   make lint   make docs   make gpu-wheels   make gpu [GPU_MINUTES=9]   make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
 MINUTES ?= 60
 FUZZ_MINUTES ?= 120
+GPU_MINUTES ?= 9
 SEED ?= 0
 CONFIG ?= configs/demo.json
 EXTRA := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 STUDIES := $(or $(DATA),$(OUT)/studies)
 # Reports are given if the model has been trained on some: phantoms have them, real studies if their folder has a studies.csv.
-REPORTS := --report "Prostate 42 cc, PSA 9.8. Left peripheral zone, mid-gland: 18 mm focus of low ADC, dark on T2 (DWI 5). PI-RADS 5." \
-           --report "Prostate 38 cc, PSA 3.1. No suspicious area in the peripheral zone or the transition zone. PI-RADS 1." \
+REPORTS := --report "Prostate 42 cc, PSA 9.8. Left peripheral zone, mid-gland: 18 mm focus of markedly low ADC and marked signal at high b-value, homogeneously dark on T2 (DWI 5, T2 5). PI-RADS 5." \
+           --report "Prostate 38 cc, PSA 3.1. No focal lesion. The peripheral zone shows homogeneous high T2 signal on both sides, diffusion is normal. PI-RADS 1." \
            --num_samples 2
 PROMPTS := $(if $(DATA),$(if $(wildcard $(DATA)/studies.csv),$(REPORTS),--num_samples 4),$(REPORTS))
 
@@ -21,15 +22,19 @@ ALLOW := $(if $(DATA),$(if $(wildcard $(DATA)/studies.csv),,--allow no_class --a
 NUMERICS := $(addprefix tests/, \
             $(addprefix diffusion/test_, schedule.py solvers.py solver_order.py) training/test_losses.py \
             $(addprefix models/test_, models.py autoencoder.py bf16.py thin_grids.py) \
-            $(addprefix kernels/test_, attention.py cross_attention.py geglu.py group_norm_silu.py residual_shift.py upsample_conv3d.py) \
+            $(addprefix kernels/test_, attention.py cross_attention.py geglu.py group_norm_silu.py residual_shift.py upsample_conv3d.py upsample_trilinear.py) \
             sampling/test_fast_sampler.py::test_bfloat16_is_close_to_float32)
+
+GPU_PACKAGES := pydantic pydantic_core annotated-types typing_extensions typing-inspection hjson monai nibabel
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DS_ACCELERATOR ?= $(if $(filter cpu,$(EXTRA)),cpu,cuda)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-narrow soak mutants fuzz lint docs gpu clean
+.PHONY: demo test test-narrow soak mutants fuzz lint docs gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -77,10 +82,15 @@ docs: $(VENV)/installed-docs
 # is measured, with a table last. To be committed: what it writes below benchmarks/results/.
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "this machine has no CUDA device")'
-	@export PYTHONPATH=$(CURDIR); status=0; \
-	timeout 150 $(PYTHON) -m pytest -m gpu || status=$$?; \
-	$(PYTHON) benchmarks/run.py --suite kernels sampler training memory --minutes 7 --keep || status=$$?; \
-	exit $$status
+	$(PYTHON) benchmarks/gpu.py --minutes $(GPU_MINUTES)
+
+# What a machine with PyTorch for CUDA and pytest lacks, for Python 3.12, in the versions of this environment: 11 MB.
+gpu-wheels: $(VENV)/installed-test
+	rm -rf build/wheels
+	python -m pip download --quiet --no-deps --dest build/wheels --only-binary=:all: --python-version 3.12 \
+	  $(addprefix --platform manylinux_2_,28_x86_64 17_x86_64) --platform manylinux2014_x86_64 \
+	  $$(python -m pip freeze | grep -E "^($(subst $(SPACE),|,$(GPU_PACKAGES)))==")
+	python -m pip wheel --quiet --no-deps --wheel-dir build/wheels $$(python -m pip freeze | grep ^deepspeed==)
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

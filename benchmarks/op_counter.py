@@ -3,6 +3,7 @@
 * ops: operators that the dispatcher sends to a device. Views and mere allocations do no work and are counted separately.
 * bytes: every op reads each input once and writes each output once. What a library does inside an op (a second read in a norm,
   a layout conversion around a convolution) is not included, so a fused op is credited for its inputs and outputs only.
+* launches: kernels that the ops launch on a GPU, by the rules in `launch_model.py`.
 * flops: by torch's own formulas, in which a multiply-add is two; our kernels have theirs in `FLOPS` below.
 * peak_bytes: the largest amount of memory, allocated by the call itself, that was in use at one time.
 """
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ccella_fast.kernels.backend import ENVIRONMENT
 from ccella_fast.training.activation_memory import saved_bytes as saved_bytes
+from launch_model import in_layout_of_cudnn, launches
 
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _VIEWS_WITHOUT_ALIAS = {"_unsafe_view", "_reshape_alias", "lift_fresh"}
@@ -34,9 +36,10 @@ _VIEWS_WITHOUT_ALIAS = {"_unsafe_view", "_reshape_alias", "lift_fresh"}
 
 @dataclass
 class Counts:
-    """What a call did. `by_op` has the number of calls by op, `bytes_by_op` the bytes."""
+    """What a call did. `by_op` has the number of calls by op, `bytes_by_op` the bytes, `launches_by_op` the kernels."""
 
     ops: int = 0
+    launches: int = 0
     views: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
@@ -44,6 +47,7 @@ class Counts:
     peak_bytes: int = 0
     by_op: Counter[str] = field(default_factory=Counter)
     bytes_by_op: Counter[str] = field(default_factory=Counter)
+    launches_by_op: Counter[str] = field(default_factory=Counter)
 
     @property
     def bytes(self) -> int:
@@ -52,7 +56,13 @@ class Counts:
 
     def summary(self) -> dict[str, int]:
         """The counts that are kept and compared."""
-        return {"ops": self.ops, "bytes": self.bytes, "flops": self.flops, "peak_bytes": self.peak_bytes}
+        return {
+            "ops": self.ops,
+            "launches": self.launches,
+            "bytes": self.bytes,
+            "flops": self.flops,
+            "peak_bytes": self.peak_bytes,
+        }
 
 
 class _Counter(TorchDispatchMode):
@@ -63,20 +73,24 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
+        out = in_layout_of_cudnn(name, args, func(*args, **kwargs))
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self._allocate(inputs, outputs)
-        if name in _ALLOCATIONS or name in _VIEWS_WITHOUT_ALIAS or _is_view(func) or not outputs:
+        written_inputs = [] if outputs else _mutated(func, args)
+        if name in _ALLOCATIONS or name in _VIEWS_WITHOUT_ALIAS or _is_view(func) or not (outputs or written_inputs):
             self.counts.views += 1
             return out
-        read, written = sum(map(_bytes, inputs)), sum(map(_bytes, outputs))
+        read, written = sum(map(_bytes, inputs)), sum(map(_bytes, [*outputs, *written_inputs]))
         self.counts.ops += 1
         self.counts.bytes_read += read
         self.counts.bytes_written += written
         self.counts.by_op[name] += 1
         self.counts.bytes_by_op[name] += read + written
+        kernels = launches(name, args, out)
+        self.counts.launches += kernels
+        self.counts.launches_by_op[name] += kernels
         self.counts.flops += _flops(func, name, args, kwargs, out)
         return out
 
@@ -184,6 +198,12 @@ def _full(value: Any) -> Any:
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return bool(returns) and all(ret.alias_info is not None and not ret.alias_info.is_write for ret in returns)
+
+
+def _mutated(func: Any, args: Any) -> list[Tensor]:
+    """The positional arguments that an op writes in place."""
+    declared = func._schema.arguments[: len(args)]
+    return [arg for arg, given in zip(args, declared, strict=True) if given.alias_info and given.alias_info.is_write]
 
 
 def _bytes(tensor: Tensor) -> int:

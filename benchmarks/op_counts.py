@@ -1,16 +1,17 @@
-"""Ops, bytes and FLOPs of a denoising step and a training step of the default model, counted on meta tensors.
+"""Ops, bytes and FLOPs of a denoising step, a training step and a decode of the default model, counted on meta tensors.
 
     python benchmarks/op_counts.py            prints the table
     python benchmarks/op_counts.py --write    also writes benchmarks/counts.json; a test fails if a count exceeds it
 
-Both steps are at batch 1 and the latent of the default configuration (4 x 64 x 64 x 32), on the 16-bit paths of a GPU: the
+All are at batch 1 and the latent of the default configuration (4 x 64 x 64 x 32), on the 16-bit paths of a GPU: the
 reference under fp16 autocast with its weights already cast, ours with bf16 weights and with our kernels as single ops. The
-optimizer is not counted.
+optimizer is not counted. The decode is that of a GPU with enough memory for whole volumes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,9 @@ from torch.nn import functional as F
 import reference
 from ccella_fast.config import Config
 from ccella_fast.models import build_model
+from ccella_fast.models.autoencoder import Autoencoder
+from ccella_fast.models.autoencoder.tiling import run_plan
+from ccella_fast.models.autoencoder.tiling_plan import GPU_SLAB_BYTES, make_tiling_plan
 from ccella_fast.storage import write_json
 from op_counter import Counts, FlashAttention, HalfAutocast, backend, count, saved_bytes
 
@@ -30,7 +34,7 @@ FILE = Path(__file__).resolve().parent / "counts.json"
 
 
 def counted(config: Config | None = None) -> dict[str, dict[str, dict[str, int]]]:
-    """Count both steps: {step: {"reference" | "ours": {ops, bytes, flops, peak_bytes}}}, in training also saved_bytes."""
+    """Count both steps: {step: {implementation: {ops, launches, bytes, flops, peak_bytes}}}, in training also saved_bytes."""
     config = config or Config()
     with torch.device("meta"):
         model = build_model(config)
@@ -39,16 +43,20 @@ def counted(config: Config | None = None) -> dict[str, dict[str, dict[str, int]]
     for module in plain.modules():
         if hasattr(module, "use_flash_attention"):
             module.use_flash_attention = True  # MONAI refuses to enable it without a GPU
+    with backend("triton,attention=sdpa"):  # the preferences on a GPU
+        preferred = _denoising(config, ours, FlashAttention(), torch.bfloat16).summary()
     with backend("triton"):
         return {
             "denoising step": {
                 "reference": _denoising(config, plain, HalfAutocast(), torch.float32).summary(),
                 "ours": _denoising(config, ours, FlashAttention(), torch.bfloat16).summary(),
+                "ours, PyTorch's attention": preferred,
             },
             "training step": {
                 "reference": _training(config, plain, HalfAutocast(), torch.float32),
                 "ours": _training(config, ours, FlashAttention(), torch.bfloat16),
             },
+            "decode": {"ours": _decoding(config).summary()},
         }
 
 
@@ -60,15 +68,18 @@ def _inputs(config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[st
 
 
 def _denoising(config: Config, model: Any, mode: Any, dtype: torch.dtype) -> Counts:
-    """The reference runs its adapter at every step; ours is precomputed and not counted."""
+    """The reference runs its adapter at every step; ours is precomputed, and in channels_last_3d."""
     x, timesteps, conditions = _inputs(config, dtype)
+    if not isinstance(model, reference.ReferenceModel):
+        model, x = copy.deepcopy(model), x.contiguous(memory_format=torch.channels_last_3d)
+        model.to(memory_format=torch.channels_last_3d)
     with torch.no_grad(), mode:
         if isinstance(model, reference.ReferenceModel):
             run: Callable[[], Any] = lambda: model(x, timesteps, **conditions)  # noqa: E731
         else:
             conditioning = model.condition(timesteps, **conditions)
             run = lambda: model.denoise(x, conditioning)  # noqa: E731
-        run()  # work done once for the whole loop: casting weights, summing the upsamplers' taps
+        run()  # work done once for the whole loop: casting, stacking and summing weights
         return count(run)
 
 
@@ -94,15 +105,24 @@ def _training(config: Config, model: Any, mode: Any, dtype: torch.dtype) -> dict
     return {**facts, "saved_bytes": kept}
 
 
+def _decoding(config: Config) -> Counts:
+    """Count the decode of one volume in bf16."""
+    with torch.device("meta"):
+        vae = Autoencoder(config.autoencoder).bfloat16().requires_grad_(False)
+        z = torch.empty(1, config.autoencoder.latent_channels, *config.check_grid(), dtype=torch.bfloat16)
+    convs = vae.decoder.tiled_convs()
+    plan = make_tiling_plan(convs, tuple(z.shape[1:]), z.element_size(), 2**36, slab_bytes=GPU_SLAB_BYTES)
+    return count(lambda: run_plan(convs, plan, vae.post_quant_conv(z)))
+
+
 def table(counts: dict[str, Any]) -> str:
     """The counts as a Markdown table."""
-    lines = ["| | | ops | GB moved | GFLOP | GB kept for backward |", "|---|---|---:|---:|---:|---:|"]
+    lines = ["| | | ops | launches | GB moved | GFLOP | GB kept for backward |", "|---|---|---:|---:|---:|---:|---:|"]
     for step, implementations in counts.items():
         for name, row in implementations.items():
             kept = f"{row['saved_bytes'] / 1e9:.2f}" if "saved_bytes" in row else ""
-            lines.append(
-                f"| {step} | {name} | {row['ops']:,} | {row['bytes'] / 1e9:.2f} | {row['flops'] / 1e9:,.0f} | {kept} |"
-            )
+            work = f"{row['ops']:,} | {row['launches']:,} | {row['bytes'] / 1e9:.2f} | {row['flops'] / 1e9:,.0f}"
+            lines.append(f"| {step} | {name} | {work} | {kept} |")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+import cases.by_kernel
 import cases.data
 import cases.kernels
 import cases.memory
@@ -21,7 +22,7 @@ HEADLINES = {
 
 def registry() -> list[BenchmarkCase]:
     """All cases, in the order in which they run."""
-    modules = [cases.sampler, cases.training, cases.kernels, cases.data, cases.memory]
+    modules = [cases.sampler, cases.training, cases.by_kernel, cases.kernels, cases.data, cases.memory]
     return sorted((case for module in modules for case in module.CASES), key=lambda case: case.last)
 
 

@@ -62,7 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
     kept = results.ROOT / "results" / results.slug(benchmark_run.name)
     path = arguments.json or (kept if arguments.keep else ROOT / "out" / "benchmarks") / f"{stem}.json"
     record = benchmark_run.measure(
-        chosen, traces=path.with_suffix("") if arguments.profile else None, left_out=left_out
+        chosen,
+        traces=path.with_suffix("") if arguments.profile else None,
+        left_out=left_out,
+        save=lambda record: results.write(record, path),
     )
     results.write(record, path)
 

@@ -13,7 +13,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,13 @@ class BenchmarkRun:
         ]
         return "\n".join(head + [f"case     {case.suite}/{case.name}: {case.about}" for case in cases])
 
-    def measure(self, cases: list[BenchmarkCase], traces: Path | None, left_out: dict[str, str]) -> dict[str, Any]:
+    def measure(
+        self,
+        cases: list[BenchmarkCase],
+        traces: Path | None,
+        left_out: dict[str, str],
+        save: Callable[[dict[str, Any]], Any] = lambda record: None,
+    ) -> dict[str, Any]:
         """Measure the limits of the machine and all cases that fit the time limit.
 
         Args:
@@ -75,6 +81,7 @@ class BenchmarkRun:
             traces: Folder for profiler traces; None for no traces.
             left_out: Requested cases that are not among `cases`, with the reason. Cases that do not fit are added in the
                 record.
+            save: Called with the record after every case, so that a run that is interrupted keeps what it has measured.
 
         Returns:
             The record, in the form that `results.check` describes.
@@ -92,28 +99,29 @@ class BenchmarkRun:
         noise, overhead = self._noise(), timer.overhead(self.device)
         self._print(f"limits      {machine.describe(rates)}")
         self._print(f"noise       A against A {noise['noise']:.1%}, the runner itself {overhead * 1e6:.1f} us a call")
-        left_out, done = dict(left_out), []
+        self.label = "counts"
+        self._show_progress("ops, bytes and FLOPs on meta tensors")
+        record = {
+            "schema": results.SCHEMA, "date": results.now(), "commit": results.commit(), "command": self.command,
+            "device": self.device.type, "machine": self.name, "environment": environment, "warnings": found,
+            "rates": rates, "noise_floor": noise, "overhead_seconds": overhead, "telemetry": self._telemetry(), "cases": [],
+            "counts": op_counts.counted(self.bench.config), "reduced": self.reduced, "left_out": dict(left_out),
+            "seconds": round(self.budget.spent(), 1),
+        }  # fmt: skip
         for number, case in enumerate(cases):
             self._choose_latent(cases[number:])
             fitting = self.budget.fitting(cases[number:])
             if case not in fitting:
-                left_out[case.name] = self.budget.why_not(case)
+                record["left_out"][case.name] = self.budget.why_not(case)
                 continue
             self.label = f"[{number + 1}/{len(cases)}] {case.name}"
-            done.append(self._case(case, traces, seconds=self.budget.allowed(fitting)))
-            self._print(f"{self.label}: {_outcome(done[-1])}")
+            record["cases"].append(self._case(case, traces, seconds=self.budget.allowed(fitting)))
+            self._print(f"{self.label}: {_outcome(record['cases'][-1])}")
+            record["seconds"] = round(self.budget.spent(), 1)
+            save(record)
         self.bench.release()
-        self.label = "counts"
-        self._show_progress("ops, bytes and FLOPs on meta tensors")
-        counts = op_counts.counted(self.bench.config)
         self._show_progress("")
-        return {
-            "schema": results.SCHEMA, "date": results.now(), "commit": results.commit(), "command": self.command,
-            "device": self.device.type, "machine": self.name, "environment": environment, "warnings": found,
-            "rates": rates, "noise_floor": noise, "overhead_seconds": overhead, "telemetry": self._telemetry(),
-            "cases": done, "counts": counts, "reduced": self.reduced, "left_out": left_out,
-            "seconds": round(self.budget.spent(), 1),
-        }  # fmt: skip
+        return record
 
     def _choose_latent(self, waiting: list[BenchmarkCase]) -> None:
         whole = self.bench.latent_grid

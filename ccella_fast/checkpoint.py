@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ccella_fast.config import Config, load_config, make_config
-from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.errors import CheckpointError, ConfigError, DataError
 from ccella_fast.folder_kinds import check_folder, wrong_folder
 from ccella_fast.folder_lock import lock_folder
-from ccella_fast.storage import publish_folder, read_json, sha256, write_json
+from ccella_fast.storage import publish_folder, read_json, safe_join, sha256, write_json
 
 logger = logging.getLogger("ccella_fast")
 FORMAT, VERSION = "ccella_fast.checkpoint", 1
@@ -164,13 +164,15 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
             raise CheckpointError(f"this is not a {FORMAT} of version {VERSION}", path=path, fix=_FIX)
         for name, entry in manifest["files"].items():
-            file = folder / name
-            if not file.resolve().is_relative_to(folder.resolve()):
-                raise CheckpointError(f"the entry {name!r} is outside the checkpoint", path=path, fix=_FIX)
+            file = safe_join(folder, name)
             if not file.is_file():
                 raise CheckpointError("this file is missing", path=file, fix=_FIX)
             if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
                 raise CheckpointError("this file is damaged (its SHA-256 differs)", path=file, fix=_FIX)
+    except DataError as bad:
+        raise CheckpointError(
+            f"this manifest lists a file outside the checkpoint: {bad.why}", path=path, fix=_FIX
+        ) from None
     except (KeyError, TypeError, AttributeError) as bad:
         raise CheckpointError(f"this manifest is malformed ({bad})", path=path, fix=_FIX) from None
     return manifest

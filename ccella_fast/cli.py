@@ -273,11 +273,7 @@ def _prepare(commands: argparse._SubParsersAction) -> None:
     about = "Resample studies to one grid, encode reports and, with --vae, latents. Run it again to continue or to add."
     memory = "use --workers 1, a smaller text.batch_size or text.encoder, or a smaller grid (data.dim)"
     command = _add(commands, "prepare", _run_prepare, about, example, if_out_of_memory=memory)
-    add = _add_studies(command, "folder of studies, or a manifest in the reference's JSON form").add_argument
-    about = "read series that are links to files or folders outside --data"
-    add("--follow_links", action="store_true", help=about)
-    about = "which image to read of a diffusion series that holds several (default: the highest b-value)"
-    add("--b_value", type=_b_value, metavar="S/MM2", help=about)
+    _add_studies(command, "folder of studies, or a manifest in the reference's JSON form")
     add = command.add_argument_group("output").add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="prepared folder")
     about = "VAE folder or MAISI weight file; adds latents and the scale factor"
@@ -438,10 +434,9 @@ def _device_name(text: str) -> str:
     return text
 
 
-def _add_studies(command: argparse.ArgumentParser, data: str) -> argparse._ArgumentGroup:
-    """Add the options that say where studies are; `data` is the help of --data."""
-    group = command.add_argument_group("studies")
-    add = group.add_argument
+def _add_studies(command: argparse.ArgumentParser, data: str) -> None:
+    """Add the options that say where studies are and how they are read; `data` is the help of --data."""
+    add = command.add_argument_group("studies").add_argument
     add("--data", type=Path, required=True, metavar="PATH", help=data)
     about = "reports and classes of a study folder (default: studies.csv in it)"
     add("--csv", type=Path, metavar="FILE", help=about)
@@ -450,7 +445,10 @@ def _add_studies(command: argparse.ArgumentParser, data: str) -> argparse._Argum
     add("--data_base_dir", type=Path, metavar="FOLDER", help=about)
     about = "folder of latents and text features that the reference has prepared"
     add("--embedding_base_dir", type=Path, metavar="FOLDER", help=about)
-    return group
+    about = "read series that are links to files or folders outside --data"
+    add("--follow_links", action="store_true", help=about)
+    about = "which image to read of a diffusion series that holds several (default: the highest b-value)"
+    add("--b_value", type=float, metavar="S/MM2", help=about)
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
+import ccella_fast
 from ccella_fast import hardware
 
 PACKAGES = [
@@ -34,7 +35,7 @@ def describe_environment() -> dict[str, Any]:
     import torch
 
     return {
-        "ccella_fast": _version("ccella-fast"),
+        "ccella_fast": ccella_fast.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in PACKAGES},

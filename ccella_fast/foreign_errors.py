@@ -12,6 +12,7 @@ import re
 
 from ccella_fast import hardware
 from ccella_fast.errors import CcellaError, ConfigError, DataError, DiskError
+from ccella_fast.quantities import format_bytes
 
 # Module -> the extra of this package that installs it.
 _EXTRAS = {
@@ -57,10 +58,10 @@ def _sizes(text: str) -> str:
     """`: 7.45 GiB were requested, 3.10 GiB are free`, as far as it is known."""
     requested = re.search(r"allocate ([\d.]+) ?([KMGTPE]?i?B|bytes)", text)
     on_gpu = re.search(r"([\d.]+ [KMGT]iB) is free", text)
-    free = on_gpu[1] if on_gpu else hardware.gib(hardware.free_memory())
+    free = on_gpu[1] if on_gpu else format_bytes(hardware.free_memory())
     if requested is None:
         return f": {free} are free"
-    size = hardware.gib(float(requested[1])) if requested[2] == "bytes" else f"{requested[1]} {requested[2]}"
+    size = format_bytes(float(requested[1])) if requested[2] == "bytes" else f"{requested[1]} {requested[2]}"
     return f": {size} more were requested, {free} are free"
 
 

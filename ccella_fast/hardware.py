@@ -48,11 +48,6 @@ def warn_of_emulated_bf16(remedy: str) -> None:
         logger.warning("%s; float32 is faster: %s", BF16_EMULATED, remedy)
 
 
-def gib(size: float) -> str:
-    """A number of bytes for a message, in GiB."""
-    return f"{size / 2**30:.2f} GiB"
-
-
 def free_memory(device: Any = None) -> int:
     """The bytes that can still be allocated on a torch device.
 

@@ -19,8 +19,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,20 +30,40 @@ try:  # Triton is optional: the kernel modules must be importable without it
     import triton
     import triton.language as tl
 
-    jit: Callable[..., Any] = triton.jit
     constexpr: Callable[..., Any] = tl.constexpr
 except ImportError:
     triton = tl = None
-    jit = constexpr = lambda unchanged: unchanged  # noqa: E731
+    constexpr = lambda unchanged: unchanged  # noqa: E731
 
 ENVIRONMENT = "CCELLA_FAST_BACKEND"
 BACKENDS = ("triton", "xformers", "sdpa", "phase", "reference")
-KERNELS = ("group_norm_silu", "cross_attention", "attention", "upsample_conv3d", "geglu", "residual_shift")
+KERNELS = (
+    "group_norm_silu",
+    "cross_attention",
+    "attention",
+    "upsample_conv3d",
+    "geglu",
+    "residual_shift",
+    "upsample_trilinear",
+)
 XFORMERS = importlib.util.find_spec("xformers") is not None  # found, not imported
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # backend -> the reason why it is unsupported, None if it is supported; in order of preference
 BackendSupport = Mapping[str, str | None]
+
+
+def jit(function: Callable[..., Any] | None = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
+    """Decorator `triton.jit`, which leaves the function unchanged where Triton is absent.
+
+    Args:
+        function: The kernel.
+        do_not_specialize: Integer arguments from whose values the code gains nothing. Triton otherwise compiles a binary for
+            each combination of arguments that are 1, multiples of 16 or neither: dozens in the first step of a model.
+    """
+    if function is None:
+        return functools.partial(jit, do_not_specialize=do_not_specialize)
+    return function if triton is None else triton.jit(function, do_not_specialize=list(do_not_specialize))
 
 
 class BackendError(ValueError):
@@ -146,11 +167,29 @@ def xformers_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str
         return f"the tensors are on {device.type}, not on a GPU"
     if dtype not in TRITON_DTYPES:
         return f"it does not support {str(dtype).removeprefix('torch.')}"
-    return None
+    return _unloadable_xformers_reason()
 
 
-def library_op(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
-    """Decorator that registers a launcher as the library op `ccella_fast::name`.
+@functools.cache
+def _unloadable_xformers_reason() -> str | None:
+    """Why the compiled part of xformers does not load, None if it does; xformers itself only logs a warning."""
+    logger = logging.getLogger("xformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        loads = importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception is None
+    finally:
+        logger.setLevel(level)
+    return None if loads else f"its compiled part does not load with PyTorch {torch.__version__}"
+
+
+_unloadable_xformers_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def library_op(
+    name: str, *, mutates_args: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    """Decorator that registers a launcher as the library op `ccella_fast::name`, which writes to `mutates_args` in place.
 
     torch.compile, CUDA graphs and torch.export see it as one node. It runs on the GPU of its first argument, whereas Triton
     alone would launch on the current GPU.
@@ -162,8 +201,9 @@ def library_op(name: str) -> Callable[[Callable[..., Any]], torch.library.Custom
             with torch.cuda.device_of(first):
                 return launcher(first, *rest)
 
-        schema = torch.library.infer_schema(launcher, mutates_args=())
-        return torch.library.custom_op(f"ccella_fast::{name}", on_device_of_first, mutates_args=(), schema=schema)
+        schema = torch.library.infer_schema(launcher, mutates_args=mutates_args)
+        options: Any = {"mutates_args": mutates_args, "schema": schema}
+        return torch.library.custom_op(f"ccella_fast::{name}", on_device_of_first, **options)
 
     return register
 

@@ -116,7 +116,7 @@ def _layer_norm_rows(
     return b_hs
 
 
-@jit
+@jit(do_not_specialize=["heads_per_program"])
 def _cross_attention_fwd_heads_kernel(
     x_ptr, ln_weight_ptr, ln_bias_ptr, w_q_ptr, k_ptr, v_ptr, o_ptr, M, N, L, heads_per_program, scale, eps,
     stride_xb, stride_xn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
@@ -353,7 +353,8 @@ def aot_cases() -> list[CompileCase]:
         )
         for dtype, key in ((torch.bfloat16, "output"), (torch.float32, "output fp32"))
     ]
-    return [*(heads(*size) for size in sizes), heads(256, 32, torch.float32), *outputs]
+    singles = [heads(channels, 32, torch.float32) for channels in (256, 512)]
+    return [*(heads(*size) for size in sizes), *singles, *outputs]
 
 
 def _check_parameters(

@@ -42,7 +42,7 @@ def _normal_cdf(b_g):
     return 0.5 * (1.0 + tl.erf(b_g * 0.7071067811865476))  # 1 / sqrt(2)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _geglu_fwd_kernel(h_ptr, y_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     o_r, o_c, m_tile = _tile_indices(rows, C, BLOCK_R, BLOCK_C)
     b_value = tl.load(h_ptr + o_r * 2 * C + o_c, mask=m_tile, other=0.0).to(tl.float32)
@@ -51,7 +51,7 @@ def _geglu_fwd_kernel(h_ptr, y_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.
     tl.store(y_ptr + o_r * C + o_c, b_y.to(y_ptr.dtype.element_ty), mask=m_tile)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _geglu_bwd_kernel(dy_ptr, h_ptr, dh_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     o_r, o_c, m_tile = _tile_indices(rows, C, BLOCK_R, BLOCK_C)
     b_value = tl.load(h_ptr + o_r * 2 * C + o_c, mask=m_tile, other=0.0).to(tl.float32)

@@ -40,12 +40,12 @@ def _silu_gradient(b_z, b_dy, SILU: tl.constexpr):
     return b_dy
 
 
-@jit
+@jit(do_not_specialize=["programs_per_sample"])
 def _group_norm_silu_bwd_sums_kernel(
     x_ptr, dy_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, channel_ptr, group_ptr,
     S, voxels_per_program, programs_per_sample,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr,
+    LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums over each part of the voxels.
 
@@ -66,7 +66,7 @@ def _group_norm_silu_bwd_sums_kernel(
     b_sum_dz = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     b_sum_dz_h = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     b_sum_h = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    for first in range(start, end, BLOCK_S):
+    for first in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         m_tile = (first + o_s < end)[:, None] & m_c[None, :]
         o_origin = tile_origin(i_b, first, S, C, LAST)
         b_x = tl.load(x_ptr + o_origin + o_tile, mask=m_tile, other=0.0).to(tl.float32)
@@ -93,12 +93,12 @@ def _group_norm_silu_bwd_sums_kernel(
     )
 
 
-@jit
+@jit(do_not_specialize=["programs_per_sample", "parts"])
 def _group_norm_silu_bwd_dx_kernel(
     x_ptr, dy_ptr, dx_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, group_ptr,
     S, voxels_per_program, programs_per_sample, parts,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_P: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx, from the sums of `_group_norm_silu_bwd_sums_kernel`."""
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
@@ -121,7 +121,7 @@ def _group_norm_silu_bwd_dx_kernel(
     b_center = tl.load(mean_ptr + i_b * G + o_c // CPG, mask=m_c, other=0.0) - b_shift
     b_rstd = tl.load(rstd_ptr + i_b * G + o_c // CPG, mask=m_c, other=0.0)
 
-    for first in range(start, end, BLOCK_S):
+    for first in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         m_tile = (first + o_s < end)[:, None] & m_c[None, :]
         o_origin = tile_origin(i_b, first, S, C, LAST)
         b_x = tl.load(x_ptr + o_origin + o_tile, mask=m_tile, other=0.0).to(tl.float32)
@@ -132,7 +132,7 @@ def _group_norm_silu_bwd_dx_kernel(
         tl.store(dx_ptr + o_origin + o_tile, b_dx.to(dx_ptr.dtype.element_ty), mask=m_tile)
 
 
-@jit
+@jit(do_not_specialize=["B", "parts"])
 def _group_norm_silu_bwd_parameters_kernel(
     channel_ptr, group_ptr, weight_ptr, rstd_ptr, dweight_ptr, dbias_ptr, dshift_ptr, B, S, parts,
     C: tl.constexpr, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -180,7 +180,7 @@ def backward_op(
     inputs = (weight, bias, shift, mean, rstd)
 
     config = launch_config("group_norm_silu", layout_key("sums", x), x.device)
-    grid = launch_grid(x, G, config)
+    grid = launch_grid(x, G, config, partial=True)
     parts = grid.programs_per_sample
     channel_sums = x.new_empty(B, parts, 3, C, dtype=torch.float32)
     group_sums = x.new_empty(B, parts, 2, G, dtype=torch.float32)

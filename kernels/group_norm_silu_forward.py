@@ -33,11 +33,11 @@ from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 WHOLE_TILES = (2048, 8192, 16384)  # tile sizes, in elements, for a group that fits in one program
 
 
-@jit
+@jit(do_not_specialize=["programs_per_sample"])
 def _group_norm_silu_fwd_statistics_kernel(
     x_ptr, shift_ptr, mean_ptr, m2_ptr, S, voxels_per_program, programs_per_sample,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    LAST: tl.constexpr, TILE: tl.constexpr,
+    LAST: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations (B, P, G) of each part of the voxels."""
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
@@ -50,7 +50,7 @@ def _group_norm_silu_fwd_statistics_kernel(
     b_mean = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     b_m2 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     tiles_seen = 0.0
-    for first in range(start, end, BLOCK_S):
+    for first in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         m_tile = (first + o_s < end)[:, None] & m_c[None, :]
         b_x = tl.load(x_ptr + tile_origin(i_b, first, S, C, LAST) + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         tiles_seen += 1.0
@@ -101,12 +101,12 @@ def _merge_statistics(
     return b_mean, b_variance
 
 
-@jit
+@jit(do_not_specialize=["programs_per_sample", "parts"])
 def _group_norm_silu_fwd_apply_kernel(
     x_ptr, y_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, part_mean_ptr, part_m2_ptr,
     S, voxels_per_program, programs_per_sample, voxels_per_part, parts, eps,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_P: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y from mean and rstd (B, G): both are read, or, where there are partial statistics, merged from them and written."""
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
@@ -135,7 +135,7 @@ def _group_norm_silu_fwd_apply_kernel(
     b_center -= b_shift
     b_scale *= b_weight
 
-    for first in range(start, end, BLOCK_S):
+    for first in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         m_tile = (first + o_s < end)[:, None] & m_c[None, :]
         o_origin = tile_origin(i_b, first, S, C, LAST)
         b_x = tl.load(x_ptr + o_origin + o_tile, mask=m_tile, other=0.0).to(tl.float32)
@@ -225,7 +225,7 @@ class PartialStatistics(NamedTuple):
 
 def _launch_statistics(x: Tensor, num_groups: int, shift: Tensor | None) -> PartialStatistics:
     config = launch_config("group_norm_silu", layout_key("statistics", x), x.device)
-    grid = launch_grid(x, num_groups, config)
+    grid = launch_grid(x, num_groups, config, partial=True)
     mean = x.new_empty(x.shape[0], grid.programs_per_sample, num_groups, dtype=torch.float32)
     m2 = torch.empty_like(mean)
     S = sizes_and_layout(x)[2]
@@ -258,8 +258,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    dx, dweight, dbias, dshift = backward_op(dy, *ctx.saved_tensors, ctx.silu)
-    return dx, None, dweight, dbias, None, None, None if ctx.saved_tensors[3] is None else dshift
+    saved = ctx.saved_tensors  # read once: activation checkpointing unpacks a tensor a single time
+    dx, dweight, dbias, dshift = backward_op(dy, *saved, ctx.silu)
+    return dx, None, dweight, dbias, None, None, None if saved[3] is None else dshift
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)

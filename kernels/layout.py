@@ -31,7 +31,9 @@ from ccella_fast.kernels.aot import CompileCase
 from ccella_fast.kernels.backend import jit, tl
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig
 
-MAX_PARTS = 256  # most programs per channel block of a sample: a program merges that many partial results in one tile
+MAX_PARTS = (
+    128  # most partial results of a sample's channel block: every program of the next launch merges all of them first
+)
 PROGRAMS_PER_MULTIPROCESSOR = 2  # few, because each program merges the partial results first
 
 
@@ -82,18 +84,22 @@ class LaunchGrid(NamedTuple):
     constants: dict[str, Any]
 
 
-def launch_grid(x: Tensor, groups: int, config: LaunchConfig) -> LaunchGrid:
+def launch_grid(x: Tensor, groups: int, config: LaunchConfig, *, partial: bool = False) -> LaunchGrid:
     """The grid over dense `x` in which a program takes whole groups of channels.
 
     With channels first a program takes one group; with channels last it takes as many as make up at most 128 channels, so that
-    it reads long runs of adjacent elements.
+    it reads long runs of adjacent elements. If each program writes a `partial` result, a sample has at most `MAX_PARTS`
+    programs per channel block.
     """
     max_programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(x.device)
-    return _launch_grid(*sizes_and_layout(x), groups, config.constants["TILE"], max_programs)
+    most = MAX_PARTS if partial else max_programs
+    return _launch_grid(*sizes_and_layout(x), groups, config.constants["TILE"], max_programs, most)
 
 
 @functools.lru_cache(4096)
-def _launch_grid(B: int, C: int, S: int, last: bool, groups: int, tile: int, max_programs: int) -> LaunchGrid:
+def _launch_grid(
+    B: int, C: int, S: int, last: bool, groups: int, tile: int, max_programs: int, most: int
+) -> LaunchGrid:
     channels_per_group = C // groups
     groups_per_program = max(
         d for d in range(1, 33) if groups % d == 0 and (d == 1 or (last and d * channels_per_group <= 128))
@@ -102,7 +108,7 @@ def _launch_grid(B: int, C: int, S: int, last: bool, groups: int, tile: int, max
     channel_blocks = B * (groups // groups_per_program)
     block_s = tile // block_c
     tiles = max(1, -(-S // block_s))
-    programs_per_sample = min(tiles, MAX_PARTS, max(1, max_programs // max(1, channel_blocks)))
+    programs_per_sample = min(tiles, most, max(1, max_programs // max(1, channel_blocks)))
     voxels_per_program = -(-tiles // programs_per_sample) * block_s
     programs_per_sample = max(1, -(-S // voxels_per_program))
     constants = {

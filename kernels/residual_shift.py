@@ -22,6 +22,7 @@ from ccella_fast.kernels.backend import BackendSupport, choose, jit, library_op,
 from ccella_fast.kernels.layout import (
     channel_lanes,
     contiguous_or_none,
+    is_channels_last,
     launch_grid,
     layout_compile_case,
     layout_key,
@@ -45,11 +46,11 @@ def residual_shift_reference(h: Tensor, residual: Tensor, shift: Tensor | None =
     return (h.to(wide) + residual.to(wide) + shift).to(h.dtype)
 
 
-@jit
+@jit(do_not_specialize=["programs_per_sample"])
 def _residual_shift_fwd_kernel(
     h_ptr, residual_ptr, shift_ptr, y_ptr, stride_shift_b, S, voxels_per_program, programs_per_sample,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, LAST: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y of one part of the voxels of a sample. stride_shift_b: C, or 0 where all samples share one shift."""
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
@@ -61,7 +62,7 @@ def _residual_shift_fwd_kernel(
         b_shift = tl.load(shift_ptr + i_b * stride_shift_b + o_c, mask=m_c, other=0.0).to(tl.float32)
     else:
         b_shift = tl.zeros([BLOCK_C], tl.float32)
-    for first in range(start, end, BLOCK_S):
+    for first in tl.range(start, end, BLOCK_S, num_stages=STAGES):
         m_tile = (first + o_s < end)[:, None] & m_c[None, :]
         o_x = tile_origin(i_b, first, S, C, LAST) + o_tile
         b_h = tl.load(h_ptr + o_x, mask=m_tile, other=0.0).to(tl.float32)
@@ -73,8 +74,25 @@ def _residual_shift_fwd_kernel(
 @library_op("residual_shift")
 def _residual_shift_op(h: Tensor, residual: Tensor, shift: Tensor | None) -> Tensor:
     h = to_supported_layout(h)
-    residual, shift = to_layout_of(residual, h), contiguous_or_none(shift)
     y = torch.empty_like(h)
+    _launch(h, to_layout_of(residual, h), shift, y)
+    return y
+
+
+@library_op("residual_shift_", mutates_args=("residual",))
+def _residual_shift_in_place_op(h: Tensor, residual: Tensor, shift: Tensor | None) -> None:
+    """residual += h + shift, for a dense residual."""
+    _launch(to_layout_of(h, residual), residual, shift, residual)
+
+
+@_residual_shift_in_place_op.register_fake
+def _(h, residual, shift):
+    return None
+
+
+def _launch(h: Tensor, residual: Tensor, shift: Tensor | None, y: Tensor) -> None:
+    """Write y, which may be the residual; the three have the same layout."""
+    shift = contiguous_or_none(shift)
     _, C, S, _ = sizes_and_layout(h)
     config = launch_config("residual_shift", layout_key("sum", h), h.device)
     grid = launch_grid(h, _channel_groups(C), config)
@@ -84,7 +102,6 @@ def _residual_shift_op(h: Tensor, residual: Tensor, shift: Tensor | None) -> Ten
         h, residual, shift, y, stride_shift_b, S, grid.voxels_per_program, grid.programs_per_sample,
         **constants, **config.launch(),
     )  # fmt: skip
-    return y
 
 
 def _channel_groups(C: int) -> int:
@@ -153,6 +170,22 @@ def residual_shift(h: Tensor, residual: Tensor, shift: Tensor | None = None, *, 
         ValueError: The shapes do not match.
         BackendError: `backend` is unsupported here.
     """
+    if _choose(h, residual, shift, backend) == "reference":
+        return residual_shift_reference(h, residual, shift)
+    return _residual_shift_op(h, residual, shift)
+
+
+def residual_shift_(h: Tensor, residual: Tensor, shift: Tensor | None = None, *, backend: str | None = None) -> None:
+    """Add h + shift to `residual` in place, without gradients; the arguments are those of `residual_shift`."""
+    dense = residual.is_contiguous() or is_channels_last(residual)
+    if _choose(h, residual, shift, backend) == "triton" and dense and residual.dtype == h.dtype:
+        _residual_shift_in_place_op(h, residual, shift)
+    else:
+        residual.copy_(residual_shift(h, residual, shift, backend=backend))
+
+
+def _choose(h: Tensor, residual: Tensor, shift: Tensor | None, backend: str | None) -> str:
+    """The backend, after a check of the shapes, since a kernel would read out of bounds. Raises ValueError."""
     if h.ndim < 3 or h.shape != residual.shape:
         raise ValueError(
             f"h and residual must have the same shape (B, C, *spatial), got {tuple(h.shape)} and {tuple(residual.shape)}"
@@ -160,6 +193,4 @@ def residual_shift(h: Tensor, residual: Tensor, shift: Tensor | None = None, *, 
     if shift is not None and shift.shape not in (h.shape[1:2], h.shape[:2]):
         raise ValueError(f"shift must have shape (C,) or (B, C) = {tuple(h.shape[:2])}, got {tuple(shift.shape)}")
     support = backend_support(h.device, h.dtype, shifted=shift is not None)
-    if choose("residual_shift", support, backend) == "reference":
-        return residual_shift_reference(h, residual, shift)
-    return _residual_shift_op(h, residual, shift)
+    return choose("residual_shift", support, backend)

@@ -52,19 +52,20 @@ DEFAULT_LAUNCH_CONFIGS: dict[str, dict[str, LaunchConfig]] = {
         "dkdv fp32": LaunchConfig({"BLOCK_N": 16, "BLOCK_L": 32}, num_warps=8, num_stages=1),
     },
     # TILE is the number of elements of x that a program holds at a time, chosen so that two programs fit in the registers of a
-    # multiprocessor: `statistics` keeps two fp32 values per element, `sums` two or three, the element-wise passes none.
+    # multiprocessor: `statistics` keeps two fp32 values per element, `sums` two or three, the element-wise passes none. STAGES
+    # is the number of tiles of each input that are on their way from memory.
     "group_norm_silu": {
-        "statistics last": LaunchConfig({"TILE": 8192}, num_warps=16),
-        "statistics first": LaunchConfig({"TILE": 4096}, num_warps=8),
-        "apply last": LaunchConfig({"TILE": 8192}, num_warps=16),
-        "apply first": LaunchConfig({"TILE": 8192}, num_warps=16),
+        "statistics last": LaunchConfig({"TILE": 4096, "STAGES": 4}, num_warps=8),
+        "statistics first": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),
+        "apply last": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),
+        "apply first": LaunchConfig({"TILE": 8192, "STAGES": 3}, num_warps=16),
         "whole 2048": LaunchConfig({}, num_warps=4),  # the key fixes the tile: it must hold the group
         "whole 8192": LaunchConfig({}, num_warps=8),
         "whole 16384": LaunchConfig({}, num_warps=16),
-        "sums last": LaunchConfig({"TILE": 4096}, num_warps=8),
-        "sums first": LaunchConfig({"TILE": 4096}, num_warps=8),
-        "input gradient last": LaunchConfig({"TILE": 4096}, num_warps=8),
-        "input gradient first": LaunchConfig({"TILE": 8192}, num_warps=16),
+        "sums last": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),
+        "sums first": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),
+        "input gradient last": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),
+        "input gradient first": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),
         "parameter gradients": LaunchConfig({"BLOCK_C": 32}, num_warps=8),
     },
     "geglu": {
@@ -72,8 +73,15 @@ DEFAULT_LAUNCH_CONFIGS: dict[str, dict[str, LaunchConfig]] = {
         "backward": LaunchConfig({"BLOCK_R": 4, "BLOCK_C": 512}, num_warps=8),
     },
     "residual_shift": {
-        "sum last": LaunchConfig({"TILE": 8192}, num_warps=16),
-        "sum first": LaunchConfig({"TILE": 8192}, num_warps=16),
+        "sum last": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),
+        "sum first": LaunchConfig({"TILE": 8192, "STAGES": 3}, num_warps=16),
+    },
+    # TILE: elements of a program, with channels last eight channels of a voxel in each thread.
+    "upsample_trilinear": {
+        "forward last": LaunchConfig({"TILE": 1024}, num_warps=4),
+        "forward first": LaunchConfig({"TILE": 256}, num_warps=4),
+        "backward last": LaunchConfig({"TILE": 1024}, num_warps=4),
+        "backward first": LaunchConfig({"TILE": 256}, num_warps=4),
     },
     "cross_attention": {
         "heads d32 c256": LaunchConfig({"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_L": 64}, num_warps=4, num_stages=2),

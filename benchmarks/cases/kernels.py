@@ -1,8 +1,8 @@
 """Each kernel by itself, forward and backward: eager PyTorch, torch.compile, other installed libraries, and ours.
 
 Shapes are those of the model: the width and the grid of one of its levels. On a GPU the inputs are rotated through more memory
-than the L2 cache holds, and forward passes are replayed from a CUDA graph, so that no implementation is charged for launches
-from Python. Outputs and gradients are compared with float64: ours may have twice the error of the eager path of the same dtype.
+than the L2 cache holds, and passes are replayed from a CUDA graph, so that no implementation is charged for launches from
+Python. Outputs and gradients are compared with float64: ours may have twice the error of the eager path of the same dtype.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def group_norm_silu_case(
         "Liger": lambda: _unsuitable("liger_kernel", "its GroupNorm has neither SiLU nor channels-last"),
     }
     return _prepare(
-        bench, make, backward=backward, gradients=4, eager=eager, ours=ours, truth=eager, roofline=roofline, others=others
+        bench, make, backward=backward, gradients=4, eager=eager, ours={"ours": ours}, truth=eager, roofline=roofline,
+        others=others,
     )  # fmt: skip
 
 
@@ -91,8 +92,8 @@ def attention_case(bench: Workbench, *, backward: bool = False, batch: int = 1, 
         "xformers": lambda: _xformers_attention(bench), "flash-attn": lambda: _flash_attention(bench),
     }  # fmt: skip
     return _prepare(
-        bench, make, backward=backward, gradients=3, eager=_best_sdpa, ours=attention, truth=attention_reference,
-        roofline=roofline, others=others,
+        bench, make, backward=backward, gradients=3, eager=_best_sdpa, ours=_by_backend(bench, attention),
+        truth=attention_reference, roofline=roofline, others=others,
     )  # fmt: skip
 
 
@@ -136,7 +137,7 @@ def cross_attention_case(bench: Workbench, *, backward: bool = False, batch: int
         roofline = Roofline(flops, size, _precision(dtype), why)
     return _prepare(
         bench, make, backward=backward, gradients=8, eager=call(cross_attention_reference, attend=_best_sdpa),
-        ours=call(cross_attention), truth=call(cross_attention_reference), roofline=roofline,
+        ours={"ours": call(cross_attention)}, truth=call(cross_attention_reference), roofline=roofline,
         others={"xformers": lambda: call(cross_attention_reference, attend=_xformers_attention(bench))},
     )  # fmt: skip
 
@@ -162,7 +163,7 @@ def upsample_conv3d_case(bench: Workbench, *, backward: bool = False, level: int
         why = "eight phases of 2x2x2 taps on the small grid; x in, y out"
         roofline = Roofline(flops, size, _precision(dtype), why)
     return _prepare(
-        bench, make, backward=backward, gradients=3, eager=upsample_conv3d_reference, ours=upsample_conv3d,
+        bench, make, backward=backward, gradients=3, eager=upsample_conv3d_reference, ours=_by_backend(bench, upsample_conv3d),
         truth=upsample_conv3d_reference, roofline=roofline,
     )  # fmt: skip
 
@@ -174,7 +175,7 @@ def _prepare(
     backward: bool,
     gradients: int,
     eager: Function,
-    ours: Function,
+    ours: Mapping[str, Function],
     truth: Function,
     roofline: Roofline,
     others: Mapping[str, Callable[[], Function]] | None = None,
@@ -187,7 +188,7 @@ def _prepare(
         backward: Time the backward pass instead of the forward pass.
         gradients: The number of inputs that require a gradient.
         eager: The baseline.
-        ours: The kernel.
+        ours: The kernel as "ours"; further backends of it under other names.
         truth: Computes the truth from float64 inputs.
         roofline: Of the pass that is timed.
         others: Functions that load the implementations of other libraries, by name; ImportError says why one cannot run here.
@@ -207,7 +208,7 @@ def _prepare(
             functions[name] = load()
         except ImportError as why:
             prepared.missing[name] = str(why)
-    functions["ours"] = ours
+    functions |= ours
     timed_pass = _backward if backward else _forward
     for name, call in functions.items():
         run, calls = timed_pass(bench, call, inputs, gradients)
@@ -217,6 +218,12 @@ def _prepare(
     doubles = [tensor.double() for tensor in first]
     prepared.truth = functools.partial(_result, truth, doubles, gradients, backward)
     return prepared
+
+
+def _by_backend(bench: Workbench, kernel: Function) -> dict[str, Function]:
+    """A kernel whose default on a GPU is PyTorch's implementation: the default as "ours", and on a GPU the Triton kernel."""
+    triton = {"ours, Triton": functools.partial(kernel, backend="triton")} if bench.device.type == "cuda" else {}
+    return {"ours": kernel, **triton}
 
 
 def _result(call: Function, inputs: list[Tensor], gradients: int, backward: bool) -> Tensor:
@@ -250,31 +257,44 @@ def _forward(
             call(*tensors)
 
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # compilation and allocations must precede the capture
-        body()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
-    return lambda stopwatch: graph.replay(), _CALLS
+    stream.wait_stream(torch.cuda.current_stream())
+    return _captured(body, stream), _CALLS
 
 
 def _backward(
     bench: Workbench, call: Function, inputs: list[list[Tensor]], gradients: int
 ) -> tuple[Callable[[Stopwatch], Any], int]:
     """The timed call of the backward pass alone, over recorded graphs, and the number of passes in it."""
+    cuda = bench.device.type == "cuda"
+    # The backward pass of an op runs on the stream of its forward pass, which must be that of the capture.
+    stream = torch.cuda.Stream() if cuda else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream())
     ready = []
-    for tensors in inputs:
-        leaves = [tensor.detach().requires_grad_(index < gradients) for index, tensor in enumerate(tensors)]
-        out = call(*leaves)
-        ready.append((out, leaves[:gradients], torch.randn_like(out)))
-    calls = _CALLS if bench.device.type == "cuda" else 1
+    with torch.cuda.stream(stream):
+        for tensors in inputs:
+            leaves = [tensor.detach().requires_grad_(index < gradients) for index, tensor in enumerate(tensors)]
+            out = call(*leaves)
+            ready.append((out, leaves[:gradients], torch.randn_like(out)))
+    calls = _CALLS if cuda else 1
 
-    def run(stopwatch: Stopwatch) -> None:
+    def body() -> None:
         for _, (out, leaves, seed) in zip(range(calls), itertools.cycle(ready), strict=False):
             torch.autograd.grad(out, leaves, seed, retain_graph=True)
 
-    return run, calls
+    return (lambda stopwatch: body()) if stream is None else _captured(body, stream), calls
+
+
+def _captured(body: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[Stopwatch], Any]:
+    """A replay of `body` from a CUDA graph, so that launches from Python take no time."""
+    with torch.cuda.stream(stream):  # compilation and allocations must precede the capture
+        body()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        body()
+    torch.cuda.current_stream().wait_stream(stream)
+    return lambda stopwatch: graph.replay()
 
 
 def _best_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

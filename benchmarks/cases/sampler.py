@@ -26,7 +26,7 @@ from timer import Stopwatch, measure, slope, summary
 
 TIMESTEP = 500
 _ENERGY_SECONDS = 4.0
-_STEPS = {"cpu": 2, "cuda": 20}  # in the short chains that are timed
+STEPS = {"cpu": 2, "cuda": 20}  # in the short chains that are timed
 
 
 def denoising_step(bench: Workbench, batch: int = 1) -> PreparedCase:
@@ -34,7 +34,7 @@ def denoising_step(bench: Workbench, batch: int = 1) -> PreparedCase:
 
     Ours precomputes the conditioning that does not depend on the noisy latent; the case `sampling` includes that time.
     """
-    steps, seeds = _STEPS[bench.device.type], list(range(batch))
+    steps, seeds = STEPS[bench.device.type], list(range(batch))
     conditions = bench.conditions(batch)
     shape = [bench.latent_channels, *bench.latent_grid]
     prepared = PreparedCase(shapes={"latent": [batch, *shape], "text": list(conditions["text"].shape), "steps": steps})
@@ -48,7 +48,7 @@ def denoising_step(bench: Workbench, batch: int = 1) -> PreparedCase:
 
     def ours(steps: int, sampler: FastSampler) -> Tensor:
         # From the second call with equal prompts on, the conditioning is cached and only the steps remain.
-        return _our_chain(bench, sampler, seeds, conditions, steps)
+        return our_chain(bench, sampler, seeds, conditions, steps)
 
     precision = bench.reference_precision
     prepared.implementations["reference"] = Implementation(
@@ -71,7 +71,7 @@ def denoising_step(bench: Workbench, batch: int = 1) -> PreparedCase:
 
 def denoising_step_tuned(bench: Workbench) -> PreparedCase:
     """A denoising step of the compiled baseline and of ours."""
-    steps, seeds, conditions = _STEPS[bench.device.type], [0], bench.conditions(1)
+    steps, seeds, conditions = STEPS[bench.device.type], [0], bench.conditions(1)
     shape = [bench.latent_channels, *bench.latent_grid]
     bench.on_progress("compiled baseline: copying the model")
     compiled = CompiledSampler(bench.model, bench.config.scheduler, bench.fast_dtype)
@@ -81,7 +81,7 @@ def denoising_step_tuned(bench: Workbench) -> PreparedCase:
         return compiled(start, **conditions, num_inference_steps=steps, source=source)
 
     def ours() -> Tensor:
-        return _our_chain(bench, bench.sampler, seeds, conditions, steps)
+        return our_chain(bench, bench.sampler, seeds, conditions, steps)
 
     prepared = PreparedCase(shapes={"latent": [1, *shape], "steps": steps})
     for name, run in (("compiled baseline", baseline), ("ours", ours)):
@@ -100,11 +100,11 @@ def energy(bench: Workbench) -> PreparedCase:
     gpu = open_gpu()
     if isinstance(gpu, str):
         raise Skip(gpu)
-    steps, conditions = _STEPS["cuda"], bench.conditions(1)
+    steps, conditions = STEPS["cuda"], bench.conditions(1)
     prepared = PreparedCase(shapes={"latent": [1, bench.latent_channels, *bench.latent_grid], "steps": steps})
     runs: dict[str, Callable[[], Any]] = {
         "reference": lambda: _reference_chain(bench, [0], conditions, steps, None),
-        "ours": lambda: _our_chain(bench, bench.sampler, [0], conditions, steps),
+        "ours": lambda: our_chain(bench, bench.sampler, [0], conditions, steps),
     }
     joules = {}
     for name, run in runs.items():
@@ -137,9 +137,10 @@ def _reference_chain(
     )  # fmt: skip
 
 
-def _our_chain(
+def our_chain(
     bench: Workbench, sampler: FastSampler, seeds: Sequence[int], conditions: dict[str, Tensor], steps: int
 ) -> Tensor:
+    """The latents of a chain of DDPM steps of our sampler, one for each seed."""
     result = sampler(
         text=conditions["text"], spacing=(conditions["spacing"] / SPACING_SCALE).tolist(), seeds=seeds,
         num_inference_steps=steps, solver="ddpm", latent_shape=(bench.latent_channels, *bench.latent_grid),
@@ -199,7 +200,7 @@ def _work(bench: Workbench, batch: int) -> tuple[float, float, float, float]:
 
 def sampling(bench: Workbench) -> PreparedCase:
     """Text features to a volume, batch 1. Ours gets another prompt in each call, so that its conditioning is not cached."""
-    steps, seeds, factor = 2 * _STEPS[bench.device.type], [7], bench.config.autoencoder.factor
+    steps, seeds, factor = 2 * STEPS[bench.device.type], [7], bench.config.autoencoder.factor
     prompts = [bench.conditions(1, seed=seed) for seed in (1, 2)]
     prepared = PreparedCase(
         shapes={
@@ -229,7 +230,7 @@ def sampling(bench: Workbench) -> PreparedCase:
         @torch.no_grad()
         def run(stopwatch: Stopwatch | None = None) -> Tensor:
             prompt = prompts[0] if stopwatch is None else prompts[next(turns)]
-            latent = _our_chain(bench, sampler, seeds, prompt, steps)
+            latent = our_chain(bench, sampler, seeds, prompt, steps)
             if stopwatch is not None:
                 stopwatch.mark("steps")
             volume = sampler.autoencoder.decode(latent.to(sampler.dtype)).float().clamp(0, 1)

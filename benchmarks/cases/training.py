@@ -66,13 +66,13 @@ def training_step(bench: Workbench, precision: str | None = None, *, compiled: b
     engine = build_engine(bench, config, Path(folder.name))
     baseline_model = _reference(engine, precision)
     schedule = Schedule.from_config(config.scheduler)
-    feed = _feed(config, data, bench.device)
-    items = [feed.dataset.item(index, 0) for index in range(len(feed.dataset))]
+    stream = batch_stream(config, data, bench.device)
+    items = [stream.dataset.item(index, 0) for index in range(len(stream.dataset))]
     step_class = compiled_baseline.CompiledTrainingStep if compiled else reference.ReferenceTrainingStep
     body = step_class(baseline_model, config.scheduler, weight=config.class_loss_weight)
     if precision == "fp32":  # both share their moments, as they share their weights, which halves the memory
         _share_state(body.optimizer, engine.optimizer)
-    steps = feed.steps(0, _MOST_STEPS, background=bench.device.type == "cuda")
+    steps = stream.steps(0, _MOST_STEPS, background=bench.device.type == "cuda")
 
     def run_reference(stopwatch: Stopwatch) -> None:
         body(_collated(items[:batch]), stopwatch.mark)
@@ -91,7 +91,7 @@ def training_step(bench: Workbench, precision: str | None = None, *, compiled: b
         stopwatch.mark("optimizer")
 
     prepared = PreparedCase(shapes={"latent": [batch, bench.latent_channels, *bench.latent_grid]}, tolerance=_TOLERANCE)
-    samples = feed.micro_batch(0, 0)
+    samples = stream.micro_batch(0, 0)
     gradients = _Gradients(engine, baseline_model, body, samples, schedule, config)
     baseline, its_precision = ("compiled baseline", "bf16") if compiled else ("reference", bench.reference_precision)
     prepared.implementations[baseline] = Implementation(
@@ -204,7 +204,7 @@ def training_config(bench: Workbench, precision: str, batch: int) -> Config:
     return make_config(changes, base=bench.config)
 
 
-def _feed(config: Config, data: Path, device: torch.device) -> Any:
+def batch_stream(config: Config, data: Path, device: torch.device) -> Any:
     """As in train.py: the latents are resident on the device if they fit."""
     from ccella_fast.data.loading.dataset import PreparedDataset
     from ccella_fast.data.loading.resident_latents import choose_latent_source

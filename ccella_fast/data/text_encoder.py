@@ -111,10 +111,10 @@ class TextEncoder:
     def _load_model(self) -> None:
         if self._model is not None:
             return
-        from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer
+        from transformers import AutoModel, AutoModelForTextEncoding
 
         sides = {"truncation_side": "left", "padding_side": "right"}
-        self._tokenizer = self._load(AutoTokenizer.from_pretrained, **sides)
+        self._tokenizer = self._load(_load_tokenizer, **sides)
         if self._tokenizer.pad_token is None:
             why, fix = (
                 "the tokenizer of this model does not have a padding token",
@@ -124,17 +124,31 @@ class TextEncoder:
         # Of an encoder-decoder model such as T5, only the encoder is loaded.
         model_class: Any = AutoModelForTextEncoding if self._settings.is_encoder_decoder else AutoModel
         model = self._load(model_class.from_pretrained, dtype=getattr(torch, self.config.dtype), use_safetensors=True)
+        largest, known = max(self._tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+        if largest >= known:
+            why = f"the tokenizer gives ids up to {largest}, but the model only knows {known}: they do not belong together"
+            raise ConfigError(why, path=self.config.encoder, field="text.encoder", fix="download the encoder again")
         self._model = model.eval().requires_grad_(False).to(self.device)
 
     def _load(self, from_pretrained: Any, **options: Any) -> Any:
         try:
             return from_pretrained(self._location, **self._options, **options)
-        except (OSError, ValueError, ImportError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # for damaged files every library has classes of its own, tokenizers plain Exception
             why = f"the text encoder cannot be loaded: {' '.join(str(error).split()):.110}"
             fix = "use a local folder with safetensors weights"
             if not self._options["local_files_only"]:
                 fix = f"download it once with `hf download {self.config.encoder}`, or {fix}"
             raise ConfigError(why, path=self.config.encoder, field="text.encoder", fix=fix) from None
+
+
+def _load_tokenizer(location: str, **options: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    tokenizer("\u2603")  # fails if the vocabulary is damaged and has no entry for unknown words
+    return tokenizer
 
 
 def locate_encoder(encoder: str) -> tuple[str, bool]:

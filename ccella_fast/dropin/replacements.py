@@ -19,7 +19,7 @@ from ccella_fast.kernels.group_norm_silu import group_norm_silu
 from ccella_fast.kernels.upsample_conv3d import upsample_conv3d
 from ccella_fast.models.autoencoder.tiling import can_tile, run_tiled
 from ccella_fast.models.autoencoder.tiling_plan import TiledConv, find_conv3d, residual_block_convs
-from ccella_fast.models.blocks import to_tokens, to_volume
+from ccella_fast.models.channels_last import to_tokens, to_volume
 
 
 class ReplacementMixin(nn.Module):

@@ -15,13 +15,17 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ccella_fast.kernels.attention import attention
 from ccella_fast.kernels.backend import choose
 from ccella_fast.kernels.cross_attention import cross_attention
+from ccella_fast.kernels.derived_weight import DerivedWeight
 from ccella_fast.kernels.geglu import geglu
 from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
 from ccella_fast.kernels.residual_shift import backend_support, residual_shift
+from ccella_fast.models.channels_last import has_tokens, on_gpu, pointwise_conv3d, to_tokens, to_volume
+from ccella_fast.models.few_channels import FEW, conv3d_few_channels
 from ccella_fast.models.thin_grids import on_three_voxels
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -40,11 +44,15 @@ def nest(module: nn.Module, *names: str) -> nn.Module:
 
 
 class Conv3d(nn.Conv3d):
-    """A convolution of stride 1 that is correct in bf16 on grids of any size (see `thin_grids`)."""
+    """A convolution of stride 1 that is correct in bf16 on grids of any size (see `thin_grids`), and fast on a GPU."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        convolve = lambda x: super(Conv3d, self)._conv_forward(x, weight, bias)  # noqa: E731
-        return convolve(input) if self.kernel_size == (1, 1, 1) else on_three_voxels(convolve, input)
+        if self.kernel_size == (1, 1, 1):
+            convolve = pointwise_conv3d if has_tokens(input) else super()._conv_forward
+            return convolve(input, weight, bias)
+        if on_gpu(input) and torch.is_grad_enabled() and min(self.in_channels, self.out_channels) <= FEW:
+            return conv3d_few_channels(input, weight, bias)
+        return on_three_voxels(lambda x: super(Conv3d, self)._conv_forward(x, weight, bias), input)
 
 
 class StridedConv3d(nn.Conv3d):
@@ -133,7 +141,10 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention without an output projection."""
+    """Multi-head self-attention without an output projection.
+
+    On a GPU queries, keys and values are one matrix product with the three weights stacked, which inference stacks once.
+    """
 
     def __init__(self, width: int, head_width: int, *, bias: bool = False):
         super().__init__()
@@ -141,11 +152,34 @@ class SelfAttention(nn.Module):
         self.to_q = nn.Linear(width, width, bias=bias)
         self.to_k = nn.Linear(width, width, bias=bias)
         self.to_v = nn.Linear(width, width, bias=bias)
+        self._weight, self._bias = DerivedWeight(_stack), DerivedWeight(_stack)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        q, k, v = (to_heads(linear(tokens), self.head_width) for linear in (self.to_q, self.to_k, self.to_v))
+        linears = (self.to_q, self.to_k, self.to_v)
+        if on_gpu(tokens):
+            weight = _stacked(self._weight, [linear.weight for linear in linears])
+            bias = None if self.to_q.bias is None else _stacked(self._bias, [linear.bias for linear in linears])
+            projected = F.linear(tokens, weight, bias).chunk(3, dim=-1)
+        else:
+            projected = tuple(linear(tokens) for linear in linears)
+        q, k, v = (to_heads(each, self.head_width) for each in projected)
         return attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def train(self, mode: bool = True) -> SelfAttention:
+        """Set the mode as in `nn.Module`, and clear the stacked weights."""
+        self._weight.clear()
+        self._bias.clear()
+        return super().train(mode)
+
+
+def _stack(*weights: Tensor) -> Tensor:
+    return torch.cat(weights)
+
+
+def _stacked(derived: DerivedWeight, weights: list[Tensor]) -> Tensor:
+    kept = derived.of(*weights)
+    return _stack(*weights) if kept is None else kept
 
 
 class CrossAttention(nn.Module):
@@ -254,13 +288,3 @@ class SpatialSelfAttention(nn.Module):
 def to_heads(tokens: Tensor, head_width: int) -> Tensor:
     """(B, N, C) -> (B, M, N, K), as a view."""
     return tokens.unflatten(-1, (-1, head_width)).transpose(1, 2)
-
-
-def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, X, Y, Z) -> (B, N, C) with voxels in row-major order; contiguous for channels_last_3d input."""
-    return x.flatten(2).transpose(1, 2)
-
-
-def to_volume(tokens: Tensor, grid: torch.Size) -> Tensor:
-    """(B, N, C) -> (B, C, X, Y, Z), the inverse of `to_tokens`; a view."""
-    return tokens.transpose(1, 2).unflatten(2, grid)

@@ -8,11 +8,11 @@ feature that enters the last `depth` residual blocks of the up path is kept. On 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ccella_fast.config import ModelConfig
 from ccella_fast.errors import ConfigError
+from ccella_fast.models.channels_last import join_channels
 from ccella_fast.models.unet3d import Conditioning, ConditioningCursor, DownBlock, UNet3d, UpBlock
 
 
@@ -97,7 +97,7 @@ def _up_path(unet: UNet3d) -> list[tuple[UpBlock, int]]:
 def _run_up_path(path: list[tuple[UpBlock, int]], h: Tensor, skips: list[Tensor], cursor: ConditioningCursor) -> Tensor:
     """Apply blocks of the up path to h. Each consumes the last remaining skip connection."""
     for level, index in path:
-        h = level.run_block(index, torch.cat([h, skips.pop()], dim=1), cursor)
+        h = level.run_block(index, join_channels(h, skips.pop()), cursor)
         if index + 1 == len(level.resnets) and level.upsampler is not None:
             h = level.upsampler(h)
     return h

@@ -26,6 +26,7 @@ from ccella_fast.models.blocks import (
     nest,
     zero_module,
 )
+from ccella_fast.models.channels_last import join_channels, on_gpu
 from ccella_fast.models.embeddings import perceptron, sinusoidal
 from ccella_fast.models.thin_grids import on_three_voxels
 
@@ -172,12 +173,18 @@ class UpBlock(ResolutionLevel):
             cursor: the conditioning.
         """
         for index, skip in enumerate(reversed(skips)):
-            h = self.run_block(index, torch.cat([h, skip], dim=1), cursor)
+            h = self.run_block(index, join_channels(h, skip), cursor)
         return h if self.upsampler is None else on_three_voxels(self.upsampler, h, scale=2.0)
 
 
 class UNet3d(nn.Module):
-    """The U-Net: `embed` and `project` compute the `Conditioning`, `denoise` the predicted noise."""
+    """The U-Net: `embed` and `project` compute the `Conditioning`, `denoise` the predicted noise.
+
+    Attributes:
+        channels_last: whether, on a GPU, all volumes are in channels_last_3d, which its tensor cores require.
+    """
+
+    channels_last: bool = True
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -286,6 +293,8 @@ class UNet3d(nn.Module):
     def input_conv(self, x: Tensor) -> Tensor:
         """Validate x and apply the first convolution: (B, C, X, Y, Z) -> (B, num_channels[0], X, Y, Z)."""
         self._check_input(x)
+        if self.channels_last and on_gpu(x):
+            x = x.contiguous(memory_format=torch.channels_last_3d)
         return self.conv_in(x.to(_dtype(self)))
 
     def _check_input(self, x: Tensor) -> None:

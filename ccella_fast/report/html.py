@@ -18,6 +18,7 @@ import numpy as np
 from ccella_fast.data.manifest import Manifest, Split, StudyEntry, load_manifest, open_array
 from ccella_fast.environment import describe_environment
 from ccella_fast.errors import DataError
+from ccella_fast.quantities import counted
 from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage
 from ccella_fast.report.page import TEMPLATE, render
 from ccella_fast.report.sample_files import read_sample
@@ -222,7 +223,7 @@ def _vae_chart(folder: Path) -> dict[str, Any]:
         {"title": "autoencoder: L1 on training patches", "unit": "L1", "log": True, "lines": _series(lines, {"L1": "loss_l1"})},
         {"title": "autoencoder: KL", "unit": "nats a patch", "log": True, "lines": _series(lines, {"KL": "loss_kl"})},
     ]  # fmt: skip
-    return _figure(curves(groups), f"Autoencoder, {lines[-1]['step']} steps.", missing)
+    return _figure(curves(groups), f"Autoencoder, {counted(lines[-1]['step'], 'step')}.", missing)
 
 
 def _model_chart(folder: Path) -> dict[str, Any]:
@@ -235,7 +236,7 @@ def _model_chart(folder: Path) -> dict[str, Any]:
         {"title": "learning rate", "lines": _series(lines, {"lr": "lr"})},
         {"title": "throughput", "unit": "samples/s", "lines": _series(lines, {"samples/s": "samples_per_second"})},
     ]
-    caption = f"Diffusion model, {lines[-1]['step']} steps. Faint: each logged step; bold: running mean."
+    caption = f"Diffusion model, {counted(lines[-1]['step'], 'step')}. Faint: each logged step; bold: running mean."
     if any(line.get("loss_class") is not None for line in lines):
         title = "diffusion: class loss, before its weight"
         groups.insert(1, {"title": title, "lines": _series(lines, {"class": "loss_class"})})

@@ -20,6 +20,7 @@ from ccella_fast.errors import CcellaError, CheckpointError, ConfigError
 from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.models.autoencoder import check_autoencoder
+from ccella_fast.quantities import counted
 from ccella_fast.report.sample_files import read_sample
 from ccella_fast.run_record import write_run_record
 from ccella_fast.sampling import pretrained
@@ -270,8 +271,9 @@ def _write_table(out: Path, outputs: list[OutputVolume], writer: OutputWriter) -
 def _log_results(out: Path, outputs: list[OutputVolume], generated: int) -> None:
     """Say what was written, the predicted class of each report, and what to do next."""
     kept = len(outputs) - generated
-    existing = f" ({kept} were there already)" if kept else ""
-    logger.info("%s contains %d synthetic volumes%s, listed in samples.csv", out, len(outputs), existing)
+    existing = f" (there already: {kept})" if kept else ""
+    volumes = counted(len(outputs), "synthetic volume")
+    logger.info("%s contains %s%s, listed in samples.csv", out, volumes, existing)
     sidecars = [read_json(out / f"{output.name}.json") for output in outputs]
     head = sidecars[0].get("class_head")
     if head == "untrained":
@@ -283,7 +285,7 @@ def _log_results(out: Path, outputs: list[OutputVolume], generated: int) -> None
     for name, probability in list(predicted.items())[:_LOGGED_REPORTS]:
         logger.info("  %s: P(PI-RADS 3 to 5) %.2f", name, probability)
     if len(predicted) > _LOGGED_REPORTS:
-        logger.info("  %d more reports: see samples.csv", len(predicted) - _LOGGED_REPORTS)
+        logger.info("  %s: see samples.csv", counted(len(predicted) - _LOGGED_REPORTS, "more report"))
     if predicted and head == "unknown":
         logger.info("  (this checkpoint does not say whether it was trained to predict classes)")
     logger.info("next: look at %s, or open the volumes in a viewer such as 3D Slicer", out / "montage.png")

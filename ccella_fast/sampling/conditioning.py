@@ -88,12 +88,20 @@ class ConditioningCache:
         timesteps: (E,), one per evaluation.
         max_bytes: the size of a window.
         row_by_row: call the adapter with one row at a time, so that the rounding of a row does not depend on the others.
+        batch_size: B. A single row of shifts is stored B times, so that no step copies it; keys and values, which are a hundred
+            times larger, are read by all samples.
     """
 
     def __init__(
-        self, model: DiffusionModel, timesteps: Tensor, *, max_bytes: int = CACHE_BYTES, row_by_row: bool = False
+        self,
+        model: DiffusionModel,
+        timesteps: Tensor,
+        *,
+        max_bytes: int = CACHE_BYTES,
+        row_by_row: bool = False,
+        batch_size: int = 1,
     ):
-        self._model, self._timesteps = model, timesteps
+        self._model, self._timesteps, self._batch_size = model, timesteps, batch_size
         self._max_bytes = max_bytes
         self._rows_per_call = 1 if row_by_row else _ADAPTER_ROWS.get(timesteps.device.type, 16)
         self._first = torch.zeros(1, dtype=torch.int64, device=timesteps.device)
@@ -146,6 +154,7 @@ class ConditioningCache:
         tensors = [*computed.shifts, *(each for pair in computed.keys_values for each in pair)]
         for tensor, slot in zip(tensors, self._layout, strict=True):
             rows = tensor.unflatten(0, (-1, prompts))[:count].index_select(1, self._rows)
+            rows = rows.expand(count, *slot.shape)
             (self._context if slot.context else self._shifts)[at : at + count, slot.start : slot.stop] = rows.flatten(1)
         if computed.class_logits is not None:
             logits = computed.class_logits.unflatten(0, (-1, prompts))[count - 1].index_select(0, self._rows)
@@ -159,7 +168,8 @@ class ConditioningCache:
         contexts = [each for pair in computed.keys_values for each in pair]
         for tensor in [*computed.shifts, *contexts]:
             context = len(self._layout) >= len(computed.shifts)
-            shape = (rows, *tensor.shape[1:])
+            repeated = self._batch_size if rows == 1 and not context else rows
+            shape = (repeated, *tensor.shape[1:])
             self._layout.append(_Slot(context, sizes[context], sizes[context] + math.prod(shape), shape))
             sizes[context] += math.prod(shape)
         shift_dtype = computed.shifts[0].dtype

@@ -152,7 +152,9 @@ class DenoisingLoop:
         timesteps = self._trajectory.timesteps
         self._conditioner: Conditioner
         if optimizations.precompute_conditioning:
-            self._conditioner = ConditioningCache(model, timesteps, row_by_row=settings.row_by_row)
+            self._conditioner = ConditioningCache(
+                model, timesteps, row_by_row=settings.row_by_row, batch_size=batch_size
+            )
         else:
             self._conditioner = UncachedConditioning(model, timesteps)
         times = [self._trajectory.timestep(i) for i in range(len(self._trajectory))]
@@ -225,7 +227,7 @@ def _is_flow(request: Request, config: Config) -> bool | None:
 
 
 def _first_rows(conditioning: Conditioning, count: int) -> Conditioning:
-    """The conditional rows: the first `count` rows, or the single row expanded."""
+    """The conditional rows: the first `count` rows, or a single row expanded."""
 
     def take(tensor: Tensor) -> Tensor:
         return tensor.expand(count, *tensor.shape[1:]) if len(tensor) == 1 else tensor[:count]

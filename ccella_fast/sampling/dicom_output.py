@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+import ccella_fast
 from ccella_fast.errors import ConfigError
 
 # Stored values are from 0 to 32767, so that readers that take them for signed ones see the same. The rounding error of an
@@ -129,7 +129,7 @@ def _common_attributes(
         "PositionReferenceIndicator": "",
         "Manufacturer": MANUFACTURER,
         "ManufacturerModelName": MANUFACTURER,
-        "SoftwareVersions": metadata.version("ccella-fast"),
+        "SoftwareVersions": ccella_fast.__version__,
         # Image
         "SOPClassUID": _MR_IMAGE_STORAGE,
         "SyntheticData": "YES",

@@ -12,6 +12,7 @@ from ccella_fast.config import ModelConfig
 from ccella_fast.errors import ConfigError
 from ccella_fast.foreign_errors import is_out_of_memory
 from ccella_fast.hardware import free_memory
+from ccella_fast.quantities import format_bytes
 from ccella_fast.sampling.conditioning import CACHE_BYTES
 
 _FP32 = 4
@@ -52,7 +53,7 @@ def check_memory(needed: int, device: torch.device, what: str) -> None:
     """
     free = free_memory(device)
     if needed > free:
-        estimate, available = f"{needed / 2**30:.1f} GiB", f"{free / 2**30:.1f} GiB"
+        estimate, available = format_bytes(needed), format_bytes(free)
         why = f"{what} needs about {estimate} in addition to the weights, but only {available} are free"
         raise ConfigError(why, field="batch_size", fix=_LESS)
 
@@ -66,7 +67,7 @@ def out_of_memory(what: str, needed: int | None = None, *, fix: str = _LESS) -> 
         needed: the estimate of its size in bytes, if there is one.
         fix: what to do.
     """
-    what += "" if needed is None else f" (estimated: {needed / 2**30:.1f} GiB in addition to the weights)"
+    what += "" if needed is None else f" (estimated: {format_bytes(needed)} in addition to the weights)"
     try:
         yield
     except Exception as bad:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.errors import ConfigError, did_you_mean
+from ccella_fast.quantities import counted
 from ccella_fast.sampling import dicom_output
 from ccella_fast.sampling.request import CLASSES
 from ccella_fast.storage import atomic_folder, atomic_path, check_writable, json_text, read_json
@@ -170,7 +171,7 @@ class OutputWriter:
         """How a volume was generated, in a sentence for its DICOM files."""
         request, seed = self.request_metadata, output.seed
         weights = f"weights {request.get('weights_sha256') or 'in memory'}"
-        how = f"{request['num_inference_steps']} steps of {request['solver']}, seed {seed}, {weights}"
+        how = f"{counted(request['num_inference_steps'], 'step')} of {request['solver']}, seed {seed}, {weights}"
         return (
             f"Synthetic image: generated from noise by the diffusion model {request['variant']} of ccella_fast, {how}"
         )
@@ -196,7 +197,7 @@ class OutputWriter:
             if not isinstance(content, dict) or content.get("identity") != identities[sidecar.name]:
                 foreign.add(path)
         if foreign:
-            why = f"this folder contains {len(foreign)} files of another request's samples"
+            why = f"this folder contains {counted(len(foreign), 'file')} of another request's samples"
             raise ConfigError(why, path=min(foreign), fix="choose another --out, or add --overwrite")
         return [
             output
@@ -234,9 +235,8 @@ class Result:
             if volumes is None
             else f"{', '.join(self.writer.sequences)}, {_times(volumes.shape[2:])} voxels"
         )
-        return (
-            f"Result({len(self.seeds)} volumes, {size}, latents {_times(self.latents.shape[1:])}, seeds {self.seeds})"
-        )
+        count, latents = counted(len(self.seeds), "volume"), _times(self.latents.shape[1:])
+        return f"Result({count}, {size}, latents {latents}, seeds {self.seeds})"
 
     writing = DeprecatedAttribute("writer")
     jobs = DeprecatedAttribute("outputs")

@@ -22,6 +22,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import ccella_fast
 from ccella_fast.checkpoint import publish_checkpoint, step_folder, write_manifest
 from ccella_fast.config import Config
 from ccella_fast.errors import CheckpointError, DiskError
@@ -130,7 +131,9 @@ def save_checkpoint(
             write_json(partial / "training_state.json", state)
             if vae is not None:
                 shutil.copytree(vae, partial / "vae")
-            versions = {name: metadata.version(name) for name in ("ccella-fast", "torch", "deepspeed")}
+            versions = {name: metadata.version(name) for name in ("torch", "deepspeed")} | {
+                "ccella-fast": ccella_fast.__version__
+            }
             write_manifest(partial, step=step, world_size=dist.get_world_size(), versions=versions)
             publish_checkpoint(partial, final, keep=config.training.checkpoints_total_limit)
     except (OSError, DiskError) as error:

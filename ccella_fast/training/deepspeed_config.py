@@ -113,6 +113,8 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"this DeepSpeed file cannot be read: {why}", path=path, fix="check the path") from None
     except RecursionError:
         raise ConfigError("this DeepSpeed file is nested too deeply", path=path, fix="correct the file") from None
+    except OverflowError:
+        raise ConfigError("this DeepSpeed file has a number that is too large", path=path, fix="correct it") from None
     except hjson.HjsonDecodeError as bad:
         where = f"line {bad.lineno}, column {bad.colno}"
         raise ConfigError(f"malformed JSON at {where}: {bad.msg}", path=path, fix="correct the file there") from None

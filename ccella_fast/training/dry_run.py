@@ -13,8 +13,8 @@ import torch
 from ccella_fast.config import Config
 from ccella_fast.data.loading.dataset import PreparedDataset
 from ccella_fast.data.manifest import Manifest
-from ccella_fast.hardware import gib
 from ccella_fast.models import build_model
+from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.training import distributed
 from ccella_fast.training.activation_memory import activation_bytes
 from ccella_fast.training.run import RunPlan, flatten, make_run_plan
@@ -128,8 +128,12 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
     default = flatten(Config().dump())
     changed = {key: value for key, value in flatten(plan.config.dump()).items() if value != default[key]}
     states = sum(size for name, size in memory.items() if not name.startswith("activations"))
-    kept = memory["activations_reason"] or f"{gib(memory['activations'])} kept for the backward pass of a micro-batch"
+    kept = (
+        memory["activations_reason"]
+        or f"{format_bytes(memory['activations'])} kept for the backward pass of a micro-batch"
+    )
     counts = lambda numbers: ", ".join(f"{number} {name}" for name, number in numbers.items())  # noqa: E731
+    batch = counted(run["batch"], "study", "studies")
     mm, grid = " x ".join(f"{size:g}" for size in data["spacing"]), " x ".join(map(str, data["dim"]))
     rows = [
         *((key, json.dumps(value)) for key, value in changed.items()),
@@ -139,17 +143,18 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
                         f"{data['augmented_copies']} augmented copies each"),
         ("classes of train", counts(data["classes_of_train"])),
         ("grid", f"{', '.join(data['sequences'])}: {grid} voxels of {mm} mm"),
-        ("text encoder", f"{data['encoder'] or 'none'}, {data['truncated_reports']} reports truncated"),
+        ("text encoder", f"{data['encoder'] or 'none'}, truncated reports: {data['truncated_reports']}"),
         ("", ""),
         ("model", f"{facts['variant']}, {facts['parameters']:,} parameters"),
-        ("length", f"{run['steps']} steps of {run['batch']} studies, {run['epochs']:g} epochs"),
-        ("training", f"{run['processes']} processes, {run['precision']}, ZeRO {run['zero_stage']}, "
+        ("length", f"{counted(run['steps'], 'step')} of {batch}, epochs: {run['epochs']:g}"),
+        ("training", f"{counted(run['processes'], 'process', 'processes')}, {run['precision']}, ZeRO {run['zero_stage']}, "
                      f"gradients clipped to {run['gradient_clipping']:g}"),
         ("", ""),
-        ("memory per process", f"{gib(states)} for weights, gradients, optimizer and averages"),
-        *((f"  {name}", gib(size)) for name, size in memory.items() if not name.startswith("activations")),
+        ("memory per process", f"{format_bytes(states)} for weights, gradients, optimizer and averages"),
+        *((f"  {name}", format_bytes(size)) for name, size in memory.items() if not name.startswith("activations")),
         ("  activations", kept),
-        ("disk", f"{gib(disk['checkpoint'])} per checkpoint, at most {disk['most_checkpoints']} checkpoints"),
+        ("disk", f"{format_bytes(disk['checkpoint'])} per checkpoint, "
+                 f"at most {counted(disk['most_checkpoints'], 'checkpoint')}"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]

@@ -66,7 +66,7 @@ def build_engine(
     with device:
         model = build_model(config)
     if training.activation_checkpointing:
-        model.set_activation_checkpointing(_checkpoint_function(deepspeed_values.get("activation_checkpointing")))
+        model.set_activation_checkpointing(checkpoint_function(deepspeed_values.get("activation_checkpointing")))
     settings: dict[str, Any] = {
         "lr": training.lr,
         "betas": training.adam_betas,
@@ -150,7 +150,7 @@ def _stage_0_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
     return {parameter: parameter for parameter in engine.module.parameters()}
 
 
-def _checkpoint_function(section: dict[str, Any] | None) -> Any:
+def checkpoint_function(section: dict[str, Any] | None) -> Any:
     """The function for activation checkpointing: torch's, or DeepSpeed's if the user's file has a section for it."""
     if section is None:
         return functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)

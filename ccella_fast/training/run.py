@@ -21,6 +21,7 @@ from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataEr
 from ccella_fast.folder_kinds import check_folder, check_output, wrong_folder
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.foreign_errors import translate
+from ccella_fast.quantities import counted
 from ccella_fast.storage import disk_error, remove_partial_files, sha256, write_json
 from ccella_fast.training.deepspeed_config import merge_deepspeed_config
 
@@ -121,7 +122,7 @@ def train(
             state = read_state(start)
             check_unchanged(plan, start, state)
             if state["step"] >= plan.total_steps:
-                logger.info("%s is complete (%d steps), nothing to do", run, plan.total_steps)
+                logger.info("%s is complete (%s), nothing to do", run, counted(plan.total_steps, "step"))
                 return 0
         return _train(plan, refusal)
 

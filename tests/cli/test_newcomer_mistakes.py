@@ -29,7 +29,7 @@ with lock_folder(sys.argv[1], "another command", name=sys.argv[2]):
 ROWS = {
     "training without classes and reports": (
         "train --config {config} --data {no_table} --output_dir {tmp}/out", 3,
-        ["none of 5 training studies has a class", "pirads", "--allow no_class --allow no_reports"],
+        ["none of the training studies has a class", "pirads", "--allow no_class --allow no_reports"],
     ),
     "dry run without classes and reports": (
         "train --config {config} --data {no_table} --output_dir {tmp}/out --dry-run", 3, ["no_class", "no_reports"],

@@ -91,16 +91,21 @@ def test_a_corrupt_newest_checkpoint_is_passed_over_with_a_warning(run, caplog):
         newest_checkpoint(run)
 
 
-def test_an_empty_folder_and_a_file_outside_are_refused(run, tmp_path):
+def test_an_empty_folder_is_refused(run, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="this is an empty folder, not a checkpoint") as caught:
         load_checkpoint(tmp_path / "empty")
     assert caught.value.fix == f"give {run}"
+
+
+@pytest.mark.parametrize("name", ["../../../outside", "/etc/hostname", "x" * 256, "x/" * 2500, "a\0b", ""])
+def test_a_file_that_cannot_be_in_the_checkpoint_is_refused(run, name):
     manifest = read_json(step(run, 6) / "manifest.json")
-    manifest["files"]["../../../outside"] = manifest["files"]["model.safetensors"]
+    manifest["files"][name] = manifest["files"]["model.safetensors"]
     write_json(step(run, 6) / "manifest.json", manifest)
-    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+    with pytest.raises(CheckpointError, match="outside the checkpoint") as caught:
         verify_checkpoint(step(run, 6))
+    assert len(str(caught.value)) < 500
 
 
 def test_weights_that_the_manifest_does_not_list_are_not_loaded(run):

@@ -234,7 +234,7 @@ def test_full_disk_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(DiskError, match="GB are needed"):
+    with pytest.raises(DiskError, match="KiB are needed, but only 1000 bytes are free"):
         prepare(write_studies(tmp_path / "studies"), tmp_path / "out", config())
     assert not (tmp_path / "out").exists()
 

@@ -128,7 +128,7 @@ def test_what_is_not_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixt
         f"{root / 'sub-02/ses-b/anat'}: {words}: sub-02_ses-b_T1w.nii.gz",
         f"{root}: {words}: sub-03/, sub-04/",
         f"{root / 'sub-04/anat'}: {words}: sub-04_T1w.nii.gz",
-        f"{root / 'participants.tsv'}: 1 rows have no images: 'sub-0'",
+        f"{root / 'participants.tsv'}: rows without images: 1, 'sub-0'",
     ]
 
 

@@ -96,7 +96,11 @@ def test_no_table_at_all_and_studies_that_it_does_not_list(tmp_path: Path, caplo
     table = studies / "studies.csv"
     table.write_text("\n".join(table.read_text().splitlines()[:-1]) + "\n")
     prepare(studies, tmp_path / "out", config())
-    assert "not_in_table: 1 of 3 studies are not in the table" in caplog.text and "studies: case2" in caplog.text
+    assert (
+        "not_in_table: studies that are not in the table, and so have neither report nor class and the split train: 1 of 3"
+        in caplog.text
+        and "studies: case2" in caplog.text
+    )
     table.unlink()
     caplog.clear()
     prepare(studies, tmp_path / "out", config())

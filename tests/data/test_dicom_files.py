@@ -6,7 +6,7 @@ import gzip
 import os
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -229,12 +229,52 @@ def test_a_header_is_parsed_within_bounds(inserted: bytes, words: str, tmp_path:
     expect_defect(tmp_path, words, path)
 
 
-def test_a_deflated_file_is_not_inflated(tmp_path: Path):
-    path = write_slices(tmp_path)[2]
+def deflate(path: Path) -> None:
     dataset = pydicom.dcmread(path)
     dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     dataset.save_as(path)
-    expect_defect(tmp_path, "compressed as a whole", path)
+
+
+@pytest.mark.parametrize("numbers", [range(LAST + 1), [2]], ids=["all", "one"])
+def test_deflated_files_are_read(numbers: Iterable[int], tmp_path: Path):
+    paths = write_slices(tmp_path)
+    expected = read_dicom_series(tmp_path)
+    for number in numbers:
+        deflate(paths[number])
+    volume = read_dicom_series(tmp_path)
+    np.testing.assert_array_equal(volume.array, expected.array)
+    np.testing.assert_array_equal(volume.affine, expected.affine)
+    assert volume.notes == expected.notes
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda content: content[:-40], "its compressed part does not end"),
+        (lambda content: content + b"more", "it goes on after the end of its compressed part"),
+        (lambda content: content[:360] + b"\xff" * 20 + content[380:], "damaged|cut off"),
+        (lambda content: content.replace(b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"), "DICOM"),
+        (lambda content: content.replace(b"UL\4\0", b"UN\4\0", 1), "not in its meta information"),
+    ],
+    ids=["cut", "longer", "changed", "called explicit", "no length"],
+)
+def test_a_damaged_deflated_file_is_named(damage: Callable[[bytes], bytes], words: str, tmp_path: Path):
+    path = write_slices(tmp_path)[LAST]
+    deflate(path)
+    path.write_bytes(damage(path.read_bytes()))
+    expect_defect(tmp_path, words, path)
+
+
+def test_deflated_files_share_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    paths = write_slices(tmp_path)
+    meta = 144 + pydicom.dcmread(paths[0]).file_meta.FileMetaInformationGroupLength
+    size = paths[0].stat().st_size - meta  # about that of each
+    monkeypatch.setattr(dicom_files, "MAX_INFLATED", 3 * size + size // 2)
+    for path in paths[:3]:
+        deflate(path)
+    read_dicom_series(tmp_path)
+    deflate(paths[3])
+    expect_defect(tmp_path, "inflates to more than", paths[3])
 
 
 def test_too_many_bytes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -150,7 +150,10 @@ def test_what_is_not_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixt
 def test_the_warnings_are_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     touch(tmp_path, *(f"p{number:03}/{name}.nii.gz" for number in range(30) for name in ("t2w", "sag", "cor")))
     assert len(found(tmp_path)) == 30
-    assert len(caplog.records) == 21 and "10 more folders hold 20 files" in caplog.records[-1].getMessage()
+    assert (
+        len(caplog.records) == 21
+        and "files and folders that are not read in 10 more folders: 20" in caplog.records[-1].getMessage()
+    )
 
 
 def test_images_of_other_names_are_named_when_no_study_is_found(tmp_path: Path):

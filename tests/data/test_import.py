@@ -163,10 +163,10 @@ def test_reports_scores_and_splits_are_in_the_table(imported: Imported):
 
 def test_what_could_not_be_matched_or_read_is_counted_by_new_id(imported: Imported):
     said = "\n".join(imported.records)
-    assert "1 reports have an id that is not an accession number" in said
-    assert f"1 studies have no report: {imported.ids[imported.studies[-1].uid]}" in said
+    assert "reports with an id that is not an accession number" in said
+    assert f"studies without a report: 1, {imported.ids[imported.studies[-1].uid]}" in said
     assert (
-        f"1 reports state no certain PI-RADS score (see reports.csv): {imported.ids[imported.studies[1].uid]}" in said
+        f"reports without a certain PI-RADS score (see reports.csv): 1, {imported.ids[imported.studies[1].uid]}" in said
     )
 
 

@@ -143,6 +143,20 @@ def test_unknown_codes_of_the_orientation_raise(tmp_path: Path, name: str, code:
     expect_defect(path, f"{name} is {code}, but 0 to 5 is expected")
 
 
+@pytest.mark.parametrize("slope", [0, -0.0, np.nan, np.inf])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "float32", "float64"])
+def test_without_a_valid_slope_the_values_are_not_scaled(tmp_path: Path, dtype: str, slope: float):
+    """As the format says for a slope of 0, whatever the intercept; nibabel reads one that is not finite in the same way."""
+    path = patch_header(
+        write_nifti(tmp_path / "t2w.nii", (voxels() % 200).astype(dtype)), 112, struct.pack("<2f", slope, 7)
+    )
+    truth = nibabel.as_closest_canonical(nibabel.load(path)).get_fdata(dtype=np.float32)
+    np.testing.assert_array_equal(read_volume(path).array, truth)
+    np.testing.assert_array_equal(truth, place_in_ras(voxels() % 200))
+    scaled = patch_header(path, 112, struct.pack("<2f", 2, 7))
+    np.testing.assert_array_equal(read_volume(scaled).array, 2 * truth + 7)
+
+
 @pytest.mark.parametrize("intercept", [np.nan, np.inf])
 def test_a_slope_without_a_finite_intercept_raises(tmp_path: Path, intercept: float):
     path = patch_header(write_nifti(tmp_path / "t2w.nii"), 112, struct.pack("<2f", 1, intercept))

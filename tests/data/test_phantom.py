@@ -79,7 +79,7 @@ def test_header_is_marked_synthetic_and_oblique(studies: Path):
     for row in read_rows(studies):
         image = nibabel.load(studies / row["case"] / "t2w.nii.gz")
         assert row["synthetic"] == "yes"
-        assert image.header["descrip"].item() == b"ccella_fast phantom 2 (synthetic)"
+        assert image.header["descrip"].item() == b"ccella_fast phantom 3 (synthetic)"
         (qform, q_code), (sform, s_code) = image.get_qform(coded=True), image.get_sform(coded=True)
         assert q_code == s_code == 1
         np.testing.assert_allclose(qform, sform, atol=1e-4)
@@ -168,21 +168,90 @@ def test_gland_volume_and_psa_are_plausible_together(many_rows: list[dict[str, s
     assert all(0.02 < value < 0.8 for values in density.values() for value in values)
 
 
+def canvas(seed: int = 0, fill: float = 0.0) -> phantom.Canvas:
+    """An upright grid of 0.8 x 0.8 x 3 mm around the prostate, without noise."""
+    axes = [(np.arange(n) - n / 2) * step for n, step in zip(phantom.SIZE, (0.8, 0.8, 3.0), strict=True)]
+    grid = np.meshgrid(*(axis.astype(np.float32) for axis in axes), indexing="ij")
+    empty = phantom.Canvas(np.random.default_rng(seed), *grid)
+    empty.image += np.float32(fill)
+    return empty
+
+
+@pytest.fixture(scope="module")
+def drawn_lesions() -> list[tuple[phantom.Patient, phantom.Canvas, np.ndarray]]:
+    """40 patients with a lesion, each with its canvas and the voxels where the lesion covers at least half."""
+    found = []
+    for index in range(40):
+        patient = phantom._draw_patient(np.random.default_rng([3, index]), positive=True)
+        blank = canvas(index, fill=1.0)
+        phantom._draw_lesion(blank, patient)
+        found.append((patient, blank, blank.image < (1 + np.median(blank.image[blank.image < 0.5])) / 2))
+    return found
+
+
+def largest_axial_diameter(mask: np.ndarray, spacing: float) -> float:
+    """As a radiologist measures: the longest straight line in one axial slice, to the outer edges of its voxels."""
+    angles = np.deg2rad(np.arange(0, 180, 3))
+    directions = np.stack([np.cos(angles), np.sin(angles)])
+    slices = [np.argwhere(mask[..., k]) @ directions for k in range(mask.shape[2]) if mask[..., k].any()]
+    return max(float(np.ptp(extents, axis=0).max()) for extents in slices) * spacing + spacing / 2
+
+
+def test_lesions_are_drawn_with_the_size_side_level_and_zone_of_the_report(drawn_lesions):
+    seen = set()
+    for patient, c, lesion in drawn_lesions:
+        facts, half = patient.findings, patient.prostate
+        size = largest_axial_diameter(lesion, 0.8)
+        assert -1.4 < size - facts.size_mm < 1.8, facts  # category 3 has an indistinct margin
+        assert (facts.pirads == 5) == (size >= 15), (facts, size)
+        to_side = c.x * (1 if facts.side == "left" else -1)
+        assert (to_side[lesion] > 0).mean() > 0.85, facts
+        height = c.z[lesion].mean() / half[2]
+        assert facts.level == ("apex" if height < -1 / 3 else "base" if height > 1 / 3 else "mid"), facts
+        # The transition zone is darker than the peripheral zone: 0.34 and 0.72 on average.
+        gland = canvas()
+        phantom._draw_prostate(gland, patient)
+        assert ((gland.image[lesion] < 0.55).mean() > 0.7) == (facts.zone == "TZ"), facts
+        assert ((gland.image[lesion] > 0.55).mean() > 0.5) == (facts.zone == "PZ"), facts
+        seen.add((facts.zone, facts.pirads, facts.level))
+    assert len(seen) > 12
+
+
+def test_a_lesion_across_the_capsule_is_smaller_than_reported(drawn_lesions):
+    """Negative control of the test above: this is how large lesions were drawn before they followed the capsule."""
+    sizes = []
+    for patient, c, _ in drawn_lesions:
+        if patient.findings.pirads == 5 and patient.findings.zone == "PZ":
+            c.image[:] = 1
+            phantom._draw_lesion(c, patient._replace(turn=patient.turn + np.pi / 2))
+            lesion = c.image < (1 + np.median(c.image[c.image < 0.5])) / 2
+            sizes.append(largest_axial_diameter(lesion, 0.8) - patient.findings.size_mm)
+    assert min(sizes) < -2
+
+
+def test_the_gland_has_the_volume_of_the_report(drawn_lesions):
+    """The voxels between the dark capsule on both sides; 0.52 x length x width x height is the volume of an ellipsoid."""
+    ratios = []
+    for index, (patient, _, _) in enumerate(drawn_lesions[:12]):
+        gland = canvas(index, fill=1.0)
+        phantom._draw_prostate(gland, patient)
+        dark = gland.image < 0.3
+        within = np.maximum.accumulate(dark, axis=0) & np.maximum.accumulate(dark[::-1], axis=0)[::-1]
+        ratios.append(within.sum() * 0.8 * 0.8 * 3 / 1000 / patient.findings.volume_ml)
+    assert min(ratios) > 0.95 and max(ratios) < 1.05
+
+
 def test_category_2_darkens_the_peripheral_zone_on_both_sides():
-    rng = np.random.default_rng([0, 2])
-    patient = phantom._draw_patient(rng, positive=False)
-    grid = np.meshgrid(
-        *[(np.arange(n) - n / 2) * step for n, step in zip(phantom.SIZE, (0.8, 0.8, 3), strict=True)], indexing="ij"
-    )
+    patient = phantom._draw_patient(np.random.default_rng([0, 2]), positive=False)
     images = {}
     for score in (1, 2):
-        canvas = phantom.Canvas(np.random.default_rng(0), *(axis.astype(np.float32) for axis in grid))
-        phantom.draw_phantom(canvas, patient._replace(findings=patient.findings._replace(pirads=score)))
-        images[score] = canvas.image
+        drawn = canvas()
+        phantom.draw_phantom(drawn, patient._replace(findings=patient.findings._replace(pirads=score)))
+        images[score] = drawn.image
     change = images[2] - images[1]
     left, right = change[96:].min(), change[:96].min()
     assert left < -0.1 and right < -0.1 and change.max() < 0.02
-    assert (change < -0.05).sum() < 0.1 * (np.abs(grid[0]) < 30).sum()  # a part of the gland, not all of it
+    assert (change < -0.05).sum() < 0.1 * (np.abs(drawn.x) < 30).sum()  # a part of the gland, not all of it
 
 
 def test_proportions_of_splits_classes_and_missing_values(many_rows: list[dict[str, str]]):

@@ -27,21 +27,32 @@ def adc() -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("scale", "words"),
-    [(1e-3, "multiply by 1000"), (1e-6, "multiply by 1e\\+06"), (10, "multiply by 0.1"), (1e3, "multiply by 0.001")],
-)
-def test_adc_in_other_units_is_refused_with_the_factor(scale: float, words: str, tmp_path: Path):
+    ("scale", "unit"),
+    [
+        (1e-12, "m2/s"), (1e-8, "cm2/s"), (1e-6, "mm2/s"), (1e-5, "1e-1 mm2/s"), (1e-4, "1e-2 mm2/s"), (1e-3, "1e-3 mm2/s"),
+        (1e-2, "1e-4 mm2/s"), (0.1, "1e-5 mm2/s"), (10, "1e-7 mm2/s"), (100, "1e-8 mm2/s"), (1e3, "1e-9 mm2/s"),
+        (1e6, "1e-12 mm2/s"),
+    ],
+)  # fmt: skip
+def test_adc_in_other_units_is_refused_with_the_factor(scale: float, unit: str, tmp_path: Path):
     volume = Volume(adc() * np.float32(scale), oblique())
-    with pytest.raises(DataError, match=words) as caught:
+    with pytest.raises(DataError, match=rf"looks like {unit}\)") as caught:
         check_intensities(volume, "adc", tmp_path)
-    factor = float(caught.value.fix.rpartition(" ")[2])
+    factor = float(caught.value.fix.rpartition("multiply by ")[2])
+    assert factor == pytest.approx(1 / scale)
     check_intensities(volume._replace(array=volume.array * np.float32(factor)), "adc", tmp_path)  # the factor is right
     check_intensities(volume, "t2w", tmp_path)  # control: no other sequence has a unit
 
 
 def test_adc_without_positive_voxels_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="no voxel of this ADC map is positive"):
+    with pytest.raises(DataError, match="positive voxels in the middle of this ADC map: none"):
         check_intensities(Volume(-adc(), oblique()), "adc", tmp_path)
+    gland = np.zeros(SHAPE, np.float32)
+    gland[18:22, 16:20, 7:11] = 1300
+    check_intensities(Volume(gland, oblique()), "adc", tmp_path)  # control: a map that is masked to an organ
+    single = np.where(np.arange(gland.size).reshape(SHAPE) == (20 * SHAPE[1] + 18) * SHAPE[2] + 9, gland, 0)
+    with pytest.raises(DataError, match="positive voxels in the middle of this ADC map: 1 of 6480"):
+        check_intensities(Volume(single, oblique()), "adc", tmp_path)
 
 
 @pytest.mark.parametrize("value", [1e30, -1e30, 1e8])
@@ -139,9 +150,24 @@ def test_real_series_are_plausible(real_data: Path):
     folder = real_data / "mri" / "prostatex-0000"
     for sequence in ("t2w", "hbv", "adc"):
         check_intensities(read_volume(folder / f"{sequence}.mha"), sequence, folder)
-    volume = read_volume(folder / "adc.mha")
-    with pytest.raises(DataError, match="multiply by 1000"):
-        check_intensities(volume._replace(array=volume.array / 1000), "adc", folder)
+
+
+def test_a_factor_of_ten_is_found_in_real_maps_and_any_part_of_them(real_data: Path):
+    """Also where the bladder or fat is most of what the field of view has: parts of half the width, of half the slices."""
+    folder = real_data / "mri" / "prostatex-0000"
+    for path in (folder / "adc.mha", folder / "resampled-by-picai_prep" / "adc.nii.gz"):
+        whole = read_volume(path)
+        size = np.array(whole.array.shape) // 2
+        for corner in np.ndindex(3, 3, 3):
+            start = np.array(corner) * size // 2
+            x, y, z = (slice(first, first + count) for first, count in zip(start, size, strict=True))
+            part = whole._replace(array=whole.array[x, y, z])
+            check_intensities(part, "adc", path)
+            for power in (-12, -6, -3, -2, -1, 1, 2, 3):
+                scaled = part._replace(array=part.array * np.float32(10.0**power))
+                with pytest.raises(DataError) as caught:
+                    check_intensities(scaled, "adc", path)
+                assert float(caught.value.fix.rpartition(" ")[2]) == pytest.approx(10.0**-power)
 
 
 def test_a_series_that_covers_half_of_the_grid_is_noted_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from ccella_fast.data.readers.discovery import find_studies
 from ccella_fast.data.readers.volume_file import FORMATS, read_volume
 from ccella_fast.errors import DataError
 from image_file_fixtures import write_image
-from study_fixtures import voxels, write_nifti
+from study_fixtures import voxels, write_nifti, write_studies
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d" * 32 + "\nsize 3635379\n"
 ANNEX = "/annex/objects/SHA256E-s3635379--" + "4d" * 32 + ".nii.gz\n"
@@ -61,3 +62,31 @@ def test_pointers_among_the_files_of_a_volume(tmp_path: Path):
     folder.mkdir()
     (folder / "0.dcm").write_text(ANNEX)
     expect_pointer(folder, "git-annex", "git annex get", folder / "0.dcm")
+
+
+def test_tables_lists_and_reports_that_are_pointers(tmp_path: Path):
+    """The text of a pointer would be the report of a study, and a link to nothing no table at all."""
+    studies = write_studies(tmp_path / "studies")
+    table, report = studies / "studies.csv", studies / "r.txt"
+    content = table.read_text()
+    for pointer in (LFS, ANNEX):
+        report.write_text(pointer)
+        table.write_text("case,report_file\ncase0,r.txt\n")
+        expect_unread(studies, report)
+        table.write_text(pointer)
+        expect_unread(studies, table)
+        (tmp_path / "list.json").write_text(pointer)
+        expect_unread(tmp_path / "list.json", tmp_path / "list.json")
+    table.unlink()
+    table.symlink_to(".git/annex/objects/a/b/KEY/KEY")
+    expect_unread(studies, table)
+    table.unlink()
+    assert {study.report for study in find_studies(studies)} == {None}  # control: without a table
+    table.write_text(content)
+    assert {study.report for study in find_studies(studies)} != {None}
+
+
+def expect_unread(data: Path, pointer: Path) -> None:
+    with pytest.raises(DataError, match="is a pointer of .*: its data was not downloaded") as caught:
+        find_studies(data)
+    assert caught.value.path == str(pointer)

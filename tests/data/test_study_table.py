@@ -154,7 +154,7 @@ def test_an_id_that_a_spreadsheet_changed_is_recognized(tmp_path: Path, cell: st
 @pytest.mark.parametrize("name", ["01", "1", "sub-1", "SUB-01"])
 def test_participants_that_match_no_study_are_refused(tmp_path: Path, name: str):
     error = refuse(bids(tmp_path), f"participant_id\tpirads\n{name}\t4\n{name}x\t2\n", "participants.tsv")
-    assert error.why.startswith(f"none of the 2 rows names a study of this folder; the first names '{name}'")
+    assert error.why.startswith(f"no row names a study of this folder; the first of 2 names '{name}'")
     assert "did you mean 'sub-01'?" in error.fix
 
 
@@ -164,7 +164,7 @@ def test_rows_without_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptu
     studies = read(bids(tmp_path, "sub-01/ses-1", "sub-01/ses-2", "sub-02/ses-1"), table, "participants.tsv")
     assert [study.pirads for study in studies.values()] == [[0, 1], [0, 1], None]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'participants.tsv'}: 4 rows have no images: 'sub-07', a text of 41 characters, 'sub-09' and 1 more",
+        f"{tmp_path / 'participants.tsv'}: rows without images: 4, 'sub-07', a text of 41 characters, 'sub-09' and 1 more",
     ]
 
 
@@ -211,7 +211,11 @@ BROKEN = {
     "text after a quote": (f'case,report\n0001,x\n0002,"a" {SECRET}\n', "line 3", "expected after"),
     "a quote closed lines later": (f'case,report\n0001,"{SECRET}\nb\nc" d\n0002,x\n', "line 2", "expected after"),
     "too many cells": (f"case,report\n0001,x\n0002,a,{SECRET}\n", "line 3", "has 3 cells, but the table has 2"),
-    "too few cells": (f'case,report\n0001,"a\nb"\n0002\n"{SECRET}"\n', "line 4", "has 1 cells"),
+    "too few cells": (
+        f'case,report\n0001,"a\nb"\n0002\n"{SECRET}"\n',
+        "line 4",
+        "has 1 cell, but the table has 2 columns",
+    ),
 }
 
 

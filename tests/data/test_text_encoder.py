@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ccella_fast.config import TextConfig
 from ccella_fast.data import text_encoder
 from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.errors import ConfigError
-from study_fixtures import write_bert
+from study_fixtures import config, write_bert
 
 HOUSE = "translate English to German: The house is wonderful."
 HOUSE_IDS = [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5, 1]  # data/README.md
@@ -179,3 +180,29 @@ def test_unsuitable_encoder_or_setting_raises(bert: Path, tmp_path: Path):
         encoder(pickled).encode(["x"])
     with pytest.raises(ValueError, match="float16"):
         TextConfig(dtype="float16")
+
+
+DAMAGE = {
+    "no word": ("vocab.txt", lambda content: b""),
+    "not UTF-8": ("vocab.txt", lambda content: b"\xff\xfe" + content),
+    "more words than the model": ("vocab.txt", lambda content: content + b"further\n"),
+    "a word twice": ("vocab.txt", lambda content: content.replace(b"word\n", b"no\nword\n")),
+    "no weights": ("model.safetensors", lambda content: b""),
+    "cut": ("model.safetensors", lambda content: content[: len(content) // 2]),
+    "other sizes": (
+        "config.json",
+        lambda content: content.replace(b'"intermediate_size": 64', b'"intermediate_size": 65'),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_encoder_is_refused(tmp_path: Path, name: str, change: Callable[[bytes], bytes]):
+    """Libraries raise other classes for each of these, some of them plain Exception."""
+    folder = write_bert(tmp_path / "bert")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(change(content))
+    assert (folder / name).read_bytes() != content
+    with pytest.raises(ConfigError) as caught:
+        TextEncoder(config(encoder=folder).text).encode(["lesion of 4 mm further start"])
+    assert caught.value.field == "text.encoder" and caught.value.path == str(folder)

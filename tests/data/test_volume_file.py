@@ -297,6 +297,8 @@ HEADER = [
     ("absurd size", 40, struct.pack("<8h", 3, 32767, 32767, 32767, 1, 1, 1, 1), "claims a size"),
     ("negative size", 40, struct.pack("<8h", 3, -5, 36, 18, 1, 1, 1, 1), "claims a size"),
     ("smaller than its data", 40, struct.pack("<8h", 3, 4, 4, 4, 1, 1, 1, 1), "more data than its header"),
+    ("in metres", 123, b"\x01", "in metres, but mm is expected"),
+    ("in micrometres and seconds", 123, b"\x0b", "in micrometres, but mm is expected"),
     ("RGB", 70, struct.pack("<2h", 128, 24), "plain numbers"),
     ("complex", 70, struct.pack("<2h", 32, 64), "plain numbers"),
     ("unknown type", 70, struct.pack("<2h", 77, 16), "unknown data type"),

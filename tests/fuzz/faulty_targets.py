@@ -11,7 +11,7 @@ import numpy as np
 
 from ccella_fast.errors import DataError
 from mutations import Mutation
-from targets import CANARY, Content, Target
+from target import CANARY, Content, Target
 
 
 def _crash(folder: Path) -> Content:

@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests" / "fixtures"), st
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from harness import FAILURES, Result, run_command, run_inputs, save, tally  # noqa: E402
+from harness import FAILURES, VALID, Result, run_command, run_inputs, save, tally  # noqa: E402
 from targets import TARGETS  # noqa: E402
 
 OUT = ROOT / "out" / "fuzz"
@@ -64,7 +64,8 @@ def main() -> int:
             count = round(TARGETS[name].count * arguments.share * arguments.commands)
             if TARGETS[name].command is not None:
                 # Indices that no other part of the run has used.
-                jobs += [pool.submit(command, name, 10**6 + index) for index in range(count)]
+                indices = [VALID, *(10**6 + index for index in range(count))] if count else []
+                jobs += [pool.submit(command, name, index) for index in indices]
         for job in jobs:
             job.result()
     both = results | {f"{name}, command": each for name, each in commands.items() if each}

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,10 +26,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from targets import CANARY, Content, Target, valid_files, write_files
+from target import CANARY, Content, Target, valid_files, write_files
 
 SECONDS, BYTES, HANGS = 10, 2**30, 60  # of the CPU; above the memory before; of the clock
 LETTERS = 4000  # of a message
+_WRITING = threading.Lock()  # libraries such as transformers cannot be imported by two threads at a time
 FAILURES = (
     "internal",
     "crash",
@@ -40,7 +42,9 @@ FAILURES = (
     "leak",
     "long message",
     "wrote",
+    "valid refused",
 )
+VALID = -1  # the index of the input that is not damaged
 
 
 class Result(NamedTuple):
@@ -87,7 +91,8 @@ def run_inputs(
     targets = importlib.import_module(module).TARGETS
     for result in results:
         if keep is not None and result.outcome in FAILURES:
-            files = valid_files(targets[result.target])
+            with _WRITING:
+                files = valid_files(targets[result.target])
             write_files(
                 keep / result.target / str(result.index), mutate(targets[result.target], seed, result.index, files)[0]
             )
@@ -120,10 +125,21 @@ def judge(target: Target, folder: Path, base: Content, guarded: bool) -> tuple[s
 
 
 def run_command(target: Target, seed: int, index: int) -> Result:
-    """Try one input through the command that uses it: exit code, message, and nothing written if it is refused."""
+    """Try one input through the command that uses it: exit code, message, and nothing written if it is refused.
+
+    The input VALID must be accepted: a command that refuses everything would say nothing about damage.
+    """
+    result = _run_command(target, seed, index)
+    if index == VALID and result.outcome != "accepted":
+        return result._replace(outcome="valid refused")
+    return result
+
+
+def _run_command(target: Target, seed: int, index: int) -> Result:
     assert target.command is not None
-    files = valid_files(target)
-    changed, kind, _ = mutate(target, seed, index, files)
+    with _WRITING:
+        files = valid_files(target)
+    changed, kind, _ = (files, "none", False) if index == VALID else mutate(target, seed, index, files)
     with tempfile.TemporaryDirectory() as temporary:
         folder, out = Path(temporary) / "input", Path(temporary) / "out"
         write_files(folder, changed)

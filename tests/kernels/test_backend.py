@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -100,3 +101,16 @@ def test_torch_compile_evaluates_the_gpu_check_without_tracing_it(monkeypatch):
 
     compiled = torch.compile(function, backend="eager", fullgraph=True)
     assert "sm_75" in compiled(torch.ones(1))[1]
+
+
+def test_xformers_whose_compiled_part_does_not_load_is_unsupported(monkeypatch):
+    library = SimpleNamespace(_cpp_library_load_exception=None)
+    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(_cpp_lib=library))
+    monkeypatch.setitem(sys.modules, "xformers._cpp_lib", library)
+    monkeypatch.setattr(backend, "XFORMERS", True)
+    for failure, words in ((None, None), (OSError("libcudart.so.12"), "does not load with PyTorch")):
+        library._cpp_library_load_exception = failure
+        backend._unloadable_xformers_reason.cache_clear()
+        reason = backend.xformers_unsupported_reason(torch.device("cuda"), torch.bfloat16)
+        assert reason is None if words is None else words in reason
+    backend._unloadable_xformers_reason.cache_clear()

@@ -15,7 +15,7 @@ from ccella_fast.kernels.cross_attention import (
     cross_attention_op,
     cross_attention_reference,
 )
-from kernel_fixtures import DTYPES, check_fused, draw, labeled, on_gpu, repair_interpreter
+from kernel_fixtures import DTYPES, ROUNDINGS, check_fused, draw, labeled, on_gpu, repair_interpreter
 
 NAMES = ["y", "dx", "dk", "dv", "dln_weight", "dln_bias", "dw_q", "dw_out", "db_out"]
 
@@ -242,7 +242,9 @@ def test_compiled(heads, width, dtype):
     tensors = block(2, 1031, heads, 256, width, dtype)
     support = backend_support(torch.device("cuda"), dtype, channels=heads * width, head_width=width)
     for backend in (name for name, reason in support.items() if reason is None):
-        check_fused(on_gpu(fused(heads, backend)), on_gpu(plain(heads)), tensors, names=NAMES)
+        check_fused(
+            on_gpu(fused(heads, backend)), on_gpu(plain(heads)), tensors, names=NAMES, roundings=ROUNDINGS[dtype]
+        )
 
 
 @pytest.mark.gpu

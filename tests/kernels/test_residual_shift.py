@@ -8,7 +8,12 @@ import torch
 from ccella_fast.kernels import layout
 from ccella_fast.kernels import residual_shift as module
 from ccella_fast.kernels.backend import BackendError, choose
-from ccella_fast.kernels.residual_shift import backend_support, residual_shift, residual_shift_reference
+from ccella_fast.kernels.residual_shift import (
+    backend_support,
+    residual_shift,
+    residual_shift_,
+    residual_shift_reference,
+)
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
 from kernel_fixtures import DTYPES, LAYOUTS, channels_last, check_fused, draw, repair_interpreter, shape_id
 
@@ -31,7 +36,9 @@ def small_tiles(monkeypatch):
     """Small tiles, and a GPU so small that a program processes several of them."""
     monkeypatch.setattr(layout, "multiprocessor_count", lambda _: 2)
     for key, config in DEFAULT_LAUNCH_CONFIGS["residual_shift"].items():
-        monkeypatch.setitem(DEFAULT_LAUNCH_CONFIGS["residual_shift"], key, config._replace(constants={"TILE": 256}))
+        monkeypatch.setitem(
+            DEFAULT_LAUNCH_CONFIGS["residual_shift"], key, config._replace(constants={"TILE": 256, "STAGES": 2})
+        )
 
 
 def test_reference_equals_explicit_arithmetic():
@@ -66,6 +73,27 @@ def test_output_has_the_layout_of_h():
     assert fused(channels_last(h), residual, shift).stride() == channels_last(h).stride()
     torch.testing.assert_close(fused(h.transpose(2, 4), residual.transpose(2, 4), shift).transpose(2, 4),
                                residual_shift_reference(h, residual, shift))  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("last", LAYOUTS)
+def test_in_place_equals_out_of_place(last, backend):
+    """Also for a slab of the residual, which is dense with channels last only, and next to it nothing changes."""
+    h, volume, shift = draw(1, 8, 3, 2, 5).float(), draw(1, 8, 7, 2, 5, seed=1).float(), draw(8, seed=2).float()
+    h, volume = (channels_last(each) if last else each for each in (h, volume))
+    before = volume.clone()
+    residual_shift_(h, volume[:, :, 2:5], shift, backend=backend)
+    torch.testing.assert_close(volume[:, :, 2:5], residual_shift_reference(h, before[:, :, 2:5], shift))
+    assert torch.equal(volume[:, :, :2], before[:, :, :2]) and torch.equal(volume[:, :, 5:], before[:, :, 5:])
+    residual_shift_(volume.contiguous(), before, backend=backend)
+    assert not torch.equal(before, volume)
+    with pytest.raises(ValueError, match="must have the same shape"):
+        residual_shift_(h, volume, shift, backend=backend)
+
+
+def test_library_op_in_place():
+    h, residual = draw(1, 4, 3, 2).float(), channels_last(draw(1, 4, 3, 2, seed=1).float())
+    torch.library.opcheck(module._residual_shift_in_place_op, (h, residual, draw(4).float()))
 
 
 @pytest.mark.parametrize("shift", ["no_shift", "per_sample", "shared"])

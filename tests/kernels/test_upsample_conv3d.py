@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ccella_fast.kernels.backend import BackendError, choose
+from ccella_fast.kernels import upsample_conv3d as upsample
+from ccella_fast.kernels.backend import ENVIRONMENT, BackendError, choose
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
 from ccella_fast.kernels.upsample_conv3d import (
     MIN_PHASE_VOXELS,
     UpsampleConv3d,
     backend_support,
+    phase_weights,
     transposed_weight,
     upsample_conv3d,
     upsample_conv3d_phase,
@@ -147,6 +149,18 @@ def test_mismatched_shapes_raise(backend):
             upsample_conv3d(*wrong, backend=backend)
 
 
+def test_kept_phase_weights_are_in_the_order_that_the_kernel_reads(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "upsample_conv3d=triton")
+    module, kept = UpsampleConv3d(3).eval(), []
+    monkeypatch.setattr(upsample, "upsample_conv3d", lambda x, *args, phases, **options: kept.append(phases) or x)
+    with torch.no_grad():
+        module(draw(1, 3, 1, 1, 1, dtype=torch.float32))
+    (phases,) = kept
+    assert torch.equal(phases, phase_weights(module.weight))
+    read = phases.permute(0, 3, 4, 5, 2, 1)
+    assert read.is_contiguous() and not phase_weights(module.weight).permute(0, 3, 4, 5, 2, 1).is_contiguous()
+
+
 def test_backend_choice_by_size_and_by_name():
     x, weight, bias = case(1, 4, 4, (2, 2, 2), torch.float32)
     cpu = torch.device("cpu"), torch.float32
@@ -157,7 +171,9 @@ def test_backend_choice_by_size_and_by_name():
     assert choose("upsample_conv3d", backend_support(*cpu, voxels=1, phases_given=True)) == "phase"
     many = {"voxels": 10 * MIN_PHASE_VOXELS, "phases_given": False, "training": True}
     assert choose("upsample_conv3d", backend_support(*cpu, **many)) == "reference"
-    assert choose("upsample_conv3d", backend_support(torch.device("cuda"), torch.float32, **many)) == "phase"
+    gpu = torch.device("cuda")
+    assert choose("upsample_conv3d", backend_support(gpu, torch.float32, **many)) == "triton"
+    assert choose("upsample_conv3d", backend_support(gpu, torch.float64, **many)) == "phase"
     with pytest.raises(BackendError, match="upsample_conv3d does not have the backend 'sdpa'"):
         upsample_conv3d(x, weight, bias, backend="sdpa")
     with pytest.raises(BackendError, match="requested by argument, but float64 is not one of"):

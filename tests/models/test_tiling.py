@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
@@ -98,10 +96,10 @@ def test_comparison_detects_a_wrong_tiling(mistake, vae, theirs, monkeypatch):
     if mistake == "no halo":
         convolve = tiling._convolve_planes
 
-        def convolve_without_halo(conv, read, length, lo, hi):
+        def convolve_without_halo(conv, read, length, lo, hi, bias):
             if conv.kernel_size[0] == 3 and conv.stride[0] == 1:
-                return convolve(conv, lambda first, last: read(lo, hi), hi - lo, 0, hi - lo)
-            return convolve(conv, read, length, lo, hi)
+                return convolve(conv, lambda first, last: read(lo, hi), hi - lo, 0, hi - lo, bias)
+            return convolve(conv, read, length, lo, hi, bias)
 
         monkeypatch.setattr(tiling, "_convolve_planes", convolve_without_halo)
     z = draw(1, 3, 9, 3, 2)
@@ -200,7 +198,7 @@ def test_a_smaller_budget_is_respected_or_an_error(vae):
         decoded = vae.decode(z, memory=budget)
     assert allocations.peak < budget + 2**20  # small copies of the weights are not part of the plan
     torch.testing.assert_close(decoded, vae.decode(z), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ConfigError, match=r"single plane need 0\.00 GiB of memory, but at most 0\.00 GiB") as caught:
+    with pytest.raises(ConfigError, match=r"single plane need [\d.]+ MiB of memory, but at most 1000 bytes") as caught:
         vae.decode(z, memory=1000)
     assert "bf16" in str(caught.value)
 
@@ -222,9 +220,3 @@ def test_a_budget_requires_no_grad(vae):
         vae.decode(draw(1, 3, 5, 3, 2), memory=GIB)
     with torch.no_grad():
         vae.decode(draw(1, 3, 5, 3, 2), memory=GIB)
-
-
-def test_trilinear_upsampling_equals_torch():
-    x = draw(1, 3, 5, 4, 6)
-    expected = functools.partial(torch.nn.functional.interpolate, scale_factor=2.0, mode="trilinear")(x)
-    torch.testing.assert_close(tiling.upsample_trilinear(x), expected, rtol=1e-5, atol=1e-6)

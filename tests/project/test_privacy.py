@@ -13,12 +13,12 @@ import logging
 import os
 import struct
 import traceback
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from canary_fixtures import contents, spellings
 from ccella_fast import cli
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import DataError
@@ -53,30 +53,6 @@ class Journey:
         said, drawn = ("\n".join(texts).encode() for texts in (self.records, self.drawn))
         found += ["log"] if any(secret in said for secret in secrets) else []
         return found + (["pictures"] if any(secret in drawn for secret in secrets) else [])
-
-
-def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of every file; of a packed file also what is packed."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            name, content = path.relative_to(folder).as_posix(), path.read_bytes()
-            yield name, name.encode() + b"\n" + content
-            if content[:2] == b"\x1f\x8b":
-                yield name, gzip.decompress(content)
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    yield name, b"".join(archive.read(member) for member in archive.namelist())
-
-
-def spellings(text: str) -> list[bytes]:
-    """`text` as bytes: UTF-8 in three cases, UTF-16, hexadecimal, JSON's escapes, and base64 at its three offsets.
-
-    Short base64 strings are left out, because four characters can occur in the data of a picture by chance.
-    """
-    raw = text.encode()
-    packed = [base64.b64encode(bytes(shift) + raw)[4:-4] for shift in range(3)]
-    packed = [characters for characters in packed if len(characters) >= 8]
-    return [raw, text.upper().encode(), text.title().encode(), text.encode("utf-16-le"), raw.hex().encode(), *packed]
 
 
 def tokens(encoder: Path, report: str) -> list[bytes]:

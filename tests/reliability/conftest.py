@@ -1,9 +1,10 @@
-"""The fixture that records how a goal of docs/reference/reliability.md was met."""
+"""Fixtures: a record of how a goal of docs/reference/reliability.md was met; the log as it was before a command."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,13 @@ def goal() -> Callable[..., None]:
         assert value == target
 
     return record
+
+
+@pytest.fixture(autouse=True)
+def restored_log() -> Iterator[None]:
+    """Undo what a command that ran in this process has set."""
+    logger = logging.getLogger("ccella_fast")
+    handlers, level = logger.handlers, logger.level
+    yield
+    logger.handlers = handlers
+    logger.setLevel(level)

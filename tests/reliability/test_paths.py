@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def studies(tmp_path: Path) -> Path:
     return root
 
 
-def test_nothing_outside_the_folder_is_opened(studies: Path):
+def test_nothing_outside_the_folder_is_opened(studies: Path, goal: Callable[..., None]):
     """R10: at least 200 hostile entries of lists and tables, 0 files opened outside. The images that are accepted are read."""
     outside = studies.parent / "outside"
     targets = [outside / "t2w.nii.gz", outside / "report.txt", outside / "dicom"]
@@ -128,7 +129,7 @@ def test_nothing_outside_the_folder_is_opened(studies: Path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    print(f"GOAL R10 value={len(result['opened'])} target=0 n={result['count']}")
     assert result["opened"] == [] and result["count"] >= 200
     assert result["control"] == [str(outside / "t2w.nii.gz")], "the hook sees files outside"
     assert result["accepted"] >= 2, "entries that stay inside are accepted"
+    goal("R10", value=len(result["opened"]), target=0, n=result["count"])

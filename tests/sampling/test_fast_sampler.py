@@ -97,6 +97,21 @@ def test_precomputed_conditioning_is_exact(checkpoint):
             assert error(one, other) < 1e-6
 
 
+def test_a_single_prompt_is_stored_so_that_no_step_copies_its_shifts(checkpoint):
+    model, timesteps = make(checkpoint).model, torch.tensor([999, 3])
+    values = []
+    for batch_size in (1, 3):
+        cache = ConditioningCache(model, timesteps, batch_size=batch_size)
+        cache.set_prompts(PromptRows(text(3), torch.ones(1, 3), None, False, (0,)))
+        cache.prepare(0)
+        shifts, keys_values, _ = denoising._first_rows(cache.at(torch.tensor([1])), batch_size)
+        assert all(len(each) == batch_size and each.is_contiguous() for each in shifts)
+        assert all(torch.equal(each, each[:1].expand_as(each)) for each in shifts)
+        assert all(each.stride(0) == 0 or batch_size == 1 for pair in keys_values for each in pair)
+        values.append(torch.cat([each[0] for each in shifts]))
+    assert torch.equal(*values) and values[0].any()
+
+
 def test_the_size_of_the_window_changes_only_rounding(checkpoint, monkeypatch):
     request = {
         "reports": ["abc", "d"],
@@ -332,34 +347,6 @@ def test_captured_steps_equal_eager_ones(checkpoint, sampler, monkeypatch, extra
     assert torch.equal(captured.latents, eager.latents)
     assert len(recorders) == 1  # the second report replays the steps captured for the first
     assert recorders[0].captured == (1 if not extra else 4)
-
-
-@pytest.mark.gpu
-def test_on_cuda_a_replayed_step_equals_an_eager_one_without_synchronization(checkpoint):
-    request = {
-        "reports": ["abc", "d"],
-        "num_inference_steps": 12,
-        "solver": "ddpm",
-        "guidance_scale": 2.0,
-        "progress": False,
-    }
-    eager = make(checkpoint, device="cuda", optimizations=Optimizations(cuda_graph=False, overlap_decode=False))(
-        **request
-    )
-    sampler = make(checkpoint, device="cuda")
-    captured = sampler(**request)
-    assert error(captured.latents, eager.latents) < 1e-4 > error(captured.volumes, eager.volumes)
-    (loop,) = sampler._loops.values()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.no_grad():
-            loop._trajectory.index.zero_()
-            for i in range(12):
-                loop._trajectory.draw_noise(i)
-                loop._step(i)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_torch_compile_traces_the_whole_network(checkpoint, sampler, monkeypatch):

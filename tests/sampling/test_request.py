@@ -126,7 +126,7 @@ def test_the_estimate_bounds_the_peak_of_the_activations():
 
 def test_too_little_memory_raises_before_and_during_sampling(sampler, monkeypatch):
     with pytest.raises(
-        ConfigError, match="needs about .* GiB in addition to the weights, but only .* GiB are free"
+        ConfigError, match="needs about .* [GT]iB in addition to the weights, but only .* [MG]iB are free"
     ) as caught:
         sampler(reports=["abc"], num_inference_steps=2, latent_shape=(4, 4096, 4096, 4096), decode=False)
     assert all(remedy in caught.value.fix for remedy in ("batch_size", "bfloat16", "latent_shape"))

@@ -236,7 +236,7 @@ def test_too_little_memory_keeps_what_was_written(checkpoint, tmp_path, monkeypa
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="GiB in addition to the weights") as caught:
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="iB in addition to the weights") as caught:
         patch.setattr("ccella_fast.sampling.denoising.run_trajectory", full)
         draw(checkpoint, tmp_path / "out", reports=REPORTS)
     assert all(remedy in caught.value.fix for remedy in ("batch_size", "bfloat16", "latent_shape"))

@@ -78,7 +78,7 @@ def test_a_dry_run_reports_memory_and_disk_space(tmp_path):
     assert "6 steps" in text
     assert parameters > 30e6
     memory, disk = (2 + 2 + 8 + 4 + 4) * parameters, (2 + 8 + 4 + 4 + 4) * parameters + 3 * 2**30
-    assert re.search(rf"memory per process +{memory / 2**30:.2f} GiB", text)
+    assert re.search(rf"memory per process +{memory / 2**20:.0f} MiB", text)
     assert re.search(rf"disk +{disk / 2**30:.2f} GiB per checkpoint, at most 4 checkpoints", text)
     assert not (tmp_path / "run").exists()
 
@@ -141,7 +141,7 @@ def test_the_table_says_what_the_data_and_the_run_are(tmp_path):
     text = " ".join(describe_run(config, **arguments).split())
     for words in (
         "training.lr 0.002", "5 train; every file was checked", "5 used, 4 with a report", "2 neg, 2 pos, 1 unknown",
-        "t2w: 32 x 32 x 16 voxels of 0.5 x 0.5 x 0.5625 mm", "6 steps of 2 studies, 2.4 epochs", "clipped to 1",
+        "t2w: 32 x 32 x 16 voxels of 0.5 x 0.5 x 0.5625 mm", "6 steps of 2 studies, epochs: 2.4", "clipped to 1",
     ):  # fmt: skip
         assert words in text, (words, text)
     assert "training.weight_decay" not in text  # a default

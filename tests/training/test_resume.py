@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+import ccella_fast
 from ccella_fast.errors import CheckpointError, ConfigError
 from training_fixtures import losses, stage_id, start, train_here, write_config, write_prepared
 
@@ -166,3 +167,19 @@ def test_the_comparison_can_fail(uninterrupted, tmp_path, data):
     losses_a, hashes_a = fingerprint(tmp_path / "model")
     losses_b, hashes_b = fingerprint(uninterrupted)
     assert losses_a != losses_b and not set(hashes_a) & set(hashes_b)
+
+
+def test_a_checkout_that_is_not_installed_writes_checkpoints(tmp_path, data, monkeypatch):
+    from importlib import metadata
+
+    plain = metadata.version
+
+    def version(name):
+        if name.replace("_", "-") == "ccella-fast":
+            raise metadata.PackageNotFoundError(name)
+        return plain(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert train_here(tmp_path / "run", data, max_train_steps=1) == 0
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-00000001" / "manifest.json").read_text())
+    assert manifest["versions"]["ccella-fast"] == ccella_fast.__version__

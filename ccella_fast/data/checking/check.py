@@ -34,7 +34,8 @@ from ccella_fast.data.preparation.worker_pool import WorkerPool, count_workers
 from ccella_fast.data.readers.discovery import find_studies
 from ccella_fast.data.readers.study import Defects, Study
 from ccella_fast.errors import ConfigError, DataError
-from ccella_fast.hardware import free_memory, gib
+from ccella_fast.hardware import free_memory
+from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.storage import atomic_path, check_writable, existing_parent, write_json
 from ccella_fast.training.dry_run import checkpoint_bytes_per_parameter, memory_per_parameter
 
@@ -61,6 +62,8 @@ def check(
     test_data: str | Path | None = None,
     data_base_dir: str | Path | None = None,
     embedding_base_dir: str | Path | None = None,
+    follow_links: bool = False,
+    b_value: float | None = None,
     out: str | Path | None = None,
     allow: Sequence[str] = (),
     headers_only: bool = False,
@@ -75,6 +78,8 @@ def check(
         test_data: JSON list of the test split.
         data_base_dir: Folder that the image paths of a list are relative to.
         embedding_base_dir: Folder of the latents and text features that the reference implementation prepared.
+        follow_links: Whether series may be links to files or folders outside the data folder.
+        b_value: Which image to read of a diffusion series that holds several, in s/mm2; None reads that of the highest.
         out: Folder for check.json and check.html; None writes nothing.
         allow: Names of findings that do not count.
         headers_only: Whether only the headers of images are read. Damaged voxels and copies are not found then.
@@ -97,9 +102,14 @@ def check(
     if (data / NAME).is_file():
         checked = check_prepared(data, config)
     else:
-        lists = {"csv_file": csv, "test_data": test_data, "data_base_dir": data_base_dir}
-        lists["embedding_base_dir"] = embedding_base_dir
-        checked = check_studies(data, config, lists, headers_only=headers_only, workers=workers)
+        lists = {
+            "csv_file": csv,
+            "test_data": test_data,
+            "data_base_dir": data_base_dir,
+            "embedding_base_dir": embedding_base_dir,
+            "follow_links": follow_links,
+        }
+        checked = check_studies(data, config, lists, b_value=b_value, headers_only=headers_only, workers=workers)
     failed = [finding for finding in checked.findings if finding.severity == "error"]
     failed += stopping(checked.findings, allow)
     _print(checked, len(failed))
@@ -109,7 +119,13 @@ def check(
 
 
 def check_studies(
-    data: Path, config: Config, lists: dict[str, Any], *, headers_only: bool, workers: int | None
+    data: Path,
+    config: Config,
+    lists: dict[str, Any],
+    *,
+    b_value: float | None = None,
+    headers_only: bool,
+    workers: int | None,
 ) -> Checked:
     """Check a folder or list of studies.
 
@@ -117,6 +133,7 @@ def check_studies(
         data: The folder or list.
         config: The configuration.
         lists: Further arguments of `find_studies`.
+        b_value: Which image to read of a diffusion series that holds several.
         headers_only: Whether voxels are left alone.
         workers: Number of processes.
     """
@@ -139,7 +156,8 @@ def check_studies(
         findings.append(Finding.of_error(defect))
     findings += _imported_defects(with_latents, with_features, config)
     if len(with_latents) < len(studies):
-        facts, found = _examine_images(studies, facts, config, headers_only=headers_only, workers=workers)
+        tasks = _series_tasks(studies, config, b_value=b_value, headers_only=headers_only)
+        facts, found = _examine_images(studies, facts, tasks, config, workers=workers)
         findings += found
     findings += check_facts(facts, config) if facts else []
     findings += check_reports(studies, config)
@@ -194,21 +212,26 @@ def _imported_defects(with_latents: list[Study], with_features: list[Study], con
     return [Finding.of_error(defect) for defect in found]
 
 
+def _series_tasks(
+    studies: list[Study], config: Config, *, b_value: float | None, headers_only: bool
+) -> list[SeriesTask]:
+    """The files to read; those that are missing are findings of `missing_series`."""
+    tasks = []
+    for study in studies:
+        files: dict[str, Path] = {
+            name: study.files[name]
+            for name in config.data.sequences
+            if name in study.files and study.files[name].exists()
+        }
+        tasks.append(SeriesTask(study.id, files, config.data, headers_only, b_value))
+    return tasks
+
+
 def _examine_images(
-    studies: list[Study], facts: list[StudyFacts], config: Config, *, headers_only: bool, workers: int | None
+    studies: list[Study], facts: list[StudyFacts], tasks: list[SeriesTask], config: Config, *, workers: int | None
 ) -> tuple[list[StudyFacts], list[Finding]]:
     """The facts with those of the series, and what is wrong with the series."""
     findings = [Finding.of_error(defect) for defect in missing_series(studies, config.data.sequences).found]
-    names = config.data.sequences
-    tasks = [
-        SeriesTask(
-            study.id, {name: study.files[name] for name in names if name in study.files}, config.data, headers_only
-        )
-        for study in studies
-    ]
-    tasks = [
-        task._replace(files={name: path for name, path in task.files.items() if path.exists()}) for task in tasks
-    ]  # missing files are findings already
     bytes_each = bytes_needed(ImageTask("", {}, config.data, Path()))
     complete, notes = list(facts), list[Finding]()
     with (
@@ -259,21 +282,24 @@ def estimate_needs(
     checkpoints = config.training.checkpoints_total_limit + 1
     space = 0 if prepared else bytes_to_prepare(config, studies)
     run = parameters * checkpoint_bytes_per_parameter(config)
+    processes = counted(count_workers(max(1, studies), one), "process", "processes")
     model = parameters * sum(memory_per_parameter(config, 1).values())
     needs = [
-        ("preparing: disk", "done" if prepared else f"{gib(space)} for images and text features"),
-        ("preparing: memory", f"{gib(one)} per process, {count_workers(max(1, studies), one)} processes here"),
+        ("preparing: disk", "done" if prepared else f"{format_bytes(space)} for images and text features"),
+        ("preparing: memory", f"{format_bytes(one)} per process, {processes} here"),
         ("training: memory",
-         f"{gib(model)} for weights, gradients and optimizer; {parameters:,} parameters, and activations"),
-        ("training: disk", f"{gib(run)} per checkpoint, at most {checkpoints} checkpoints, and the autoencoder in each"),
-        ("this machine", f"{gib(memory)} of memory and {gib(disk)} of disk space are free"),
+         f"{format_bytes(model)} for weights, gradients and optimizer; {parameters:,} parameters, and activations"),
+        ("training: disk",
+         f"{format_bytes(run)} per checkpoint, at most {checkpoints} checkpoints, and the autoencoder in each"),
+        ("this machine", f"{format_bytes(memory)} of memory and {format_bytes(disk)} of disk space are free"),
     ]  # fmt: skip
     found = []
     if space + checkpoints * run > disk:
-        why = f"about {gib(space + checkpoints * run)} of disk space are needed, but {gib(disk)} are free next to the data"
+        needed = format_bytes(space + checkpoints * run)
+        why = f"about {needed} of disk space are needed, but {format_bytes(disk)} are free next to the data"
         found.append(Finding("disk_space", "warning", why, "free space, or write to another disk"))
     if max(one, model) > memory and not torch.cuda.is_available():
-        why = f"about {gib(max(one, model))} of memory are needed, but {gib(memory)} are free"
+        why = f"about {format_bytes(max(one, model))} of memory are needed, but {format_bytes(memory)} are free"
         found.append(Finding("memory", "warning", why, "train on a GPU, with ZeRO or a smaller model"))
     return needs, found
 

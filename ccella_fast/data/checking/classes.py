@@ -8,6 +8,7 @@ from ccella_fast.config import Config
 from ccella_fast.data.checking.findings import Finding, Severity
 from ccella_fast.data.checking.study_facts import StudyFacts
 from ccella_fast.data.readers.study import NEGATIVE, POSITIVE
+from ccella_fast.quantities import counted
 
 _FEW = 20  # training studies
 _RARE = 0.1  # share of the rarer class
@@ -37,7 +38,7 @@ def _number(train: list[StudyFacts], facts: Sequence[StudyFacts], tag: str | Non
     others = {name: sum(study.split == name for study in facts) for name in ("val", "test")}
     counts = ", ".join([f"{len(train)} train", *(f"{count} {name}" for name, count in others.items() if count)])
     tagged = "" if tag is None else f" (of them with the tag of data.dataset: {len(train)})"
-    found = [Finding("studies", "info", f"{len(facts)} studies: {counts}{tagged}")]
+    found = [Finding("studies", "info", f"{counted(len(facts), 'study', 'studies')}: {counts}{tagged}")]
     if len(train) < 2:
         why = f"{'one study is' if train else 'no study is'} in the training split: a model can only copy it"
         fix = "add studies, or correct the column split"
@@ -58,18 +59,18 @@ def _classes(train: list[StudyFacts], config: Config) -> list[Finding]:
     if not train:
         return found
     if not known:
-        why = f"none of {len(train)} training studies has a class (pirads)"
+        why = "none of the training studies has a class (pirads)"
         return [*found, Finding("no_class", stop, why, _class_fix(config))]
     rarest = min(counts, key=lambda name: counts[name])
     if counts[rarest] == 0:
         other = next(name for name in counts if name != rarest)
-        why = f"all {len(known)} training studies with a class are {other}; none is {rarest}"
+        why = f"all training studies with a class are {other} ({len(known)}); none is {rarest}"
         found.append(Finding("one_class", stop, why, _class_fix(config)))
     elif matters and counts[rarest] < _RARE * len(known):
-        why = f"only {counts[rarest]} of {len(known)} classes are {rarest}"
+        why = f"training studies with the class {rarest}: only {counts[rarest]} of {len(known)} that have one"
         found.append(Finding("rare_class", "warning", why, "add studies of this class"))
     if matters and len(known) < _MANY * len(train):
-        why = f"{len(train) - len(known)} of {len(train)} training studies have no class"
+        why = f"training studies without a class: {len(train) - len(known)} of {len(train)}"
         fix = "fill in the column pirads"
         found.append(Finding("few_classes", "warning", why, fix, _ids(train, "pirads")))
     return found
@@ -82,17 +83,15 @@ def _class_fix(config: Config) -> str:
 
 def _reports(train: list[StudyFacts], config: Config) -> list[Finding]:
     with_report = sum(study.report is not None for study in train)
-    found = [Finding("reports", "info", f"{with_report} of {len(train)} training studies have a report")]
+    found = [Finding("reports", "info", f"training studies with a report: {with_report} of {len(train)}")]
     if not config.model.traits.text or not train:
         return found
     if with_report == 0:
-        why = (
-            f"none of {len(train)} training studies has a report, but the variant {config.model.variant} reads reports"
-        )
+        why = f"none of the training studies has a report, but the variant {config.model.variant} reads reports"
         fix = "give studies.csv with a column report, or choose a variant without text, such as RADMAISI or MAISI"
         found.append(Finding("no_reports", "stop", why, fix))
     elif with_report < _MANY * len(train):
-        why = f"{len(train) - with_report} of {len(train)} training studies have no report"
+        why = f"training studies without a report: {len(train) - with_report} of {len(train)}"
         found.append(Finding("few_reports", "warning", why, "add the reports", _ids(train, "report")))
     return found
 

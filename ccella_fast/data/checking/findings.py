@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ccella_fast.errors import CcellaError, ConfigError, DataError, did_you_mean
+from ccella_fast.quantities import counted
 
 logger = logging.getLogger("ccella_fast")
 Severity = Literal["error", "stop", "warning", "info"]
@@ -82,7 +83,7 @@ def log_findings(findings: Iterable[Finding]) -> None:
     for finding in lines[:_SHOWN_LINES]:
         logger.warning("%s: %s%s", finding.name, finding.message, _ids(finding.studies, "; studies: "))
     if len(lines) > _SHOWN_LINES:
-        logger.warning("and %d more findings: see `ccella-fast check`", len(lines) - _SHOWN_LINES)
+        logger.warning("and %s: see `ccella-fast check`", counted(len(lines) - _SHOWN_LINES, "more finding"))
 
 
 def raise_if_stopped(findings: Iterable[Finding], allow: Sequence[str], path: Path) -> None:

@@ -11,11 +11,12 @@ import numpy as np
 from ccella_fast.config import DataConfig
 from ccella_fast.data.checking.signature import encode_signature, make_signature
 from ccella_fast.data.checking.study_facts import SeriesFacts
-from ccella_fast.data.preparation.images import leading_sequence
+from ccella_fast.data.preparation.images import leading_sequence, read_sequence, series_notes
+from ccella_fast.data.preparation.plausibility import check_contrast, check_intensities
 from ccella_fast.data.preparation.resampling import check_center, make_grid
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_checks import check_affine
-from ccella_fast.data.readers.volume_file import check_axial, closest_ras, read_geometry, read_volume
+from ccella_fast.data.readers.volume_file import check_axial, closest_ras, read_geometry
 from ccella_fast.errors import DataError
 
 _EVERY = 3  # voxels along each axis that percentiles are measured on
@@ -29,12 +30,14 @@ class SeriesTask(NamedTuple):
         files: Sequence -> image file or folder of DICOM files.
         data: The configuration of the grid.
         headers_only: Whether voxels are left alone.
+        b_value: Which image to read of a diffusion series that holds several; None reads that of the highest.
     """
 
     id: str
     files: dict[str, Path]
     data: DataConfig
     headers_only: bool
+    b_value: float | None = None
 
 
 class SeriesResult(NamedTuple):
@@ -43,8 +46,8 @@ class SeriesResult(NamedTuple):
     Attributes:
         series: Facts of each readable series.
         signature: Of the leading series, encoded; None if voxels were not read.
-        defects: What the readers refuse, one error per series.
-        notes: (file, sentence) about what a reader did not use.
+        defects: What `prepare` would refuse.
+        notes: (file, sentence) about what a reader did not use and what a series does not cover.
     """
 
     series: dict[str, SeriesFacts]
@@ -64,9 +67,9 @@ def examine_series(task: SeriesTask) -> SeriesResult:
             if header is not None:
                 series[sequence] = _facts_of_header(*header, path)
             else:
-                volume = read_volume(path)
-                check_axial(volume, path)
+                volume = read_sequence(path, sequence, task.b_value)
                 series[sequence], volumes[sequence] = _facts_of_volume(volume), volume
+                check_intensities(volume, sequence, path)
         except DataError as defect:
             defects.append(defect)
     leading = leading_sequence(task.data)
@@ -77,9 +80,13 @@ def examine_series(task: SeriesTask) -> SeriesResult:
         for sequence, volume in volumes.items():
             try:
                 check_center(volume, grid, sequence, leading, path=task.files[sequence])
+                check_contrast(volume, sequence, grid, task.files[sequence])
             except DataError as defect:
                 defects.append(defect)
-    notes = [(str(task.files[name]), note) for name, volume in volumes.items() for note in volume.notes]
+        found = series_notes(volumes, grid)
+    else:
+        found = {sequence: list(volume.notes) for sequence, volume in volumes.items()}
+    notes = [(str(task.files[name]), note) for name, sentences in found.items() for note in sentences]
     return SeriesResult(series, signature, defects, notes)
 
 

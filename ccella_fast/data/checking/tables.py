@@ -27,7 +27,10 @@ def check_table(studies: Sequence[Study], data: Path, csv_file: Path | None) -> 
     unlisted = tuple(study.id for study in studies if study.field is None)
     if not unlisted:
         return []
-    why = f"{len(unlisted)} of {len(studies)} studies are not in the table: they have neither report nor class, split train"
+    why = (
+        "studies that are not in the table, and so have neither report nor class and the split train: "
+        f"{len(unlisted)} of {len(studies)}"
+    )
     return [Finding("not_in_table", "warning", why, "add a line for each", unlisted, str(table))]
 
 

@@ -147,7 +147,7 @@ def warnings_of(studies: Sequence[ExportedStudy]) -> list[str]:
     result = []
     if alone:
         result.append(
-            f"{alone} studies have neither a patient id nor a name: each counts as a patient of its own, so that "
+            f"studies with neither a patient id nor a name: {alone}; each counts as a patient of its own, so that "
             "studies of one patient may be in two splits"
         )
     most = max((patients.count(patient) for patient in set(patients) if patient is not None), default=0)

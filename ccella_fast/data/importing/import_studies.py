@@ -38,6 +38,7 @@ from ccella_fast.data.readers.text_checks import read_text
 from ccella_fast.errors import ConfigError, DataError
 from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
+from ccella_fast.quantities import counted
 from ccella_fast.storage import check_writable, remove_partial_files, write_csv
 
 logger = logging.getLogger("ccella_fast")
@@ -168,20 +169,20 @@ def _read_export(data: Path, places: Places, split: Sequence[float], workers: in
     listed = places.private / "unused_files.csv"
     write_private_table(listed, UnusedFile._fields, unused)
     if not headers:
-        why = f"no DICOM file was found among {len(unused)} files"
+        why = f"no DICOM file was found among {counted(len(unused), 'file')}"
         raise DataError(why, path=data, fix=f"see {listed} for the reason of each file")
     write_key(places.private / "key.csv", key)
     notices = warnings_of(found)
     if mixed:
-        notices.append(f"{len(mixed)} studies are left out: their files have several patient ids")
+        notices.append(f"studies that are left out, since their files have several patient ids: {len(mixed)}")
     if unused:
-        notices.append(f"{len(unused)} files of the export are not used; {listed} says why")
+        notices.append(f"files of the export that are not used: {len(unused)}; {listed} says why")
     if copies:
-        notices.append(f"{copies} files are copies of others")
+        notices.append(f"files that are copies of others: {copies}")
     sizes = {name: len({row.patient for row in key.values() if row.split == name}) for name in SPLITS}
     for name, share in zip(SPLITS, split, strict=True):
         if share > 0 and sizes[name] == 0:
-            notices.append(f"the split {name} is empty: there are only {sum(sizes.values())} patients")
+            notices.append(f"the split {name} is empty: the export has {counted(sum(sizes.values()), 'patient')}")
     studies = {key[study.uid].id: study for study in found if study.uid in key}
     return Export(dict(sorted(studies.items())), key, unused, copies, notices)
 
@@ -193,7 +194,7 @@ def _check_shown(
         study for study, judged in proposed.items() if any((study, each.volume.name) not in lines for each in judged)
     ]
     if new:
-        why = f"{len(new)} studies have series that you have not been shown yet: {shortened(new, 6)}"
+        why = f"studies with series that you have not been shown yet: {len(new)}, {shortened(new, 6)}"
         fix = f"run the command without --write, look at {places.review / 'import.html'}, then run it with --write"
         raise ConfigError(why, path=places.choices, field="--write", fix=fix)
 
@@ -216,22 +217,22 @@ def _summary(
     for sequence in SEQUENCES:
         missing = [study for study, judged in used.items() if all(each.use != sequence for each in judged)]
         if missing:
-            left_out = ", and are left out" if sequence == "t2w" else ""
-            lines.append(f"{len(missing)} of {len(used)} studies have no {sequence}{left_out}: {shortened(missing)}")
+            left_out = ", which are left out" if sequence == "t2w" else ""
+            lines.append(f"studies without {sequence}{left_out}: {len(missing)} of {len(used)}, {shortened(missing)}")
     if has_reports:
         without = [study for study, report in matched.items() if not report.text]
         unscored = [study for study, report in matched.items() if report.text and not report.score]
         replaced = [study for study, report in matched.items() if report.replaced]
         for studies, what in (
-            (without, "studies have no report"),
-            (unscored, "reports state no certain PI-RADS score (see reports.csv)"),
+            (without, "studies without a report"),
+            (unscored, "reports without a certain PI-RADS score (see reports.csv)"),
             (
                 replaced,
-                "reports held a name, id or date of the patient's headers, which was replaced; others may be left",
+                "reports with a name, id or date of the patient's headers, which was replaced (others may be left)",
             ),
         ):
             if studies:
-                lines.append(f"{len(studies)} {what}: {shortened(studies)}")
+                lines.append(f"{what}: {len(studies)}, {shortened(studies)}")
     return lines
 
 
@@ -258,7 +259,7 @@ def _show(
     defects = [study for study, picture in pictures.items() if picture.defects]
     if defects:
         logger.warning(
-            "%d studies have a chosen series that cannot be read, see the page: %s", len(defects), shortened(defects)
+            "studies with a chosen series that cannot be read, see the page: %d, %s", len(defects), shortened(defects)
         )
     counts = {sequence: sum(sequence in task.series for task in tasks.values()) for sequence in SEQUENCES}
     patients = len({study.split("_")[0] for study in tasks})
@@ -266,7 +267,7 @@ def _show(
     facts += [(f"with {sequence}", str(count)) for sequence, count in counts.items()]
     page = write_pages(places.review, used, pictures, facts, notices)
     if counts["t2w"] == 0:
-        why = f"none of the {len(tasks)} studies has an axial T2 series that the rule recognizes"
+        why = f"no study has an axial T2 series that the rule recognizes (studies: {len(tasks)})"
         raise DataError(why, path=page, fix=f"see the reasons there; write t2w into the column use of {places.choices}")
     logger.info("no study is in %s yet: look at %s and correct the column use of %s", places.out, page, places.choices)
     logger.info("%s holds the key to the old ids: do not pass it on", places.private)
@@ -303,12 +304,12 @@ def _write_all(
     splits_of = ", ".join(f"{sum(row['split'] == name for row in table)} {name}" for name in SPLITS)
     reports, scores = (sum(bool(row[name]) for row in table) for name in ("report", "pirads"))
     logger.info(
-        "%d studies in %s (%d were written now): %s; %d with a report, %d with a PI-RADS score",
-        len(table), places.out, len(todo) - len(defects), splits_of, reports, scores,
+        "%s in %s (written now: %d): %s; %d with a report, %d with a PI-RADS score",
+        counted(len(table), "study", "studies"), places.out, len(todo) - len(defects), splits_of, reports, scores,
     )  # fmt: skip
     if defects:
         first, more = defects[0], len(defects) - 1
-        first.why += f" (and {more} more studies)" if more else ""
+        first.why += f" (and {counted(more, 'more study', 'more studies')})" if more else ""
         raise first
     return places.out
 

@@ -156,15 +156,15 @@ def match_reports(
     notes = []
     if unmatched:
         notes.append(
-            f"{unmatched} reports have an id that is not an accession number, study UID or patient id of the export"
+            f"reports with an id that is not an accession number, study UID or patient id of the export: {unmatched}"
         )
     if several:
         notes.append(
-            f"{several} reports have an id that several studies share: give the accession number or the study UID"
+            f"reports with an id that several studies share: {several}; give the accession number or the study UID"
         )
     if doubles:
         notes.append(
-            f"{len(doubles)} studies have several different reports, of which none is used: {shortened(doubles)}"
+            f"studies with several different reports, of which none is used: {len(doubles)}, {shortened(doubles)}"
         )
     return reports, notes
 

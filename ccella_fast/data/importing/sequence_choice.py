@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ccella_fast.data.importing.series import Volume3D
+from ccella_fast.quantities import counted
 
 MIN_SLICES = 4
 MAX_TILT = 45.0  # degrees between the normal of an axial slice and the body's long axis
@@ -129,7 +130,7 @@ def _exclusion(volume: Volume3D) -> str:
     if any(frame.position is None for header in volume.headers for frame in header.frames):
         return "no position in the header"
     if volume.slices < MIN_SLICES:
-        return f"only {volume.slices} slices"
+        return f"only {counted(volume.slices, 'slice')}"
     return ""
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset, StudyEpoch, TrainingSample, to_device
 from ccella_fast.hardware import free_memory
+from ccella_fast.quantities import counted, format_bytes
 
 logger = logging.getLogger("ccella_fast")
 _MEMORY_SHARE = 0.25  # of free memory; the rest is for activations
@@ -72,7 +73,8 @@ def choose_latent_source(dataset: PreparedDataset, device: torch.device, text_dt
     needed = bytes_needed(dataset, text_dtype)
     available = int(_MEMORY_SHARE * _free_memory_per_process(device))
     studies = len(dataset) * (dataset.copies + 1)
-    sizes = f"latents and text of {studies} volumes take {needed / 1e6:.0f} MB of {available / 1e6:.0f} MB available"
+    volumes, of = counted(studies, "volume"), f"{format_bytes(needed)} of {format_bytes(available)}"
+    sizes = f"latents and text of {volumes} take {of} available"
     if needed <= available:
         logger.info("%s: resident on %s", sizes, device)
         return ResidentLatents(dataset, device, text_dtype)

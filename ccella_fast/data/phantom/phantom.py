@@ -23,7 +23,7 @@ from ccella_fast.folder_lock import lock_folder
 from ccella_fast.storage import atomic_path, check_writable, write_csv
 
 SIZE = (192, 192, 20)  # voxels to the left, to the back, to the head
-VERSION = 2  # of the phantoms; part of every file, so that figures from different versions are not compared
+VERSION = 3  # of the phantoms; part of every file, so that figures from different versions are not compared
 DESCRIPTION = f"ccella_fast phantom {VERSION} (synthetic)".encode()
 COLUMNS = [
     "case", "split", "pirads", "report", "synthetic", "prostate_ml", "psa",
@@ -53,6 +53,7 @@ class Patient(NamedTuple):
     findings: Findings
     center: np.ndarray | None  # of the lesion
     radii: np.ndarray | None  # of the lesion
+    turn: float  # of the lesion about the axis to the head, from left to back, in radians
 
 
 def write_phantoms(out: str | Path, num_studies: int = 24, seed: int = 0) -> None:
@@ -133,25 +134,27 @@ def _row(case: str, index: int, rng: np.random.Generator, patient: Patient, lesi
 
 def _draw_patient(rng: np.random.Generator, *, positive: bool) -> Patient:
     prostate = np.array([rng.uniform(22, 28), rng.uniform(15, 20), rng.uniform(18, 24)])
-    volume_ml = round(float(np.prod(prostate)) * 4 / 3 * math.pi / 1000)
+    volume_ml = round(float(np.prod(prostate)) * 4 / 3 * math.pi / 1000)  # 0.52 x length x width x height
     pirads = int(rng.choice([3, 4, 5] if positive else [1, 2]))
-    size = {3: rng.uniform(9, 14), 4: rng.uniform(10, 14.4), 5: rng.uniform(16, 24)}.get(
-        pirads, 0.0
-    )  # 5: at least 15 mm
+    # Category 5: at least 15 mm also where the capsule cuts the lesion off, and not too large for its zone.
+    size = {3: rng.uniform(9, 14), 4: rng.uniform(10, 14.4), 5: rng.uniform(16.5, 20.4)}.get(pirads, 0.0)
     zone = str(rng.choice(["PZ", "TZ"], p=[0.7, 0.3])) if positive else ""
     side = str(rng.choice(["left", "right"])) if positive else ""
     level = str(rng.choice(["apex", "mid", "base"])) if positive else ""
     density = _PSA_DENSITY[pirads] * rng.lognormal(0, 0.3)
     psa = round(float(density * volume_ml), 1)
-    center = radii = None
+    center, radii, turn = None, None, 0.0
     if positive:
-        height = {"apex": -0.48, "mid": 0.0, "base": 0.45}[level]
+        height = {"apex": -0.48 if zone == "PZ" else -0.38, "mid": 0.0, "base": 0.45}[level]
         lateral, back = (0.62, 0.52) if zone == "PZ" else (0.34, -0.22)
         shrink = math.sqrt(1 - height**2)
         sign = 1 if side == "left" else -1
         center = prostate * np.array([sign * lateral * shrink, back * shrink, height])
         flat = 0.75 if zone == "TZ" and pirads > 3 else 1  # lenticular
         radii = size / 2 * np.array([1.0, flat * rng.uniform(0.72, 0.9), rng.uniform(0.8, 0.95)])
+        if zone == "PZ":  # along the capsule
+            normal = center / prostate**2
+            turn = math.atan2(-normal[0], normal[1])
     return Patient(
         prostate,
         bladder=rng.uniform(0.1, 1),
@@ -162,6 +165,7 @@ def _draw_patient(rng: np.random.Generator, *, positive: bool) -> Patient:
         findings=Findings(volume_ml, psa, pirads, zone, side, level, round(size)),
         center=center,
         radii=radii,
+        turn=turn,
     )
 
 
@@ -223,10 +227,13 @@ class Canvas:
         old = self.image.take(near)
         self.image.put(near, old + cover * ((value.take(near) if isinstance(value, np.ndarray) else value) - old))
 
-    def ellipsoid(self, center, radii, power: float = 2) -> np.ndarray:
-        """Approximate signed distance in mm to the surface of a (super)ellipsoid."""
-        axes = zip((self.x, self.y, self.z), center, radii, strict=True)
-        x, y, z = (np.abs((axis - float(c)) / float(r)) ** power for axis, c, r in axes)
+    def ellipsoid(self, center, radii, power: float = 2, turn: float = 0) -> np.ndarray:
+        """Approximate signed distance in mm to the surface of a (super)ellipsoid, turned from left to back by radians."""
+        x, y, z = (axis - float(c) for axis, c in zip((self.x, self.y, self.z), center, strict=True))
+        if turn:
+            cos, sin = math.cos(turn), math.sin(turn)
+            x, y = x * cos + y * sin, y * cos - x * sin
+        x, y, z = (np.abs(axis / float(r)) ** power for axis, r in zip((x, y, z), radii, strict=True))
         total = x + (y + z)
         return ((np.sqrt(total) if power == 2 else total ** (1 / power)) - 1) * float(min(radii))
 
@@ -339,12 +346,12 @@ def _draw_bladder_and_vesicles(c: Canvas, patient: Patient) -> None:
 
 def _draw_prostate(c: Canvas, patient: Patient) -> None:
     half = patient.prostate
-    whole = c.ellipsoid((0, 0, 0), half, 2.2)
+    whole = c.ellipsoid((0, 0, 0), half)
     c.paint(whole - 3.5, c.texture(0.52, 0.12, 3), soft=3, opacity=0.8)  # periprostatic veins and fat
     c.paint(whole, 0.12)  # capsule
     c.paint(whole + 1.3, c.texture(0.72, 0.05, 5))  # peripheral zone
     inner = half * np.array([0.70, 0.68, 0.78])
-    transition = c.ellipsoid((0, -0.24 * half[1], 0.12 * half[2]), inner, 2.4)
+    transition = c.ellipsoid((0, -0.24 * half[1], 0.12 * half[2]), inner, 2.2)
     c.paint(transition, 0.14)  # its pseudocapsule
     nodules = c.texture(0.34, 0.10 * patient.nodularity, 5) + c.texture(0, 0.05, 2)
     c.paint(transition + 1.4, np.clip(nodules, 0.18, 0.64))
@@ -358,9 +365,9 @@ def _draw_wedges(c: Canvas, patient: Patient) -> None:
     for side in (-1, 1):
         across = np.abs(c.y - side * c.x * 0.9 * half[1] / half[0]) - 0.3 * np.abs(c.x)
         peripheral = np.maximum(
-            -c.ellipsoid((0, -0.24 * half[1], 0.12 * half[2]), half * [0.72, 0.70, 0.80], 2.4), across
+            -c.ellipsoid((0, -0.24 * half[1], 0.12 * half[2]), half * [0.72, 0.70, 0.80], 2.2), across
         )
-        wedge = np.maximum(peripheral, c.ellipsoid((0, 0, 0), half - 1.5, 2.2))
+        wedge = np.maximum(peripheral, c.ellipsoid((0, 0, 0), half - 1.5))
         c.paint(
             np.maximum(np.maximum(wedge, -side * c.x), np.abs(c.z) - 0.5 * half[2]),
             np.minimum(c.image, 0.46),
@@ -372,8 +379,8 @@ def _draw_wedges(c: Canvas, patient: Patient) -> None:
 def _draw_lesion(c: Canvas, patient: Patient) -> None:
     pirads = patient.findings.pirads
     value, grain, soft = {3: (0.26, 0.05, 4), 4: (0.13, 0.012, 2), 5: (0.10, 0.012, 2)}[pirads]
-    inside = c.ellipsoid((0, 0, 0), patient.prostate - 1, 2.2)  # confined to the capsule
-    focus = np.maximum(c.ellipsoid(patient.center, patient.radii), inside)
+    inside = c.ellipsoid((0, 0, 0), patient.prostate - 1)  # confined to the capsule
+    focus = np.maximum(c.ellipsoid(patient.center, patient.radii, turn=patient.turn), inside)
     c.paint(focus, c.texture(value, grain, 3), soft=soft)
 
 

@@ -30,19 +30,20 @@ _OPENING = [
     "Multiparametric MRI of the prostate. PSA {psa} ng/ml. Prostate volume {volume} ml.",
     "Clinical information: PSA {psa} ng/mL. The prostate measures {volume} cc.",
     "MRI prostate with T2, diffusion and contrast series. Serum PSA {psa}. Estimated gland volume {volume} ml.",
-    "Indication: PSA of {psa} ng/ml. Gland volume approximately {volume} cc, PSA density {density}.",
+    "Indication: PSA of {psa} ng/ml. Gland volume approximately {volume} cc, PSA density {density} ng/ml/ml.",
 ]
 # Zone and category -> how the lesion looks.
 _LOOKS = {
-    (
-        "PZ",
-        3,
-    ): "{size} mm area of non-circumscribed, moderate T2 hypointensity with mildly low ADC, no early enhancement",
-    ("PZ", 4): "{size} mm circumscribed focus of markedly low ADC and marked signal at high b-value, hypointense on T2",
-    ("PZ", 5): "{size} mm focus of markedly low ADC and marked signal at high b-value, homogeneously dark on T2",
-    ("TZ", 3): "{size} mm area of heterogeneous T2 signal with obscured margins and mildly low ADC",
-    ("TZ", 4): "{size} mm lenticular, non-circumscribed, homogeneous and moderately hypointense T2 lesion with low ADC",
-    ("TZ", 5): "{size} mm lenticular, homogeneous and hypointense T2 lesion with indistinct margins and low ADC",
+    "PZ": {
+        3: "{size} mm area of non-circumscribed, moderate T2 hypointensity with mildly low ADC, no early enhancement",
+        4: "{size} mm circumscribed focus of markedly low ADC and marked signal at high b-value, moderately dark on T2",
+        5: "{size} mm focus of markedly low ADC and marked signal at high b-value, homogeneously dark on T2",
+    },
+    "TZ": {
+        3: "{size} mm area of heterogeneous T2 signal with obscured margins and mildly low ADC",
+        4: "{size} mm lenticular, homogeneous, moderately hypointense T2 lesion with indistinct margins, markedly low ADC",
+        5: "{size} mm lenticular, homogeneous, hypointense T2 lesion with indistinct margins and markedly low ADC",
+    },
 }
 _LESION = [
     "In the {side} {zone}, {level}: {look} ({scores}).",
@@ -57,7 +58,7 @@ _CLEAR = {
         "No suspicious area in the peripheral zone or the transition zone.",
     ],
     2: [
-        "Indistinct wedge-shaped T2 hypointensity in both peripheral zones without focal diffusion restriction (DWI 2).",
+        "Indistinct wedge-shaped T2 hypointensity of the peripheral zone on both sides, no focal restriction (DWI 2).",
         "Linear and wedge-shaped mild hypointensity of the peripheral zone on both sides, DWI 2. No focal lesion.",
     ],
 }
@@ -101,7 +102,7 @@ def write_report(rng: np.random.Generator, findings: Findings, *, with_score: bo
         words |= {
             "zone": choose(_ZONES[findings.zone]),
             "level": choose(_LEVELS[findings.level]),
-            "look": _LOOKS[findings.zone, findings.pirads].format(size=findings.size_mm),
+            "look": _LOOKS[findings.zone][findings.pirads].format(size=findings.size_mm),
             "scores": choose(_SCORES).format(category=findings.pirads),
             "side": findings.side,
             "Side": findings.side.capitalize(),

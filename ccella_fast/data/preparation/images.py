@@ -12,7 +12,7 @@ import numpy as np
 
 from ccella_fast.config import DataConfig
 from ccella_fast.data.checking.signature import encode_signature, make_signature
-from ccella_fast.data.preparation.plausibility import check_intensities, coverage_note
+from ccella_fast.data.preparation.plausibility import check_contrast, check_intensities, coverage_note
 from ccella_fast.data.preparation.resampling import Grid, check_center, make_grid, normalize, resample
 from ccella_fast.data.preparation.stage_cache import write_array
 from ccella_fast.data.readers.volume import Volume
@@ -52,9 +52,10 @@ class PreparedImages(NamedTuple):
 
 def check_images(task: ImageTask) -> None:
     """Read all series; raises DataError if one is invalid or implausible, or not in the same place as the others."""
-    series, _ = read_series(task)
+    series, grid = read_series(task)
     for sequence, volume in series.items():
         check_intensities(volume, sequence, task.files[sequence])
+        check_contrast(volume, sequence, grid, task.files[sequence])
 
 
 def read_images(task: ImageTask) -> dict[str, Volume]:
@@ -88,13 +89,19 @@ def read_series(task: ImageTask) -> tuple[dict[str, Volume], Grid]:
     """The series of a study as they were measured, and the study's grid, which follows the T2 series."""
     series: dict[str, Volume] = {}
     for sequence in task.data.sequences:
-        series[sequence] = read_volume(task.files[sequence], b_value=task.b_value if sequence == "hbv" else None)
-        check_axial(series[sequence], task.files[sequence])
+        series[sequence] = read_sequence(task.files[sequence], sequence, task.b_value)
     leading = leading_sequence(task.data)
     grid = make_grid(series[leading], task.data.spacing, task.data.dim)
     for sequence in task.data.sequences:
         check_center(series[sequence], grid, sequence, leading, path=task.files[sequence])
     return series, grid
+
+
+def read_sequence(path: Path, sequence: str, b_value: float | None) -> Volume:
+    """The series of one sequence, which must be axial. `b_value` is for diffusion series, see `read_volume`."""
+    volume = read_volume(path, b_value=b_value if sequence == "hbv" else None)
+    check_axial(volume, path)
+    return volume
 
 
 def series_notes(series: dict[str, Volume], grid: Grid) -> dict[str, list[str]]:

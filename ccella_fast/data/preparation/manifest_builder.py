@@ -24,6 +24,7 @@ from ccella_fast.data.preparation.stages import (
 )
 from ccella_fast.data.readers.study import Study
 from ccella_fast.errors import DataError
+from ccella_fast.quantities import counted
 from ccella_fast.storage import read_json, write_json
 
 logger = logging.getLogger("ccella_fast")
@@ -180,10 +181,11 @@ class ManifestBuilder:
         cases, truncated = manifest["cases"], manifest["truncated_reports"]
         reports = sum(not case["text_isnull"] for case in cases)
         classes = sum(case["pirads"] is not None for case in cases)
-        logger.info("%d studies prepared, %d with a report, %d with a class", len(cases), reports, classes)
+        prepared = counted(len(cases), "study", "studies")
+        logger.info("%s prepared, %d with a report, %d with a class", prepared, reports, classes)
         if truncated:
-            message = "%d reports are longer than %d tokens and lose their beginning: %s"
-            logger.warning(message, len(truncated), self.config.text.max_length, join_ids(truncated))
+            message = "reports of more than %d tokens, which lose their beginning: %d, %s"
+            logger.warning(message, self.config.text.max_length, len(truncated), join_ids(truncated))
         if "image" in self.stages:
             self._log_notes()
         if manifest["scale_factor"] is None:

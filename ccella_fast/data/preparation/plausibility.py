@@ -10,15 +10,23 @@ from pathlib import Path
 
 import numpy as np
 
-from ccella_fast.data.preparation.resampling import ADC_WINDOW, PERCENTILES, Grid
+from ccella_fast.data.preparation.resampling import ADC_WINDOW, PERCENTILES, Grid, normalize, resample
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.errors import DataError
+from ccella_fast.quantities import counted
 
-#: Of the median of the positive voxels of an ADC map, in 1e-6 mm2/s. Free water at body temperature has 3000, restricted
-#: diffusion in cancer 500 to 900, normal prostate 1300 to 2000; fat and bone around it have a few hundred.
-ADC_MEDIAN = (100.0, 3000.0)
+#: Of the median of the positive voxels in the middle of an ADC map, in 1e-6 mm2/s. Muscle and normal prostate, most of what is
+#: there, have 1000 to 1800; free water at body temperature (bladder, cysts) has 3000, cancer 500 to 900, marrow and fat a few
+#: hundred; real maps and parts of them have a median of 1020 to 2890. A tenth of any map, even of water, is below the bounds,
+#: and ten times a map with a median of at least 400 is above them.
+ADC_MEDIAN = (300.0, 4000.0)
 _TYPICAL_ADC = 1200.0
-_ADC_UNITS = {1e3: "1e-3 mm2/s", 1e6: "mm2/s", 1e-1: "1e-7 mm2/s", 1e-3: "1e-9 mm2/s"}
+_LEAST_POSITIVE = 0.001  # of the voxels in the middle; the gland alone takes more
+_ADC_UNITS = {
+    6: "mm2/s",
+    8: "cm2/s",
+    12: "m2/s",
+}  # by the power of 10 that converts them; others are powers of 10 of mm2/s
 #: Largest magnitude of an ADC value, ten times free water. Noise reaches log(4095) / 300 s/mm2 = 28,000, with signals of 12
 #: bits and b-values 300 apart. Few voxels may be beyond it; a padding value is in many, and a cubic B-spline spreads it.
 ADC_LIMIT = 30_000.0
@@ -39,32 +47,53 @@ def check_intensities(volume: Volume, sequence: str, path: Path) -> None:
         _check_window(volume.array, sequence, path)
 
 
+def check_contrast(volume: Volume, sequence: str, grid: Grid, path: Path) -> None:
+    """Raise DataError if `normalize` would, for a series of which the part inside the grid has no contrast."""
+    if sequence == "adc":  # its window is fixed
+        return
+    index, inside = _nearest_voxels(volume, grid, 48)
+    values = volume.array[tuple(index[inside].T)]
+    is_certain = inside.mean() >= _LEAST_COVER and np.percentile(values, PERCENTILES[1]) > max(values.min(), 0)
+    if not is_certain:
+        normalize(resample(volume, grid), sequence, grid, path=path)
+
+
 def coverage_note(volume: Volume, sequence: str, grid: Grid) -> str | None:
     """A sentence if a series covers less than three quarters of the part of the grid that the leading series covers."""
-    steps = [np.linspace(part.start, part.stop - 1, 12) for part in grid.inner]
-    points = np.stack([*np.meshgrid(*steps, indexing="ij"), np.ones((12, 12, 12))], -1)
-    index = points @ (np.linalg.inv(volume.affine) @ grid.affine).T
-    inside = (index[..., :3] >= -0.5) & (index[..., :3] <= np.array(volume.array.shape) - 0.5)
-    share = float(inside.all(-1).mean())
+    _, inside = _nearest_voxels(volume, grid, 12)
+    share = float(inside.mean())
     if share >= _LEAST_COVER:
         return None
     return f"{sequence} covers {share:.0%} of the grid, the rest is filled with its minimum"
 
 
+def _nearest_voxels(volume: Volume, grid: Grid, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 3) index of the voxels nearest to count**3 points of the inner part of the grid, and which of them exist."""
+    steps = [np.linspace(part.start, part.stop - 1, count) for part in grid.inner]
+    points = np.stack([*np.meshgrid(*steps, indexing="ij"), np.ones([count] * 3)], -1).reshape(-1, 4)
+    index = np.rint(points @ (np.linalg.inv(volume.affine) @ grid.affine)[:3].T).astype(int)
+    return index, ((index >= 0) & (index < np.array(volume.array.shape))).all(-1)
+
+
 def _check_adc(array: np.ndarray, path: Path) -> None:
-    positive = array[array > 0]
-    if positive.size == 0:
-        why = f"no voxel of this ADC map is positive (its range is {array.min():g} to {array.max():g})"
+    x, y = (slice(size // 4, -(size // 4) or None) for size in array.shape[:2])
+    middle = array[x, y]  # around it is noise or fat, whose share depends on the field of view
+    positive = middle[middle > 0]
+    if positive.size <= _LEAST_POSITIVE * middle.size:
+        count = f"{positive.size} of {middle.size}" if positive.size else "none"
+        extent = f"its range is {array.min():g} to {array.max():g}"
+        why = f"positive voxels in the middle of this ADC map: {count} ({extent})"
         raise DataError(why, path=path, field="voxels", fix="export the ADC map again, in 1e-6 mm2/s")
     median, (low, high) = float(np.median(positive)), ADC_MEDIAN
     if not low <= median <= high:
-        factor = 10.0 ** round(math.log10(_TYPICAL_ADC / median))
-        unit = next((f" (it looks like {unit})" for each, unit in _ADC_UNITS.items() if math.isclose(each, factor)), "")
+        power = round(math.log10(_TYPICAL_ADC / median))
+        unit = _ADC_UNITS.get(power, f"1e{power - 6} mm2/s")
         why = (
-            f"the median of the positive voxels of this ADC map is {median:.3g}, "
-            f"but {low:g} to {high:g} is expected{unit}"
+            f"the median of the positive voxels in the middle of this ADC map is {median:.3g}, "
+            f"but {low:g} to {high:g} is expected (it looks like {unit})"
         )
-        raise DataError(why, path=path, field="voxels", fix=f"give ADC in 1e-6 mm2/s: multiply by {factor:g}")
+        fix = f"give ADC in 1e-6 mm2/s: multiply by {10.0**power:g}"
+        raise DataError(why, path=path, field="voxels", fix=fix)
     _check_hot_voxels(array, ADC_WINDOW[1], "the top of the window", path)
     outside = array[np.abs(array) > ADC_LIMIT]
     if outside.size > _MOST_NOISE * array.size:
@@ -111,4 +140,4 @@ def _voxels_between(outside: np.ndarray) -> str:
     """How many voxels there are in `outside`, and their values."""
     low, high = outside.min(), outside.max()
     values = f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
-    return f"{outside.size} voxel{' is' if outside.size == 1 else 's are'} {values}"
+    return f"{counted(outside.size, 'voxel is', 'voxels are')} {values}"

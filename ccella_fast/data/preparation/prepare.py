@@ -48,6 +48,7 @@ from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.hardware import peak_memory
 from ccella_fast.models.autoencoder import check_autoencoder
+from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.run_record import write_run_record
 from ccella_fast.storage import check_writable, existing_parent, read_json, remove_partial_files
 
@@ -136,7 +137,7 @@ def _check_settings(records: StageCache, stages: list[Stage], manifest: Manifest
     held = {stage.name: [study for study in stage.stale() if records.get(study.id, stage.name)] for stage in stages}
     if held.get("image"):  # latents of images that are replaced are worth nothing, also without --vae
         held["latent"] = [study for study in manifest.studies if records.get(study.id, "latent")]
-    redone = [f"{name} of {len(studies)} studies" for name, studies in held.items() if studies]
+    redone = [f"{name} of {counted(len(studies), 'study', 'studies')}" for name, studies in held.items() if studies]
     if not redone:
         return
     why = "this folder was prepared with other settings: " + "; ".join(
@@ -187,7 +188,7 @@ def _timed(times: dict[str, Any], stage: str, studies: int) -> Iterator[dict[str
         return
     seconds = time.perf_counter() - start
     times[stage] = {"studies": studies, "seconds": round(seconds, 2), **peak_memory()}
-    summary = f"{stage}: {studies} {'study' if studies == 1 else 'studies'} in {seconds:.1f} s"
+    summary = f"{stage}: {counted(studies, 'study', 'studies')} in {seconds:.1f} s"
     if per_study:
         times[stage]["seconds_per_study"] = {name: round(per_study[name], 3) for name in sorted(per_study)}
         slowest = max(per_study, key=lambda name: per_study[name])
@@ -230,11 +231,12 @@ def check_one_form(
     """Raise DataError if studies come partly as latents, or reports partly as features."""
     if with_latents and (vae is not None or len(with_latents) < len(studies)):
         conflict = "but --vae is given" if vae is not None else f"{len(studies) - len(with_latents)} as images"
-        why = f"{len(with_latents)} studies come as latents (_emb.nii.gz), {conflict}: two autoencoders do not mix"
+        come = counted(len(with_latents), "study comes", "studies come")
+        why = f"{come} as latents (_emb.nii.gz), {conflict}: two autoencoders do not mix"
         fix = "give latents of all studies and no --vae, or of none"
         raise DataError(why, path=with_latents[0].listed_in, field=with_latents[0].field, fix=fix)
     if with_features and len(with_features) < len(studies):
-        why = f"{len(with_features)} of {len(studies)} reports come as features (.npy), the others as text"
+        why = f"some reports come as features (.npy, {len(with_features)} of {len(studies)}), the others as text"
         first = with_features[0]
         raise DataError(why, path=first.listed_in, field=f"{first.field}.text", fix="give all reports in one form")
 
@@ -315,5 +317,5 @@ def _check_free_space(out: Path, config: Config, images: int) -> None:
     """Raise DiskError unless the images and text features of so many studies fit on the disk."""
     needed, free = bytes_to_prepare(config, images), shutil.disk_usage(existing_parent(out)).free
     if needed > free:
-        why = f"about {needed / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free"
+        why = f"about {format_bytes(needed)} are needed, but only {format_bytes(free)} are free"
         raise DiskError(why, path=out, field="--out", fix="free space or choose another folder")

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ccella_fast.data.readers.deflated_dicom import MAX_INFLATED, inflate_dicom
 from ccella_fast.data.readers.text_checks import printable
 from ccella_fast.errors import DataError
 
@@ -28,7 +29,6 @@ _ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # the tag that begins one, 
 _MAX_NAMES = 10  # in a note
 
 _INDEX = "DICOMDIR"  # the name of the index of a disc
-_DEFLATED = "1.2.840.10008.1.2.1.99"  # pydicom inflates it to any size
 _PIXEL_DATA = 0x7FE00010
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 #: SOP classes of images of MR, CT and unknown origin. An object of another class is one if it has pixels.
@@ -84,7 +84,12 @@ def read_dicom_files(folder: Path) -> tuple[list[DicomFile], list[str]]:
     if size > _MAX_BYTES:
         why = f"the DICOM files of this folder have {size} bytes, but at most {_MAX_BYTES} are read"
         raise DataError(why, path=folder, field="DICOM files", fix="keep one series per folder")
-    files = [DicomFile(entry, _parse(entry)) for entry in entries if is_dicom[entry] and entry.name != _INDEX]
+    files, left = [], MAX_INFLATED
+    for entry in entries:
+        if is_dicom[entry] and entry.name != _INDEX:
+            content, inflated = _read_content(entry, left)
+            left -= inflated
+            files.append(DicomFile(entry, _parse(entry, content)))
     images = [file for file in files if _is_image(file)]
     if not images:
         raise DataError("this folder holds no DICOM image", path=folder, field="DICOM files", fix="give an MR series")
@@ -167,29 +172,34 @@ class _CountedFile(io.BytesIO):
         return super().read(size)
 
 
-def _parse(path: Path) -> Any:
+def _defect(path: Path, why: str) -> DataError:
+    return DataError(f"this DICOM file {why}", path=path, field="DICOM file", fix="copy or export the series again")
+
+
+def _read_content(path: Path, limit: int) -> tuple[bytes, int]:
+    """The bytes of a file, inflated if it is deflated as a whole, and how many were inflated, at most `limit`."""
+    try:
+        return inflate_dicom(path.read_bytes(), limit)
+    except ValueError as error:
+        raise _defect(path, str(error)) from None
+
+
+def _parse(path: Path, content: bytes) -> Any:
     """The elements of a file that are needed, with PixelData; DataError if it is damaged or cut off."""
     from pydicom.datadict import tag_for_keyword
     from pydicom.filereader import read_partial
 
-    content = path.read_bytes()
-
-    def defect(why: str, fix: str = "copy or export the series again") -> DataError:
-        return DataError(f"this DICOM file {why}", path=path, field="DICOM file", fix=fix)
-
-    if _DEFLATED.encode() in content:
-        raise defect(f"is compressed as a whole (transfer syntax {_DEFLATED})", "inflate it, for example with dcmconv")
     if max(map(content.count, _ITEMS)) > _MAX_ITEMS:
-        raise defect(f"has sequences of more than {_MAX_ITEMS} items")
+        raise _defect(path, f"has sequences of more than {_MAX_ITEMS} items")
     file = _CountedFile(content)
 
     def is_past_pixels(tag: int, vr: str | None, length: int) -> bool:
         """Whether the pixels have been read; raises if a value does not end within the file."""
         end = file.tell() + (0 if length == _UNDEFINED_LENGTH else length)
         if tag <= _PIXEL_DATA and end > len(content):
-            raise defect("is cut off: an element is longer than what is left of the file")
+            raise _defect(path, "is cut off: an element is longer than what is left of the file")
         if tag < _PIXEL_DATA and end > _MAX_HEADER_BYTES:
-            raise defect(f"has a header of more than {_MAX_HEADER_BYTES} bytes")
+            raise _defect(path, f"has a header of more than {_MAX_HEADER_BYTES} bytes")
         return tag > _PIXEL_DATA
 
     tags: list[Any] = [tag_for_keyword(keyword) for keyword in _KEYWORDS]
@@ -201,7 +211,7 @@ def _parse(path: Path) -> Any:
     except DataError:
         raise
     except Exception:  # pydicom raises many types for damaged headers, and their messages may quote values
-        raise defect("is damaged: its header cannot be parsed") from None
+        raise _defect(path, "is damaged: its header cannot be parsed") from None
 
 
 def _is_image(file: DicomFile) -> bool:

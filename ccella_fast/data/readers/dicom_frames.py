@@ -15,6 +15,7 @@ from ccella_fast.data.readers.dicom_files import PRIVATE_B_VALUES, DicomFile, va
 from ccella_fast.data.readers.dicom_pixels import check_pixels
 from ccella_fast.data.readers.volume_checks import TOLERANCE
 from ccella_fast.errors import DataError
+from ccella_fast.quantities import counted
 
 _GE_BIAS = 10**9  # added to the b-value of a GE series of several b-values (dcm2niix issue 602)
 
@@ -86,7 +87,7 @@ def read_frames(file: DicomFile) -> list[Frame]:
     except Exception:  # pydicom raises many types for damaged headers
         raise _defect(file, "its functional groups cannot be parsed", "PerFrameFunctionalGroupsSequence") from None
     if per_frame and len(per_frame) != count:
-        why = f"it has {count} frames, but attributes of {len(per_frame)}"
+        why = f"it has {counted(count, 'frame')}, but attributes of {len(per_frame)}"
         raise _defect(file, why, "PerFrameFunctionalGroupsSequence")
     if count > 1 and not per_frame:
         why = f"it has {count} frames without a position of each"

@@ -18,6 +18,7 @@ import numpy as np
 from ccella_fast.data.readers.dicom_files import DicomFile, value_of
 from ccella_fast.data.readers.volume_checks import MAX_VOXELS
 from ccella_fast.errors import DataError
+from ccella_fast.quantities import counted
 
 _UNCOMPRESSED = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"}
 _RLE = "1.2.840.10008.1.2.5"
@@ -72,7 +73,9 @@ def _check_length(file: DicomFile, expected: int) -> None:
     data, syntax = file.header.PixelData, _transfer_syntax(file)
     if syntax in _UNCOMPRESSED:
         if len(data) not in (expected, expected + expected % 2):
-            raise _defect(file, f"it holds {len(data)} bytes of pixels, but its header says {expected}", "PixelData")
+            raise _defect(
+                file, f"it holds {counted(len(data), 'byte')} of pixels, but its header says {expected}", "PixelData"
+            )
     elif syntax not in _JPEG | _JPEG_2000 | {_RLE}:
         name = syntax if re.fullmatch(r"[\d.]{1,64}", syntax) else "unknown"
         raise _defect(file, f"its transfer syntax ({name}) is not read", "TransferSyntaxUID", "export it uncompressed")
@@ -94,7 +97,9 @@ def _decode(file: DicomFile, numbers: Sequence[int]) -> list[np.ndarray]:
     except Exception:  # pydicom raises many types for damaged data
         frames = []
     if len(frames) != count:
-        raise _defect(file, f"its compressed pixels are damaged: {count} frames are expected", "PixelData")
+        raise _defect(
+            file, f"its compressed pixels are damaged: {counted(count, 'frame is', 'frames are')} expected", "PixelData"
+        )
     with tempfile.TemporaryDirectory() as folder:
         for number in numbers:
             what = _stream_defect(file, frames[number])

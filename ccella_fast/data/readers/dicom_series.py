@@ -16,6 +16,7 @@ from ccella_fast.data.readers.dicom_pixels import read_pixels
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_checks import MAX_VOXELS
 from ccella_fast.errors import DataError
+from ccella_fast.quantities import counted
 
 #: How a note begins that says that slices may be missing.
 MAY_BE_MISSING = "images may be missing"
@@ -56,10 +57,10 @@ def _check_one_series(files: Sequence[DicomFile], folder: Path) -> None:
             names.setdefault("" if value is None else str(value), []).append(file.path.name)
         if len(names) > 1:
             without = names.pop("", None)
-            parts = [f"{len(each)} files such as {each[0]}" for each in sorted(names.values(), key=len)[:3]]
+            parts = [f"{counted(len(each), 'file')} such as {each[0]}" for each in sorted(names.values(), key=len)[:3]]
             why = f"this folder holds {len(names)} {what}, but one is expected: {', '.join(parts)}"
             if without:
-                why = f"{len(without)} of {len(files)} files state no {keyword}, such as {without[0]}"
+                why = f"files that do not state {keyword}, such as {without[0]}: {len(without)} of {len(files)}"
             raise DataError(why, path=folder, field=keyword, fix="keep one series per folder")
 
 
@@ -150,7 +151,7 @@ def _scaled_voxels(frames: list[Frame]) -> tuple[np.ndarray, list[str]]:
                 array[:, :, index] = scaled.T
     notes = []
     if padded:
-        notes.append(f"{padded} of {array.size} voxels have the value of PixelPaddingValue")
+        notes.append(f"voxels with the value of PixelPaddingValue: {padded} of {array.size}")
     if len({frame.file.header.PixelRepresentation for frame in frames}) > 1:
         notes.append("PixelRepresentation differs: some slices are signed, others are not")
     scales = Counter((frame.slope, frame.intercept) for frame in frames)

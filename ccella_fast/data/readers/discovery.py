@@ -96,7 +96,7 @@ def _check_unique_ids(studies: list[Study], defects: Defects) -> None:
 def _find_in_folder(root: Path, table: Path | None, follow_links: bool, defects: Defects) -> list[Study]:
     """The studies of a plain folder or a BIDS folder, with the values of the table."""
     default_table = root / (PARTICIPANTS if is_bids(root) else TABLE)
-    if table is None and default_table.is_file():
+    if table is None and (default_table.is_file() or default_table.is_symlink()):  # perhaps to data that is not here
         table = default_table
     if is_bids(root):
         found, unread = find_bids_series(root, follow_links, defects)

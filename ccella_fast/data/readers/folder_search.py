@@ -25,6 +25,7 @@ from ccella_fast.data.readers.study import Defects, FoundSeries
 from ccella_fast.data.readers.text_checks import printable
 from ccella_fast.data.readers.volume_file import FORMAT_NAMES, volume_suffix
 from ccella_fast.errors import DataError
+from ccella_fast.quantities import counted
 from ccella_fast.storage import safe_join
 
 logger = logging.getLogger("ccella_fast")
@@ -254,7 +255,9 @@ def warn_of_unread(unread: dict[Path, list[str]]) -> None:
         logger.warning("%s: not read, as their names are not those of series: %s%s", folder, shown, more)
     rest = list(unread.values())[_SHOWN_FOLDERS:]
     if rest:
-        logger.warning("%d more folders hold %d files and folders that are not read", len(rest), sum(map(len, rest)))
+        logger.warning(
+            "files and folders that are not read in %s: %d", counted(len(rest), "more folder"), sum(map(len, rest))
+        )
 
 
 def visible_entries(folder: Path) -> list[Path]:

@@ -19,8 +19,10 @@ from ccella_fast.data.readers.text_header import NUMBER
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.data.readers.volume_checks import TOLERANCE, check_number_type, check_size
 from ccella_fast.errors import DataError
+from ccella_fast.quantities import counted
 
 _FORMS_TOLERANCE = 2e-3  # rad; near half a turn a qform, which drops a quaternion's first part, is only good to 1.2e-3
+_OTHER_UNITS = {1: "metres", 3: "micrometres"}  # of length, by the code of the format; 0 is unknown, 2 is mm
 _LAST_OFFSET = 2**24  # bytes; the largest start of the voxels, after the header's extensions
 _MAX_RATIO = 1040  # deflate shortens at most 1032 to 1
 _BLOCK = 2**22  # bytes that are read at once where nothing is kept
@@ -88,7 +90,7 @@ def _choose_volume(path: Path, count: int, wanted: float | None) -> tuple[int, t
         raise DataError(why, path=path, field="dim", fix="give one 3D volume per file, or add the .bval file")
     values = _read_b_values(source)
     if len(values) != count:
-        why = f"this file gives {len(values)} b-values, but {path.name} holds {count} volumes"
+        why = f"this file gives {counted(len(values), 'b-value')}, but {path.name} holds {count} volumes"
         raise DataError(why, path=source, field="b-value", fix="give the .bval file of this series")
     chosen, notes = choose_b_value(values, wanted, path)
     same = [index for index, value in enumerate(values) if abs(value - chosen) <= _SAME_B * chosen]
@@ -172,6 +174,10 @@ def _check_header(header_class: Any, head: bytes, path: Path) -> tuple[int, ...]
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
         why = f"the voxel size {spacing.tolist()} mm is not positive and finite"
         raise defect(why, "pixdim", "export the series again with its voxel size in mm")
+    unit = _OTHER_UNITS.get(int(header["xyzt_units"]) & 7)
+    if unit is not None:
+        why = f"the header gives the voxel size {spacing.tolist()} in {unit}, but mm is expected"
+        raise defect(why, "xyzt_units", "export the series again with its voxel size in mm")
     try:
         dtype = header.get_data_dtype()
     except Exception:  # nibabel raises several types for an unknown code
@@ -199,19 +205,21 @@ def _read_voxels(
     expected = int(header["vox_offset"]) + count * size
     held, is_gzip = path.stat().st_size, isinstance(file, gzip.GzipFile)
     if held * (_MAX_RATIO if is_gzip else 1) < expected:
-        why = f"this file is cut off: it holds {held} bytes, but its header says {expected}"
+        why = f"this file is cut off: it holds {counted(held, 'byte')}, but its header says {expected}"
         raise DataError(why, path=path, field="dim", fix=_COPY_AGAIN)
     position += _skip(file, before - position)
     raw = file.read(size)
     position += len(raw)
     position += _skip(file, expected - position)
     if position < expected:
-        why = f"this file is cut off: it holds {position} bytes, but its header says {expected}"
+        why = f"this file is cut off: it holds {counted(position, 'byte')}, but its header says {expected}"
         raise DataError(why, path=path, field="dim", fix=_COPY_AGAIN)
     if file.read(1):
         why = "this file holds more data than its header says"
         raise DataError(why, path=path, field="dim", fix=_EXPORT_AGAIN)
-    proxy = ArrayProxy(io.BytesIO(raw), (shape, dtype, 0, *header.get_slope_inter()))
+    slope, intercept = header.get_slope_inter()  # None for a slope of 0 or NaN: the values are not scaled
+    scaling = () if slope is None else (slope, intercept)
+    proxy = ArrayProxy(io.BytesIO(raw), (shape, dtype, 0, *scaling))
     with np.errstate(over="ignore"):  # becomes infinite, which check_voxels reports
         return np.asarray(proxy, dtype=np.float32)
 

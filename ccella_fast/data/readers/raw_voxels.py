@@ -17,6 +17,7 @@ from ccella_fast.data.readers.text_checks import quote
 from ccella_fast.data.readers.text_header import TextHeader
 from ccella_fast.data.readers.volume import Volume
 from ccella_fast.errors import DataError
+from ccella_fast.quantities import counted
 
 _MAX_RATIO = 1040  # deflate shortens at most 1032 to 1
 _COPY_AGAIN = "copy or export the file again"
@@ -89,11 +90,13 @@ def _read(image: RawImage, size: int) -> bytes:
     held = image.path.stat().st_size - image.start
     if held < size:
         raise _defect(
-            image, f"this file is cut off: it holds {max(held, 0)} bytes of voxels, but its header says {size}"
+            image,
+            f"this file is cut off: it holds {counted(max(held, 0), 'byte')} of voxels, but its header says {size}",
         )
     if held > size and not image.is_last:
         raise _defect(
-            image, f"this file holds more data than its header says: {held} bytes of voxels instead of {size}"
+            image,
+            f"this file holds more data than its header says: {counted(held, 'byte')} of voxels instead of {size}",
         )
     with open(image.path, "rb") as file:
         file.seek(image.start + held - size)
@@ -105,11 +108,13 @@ def _inflate(image: RawImage, size: int) -> bytes:
     held = image.path.stat().st_size - image.start
     if image.stored is not None and image.stored != held:
         cut = "this file is cut off: " if held < image.stored else ""
-        raise _defect(image, f"{cut}its header says {image.stored} bytes of compressed voxels, but it holds {held}")
+        raise _defect(
+            image, f"{cut}its header says {counted(image.stored, 'byte')} of compressed voxels, but it holds {held}"
+        )
     if held > size + size // 100 + 2**16:  # deflate lengthens by less; neither is read into memory
         raise _defect(image, f"this file holds more data than its header says: {held} bytes for {size} of voxels")
     if held * _MAX_RATIO < size:
-        raise _defect(image, f"this file is cut off: {held} compressed bytes cannot hold {size} of voxels")
+        raise _defect(image, f"this file is cut off: {counted(held, 'compressed byte')} cannot hold {size} of voxels")
     with open(image.path, "rb") as file:
         file.seek(image.start)
         stream = file.read(held)
@@ -124,7 +129,7 @@ def _inflate(image: RawImage, size: int) -> bytes:
     if not inflate.eof:
         raise _defect(image, "this file is cut off: its compressed voxels do not end")
     if len(raw) < size:
-        raise _defect(image, f"this file holds {len(raw)} bytes of voxels, but its header says {size}")
+        raise _defect(image, f"this file holds {counted(len(raw), 'byte')} of voxels, but its header says {size}")
     return raw
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ccella_fast.data.manifest import Split
 from ccella_fast.errors import DataError
+from ccella_fast.quantities import counted
 
 FoundSeries = tuple[str, Path, dict[str, Path]]  # name of a study, its folder, sequence -> image file
 NEGATIVE, POSITIVE = [1, 0], [0, 1]  # PI-RADS 1 and 2, PI-RADS 3 to 5 (docs/explanation/method.md, section 1.1)
@@ -75,5 +76,5 @@ class Defects:
         if more:
             others = sorted({Path(defect.path).name for defect in self.found[1:] if defect.path})[:3]
             at_least = "at least " if len(self.found) >= self.LIMIT else ""
-            first.why += f" (and {at_least}{more} more defect{'s' if more > 1 else ''}, in {', '.join(others)})"
+            first.why += f" (and {at_least}{counted(more, 'more defect')}, in {', '.join(others)})"
         raise first

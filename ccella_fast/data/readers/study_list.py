@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from ccella_fast.data.manifest import Split
 from ccella_fast.data.readers.links import join_series
+from ccella_fast.data.readers.pointers import check_is_data
 from ccella_fast.data.readers.study import NEGATIVE, POSITIVE, Defects, Study
 from ccella_fast.data.readers.text_checks import (
     MAX_STUDIES,
@@ -44,6 +45,7 @@ def read_study_list(
         follow_links: Whether images may be links to places outside `images`.
         defects: Collects what is wrong with single entries.
     """
+    check_is_data(path)
     if path.is_file():
         check_file_size(path)
         if path.read_bytes().count(b",") > _MAX_COMMAS:  # before its values take fifty times the memory of the file

@@ -30,6 +30,7 @@ from ccella_fast.data.readers.text_checks import (
     read_text,
 )
 from ccella_fast.errors import DataError, did_you_mean
+from ccella_fast.quantities import counted
 from ccella_fast.storage import safe_join
 
 logger = logging.getLogger("ccella_fast")
@@ -75,14 +76,14 @@ def apply_table(studies: list[Study], table: Path, defects: Defects) -> list[Stu
             except DataError as defect:
                 defects.add(defect)
     if unmatched and not lines and studies:
-        why = f"none of the {unmatched} rows names a study of this folder; the first names {quote(names[0])}"
+        why = f"no row names a study of this folder; the first of {unmatched} names {quote(names[0])}"
         defects.add(DataError(why, path=table, field=key, fix=_suggest(names[0], ids)))
     elif unmatched:
         for case, field, name in misnamed:
             if name not in lines:
                 why = f"no study is called {quote(case)}, and '{name}' has no row"
                 defects.add(DataError(why, path=table, field=field, fix=_suggest(case, ids)))
-        _warn(table, unmatched, names, "rows have no images")
+        _warn(table, unmatched, names, "rows without images")
     return list(by_id.values())
 
 
@@ -111,7 +112,7 @@ def _plain_id(name: str) -> str:
 def _warn(table: Path, count: int, first: list[str], what: str) -> None:
     if count:
         more = f" and {count - len(first)} more" if count > len(first) else ""
-        logger.warning("%s: %d %s: %s%s", table, count, what, ", ".join(map(quote, first)), more)
+        logger.warning("%s: %s: %d, %s%s", table, what, count, ", ".join(map(quote, first)), more)
 
 
 def _read_rows(table: Path, key: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -128,7 +129,7 @@ def _read_rows(table: Path, key: str) -> Iterator[tuple[int, dict[str, str]]]:
             why = f"this table has more than {MAX_STUDIES} rows"
             raise DataError(why, path=table, field=f"line {line}", fix="check that this is the right file")
         if len(cells) != len(columns):
-            why = f"this line has {len(cells)} cells, but the table has {len(columns)} columns"
+            why = f"this line has {counted(len(cells), 'cell')}, but the table has {counted(len(columns), 'column')}"
             fix = "separate the cells by single tabs" if is_tsv else 'put text that holds commas into "double quotes"'
             raise DataError(why, path=table, field=f"line {line}", fix=fix)
         cells = [cell.strip() for cell in cells]

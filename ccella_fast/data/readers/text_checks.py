@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ccella_fast.data.manifest import CASE_ID
+from ccella_fast.data.readers.pointers import check_is_data
 from ccella_fast.errors import DataError
 
 MAX_LIST_BYTES = 256 * 2**20
@@ -26,7 +27,8 @@ def check_file_size(path: Path, limit: int = MAX_LIST_BYTES) -> None:
 
 
 def read_text(path: Path, *, limit: int = MAX_LIST_BYTES) -> str:
-    """Read a UTF-8 file, with or without byte order mark; DataError for other encodings and above `limit` bytes."""
+    """Read a UTF-8 file, with or without byte order mark; DataError for other encodings, a pointer, and above `limit` bytes."""
+    check_is_data(path)
     if not path.is_file():
         raise DataError("this file does not exist", path=path, fix="check the path")
     check_file_size(path, limit)

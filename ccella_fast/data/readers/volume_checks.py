@@ -44,7 +44,7 @@ def check_voxels(array: np.ndarray, path: Path) -> None:
     """Raise DataError unless all voxels are finite and not all are equal."""
     finite = np.isfinite(array)
     if not finite.all():
-        why = f"{np.count_nonzero(~finite)} of {array.size} voxels are not finite (NaN or infinity)"
+        why = f"voxels that are not finite (NaN or infinity): {np.count_nonzero(~finite)} of {array.size}"
         raise DataError(why, path=path, field="voxels", fix="export the series again")
     if array.min() == array.max():
         why = f"all voxels are equal ({array.min():g})"

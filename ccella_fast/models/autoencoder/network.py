@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from ccella_fast.config import AutoencoderConfig
 from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
-from ccella_fast.models.autoencoder.tiling import can_tile, run_tiled, tiling_plan_for, upsample_trilinear
+from ccella_fast.kernels.upsample_trilinear import upsample_trilinear
+from ccella_fast.models.autoencoder.tiling import can_tile, run_tiled, tiling_plan_for
 from ccella_fast.models.autoencoder.tiling_plan import TiledConv, TilingPlan, find_conv3d, residual_block_convs
 from ccella_fast.models.blocks import conv3d, nest
 

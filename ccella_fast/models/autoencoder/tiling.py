@@ -19,8 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccella_fast.hardware import free_memory
-from ccella_fast.kernels.group_norm_silu import GroupNormSiLU, group_norm_silu_apply
+from ccella_fast.kernels import group_norm_silu as norms
+from ccella_fast.kernels import residual_shift as residuals
+from ccella_fast.kernels.backend import choose
+from ccella_fast.kernels.group_norm_silu import GroupNormSiLU, group_norm_silu_apply, group_norm_statistics
+from ccella_fast.kernels.residual_shift import residual_shift_
+from ccella_fast.kernels.upsample_trilinear import upsample_trilinear
 from ccella_fast.models.autoencoder.tiling_plan import (
+    GPU_SLAB_BYTES,
     HALO,
     TiledConv,
     TilingPlan,
@@ -45,10 +51,12 @@ class ChunkedTensor:
         edges: first plane of each chunk, then the number of planes.
         store: the device that holds the chunks.
         chunks: None for a chunk that has not been written yet or has been freed.
+        shift: values per channel (C,) that the reader adds: the bias of the convolution that wrote the chunks.
     """
 
     def __init__(self, edges: list[int], store: torch.device, whole: Tensor | None = None):
         self.edges, self.store = edges, store
+        self.shift: Tensor | None = None
         self.chunks: list[Tensor | None] = [whole] if whole is not None else [None] * (len(edges) - 1)
 
     def read(self, lo: int, hi: int, device: torch.device) -> Tensor:
@@ -76,12 +84,16 @@ class ChunkedTensor:
             chunk[:, :, begin - start : end - start] = y[:, :, begin - lo : end - lo]
 
     def add(self, lo: int, y: Tensor) -> Iterator[Tensor]:
-        """Add y (1, C, planes, Y, Z) from plane `lo` on. Yields the sums, each plane once."""
+        """Add y (1, C, planes, Y, Z) from plane `lo` on, and the shift. Yields the sums, each plane once."""
         for index, begin, end in self._overlaps(lo, y.shape[2], halo=True):
             chunk, start = self.chunks[index], self._start(index)
             assert chunk is not None
             total = chunk[:, :, begin - start : end - start]
-            total += y[:, :, begin - lo : end - lo].to(self.store)
+            added = y[:, :, begin - lo : end - lo].to(self.store)
+            if self.shift is None:
+                total += added
+            else:
+                residual_shift_(added, total, self.shift.to(self.store))
             repeated = max(self.edges[index] - begin, 0)
             if begin + repeated < end:
                 yield total[:, :, repeated:]
@@ -103,15 +115,23 @@ class GroupNormStatistics:
 
     def __init__(self, norm: GroupNormSiLU):
         self.norm = norm
-        self.parts: list[tuple[int, Tensor, Tensor]] = []  # elements per group, mean (B, G), squared deviations (B, G)
+        self.parts: list[tuple[int, Tensor, Tensor]] = []  # elements per group, mean and variance (B, G)
 
-    def add(self, slab: Tensor) -> None:
-        """Add a slab (B, C, X, Y, Z).
+    def add(self, slab: Tensor, shift: Tensor | None = None) -> None:
+        """Add a slab (B, C, X, Y, Z), to which the shift (C,) is added.
 
         Its deviations are taken from its own mean in fp32, so that a mean far from zero costs no precision.
         """
-        wide, groups = slab.to(torch.promote_types(slab.dtype, torch.float32)), self.norm.num_groups
-        count = slab[0].numel() // groups
+        groups = self.norm.num_groups
+        per_group = slab[0].numel() // groups
+        support = norms.backend_support(slab.device, slab.dtype, channels_per_group=slab.shape[1] // groups)
+        if choose("group_norm_silu", support) == "triton":
+            shift = None if shift is None else shift.expand(slab.shape[:2])
+            self.parts.append((per_group, *group_norm_statistics(slab, groups, shift=shift)))
+            return
+        wide = slab.to(torch.promote_types(slab.dtype, torch.float32))
+        if shift is not None:
+            wide = wide + shift[:, None, None, None]
         if wide.is_cuda:
             variance, mean = torch.var_mean(wide.unflatten(1, (groups, -1)), dim=(2, 3, 4, 5), correction=0)
         else:  # on a CPU var_mean is not vectorized, unlike native_group_norm
@@ -120,14 +140,17 @@ class GroupNormStatistics:
                 wide = wide.contiguous()
             _, mean, rstd = torch.native_group_norm(wide, None, None, batch, channels, voxels, groups, 0.0)
             variance = rstd.double() ** -2
-        self.parts.append((count, mean.double(), count * variance.double()))
+        self.parts.append((per_group, mean, variance))
 
     def merge(self) -> tuple[Tensor, Tensor]:
         """Return mean and 1/sqrt(variance + eps) of all slabs together, fp32 (B, G)."""
-        total = sum(count for count, _, _ in self.parts)
-        mean = torch.stack([count * part for count, part, _ in self.parts]).sum(0) / total
-        deviations = [squares + count * (part - mean) ** 2 for count, part, squares in self.parts]
-        variance = torch.stack(deviations).sum(0) / total
+        counts, means, variances = zip(*self.parts, strict=True)
+        part = torch.stack(means).double()
+        count = torch.tensor(counts, dtype=torch.float64, pin_memory=part.is_cuda)[:, None, None]
+        count = count.to(part.device, non_blocking=True)
+        mean = (count * part).sum(0) / sum(counts)
+        deviations = count * torch.stack(variances).double() + count * (part - mean) ** 2
+        variance = deviations.sum(0) / sum(counts)
         return mean.float(), torch.rsqrt(variance + self.norm.eps).float()
 
 
@@ -164,7 +187,8 @@ def tiling_plan_for(
         dtype = torch.get_autocast_dtype(device.type)
     # A quarter is left for the workspaces of the convolutions and for fragmentation.
     budget = free_memory(device) * 3 // 4 if memory is None else memory
-    return make_tiling_plan(convs, shape, dtype.itemsize, budget, host=device.type != "cpu")
+    slab_bytes = GPU_SLAB_BYTES if device.type == "cuda" else None
+    return make_tiling_plan(convs, shape, dtype.itemsize, budget, host=device.type != "cpu", slab_bytes=slab_bytes)
 
 
 @torch.no_grad()
@@ -183,6 +207,8 @@ def run_tiled(convs: list[TiledConv], x: Tensor, memory: int | None = None) -> T
 def run_plan(convs: list[TiledConv], plan: TilingPlan, x: Tensor) -> Tensor:
     """Apply all convolutions to x (1, C, X, Y, Z) according to `plan`. The result is not differentiable."""
     device = x.device
+    # The Triton kernels add a bias together with what follows; without them, a convolution adds its bias at no cost.
+    defer_bias = choose("residual_shift", residuals.backend_support(device, x.dtype)) == "triton"
     volume = ChunkedTensor([0, x.shape[2]], device, x)
     del x
     kept: ChunkedTensor | None = None  # for the end of the residual block
@@ -196,11 +222,16 @@ def run_plan(convs: list[TiledConv], plan: TilingPlan, x: Tensor) -> Tensor:
         planes = step.output_shape[1]
         edges = [0, planes] if step.slabs == 1 or last else chunk_edges(planes)
         result, shortcut = ChunkedTensor(edges, store), ChunkedTensor(edges, store)
+        if defer_bias and not conv.ends_block and not last and convs[index + 1].norm is not None:
+            result.shift = conv.conv.bias
         if conv.starts_block:
             kept = volume if conv.shortcut is None else shortcut
+            if defer_bias and conv.shortcut is not None:
+                shortcut.shift = _shortcut_shift(conv.shortcut, volume.shift)
         if conv.ends_block:
             assert kept is not None
             result, kept = kept, None
+            result.shift = _sum_of_shifts(result.shift, conv.conv.bias) if defer_bias else None
         _run_step(
             conv, step, _input_reader(conv, volume, statistics, device), volume, result, shortcut, next_statistics
         )
@@ -231,12 +262,16 @@ def _run_step(
         statistics: of the result, for the next norm.
     """
     device = conv.conv.weight.device
+    bias = conv.conv.bias if result.shift is None else None
     length = conv.input_shape((1, x.edges[-1]))[1]
     for index, slabs in enumerate(slab_bounds(conv, x.edges, step.output_shape[1], step.planes)):
         for lo, hi in slabs:
             if conv.shortcut is not None:
-                shortcut.write(lo, conv.shortcut(x.read(lo, hi, device)))
-            y = _convolve_planes(conv.conv, read, length, lo, hi)
+                planes = x.read(lo, hi, device)
+                plain = shortcut.shift is None
+                shortcut.write(lo, conv.shortcut(planes) if plain else F.conv3d(planes, conv.shortcut.weight))
+                del planes
+            y = _convolve_planes(conv.conv, read, length, lo, hi, bias)
             outputs = [y]
             if conv.ends_block:
                 outputs = list(result.add(lo, y))
@@ -244,20 +279,33 @@ def _run_step(
                 result.write(lo, y)
             if statistics is not None:
                 for output in outputs:
-                    statistics.add(output.to(device))
+                    statistics.add(output.to(device), None if conv.ends_block else result.shift)
             del y, outputs
         if not conv.starts_block or conv.shortcut is not None:
             x.chunks[index] = None  # every window in it has been read
+    if conv.ends_block:
+        result.shift = None  # has been added
 
 
-def _convolve_planes(conv: nn.Conv3d, read: ReadPlanes, length: int, lo: int, hi: int) -> Tensor:
-    """Compute output planes lo to hi - 1 of a convolution whose input has `length` planes."""
+def _shortcut_shift(shortcut: nn.Conv3d, shift: Tensor | None) -> Tensor:
+    """The values per channel that a 1x1x1 convolution without its bias leaves to add, if its input leaves `shift` to add."""
+    assert shortcut.bias is not None
+    return shortcut.bias if shift is None else F.linear(shift, shortcut.weight.flatten(1), shortcut.bias)
+
+
+def _sum_of_shifts(shift: Tensor | None, bias: Tensor | None) -> Tensor:
+    assert bias is not None
+    return bias if shift is None else shift.to(torch.promote_types(shift.dtype, torch.float32)) + bias
+
+
+def _convolve_planes(conv: nn.Conv3d, read: ReadPlanes, length: int, lo: int, hi: int, bias: Tensor | None) -> Tensor:
+    """Compute output planes lo to hi - 1 of a convolution whose input has `length` planes, with the given bias."""
     kernel, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
     first, last = lo * stride - padding, (hi - 1) * stride - padding + kernel
     inside = first >= 0 and last <= length
     first, last = max(first, 0), min(last, length)
     # At an end of the volume the convolution pads both ends of its input; the extra plane at the inner end is dropped.
-    y = F.conv3d(read(first, last), conv.weight, conv.bias, conv.stride, (0 if inside else padding, *conv.padding[1:]))
+    y = F.conv3d(read(first, last), conv.weight, bias, conv.stride, (0 if inside else padding, *conv.padding[1:]))
     skip = 0 if inside else lo - first // stride
     return y[:, :, skip : skip + hi - lo]
 
@@ -267,6 +315,8 @@ def _input_reader(
 ) -> ReadPlanes:
     """Return a function that reads planes of the input of the convolution: x, normalized or resampled, on `device`."""
     norm, end = conv.norm, x.edges[-1]
+    shift = None if x.shift is None else x.shift[None]
+    assert norm is not None or shift is None, "only a norm adds the bias of the previous convolution"
     if conv.resample == "up":
         return lambda lo, hi: _upsample_planes(x, lo, hi, device)
     if conv.resample == "down":
@@ -274,12 +324,13 @@ def _input_reader(
     if norm is None:
         return lambda lo, hi: x.read(lo, hi, device)
     if statistics is None:
-        return lambda lo, hi: norm(x.read(lo, hi, device))
+        return lambda lo, hi: norm(x.read(lo, hi, device), shift)
     mean, rstd = statistics.merge()
     groups, weight, bias, silu = norm.num_groups, norm.weight, norm.bias, norm.silu
 
     def read_normalized(lo: int, hi: int) -> Tensor:
-        return group_norm_silu_apply(x.read(lo, hi, device), groups, mean, rstd, weight, bias, silu=silu)
+        slab = x.read(lo, hi, device)
+        return group_norm_silu_apply(slab, groups, mean, rstd, weight, bias, silu=silu, shift=shift)
 
     return read_normalized
 
@@ -290,12 +341,7 @@ def _upsample_planes(x: ChunkedTensor, lo: int, hi: int, device: torch.device) -
     Plane i becomes planes 2i and 2i + 1, each with a weight of 1/4 for its other neighbor.
     """
     first, last = max((lo - 1) // 2, 0), min(hi // 2 + 1, x.edges[-1])
-    return upsample_trilinear(x.read(first, last, device))[:, :, lo - 2 * first : hi - 2 * first]
-
-
-def upsample_trilinear(x: Tensor) -> Tensor:
-    """Trilinear upsampling by 2 with `align_corners=False`."""
-    return F.interpolate(x, scale_factor=2.0, mode="trilinear", align_corners=False)
+    return upsample_trilinear(x.read(first, last, device), (lo - 2 * first, hi - 2 * first))
 
 
 def _empty_like(y: Tensor, planes: int, store: torch.device) -> Tensor:
