@@ -189,7 +189,7 @@ def disk_error(error: OSError, path: Path) -> DiskError:
             f"the disk is full ({free / 1e6:.1f} MB free)", path=path, fix="free space, or choose another folder"
         )
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
-        why = "a file, or a link to nothing, is where a folder has to be"
+        why = "this path cannot be written: a file, or a link to nothing, is where a folder has to be"
         return DiskError(why, path=path, fix="remove it, or choose another folder")
     return DiskError(
         f"this path cannot be written: {os.strerror(error.errno or 0)}",

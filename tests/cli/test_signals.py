@@ -51,6 +51,36 @@ def test_prepare_ends_with_one_line(tmp_path: Path, number: int, code: int):
     assert not list(out.rglob(".lock")) and "\n" not in said.split("to continue\n")[1]
 
 
+def test_ctrl_c_while_the_server_of_the_workers_starts_is_one_line(tmp_path: Path):
+    """It imports for a second, in which Python would print a traceback of its own."""
+    process = start_prepare(write_studies(tmp_path / "studies", 8), tmp_path / "out")
+    while process.poll() is None and not any("forkserver" in line for line in children(process.pid)):
+        time.sleep(0.005)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said and "KeyboardInterrupt" not in said, said
+    assert said.count("stopped; run the same command again to continue") == 1
+
+
+def children(parent: int) -> list[str]:
+    """The command lines of the processes that a process has started."""
+    found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [Path(f"/proc/{child}/cmdline").read_text() for child in found]
+
+
+def test_an_interrupt_of_executed_text_leaves_the_exit_code(tmp_path: Path):
+    """`python -m` ends with the signal itself after an interrupt inside `exec` of a string, although it was caught."""
+    code = (
+        "import sys; from ccella_fast import entrypoint\n"
+        "sys.exit(entrypoint.run_command(lambda: exec('raise KeyboardInterrupt'), debug=False))"
+    )
+    (tmp_path / "interrupted.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "interrupted"]
+    assert subprocess.run(command, capture_output=True, env=environment).returncode == 130
+
+
 def test_sigterm_cleans_up_and_the_handler_is_restored(tmp_path: Path, capsys):
     before, cleaned = signal.getsignal(signal.SIGTERM), []
 

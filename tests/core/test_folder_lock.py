@@ -45,6 +45,12 @@ def holder(tmp_path: Path):
     process.stdout.close()
 
 
+def test_a_folder_that_cannot_be_made_is_an_error_and_not_tried_again():
+    """Making a folder in /proc fails as if its parent were missing."""
+    with pytest.raises(DiskError, match="cannot be written"), lock_folder("/proc/none/x", "test"):
+        pass
+
+
 def test_second_writer_is_told_who_the_first_is(tmp_path: Path, holder):
     with pytest.raises(ConfigError) as error, lock_folder(tmp_path / "out", "train.py"):
         pytest.fail("two writers")

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any, NamedTuple, TypeVar
 
 from ccella_fast.errors import ConfigError, DataError
@@ -177,7 +177,7 @@ def _start_worker() -> _Worker:
     try:
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs,), daemon=True)
-        with _single_threaded_workers(), _without_main_module():
+        with _single_threaded_workers(), _without_main_module(), _without_interrupts():
             process.start()
     except OSError as error:
         why = f"no worker process can be started: {os.strerror(error.errno or 0)}"
@@ -233,6 +233,20 @@ def _without_main_module() -> Iterator[None]:
         yield
     finally:
         vars(main).update(before)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started inside are not ended by Ctrl-C, also while the server that they are forked from imports.
+
+    This process gets a signal that arrives meanwhile afterwards.
+    """
+    resource_tracker.ensure_running()  # starting it later would end the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _exit_with_parent() -> None:
