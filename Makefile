@@ -78,8 +78,8 @@ docs: $(VENV)/installed-docs
 	sphinx-build --quiet --fail-on-warning --keep-going --nitpicky docs out/docs
 	@echo out/docs/index.html
 
-# On a machine with a GPU, in at most ten minutes, with the packages that are there: the tests of the kernels, then everything that
-# is measured, with a table last. To be committed: what it writes below benchmarks/results/.
+# On a machine with a GPU, PyTorch, Triton and pytest; what else is missing there comes from build/wheels. Results are written to
+# out/gpu as they come. To be committed: measured.json, below benchmarks/results/, and what the tuner writes to kernels/tuned/.
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "this machine has no CUDA device")'
 	$(PYTHON) benchmarks/gpu.py --minutes $(GPU_MINUTES)

@@ -357,7 +357,7 @@ def head_width_unsupported_reason(
 def backend_support(device: torch.device, dtype: torch.dtype, *, head_width: int = 32) -> BackendSupport:
     """The backends in order of preference, each with the reason why it is unsupported, None if it is supported.
 
-    PyTorch's attention comes first, since the Triton kernels have not been measured on a GPU yet.
+    PyTorch's attention comes first: on an NVIDIA H200 a denoising step of the default model takes the same time with `triton`.
     """
     triton_reason = triton_unsupported_reason(device, dtype)
     triton_reason = triton_reason or head_width_unsupported_reason(device, dtype, head_width, MAX_HEAD_WIDTH)
