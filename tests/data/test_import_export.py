@@ -93,6 +93,22 @@ def test_a_missing_slice_is_no_volume(tmp_path: Path):
         run(tmp_path)
 
 
+def test_deflated_files_are_read_as_the_others(tmp_path: Path):
+    from pydicom import dcmread
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    export = tmp_path / "export"
+    path = write_export(export, patients=1, visits=1)[0].chosen["t2w"][0]
+    before = scan_export(export, 1)
+    dataset = dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.save_as(path)
+    content = path.read_bytes()
+    assert scan_export(export, 1) == before
+    path.write_bytes(content[:-30])  # control: it is inflated to its end
+    assert {each.path for each in scan_export(export, 1)[1]} == {str(path), *(each.path for each in before[1])}
+
+
 def test_hostile_and_odd_files_are_listed_with_a_reason(tmp_path: Path):
     from pydicom import dcmread
 

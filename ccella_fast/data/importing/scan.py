@@ -150,6 +150,7 @@ def read_headers(paths: list[str]) -> list[FileHeader | UnusedFile]:
 class _BoundedFile(io.BufferedReader):
     """A file of which a header is read in a bounded number of steps, none of them large."""
 
+    name = ""  # pydicom asks for it, and a file that was inflated in memory has none
     reads = 0
 
     def read(self, size: int | None = -1) -> bytes:
