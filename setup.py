@@ -24,7 +24,7 @@ setup(
         "tqdm>=4.66,<5",
         "safetensors>=0.8.0,<0.9",
         "nibabel>=5.4,<6",
-        "SimpleITK>=2.5.4,<3",  # DICOM series, MHA/NRRD, resampling; before, a truncated DICOM file is read without an error
+        "SimpleITK>=2.5.4,<3",  # compressed DICOM pixels, resampling
         "matplotlib>=3.9,<4",
         "jinja2>=3.1.6,<4",
         "tensorboard>=2.20,<3",

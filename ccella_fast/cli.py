@@ -7,6 +7,7 @@ and mistakes are answered at once. Each ends with what it wrote and the command 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import re
 import sys
@@ -129,11 +130,25 @@ def _run_report(arguments: argparse.Namespace) -> None:
 
 def _run_export(arguments: argparse.Namespace) -> None:
     from ccella_fast.checkpoint import export_reference, step_folders
+    from ccella_fast.config import make_config
+    from ccella_fast.sampling.pretrained import peek_config
 
     export_reference(arguments.checkpoint, arguments.out, weights=arguments.weights)
-    vae = next(iter(step_folders(arguments.checkpoint)), arguments.checkpoint)  # a .pt file does not contain one
-    command = ["sample", "--checkpoint", arguments.out, "--vae", vae, "--out", arguments.out.with_suffix("")]
+    config = peek_config(arguments.checkpoint)
+    if config is None or _grid_and_encoder(config) == _grid_and_encoder(make_config()):
+        vae = next(iter(step_folders(arguments.checkpoint)), arguments.checkpoint)  # a .pt file does not contain one
+        command = ["sample", "--checkpoint", arguments.out, "--vae", vae, "--out", arguments.out.with_suffix("")]
+    else:
+        about = (
+            "a .pt file has no grid and no text encoder, and those of this model are not the defaults: sample from %s"
+        )
+        logging.getLogger("ccella_fast").info(about, arguments.checkpoint)
+        command = ["sample", "--checkpoint", arguments.checkpoint, "--out", "samples"]
     log_next(arguments.out, ["ccella-fast", *command])
+
+
+def _grid_and_encoder(config: Config) -> tuple[object, ...]:
+    return config.data.spacing, config.data.dim, config.text.encoder, config.text.max_length
 
 
 def _run_env(arguments: argparse.Namespace) -> None:
@@ -448,7 +463,7 @@ def _add_studies(command: argparse.ArgumentParser, data: str) -> None:
     about = "read series that are links to files or folders outside --data"
     add("--follow_links", action="store_true", help=about)
     about = "which image to read of a diffusion series that holds several (default: the highest b-value)"
-    add("--b_value", type=float, metavar="S/MM2", help=about)
+    add("--b_value", type=_b_value, metavar="S/MM2", help=about)
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

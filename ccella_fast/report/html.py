@@ -293,14 +293,14 @@ def _timings(folder: Path, command: str) -> list[dict[str, Any]]:
 
 
 def _timing(command: str, record: dict[str, Any]) -> dict[str, Any]:
-    names = {
-        "studies": "studies",
-        "images": "images",
-        "volumes": "volumes",
-        "world_size": "processes",
-        "total_steps": "steps",
+    nouns = {
+        "studies": ("study", "studies"),
+        "images": ("image", "images"),
+        "volumes": ("volume", "volumes"),
+        "world_size": ("process", "processes"),
+        "total_steps": ("step", "steps"),
     }
-    remarks = [f"{record[key]} {word}" for key, word in names.items() if key in record]
+    remarks = [counted(record[key], *words) for key, words in nouns.items() if key in record]
     if "peak_gpu_memory_mib" in record:
         remarks.append(f"{record['peak_gpu_memory_mib']} MiB on the GPU")
     return {
@@ -315,11 +315,12 @@ def _environment(folder: Path) -> list[tuple[str, str]]:
     cpu, gpus = found["cpu"], found["gpu"]
     instructions = ", ".join(cpu["instructions"]) or "no AVX2"
     packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
+    used = f"{counted(cpu['cores'], 'core')}, {counted(cpu['torch_threads'], 'thread')}"
     return [
         ("Recorded by", "the training run" if record else "this report: there is no finished training run"),
         ("ccella_fast", found["ccella_fast"] or "not installed"),
         ("Python, system", f"{found['python']}, {found['system']}"),
-        ("CPU", f"{cpu['cores']} cores, {cpu['torch_threads']} threads, {cpu['memory_gib']} GiB, {instructions}"),
+        ("CPU", f"{used}, {cpu['memory_gib']} GiB, {instructions}"),
         ("GPU", ", ".join(f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in gpus) or "none"),
         ("Packages", ", ".join(packages)),
     ]

@@ -5,6 +5,7 @@ All folders have the format of a checkpoint: config.json, model.safetensors, tra
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,12 +113,19 @@ def peek_weights(path: str | Path) -> dict[str, Any]:
 def load_pretrained(path: str | Path | Checkpoint, *, vae: str | Path | None, weights: str | None) -> LoadedSampler:
     """Load a checkpoint with the autoencoder `vae`, or with its own if `vae` is None.
 
+    A reference .pt says nothing about its autoencoder: the sizes are those of `vae`.
+
     Raises:
         CheckpointError: a file is missing, damaged or not a checkpoint.
     """
     checkpoint = path if isinstance(path, Checkpoint) else load_checkpoint(path, weights=weights)
     vae_path = checkpoint.autoencoder if vae is None else Path(vae)
-    autoencoder = None if vae_path is None else load_autoencoder(vae_path, checkpoint.config.autoencoder)
+    is_reference = checkpoint.path.is_file()
+    expected = None if is_reference else checkpoint.config.autoencoder
+    autoencoder = None if vae_path is None else load_autoencoder(vae_path, expected)
+    if autoencoder is not None and is_reference:
+        config = {**checkpoint.config.dump(), "autoencoder": autoencoder.config.model_dump(mode="json")}
+        checkpoint = dataclasses.replace(checkpoint, config=make_config(config))
     return LoadedSampler(checkpoint, autoencoder, Provenance.of_checkpoint(checkpoint, vae_path))
 
 

@@ -35,7 +35,7 @@ ROWS = {
         "train --config {config} --data {no_table} --output_dir {tmp}/out --dry-run", 3, ["no_class", "no_reports"],
     ),
     "training on negative studies": (
-        "train --config {config} --data {negative} --output_dir {tmp}/out", 3, ["none is PI-RADS 3-5", "--allow one_class"],
+        "train --config {config} --data {negative} --output_dir {tmp}/out", 3, ["with PI-RADS 3-5: none", "--allow one_class"],
     ),
     "training on one study": (
         "train --config {config} --data {one} --output_dir {tmp}/out", 3, ["one study", "case0", "--allow too_few_studies"],
@@ -181,3 +181,13 @@ def test_a_folder_without_a_table_is_prepared_with_a_warning_and_stops_check(cal
     assert found == 0 and "no_table: there is no studies.csv" in message
     found, _ = call(f"check {command} --set model.variant=CCELLA")
     assert found == 3
+
+
+def test_export_names_a_command_that_samples_the_model(call, places, tmp_path):
+    """Where a .pt file says too little, this is the checkpoint itself."""
+    code, message = call("export --checkpoint {no_text} --weights raw --out {tmp}/RADMAISI.pt")
+    (command,) = [line.removeprefix("next: ccella-fast ") for line in message.splitlines() if line.startswith("next: ")]
+    assert code == 0 and f"--checkpoint {places['no_text']} " in command and "no grid and no text encoder" in message
+    code, message = call(f"{command} --pirads 4 --num_inference_steps 2")
+    assert code == 0, message
+    assert (tmp_path / "samples" / "sample-000_seed0.nii.gz").is_file()

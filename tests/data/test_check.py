@@ -59,6 +59,19 @@ def test_only_the_studies_that_are_trained_on_count():
     assert stops(tagged, "CCELLA") == [] and stops(tagged, "CCELLA", data__dataset="mine") == ["one_class"]
 
 
+@pytest.mark.parametrize(("variant", "predicts"), [("CCELLA", True), ("DECOUPLED", False), ("MAISI", False)])
+def test_a_class_is_learned_only_from_studies_with_a_report(variant, predicts):
+    """One class without reports: the head would see the other class alone."""
+    half = [study("a"), study("b"), study("c", NEGATIVE, None), study("d", NEGATIVE, None)]
+    assert stops(half, variant) == ["one_class"] * predicts
+    (found, *_) = [each for each in check_classes(half, config(variant=variant)) if each.severity == "stop"] or [None]
+    assert found is None or found.message == (
+        "training studies with the class PI-RADS 3-5: all 2 that have one and a report; with PI-RADS 1-2: none"
+    )
+    apart = [study("a", None), study("b", POSITIVE, None), study("c", NEGATIVE, None)]
+    assert stops(apart, variant) == ["no_class"] * (variant == "CCELLA")
+
+
 def test_a_class_loss_without_weight_needs_no_classes():
     facts = [study("a"), study("b")]
     assert stops(facts, "CCELLA") == ["one_class"]

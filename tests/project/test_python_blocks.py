@@ -50,6 +50,13 @@ def test_the_blocks_of_a_page_run(folder, page):
         assert names["x_0"].shape == names["noise"].shape and bool(torch.isfinite(names["x_0"]).all())
 
 
+def test_the_blocks_about_other_projects_run(folder):
+    names = run_blocks(python_blocks((ROOT / "docs/how-to/other-projects.md").read_text()))
+    assert names["x_0"].shape == (2, 1, 32, 32, 8) and bool(torch.isfinite(names["x_0"]).all())
+    assert names["output"].noise.shape == names["x"].shape
+    assert "group_norm_silu" in str(names["report"])
+
+
 def test_a_block_that_does_not_run_is_an_error(folder):
     """Negative control: a name that no block defines, and a page without blocks."""
     text = (ROOT / "README.md").read_text()

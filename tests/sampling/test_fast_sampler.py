@@ -464,6 +464,19 @@ def test_a_reference_file_generates_the_same_bits(checkpoint, sampler, tmp_path)
     assert torch.equal(other(text=features, **request).latents, bare(text=features, **request).latents)
 
 
+def test_a_reference_file_takes_the_autoencoder_that_is_given_whatever_its_sizes(checkpoint, tmp_path):
+    """A .pt does not say which autoencoder belongs to it, so `export` names that of the checkpoint."""
+    export_reference(checkpoint, tmp_path / "CCELLA.pt")
+    both = [
+        FastSampler.from_checkpoint(path, vae=checkpoint, device="cpu", dtype="float32")
+        for path in (tmp_path / "CCELLA.pt", checkpoint)
+    ]
+    latents = torch.randn(1, 4, 8, 6, 4, generator=torch.Generator().manual_seed(0))
+    other, own = (sampler.autoencoder.decode(latents) for sampler in both)
+    assert other.shape == (1, 1, 16, 12, 8) and torch.equal(other, own)
+    assert both[0].config.autoencoder == both[1].config.autoencoder
+
+
 def test_save_writes_what_the_command_writes(checkpoint, sampler, tmp_path):
     from ccella_fast.sampling.command import sample_to_folder
 

@@ -50,30 +50,44 @@ def _number(train: list[StudyFacts], facts: Sequence[StudyFacts], tag: str | Non
 
 
 def _classes(train: list[StudyFacts], config: Config) -> list[Finding]:
-    known = [tuple(study.pirads) for study in train if study.pirads is not None]
-    counts = {name: known.count(one_hot) for one_hot, name in _NAMES.items()}
+    given = [study for study in train if study.pirads is not None]
+    counts = _count(given)
     matters = learns_classes(config)
     stop: Severity = "stop" if matters else "info"
     text = ", ".join(f"{count} {name}" for name, count in counts.items())
-    found = [Finding("class_balance", "info", f"{text}, {len(train) - len(known)} without a class")]
+    found = [Finding("class_balance", "info", f"{text}, {len(train) - len(given)} without a class")]
     if not train:
         return found
-    if not known:
+    if not given:
         why = "none of the training studies has a class (pirads)"
         return [*found, Finding("no_class", stop, why, _class_fix(config))]
+
+    learned, what = given, "one"
+    if config.model.traits.class_input != "given" and any(study.report is not None for study in train):
+        # The class is predicted from the report.
+        learned, what = [study for study in given if study.report is not None], "one and a report"
+        counts = _count(learned)
     rarest = min(counts, key=lambda name: counts[name])
-    if counts[rarest] == 0:
+    if not learned:
+        why = "none of the training studies with a class has a report, from which the class is predicted"
+        found.append(Finding("no_class", stop, why, "give studies.csv with both, the columns pirads and report"))
+    elif counts[rarest] == 0:
         other = next(name for name in counts if name != rarest)
-        why = f"all training studies with a class are {other} ({len(known)}); none is {rarest}"
+        why = f"training studies with the class {other}: all {len(learned)} that have {what}; with {rarest}: none"
         found.append(Finding("one_class", stop, why, _class_fix(config)))
-    elif matters and counts[rarest] < _RARE * len(known):
-        why = f"training studies with the class {rarest}: only {counts[rarest]} of {len(known)} that have one"
+    elif matters and counts[rarest] < _RARE * len(learned):
+        why = f"training studies with the class {rarest}: only {counts[rarest]} of {len(learned)} that have {what}"
         found.append(Finding("rare_class", "warning", why, "add studies of this class"))
-    if matters and len(known) < _MANY * len(train):
-        why = f"training studies without a class: {len(train) - len(known)} of {len(train)}"
+    if matters and len(given) < _MANY * len(train):
+        why = f"training studies without a class: {len(train) - len(given)} of {len(train)}"
         fix = "fill in the column pirads"
         found.append(Finding("few_classes", "warning", why, fix, _ids(train, "pirads")))
     return found
+
+
+def _count(studies: list[StudyFacts]) -> dict[str, int]:
+    classes = [tuple(study.pirads or ()) for study in studies]
+    return {name: classes.count(one_hot) for one_hot, name in _NAMES.items()}
 
 
 def _class_fix(config: Config) -> str:
