@@ -159,7 +159,7 @@ def test_too_little_memory_for_decoding_is_said_with_what_it_needs(sampler, monk
     monkeypatch.setattr(sampler.autoencoder, "decode", full)
     with pytest.raises(ConfigError) as caught:
         sampler(reports=["abc"], num_inference_steps=1)
-    assert f"decoding a volume (estimated: 3.0 GiB in addition to the weights): {where} is out of memory" in str(
+    assert f"decoding a volume (estimated: 3.00 GiB in addition to the weights): {where} is out of memory" in str(
         caught.value
     )
     assert "bfloat16" in caught.value.fix and len(str(caught.value).splitlines()) <= 5
