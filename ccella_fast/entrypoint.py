@@ -144,9 +144,6 @@ def run_command(work: Callable[[], int], *, debug: bool, if_out_of_memory: str =
         stop = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
         if is_local_rank_zero():
             print(stop, file=sys.stderr)
-        # `python -m` would end with a signal in place of this code if the interrupt came while a string was executed, as in
-        # a namedtuple. Python forgets that when it executes another one.
-        exec("")
         return stop.exit_code
     except Exception as error:
         if debug:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ccella_fast.errors import CheckpointError
+
+_CHUNK = 2**24  # bytes read at a time
 
 
 class _TensorWithMetadata(Tensor):
@@ -66,6 +69,7 @@ def read_pt(path: str | Path) -> Any:
     """
     _check_is_weights(path)
     try:
+        _check_checksums(path)
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -79,6 +83,18 @@ def read_pt(path: str | Path) -> Any:
         first = "".join(str(error).strip().splitlines()[:1])
         why = f"this is not a readable weight file: {first:.150}"
         raise CheckpointError(why, path=path, fix="copy the file again") from None
+
+
+def _check_checksums(path: str | Path) -> None:
+    """Raise zipfile.BadZipFile for damaged tensors in an archive of `torch.save`; torch.load itself ignores the checksums."""
+    if not zipfile.is_zipfile(path):  # a pickle of earlier versions of torch, which has none
+        return
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.CRC:  # 0 after torch.serialization.set_crc32_options(False)
+                with archive.open(member) as stream:
+                    while stream.read(_CHUNK):
+                        pass
 
 
 def _check_is_weights(path: str | Path) -> None:

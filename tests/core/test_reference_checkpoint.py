@@ -233,3 +233,22 @@ def test_our_exports_carry_what_shapes_do_not_show(tmp_path):
     torch.save(values(model, ccella_fast_model={"variant": "L1ONLY", "widths": 3}), tmp_path / "bad.pt")
     with pytest.raises(CheckpointError, match="stored model configuration is malformed"):
         read_reference(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("checksums", [True, False], ids=["checksums", "written-without"])
+def test_a_changed_weight_is_noticed_by_its_checksum(tmp_path, checksums):
+    """Negative control: a file that was written without checksums is read with the changed weight."""
+    torch.serialization.set_crc32_options(checksums)
+    try:
+        torch.save({"weight": torch.full((100,), 1.5)}, tmp_path / "weights.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_pt(tmp_path / "weights.pt")["weight"], torch.full((100,), 1.5))
+    content = (tmp_path / "weights.pt").read_bytes()
+    place = content.index(torch.full((100,), 1.5).numpy().tobytes()) + 80
+    (tmp_path / "weights.pt").write_bytes(content[:place] + b"\x7f" + content[place + 1 :])
+    if checksums:
+        with pytest.raises(CheckpointError, match="not a readable weight file: Bad CRC-32"):
+            read_pt(tmp_path / "weights.pt")
+    else:
+        assert not torch.equal(read_pt(tmp_path / "weights.pt")["weight"], torch.full((100,), 1.5))

@@ -183,7 +183,7 @@ TARGETS = [
     text_target("prepared manifest", _write_prepared, "manifest.json", _read_prepared, 1000),
     Target("checkpoint", _write_checkpoint, _read_checkpoint, _WEIGHTS, 3000, _sample),
     text_target("checkpoint's JSON", _write_checkpoint, ".json", _read_checkpoint, 1000, command=_sample),
-    Target("checkpoint of the reference", _write_reference, _read_reference, _any_file(".pt", guarded=False), 2000),
+    Target("checkpoint of the reference", _write_reference, _read_reference, _any_file(".pt", guarded=True), 2000),
     Target("autoencoder", _write_autoencoder, _read_autoencoder, _WEIGHTS, 500),
     text_target("autoencoder's JSON", _write_autoencoder, ".json", _read_autoencoder, 1000),
     Target("text encoder", _write_encoder, _read_encoder, _any_file("", guarded=False), 500),
