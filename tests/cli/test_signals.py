@@ -15,7 +15,7 @@ from ccella_fast import entrypoint
 from ccella_fast.errors import Stopped
 from study_fixtures import write_studies
 
-# A shell reports 130 for both: `python -m` ends by the signal itself if it came while a string was executed, as in a namedtuple.
+# A shell reports 130 for both. `python -m` ends by the signal itself if it came while a string was executed (a namedtuple is).
 INTERRUPTED = (130, -signal.SIGINT)
 SETTINGS = ["model.variant=MAISI", "data.spacing=[0.5,0.5,0.6]", "data.dim=[96,96,64]"]
 
