@@ -134,7 +134,7 @@ def test_one_of_many_threads_holds_it_at_a_time(tmp_path: Path):
     guard = threading.Lock()
 
     def work() -> None:
-        for _ in range(60):
+        while held[0] < 60 and not failures:
             try:
                 with lock_folder(tmp_path / "a" / "b", "train.py"):
                     with guard:
@@ -153,7 +153,7 @@ def test_one_of_many_threads_holds_it_at_a_time(tmp_path: Path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failures and most[0] == 1 and held[0] >= 60
+    assert not failures and most[0] == 1
 
 
 def test_path_that_is_no_folder(tmp_path: Path):
