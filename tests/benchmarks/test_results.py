@@ -30,7 +30,8 @@ def record():
         "reduced": ["latent 1 x 1 x 1"],
         "rates": {"copy_bytes_per_second": 1e10, "matmul_flops": {"fp32": 1e11, "bf16": 1e12}, "conv3d_flops": {}},
         "noise_floor": {"median": 1.0, "noise": 0.01}, "overhead_seconds": 1e-6, "telemetry": {"absent": "no GPU"},
-        "cases": [case], "counts": {"denoising step": {"ours": {"ops": 300, "launches": 400, "bytes": 10, "flops": 5, "peak_bytes": 1}}},
+        "cases": [case],
+        "counts": {"denoising step": {"ours": {"ops": 300, "launches": 400, "bytes": 10, "flops": 5, "peak_bytes": 1}}},
         "seconds": 1.0,
     }  # fmt: skip
 
