@@ -121,6 +121,9 @@ def test_hostile_and_odd_files_are_listed_with_a_reason(tmp_path: Path):
     dataset = dcmread(good)
     del dataset.StudyInstanceUID
     dataset.save_as(folder / "no_study")
+    dataset = dcmread(good)
+    dataset.SyntheticData = "YES"  # as `sample --format dicom` writes
+    dataset.save_as(folder / "generated")
     deflated = content.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99"[:20])
     (folder / "deflated").write_bytes(content[:132] + b"1.2.840.10008.1.2.1.99" + deflated[132:])
     (folder / "noise").write_bytes(b"\x08\x00" + bytes(range(256)) * 8)
@@ -134,6 +137,7 @@ def test_hostile_and_odd_files_are_listed_with_a_reason(tmp_path: Path):
         reasons["no_study"] == "the header has no study UID"
         and reasons["deflated"] == "the header cannot be read (ValueError)"
     )
+    assert reasons["generated"] == "a generated image (Synthetic Data is YES), not one of a patient"
     assert reasons["loop"] == "a link to a folder" and reasons["nowhere"] == "not a regular file"
     assert len(headers) + len(unused) == sum(1 for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
 

@@ -182,6 +182,8 @@ def _read_header(path: str) -> FileHeader | UnusedFile:
             dataset = pydicom.dcmread(file, stop_before_pixels=True, force=not has_preamble)
         if dataset.file_meta.get("MediaStorageSOPClassUID") == _DICOMDIR:
             return UnusedFile(path, "a DICOMDIR; the files themselves are read")
+        if _text(dataset.get("SyntheticData")).upper() == "YES":
+            return UnusedFile(path, "a generated image (Synthetic Data is YES), not one of a patient")
         header = _parse(path, dataset)
     except Exception as error:  # pydicom raises nearly everything on damaged files, and its texts may quote the header
         return UnusedFile(path, f"the header cannot be read ({type(error).__name__})")
