@@ -35,6 +35,7 @@ _MOST_NOISE = 0.001  # of the voxels of an ADC map
 _LEAST_SPREAD = 0.1
 _GAP = 0.3  # of the window, without any voxel: beyond it are other things than tissue; real series have less than 0.05
 _HOT = 1000  # times the top of the window; beyond it a cubic B-spline spreads a voxel over the volume. Real series have 2 to 5
+_FEWEST_VALUES = 16  # of T2 or high b, up to the top of the window; real series have hundreds, a b-value of 2000 some dozens
 _SAMPLE = 200_000  # voxels, for percentiles
 _LEAST_COVER = 0.75  # of the voxels of the grid that the leading series covers
 
