@@ -35,7 +35,6 @@ _MOST_NOISE = 0.001  # of the voxels of an ADC map
 _LEAST_SPREAD = 0.1
 _GAP = 0.3  # of the window, without any voxel: beyond it are other things than tissue; real series have less than 0.05
 _HOT = 1000  # times the top of the window; beyond it a cubic B-spline spreads a voxel over the volume. Real series have 2 to 5
-_FEWEST_VALUES = 16  # of T2 or high b, up to the top of the window; real series have hundreds, a b-value of 2000 some dozens
 _SAMPLE = 200_000  # voxels, for percentiles
 _LEAST_COVER = 0.75  # of the voxels of the grid that the leading series covers
 
@@ -110,6 +109,10 @@ def _check_window(array: np.ndarray, sequence: str, path: Path) -> None:
     _check_hot_voxels(array[array > 0], high, "the 99.5th percentile", path)
     values = np.unique(np.append(sample[sample <= high], np.float32(low)))
     start, stop = _largest_cluster(values, _GAP * (high - low))
+    if start == stop:  # no gap is smaller, so there are at most four
+        shown = ", ".join(f"{value:.4g}" for value in values)
+        why = f"nearly all voxels of this {sequence} series have one of {len(values)} values ({shown}), as those of a mask have"
+        raise DataError(why, path=path, field="voxels", fix="give the image, exported with all its values")
     first, last = (float(each) for each in np.percentile(sample[(sample >= start) & (sample <= stop)], [5, 95]))
     if last - first < _LEAST_SPREAD * (high - low):
         start, stop = start if start > low else first, stop if stop < high else last
