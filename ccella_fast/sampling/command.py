@@ -156,7 +156,8 @@ def sample_to_folder(
             plan = plan_request(request, config)
             if not overwrite:
                 known = {"config_sha256": pretrained.config_digest(config)}
-                check_earlier_samples(out, request, plan, known | pretrained.peek_weights(checkpoint))
+                weights = known | pretrained.peek_weights(checkpoint)
+                check_earlier_samples(out, request, plan, weights, format)
         if vae is None and Path(checkpoint).is_file():
             raise _no_autoencoder(checkpoint)
         sampler = FastSampler.from_checkpoint(

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from ccella_fast.errors import CcellaError, ConfigError
-from ccella_fast.sampling.output import report_digest, sample_name
+from ccella_fast.sampling.output import Format, report_digest, sample_name
 from ccella_fast.sampling.plan import RequestPlan
 from ccella_fast.sampling.request import Request
 from ccella_fast.storage import read_json
 
 
-def check_earlier_samples(out: Path, request: Request, plan: RequestPlan, weights: dict[str, Any]) -> None:
+def check_earlier_samples(
+    out: Path, request: Request, plan: RequestPlan, weights: dict[str, Any], format: Format
+) -> None:
     """Check that the sidecars in a folder are those of this request, as far as that is known without the weights.
 
     Args:
@@ -20,6 +22,7 @@ def check_earlier_samples(out: Path, request: Request, plan: RequestPlan, weight
         request: the request.
         plan: its plan.
         weights: sidecar entries about the checkpoint.
+        format: the format in which the volumes are to be written.
 
     Raises:
         ConfigError: the folder contains samples of another request; the message names the first difference.
@@ -34,6 +37,9 @@ def check_earlier_samples(out: Path, request: Request, plan: RequestPlan, weight
         for name, value in (shared | volumes.metadata(k)).items():
             if name in sidecar and sidecar[name] != value:
                 raise _another_request(path, f"{name} was {sidecar[name]!r:.70}, now {value!r:.70}")
+        earlier = _format(sidecar)
+        if earlier not in (None, format):
+            raise _another_request(path, f"format was {earlier!r}, now {format!r}")
         if request.reports is not None and volumes.reports is not None and "report_sha256" in sidecar:
             report = request.reports[volumes.reports[k]]
             text = report if report.strip() else ""
@@ -44,6 +50,14 @@ def check_earlier_samples(out: Path, request: Request, plan: RequestPlan, weight
 def _another_request(path: Path, difference: str) -> ConfigError:
     why = f"this folder contains samples of another request: {difference}"
     return ConfigError(why, path=path, fix="choose another --out, or add --overwrite, which deletes them")
+
+
+def _format(sidecar: dict[str, Any]) -> Format | None:
+    """The format of the files that a sidecar names; None if it names none."""
+    files = sidecar.get("files")
+    if not isinstance(files, dict) or not files:
+        return None
+    return "nifti" if all(str(name).endswith(".nii.gz") for name in files.values()) else "dicom"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ccella_fast.data.readers import dicom_files
 from ccella_fast.data.readers.dicom_files import is_dicom_folder
 from ccella_fast.data.readers.dicom_series import read_dicom_series
 from ccella_fast.errors import DataError
-from dicom_fixtures import slices, write_slices
+from dicom_fixtures import slices, write_index, write_slices
 
 LAST = 5
 
@@ -107,6 +107,19 @@ def test_files_that_are_no_slices_are_named_and_hide_nothing(tmp_path: Path):
         "2 not read, as they are DICOM, but no images: DICOMDIR, SR000.dcm",
         "1 not read, as they are in folders below that of the series: sub",
     )
+
+
+@pytest.mark.parametrize("name", ["DICOMDIR", "dicomdir", "DICOMDIR;1", "index.dcm"])
+@pytest.mark.parametrize("is_deflated", [False, True], ids=["plain", "of deflated files"])
+def test_the_index_of_a_disc_is_no_image_whatever_its_name(name: str, is_deflated: bool, tmp_path: Path):
+    paths = write_slices(tmp_path)
+    expected = read_dicom_series(tmp_path)
+    for path in paths if is_deflated else ():
+        deflate(path)
+    write_index(tmp_path / name, paths)
+    volume = read_dicom_series(tmp_path)
+    np.testing.assert_array_equal(volume.array, expected.array)
+    assert volume.notes == (f"1 not read, as they are DICOM, but no images: {name}",)
 
 
 def test_many_other_files_are_counted(tmp_path: Path):

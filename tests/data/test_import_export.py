@@ -16,9 +16,10 @@ from ccella_fast import cli  # noqa: E402
 from ccella_fast.data.importing import page  # noqa: E402
 from ccella_fast.data.importing.deidentification import without_identity  # noqa: E402
 from ccella_fast.data.importing.import_studies import import_studies  # noqa: E402
-from ccella_fast.data.importing.scan import Identity, scan_export  # noqa: E402
+from ccella_fast.data.importing.scan import Identity, read_headers, scan_export  # noqa: E402
 from ccella_fast.data.importing.splitting import assign_splits, check_fractions  # noqa: E402
 from ccella_fast.errors import ConfigError, DataError  # noqa: E402
+from dicom_fixtures import write_index  # noqa: E402
 from pacs_fixtures import CANARIES, change, remove, write_export  # noqa: E402
 
 
@@ -105,6 +106,8 @@ def test_deflated_files_are_read_as_the_others(tmp_path: Path):
     dataset.save_as(path)
     content = path.read_bytes()
     assert scan_export(export, 1) == before
+    write_index(tmp_path / "DICOMDIR", [path])  # it states the deflated syntax, but of another file
+    assert read_headers([str(tmp_path / "DICOMDIR")])[0].reason == "a DICOMDIR; the files themselves are read"  # type: ignore[union-attr]
     path.write_bytes(content[:-30])  # control: it is inflated to its end
     assert {each.path for each in scan_export(export, 1)[1]} == {str(path), *(each.path for each in before[1])}
 

@@ -116,6 +116,16 @@ def test_the_voxels_that_take_the_contrast_are_named(padding: list[tuple[int, fl
             check_intensities(Volume(values, oblique()), sequence, tmp_path)
 
 
+@pytest.mark.parametrize(("count", "shown"), [(2, "0, 1"), (4, "0, 1, 2, 3")])
+def test_a_series_of_few_values_is_called_like_a_mask(count: int, shown: str, tmp_path: Path):
+    """A mask that is given as a series has no padding that could be replaced."""
+    plain = voxels().astype(np.float32)
+    levels = np.searchsorted(np.quantile(plain, np.linspace(0, 1, count + 1)[1:-1]), plain)
+    words = f"nearly all voxels of this hbv series have one of {count} values \\({shown}\\)"
+    with pytest.raises(DataError, match=words):
+        check_intensities(Volume(levels.astype(np.float32), oblique()), "hbv", tmp_path)
+
+
 def test_faint_series_are_plausible(tmp_path: Path):
     """Controls: few levels of gray; a background far below the tissue; a few bright vessels."""
     plain = voxels().astype(np.float32)

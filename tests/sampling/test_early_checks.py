@@ -91,6 +91,7 @@ EARLIER = [
     ({"batch_invariant": True}, "batch_invariant was False, now True"),
     ({"reports": ["canary"]}, "it had another report"),
     ({"reports": [" "]}, "it had another report"),
+    ({"format": "dicom"}, "format was 'nifti', now 'dicom'"),
 ]
 
 

@@ -18,7 +18,7 @@ from ccella_fast.data.importing.diffusion import b_value_of, is_trace
 from ccella_fast.data.importing.words import known_words
 from ccella_fast.data.preparation.worker_pool import WorkerPool
 from ccella_fast.data.readers.deflated_dicom import DEFLATED, MAX_INFLATED, inflate_dicom
-from ccella_fast.data.readers.dicom_files import quiet_pydicom
+from ccella_fast.data.readers.dicom_files import is_index, quiet_pydicom
 from ccella_fast.errors import DataError
 
 _FILES_PER_TASK = 200
@@ -26,7 +26,6 @@ _BYTES_PER_TASK = 200 * 2**20
 _META_BYTES = 1024  # which hold the transfer syntax
 _MAX_ELEMENT = 2**26  # bytes; before the voxels
 _MAX_READS = 10**6  # each element takes two or three
-_DICOMDIR = "1.2.840.10008.1.3.10"
 _STORAGE = {
     "1.2.840.10008.5.1.4.1.1.4": "MR",
     "1.2.840.10008.5.1.4.1.1.4.1": "enhanced MR",
@@ -174,14 +173,14 @@ def _read_header(path: str) -> FileHeader | UnusedFile:
         # Files without a preamble begin with group 2 or 8.
         if not has_preamble and start[:2] not in (b"\x02\x00", b"\x08\x00"):
             return UnusedFile(path, "not a DICOM file")
+        if is_index(start):
+            return UnusedFile(path, "a DICOMDIR; the files themselves are read")
         source: Any = io.FileIO(path)
         if DEFLATED in start:  # pydicom would inflate it to any size
             with source:
                 source = io.BytesIO(inflate_dicom(source.read(MAX_INFLATED), MAX_INFLATED)[0])
         with _BoundedFile(source) as file:
             dataset = pydicom.dcmread(file, stop_before_pixels=True, force=not has_preamble)
-        if dataset.file_meta.get("MediaStorageSOPClassUID") == _DICOMDIR:
-            return UnusedFile(path, "a DICOMDIR; the files themselves are read")
         if _text(dataset.get("SyntheticData")).upper() == "YES":
             return UnusedFile(path, "a generated image (Synthetic Data is YES), not one of a patient")
         header = _parse(path, dataset)

@@ -109,6 +109,10 @@ def _check_window(array: np.ndarray, sequence: str, path: Path) -> None:
     _check_hot_voxels(array[array > 0], high, "the 99.5th percentile", path)
     values = np.unique(np.append(sample[sample <= high], np.float32(low)))
     start, stop = _largest_cluster(values, _GAP * (high - low))
+    if start == stop:  # no gap is smaller, so there are at most four
+        shown = ", ".join(f"{value:.4g}" for value in values)
+        why = f"nearly all voxels of this {sequence} series have one of {len(values)} values ({shown}), as those of a mask have"
+        raise DataError(why, path=path, field="voxels", fix="give the image, exported with all its values")
     first, last = (float(each) for each in np.percentile(sample[(sample >= start) & (sample <= stop)], [5, 95]))
     if last - first < _LEAST_SPREAD * (high - low):
         start, stop = start if start > low else first, stop if stop < high else last

@@ -28,7 +28,9 @@ _MAX_ITEMS = 2 * 10**5  # of sequences, and compressed fragments
 _ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # the tag that begins one, in both byte orders
 _MAX_NAMES = 10  # in a note
 
-_INDEX = "DICOMDIR"  # the name of the index of a disc
+_INDEX = "DICOMDIR"  # the name of the index of a disc, which programs that copy it change
+#: The element of the meta information, with which a file begins, that states the class of an index.
+_INDEX_ELEMENT, _META_BYTES = b"\x02\0\x02\0UI\x14\x001.2.840.10008.1.3.10", 1024
 _PIXEL_DATA = 0x7FE00010
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 #: SOP classes of images of MR, CT and unknown origin. An object of another class is one if it has pixels.
@@ -86,8 +88,9 @@ def read_dicom_files(folder: Path) -> tuple[list[DicomFile], list[str]]:
         raise DataError(why, path=folder, field="DICOM files", fix="keep one series per folder")
     files, left = [], MAX_INFLATED
     for entry in entries:
-        if is_dicom[entry] and entry.name != _INDEX:
-            content, inflated = _read_content(entry, left)
+        content = entry.read_bytes() if is_dicom[entry] and entry.name != _INDEX else b""
+        if content and not is_index(content):
+            content, inflated = _inflate(entry, content, left)
             left -= inflated
             files.append(DicomFile(entry, _parse(entry, content)))
     images = [file for file in files if _is_image(file)]
@@ -100,6 +103,11 @@ def read_dicom_files(folder: Path) -> tuple[list[DicomFile], list[str]]:
         _note(folders, "in folders below that of the series"),
     ]
     return images, [note for note in notes if note]
+
+
+def is_index(head: bytes) -> bool:
+    """Whether a file that begins with `head` is the index of a disc (DICOMDIR), by its class, as names differ."""
+    return _INDEX_ELEMENT in head[:_META_BYTES]
 
 
 def value_of(file: DicomFile, keyword: str) -> Any:
@@ -176,10 +184,10 @@ def _defect(path: Path, why: str) -> DataError:
     return DataError(f"this DICOM file {why}", path=path, field="DICOM file", fix="copy or export the series again")
 
 
-def _read_content(path: Path, limit: int) -> tuple[bytes, int]:
-    """The bytes of a file, inflated if it is deflated as a whole, and how many were inflated, at most `limit`."""
+def _inflate(path: Path, content: bytes, limit: int) -> tuple[bytes, int]:
+    """The content of a file, inflated if it is deflated as a whole, and how many bytes were inflated, at most `limit`."""
     try:
-        return inflate_dicom(path.read_bytes(), limit)
+        return inflate_dicom(content, limit)
     except ValueError as error:
         raise _defect(path, str(error)) from None
 

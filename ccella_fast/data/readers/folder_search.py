@@ -198,6 +198,9 @@ class FolderSearch:
         images = list(islice(self._images_below(folder), _MAX_IMAGES))
         named = [image for image in images if _parse_entry(image) and image.parent == folder]
         own = [image for image in named if _parse_entry(image)[:2] == ("", name.sequence)]  # type: ignore[index]
+        others = {_parse_entry(image)[1] for image in named} - {name.sequence}  # type: ignore[index]
+        if others and (folder.parent == self.root or "t2w" in others):
+            return None  # a study whose id, such as B1400, is the name of a series as well
         if len(own) == 1:
             return own[0]
         holds_studies = any(
