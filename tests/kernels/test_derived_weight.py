@@ -72,11 +72,11 @@ def test_another_thread_does_not_replace_the_result_of_a_call():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))], ids=["copy", "pickle"])
-def test_copies_do_not_contain_the_result(duplicate):
-    derived, weight = DerivedWeight(double), torch.ones(3)
+def test_copies_and_pickles_do_not_contain_the_result():
+    derived, weight = DerivedWeight(double), torch.ones(1000)
     derived.of(weight)
-    other = duplicate(derived)
+    assert len(pickle.dumps(derived)) < weight.numel()
+    other = copy.deepcopy(derived)
     assert not any(isinstance(part, torch.Tensor) for part in other._kept or ())
     assert torch.equal(other.of(weight), derived.of(weight))
 
