@@ -226,7 +226,10 @@ def aot_cases() -> list[CompileCase]:
     function = _group_norm_silu_bwd_parameters_kernel
     pointers = {name: "*fp32" for name in function.arg_names if name.endswith("_ptr")}
     signature = {**pointers, "B": "i32", "S": "i32", "parts": "i32"}
-    narrow = {**signature, **dict.fromkeys(("weight_ptr", "dweight_ptr", "dbias_ptr"), "*bf16")}  # as in training in bf16
+    narrow = {
+        **signature,
+        **dict.fromkeys(("weight_ptr", "dweight_ptr", "dbias_ptr"), "*bf16"),
+    }  # as in training in bf16
     config = DEFAULT_LAUNCH_CONFIGS["group_norm_silu"]["parameter gradients"]
     parameters = [
         CompileCase(
