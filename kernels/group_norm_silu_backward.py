@@ -226,12 +226,27 @@ def aot_cases() -> list[CompileCase]:
     function = _group_norm_silu_bwd_parameters_kernel
     pointers = {name: "*fp32" for name in function.arg_names if name.endswith("_ptr")}
     signature = {**pointers, "B": "i32", "S": "i32", "parts": "i32"}
+    narrow = {
+        **signature,
+        **dict.fromkeys(("weight_ptr", "dweight_ptr", "dbias_ptr"), "*bf16"),
+    }  # as in training in bf16
     config = DEFAULT_LAUNCH_CONFIGS["group_norm_silu"]["parameter gradients"]
-    constants = {"C": 64, "CPG": 2, "BLOCK_P": MAX_PARTS}
+    parameters = [
+        CompileCase(
+            f"group_norm_silu parameter gradients c{channels} {dtype}",
+            function,
+            types,
+            config,
+            {"C": channels, "CPG": channels // 32, "BLOCK_P": MAX_PARTS},
+            ("S",),
+        )
+        for channels in (64, 256)
+        for dtype, types in (("bf16", narrow), ("fp32", signature))
+    ]
     return [
         layout_compile_case("group_norm_silu", channels=64, voxels=2**17, last=True, **sums),
         layout_compile_case("group_norm_silu", channels=64, voxels=2**17, last=False, **sums),
         layout_compile_case("group_norm_silu", channels=192, voxels=2**17, last=True, **gradient),
         layout_compile_case("group_norm_silu", channels=64, voxels=2**17, last=False, **gradient),
-        CompileCase("group_norm_silu parameter gradients c64", function, signature, config, constants, ("S",)),
+        *parameters,
     ]

@@ -31,9 +31,8 @@ from ccella_fast.kernels.aot import CompileCase
 from ccella_fast.kernels.backend import jit, tl
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig
 
-MAX_PARTS = (
-    128  # most partial results of a sample's channel block: every program of the next launch merges all of them first
-)
+# Most partial results of a sample's channel block: every program of the next launch merges all of them first.
+MAX_PARTS = 128
 PROGRAMS_PER_MULTIPROCESSOR = 2  # few, because each program merges the partial results first
 
 

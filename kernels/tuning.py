@@ -66,7 +66,7 @@ DEFAULT_LAUNCH_CONFIGS: dict[str, dict[str, LaunchConfig]] = {
         "sums first": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),
         "input gradient last": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),
         "input gradient first": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),
-        "parameter gradients": LaunchConfig({"BLOCK_C": 32}, num_warps=8),
+        "parameter gradients": LaunchConfig({"BLOCK_C": 16}, num_warps=16),
     },
     "geglu": {
         "forward": LaunchConfig({"BLOCK_R": 4, "BLOCK_C": 512}, num_warps=4),

@@ -143,7 +143,8 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention without an output projection.
 
-    On a GPU queries, keys and values are one matrix product with the three weights stacked, which inference stacks once.
+    On a GPU queries, keys and values are one matrix product with the three weights stacked, which inference stacks once. That
+    needs plain linear layers: others, such as those of LoRA, are called one by one.
     """
 
     def __init__(self, width: int, head_width: int, *, bias: bool = False):
@@ -157,7 +158,7 @@ class SelfAttention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
         linears = (self.to_q, self.to_k, self.to_v)
-        if on_gpu(tokens):
+        if on_gpu(tokens) and all(type(linear) is nn.Linear for linear in linears):
             weight = _stacked(self._weight, [linear.weight for linear in linears])
             bias = None if self.to_q.bias is None else _stacked(self._bias, [linear.bias for linear in linears])
             projected = F.linear(tokens, weight, bias).chunk(3, dim=-1)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ccella_fast.kernels.aot import all_cases, regressions
+from ccella_fast.kernels.backend import triton
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +71,39 @@ def test_every_default_configuration_is_compiled():
         if not any(default is config for config in compiled)
     ]
     assert not missing
+
+
+CHIPS = {"NVIDIA_H200": 90}  # the file of measured configurations and the architecture of its GPU
+COMPILE_MEASURED = """
+import json, sys
+from ccella_fast.kernels import aot
+from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig
+
+file, arch = sys.argv[1], int(sys.argv[2])
+cases, found = aot.all_cases(), {}
+for kernel, table in json.load(open(file)).items():
+    for key, measured in table.items():
+        mine = [case for case in cases if case.config is DEFAULT_LAUNCH_CONFIGS[kernel][key]]
+        results = [aot.compile_case(case._replace(config=LaunchConfig(**measured)), arch) for case in mine]
+        found[f"{kernel} {key}"] = [problem for result in results for problem in result.problems]
+print(json.dumps(found))
+"""
+
+
+def test_measured_configurations_compile_for_their_chip():
+    """Without spills with the Triton of the table; registers are allocated differently by others."""
+    files = list((ROOT / "kernels" / "tuned").glob("*.json"))
+    assert {file.stem for file in files} == set(CHIPS)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    for file in files:
+        for kernel, table in json.loads(file.read_text()).items():
+            for key, measured in table.items():
+                assert set(measured["constants"]) == set(DEFAULT_LAUNCH_CONFIGS[kernel][key].constants)
+        command = [sys.executable, "-c", COMPILE_MEASURED, str(file), str(CHIPS[file.stem])]
+        found = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        assert len(found) >= 9
+        if triton.__version__ == json.loads(TABLE.read_text())["triton"]:
+            assert not any(found.values()), found
 
 
 @pytest.mark.parametrize(

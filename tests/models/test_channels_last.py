@@ -201,3 +201,24 @@ def test_queries_keys_and_values_are_one_product(bias, as_on_gpu, monkeypatch):
     weights = [module.to_q.weight, module.to_k.weight, module.to_v.weight]
     found, expected = (torch.autograd.grad(y().square().sum(), weights) for y in (lambda: module(tokens), separately))
     torch.testing.assert_close(found, expected)
+
+
+class LowRankLinear(torch.nn.Linear):
+    """A linear layer with an addition of rank 1, as LoRA's."""
+
+    def forward(self, tokens):
+        return super().forward(tokens) + tokens.mean(-1, keepdim=True)
+
+
+def test_a_layer_that_is_more_than_its_weight_is_called(as_on_gpu):
+    module, tokens = blocks.SelfAttention(8, 4).double().eval(), draw(2, 5, 8)
+    with torch.no_grad():
+        plain = module(tokens)
+        module.to_v = LowRankLinear(8, 8, bias=False).double()
+        module.to_v.weight.zero_()
+        q, k = (blocks.to_heads(linear(tokens), 4) for linear in (module.to_q, module.to_k))
+        weights = (q @ k.mT / 2).softmax(-1)
+        # all values of a token are equal
+        expected = (weights @ tokens.mean(-1, keepdim=True)[:, None]).expand(2, 2, 5, 4).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(module(tokens), expected)
+        assert not torch.allclose(plain, expected)

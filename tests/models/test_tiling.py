@@ -203,6 +203,28 @@ def test_a_smaller_budget_is_respected_or_an_error(vae):
     assert "bf16" in str(caught.value)
 
 
+@pytest.mark.parametrize("gib", [1.5, 3, 5])
+def test_slabs_on_a_small_gpu_leave_memory_for_the_workspace_of_a_convolution(gib):
+    """A convolution may copy its slab into another layout. A quarter of the free memory, a third of the budget, is for that."""
+    decoder = full_size().decoder
+    convs, shape, budget = decoder.tiled_convs(), (4, 64, 64, 32), int(gib * GIB)
+    plan = tiling.tiling_plan_for(convs, shape, torch.device("cuda"), budget)
+    transient = [bytes_of_largest_slab(convs, plan, index, shape) for index in range(len(convs))]
+    assert max(transient) <= budget / 3
+    assert max(transient) > budget / 6  # and they are not much smaller
+    unlimited = make_tiling_plan(convs, shape, 4, budget, host=True, slab_bytes=planning.GPU_SLAB_BYTES)
+    assert max(bytes_of_largest_slab(convs, unlimited, index, shape) for index in range(len(convs))) > budget / 3
+
+
+def bytes_of_largest_slab(convs, plan, index, shape):
+    """Input and output of a convolution in fp32."""
+    source = plan.steps[index - 1].output_shape if index else shape
+    channels, *grid = convs[index].input_shape(source)
+    step = plan.steps[index]
+    window = min(step.planes + 2, grid[0])
+    return 4 * (channels * window * grid[1] * grid[2] + step.output_shape[0] * step.planes * grid[1] * grid[2])
+
+
 def test_activations_are_stored_on_the_host_for_a_small_device(vae):
     convs, shape = vae.decoder.tiled_convs(), (3, 24, 6, 6)
     needed = make_tiling_plan(convs, shape, 4, GIB).bytes

@@ -187,7 +187,8 @@ def tiling_plan_for(
         dtype = torch.get_autocast_dtype(device.type)
     # A quarter is left for the workspaces of the convolutions and for fragmentation.
     budget = free_memory(device) * 3 // 4 if memory is None else memory
-    slab_bytes = GPU_SLAB_BYTES if device.type == "cuda" else None
+    # A slab is at most a third of the budget, so at most that quarter: cuDNN may copy the slab into another layout.
+    slab_bytes = min(GPU_SLAB_BYTES, budget // 3) if device.type == "cuda" else None
     return make_tiling_plan(convs, shape, dtype.itemsize, budget, host=device.type != "cpu", slab_bytes=slab_bytes)
 
 
