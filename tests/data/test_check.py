@@ -120,6 +120,25 @@ def test_no_table_at_all_and_studies_that_it_does_not_list(tmp_path: Path, caplo
     assert "no_table: there is no studies.csv" in caplog.text and "looks like" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("change", "is_judged"),
+    [
+        (lambda text: text, True),
+        (lambda text: text.replace(",", ";"), False),
+        (lambda text: text.replace(",2,", ",PI-RADS 2,"), False),
+    ],
+    ids=["sound", "semicolons", "one cell"],
+)
+def test_classes_and_reports_of_a_damaged_table_are_not_called_missing(change, is_judged: bool, tmp_path: Path):
+    table = write_studies(tmp_path / "studies") / "studies.csv"
+    table.write_text(change(table.read_text()))
+    check(tmp_path / "studies", config(variant="RADMAISI"), out=tmp_path / "out", headers_only=True, workers=1)
+    names = {each["name"] for each in json.loads((tmp_path / "out" / "check.json").read_text())["findings"]}
+    assert ({"class_balance", "reports", "one_class"} <= names) is is_judged
+    assert ("table" in names) is not is_judged and ("defect" in names) is not is_judged
+    assert not {"no_class", "no_reports"} & names
+
+
 def test_training_does_not_start_without_reports_and_says_how_it_would(tmp_path: Path, caplog):
     """S2: a folder without table was prepared and trained on without a word."""
     manifest = load_manifest(write_prepared(tmp_path / "prepared"))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ccella_fast.config import Config
+from ccella_fast.data.checking.classes import without_classes
 from ccella_fast.data.checking.findings import (
     MEANING,
     Finding,
@@ -159,7 +160,11 @@ def check_studies(
         tasks = _series_tasks(studies, config, b_value=b_value, headers_only=headers_only)
         facts, found = _examine_images(studies, facts, tasks, config, workers=workers)
         findings += found
-    findings += check_facts(facts, config) if facts else []
+    about_facts = check_facts(facts, config) if facts else []
+    in_table = any(
+        Path(defect.path).suffix.lower() in (".csv", ".tsv", ".json") for defect in defects.found if defect.path
+    )
+    findings += without_classes(about_facts) if in_table else about_facts
     findings += check_reports(studies, config)
     needs, found = estimate_needs(config, data, len(studies), prepared=False)
     return Checked(in_order([*findings, *found]), facts, needs)

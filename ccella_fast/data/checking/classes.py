@@ -13,6 +13,17 @@ from ccella_fast.quantities import counted
 _FEW = 20  # training studies
 _RARE = 0.1  # share of the rarer class
 _MANY = 0.5  # share of studies without report or class
+#: Findings that follow from lines of a table that could not be read.
+_OF_TABLE = {
+    "class_balance",
+    "no_class",
+    "one_class",
+    "rare_class",
+    "few_classes",
+    "reports",
+    "no_reports",
+    "few_reports",
+}
 _NAMES = {tuple(NEGATIVE): "PI-RADS 1-2", tuple(POSITIVE): "PI-RADS 3-5"}
 
 
@@ -26,6 +37,12 @@ def check_classes(facts: Sequence[StudyFacts], config: Config) -> list[Finding]:
         *_reports(train, config),
         *_synthetic(facts),
     ]
+
+
+def without_classes(findings: Sequence[Finding]) -> list[Finding]:
+    """Findings about a data set whose table has defects, without those about the classes and reports that it gives."""
+    why = "classes and reports were not judged, because the table that gives them has to be corrected first"
+    return [*(each for each in findings if each.name not in _OF_TABLE), Finding("table", "info", why)]
 
 
 def learns_classes(config: Config) -> bool:
