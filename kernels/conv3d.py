@@ -91,19 +91,23 @@ def _sum_along_z(b_before, b_middle, b_after, o_z, Z, BLOCK_M: tl.constexpr, BLO
 
 
 @jit
-def _store(b_y, bias_ptr, shift_ptr, residual_ptr, y_ptr, i_row, o_row, m_row, i_part, voxels, o_b, o_n, O):  # noqa: E741
-    """Add what follows the convolution and store.
-
-    The rows are i_row + o_row, where only i_row may be large; o_b are their samples, or the one sample of all of them.
-    """
+def _bias_and_shift(bias_ptr, shift_ptr, o_b, o_n, O, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # noqa: E741
+    """The first terms of the sums [BLOCK_M, BLOCK_N]; o_b are the samples of the rows, or the one sample of all of them."""
+    b_y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     m_n = o_n < O
-    m_y = m_row[:, None] & m_n[None, :]
-    o_y = o_row[:, None] * O + o_n[None, :]
     if bias_ptr is not None:
         b_y += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     if shift_ptr is not None:
         o_shift = o_b[:, None] * O + o_n[None, :]
         b_y += tl.load(shift_ptr + o_shift, mask=m_n[None, :], other=0.0).to(tl.float32)
+    return b_y
+
+
+@jit
+def _store(b_y, residual_ptr, y_ptr, i_part, voxels, i_row, o_row, m_row, o_n, O):  # noqa: E741
+    """Store the rows i_row + o_row, of which only i_row may be large, after adding the residual."""
+    m_y = m_row[:, None] & (o_n < O)[None, :]
+    o_y = o_row[:, None] * O + o_n[None, :]
     if residual_ptr is not None:
         p_residual = residual_ptr + i_row.to(tl.int64) * O
         b_y += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
@@ -141,8 +145,9 @@ def _conv3d_descriptors_fwd_kernel(
 
     K_BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     TAPS: tl.constexpr = 9 // SPLIT
+    o_n = i_n + tl.arange(0, BLOCK_N)
     b_before = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    b_middle = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_middle = _bias_and_shift(bias_ptr, shift_ptr, i_b + tl.arange(0, 1), o_n, O, BLOCK_M, BLOCK_N)
     b_after = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_step in range(0, TAPS * K_BLOCKS):
         i_tap, i_k = i_part * TAPS + i_step // K_BLOCKS, i_step % K_BLOCKS * BLOCK_K
@@ -160,8 +165,7 @@ def _conv3d_descriptors_fwd_kernel(
     b_y = _sum_along_z(b_before, b_middle, b_after, o_z, Z, BLOCK_M, BLOCK_N)
     i_row, o_row = ((i_b * X + i_x) * Y + i_y) * Z, (o_x * Y + o_y) * Z + o_z
     m_row = (i_x + o_x < X) & (i_y + o_y < Y)
-    o_b, o_n = i_b + tl.arange(0, 1), i_n + tl.arange(0, BLOCK_N)
-    _store(b_y, bias_ptr, shift_ptr, residual_ptr, y_ptr, i_row, o_row, m_row, i_part, voxels, o_b, o_n, O)
+    _store(b_y, residual_ptr, y_ptr, i_part, voxels, i_row, o_row, m_row, o_n, O)
 
 
 @jit(do_not_specialize=["voxels", "X", "Y", "Z"])
@@ -198,8 +202,9 @@ def _conv3d_pointers_fwd_kernel(
     TAPS: tl.constexpr = 9 // SPLIT
     p_x = x_ptr + (o_m.to(tl.int64) * C)[:, None] + o_k[None, :]
     p_weight = weight_ptr + o_k[:, None] * O + o_n[None, :]
+    o_b = tl.minimum(tl.maximum(o_m, 0), voxels - 1) // (X * Y * Z)
     b_before = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    b_middle = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_middle = _bias_and_shift(bias_ptr, shift_ptr, o_b, o_n, O, BLOCK_M, BLOCK_N)
     b_after = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_step in range(0, TAPS * K_BLOCKS):
         i_tap, i_k = i_part * TAPS + i_step // K_BLOCKS, i_step % K_BLOCKS * BLOCK_K
@@ -219,9 +224,8 @@ def _conv3d_pointers_fwd_kernel(
         b_after = tl.dot(b_x, b_third, b_after, input_precision="ieee")
 
     b_y = _sum_along_z(b_before, b_middle, b_after, o_z, Z, BLOCK_M, BLOCK_N)
-    o_b = tl.minimum(tl.maximum(o_m, 0), voxels - 1) // (X * Y * Z)
     m_row = m_m & (o_i >= HALO) & (o_i < BLOCK_M - HALO)
-    _store(b_y, bias_ptr, shift_ptr, residual_ptr, y_ptr, i_row, o_i, m_row, i_part, voxels, o_b, o_n, O)
+    _store(b_y, residual_ptr, y_ptr, i_part, voxels, i_row, o_i, m_row, o_n, O)
 
 
 @jit(do_not_specialize=["elements", "elements_per_sample"])
