@@ -40,10 +40,10 @@ def _bias_and_shift(bias_ptr, shift_ptr, o_b, o_n, O, BLOCK_M: tl.constexpr, BLO
 
 
 @jit
-def _store(b_y, residual_ptr, y_ptr, i_part, voxels, i_row, o_row, m_row, o_n, O):  # noqa: E741
-    """Store the rows i_row + o_row, of which only i_row may be large, after adding the residual."""
+def _store(b_y, residual_ptr, y_ptr, i_part, voxels, i_row, o_i, m_row, o_n, O):  # noqa: E741
+    """Store the rows i_row + o_i, of which only i_row may be large, after adding the residual."""
     m_y = m_row[:, None] & (o_n < O)[None, :]
-    o_y = o_row[:, None] * O + o_n[None, :]
+    o_y = o_i[:, None] * O + o_n[None, :]
     if residual_ptr is not None:
         p_residual = residual_ptr + i_row.to(tl.int64) * O
         b_y += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
@@ -96,12 +96,12 @@ def _conv3d_descriptors_fwd_kernel(
         b_middle = tl.dot(b_x, weight_desc.load([3 * i_tap + 1, i_k, i_n]).reshape(BLOCK_K, BLOCK_N), b_middle)
         b_after = tl.dot(b_x, weight_desc.load([3 * i_tap + 2, i_k, i_n]).reshape(BLOCK_K, BLOCK_N), b_after)
 
+    # A tile is part of one plane, or several whole planes: in both cases its voxels are adjacent in memory.
     o_i = tl.arange(0, BLOCK_M)
-    o_z, o_y, o_x = o_i % Z, o_i // Z % BLOCK_Y, o_i // (BLOCK_Y * Z)
-    b_y = _sum_along_z(b_before, b_middle, b_after, o_z, Z, BLOCK_M, BLOCK_N)
-    i_row, o_row = ((i_b * X + i_x) * Y + i_y) * Z, (o_x * Y + o_y) * Z + o_z
-    m_row = (i_x + o_x < X) & (i_y + o_y < Y)
-    _store(b_y, residual_ptr, y_ptr, i_part, voxels, i_row, o_row, m_row, o_n, O)
+    b_y = _sum_along_z(b_before, b_middle, b_after, o_i % Z, Z, BLOCK_M, BLOCK_N)
+    i_row = ((i_b * X + i_x) * Y + i_y) * Z
+    m_row = o_i < ((Y - i_y) * Z if BLOCK_X == 1 else (X - i_x) * (BLOCK_Y * Z))
+    _store(b_y, residual_ptr, y_ptr, i_part, voxels, i_row, o_i, m_row, o_n, O)
 
 
 @jit(do_not_specialize=["voxels", "X", "Y", "Z"])
@@ -274,21 +274,22 @@ def launch(
     added = bias, shift, residual
     parts = None if split == 1 else torch.empty((split, y.numel()), dtype=torch.float32, device=x.device)
     written = (*added, y) if parts is None else (None, None, None, parts)
-    grid = (programs, split)
     if box is not None:
         descriptions = _descriptors(x, taps, box, config)
-        _conv3d_descriptors_fwd_kernel[grid](
+        _conv3d_descriptors_fwd_kernel[(programs, split)](
             *descriptions, *written, voxels, X, Y, outputs,
             Z=Z, C=C, BLOCK_X=box[0], BLOCK_Y=box[1], SPLIT=split, **config.launch(),
         )  # fmt: skip
     else:
-        _conv3d_pointers_fwd_kernel[grid](
+        _conv3d_pointers_fwd_kernel[(programs, split)](
             x, taps, *written, voxels, X, Y, Z, outputs, C=C, HALO=halo, SPLIT=split, **config.launch()
         )
     if parts is not None:
         config = launch_config("conv3d", "sum", x.device)
-        grid = (triton.cdiv(y.numel(), config.constants["BLOCK"]),)
-        _conv3d_sum_kernel[grid](parts, *added, y, y.numel(), y[0].numel(), outputs, SPLIT=split, **config.launch())
+        blocks = triton.cdiv(y.numel(), config.constants["BLOCK"])
+        _conv3d_sum_kernel[(blocks,)](
+            parts, *added, y, y.numel(), y[0].numel(), outputs, SPLIT=split, **config.launch()
+        )
 
 
 def _descriptors(x: Tensor, taps: Tensor, box: tuple[int, int], config: LaunchConfig) -> tuple[Any, Any]:
