@@ -234,6 +234,11 @@ def _tiling(x: Tensor, outputs: int, *, descriptors: bool) -> _Tiling:
     return _Tiling(config, box, halo, programs, split)
 
 
+def taps_are_divided(x: Tensor, outputs: int) -> bool:
+    """Whether there is a second launch, which adds the sums over parts of the taps; on a GPU with descriptors."""
+    return _tiling(x, outputs, descriptors=x.dtype != torch.float32).split > 1
+
+
 def _box(block_m: int, Y: int, Z: int) -> tuple[int, int] | None:
     """Extents along X and Y of a tile of `block_m` voxels in whole lines along Z, all powers of two; None if there is none."""
     if block_m % Z:
