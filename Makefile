@@ -22,7 +22,7 @@ ALLOW := $(if $(DATA),$(if $(wildcard $(DATA)/studies.csv),,--allow no_class --a
 NUMERICS := $(addprefix tests/, \
             $(addprefix diffusion/test_, schedule.py solvers.py solver_order.py) training/test_losses.py \
             $(addprefix models/test_, models.py autoencoder.py bf16.py thin_grids.py) \
-            $(addprefix kernels/test_, attention.py cross_attention.py geglu.py group_norm_silu.py residual_shift.py upsample_conv3d.py upsample_trilinear.py) \
+            $(addprefix kernels/test_, attention.py cross_attention.py geglu.py group_norm_silu.py residual_shift.py conv3d.py upsample_conv3d.py upsample_trilinear.py) \
             sampling/test_fast_sampler.py::test_bfloat16_is_close_to_float32)
 
 GPU_PACKAGES := pydantic pydantic_core annotated-types typing_extensions typing-inspection hjson monai nibabel

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ccella_fast.kernels.attention import attention
+from ccella_fast.kernels.conv3d import conv3d, kernel_layout
 from ccella_fast.kernels.cross_attention import cross_attention
 from ccella_fast.kernels.geglu import geglu
 from ccella_fast.kernels.group_norm_silu import group_norm_silu
@@ -58,6 +59,7 @@ def workloads(device: torch.device, grid: Sequence[int] = GRID) -> dict[str, Wor
         for level, channels in enumerate(CHANNELS):
             shape = (batch, channels, *(size >> level for size in grid))
             rows = [("group_norm_silu", 2 * BLOCKS[level], _norm), ("residual_shift", BLOCKS[level], _residual)]
+            rows.append(("conv3d", 2 * BLOCKS[level], _conv))
             if level:  # from this level to the next finer one
                 rows.append(("upsample_conv3d", 1, _upsample))
             if TRANSFORMERS[level]:
@@ -84,6 +86,12 @@ def _norm(device: torch.device, shape: Sequence[int]) -> tuple[list[Tensor], Cal
 def _residual(device: torch.device, shape: Sequence[int]) -> tuple[list[Tensor], Callable[..., Tensor]]:
     inputs = [_volume(device, shape), _volume(device, shape), _draw(device, shape[1])]
     return inputs, lambda h, residual, shift: residual_shift(h, residual, shift, backend="triton")
+
+
+def _conv(device: torch.device, shape: Sequence[int]) -> tuple[list[Tensor], Callable[..., Tensor]]:
+    weight = kernel_layout(_draw(device, shape[1], shape[1], 3, 3, 3) * (27 * shape[1]) ** -0.5)
+    inputs = [_volume(device, shape), _draw(device, shape[1]), _volume(device, shape)]
+    return inputs, lambda x, bias, residual: conv3d(x, weight, bias, residual=residual, backend="triton")
 
 
 def _upsample(device: torch.device, shape: Sequence[int]) -> tuple[list[Tensor], Callable[..., Tensor]]:

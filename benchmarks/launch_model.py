@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccella_fast.kernels.conv3d_forward import taps_are_divided
 from ccella_fast.kernels.group_norm_silu_forward import WHOLE_TILES
 from ccella_fast.kernels.layout import is_channels_last, next_power_of_two
 
@@ -91,6 +92,14 @@ def _upsample_conv3d(args: Any, out: Any) -> int:
     return 1 + (not laid_out) + _copies([x], True)
 
 
+def _conv3d(args: Any, out: Any) -> int:
+    """One kernel, or two where the taps are divided, and the copy of a weight that is not in the kernel's layout."""
+    x, weight, _, _, residual = args
+    laid_out = weight.permute(2, 3, 4, 1, 0).is_contiguous()
+    volumes = [x] if residual is None else [x, residual]
+    return 1 + taps_are_divided(x, weight.shape[0]) + (not laid_out) + _copies(volumes, True)
+
+
 _RULES: dict[str, Callable[[Any, Any], int]] = {
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
@@ -103,4 +112,5 @@ _RULES: dict[str, Callable[[Any, Any], int]] = {
     # norm, query, attention, eight products and reductions, two launches of attention, sums and casts; by hand from the code
     "ccella_fast::cross_attention_backward": lambda args, out: 16,
     "ccella_fast::upsample_conv3d": _upsample_conv3d,
+    "ccella_fast::conv3d": _conv3d,
 }

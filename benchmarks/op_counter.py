@@ -237,6 +237,7 @@ FLOPS: dict[str, Callable[..., int]] = {
     "ccella_fast::upsample_conv3d": lambda x, weight, *rest: (
         8 * 2 * 8 * x[:, 0].numel() * weight[:, :, 0, 0, 0].numel()
     ),
+    "ccella_fast::conv3d": lambda x, weight, *rest: 2 * x[:, 0].numel() * weight.numel(),
 }
 
 

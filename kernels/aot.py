@@ -41,6 +41,7 @@ class CompileCase(NamedTuple):
         divisible: Integer parameters that are multiples of 16 in practice, as pointers always are.
         wide_loads: Whether 16-byte global loads are expected.
         tensor_cores: Whether tensor-core instructions are expected.
+        first_arch: The oldest architecture for which the kernel is meant.
     """
 
     name: str
@@ -51,6 +52,7 @@ class CompileCase(NamedTuple):
     divisible: tuple[str, ...] = ()
     wide_loads: bool = False
     tensor_cores: bool = False
+    first_arch: int = 80
 
 
 class CompileResult(NamedTuple):
@@ -190,7 +192,7 @@ def main() -> int:
     for case in all_cases():
         if arguments.case not in case.name:
             continue
-        for arch in arguments.arch:
+        for arch in (arch for arch in arguments.arch if arch >= case.first_arch):
             row = compile_case(case, arch)
             rows.append(row)
             print(line(row.name, f"sm_{arch}", *row[2:7], "; ".join(row.problems) or "-"), flush=True)

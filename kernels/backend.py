@@ -10,8 +10,8 @@ argument of a kernel overrides the choice for one call, the environment variable
 A requested backend that is unsupported raises an error; it is never replaced silently.
 
 The backends are `triton`, the Triton kernels of this package; `xformers`, the memory-efficient attention of xformers; `sdpa`,
-PyTorch's attention; `phase`, eight small convolutions of PyTorch; and `reference`, the plain PyTorch implementation, which
-defines the correct result.
+PyTorch's attention; `phase`, eight small convolutions of PyTorch; `cudnn`, the convolution of cuDNN; and `reference`, the plain
+PyTorch implementation, which defines the correct result.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ except ImportError:
     constexpr = lambda unchanged: unchanged  # noqa: E731
 
 ENVIRONMENT = "CCELLA_FAST_BACKEND"
-BACKENDS = ("triton", "xformers", "sdpa", "phase", "reference")
+BACKENDS = ("triton", "xformers", "sdpa", "phase", "cudnn", "reference")
 KERNELS = (
     "group_norm_silu",
     "cross_attention",
     "attention",
     "upsample_conv3d",
+    "conv3d",
     "geglu",
     "residual_shift",
     "upsample_trilinear",

@@ -8,6 +8,7 @@ addressed correctly.
 All Triton kernels of this package name their variables by one code, that of flash-linear-attention:
 
     x_ptr       a pointer argument of a kernel
+    x_desc      a tensor descriptor argument of a kernel
     p_x         pointers into the tensor x, a scalar or a block, derived from x_ptr
     i_b, i_n    scalar index of a sample, head, part, ... or of the first element of a block
     o_s, o_c    offsets or indices along an axis or within a tensor, usually a block

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from benchmark_case import BenchmarkCase, Implementation, PreparedCase, Roofline
 from ccella_fast.kernels.attention import attention, attention_reference
+from ccella_fast.kernels.conv3d import conv3d, conv3d_reference, kernel_layout
 from ccella_fast.kernels.cross_attention import cross_attention, cross_attention_reference
 from ccella_fast.kernels.group_norm_silu import group_norm_silu
 from ccella_fast.kernels.upsample_conv3d import upsample_conv3d, upsample_conv3d_reference
@@ -165,6 +166,39 @@ def upsample_conv3d_case(bench: Workbench, *, backward: bool = False, level: int
     return _prepare(
         bench, make, backward=backward, gradients=3, eager=upsample_conv3d_reference, ours=_by_backend(bench, upsample_conv3d),
         truth=upsample_conv3d_reference, roofline=roofline,
+    )  # fmt: skip
+
+
+def conv3d_case(bench: Workbench, *, backward: bool = False, level: int = 0, batch: int = 1) -> PreparedCase:
+    """The 3x3x3 convolution at the end of a residual block of `level`, with bias and residual."""
+    dtype = _dtype(bench)
+    width, grid = bench.config.model.num_channels[level], _grid(bench, level)
+
+    def make(index: int) -> list[Tensor]:
+        x, residual = (bench.random(batch, width, *grid, seed=index + seed).to(dtype) for seed in (0, 20))
+        weight = (bench.random(width, width, 3, 3, 3, seed=index + 50) * (27 * width) ** -0.5).to(dtype)
+        if bench.device.type == "cuda":
+            x, residual, weight = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, residual, weight))
+        return [x, weight, bench.random(width, seed=index + 90).to(dtype), residual, kernel_layout(weight)]
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, laid_out: Tensor) -> Tensor:
+        return conv3d_reference(x, weight, bias, residual=residual)
+
+    def ours(
+        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, laid_out: Tensor, backend: str | None = None
+    ) -> Tensor:
+        weight = laid_out if backend == "triton" and not backward else weight  # in training it changes with each step
+        return conv3d(x, weight, bias, residual=residual, backend=backend)
+
+    voxels = batch * math.prod(grid)
+    flops, size = 2 * 27 * voxels * width**2, (3 * voxels * width + 27 * width**2) * dtype.itemsize
+    why = "27 taps; x, residual and weight in, y out"
+    if backward:
+        flops, why = 2 * flops, "twice the products of the forward pass; x, dy and weight in, dx and dweight out"
+        size += 27 * width**2 * dtype.itemsize
+    return _prepare(
+        bench, make, backward=backward, gradients=4, eager=eager, ours=_by_backend(bench, ours), truth=eager,
+        roofline=Roofline(flops, size, _precision(dtype), why),
     )  # fmt: skip
 
 
@@ -365,6 +399,12 @@ def _cases() -> list[BenchmarkCase]:
         ("group_norm_silu_batch_8", "GroupNorm + SiLU of level 0, batch 8", group_norm_silu_case, {"batch": 8}, ()),
         ("attention_deep", "self-attention of the deepest level", attention_case, {"deeper": 1}, ()),
         ("upsample_conv3d_level_2", "nearest x2 and convolution, level 2 to 1", upsample_conv3d_case, {"level": 2}, ()),
+        ("conv3d", "3x3x3 convolution of level 0", conv3d_case, {}, ()),
+        ("conv3d_batch_8", "3x3x3 convolution of level 0, batch 8", conv3d_case, {"batch": 8}, ()),
+    ]
+    rows += [
+        (f"conv3d_level_{level}", f"3x3x3 convolution of level {level}", conv3d_case, {"level": level}, ())
+        for level in (1, 2, 3)
     ]
     cases = []
     for name, about, build, settings, devices in rows:

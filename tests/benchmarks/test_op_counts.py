@@ -116,6 +116,8 @@ def test_launches_of_a_convolution_by_hand():
 
 
 def test_launches_of_our_kernels_by_hand():
+    from ccella_fast.kernels import conv3d as convolution
+    from ccella_fast.kernels.conv3d import conv3d
     from ccella_fast.kernels.group_norm_silu import group_norm_silu
     from ccella_fast.kernels.residual_shift import residual_shift
     from ccella_fast.kernels.upsample_conv3d import kernel_layout, phase_weights, upsample_conv3d
@@ -125,6 +127,7 @@ def test_launches_of_our_kernels_by_hand():
         weight = torch.empty(64, 64, 3, 3, 3)
     last = lambda t: t.contiguous(memory_format=torch.channels_last_3d)  # noqa: E731
     laid_out, plain = kernel_layout(phase_weights(weight)), phase_weights(weight)
+    laid_out_conv = convolution.kernel_layout(weight)
     cases = [
         (1, lambda: group_norm_silu(small, 32, parameter, parameter)),  # a group fits in one program
         (2, lambda: group_norm_silu(large, 32, parameter, parameter)),
@@ -134,6 +137,10 @@ def test_launches_of_our_kernels_by_hand():
         (1, lambda: upsample_conv3d(last(small), weight, None, phases=laid_out)),
         (2, lambda: upsample_conv3d(last(small), weight, None, phases=plain)),
         (3, lambda: upsample_conv3d(small, weight, None, phases=plain)),
+        (1, lambda: conv3d(last(large), laid_out_conv, parameter, residual=last(large))),
+        (2, lambda: conv3d(last(large), weight, parameter)),
+        (3, lambda: conv3d(large, laid_out_conv, parameter, residual=large)),
+        (2, lambda: conv3d(last(small[:, :, :8, :8, :4]), laid_out_conv)),  # the taps are divided among programs
     ]
     with op_counter.backend("triton"):
         for index, (expected, call) in enumerate(cases):
@@ -152,6 +159,18 @@ def test_flops_of_our_upsampling_convolution():
     with op_counter.backend("triton"):
         flops = op_counter.count(lambda: upsample_conv3d(x, weight, weight[:, 0, 0, 0, 0])).flops
     assert flops == 2 * 8 * (2 * 6 * 8 * 10) * 16 * 32
+
+
+def test_flops_of_our_convolution():
+    """By hand: 27 taps for every voxel and pair of channels, as PyTorch counts its own convolution."""
+    from ccella_fast.kernels.conv3d import conv3d
+
+    x, weight = (
+        torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in ((2, 16, 3, 4, 5), (32, 16, 3, 3, 3))
+    )
+    for backend in ("triton", "reference"):
+        flops = op_counter.count(lambda backend=backend: conv3d(x, weight, backend=backend)).flops
+        assert flops == 2 * 27 * (2 * 3 * 4 * 5) * 16 * 32
 
 
 def test_half_autocast_casts_weights_once_and_keeps_norms_in_fp32():

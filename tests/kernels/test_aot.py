@@ -23,9 +23,15 @@ ARCHITECTURES = [80, 90, 100]
 # Register allocation differs between releases of Triton, so the numbers of the table hold for one release only. On other
 # releases every kernel must still compile, with no problems except these known spills.
 KNOWN_SPILLS = {
-    "3.6.0": {"cross_attention output c256 bf16 d32 sm_100: spills 24 bytes"},
+    "3.6.0": {
+        "cross_attention output c256 bf16 d32 sm_100: spills 24 bytes",
+        "conv3d descriptors wide c128 bf16 sm_100: spills 16 bytes",
+    },
     "3.8.0": {"cross_attention heads c256 fp32 d32 sm_100: spills 32 bytes"},
-    "3.9.0": {"cross_attention heads c256 fp32 d32 sm_100: spills 32 bytes"},
+    "3.9.0": {
+        "cross_attention heads c256 fp32 d32 sm_100: spills 32 bytes",
+        "conv3d descriptors wide c128 bf16 sm_100: spills 16 bytes",
+    },
 }
 
 
@@ -51,13 +57,13 @@ def test_compiles_no_worse_than_the_committed_table(tmp_path, arch):
     allowed = KNOWN_SPILLS.get(result["triton"], set())
     assert problems(rows) <= allowed
     assert done.returncode == int(bool(problems(rows))), done.stdout
-    assert {row["name"] for row in rows} == {case.name for case in all_cases()}
+    assert {row["name"] for row in rows} == {case.name for case in all_cases() if arch >= case.first_arch}
 
 
 def test_the_committed_table_is_complete_and_clean():
     rows = committed()
     assert {(row["name"], row["arch"]) for row in rows} == {
-        (case.name, arch) for case in all_cases() for arch in ARCHITECTURES
+        (case.name, arch) for case in all_cases() for arch in ARCHITECTURES if arch >= case.first_arch
     }
     assert not [row for row in rows if row["problems"] or row["spilled_bytes"]]
 

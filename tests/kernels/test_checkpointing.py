@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ccella_fast.kernels.attention import attention
+from ccella_fast.kernels.conv3d import conv3d
 from ccella_fast.kernels.cross_attention import cross_attention
 from ccella_fast.kernels.geglu import geglu
 from ccella_fast.kernels.group_norm_silu import group_norm_silu
@@ -46,6 +47,10 @@ KERNELS = {
     "upsample_conv3d": (
         lambda x, w, b: upsample_conv3d(x, w, b, backend="triton"),
         [(1, 16, 2, 3, 2), (16, 16, 3, 3, 3), (16,)],
+    ),
+    "conv3d": (
+        lambda x, w, b, shift, residual: conv3d(x, w, b, shift=shift, residual=residual, backend="triton"),
+        [(2, 8, 2, 3, 2), (8, 8, 3, 3, 3), (8,), (2, 8), (2, 8, 2, 3, 2)],
     ),
     "upsample_trilinear": (lambda x: upsample_trilinear(x, backend="triton"), [(1, 8, 2, 3, 2)]),
 }
