@@ -215,6 +215,19 @@ def test_the_language_of_a_report(language: str):
     assert language_of(LANGUAGES[language]) == language
 
 
+@pytest.mark.parametrize(
+    ("report", "language"),
+    [
+        ("PI-RADS 4 Läsion links apikal, 12 mm, T2w hypointens, ADC erniedrigt.", "German"),
+        ("Lesión en zona periférica izquierda, PI-RADS 4", "Spanish"),
+        ("Lésion PI-RADS 4 zone périphérique droite", "French"),
+        ("PI-RADS 4 lesion left apex, 12 mm, PZ, abuts the capsule", "English"),
+    ],
+)
+def test_the_language_of_notes_without_sentences(report: str, language: str):
+    assert language_of(report) == language
+
+
 def test_short_reports_and_abbreviations_have_no_language():
     assert language_of("PI-RADS 4, 12 mm PZ left.") in (None, "English")
     assert language_of("T2: 12 mm. DWI 4. PSA 7.") in (None, "English")

@@ -17,9 +17,11 @@ _UNKNOWN = 0.02  # share of tokens
 _STOP_WORDS = {
     "English": "the of and is with are there without for from no not was this has which left right",
     "Dutch": "het een van zijn niet geen naar bij aan wordt dat voor met links rechts er deze laesie perifere",
-    "German": "der das und ist mit keine nicht im eine bei den dem links rechts kein sowie auf läsion periphere peripheren",
+    "German": "der das und ist mit keine nicht im eine bei den dem links rechts kein sowie auf läsion periphere peripheren"
+    " von ohne nachweis suspekte unauffällig samenblasen lymphknoten apikal erniedrigt",
     "French": "les des dans une est pas avec du sur sans gauche droite au aux et par ne lésion périphérique",
-    "Spanish": "los las del una en con sin izquierda derecha el por se que no hay lóbulo lesión",
+    "Spanish": "los las del una en con sin izquierda derecha el por se que no hay lóbulo lesión"
+    " zona periférica izquierdo derecho vesículas",
     "Italian": "il della nel con una di sinistra destra non del alla che lesione sono dei nella periferica",
     "Portuguese": "uma com sem não esquerda direita da do na em dos das os observa lesão na",
 }
