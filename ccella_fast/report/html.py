@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -32,12 +33,25 @@ _SYNTHETIC = "Generated images are synthetic. Nothing on this page is for diagno
 class Sample(NamedTuple):
     """A generated volume as written by `ccella-fast sample`: its JSON file, and per sequence its NIfTI file or DICOM folder."""
 
+    path: Path
     sidecar: dict[str, Any]
     files: dict[str, Path]
 
-    def volume(self, sequence: str) -> np.ndarray:
-        """(X, Y, Z) float32, scaled to [0, 1]."""
-        return read_sample(self.files[sequence]) / self.sidecar["intensity_scale"][sequence]
+    def panel(self, sequence: str, title: str) -> Panel:
+        """The volume (X, Y, Z) in float32, scaled to [0, 1]."""
+        volume = read_sample(self.files[sequence])
+        with _damage_named(self.path):
+            return Panel(volume / self.sidecar["intensity_scale"][sequence], self.sidecar["spacing"], title)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Convert what the content of a damaged file raises, where it is used, to a DataError that names the file."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError):
+        why = "a value that the command writes into this file is missing or of another kind"
+        raise DataError(why, path=path, fix="run the command that wrote it again, or restore the file") from None
 
 
 def write_report(folder: str | Path) -> Path:
@@ -51,14 +65,17 @@ def write_report(folder: str | Path) -> Path:
         fix = "give the folder that contains prepared/, vae/, model/ and samples/"
         raise DataError("this folder contains no results", path=folder, fix=fix)
     prepared = load_manifest(folder / "prepared") if (folder / "prepared" / "manifest.json").is_file() else None
-    config = _read(folder / "model" / "config.json") or {}
+    name = "results"
+    if config := _read(folder / "model" / "config.json"):
+        with _damage_named(folder / "model" / "config.json"):
+            name = config["name"]
     samples = _samples(folder / "samples")
     page = render(
         TEMPLATE,
-        title=f"ccella_fast: {config.get('name', 'results')}",
+        title=f"ccella_fast: {name}",
         subtitle="Report-conditioned latent diffusion of 3D prostate MRI",
         notices=_notices(prepared),
-        facts=_facts(prepared, config, folder, samples),
+        facts=_facts(prepared, folder, samples),
         pictures=_pictures(prepared, folder, samples),
         charts=[_vae_chart(folder / "vae"), _model_chart(folder / "model")],
         samples=[_sample_row(number, sample) for number, sample in enumerate(samples, start=1)],
@@ -79,9 +96,10 @@ def _samples(folder: Path) -> list[Sample]:
     found = []
     for path in sorted(folder.glob("sample-*.json")):
         sidecar = read_json(path)
-        files = {sequence: folder / name for sequence, name in sidecar["files"].items()}
+        with _damage_named(path):
+            files = {sequence: folder / name for sequence, name in sidecar["files"].items()}
         if all(file.exists() for file in files.values()):
-            found.append(Sample(sidecar, files))
+            found.append(Sample(path, sidecar, files))
     return found
 
 
@@ -99,9 +117,7 @@ def _all_synthetic(prepared: Manifest) -> bool:
     return all(case.synthetic for case in prepared.cases)
 
 
-def _facts(
-    prepared: Manifest | None, config: dict[str, Any], folder: Path, samples: list[Sample]
-) -> list[tuple[str, str]]:
+def _facts(prepared: Manifest | None, folder: Path, samples: list[Sample]) -> list[tuple[str, str]]:
     facts = []
     if prepared:
         counts = Counter(case.split for case in prepared.cases)
@@ -115,19 +131,24 @@ def _facts(
             ("Sequences", ", ".join(prepared.data.sequences)),
             ("Grid", f"{_times(prepared.data.dim)} voxels of {_times(prepared.data.spacing)} mm"),
         ]
-    if config:
-        model, training = config["model"], config["training"]
-        facts += [
-            ("Variant", model["variant"]),
-            ("U-Net channels", ", ".join(map(str, model["num_channels"]))),
-            ("Batch, precision", f"{training['batch_size']} per process, {training['precision']}"),
-        ]
-    status = _read(folder / "model" / "run_status.json")
-    if status:
-        facts.append(("Training", f"{status['state']}, step {status['step']} of {status['total_steps']}"))
-    test = (_read(folder / "vae" / "run_record.json") or {}).get("test")
-    if test:
-        facts.append(("Autoencoder, test split", f"L1 {test['l1']:.4f}, PSNR {test['psnr']:.1f} dB"))
+    path = folder / "model" / "config.json"
+    if config := _read(path):
+        with _damage_named(path):
+            model, training = config["model"], config["training"]
+            facts += [
+                ("Variant", model["variant"]),
+                ("U-Net channels", ", ".join(map(str, model["num_channels"]))),
+                ("Batch, precision", f"{training['batch_size']} per process, {training['precision']}"),
+            ]
+    path = folder / "model" / "run_status.json"
+    if status := _read(path):
+        with _damage_named(path):
+            facts.append(("Training", f"{status['state']}, step {status['step']:d} of {status['total_steps']:d}"))
+    path = folder / "vae" / "run_record.json"
+    if record := _read(path):
+        with _damage_named(path):
+            if test := record.get("test"):
+                facts.append(("Autoencoder, test split", f"L1 {test['l1']:.4f}, PSNR {test['psnr']:.1f} dB"))
     if samples:
         facts.append(("Generated volumes (synthetic)", str(len(samples))))
     return facts
@@ -151,8 +172,7 @@ def _pictures(prepared: Manifest | None, folder: Path, samples: list[Sample]) ->
     ]
     few = 2 * COLUMNS // max((len(sample.files) for sample in samples), default=1)
     generated = [
-        Panel(sample.volume(sequence), sample.sidecar["spacing"],
-              _title(f"Generated {n}, seed {sample.sidecar['seed']}", sequence, prepared))
+        sample.panel(sequence, _title(f"Generated {n}, seed {sample.sidecar.get('seed')}", sequence, prepared))
         for n, sample in enumerate(samples[:few], start=1)
         for sequence in sample.files
     ]  # fmt: skip
@@ -215,7 +235,11 @@ def _histogram(real: Sequence[Panel], generated: Sequence[Panel], word: str) -> 
 
 
 def _vae_chart(folder: Path) -> dict[str, Any]:
-    lines = _metrics(folder / "metrics.jsonl")
+    with _damage_named(folder / "metrics.jsonl"):
+        return _vae_curves(_metrics(folder / "metrics.jsonl"))
+
+
+def _vae_curves(lines: list[dict[str, Any]]) -> dict[str, Any]:
     missing = "There is no autoencoder training to show: run `ccella-fast train-vae`."
     if not lines:
         return _figure(None, "", missing)
@@ -227,7 +251,11 @@ def _vae_chart(folder: Path) -> dict[str, Any]:
 
 
 def _model_chart(folder: Path) -> dict[str, Any]:
-    lines = _metrics(folder / "metrics.jsonl")
+    with _damage_named(folder / "metrics.jsonl"):
+        return _model_curves(_metrics(folder / "metrics.jsonl"))
+
+
+def _model_curves(lines: list[dict[str, Any]]) -> dict[str, Any]:
     missing = "There is no diffusion training to show: run `deepspeed ccella_fast/train.py`."
     if not lines:
         return _figure(None, "", missing)
@@ -261,7 +289,7 @@ def _figure(image: bytes | None, caption: str, missing: str) -> dict[str, Any]:
 
 def _class_heads(samples: list[Sample]) -> str:
     """A sentence about the predicted classes, where their meaning is limited."""
-    heads = {sample.sidecar.get("class_head", "unknown") for sample in samples if _has_prediction(sample.sidecar)}
+    heads = {sample.sidecar.get("class_head", "unknown") for sample in samples if _has_prediction(sample)}
     if "untrained" in heads:
         return "P is not shown for models that were not trained to predict the class."
     if "unknown" in heads:
@@ -269,18 +297,20 @@ def _class_heads(samples: list[Sample]) -> str:
     return ""
 
 
-def _has_prediction(sidecar: dict[str, Any]) -> bool:
-    return bool(sidecar["class_probabilities"]) or sidecar.get("class_head") == "untrained"
+def _has_prediction(sample: Sample) -> bool:
+    with _damage_named(sample.path):
+        return bool(sample.sidecar["class_probabilities"]) or sample.sidecar.get("class_head") == "untrained"
 
 
 def _sample_row(number: int, sample: Sample) -> dict[str, Any]:
     side = sample.sidecar
-    probabilities = side["class_probabilities"] or {}
-    neg, pos = (f"{probabilities[name]:.3f}" if name in probabilities else "-" for name in ("neg", "pos"))
-    return {
-        "number": number, "report": side["report"] + 1, "seed": side["seed"], "solver": side["solver"],
-        "steps": side["num_inference_steps"], "given": side["class_given"] or "-", "neg": neg, "pos": pos,
-    }  # fmt: skip
+    with _damage_named(sample.path):
+        probabilities = side["class_probabilities"] or {}
+        neg, pos = (f"{probabilities[name]:.3f}" if name in probabilities else "-" for name in ("neg", "pos"))
+        return {
+            "number": number, "report": side["report"] + 1, "seed": side["seed"], "solver": side["solver"],
+            "steps": side["num_inference_steps"], "given": side["class_given"] or "-", "neg": neg, "pos": pos,
+        }  # fmt: skip
 
 
 def _timings(folder: Path, command: str) -> list[dict[str, Any]]:
@@ -288,8 +318,9 @@ def _timings(folder: Path, command: str) -> list[dict[str, Any]]:
     record = _read(folder / "run_record.json")
     if record is None:
         return [{"command": command, "seconds": None, "memory": None, "remarks": "not run, or not to its end"}]
-    stages = record.get("stages", {})
-    return [_timing(f"{command}: {name}", stage) for name, stage in stages.items()] or [_timing(command, record)]
+    with _damage_named(folder / "run_record.json"):
+        stages = record.get("stages", {})
+        return [_timing(f"{command}: {name}", stage) for name, stage in stages.items()] or [_timing(command, record)]
 
 
 def _timing(command: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -311,13 +342,19 @@ def _timing(command: str, record: dict[str, Any]) -> dict[str, Any]:
 def _environment(folder: Path) -> list[tuple[str, str]]:
     """Of the training run, or of this machine where there was none."""
     record = _read(folder / "model" / "run_record.json")
-    found = record["environment"] if record else describe_environment()
+    if record is None:
+        return _environment_rows(describe_environment(), recorded=False)
+    with _damage_named(folder / "model" / "run_record.json"):
+        return _environment_rows(record["environment"], recorded=True)
+
+
+def _environment_rows(found: dict[str, Any], *, recorded: bool) -> list[tuple[str, str]]:
     cpu, gpus = found["cpu"], found["gpu"]
     instructions = ", ".join(cpu["instructions"]) or "no AVX2"
     packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
     used = f"{counted(cpu['cores'], 'core')}, {counted(cpu['torch_threads'], 'thread')}"
     return [
-        ("Recorded by", "the training run" if record else "this report: there is no finished training run"),
+        ("Recorded by", "the training run" if recorded else "this report: there is no finished training run"),
         ("ccella_fast", found["ccella_fast"] or "not installed"),
         ("Python, system", f"{found['python']}, {found['system']}"),
         ("CPU", f"{used}, {cpu['memory_gib']} GiB, {instructions}"),

@@ -87,6 +87,32 @@ def test_what_is_missing_is_said(tmp_path):
         write_report(tmp_path / "prepared" / "images")
 
 
+@pytest.mark.parametrize("damage", ["list", "empty", "strings"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model/config.json",
+        "model/run_status.json",
+        "model/run_record.json",
+        "prepared/run_record.json",
+        "samples/sample-",
+    ],
+)
+def test_a_damaged_file_of_the_results_is_named(tmp_path, monkeypatch, name, damage):
+    """A list in place of an object, no keys, and texts in place of all values. Negative control: the undamaged folder."""
+    monkeypatch.setattr(html, "curves", lambda _: b"")
+    run = write_run(tmp_path, ["a", "b"])
+    write_report(run)
+    (path, *_) = sorted(run.glob(f"{name}*"))
+    values = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({"list": [1], "empty": {"quagga": 1}, "strings": dict.fromkeys(values, "quagga")}[damage])
+    )
+    with pytest.raises(DataError) as caught:
+        write_report(run)
+    assert caught.value.path == str(path) and "quagga" not in str(caught.value)
+
+
 def test_equal_folders_give_equal_pictures(tmp_path):
     first, second = (pictures(read(write_report(write_run(tmp_path / name, ["a", "b"])))) for name in "xy")
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
