@@ -24,7 +24,7 @@ def test_a_sample_is_what_was_written_divided_by_its_intensity(tmp_path: Path):
     samples = html._samples(write_run(tmp_path, ["a", "b"]) / "samples")
     assert len(samples) == 2
     for number, sample in enumerate(samples):
-        np.testing.assert_allclose(sample.volume("t2w"), volume(number), rtol=1e-6)
+        np.testing.assert_allclose(sample.panel("t2w", "").volume, volume(number), rtol=1e-6)
 
 
 def test_the_pages_montages_show_the_known_volumes(tmp_path: Path):
