@@ -6,8 +6,8 @@ It runs on a bare machine with PyTorch, Triton and pytest: packages that are mis
 `make gpu-wheels` fills on a machine with a network. In this order, each as a process of its own with its share of the time:
 
     tests       the tests that need a GPU: kernels, model, sampler, training
-    measure     a denoising step, a training step and a decode beside the reference, both steps with another backend for one
-                kernel at a time, then each kernel by itself beside PyTorch, torch.compile and other libraries
+    measure     a denoising step, a training step and a decode compared with the reference; both steps with one kernel's backend
+                changed at a time; then each kernel alone, compared with PyTorch, torch.compile and other libraries
     tuning      the launch configurations of the kernels
 
 Every result is written as soon as it is known, so a call that is cut off keeps what it has measured. This file needs the

@@ -148,6 +148,14 @@ def triton_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str |
     return f"the tensors are on {device.type}, not on a GPU"
 
 
+def triton_on_a_gpu(device: torch.device, dtype: torch.dtype) -> BackendSupport:
+    """The support of a kernel that prefers `triton` on a GPU and `reference`, PyTorch's own operations, elsewhere."""
+    triton_reason = triton_unsupported_reason(device, dtype)
+    if device.type == "cuda":
+        return {"triton": triton_reason, "reference": None}
+    return {"reference": None, "triton": triton_reason}
+
+
 def _unsupported_gpu_reason(device: torch.device) -> str | None:
     """Why Triton does not compile for this GPU, None if it does."""
     if not torch.cuda.is_available() or torch.version.hip is not None:

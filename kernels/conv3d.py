@@ -31,7 +31,7 @@ from ccella_fast.kernels import conv3d_forward
 from ccella_fast.kernels.aot import CompileCase
 from ccella_fast.kernels.backend import BackendSupport, choose, compute_dtype, library_op, triton_unsupported_reason
 from ccella_fast.kernels.conv3d_forward import launch
-from ccella_fast.kernels.layout import contiguous_or_none
+from ccella_fast.kernels.layout import check_conv3d_shapes, contiguous_or_none
 from ccella_fast.kernels.residual_shift import residual_shift, residual_shift_reference
 
 
@@ -183,11 +183,7 @@ def conv3d(
         ValueError: The shapes do not match.
         BackendError: `backend` is unsupported here.
     """
-    if x.ndim != 5 or weight.shape[1:] != (x.shape[1], 3, 3, 3):
-        raise ValueError(
-            "x and weight must have shapes (B, C, X, Y, Z) and (O, C, 3, 3, 3), "
-            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
+    check_conv3d_shapes(x, weight)
     expected = {
         "bias": (bias, weight.shape[:1]),
         "shift": (shift, (x.shape[0], weight.shape[0])),

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccella_fast.kernels.aot import CompileCase
-from ccella_fast.kernels.backend import BackendSupport, choose, jit, library_op, tl, triton_unsupported_reason
+from ccella_fast.kernels.backend import BackendSupport, choose, jit, library_op, tl, triton_on_a_gpu
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 
 
@@ -115,10 +115,7 @@ _geglu_op.register_autograd(_backward, setup_context=_setup_context)
 
 def backend_support(device: torch.device, dtype: torch.dtype) -> BackendSupport:
     """The backends in order of preference, each with the reason why it is unsupported, None if it is supported."""
-    triton_reason = triton_unsupported_reason(device, dtype)
-    if device.type == "cuda":
-        return {"triton": triton_reason, "reference": None}
-    return {"reference": None, "triton": triton_reason}
+    return triton_on_a_gpu(device, dtype)
 
 
 def aot_cases() -> list[CompileCase]:

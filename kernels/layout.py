@@ -63,6 +63,15 @@ def layout_key(step: str, x: Tensor) -> str:
     return f"{step} {'last' if is_channels_last(x) else 'first'}"
 
 
+def check_conv3d_shapes(x: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless x is (B, C, X, Y, Z) and weight (O, C, 3, 3, 3)."""
+    if x.ndim != 5 or weight.shape[1:] != (x.shape[1], 3, 3, 3):
+        raise ValueError(
+            "x and weight must have shapes (B, C, X, Y, Z) and (O, C, 3, 3, 3), "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+
+
 def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:
     """An optional small parameter, contiguous as the kernels read it."""
     return None if tensor is None else tensor.contiguous()

@@ -38,6 +38,7 @@ from ccella_fast.kernels.backend import (
     triton_unsupported_reason,
 )
 from ccella_fast.kernels.derived_weight import DerivedWeight
+from ccella_fast.kernels.layout import check_conv3d_shapes
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 
 AXES = (2, 3, 4)
@@ -318,11 +319,7 @@ def upsample_conv3d(
         ValueError: The shapes do not match.
         BackendError: `backend` is unsupported here.
     """
-    if x.ndim != 5 or weight.shape[1:] != (x.shape[1], 3, 3, 3):
-        raise ValueError(
-            "x and weight must have shapes (B, C, X, Y, Z) and (O, C, 3, 3, 3), "
-            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
+    check_conv3d_shapes(x, weight)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape (O,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
     training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

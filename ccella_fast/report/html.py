@@ -354,7 +354,7 @@ def _environment_rows(found: dict[str, Any], *, recorded: bool) -> list[tuple[st
     packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
     used = f"{counted(cpu['cores'], 'core')}, {counted(cpu['torch_threads'], 'thread')}"
     return [
-        ("Recorded by", "the training run" if recorded else "this report: there is no finished training run"),
+        ("Recorded by", "the training run" if recorded else "this report, because no training run has finished"),
         ("ccella_fast", found["ccella_fast"] or "not installed"),
         ("Python, system", f"{found['python']}, {found['system']}"),
         ("CPU", f"{used}, {cpu['memory_gib']} GiB, {instructions}"),

@@ -123,7 +123,7 @@ def test_a_folder_of_studies_may_have_the_name_of_a_series(tmp_path: Path):
     "series", [("t2w.nii.gz", "adc.nii.gz", "hbv.nii.gz"), ("t2w/1.dcm", "adc/1.dcm", "hbv/1.dcm")]
 )
 def test_the_id_of_a_study_may_be_the_name_of_a_series(place: str, series: tuple[str, ...], tmp_path: Path):
-    """Ids such as B1234 are common, and look like a b-value; the folder of one series holds no T2 beside it."""
+    """Ids such as B1234 are common, and look like a b-value. A folder that is a single series does not also hold a T2."""
     ids = ["A7", "B1234", "b2000"]
     touch(tmp_path, *(f"{place}{study}/{name}" for study in ids for name in series))
     assert sorted(found(tmp_path)) == ids
