@@ -22,6 +22,7 @@ from ccella_fast.storage import disk_error
 
 logger = logging.getLogger("ccella_fast")
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # some network file systems have no locks
+_ATTEMPTS = 1000  # to create a folder that others remove at the same time; takes some milliseconds
 _MAX_BYTES = 4096  # of the description of a holder
 
 
@@ -61,16 +62,7 @@ def lock_folder(folder: str | Path, command: str, *, name: str = ".lock") -> Ite
 def _open_locked(path: Path) -> int:
     """A handle of the locked file `path`."""
     while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, path.parent) from error
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # another command has just removed the empty folder
-            continue
-        except OSError as error:
-            raise disk_error(error, path.parent) from error
+        handle = _open(path)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -87,6 +79,20 @@ def _open_locked(path: Path) -> int:
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle
         os.close(handle)  # the holder removed the file after it was opened here: the lock is that of no path
+
+
+def _open(path: Path) -> int:
+    """A handle of the file `path`, which is created with its folders if needed."""
+    attempts = 0
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            attempts += 1
+            collision = isinstance(error, FileNotFoundError | FileExistsError)  # a holder has just removed its folder
+            if not collision or attempts == _ATTEMPTS:
+                raise disk_error(error, path.parent) from error
 
 
 def _describe(handle: int, command: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,25 @@ def test_one_of_many_threads_holds_it_at_a_time(tmp_path: Path):
     for thread in threads:
         thread.join()
     assert not failures and most[0] == 1
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, FileExistsError])
+@pytest.mark.parametrize("collisions", [50, None])
+def test_folder_that_others_remove_while_it_is_created(tmp_path: Path, monkeypatch, error, collisions: int | None):
+    """`Path.mkdir` finds the parent gone, or the folder there and then gone; without an end (None), it is an error."""
+    mkdir, calls = Path.mkdir, [0]
+
+    def collide(self: Path, *args, **options) -> None:
+        calls[0] += 1
+        if collisions is None or calls[0] <= collisions:
+            raise error(errno.ENOENT if error is FileNotFoundError else errno.EEXIST, "collision")
+        mkdir(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", collide)
+    expected = pytest.raises(DiskError) if collisions is None else nullcontext()
+    with expected, lock_folder(tmp_path / "a" / "b", "train.py"):
+        assert calls[0] > 50 and (tmp_path / "a" / "b" / ".lock").exists()
+    assert not (tmp_path / "a").exists()
 
 
 def test_path_that_is_no_folder(tmp_path: Path):
