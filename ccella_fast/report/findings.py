@@ -16,7 +16,7 @@ _TRUST = ("taps-l3", "taps-l4", "medicalnet", "radimagenet", "random")
 EXPLAINING = "radiomics"
 
 _GUARDS = {
-    "n<d": "There are no more volumes than features, so the value is mostly bias: read its ratio to the floor, never the value.",
+    "n<d": "There are no more volumes than features: the value is mostly bias. Read its ratio to the floor, never the value.",
     "biased": "There are fewer than three volumes per feature, so the value is biased upwards, as is its floor.",
     "no_floor": "There are too few real volumes to compare them with one another, so nothing says what a good value is.",
     "standardised_by_itself": "Features are standardised by the compared real volumes, because no training set was given.",
@@ -44,6 +44,7 @@ class MetricRow(NamedTuple):
     n_real: int
     n_synthetic: int
     dim: int | None
+    better: str
     guards: tuple[str, ...]
     details: dict[str, Any]
     reference: str
@@ -94,7 +95,9 @@ def read_findings(folder: Path) -> Findings:
         rows = [_row(entry) for entry in content["rows"]]
         per_case, digest, environment = content["per_case"], content["protocol_sha256"], content.get("environment", {})
         path = folder / SENSITIVITY
-        gates = [{**gate, "rows": list(gate["rows"]), "in_order": dict(gate["in_order"])} for gate in sensitivity["gates"]]
+        gates = [
+            {**gate, "rows": list(gate["rows"]), "in_order": dict(gate["in_order"])} for gate in sensitivity["gates"]
+        ]
         failed = {gate["space"] for gate in gates if not gate["passed"]}
         path = folder / PROTOCOL
         phantom = bool(protocol.get("real", {}).get("phantom"))
@@ -138,6 +141,6 @@ def _row(entry: dict[str, Any]) -> MetricRow:
     return MetricRow(
         entry["metric"], entry["features"], entry["sequence"], number("value"), number("value_equal_n"), pair("ci95"),
         number("floor"), number("ratio"), pair("ratio_ci95"), number("limit_autoencoder"), n_real, n_synthetic,
-        entry.get("dim"), tuple(map(str, entry["guards"])), dict(entry.get("details") or {}), entry["reference"],
+        entry.get("dim"), str(entry.get("better", "")), tuple(map(str, entry["guards"])), dict(entry.get("details") or {}), entry["reference"],
         entry["set"], entry.get("weights_sha256"), float(entry.get("seconds") or 0),
     )  # fmt: skip

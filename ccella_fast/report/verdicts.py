@@ -71,7 +71,7 @@ def _good(findings: Findings) -> Verdict:
         reasons = _sentences(rows[:1], _SILENCING) or ["No ratio to the floor with an interval was computed."]
         return Verdict(question, "undecided", reasons[0], [_counts(rows[0], word)])
     headline = judged[0]
-    answers = {row: _against_margin(row) for row in judged}
+    answers = [_against_margin(row) for row in judged]
     assert headline.ratio is not None and headline.ratio_ci95
     low, high = headline.ratio_ci95
     ratio = f"{shown(headline.ratio)} times as far from {word} ones as {word} ones are from each other"
@@ -80,17 +80,22 @@ def _good(findings: Findings) -> Verdict:
     remarks = [_counts(headline, word)]
     if headline.limit_autoencoder is not None and headline.floor:
         limit = shown(headline.limit_autoencoder / headline.floor)
-        remarks.append(f"Volumes that were only encoded and decoded are {limit} times as far: the limit of this autoencoder.")
-    others = [row for row in judged[1:] if row.sequence == headline.sequence]
+        remarks.append(
+            f"Volumes that were only encoded and decoded are {limit} times as far: the limit of this autoencoder."
+        )
+    others = [place for place, row in enumerate(judged) if place and row.sequence == headline.sequence]
     if others:
-        agree = [row for row in others if answers[row] == answers[headline]]
-        spaces = ", ".join(f"{row.features} {shown(row.ratio)}" for row in others)
-        remarks.append(f"Other feature spaces: {spaces}; {len(agree)} of {len(others)} lead to the same answer.")
+        agree = sum(answers[place] == answers[0] for place in others)
+        spaces = ", ".join(f"{judged[place].features} {shown(judged[place].ratio)}" for place in others)
+        remarks.append(f"Other feature spaces: {spaces}; {agree} of {len(others)} lead to the same answer.")
     remarks += _sentences([headline], ("few", "standardised_by_itself"))
-    firsts = {row.sequence: answers[row] for row in reversed(judged)}  # the most trusted space of each sequence
+    pairs = reversed(list(zip(judged, answers, strict=True)))
+    firsts = {row.sequence: each for row, each in pairs}  # of the most trusted space of each sequence
     answer: Answer = "no" if "no" in firsts.values() else "yes" if set(firsts.values()) == {"yes"} else "undecided"
     if len(firsts) > 1:
-        remarks.append("By sequence: " + ", ".join(f"{sequence} {each}" for sequence, each in sorted(firsts.items())) + ".")
+        remarks.append(
+            "By sequence: " + ", ".join(f"{sequence} {each}" for sequence, each in sorted(firsts.items())) + "."
+        )
     return Verdict(question, answer, sentence, remarks)
 
 
@@ -120,11 +125,16 @@ def _new(findings: Findings) -> Verdict:
         near = float(worst.details["share_below_5pct"])
         remarks.append(f"Nearer than 95 % of the held-out volumes: {percent(near)} (5 % are expected), in {space}.")
     if copies:
-        sentence = f"{copies} of {counted(n, 'generated volume')} {'is a copy' if copies == 1 else 'are copies'} of training studies (95 % interval {percent(low)} to {percent(high)}), in {space}."
+        are = "is a copy" if copies == 1 else "are copies"
+        interval = f"95 % interval {percent(low)} to {percent(high)}"
+        sentence = f"{copies} of {counted(n, 'generated volume')} {are} of training studies ({interval}), in {space}."
         return Verdict(question, "no", sentence, remarks)
-    sentence = f"None of {counted(n, 'generated volume')} is a copy of a training study (at most {percent(high)} are, with 95 % confidence)."
+    bound = f"at most {percent(high)} are, with 95 % confidence"
+    sentence = f"None of {counted(n, 'generated volume')} is a copy of a training study ({bound})."
     if held_out < FEW_HELD_OUT:
-        remarks.append(f"With fewer than {FEW_HELD_OUT} held-out volumes nobody knows how near a new volume usually is.")
+        remarks.append(
+            f"With fewer than {FEW_HELD_OUT} held-out volumes nobody knows how near a new volume usually is."
+        )
         return Verdict(question, "undecided", sentence, remarks)
     if high > MOST_COPIES:
         remarks.append(f"Yes needs at most {percent(MOST_COPIES)}: generate more volumes.")
@@ -134,7 +144,9 @@ def _new(findings: Findings) -> Verdict:
 
 def _obeys(findings: Findings) -> Verdict:
     question = "Does it obey the report?"
-    rows = [row for row in findings.rows if row.metric in CONDITIONS and row.value is not None and row.floor is not None]
+    rows = [
+        row for row in findings.rows if row.metric in CONDITIONS and row.value is not None and row.floor is not None
+    ]
     rows = [row for row in rows if _ceiling(row) is not None]
     if not rows:
         sentence = "Nothing that a report states was looked for in the generated volumes."
@@ -151,7 +163,8 @@ def _obeys(findings: Findings) -> Verdict:
     share = (value - floor) / (ceiling - floor)
     low, high = ((bound - floor) / (ceiling - floor) for bound in first.ci95 or (-math.inf, math.inf))
     interval = f", 95 % interval {percent(low)} to {percent(high)}" if first.ci95 else ""
-    sentence = f"The {what} that was asked for is found in the volumes with a score of {shown(value)} ({scale}): {percent(share)} of the way{interval}."
+    found = f"is found in the volumes with a score of {shown(value)} ({scale})"
+    sentence = f"The {what} that was asked for {found}: {percent(share)} of the way{interval}."
     answer: Answer = "yes" if low >= OBEYED else "no" if high < OBEYED else "undecided"
     remarks.append(f"Yes needs at least {percent(OBEYED)}, with the whole interval.")
     return Verdict(question, answer, sentence, remarks + _sentences([first], ("few", "gate")))
