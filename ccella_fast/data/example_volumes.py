@@ -6,7 +6,7 @@ import gzip
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -52,10 +52,20 @@ class StoredExample(NamedTuple):
         return array, tuple(float(step) for step in np.abs(np.diag(affine)[:3]))
 
 
-def write_examples(folder: str | Path, examples: Iterable[Example]) -> None:
+class StoredExamples(NamedTuple):
+    """What was kept. phantom: whether the real volumes are phantoms and not patients."""
+
+    volumes: list[StoredExample]
+    phantom: bool
+
+
+def write_examples(folder: str | Path, examples: Iterable[Example], *, phantom: bool = False) -> None:
     """Write the central `CROP` voxels of each volume to `folder`, which is replaced. Equal volumes give equal bytes.
 
-    A volume that is given twice is written once.
+    Args:
+        folder: to write.
+        examples: the volumes, read one at a time; one that is given twice is written once.
+        phantom: whether the real volumes are phantoms and not patients.
     """
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -66,10 +76,10 @@ def write_examples(folder: str | Path, examples: Iterable[Example]) -> None:
             if name not in index:
                 (temporary / name).write_bytes(_nifti(_cropped(each.array), each.spacing))
                 index[name] = {"file": name, "kind": each.kind, "number": each.number, "sequence": each.sequence}
-        write_json(temporary / INDEX, {"examples": list(index.values())})
+        write_json(temporary / INDEX, {"phantom": phantom, "examples": list(index.values())})
 
 
-def read_examples(folder: str | Path) -> list[StoredExample]:
+def read_examples(folder: str | Path) -> StoredExamples:
     """What `write_examples` has written, in the order of writing; nothing where there is no such folder.
 
     Raises:
@@ -77,19 +87,21 @@ def read_examples(folder: str | Path) -> list[StoredExample]:
     """
     path = Path(folder) / INDEX
     if not path.is_file():
-        return []
-    found = []
+        return StoredExamples([], False)
+    content = read_json(path)
     try:
-        for entry in read_json(path)["examples"]:
-            file = safe_join(folder, entry["file"], path=path)
-            kind, number, sequence = entry["kind"], entry["number"], entry["sequence"]
-            if kind not in get_args(Kind) or type(number) is not int or type(sequence) is not str or not file.is_file():
-                raise ValueError
-            found.append(StoredExample(kind, number, sequence, file))
-    except (LookupError, TypeError, ValueError, AttributeError):
+        return StoredExamples([_stored(entry, path) for entry in content["examples"]], content["phantom"] is True)
+    except (LookupError, TypeError, ValueError):
         why = "a value of this index is missing or of another kind, or a file that it names is not there"
         raise DataError(why, path=path, fix="run `ccella-fast evaluate` again") from None
-    return found
+
+
+def _stored(entry: dict[str, Any], index: Path) -> StoredExample:
+    file = safe_join(index.parent, entry["file"], path=index)
+    kind, number, sequence = entry["kind"], entry["number"], entry["sequence"]
+    if kind not in get_args(Kind) or type(number) is not int or type(sequence) is not str or not file.is_file():
+        raise ValueError
+    return StoredExample(kind, number, sequence, file)
 
 
 def _cropped(volume: np.ndarray) -> np.ndarray:

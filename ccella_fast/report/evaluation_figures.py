@@ -152,13 +152,13 @@ def volume_strips(groups: Mapping[str, Sequence[float]], *, unit: str, plausible
     axes = figure.add_subplot()
     axes.axvspan(*plausible, color="#e8f0e8", zorder=0)
     rng = np.random.default_rng(0)
-    for y, (name, values) in enumerate(reversed(groups.items())):
+    for y, (name, values) in enumerate(reversed(list(groups.items()))):
         jitter = rng.uniform(-0.18, 0.18, len(values))
         color = _GENERATED if name == "generated" else _REAL
         axes.plot(values, y + jitter, "o", color=color, markersize=4, alpha=0.6, markeredgewidth=0)
         if len(values):
             axes.plot([np.median(values)] * 2, [y - 0.32, y + 0.32], color=color, linewidth=2)
-    axes.set_yticks(range(len(groups)), list(reversed(groups)), fontsize=8)
+    axes.set_yticks(range(len(groups)), list(reversed(list(groups))), fontsize=8)
     axes.set_ylim(-0.6, len(groups) - 0.4)
     axes.set_xlim(left=0)
     axes.set_xlabel(unit, fontsize=8)

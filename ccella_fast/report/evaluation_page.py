@@ -28,7 +28,8 @@ _VIEWER = """
 #viewer .letter { position: absolute; color: #ffe9a8; font-size: 0.8rem; text-shadow: 0 0 3px #000; }
 #viewer .letter:nth-of-type(1) { left: 0.5rem; top: 50%; } #viewer .letter:nth-of-type(2) { right: 0.5rem; top: 50%; }
 #viewer .letter:nth-of-type(3) { left: 50%; top: 0.2rem; } #viewer .letter:nth-of-type(4) { left: 50%; bottom: 0.2rem; }
-#viewer .controls { display: flex; flex-wrap: wrap; gap: 0.6rem 1.2rem; align-items: center; margin: 0.6rem 0; font-size: 0.92rem; }
+#viewer .controls { display: flex; flex-wrap: wrap; gap: 0.6rem 1.2rem; align-items: center;
+  margin: 0.6rem 0; font-size: 0.92rem; }
 #viewer input[type=range] { flex: 1 1 12rem; }
 #viewer output { min-width: 8rem; font-variant-numeric: tabular-nums; }
 @media print { #viewer, #viewer-notice { display: none; } }
@@ -77,16 +78,17 @@ EVALUATION = (
 <th class="number">95 % interval</th><th class="number">{{ word }} to {{ word }}</th><th class="number">ratio</th>
 <th class="number">autoencoder</th><th class="number">n {{ word }}, generated</th><th>notes</th></tr>
 {% for row in rows %}
-<tr{% if row.faint %} class="faint"{% endif %}><td>{{ row.metric }}{% if row.better %}<small>{{ row.better }}</small>{% endif %}</td>
+<tr{% if row.faint %} class="faint"{% endif %}><td>{{ row.metric }}{% if row.better %}<small>{{ row.better }}</small>
+{% endif %}</td>
 <td>{{ row.features }}</td>{% if sequences %}<td>{{ row.sequence }}</td>{% endif %}
 <td class="number">{{ row.value }}</td><td class="number">{{ row.interval }}</td><td class="number">{{ row.floor }}</td>
 <td class="number">{{ row.ratio }}</td><td class="number">{{ row.limit }}</td><td class="number">{{ row.n }}</td>
 <td>{{ row.notes }}</td></tr>
 {% endfor %}
 </table></div>
-<p class="soft">{{ word | capitalize }} to {{ word }}: the same metric between two halves of the {{ word }} volumes, which is what a perfect
-generator reaches; ratio: generated over that, at equal numbers of volumes. Autoencoder: volumes that were encoded and
-decoded, which is what a perfect model of its latents reaches.</p>
+<p class="soft">{{ word | capitalize }} to {{ word }}: the same metric between two halves of these volumes, which is what
+a perfect generator reaches. Ratio: generated over that, at equal numbers of volumes. Autoencoder: volumes that were only
+encoded and decoded, which is what a perfect model of latents reaches.</p>
 {% if notes %}<ol class="notes">{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ol>{% endif %}
 
 {{ figures(dots) }}
@@ -100,11 +102,10 @@ decoded, which is what a perfect model of its latents reaches.</p>
 {{ figures(pairs) }}
 
 <h2>Glands</h2>
-{% if anatomy %}
-<p>{{ anatomy.sentence }}</p>
+{% if rules %}
 <div class="scroll"><table>
 <tr><th>rule</th><th class="number">{{ word }}</th><th class="number">generated</th><th class="number">95 % interval</th></tr>
-{% for row in anatomy.rows %}
+{% for row in rules %}
 <tr><td>{{ row.rule }}</td><td class="number">{{ row.real }}</td><td class="number">{{ row.generated }}</td>
 <td class="number">{{ row.interval }}</td></tr>
 {% endfor %}
@@ -117,9 +118,9 @@ decoded, which is what a perfect model of its latents reaches.</p>
 
 <h2>Can the features see?</h2>
 {% if gates %}
-<p class="soft">{{ word | capitalize }} volumes were made worse in known ways. Distance of a volume to its worse copy, as a multiple of the
-distance between two studies: it has to grow with the strength of blur, noise and size of the gland in at least 90 % of
-the volumes.</p>
+<p class="soft">Volumes were made worse in known ways. A number is the distance of a volume to its worse copy, as a multiple of
+the distance between two studies. It has to grow with the strength of the blur, the noise and the size of the gland in at
+least 90 % of the volumes; features that fail decide nothing.</p>
 <div class="scroll"><table>
 <tr><th>features</th><th>result</th>{% for name in gates[0].names %}<th class="number">{{ name }}</th>{% endfor %}</tr>
 {% for gate in gates %}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ccella_fast.data.example_volumes import StoredExample, read_examples
 from ccella_fast.errors import DataError
 from ccella_fast.storage import read_json
 
 METRICS, PROTOCOL, SENSITIVITY, EXAMPLES = "metrics.json", "protocol.json", "sensitivity.json", "examples"
+GLAND = "gland_"  # rows of a rule for glands
 
 # Spaces by how far they are trusted to rank generators; radiomics explains, and does not rank.
 _TRUST = ("taps-l3", "taps-l4", "medicalnet", "radimagenet", "random")
@@ -23,8 +25,10 @@ _GUARDS = {
     "one_volume": "A set has one volume only: nothing can be computed from it.",
     "few": "A set has fewer than 20 volumes: the interval is rough.",
     "few_held_out": "There are fewer than 99 held-out volumes, so the 1st percentile is their smallest distance.",
+    "one_class": "The property is the same in all volumes of a set, so nothing can be told apart.",
+    "unreadable": "The property cannot be read from real volumes either, so nothing follows for generated ones.",
+    "segmenter_fails_on_real": "The segmenter does not work on these real volumes, so nothing follows for generated ones.",
     "gate": "This feature space does not order known degradations of real volumes: it decides nothing here.",
-    "not_applicable": "The segmenter does not work on these real volumes, so nothing follows for the generated ones.",
 }
 
 
@@ -34,8 +38,9 @@ class MetricRow(NamedTuple):
     metric: str
     features: str | None
     sequence: str
+    set: str
+    reference: str
     value: float | None
-    value_equal_n: float | None
     ci95: tuple[float, float] | None
     floor: float | None
     ratio: float | None
@@ -43,14 +48,45 @@ class MetricRow(NamedTuple):
     limit_autoencoder: float | None
     n_real: int
     n_synthetic: int
-    dim: int | None
     better: str
     guards: tuple[str, ...]
     details: dict[str, Any]
-    reference: str
-    set: str
     weights_sha256: str | None
     seconds: float
+
+    def has(self, *guards: str) -> bool:
+        """Whether a guard is among these."""
+        return not set(guards).isdisjoint(self.guards)
+
+    def number(self, name: str) -> float | None:
+        """A number of the details."""
+        return _number(self.details.get(name))
+
+    def pair(self, name: str) -> tuple[float, float] | None:
+        """An interval of the details."""
+        return _pair(self.details.get(name))
+
+
+class ListedCase(NamedTuple):
+    """What is known of a real or generated volume.
+
+    Attributes:
+        kind: its set.
+        number: its position in the set, from 1.
+        sequence: "t2w", "hbv" or "adc".
+        nearest_train: number of the nearest training volume.
+        distance: to it.
+        null_percentile: percent of the held-out volumes that are at most as far from theirs.
+        volume_cc: of the segmented gland.
+    """
+
+    kind: Literal["real", "synthetic"]
+    number: int
+    sequence: str
+    nearest_train: int | None
+    distance: float | None
+    null_percentile: float | None
+    volume_cc: float | None
 
 
 class Findings(NamedTuple):
@@ -58,7 +94,7 @@ class Findings(NamedTuple):
 
     Attributes:
         rows: the metrics.
-        per_case: facts about volumes, by their number.
+        cases: the volumes.
         protocol: what the numbers depend on.
         protocol_sha256: of protocol.json.
         gates: of the sensitivity gate, one a feature space.
@@ -68,7 +104,7 @@ class Findings(NamedTuple):
     """
 
     rows: list[MetricRow]
-    per_case: list[dict[str, Any]]
+    cases: list[ListedCase]
     protocol: dict[str, Any]
     protocol_sha256: str
     gates: list[dict[str, Any]]
@@ -80,6 +116,11 @@ class Findings(NamedTuple):
         """The rows of these metrics, the most trusted feature space first."""
         return sorted((row for row in self.rows if row.metric in metrics), key=_trust)
 
+    @property
+    def word(self) -> str:
+        """What a volume of the real set is called."""
+        return "phantom" if self.phantom else "real volume"
+
 
 def read_findings(folder: Path) -> Findings:
     """Read the folder of an evaluation.
@@ -87,27 +128,82 @@ def read_findings(folder: Path) -> Findings:
     Raises:
         DataError: metrics.json is missing, or a file is damaged.
     """
-    content = read_json(folder / METRICS)
-    protocol = read_json(folder / PROTOCOL) if (folder / PROTOCOL).is_file() else {}
-    sensitivity = read_json(folder / SENSITIVITY) if (folder / SENSITIVITY).is_file() else {"gates": []}
+    content, protocol = read_json(folder / METRICS), _optional(folder / PROTOCOL, {})
+    sensitivity = _optional(folder / SENSITIVITY, {"gates": []})
     path = folder / METRICS
     try:
         rows = [_row(entry) for entry in content["rows"]]
-        per_case, digest, environment = content["per_case"], content["protocol_sha256"], content.get("environment", {})
+        cases = [_case(entry) for entry in content["per_case"]]
+        digest, environment = str(content["protocol_sha256"]), dict(content.get("environment", {}))
         path = folder / SENSITIVITY
-        gates = [
-            {**gate, "rows": list(gate["rows"]), "in_order": dict(gate["in_order"])} for gate in sensitivity["gates"]
-        ]
-        failed = {gate["space"] for gate in gates if not gate["passed"]}
+        gates = [_gate(entry) for entry in sensitivity["gates"]]
         path = folder / PROTOCOL
-        phantom = bool(protocol.get("real", {}).get("phantom"))
+        protocol = dict(protocol)
     except (LookupError, TypeError, ValueError, AttributeError):
         why = "a value that `ccella-fast evaluate` writes into this file is missing or of another kind"
         raise DataError(why, path=path, fix="run `ccella-fast evaluate` again") from None
+    failed = {gate["space"] for gate in gates if not gate["passed"]}
     rows = [row._replace(guards=(*row.guards, "gate")) if row.features in failed else row for row in rows]
-    return Findings(
-        rows, per_case, protocol, digest, gates, read_examples(folder / EXAMPLES), phantom, environment
+    examples = read_examples(folder / EXAMPLES)
+    return Findings(rows, cases, protocol, digest, gates, examples.volumes, examples.phantom, environment)
+
+
+def _optional(path: Path, otherwise: Any) -> Any:
+    return read_json(path) if path.is_file() else otherwise
+
+
+def _row(entry: dict[str, Any]) -> MetricRow:
+    names = [entry[name] for name in ("metric", "sequence", "set", "reference", "better")]
+    if not all(isinstance(name, str) for name in (*names, *entry["guards"])):
+        raise TypeError
+    details = dict(entry["details"])
+    return MetricRow(
+        entry["metric"], None if entry["features"] is None else str(entry["features"]), entry["sequence"], entry["set"],
+        entry["reference"], _number(entry["value"]), _pair(entry["ci95"]), _number(entry["floor"]), _number(entry["ratio"]),
+        _pair(details.get("ratio_ci95")), _number(entry["limit_autoencoder"]), int(entry["n_real"]),
+        int(entry["n_synthetic"]), entry["better"], tuple(entry["guards"]), details, entry["weights_sha256"],
+        float(entry["seconds"]),
     )  # fmt: skip
+
+
+def _case(entry: dict[str, Any]) -> ListedCase:
+    if entry["set"] not in ("real", "synthetic"):
+        raise ValueError
+    nearest = entry.get("nearest_train")
+    return ListedCase(
+        entry["set"], _place(entry["id"]), str(entry["sequence"]), None if nearest is None else _place(nearest),
+        *(_number(entry.get(name)) for name in ("distance", "null_percentile", "volume_cc")),
+    )  # fmt: skip
+
+
+def _place(name: str) -> int:
+    """The number in a name such as "synthetic-012"."""
+    found = re.fullmatch(r"[a-z]+-(\d+)", name)
+    if found is None:
+        raise ValueError
+    return int(found[1])
+
+
+def _gate(entry: dict[str, Any]) -> dict[str, Any]:
+    for row in entry["rows"]:
+        if not isinstance(row["family"], str) or not isinstance(row["unit"], str):
+            raise TypeError
+        float(row["strength"]), float(row["paired"])
+    in_order = {str(family): float(share) for family, share in entry["in_order"].items()}
+    return {**entry, "space": str(entry["space"]), "passed": entry["passed"] is True, "in_order": in_order}
+
+
+def _number(value: Any) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise TypeError
+    return value
+
+
+def _pair(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    low, high = value
+    return float(low), float(high)
 
 
 def guard_sentence(guard: str) -> str:
@@ -119,28 +215,3 @@ def _trust(row: MetricRow) -> tuple[int, str]:
     name = row.features or ""
     place = next((place for place, prefix in enumerate(_TRUST) if name.startswith(prefix)), len(_TRUST))
     return place + (name == EXPLAINING) + 10 * ("gate" in row.guards), row.sequence
-
-
-def _row(entry: dict[str, Any]) -> MetricRow:
-    def number(name: str) -> float | None:
-        value = entry.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise TypeError
-        return value
-
-    def pair(name: str) -> tuple[float, float] | None:
-        if entry.get(name) is None:
-            return None
-        low, high = map(float, entry[name])
-        return low, high
-
-    for name in ("metric", "sequence", "set", "reference"):
-        if not isinstance(entry[name], str):
-            raise TypeError
-    n_real, n_synthetic = int(entry["n_real"]), int(entry["n_synthetic"])
-    return MetricRow(
-        entry["metric"], entry["features"], entry["sequence"], number("value"), number("value_equal_n"), pair("ci95"),
-        number("floor"), number("ratio"), pair("ratio_ci95"), number("limit_autoencoder"), n_real, n_synthetic,
-        entry.get("dim"), str(entry.get("better", "")), tuple(map(str, entry["guards"])), dict(entry.get("details") or {}), entry["reference"],
-        entry["set"], entry.get("weights_sha256"), float(entry.get("seconds") or 0),
-    )  # fmt: skip

@@ -15,10 +15,9 @@ from ccella_fast.report.findings import EXPLAINING, Findings, MetricRow, guard_s
 
 MARGIN = 1.25  # times the floor: between a blur of 0.5 mm and one of 1 mm of real volumes, in the feature space taps-l3
 MOST_COPIES = 0.05  # share of the volumes; the interval must be below it
-FEW_HELD_OUT = 20
+LEAST_HELD_OUT = 20
 OBEYED = 0.5  # of the way from shuffled prompts (0) to real volumes (1)
-LEAST_SPAN = 0.1  # between shuffled prompts and real volumes: with less the reader of the images cannot read them
-CONDITIONS = ("class_agreement", "side_agreement", "zone_agreement", "size_agreement", "gland_volume", "retrieval")
+CONDITION = "condition_"  # rows of a property that was asked for; the class decides if there is a row for it
 _SILENCING = ("no_floor", "one_volume", "gate")  # no verdict follows from such a row
 
 Answer = Literal["yes", "no", "undecided"]
@@ -56,46 +55,47 @@ def shown(value: float | None, digits: int = 2) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in percent, with a decimal where it is below 10 %."""
-    return f"{100 * share:.0f} %" if share in (0, 1) or share >= 0.1 else f"{100 * share:.1f} %"
+    """A share in percent, with a decimal where it is needed below 10 %."""
+    value = 100 * share
+    return f"{value:.0f} %" if abs(value) >= 10 or abs(value - round(value)) < 0.05 else f"{value:.1f} %"
 
 
 def _good(findings: Findings) -> Verdict:
     question = "Is it good?"
-    word = "phantom" if findings.phantom else "real"
     rows = [row for row in findings.named("fd") if row.features != EXPLAINING] or findings.named("fd")
     if not rows:
-        return Verdict(question, "undecided", "No distance between generated and real volumes was computed.", [])
-    judged = [row for row in rows if row.ratio_ci95 and row.ratio is not None and not set(row.guards) & set(_SILENCING)]
+        return Verdict(question, "undecided", "No distance of generated volumes to real ones was computed.", [])
+    judged = [row for row in rows if row.ratio is not None and row.ratio_ci95 and not row.has(*_SILENCING)]
     if not judged:
-        reasons = _sentences(rows[:1], _SILENCING) or ["No ratio to the floor with an interval was computed."]
-        return Verdict(question, "undecided", reasons[0], [_counts(rows[0], word)])
-    headline = judged[0]
+        reasons = _sentences(rows[0], _SILENCING) or [
+            "The distance of generated volumes to real ones has no floor or interval."
+        ]
+        return Verdict(question, "undecided", reasons[0], [_counts(rows[0], findings)])
+    first, *others = judged
     answers = [_against_margin(row) for row in judged]
-    assert headline.ratio is not None and headline.ratio_ci95
-    low, high = headline.ratio_ci95
-    ratio = f"{shown(headline.ratio)} times as far from {word} ones as {word} ones are from each other"
+    assert first.ratio_ci95
+    low, high = first.ratio_ci95
     interval = f"95 % interval {shown(max(0.0, low))} to {shown(high)}; up to {MARGIN:g} counts as equal"
+    words = f"{findings.word}s"
+    ratio = f"{shown(first.ratio)} times as far from {words} as {words} are from each other"
     sentence = f"Generated volumes are {ratio} ({interval})."
-    remarks = [_counts(headline, word)]
-    if headline.limit_autoencoder is not None and headline.floor:
-        limit = shown(headline.limit_autoencoder / headline.floor)
+    remarks = [_counts(first, findings)]
+    if first.limit_autoencoder is not None and first.floor:
+        limit = shown(first.limit_autoencoder / first.floor)
+        remarks.append(f"The limit of this autoencoder is {limit}: {words} that were only encoded and decoded.")
+    same = [answer for row, answer in zip(others, answers[1:], strict=True) if row.sequence == first.sequence]
+    if same:
+        spaces = ", ".join(f"{row.features} {shown(row.ratio)}" for row in others if row.sequence == first.sequence)
+        agree = "same answer" if set(same) == {answers[0]} else "they disagree"
+        remarks.append(f"In other feature spaces: {spaces}; {agree}.")
+    remarks += _sentences(first, ("few", "standardised_by_itself"))
+    decisive = {row.sequence: answer for row, answer in reversed(list(zip(judged, answers, strict=True)))}
+    if len(decisive) > 1:
         remarks.append(
-            f"Volumes that were only encoded and decoded are {limit} times as far: the limit of this autoencoder."
+            "By sequence: " + ", ".join(f"{name} {answer}" for name, answer in sorted(decisive.items())) + "."
         )
-    others = [place for place, row in enumerate(judged) if place and row.sequence == headline.sequence]
-    if others:
-        agree = sum(answers[place] == answers[0] for place in others)
-        spaces = ", ".join(f"{judged[place].features} {shown(judged[place].ratio)}" for place in others)
-        remarks.append(f"Other feature spaces: {spaces}; {agree} of {len(others)} lead to the same answer.")
-    remarks += _sentences([headline], ("few", "standardised_by_itself"))
-    pairs = reversed(list(zip(judged, answers, strict=True)))
-    firsts = {row.sequence: each for row, each in pairs}  # of the most trusted space of each sequence
-    answer: Answer = "no" if "no" in firsts.values() else "yes" if set(firsts.values()) == {"yes"} else "undecided"
-    if len(firsts) > 1:
-        remarks.append(
-            "By sequence: " + ", ".join(f"{sequence} {each}" for sequence, each in sorted(firsts.items())) + "."
-        )
+    found = set(decisive.values())
+    answer: Answer = "no" if "no" in found else "yes" if found == {"yes"} else "undecided"
     return Verdict(question, answer, sentence, remarks)
 
 
@@ -104,81 +104,88 @@ def _against_margin(row: MetricRow) -> Answer:
     low, high = row.ratio_ci95
     if low > MARGIN:
         return "no"
-    return "yes" if high <= MARGIN and "few" not in row.guards else "undecided"
+    return "yes" if high <= MARGIN and not row.has("few") else "undecided"
 
 
 def _new(findings: Findings) -> Verdict:
     question = "Is it new?"
-    rows = [row for row in findings.named("memorisation") if row.value is not None]
+    rows = [row for row in findings.named("copies") if row.value is not None and row.ci95]
     if not rows:
-        sentence = "Nobody looked for copies of training studies: give the training set with --train."
+        sentence = "Copies of training studies were not looked for: give the training set with --train."
         return Verdict(question, "undecided", sentence, [])
-    worst = max(rows, key=lambda row: (row.value or 0, row.ci95 or (0, 0)))
-    n, held_out = worst.n_synthetic, int(worst.details.get("n_held_out", worst.n_real))
-    copies, space = round((worst.value or 0) * n), worst.features or "the images"
-    low, high = worst.ci95 or (0.0, 1.0)
-    remarks = [
-        f"Compared with the distances of {counted(held_out, 'held-out volume')} to the training set, in "
-        + (f"{counted(len(rows), 'space')}: {', '.join(sorted({row.features or 'images' for row in rows}))}.")
-    ]
-    if "share_below_5pct" in worst.details:
-        near = float(worst.details["share_below_5pct"])
-        remarks.append(f"Nearer than 95 % of the held-out volumes: {percent(near)} (5 % are expected), in {space}.")
+    worst = max(rows, key=lambda row: (row.value or 0, not row.has("gate")))
+    assert worst.value is not None and worst.ci95
+    n, held_out, (low, high) = worst.n_synthetic, worst.n_real, worst.ci95
+    copies = round(worst.value * n)
+    spaces = ", ".join(dict.fromkeys(row.features or "images" for row in rows))
+    volumes = counted(n, "generated volume")
+    remarks = [f"Compared with {counted(held_out, 'held-out volume')}, in {spaces}."]
     if copies:
-        are = "is a copy" if copies == 1 else "are copies"
-        interval = f"95 % interval {percent(low)} to {percent(high)}"
-        sentence = f"{copies} of {counted(n, 'generated volume')} {are} of training studies ({interval}), in {space}."
+        are, interval = "is a copy" if copies == 1 else "are copies", f"95 % interval {percent(low)} to {percent(high)}"
+        sentence = f"{copies} of {volumes} {are} of training studies ({interval}, in {worst.features})."
         return Verdict(question, "no", sentence, remarks)
-    bound = f"at most {percent(high)} are, with 95 % confidence"
-    sentence = f"None of {counted(n, 'generated volume')} is a copy of a training study ({bound})."
-    if held_out < FEW_HELD_OUT:
-        remarks.append(
-            f"With fewer than {FEW_HELD_OUT} held-out volumes nobody knows how near a new volume usually is."
+    sentence = f"No copy of a training study among {volumes}: at most {percent(high)} are copies (95 % confidence)."
+    doubts = []
+    near = max(findings.named("below_5pct"), key=lambda row: row.value or 0, default=None)
+    if near is not None and near.value is not None and _share_interval(near.value, near.n_synthetic)[0] > MOST_COPIES:
+        doubts.append(
+            f"{percent(near.value)} are nearer to a training study than 95 % of held-out ones, in {near.features}."
         )
-        return Verdict(question, "undecided", sentence, remarks)
+    if held_out < LEAST_HELD_OUT:
+        doubts.append(
+            f"Yes needs at least {LEAST_HELD_OUT} held-out volumes, which say how near a new volume usually is."
+        )
     if high > MOST_COPIES:
-        remarks.append(f"Yes needs at most {percent(MOST_COPIES)}: generate more volumes.")
-        return Verdict(question, "undecided", sentence, remarks)
-    return Verdict(question, "yes", sentence, remarks)
+        doubts.append(f"Yes needs a bound of at most {percent(MOST_COPIES)}: 73 volumes without a copy.")
+    return Verdict(question, "undecided" if doubts else "yes", sentence, remarks + doubts)
+
+
+def _share_interval(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of n volumes (Wilson 1927)."""
+    z2 = 1.96**2
+    middle, half = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
+    return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
 
 
 def _obeys(findings: Findings) -> Verdict:
     question = "Does it obey the report?"
-    rows = [
-        row for row in findings.rows if row.metric in CONDITIONS and row.value is not None and row.floor is not None
-    ]
-    rows = [row for row in rows if _ceiling(row) is not None]
+    asked = [row for row in findings.rows if row.metric.startswith(CONDITION)]
+    asked.sort(key=lambda row: (row.metric != CONDITION + "class", row.metric, row.has("gate")))
+    rows = [row for row in asked if None not in (row.value, row.floor, row.number("ceiling"))]
     if not rows:
-        sentence = "Nothing that a report states was looked for in the generated volumes."
-        return Verdict(question, "undecided", sentence, [])
-    first = min(rows, key=lambda row: (CONDITIONS.index(row.metric), "gate" in row.guards))
-    ceiling, floor, value = _ceiling(first), first.floor, first.value
-    assert ceiling is not None and floor is not None and value is not None
-    what = first.metric.removesuffix("_agreement").replace("_", " ")
-    scale = f"shuffled prompts {shown(floor)}, real volumes {shown(ceiling)}"
-    remarks = [f"{counted(first.n_synthetic, 'generated volume')}; read by a probe that was fitted to real volumes."]
-    if ceiling - floor < LEAST_SPAN:
-        sentence = f"The {what} cannot be read from real volumes either ({scale}), so nothing follows."
+        if asked:
+            reason = (_sentences(asked[0], asked[0].guards) or ["Nothing could be read."])[0]
+            return Verdict(question, "undecided", reason, [_read_counts(asked[0], findings)])
+        return Verdict(question, "undecided", "Nothing that was asked for was looked for in the generated volumes.", [])
+    first = rows[0]
+    what, ceiling = first.metric.removeprefix(CONDITION).replace("_", " "), first.number("ceiling")
+    score = {"auc": "AUC", "spearman": "rank correlation"}.get(str(first.details.get("score")), "score")
+    scale = f"{score} {shown(first.value)}; shuffled prompts {shown(first.floor)}, {findings.word}s {shown(ceiling)}"
+    remarks = [_read_counts(first, findings)]
+    share, interval = first.number("normalized"), first.pair("normalized_ci95")
+    if share is None or interval is None or first.has("unreadable", "gate"):
+        sentence = f"The {what} cannot be read from {findings.word}s with confidence either ({scale})."
         return Verdict(question, "undecided", sentence, remarks)
-    share = (value - floor) / (ceiling - floor)
-    low, high = ((bound - floor) / (ceiling - floor) for bound in first.ci95 or (-math.inf, math.inf))
-    interval = f", 95 % interval {percent(low)} to {percent(high)}" if first.ci95 else ""
-    found = f"is found in the volumes with a score of {shown(value)} ({scale})"
-    sentence = f"The {what} that was asked for {found}: {percent(share)} of the way{interval}."
-    answer: Answer = "yes" if low >= OBEYED else "no" if high < OBEYED else "undecided"
-    remarks.append(f"Yes needs at least {percent(OBEYED)}, with the whole interval.")
-    return Verdict(question, answer, sentence, remarks + _sentences([first], ("few", "gate")))
+    low, high = interval
+    bounds = f"95 % interval {percent(low)} to {percent(high)}"
+    sentence = (
+        f"The {what} that was asked for shows at {percent(share)} of the strength in {findings.word}s ({bounds})."
+    )
+    remarks += [f"{scale[0].upper()}{scale[1:]}.", f"Yes needs at least {percent(OBEYED)}, with the whole interval."]
+    remarks += _sentences(first, ("few",))
+    answer: Answer = "no" if high < OBEYED else "yes" if low >= OBEYED and not first.has("few") else "undecided"
+    return Verdict(question, answer, sentence, remarks)
 
 
-def _ceiling(row: MetricRow) -> float | None:
-    value = row.details.get("ceiling")
-    return None if value is None else float(value)
+def _counts(row: MetricRow, findings: Findings) -> str:
+    space = f" in {row.features}" if row.features else ""
+    return f"Fréchet distance{space}; n = {row.n_real} {findings.word}s, {row.n_synthetic} generated."
 
 
-def _counts(row: MetricRow, word: str) -> str:
-    metric = "Fréchet distance" + (f" in {row.features}" if row.features else "")
-    return f"{metric}; {row.n_real} {word} and {counted(row.n_synthetic, 'generated volume')}."
+def _read_counts(row: MetricRow, findings: Findings) -> str:
+    space = f" of {row.features}" if row.features else ""
+    return f"Read by linear probes{space} that were fitted to {findings.word}s; n = {row.n_real}, {row.n_synthetic} generated."
 
 
-def _sentences(rows: Sequence[MetricRow], guards: Sequence[str]) -> list[str]:
-    return [guard_sentence(guard) for guard in guards for row in rows if guard in row.guards]
+def _sentences(row: MetricRow, guards: Sequence[str]) -> list[str]:
+    return [guard_sentence(guard) for guard in guards if guard in row.guards]
