@@ -15,6 +15,7 @@ import numpy as np
 
 from ccella_fast.data.example_volumes import SHOWN, Kind, StoredExample
 from ccella_fast.errors import DataError
+from ccella_fast.quantities import counted
 from ccella_fast.report.evaluation_figures import (
     Dot,
     DotPanel,
@@ -60,7 +61,7 @@ _NAMES = {
     "condition_class": "Class that was asked for, AUC",
     "gland_plausible": "Plausible glands",
 }
-_PLOTTED = ("fd", "kid", "mmd", "c2st", "precision", "recall", "density", "coverage", "msssim", "condition_class")
+_PLOTTED = ("fd", "kid", "mmd", "c2st", "precision", "recall", "density", "coverage", "msssim")
 _BETTER = {"lower": "lower is better", "higher": "higher is better", "floor": "best as among real volumes"}
 _RULES = {
     "found": "a gland is found",
@@ -81,13 +82,13 @@ class EvaluationPart(NamedTuple):
         html: of the evaluation.
         policy: the Content-Security-Policy that a page with it needs.
         notice: what has to stand at the top of a page with it.
-        facts: names and values, for the top of a page of its own.
+        subtitle: what was compared.
     """
 
     html: str
     policy: str
     notice: str
-    facts: list[tuple[str, str]]
+    subtitle: str
 
 
 def write_evaluation_page(folder: str | Path) -> Path:
@@ -101,9 +102,9 @@ def write_evaluation_page(folder: str | Path) -> Path:
     page = render(
         HEAD + "{{ body | safe }}" + FOOT,
         title="ccella_fast: evaluation",
-        subtitle="Are the generated volumes good, new, and what the report says?",
+        subtitle=part.subtitle,
         notices=[part.notice],
-        facts=part.facts,
+        facts=[],
         body=part.html,
         policy=part.policy,
     )
@@ -131,6 +132,7 @@ def evaluation_part(folder: Path) -> EvaluationPart:
         EVALUATION,
         verdicts=verdicts(findings),
         word="phantom" if findings.phantom else "real",
+        words=f"{findings.word}s",
         sequences=len({row.sequence for row in rows}) > 1,
         rows=table,
         notes=notes,
@@ -164,21 +166,12 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise DataError(why, path=path, fix="run `ccella-fast evaluate` again") from None
 
 
-def _facts(findings: Findings) -> list[tuple[str, str]]:
+def _subtitle(findings: Findings) -> str:
     if not findings.rows:
-        return []
-    first = findings.rows[0]
-    most = {name: max(getattr(row, name) for row in findings.rows) for name in ("n_real", "n_synthetic")}
-    word = "Phantoms" if findings.phantom else "Real volumes"
-    return [
-        ("Generated volumes (synthetic)", f"{most['n_synthetic']} ({first.set})"),
-        (word, f"{most['n_real']} ({first.reference})"),
-        ("Sequences", ", ".join(dict.fromkeys(row.sequence for row in findings.rows))),
-        (
-            "Feature spaces",
-            ", ".join(dict.fromkeys(row.features for row in findings.named("fd") if row.features)) or "-",
-        ),
-    ]
+        return "No metric was computed."
+    first = max(findings.rows, key=lambda row: row.n_synthetic)
+    generated = counted(first.n_synthetic, "generated volume")
+    return f"{generated} ({first.set}) against {counted(first.n_real, findings.word)} ({first.reference})"
 
 
 def _table_order(row: MetricRow) -> tuple[int, str, str]:
@@ -288,7 +281,7 @@ def _pairs(findings: Findings) -> dict[str, Any]:
             continue
         (generated, spacing), (training, _) = first.read(), second.read()
         title = f"Generated {case.number}  |  training study {case.nearest_train}  |  difference"
-        near = (
+        share = (
             ""
             if case.null_percentile is None
             else f", nearer than {100 - case.null_percentile:.0f} % of held-out volumes"

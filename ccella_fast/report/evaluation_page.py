@@ -21,7 +21,7 @@ _VIEWER = """
 {% if viewer %}
 <style>
 #viewer { outline-offset: 6px; border-radius: 6px; }
-#viewer .panes { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr)); gap: 0.4rem; }
+#viewer .panes { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.4rem, 1fr)); gap: 0.4rem; }
 #viewer .pane { margin: 0; min-width: 0; }
 #viewer .frame { position: relative; aspect-ratio: 1; background: #000; border-radius: 6px; overflow: hidden; }
 #viewer canvas { pointer-events: none; display: block; }
@@ -75,7 +75,7 @@ EVALUATION = (
 <h2>All numbers</h2>
 <div class="scroll"><table>
 <tr><th>metric</th><th>features</th>{% if sequences %}<th>sequence</th>{% endif %}<th class="number">value</th>
-<th class="number">95 % interval</th><th class="number">{{ word }} to {{ word }}</th><th class="number">ratio</th>
+<th class="number">95 % interval</th><th class="number">floor</th><th class="number">ratio</th>
 <th class="number">autoencoder</th><th class="number">n {{ word }}, generated</th><th>notes</th></tr>
 {% for row in rows %}
 <tr{% if row.faint %} class="faint"{% endif %}><td>{{ row.metric }}{% if row.better %}<small>{{ row.better }}</small>
@@ -86,9 +86,9 @@ EVALUATION = (
 <td>{{ row.notes }}</td></tr>
 {% endfor %}
 </table></div>
-<p class="soft">{{ word | capitalize }} to {{ word }}: the same metric between two halves of these volumes, which is what
-a perfect generator reaches. Ratio: generated over that, at equal numbers of volumes. Autoencoder: volumes that were only
-encoded and decoded, which is what a perfect model of latents reaches.</p>
+<p class="soft">Floor: what a perfect generator reaches, which is the same metric between two halves of the {{ words }}; of the
+class that was asked for, prompts in random order. Ratio: generated over floor, at equal numbers of volumes. Autoencoder:
+{{ words }} that were only encoded and decoded, which is what a perfect model of latents reaches.</p>
 {% if notes %}<ol class="notes">{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ol>{% endif %}
 
 {{ figures(dots) }}

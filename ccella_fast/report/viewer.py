@@ -66,7 +66,8 @@ def make_viewer(cases: Sequence[ViewedCase]) -> Viewer | str:
         return ABSENT
     if not _EXPORTS.search(module):
         return UNKNOWN
-    embedded, size = [], 0
+    embedded: list[dict[str, object]] = []
+    size = 0
     for case in cases:
         data = [base64.b64encode(volume.path.read_bytes()).decode() for volume in case.volumes]
         size += sum(map(len, data))
