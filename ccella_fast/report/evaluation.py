@@ -152,7 +152,7 @@ def evaluation_part(folder: Path) -> EvaluationPart:
     if isinstance(viewer, Viewer):
         policy = f"{POLICY.replace('img-src data:', 'img-src data: blob:')}; script-src {viewer.policy}"
     return EvaluationPart(
-        html, policy, f"{_PHANTOMS} {_SYNTHETIC}" if findings.phantom else _SYNTHETIC, _facts(findings)
+        html, policy, f"{_PHANTOMS} {_SYNTHETIC}" if findings.phantom else _SYNTHETIC, _subtitle(findings)
     )
 
 
