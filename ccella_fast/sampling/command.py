@@ -21,7 +21,7 @@ from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.models.autoencoder import check_autoencoder
 from ccella_fast.quantities import counted
-from ccella_fast.report.sample_files import read_sample
+from ccella_fast.data.readers.sample_files import read_sample
 from ccella_fast.run_record import write_run_record
 from ccella_fast.sampling import pretrained
 from ccella_fast.sampling.earlier_samples import check_earlier_samples
