@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ccella_fast import entrypoint, train
-from ccella_fast.data.readers.study import CLASSES
 from ccella_fast.entrypoint import log_next, whole_number
+from ccella_fast.pirads import CLASSES
 
 if TYPE_CHECKING:
     from ccella_fast.config import Config
@@ -192,9 +192,11 @@ def _config_options(arguments: argparse.Namespace) -> list[str]:
 
 
 def _read_report(path: Path) -> str:
+    from ccella_fast.data.readers.pointers import check_is_data
     from ccella_fast.errors import DataError
 
     try:
+        check_is_data(path)
         return path.read_text(encoding="utf-8-sig")
     except IsADirectoryError:
         fix = f"give the files in it: --report_file {path}/*.txt"

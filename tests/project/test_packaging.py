@@ -26,7 +26,7 @@ LAYERS = {
     "data": 3, "reference_checkpoint": 3, "dropin": 3,
     "models": 2, "diffusion": 2, "losses": 2, "evaluation": 5, "report.figures": 2, "report.page": 2,
     "config": 1, "config_errors": 1, "reference_config": 1, "entrypoint": 1, "foreign_errors": 1,
-    "variants": 0, "errors": 0, "deprecation": 0, "storage": 0, "folder_kinds": 0, "folder_lock": 0,
+    "variants": 0, "pirads": 0, "errors": 0, "deprecation": 0, "storage": 0, "folder_kinds": 0, "folder_lock": 0,
     "environment": 0, "hardware": 0, "quantities": 0, "run_record": 0, "nvml": 0, "progress": 0, "kernels": 0,
 }  # fmt: skip
 
