@@ -1,4 +1,4 @@
-"""The processes that torchrun has started for a command that shares its work among them."""
+"""What the processes of a launcher have in common: collectives of host values, errors of one for all, and shared work."""
 
 from __future__ import annotations
 
@@ -16,6 +16,41 @@ import torch.distributed as dist
 from ccella_fast import errors
 from ccella_fast.errors import CcellaError
 from ccella_fast.folder_lock import lock_folder
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+class HostCollectives:
+    """Collectives of small host values, over gloo, so that no process waits for its GPU."""
+
+    def __init__(self) -> None:
+        single = dist.get_world_size() == 1
+        self._group = None if single else dist.new_group(backend="gloo", timeout=_TIMEOUT)
+
+    def max(self, value: int) -> int:
+        """The largest `value` of any process."""
+        if self._group is None:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
+        return int(tensor)
+
+    def all_gather(self, value: object) -> list:
+        """The `value` of each process, in rank order. Values must be plain Python values."""
+        if self._group is None:
+            return [value]
+        values: list = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+def raise_together(error: CcellaError | None) -> None:
+    """Raise the error of the first process that has one, on all processes."""
+    mine = None if error is None else [type(error).__name__, error.why, error.path, error.field, error.fix]
+    for given in HostCollectives().all_gather(mine):
+        if given is not None:
+            kind, why, path, field, fix = given
+            raise getattr(errors, kind)(why, path=path, field=field, fix=fix)
 
 
 class DistributedContext:
@@ -68,19 +103,6 @@ class DistributedContext:
                 refusal = error
                 if self.world_size == 1:
                     raise
-            self.raise_together(refusal)
+            if self.world_size > 1:
+                raise_together(refusal)
             yield
-
-    def raise_together(self, error: CcellaError | None) -> None:
-        """Raise the error of the first process that has one, on all processes."""
-        if self.world_size == 1:
-            if error is not None:
-                raise error
-            return
-        mine = None if error is None else [type(error).__name__, error.why, error.path, error.field, error.fix]
-        given: list[Any] = [None] * self.world_size
-        dist.all_gather_object(given, mine)
-        for each in given:
-            if each is not None:
-                kind, why, path, field, fix = each
-                raise getattr(errors, kind)(why, path=path, field=field, fix=fix)

@@ -1,4 +1,7 @@
-"""Are generated volumes good, new, and what the report says? (docs/how-to/evaluate.md)"""
+"""Are generated volumes good, new, and what the report says?
+
+See docs/how-to/evaluate.md.
+"""
 
 from __future__ import annotations
 

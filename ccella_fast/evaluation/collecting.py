@@ -23,7 +23,7 @@ _SAME_SPACING = 1e-3  # relative
 _DIGEST = 32  # bytes of a SHA-256
 
 
-class Grid(NamedTuple):
+class CommonGrid(NamedTuple):
     """The grid that all volumes of an evaluation share.
 
     Attributes:
@@ -37,7 +37,7 @@ class Grid(NamedTuple):
     whose: str
 
     @classmethod
-    def of(cls, volume: Volume, whose: str) -> Grid:
+    def of(cls, volume: Volume, whose: str) -> CommonGrid:
         """The grid of a volume."""
         return cls(volume.array.shape, volume.spacing, whose)
 
@@ -91,11 +91,11 @@ def collect(
     extractors: Sequence[Extractor],
     *,
     name: str,
-    grid: Grid | None = None,
+    grid: CommonGrid | None = None,
     cache: FeatureCache | None = None,
     processes: DistributedContext | None = None,
     progress: bool = False,
-) -> tuple[dict[str, FeatureTable], Grid | None]:
+) -> tuple[dict[str, FeatureTable], CommonGrid | None]:
     """The features of a set by sequence, and its grid.
 
     Args:
@@ -122,7 +122,7 @@ def collect(
         for place, volume in _read(volumes, places):
             path = volumes.sources[place].path if isinstance(volumes, VolumeSet) else None
             check_array(volume.array, path=path or f"{name}, {volume.id}")
-            grid = grid or Grid.of(volume, name)
+            grid = grid or CommonGrid.of(volume, name)
             grid.check(volume, name, path)
             if places is None:
                 facts.append(_Facts(volume.id, volume.sequence, volume.patient, volume.pirads))

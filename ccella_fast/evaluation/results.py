@@ -110,10 +110,24 @@ class Evaluation:
 
     def table(self) -> str:
         """The rows as text, aligned in columns."""
-        names = ["metric", "features", "sequence", "value", "at equal n", "95 % interval", "floor", "ratio", "limit", "n", "guards"]
+        names = [
+            "metric",
+            "features",
+            "sequence",
+            "value",
+            "at equal n",
+            "95 % interval",
+            "floor",
+            "ratio",
+            "limit",
+            "n",
+            "guards",
+        ]
         lines = [names, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
 
 
 def _cells(row: Row) -> list[str]:

@@ -137,8 +137,8 @@ def open_volumes(given: str | Path, *, field: str) -> VolumeSet:
     """The volumes of a folder, of which nothing but the list is read yet.
 
     Args:
-        given: a prepared folder, of which a split may be named after a colon (`prepared:test`); a folder written by `ccella-fast
-            sample`; or any folder of NIfTI files, whose intensities are scaled as `prepare` does.
+        given: a prepared folder, of which a split may be named after a colon (`prepared:test`); a folder of samples of
+            `ccella-fast sample`; or any folder of NIfTI files, whose intensities are scaled as `prepare` does.
         field: the option that gives it.
 
     Raises:
