@@ -186,7 +186,7 @@ def _features(volume: Volume, extractors: Sequence[Extractor], cache: FeatureCac
     for extractor in extractors:
         if extractor.sequences is not None and volume.sequence not in extractor.sequences:
             continue
-        vectors = extractor(volume) if cache is None else cache.features(volume, extractor)
+        vectors = extractor(volume) if cache is None else cache.features(extractor, volume)
         for space, vector in vectors.items():
             if not np.isfinite(vector).all():
                 why = f"the features '{space}' of this volume are not finite"

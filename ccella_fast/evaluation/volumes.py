@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,10 @@ from ccella_fast.data.readers.volume_file import read_volume, volume_suffix
 from ccella_fast.errors import ConfigError, DataError, did_you_mean
 from ccella_fast.folder_kinds import check_folder, folder_kind, wrong_folder
 from ccella_fast.pirads import CLASS_NAMES, CLASSES
+from ccella_fast.quantities import counted
 from ccella_fast.storage import read_json, sha256
 
+logger = logging.getLogger("ccella_fast")
 TABLE = "volumes.csv"  # optional, in a folder of NIfTI files
 _COLUMNS = ("file", "sequence", "pirads", "patient")
 _NIFTI = (".nii", ".nii.gz")
@@ -74,11 +77,14 @@ class VolumeSet(Sequence[Volume]):
         name: what the set is called in results: its folder's name and the split.
         sources: where the volumes are.
         path: the folder, for messages.
+        scaling: how intensities are brought to [0, 1].
         manifest: of a prepared folder.
     """
 
-    def __init__(self, name: str, sources: Sequence[Source], path: Path, manifest: Manifest | None = None):
-        self.name, self.path, self.manifest = name, path, manifest
+    def __init__(
+        self, name: str, sources: Sequence[Source], path: Path, scaling: str, manifest: Manifest | None = None
+    ):
+        self.name, self.path, self.scaling, self.manifest = name, path, scaling, manifest
         self.sources = list(sources)
 
     def __len__(self) -> int:
@@ -90,7 +96,7 @@ class VolumeSet(Sequence[Volume]):
     def __getitem__(self, index: slice) -> VolumeSet: ...
     def __getitem__(self, index: int | slice) -> Volume | VolumeSet:
         if isinstance(index, slice):
-            return VolumeSet(self.name, self.sources[index], self.path, self.manifest)
+            return self._with(self.sources[index])
         source = self.sources[index]
         array, spacing = source.read()
         check_array(array, path=source.path)
@@ -108,8 +114,14 @@ class VolumeSet(Sequence[Volume]):
 
     def of_sequence(self, sequence: str) -> VolumeSet:
         """The volumes of one sequence."""
-        chosen = [source for source in self.sources if source.sequence == sequence]
-        return VolumeSet(self.name, chosen, self.path, self.manifest)
+        return self.of_sequences([sequence])
+
+    def of_sequences(self, sequences: Sequence[str]) -> VolumeSet:
+        """The volumes of some sequences."""
+        return self._with([source for source in self.sources if source.sequence in sequences])
+
+    def _with(self, sources: Sequence[Source]) -> VolumeSet:
+        return VolumeSet(self.name, sources, self.path, self.scaling, self.manifest)
 
 
 def check_array(array: np.ndarray, *, path: object, field: str | None = None) -> None:
@@ -195,7 +207,7 @@ def _prepared(path: Path, split: str | None, field: str) -> VolumeSet:
         for sequence in manifest.data.sequences
     ]
     name = path.resolve().name + ("" if split is None else f":{split}")
-    return VolumeSet(name, sources, path, manifest)
+    return VolumeSet(name, sources, path, "as prepared", manifest)
 
 
 def _read_prepared(manifest: Manifest, case: StudyEntry, sequence: str) -> tuple[np.ndarray, Sequence[float]]:
@@ -219,7 +231,7 @@ def _samples(path: Path) -> VolumeSet:
             if file.exists():
                 read = partial(_read_sample, file, scales[sequence], spacing)
                 sources.append(Source(sidecar_path.stem, file, read, sequence=sequence, pirads=pirads, prompt=prompt))
-    return VolumeSet(path.resolve().name, sources, path)
+    return VolumeSet(path.resolve().name, sources, path, "divided by intensity_scale")
 
 
 def _class_of_sample(sidecar: dict[str, Any]) -> str | None:
@@ -236,17 +248,26 @@ def _read_sample(path: Path, scale: float, spacing: Sequence[float]) -> tuple[np
 
 
 def _files(path: Path) -> VolumeSet:
-    """The NIfTI files in a folder and the folders in it, sorted by name."""
+    """The NIfTI files in a folder and the folders in it, sorted by name.
+
+    Where the names of some say a sequence, the others are something else, such as masks, and are left out.
+    """
     files = {
         str(file.relative_to(path)): file
         for file in sorted(path.rglob("*"))
         if volume_suffix(file.name) in _NIFTI and not _is_hidden(file.relative_to(path)) and file.is_file()
     }
+    named = {name: file for name, file in files.items() if parse_series_name(_stem(file.name)) is not None}
+    if named and len(named) < len(files):
+        first = next(name for name in files if name not in named)
+        left_out = counted(len(files) - len(named), "file is", "files are")
+        logger.warning("%s: %s left out: their names do not say a sequence, such as %s", path, left_out, first)
+    files = named or files
     rows = _read_table(path / TABLE, files) if (path / TABLE).is_file() else {}
     sources = []
     for name, file in files.items():
         row = rows.get(name, {})
-        stem = name.removesuffix(volume_suffix(name) or "")
+        stem = _stem(name)
         read_as = parse_series_name(Path(stem).name)
         sequence = row.get("sequence") or (read_as.sequence if read_as else "t2w")
         pirads = CLASS_NAMES[CLASSES[row["pirads"]].index(1)] if row.get("pirads") else None
@@ -254,7 +275,7 @@ def _files(path: Path) -> VolumeSet:
         sources.append(
             Source(identifier, file, partial(_read_file, file, sequence), sequence, row.get("patient") or None, pirads)
         )
-    return VolumeSet(path.resolve().name, sources, path)
+    return VolumeSet(path.resolve().name, sources, path, "percentiles 0 to 99.5 of a volume; ADC: 0 to 3000")
 
 
 def _case_of_file(stem: str, sequence: str) -> str:
@@ -264,6 +285,10 @@ def _case_of_file(stem: str, sequence: str) -> str:
     if read_as is not None and read_as.sequence == sequence:
         name = read_as.prefix.rstrip("_-. ")
     return "/".join(part for part in (*folder.parts, name) if part) or stem
+
+
+def _stem(name: str) -> str:
+    return name[: -len(volume_suffix(name) or "")]
 
 
 def _is_hidden(path: Path) -> bool:
