@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ccella_fast import commands, entrypoint, train
+from ccella_fast.data.readers.series_names import SEQUENCES
 from ccella_fast.entrypoint import whole_number
 from ccella_fast.pirads import CLASSES
 
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _train_vae(subparsers)
     _train(subparsers)
     _sample(subparsers)
+    _evaluate(subparsers)
     _report(subparsers)
     _export(subparsers)
     _env(subparsers)
@@ -204,6 +206,40 @@ def _sample(subparsers: argparse._SubParsersAction) -> None:
     add("--batch_invariant", action="store_true", help=about)
     about = "data type of the weights (default auto: bf16 where it is fast)"
     add("--dtype", choices=["auto", "float32", "bfloat16"], help=about)
+
+
+def _evaluate(subparsers: argparse._SubParsersAction) -> None:
+    example = "ccella-fast evaluate --real prepared:test --synthetic samples --train prepared:train --out evaluation"
+    about = (
+        "Compare generated volumes with real ones: distances in several feature spaces, each with its floor and an interval; "
+        "diversity, copies of training studies, anatomy, agreement with the class."
+    )
+    command = _add(subparsers, "evaluate", commands.run_evaluate, about, example)
+    volumes = "prepared folder (or FOLDER:test, a split of it), folder of samples, or folder of NIfTI files"
+    add = command.add_argument_group("volumes").add_argument
+    add("--real", required=True, metavar="FOLDER", help=f"volumes that the generator was not trained on: {volumes}")
+    add("--synthetic", required=True, metavar="FOLDER", help="generated volumes, of this or any other generator")
+    add("--train", metavar="FOLDER", help="volumes that the generator was trained on, to look for copies of them")
+    about = "autoencoder of the generator, whose limit is shown too (needs the latents of a prepared folder)"
+    add("--vae", type=Path, metavar="PATH", help=about)
+    about = "those that are compared (default: all, which all folders must have)"
+    add("--sequences", nargs="+", choices=SEQUENCES, metavar="NAME", help=f"{about}: {', '.join(SEQUENCES)}")
+    add = command.add_argument_group("what is computed").add_argument
+    about = "taps, radiomics, random, medicalnet=FILE[:INPUT], radimagenet=FILE[:INPUT] (default: the first three)"
+    add("--features", nargs="+", metavar="NAME", help=about)
+    about = "fd kid mmd prdc c2st intensity spectrum msssim memorisation anatomy condition (default: all that apply)"
+    add("--metrics", nargs="+", metavar="NAME", help=about)
+    add(
+        "--draws",
+        type=whole_number(2),
+        default=100,
+        metavar="N",
+        help="random splits for floors and intervals (default 100)",
+    )
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="of the splits (default 0)")
+    add = command.add_argument_group("output").add_argument
+    about = "folder for metrics.json; features are kept in it, so that the same command continues"
+    add("--out", type=Path, default=Path("evaluation"), metavar="FOLDER", help=f"{about} (default evaluation)")
 
 
 def _report(subparsers: argparse._SubParsersAction) -> None:

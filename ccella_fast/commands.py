@@ -107,6 +107,17 @@ def run_sample(arguments: argparse.Namespace) -> None:
     sample_to_folder(options.pop("checkpoint"), options.pop("out"), **options)
 
 
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """Compare generated volumes with real ones."""
+    from ccella_fast.evaluation.run import evaluate_to_folder
+
+    options = _options(arguments, without=[])
+    out = options.pop("out")
+    result = evaluate_to_folder(options.pop("real"), options.pop("synthetic"), out, **options)
+    print(result.table())
+    log_next(out / "metrics.json", ["ccella-fast", "report", out.parent])
+
+
 def run_report(arguments: argparse.Namespace) -> None:
     """Write the page of a folder of results."""
     from ccella_fast.errors import DataError

@@ -22,7 +22,7 @@ from ccella_fast.errors import ConfigError, DataError, did_you_mean
 from ccella_fast.folder_kinds import check_folder, folder_kind, wrong_folder
 from ccella_fast.pirads import CLASS_NAMES, CLASSES
 from ccella_fast.quantities import counted
-from ccella_fast.storage import read_json, sha256
+from ccella_fast.storage import read_json, safe_join, sha256
 
 logger = logging.getLogger("ccella_fast")
 TABLE = "volumes.csv"  # optional, in a folder of NIfTI files
@@ -220,7 +220,10 @@ def _samples(path: Path) -> VolumeSet:
     for sidecar_path in sorted(path.glob("sample-*.json")):
         sidecar = read_json(sidecar_path)
         try:
-            files = {sequence: path / name for sequence, name in sidecar["files"].items()}
+            files = {
+                sequence: safe_join(path, name, path=sidecar_path, field="files")
+                for sequence, name in sidecar["files"].items()
+            }
             scales = {sequence: float(sidecar["intensity_scale"][sequence]) for sequence in files}
             spacing = [float(length) for length in sidecar["spacing"]]
             pirads, prompt = _class_of_sample(sidecar), sidecar.get("report_id")

@@ -185,7 +185,19 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["phantom"], ["import"], ["check"], ["prepare"], ["train-vae"], ["sample"], ["report"], ["export"], ["env"]],
+    [
+        [],
+        ["phantom"],
+        ["import"],
+        ["check"],
+        ["prepare"],
+        ["train-vae"],
+        ["sample"],
+        ["evaluate"],
+        ["report"],
+        ["export"],
+        ["env"],
+    ],
 )
 def test_help_loads_no_torch(command):
     arguments = [*command, "--help"]
