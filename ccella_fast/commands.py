@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ccella_fast.entrypoint import log_next
+from ccella_fast.entrypoint import is_local_rank_zero, log_next
 
 if TYPE_CHECKING:
     from ccella_fast.config import Config
@@ -114,7 +114,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     options = _options(arguments, without=[])
     out = options.pop("out")
     result = evaluate_to_folder(options.pop("real"), options.pop("synthetic"), out, **options)
-    print(result.table())
+    if is_local_rank_zero():
+        print(result.table())
     log_next(out / "metrics.json", ["ccella-fast", "report", out.parent])
 
 

@@ -223,6 +223,9 @@ def _check_tables(tables: dict[str, dict[str, FeatureTable]]) -> None:
     """Check what only all sets together show: their sequences, sizes, and that no test case was trained on."""
     real = tables["real"]
     for kind, of_sequence in tables.items():
+        if not of_sequence:
+            why = f"the {kind} set has no volumes; at least 2 are needed"
+            raise DataError(why, field=kind, fix="give volumes")
         check_sequences(set(real), set(of_sequence), kind)
         for sequence, table in of_sequence.items():
             check_size(len(table), sequence, kind, table.name)
