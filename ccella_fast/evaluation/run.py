@@ -11,6 +11,7 @@ from ccella_fast.evaluation import metrics as rows_of
 from ccella_fast.evaluation.anatomy import GlandFeatures
 from ccella_fast.evaluation.collecting import CommonGrid, FeatureTable, collect
 from ccella_fast.evaluation.diversity import diversity_row
+from ccella_fast.evaluation.examples import keep_examples
 from ccella_fast.evaluation.features.cache import FeatureCache
 from ccella_fast.evaluation.features.extractor import load_extractor
 from ccella_fast.evaluation.images import ImageFeatures
@@ -295,7 +296,7 @@ def evaluate_to_folder(
     draws: int = 100,
     seed: int = 0,
 ) -> Evaluation:
-    """`evaluate` for folders. Writes metrics.json and protocol.json to `out`; features are kept in `out`/features.
+    """`evaluate` for folders. Writes metrics.json, protocol.json and some volumes to `out`; features go to `out`/features.
 
     Under torchrun the processes share the volumes, and the numbers do not depend on how many they are.
 
@@ -336,6 +337,7 @@ def evaluate_to_folder(
             cache=out / "features", processes=processes, progress=True,
         )  # fmt: skip
         if processes.rank == 0:
+            keep_examples(out, sets, result.per_case)
             result.write(out)
         processes.barrier()
     return result

@@ -28,8 +28,15 @@ from ccella_fast.report.evaluation_figures import (
 )
 from ccella_fast.report.evaluation_page import EVALUATION
 from ccella_fast.report.figures import Panel
-from ccella_fast.report.findings import GLAND, METRICS, Findings, MetricRow, guard_sentence, read_findings
 from ccella_fast.report.page import FOOT, HEAD, POLICY, render
+from ccella_fast.report.stored_evaluation import (
+    GLAND,
+    METRICS,
+    MetricRow,
+    StoredEvaluation,
+    guard_sentence,
+    read_evaluation,
+)
 from ccella_fast.report.verdicts import percent, shown, verdicts
 from ccella_fast.report.viewer import ViewedCase, ViewedVolume, Viewer, make_viewer
 from ccella_fast.storage import atomic_path
@@ -119,20 +126,20 @@ def evaluation_part(folder: Path) -> EvaluationPart:
     Raises:
         DataError: there is no evaluation, or a file is damaged.
     """
-    findings = read_findings(folder)
-    rows = sorted(findings.rows, key=_table_order)
+    stored = read_evaluation(folder)
+    rows = sorted(stored.rows, key=_table_order)
     table, notes = _table(
         [row for row in rows if row.metric == GLAND + "plausible" or not row.metric.startswith(GLAND)]
     )
-    columns = _shown_columns(findings)
+    columns = _shown_columns(stored)
     viewer = _viewer(columns)
     with _damage_named(folder / METRICS):
-        curves = _curves(findings)
+        curves = _curves(stored)
     html = render(
         EVALUATION,
-        verdicts=verdicts(findings),
-        word="phantom" if findings.phantom else "real",
-        words=f"{findings.word}s",
+        verdicts=verdicts(stored),
+        word="phantom" if stored.phantom else "real",
+        words=f"{stored.word}s",
         sequences=len({row.sequence for row in rows}) > 1,
         rows=table,
         notes=notes,
@@ -140,19 +147,19 @@ def evaluation_part(folder: Path) -> EvaluationPart:
         montages=[_montage(columns)],
         viewer=viewer if isinstance(viewer, Viewer) else None,
         no_viewer=viewer,
-        pairs=[_pairs(findings)],
-        rules=_rules(findings),
-        glands=[_glands(findings)],
+        pairs=[_pairs(stored)],
+        rules=_rules(stored),
+        glands=[_glands(stored)],
         curves=[curves],
-        gates=[_gate(gate) for gate in findings.gates],
+        gates=[_gate(gate) for gate in stored.gates],
         no_gates="The sensitivity gate was not run: nothing shows that these features see known degradations.",
-        protocol=_protocol(findings),
+        protocol=_protocol(stored),
     )
     policy = POLICY
     if isinstance(viewer, Viewer):
         policy = f"{POLICY.replace('img-src data:', 'img-src data: blob:')}; script-src {viewer.policy}"
     return EvaluationPart(
-        html, policy, f"{_PHANTOMS} {_SYNTHETIC}" if findings.phantom else _SYNTHETIC, _subtitle(findings)
+        html, policy, f"{_PHANTOMS} {_SYNTHETIC}" if stored.phantom else _SYNTHETIC, _subtitle(stored)
     )
 
 
@@ -166,12 +173,12 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise DataError(why, path=path, fix="run `ccella-fast evaluate` again") from None
 
 
-def _subtitle(findings: Findings) -> str:
-    if not findings.rows:
+def _subtitle(stored: StoredEvaluation) -> str:
+    if not stored.rows:
         return "No metric was computed."
-    first = max(findings.rows, key=lambda row: row.n_synthetic)
+    first = max(stored.rows, key=lambda row: row.n_synthetic)
     generated = counted(first.n_synthetic, "generated volume")
-    return f"{generated} ({first.set}) against {counted(first.n_real, findings.word)} ({first.reference})"
+    return f"{generated} ({first.set}) against {counted(first.n_real, stored.word)} ({first.reference})"
 
 
 def _table_order(row: MetricRow) -> tuple[int, str, str]:
@@ -233,16 +240,16 @@ def _label(row: MetricRow) -> str:
     return (row.features or "images") + ("" if row.sequence == "t2w" else f", {row.sequence}")
 
 
-def _shown_columns(findings: Findings) -> list[list[tuple[str, StoredExample]]]:
+def _shown_columns(stored: StoredEvaluation) -> list[list[tuple[str, StoredExample]]]:
     """Volumes to show next to each other, by number: a real one, its reconstruction and a generated one where they are kept."""
     titles: dict[Kind, str] = {
-        "real": "Phantom" if findings.phantom else "Real",
+        "real": "Phantom" if stored.phantom else "Real",
         "reconstructed": "Reconstructed",
         "synthetic": "Generated",
     }
-    found = {(each.sequence, each.number, each.kind): each for each in findings.examples}
+    found = {(each.sequence, each.number, each.kind): each for each in stored.examples}
     columns = []
-    for sequence in dict.fromkeys(each.sequence for each in findings.examples):
+    for sequence in dict.fromkeys(each.sequence for each in stored.examples):
         for number in range(1, SHOWN + 1):
             kinds = [kind for kind in titles if (sequence, number, kind) in found]
             after = "" if sequence == "t2w" else f", {sequence}"
@@ -269,10 +276,10 @@ def _viewer(columns: Sequence[Sequence[tuple[str, StoredExample]]]) -> Viewer | 
     return make_viewer(cases) if cases else ""
 
 
-def _pairs(findings: Findings) -> dict[str, Any]:
-    kept = {(each.kind, each.number, each.sequence): each for each in findings.examples}
+def _pairs(stored: StoredEvaluation) -> dict[str, Any]:
+    kept = {(each.kind, each.number, each.sequence): each for each in stored.examples}
     pairs: list[Pair] = []
-    found = [case for case in findings.cases if case.kind == "synthetic" and case.nearest_train is not None]
+    found = [case for case in stored.cases if case.kind == "synthetic" and case.nearest_train is not None]
     found.sort(key=lambda case: (case.null_percentile or 0.0, case.distance or 0.0))
     for case in found:
         first = kept.get(("synthetic", case.number, case.sequence))
@@ -295,47 +302,47 @@ def _pairs(findings: Findings) -> dict[str, Any]:
     return _figure(pair_gallery(pairs, window=WINDOW) if pairs else None, caption, missing)
 
 
-def _rules(findings: Findings) -> list[dict[str, str]]:
+def _rules(stored: StoredEvaluation) -> list[dict[str, str]]:
     """A row for each rule of glands."""
     return [
         {"rule": _RULES.get(row.metric.removeprefix(GLAND), _name(row.metric)), "sequence": row.sequence,
          "real": "-" if row.floor is None else percent(row.floor),
          "generated": "-" if row.value is None else percent(row.value),
          "interval": f"{percent(row.ci95[0])} to {percent(row.ci95[1])}" if row.ci95 else "-"}
-        for row in findings.rows
+        for row in stored.rows
         if row.metric.startswith(GLAND)
     ]  # fmt: skip
 
 
-def _glands(findings: Findings) -> dict[str, Any]:
+def _glands(stored: StoredEvaluation) -> dict[str, Any]:
     volumes = {
-        name: [case.volume_cc for case in findings.cases if case.kind == kind and case.volume_cc]
-        for name, kind in (("phantoms" if findings.phantom else "real", "real"), ("generated", "synthetic"))
+        name: [case.volume_cc for case in stored.cases if case.kind == kind and case.volume_cc]
+        for name, kind in (("phantoms" if stored.phantom else "real", "real"), ("generated", "synthetic"))
     }
     if not any(volumes.values()):
         return _figure(None, "", "No gland was segmented: that needs the segmenter's package, and T2-weighted volumes.")
     image = volume_strips(volumes, unit="gland volume, cc", plausible=_PLAUSIBLE_CC)
     caption = "Volumes of the segmented glands. Bar: median; band: plausible."
-    if any(row.has("segmenter_fails_on_real") for row in findings.rows):
+    if any(row.has("segmenter_fails_on_real") for row in stored.rows):
         caption += f" {guard_sentence('segmenter_fails_on_real')}"
     return _figure(image, caption, "")
 
 
-def _curves(findings: Findings) -> dict[str, Any]:
+def _curves(stored: StoredEvaluation) -> dict[str, Any]:
     names = {
-        "real": "phantoms" if findings.phantom else "real",
+        "real": "phantoms" if stored.phantom else "real",
         "autoencoder": "reconstructed",
         "synthetic": "generated",
     }
     groups: list[dict[str, Any]] = []
-    for row in findings.named("intensity")[:1]:
+    for row in stored.named("intensity")[:1]:
         lines = {}
         for key, values in row.details["curves"].items():
             shares = 100 * np.asarray(values, float).reshape(64, -1).sum(1)
             lines[names[key]] = (_middles(shares), np.maximum(shares, 1e-3))
         title = "intensities"
         groups.append({"title": title, "x": "normalized intensity", "y": "voxels, %", "log": True, "lines": lines})
-    for row in findings.named("spectrum")[:1]:
+    for row in stored.named("spectrum")[:1]:
         for place, plane in ((2, "axial"), (1, "coronal")):
             lines = {}
             for key, values in row.details["curves"].items():
@@ -361,11 +368,11 @@ def _gate(gate: dict[str, Any]) -> dict[str, Any]:
     return {"space": gate["space"], "passed": gate["passed"], "failed": failed, "names": names, "distances": distances}
 
 
-def _protocol(findings: Findings) -> list[tuple[str, str]]:
-    rows = [("SHA-256 of the protocol", findings.protocol_sha256)]
-    rows += [(name.replace("_", " "), _flat(value)) for name, value in findings.protocol.items()]
-    rows.append(("Time for the metrics", f"{sum(row.seconds for row in findings.rows):.1f} s, without the features"))
-    packages = findings.environment.get("packages")
+def _protocol(stored: StoredEvaluation) -> list[tuple[str, str]]:
+    rows = [("SHA-256 of the protocol", stored.protocol_sha256)]
+    rows += [(name.replace("_", " "), _flat(value)) for name, value in stored.protocol.items()]
+    rows.append(("Time for the metrics", f"{sum(row.seconds for row in stored.rows):.1f} s, without the features"))
+    packages = stored.environment.get("packages")
     if isinstance(packages, dict):
         rows.append(("Packages", ", ".join(f"{name} {version}" for name, version in packages.items() if version)))
     return rows

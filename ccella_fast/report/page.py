@@ -83,6 +83,7 @@ FOOT = """</main>
 TEMPLATE = (
     HEAD
     + """
+{{ evaluation | safe }}
 <h2>Images</h2>
 <p class="soft">Middle slices in three planes, one gray window (0 to 1 of each volume's normalized intensity), true proportions.
 R, L: the patient's right and left; A, P: front and back; S, I: head and feet. The patient's right is on the left side.</p>

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from ccella_fast.quantities import counted
-from ccella_fast.report.findings import EXPLAINING, Findings, MetricRow, guard_sentence
+from ccella_fast.report.stored_evaluation import EXPLAINING, MetricRow, StoredEvaluation, guard_sentence
 
 MARGIN = 1.25  # times the floor: between a blur of 0.5 mm and one of 1 mm of real volumes, in the feature space taps-l3
 MOST_COPIES = 0.05  # share of the volumes; the interval must be below it
@@ -39,9 +39,9 @@ class Verdict(NamedTuple):
     remarks: list[str]
 
 
-def verdicts(findings: Findings) -> list[Verdict]:
+def verdicts(stored: StoredEvaluation) -> list[Verdict]:
     """The three verdicts, in the order of the questions."""
-    return [_good(findings), _new(findings), _obeys(findings)]
+    return [_good(stored), _new(stored), _obeys(stored)]
 
 
 def shown(value: float | None, digits: int = 2) -> str:
@@ -60,9 +60,9 @@ def percent(share: float) -> str:
     return f"{value:.0f} %" if abs(value) >= 10 or abs(value - round(value)) < 0.05 else f"{value:.1f} %"
 
 
-def _good(findings: Findings) -> Verdict:
+def _good(stored: StoredEvaluation) -> Verdict:
     question = "Is it good?"
-    rows = [row for row in findings.named("fd") if row.features != EXPLAINING] or findings.named("fd")
+    rows = [row for row in stored.named("fd") if row.features != EXPLAINING] or stored.named("fd")
     if not rows:
         return Verdict(question, "undecided", "No distance of generated volumes to real ones was computed.", [])
     judged = [row for row in rows if row.ratio is not None and row.ratio_ci95 and not row.has(*_SILENCING)]
@@ -70,16 +70,16 @@ def _good(findings: Findings) -> Verdict:
         reasons = _sentences(rows[0], _SILENCING) or [
             "The distance of generated volumes to real ones has no floor or interval."
         ]
-        return Verdict(question, "undecided", reasons[0], [_counts(rows[0], findings)])
+        return Verdict(question, "undecided", reasons[0], [_counts(rows[0], stored)])
     first, *others = judged
     answers = [_against_margin(row) for row in judged]
     assert first.ratio_ci95
     low, high = first.ratio_ci95
     interval = f"95 % interval {shown(max(0.0, low))} to {shown(high)}; up to {MARGIN:g} counts as equal"
-    words = f"{findings.word}s"
+    words = f"{stored.word}s"
     ratio = f"{shown(first.ratio)} times as far from {words} as {words} are from each other"
     sentence = f"Generated volumes are {ratio} ({interval})."
-    remarks = [_counts(first, findings)]
+    remarks = [_counts(first, stored)]
     if first.limit_autoencoder is not None and first.floor:
         limit = shown(first.limit_autoencoder / first.floor)
         remarks.append(f"The limit of this autoencoder is {limit}: {words} that were only encoded and decoded.")
@@ -107,9 +107,9 @@ def _against_margin(row: MetricRow) -> Answer:
     return "yes" if high <= MARGIN and not row.has("few") else "undecided"
 
 
-def _new(findings: Findings) -> Verdict:
+def _new(stored: StoredEvaluation) -> Verdict:
     question = "Is it new?"
-    rows = [row for row in findings.named("copies") if row.value is not None and row.ci95]
+    rows = [row for row in stored.named("copies") if row.value is not None and row.ci95]
     if not rows:
         sentence = "Copies of training studies were not looked for: give the training set with --train."
         return Verdict(question, "undecided", sentence, [])
@@ -126,7 +126,7 @@ def _new(findings: Findings) -> Verdict:
         return Verdict(question, "no", sentence, remarks)
     sentence = f"No copy of a training study among {volumes}: at most {percent(high)} are copies (95 % confidence)."
     doubts = []
-    near = max(findings.named("below_5pct"), key=lambda row: row.value or 0, default=None)
+    near = max(stored.named("below_5pct"), key=lambda row: row.value or 0, default=None)
     if near is not None and near.value is not None and _share_interval(near.value, near.n_synthetic)[0] > MOST_COPIES:
         doubts.append(
             f"{percent(near.value)} are nearer to a training study than 95 % of held-out ones, in {near.features}."
@@ -147,44 +147,42 @@ def _share_interval(share: float, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
 
 
-def _obeys(findings: Findings) -> Verdict:
+def _obeys(stored: StoredEvaluation) -> Verdict:
     question = "Does it obey the report?"
-    asked = [row for row in findings.rows if row.metric.startswith(CONDITION)]
+    asked = [row for row in stored.rows if row.metric.startswith(CONDITION)]
     asked.sort(key=lambda row: (row.metric != CONDITION + "class", row.metric, row.has("gate")))
     rows = [row for row in asked if None not in (row.value, row.floor, row.number("ceiling"))]
     if not rows:
         if asked:
             reason = (_sentences(asked[0], asked[0].guards) or ["Nothing could be read."])[0]
-            return Verdict(question, "undecided", reason, [_read_counts(asked[0], findings)])
+            return Verdict(question, "undecided", reason, [_read_counts(asked[0], stored)])
         return Verdict(question, "undecided", "Nothing that was asked for was looked for in the generated volumes.", [])
     first = rows[0]
     what, ceiling = first.metric.removeprefix(CONDITION).replace("_", " "), first.number("ceiling")
     score = {"auc": "AUC", "spearman": "rank correlation"}.get(str(first.details.get("score")), "score")
-    scale = f"{score} {shown(first.value)}; shuffled prompts {shown(first.floor)}, {findings.word}s {shown(ceiling)}"
-    remarks = [_read_counts(first, findings)]
+    scale = f"{score} {shown(first.value)}; shuffled prompts {shown(first.floor)}, {stored.word}s {shown(ceiling)}"
+    remarks = [_read_counts(first, stored)]
     share, interval = first.number("normalized"), first.pair("normalized_ci95")
     if share is None or interval is None or first.has("unreadable", "gate"):
-        sentence = f"The {what} cannot be read from {findings.word}s with confidence either ({scale})."
+        sentence = f"The {what} cannot be read from {stored.word}s with confidence either ({scale})."
         return Verdict(question, "undecided", sentence, remarks)
     low, high = interval
     bounds = f"95 % interval {percent(low)} to {percent(high)}"
-    sentence = (
-        f"The {what} that was asked for shows at {percent(share)} of the strength in {findings.word}s ({bounds})."
-    )
+    sentence = f"The {what} that was asked for shows at {percent(share)} of the strength in {stored.word}s ({bounds})."
     remarks += [f"{scale[0].upper()}{scale[1:]}.", f"Yes needs at least {percent(OBEYED)}, with the whole interval."]
     remarks += _sentences(first, ("few",))
     answer: Answer = "no" if high < OBEYED else "yes" if low >= OBEYED and not first.has("few") else "undecided"
     return Verdict(question, answer, sentence, remarks)
 
 
-def _counts(row: MetricRow, findings: Findings) -> str:
+def _counts(row: MetricRow, stored: StoredEvaluation) -> str:
     space = f" in {row.features}" if row.features else ""
-    return f"Fréchet distance{space}; n = {row.n_real} {findings.word}s, {row.n_synthetic} generated."
+    return f"Fréchet distance{space}; n = {row.n_real} {stored.word}s, {row.n_synthetic} generated."
 
 
-def _read_counts(row: MetricRow, findings: Findings) -> str:
+def _read_counts(row: MetricRow, stored: StoredEvaluation) -> str:
     space = f" of {row.features}" if row.features else ""
-    return f"Read by linear probes{space} that were fitted to {findings.word}s; n = {row.n_real}, {row.n_synthetic} generated."
+    return f"Read by linear probes{space} that were fitted to {stored.word}s; n = {row.n_real}, {row.n_synthetic} generated."
 
 
 def _sentences(row: MetricRow, guards: Sequence[str]) -> list[str]:

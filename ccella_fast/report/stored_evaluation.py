@@ -89,7 +89,7 @@ class ListedCase(NamedTuple):
     volume_cc: float | None
 
 
-class Findings(NamedTuple):
+class StoredEvaluation(NamedTuple):
     """An evaluation.
 
     Attributes:
@@ -122,7 +122,7 @@ class Findings(NamedTuple):
         return "phantom" if self.phantom else "real volume"
 
 
-def read_findings(folder: Path) -> Findings:
+def read_evaluation(folder: Path) -> StoredEvaluation:
     """Read the folder of an evaluation.
 
     Raises:
@@ -145,7 +145,7 @@ def read_findings(folder: Path) -> Findings:
     failed = {gate["space"] for gate in gates if not gate["passed"]}
     rows = [row._replace(guards=(*row.guards, "gate")) if row.features in failed else row for row in rows]
     examples = read_examples(folder / EXAMPLES)
-    return Findings(rows, cases, protocol, digest, gates, examples.volumes, examples.phantom, environment)
+    return StoredEvaluation(rows, cases, protocol, digest, gates, examples.volumes, examples.phantom, environment)
 
 
 def _optional(path: Path, otherwise: Any) -> Any:
