@@ -293,6 +293,11 @@ def case_name(kind: str, row: int) -> str:
     return f"{kind}-{row + 1:03d}"
 
 
+def case_row(name: str) -> int:
+    """The row of the volume that `case_name` has named."""
+    return int(name.rpartition("-")[2]) - 1
+
+
 def _names(sets: Sets) -> dict[str, Any]:
     return {
         "sequence": sets.real.sequence, "set": sets.synthetic.name, "reference": sets.real.name,

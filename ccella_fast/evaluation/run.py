@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from tqdm import tqdm
+
+from ccella_fast.data.example_volumes import SHOWN, Example, write_examples
 from ccella_fast.errors import ConfigError, DataError, did_you_mean
 from ccella_fast.evaluation import metrics as rows_of
 from ccella_fast.evaluation.anatomy import GlandFeatures
@@ -14,14 +19,17 @@ from ccella_fast.evaluation.diversity import diversity_row
 from ccella_fast.evaluation.features.cache import FeatureCache
 from ccella_fast.evaluation.features.extractor import load_extractor
 from ccella_fast.evaluation.images import ImageFeatures
-from ccella_fast.evaluation.metrics import FEATURE_METRICS, IMAGE_METRICS, Draws, Sets, case_name
+from ccella_fast.evaluation.metrics import FEATURE_METRICS, IMAGE_METRICS, Draws, Sets, case_name, case_row
 from ccella_fast.evaluation.reconstruction import reconstructions
-from ccella_fast.evaluation.results import SCHEMA, Evaluation, Row
+from ccella_fast.evaluation.results import EXAMPLES, FORMAT, SENSITIVITY, Evaluation, Row, plain_values
+from ccella_fast.evaluation.sensitivity import Gate, sensitivity_gate
 from ccella_fast.evaluation.volumes import Volume, VolumeSet, open_volumes
 from ccella_fast.folder_kinds import check_output
+from ccella_fast.folder_lock import lock_folder
 from ccella_fast.processes import DistributedContext
+from ccella_fast.progress import refresh_interval
 from ccella_fast.quantities import counted
-from ccella_fast.storage import check_writable, remove_partial_files
+from ccella_fast.storage import check_writable, remove_partial_files, write_json
 
 if TYPE_CHECKING:
     from ccella_fast.evaluation.features.extractor import Extractor
@@ -32,6 +40,7 @@ _HEADLINES = (
     "taps-l3",
     "taps-l4",
 )  # the spaces in which nearest cases are named, if they are there; else the first one
+_CLOSEST = 10  # pairs of a synthetic and a training volume that the page shows
 _N_RULE = "m = min(n_real // 2, n_synthetic), halves by patient, without replacement"
 
 
@@ -51,8 +60,8 @@ def evaluate(
 ) -> Evaluation:
     """Compare synthetic volumes with real ones. Nothing is written but the features, if `cache` is given.
 
-    Every set may be any iterable of `Volume`, which is read once, one volume at a time. The diversity (MS-SSIM) looks at pairs, and
-    is left out for sets that are not sequences.
+    Every set may be any iterable of `Volume`, which is read once, one volume at a time. The diversity (MS-SSIM) looks at pairs,
+    and is left out for sets that are not sequences.
 
     Args:
         real: volumes that the generator was not trained on.
@@ -77,8 +86,7 @@ def evaluate(
     wanted = check_metrics(metrics, has_train=train is not None)
     if draws < 2:
         raise ConfigError(f"draws must be at least 2, got {draws}", field="draws", fix="use 100")
-    extractors = [load_extractor(each) if isinstance(each, str) else each for each in features or default_features()]
-    _check_spaces(extractors)
+    extractors = _load(features)
     collected = [*extractors, ImageFeatures(), *_segmenters(wanted, required=metrics is not None)]
     processes = processes or DistributedContext.alone()
     store = None if cache is None else FeatureCache(cache)
@@ -140,7 +148,7 @@ def make_protocol(
 ) -> dict[str, Any]:
     """Everything that the numbers depend on besides the volumes: weights, inputs, grid, rule of n, draws, scaling."""
     return {
-        "schema": SCHEMA,
+        **FORMAT,
         "metrics": sorted(wanted),
         "features": [{"spaces": each.spaces, "identity": each.identity} for each in extractors],
         "grid": {"shape": list(grid.shape), "spacing_mm": [float(f"{length:.6g}") for length in grid.spacing]},
@@ -212,11 +220,14 @@ def _segmenters(wanted: set[str], *, required: bool) -> list[GlandFeatures]:
     return [GlandFeatures(segmenter.segment, segmenter.identity, segmenter.sequences)]
 
 
-def _check_spaces(extractors: Sequence[Extractor]) -> None:
+def _load(features: Sequence[str | Extractor] | None) -> list[Extractor]:
+    """The extractors, by name or as they are."""
+    extractors = [load_extractor(each) if isinstance(each, str) else each for each in features or default_features()]
     names = [space for each in extractors for space in each.spaces]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         why = f"the features '{twice[0]}' are given twice"
         raise ConfigError(why, field="features", fix="give each once")
+    return extractors
 
 
 def _check_tables(tables: dict[str, dict[str, FeatureTable]]) -> None:
@@ -336,9 +347,82 @@ def evaluate_to_folder(
             cache=out / "features", processes=processes, progress=True,
         )  # fmt: skip
         if processes.rank == 0:
+            result.write_protocol(out)
+            manifest = sets["real"].manifest
+            phantom = manifest is not None and all(case.synthetic for case in manifest.cases)
+            write_examples(out / EXAMPLES, _examples(sets, result.per_case), phantom=phantom)
             result.write(out)
         processes.barrier()
     return result
+
+
+def _examples(sets: dict[str, VolumeSet], per_case: list[dict[str, Any]]) -> Iterator[Example]:
+    """The volumes that the page shows: the first of each set, and the synthetic ones nearest to training volumes with these."""
+    for sequence in sets["real"].sequences:
+        volumes = {kind: of_all.of_sequence(sequence) for kind, of_all in sets.items()}
+        wanted = [(kind, k) for kind in volumes if kind != "train" for k in range(min(SHOWN, len(volumes[kind])))]
+        near = [case for case in per_case if case["sequence"] == sequence and "nearest_train" in case]
+        for case in sorted(near, key=lambda case: (case["null_percentile"], case["distance"]))[:_CLOSEST]:
+            wanted += [("synthetic", case_row(case["id"])), ("train", case_row(case["nearest_train"]))]
+        for kind, row in dict.fromkeys(wanted):
+            volume = volumes[kind][row]
+            yield Example(kind, row + 1, sequence, volume.array, volume.spacing)  # type: ignore[arg-type]
+
+
+def sensitivity_to_folder(
+    real: str | Path,
+    out: str | Path,
+    *,
+    features: Sequence[str | Extractor] | None = None,
+    num_volumes: int = 8,
+    seed: int = 0,
+) -> list[Gate]:
+    """Degrade real volumes in known ways and write to `out`/sensitivity.json which feature spaces order them.
+
+    It belongs before an evaluation, into the same folder: a space that does not order blur, noise and size cannot judge.
+
+    Args:
+        real: a folder as for `open_volumes`. T2 volumes are used, or those of the first sequence if there are none.
+        out: the folder for the results; features are kept in `out`/features.
+        features: as for `evaluate`.
+        num_volumes: how many, from all over the set. Each is degraded in eight ways.
+        seed: of the random halves.
+
+    Raises:
+        ConfigError: a feature is unknown, or `out` is the folder of something else or locked.
+        DataError: there are fewer than three volumes or two patients, or a folder or volume cannot be used.
+        DiskError: `out` cannot be written.
+    """
+    out = Path(out)
+    check_writable(out, "--out")
+    check_output(out, "an evaluation", field="--out")
+    volumes = open_volumes(real, field="--real")
+    volumes = volumes.of_sequence(volumes.sequences[0])
+    places = np.unique(np.linspace(0, len(volumes) - 1, min(num_volumes, len(volumes))).astype(int))
+    extractors = _load(features)
+    with lock_folder(out, "ccella-fast sensitivity"):
+        remove_partial_files(out)
+        store = FeatureCache(out / "features")
+        gates = []
+        for extractor in extractors:
+            if extractor.sequences is None or volumes.sequences[0] in extractor.sequences:
+                names = ", ".join(extractor.spaces)
+                bar = tqdm(places, desc=f"degrading for {names}", unit="volume", mininterval=refresh_interval())
+                chosen = (volumes[int(place)] for place in bar)
+                gates += sensitivity_gate(chosen, _Cached(extractor, store), seed=seed)
+        write_json(out / SENSITIVITY, {**FORMAT, "gates": plain_values(gates)})
+    return gates
+
+
+class _Cached:
+    """An extractor whose features are kept."""
+
+    def __init__(self, extractor: Extractor, store: FeatureCache):
+        self.spaces, self.sequences, self.identity = extractor.spaces, extractor.sequences, extractor.identity
+        self._features = partial(store.features, extractor)
+
+    def __call__(self, volume: Volume) -> dict[str, np.ndarray]:
+        return self._features(volume)
 
 
 def _choose(volumes: VolumeSet, sequences: Sequence[str] | None) -> VolumeSet:

@@ -193,6 +193,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
         ["prepare"],
         ["train-vae"],
         ["sample"],
+        ["sensitivity"],
         ["evaluate"],
         ["report"],
         ["export"],
