@@ -76,7 +76,8 @@ def classifier_test_of_rows(
         raise DataError("a classifier test needs two patients and two synthetic volumes", fix="add volumes")
     rng = np.random.default_rng(seed)
     synthetic_groups = np.arange(len(rows_synthetic))
-    fold = np.concatenate([grouped_folds(each, folds, rng) for each in (groups, synthetic_groups)])
+    both = groups, np.arange(len(rows_synthetic))
+    fold = np.concatenate([grouped_folds(each, folds, rng) for each in both])
     rows = np.concatenate([rows_real, rows_synthetic])
     is_real = np.arange(len(rows)) < len(rows_real)
     kernel = products[np.ix_(rows, rows)] + 1  # 1: a constant feature, whose weight is the intercept

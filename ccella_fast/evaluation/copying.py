@@ -60,10 +60,11 @@ def memorisation(train: Any, held_out: Any, synthetic: Any, *, seed: int = 0) ->
     """Copies of training volumes among synthetic ones, with the false alarms of real volumes that were never trained on.
 
     A synthetic volume is called a copy if it is nearer to its nearest training volume than every held-out volume is to its
-    own, and if that distance is also improbable next to those to the 50 following training volumes (the relative distance of Carlini
-    et al. 2023, arXiv 2301.13188, section 4.2). An average volume without detail is near to all training volumes; a copy to one.
-    Improbable means: a set of this size without copies has any call with a probability of at most 5 %. Since a nearest distance
-    is the minimum of many, its lower tail is that of a Weibull distribution, which is fitted to the held-out volumes.
+    own, and if that distance is also improbable next to those to the 50 following training volumes: the relative distance of
+    Carlini et al. 2023 (arXiv 2301.13188, section 4.2). An average volume without detail is near to all training volumes, a
+    copy to one. Improbable means that a set of this size without copies has any call with a probability of at most 5 %. A
+    nearest distance is the minimum of many, so its lower tail is that of a Weibull distribution, which is fitted to the
+    held-out volumes.
 
     Args:
         train: (n, d) features of the generator's training volumes, n at least 3.

@@ -151,7 +151,7 @@ class Comparison(NamedTuple):
         floor: mean over the same draws between this half and the other half of the real set; None if there is none.
         floor_ci95: the central 95 % of the floor's draws: single real sets of this size are this far apart.
         ratio: `value_equal_n` / `floor`; None if the floor is zero within its spread, as for unbiased distances.
-        ratio_ci95: interval of the ratio, for the floor as it is.
+        ratio_ci95: interval of the ratio; None for fewer than 8 volumes in the real set.
         m: volumes in each set of a draw.
         draws: number of draws.
         guards: `no_floor` if a half has fewer than the required volumes.
@@ -192,7 +192,8 @@ def compare_with_floor(
     half from the mean of all halves has the variance of the full statistic: the m of n rows of a half have the variance
     V/m (1 - m/n), and m = n/2 makes this V/n. So no scaling is needed (Politis, Romano and Wolf 1999, chapter 2; half-sampling:
     McCarthy 1969). For degenerate statistics, such as the MMD of two equal distributions, the interval is too wide by a factor
-    of up to the square root of three, never too narrow. It is an interval of the expectation at this n, bias included.
+    of up to the square root of three, never too narrow. It is an interval of the expectation at this n, bias included. That of
+    the ratio combines the deviations of the value in the same half-samples with those of the floor within the real half.
 
     Args:
         statistic: D(rows_a, rows_b) on rows of the stacked features, real ones first: a float or a NamedTuple of floats.
@@ -210,44 +211,52 @@ def compare_with_floor(
     rng = np.random.default_rng(seed)
     real, synthetic = group_numbers(patients, n_real), group_numbers(synthetic_groups, n_synthetic)
     whole = statistic(np.arange(n_real), n_real + np.arange(n_synthetic))
-    m = min(largest_half(real), n_synthetic)
-    equal_n, floor, halves = [], [], []
+    m, h_real, h_synthetic = min(largest_half(real), n_synthetic), n_real // 2, n_synthetic // 2
+    drawn: dict[str, list[Any]] = {"value": [], "floor": [], "half": [], "floor in half": []}
     for _ in range(draws):
         if m >= least:
             a, b = disjoint_rows(real, (m, m), rng)
             (s,) = disjoint_rows(synthetic, (m,), rng)
-            equal_n.append(statistic(a, n_real + s))
-            floor.append(statistic(a, b))
-        if min(n_real, n_synthetic) // 2 >= least:
-            (r,), (s,) = disjoint_rows(real, (n_real // 2,), rng), disjoint_rows(synthetic, (n_synthetic // 2,), rng)
-            halves.append(statistic(r, n_real + s))
+            drawn["value"].append(statistic(a, n_real + s))
+            drawn["floor"].append(statistic(a, b))
+        if min(h_real, h_synthetic) >= least:
+            (r,), (s,) = disjoint_rows(real, (h_real,), rng), disjoint_rows(synthetic, (h_synthetic,), rng)
+            drawn["half"].append(statistic(r, n_real + s))
+            of_r = np.unique(real[r], return_inverse=True)[1]
+            if (q := largest_half(of_r)) >= least:
+                a, b = disjoint_rows(of_r, (q, q), rng)
+                drawn["floor in half"].append(statistic(r[a], r[b]))
     fields = np.atleast_1d(np.array(whole, dtype=float))
-    drawn = [np.array(values, dtype=float).reshape(len(values), len(fields)) for values in (equal_n, floor, halves)]
+    columns = {name: np.array(found, float).reshape(len(found), len(fields)) for name, found in drawn.items()}
     results = [
-        _comparison(float(fields[i]), drawn[0][:, i], drawn[1][:, i], drawn[2][:, i], m) for i in range(len(fields))
+        _comparison(float(fields[i]), {name: column[:, i] for name, column in columns.items()}, m)
+        for i in range(len(fields))
     ]
     return type(whole)._make(results) if isinstance(whole, tuple) else results[0]  # type: ignore[attr-defined]
 
 
-def _comparison(value: float, equal_n: np.ndarray, floor: np.ndarray, halves: np.ndarray, m: int) -> Comparison:
-    below, above = _deviations(halves)
-    ci95 = (value - above, value - below) if len(halves) else None
+def _comparison(value: float, drawn: dict[str, np.ndarray], m: int) -> Comparison:
+    halves, floor, floor_in_half = drawn["half"], drawn["floor"], drawn["floor in half"]
+    of_value = halves - halves.mean() if len(halves) else halves
+    ci95 = _around(value, of_value) if len(halves) else None
     if not len(floor):
         return Comparison(value, ci95, None, None, None, None, None, m, len(halves), ["no_floor"])
-    mean, level = float(equal_n.mean()), float(floor.mean())
-    floor_ci95 = tuple(map(float, np.quantile(floor, (0.025, 0.975))))
+    equal_n, level = float(drawn["value"].mean()), float(floor.mean())
+    spread = float(np.quantile(floor, 0.025)), float(np.quantile(floor, 0.975))
+    ratio = ratio_ci95 = None
     # The floor of an unbiased distance is zero: what is left is the draws' spread, and a multiple of it has no meaning.
-    ratio = mean / level if level > floor.std() else None
-    ratio_ci95 = ((mean - above) / level, (mean - below) / level) if len(halves) and ratio is not None else None
-    return Comparison(value, ci95, mean, level, floor_ci95, ratio, ratio_ci95, m, len(floor), [])  # type: ignore[arg-type]
+    if level > floor.std():
+        ratio = equal_n / level
+        if len(floor_in_half) and floor_in_half.mean() > 0:
+            of_floor = floor_in_half / floor_in_half.mean() - 1
+            ratio_ci95 = _around(ratio, of_value / level - ratio * of_floor)
+    return Comparison(value, ci95, equal_n, level, spread, ratio, ratio_ci95, m, len(floor), [])
 
 
-def _deviations(halves: np.ndarray) -> tuple[float, float]:
-    """The central 95 % of the deviations of half-samples from their mean."""
-    if not len(halves):
-        return 0.0, 0.0
-    below, above = np.quantile(halves - halves.mean(), (0.025, 0.975))
-    return float(below), float(above)
+def _around(estimate: float, deviations: np.ndarray) -> tuple[float, float]:
+    """The interval of an expectation, from an estimate and the deviations of such estimates from theirs."""
+    below, above = np.quantile(deviations, (0.025, 0.975))
+    return float(estimate - above), float(estimate - below)
 
 
 def share_interval(count: int, n: int) -> tuple[float, float]:
