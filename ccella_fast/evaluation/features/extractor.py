@@ -57,7 +57,9 @@ def load_extractor(spec: str, *, device: str = "cpu", allow_unknown_weights: boo
     """
     name, has_file, file = spec.partition("=")
     if name not in _NAMES:
-        fix = f"{did_you_mean(name, _NAMES)}; networks with a weight file are given as medicalnet=FILE, radimagenet=FILE"
+        fix = (
+            f"{did_you_mean(name, _NAMES)}; networks with a weight file are given as medicalnet=FILE, radimagenet=FILE"
+        )
         raise ConfigError(f"there are no features called {name!r:.80}", field="features", fix=fix)
     if (name in _INPUTS) != bool(file):
         why = f"'{name}' is given with a weight file" if name in _INPUTS else f"'{name}' is given without a file"

@@ -116,7 +116,9 @@ class RadImageNet:
         array = volume.array.astype(np.float32, copy=False)
         if self._input != "maisi":
             return array
-        return resample(array, volume.spacing, (1.0, 1.0, 1.0))  # padded plane by plane: 512 cubed takes half a gigabyte
+        return resample(
+            array, volume.spacing, (1.0, 1.0, 1.0)
+        )  # padded plane by plane: 512 cubed takes half a gigabyte
 
     def _rows(self, array: np.ndarray, space: str) -> np.ndarray:
         stack = np.moveaxis(array, _PLANES[space.rpartition("-")[2]], 0)

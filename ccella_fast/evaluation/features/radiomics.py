@@ -137,8 +137,12 @@ def cooccurrence(levels: np.ndarray) -> np.ndarray:
     """
     counts = np.zeros(_LEVELS * _LEVELS, np.int64)
     for offset in _DIRECTIONS:
-        first = levels[tuple(slice(max(0, -step), size + min(0, -step)) for step, size in zip(offset, levels.shape, strict=True))]
-        second = levels[tuple(slice(max(0, step), size + min(0, step)) for step, size in zip(offset, levels.shape, strict=True))]
+        first = levels[
+            tuple(slice(max(0, -step), size + min(0, -step)) for step, size in zip(offset, levels.shape, strict=True))
+        ]
+        second = levels[
+            tuple(slice(max(0, step), size + min(0, step)) for step, size in zip(offset, levels.shape, strict=True))
+        ]
         counts += np.bincount((first * _LEVELS + second).ravel(), minlength=_LEVELS * _LEVELS)
     matrix = counts.reshape(_LEVELS, _LEVELS)
     return (matrix + matrix.T) / (2 * max(1, matrix.sum()))
@@ -155,9 +159,7 @@ def texture(p: np.ndarray) -> np.ndarray:
     mean = (level * single).sum()
     variance = ((level - mean) ** 2 * single).sum()
     entropy, single_entropy = _entropy(p), _entropy(single)
-    product = single[:, None] * single[None, :]
-    crossed = -(p[product > 0] * np.log2(product[product > 0])).sum()
-    independent = _entropy(product)
+    independent = 2 * single_entropy  # of a matrix with the same rows whose levels are independent
     cluster = i + j - 2 * mean
     mean_difference = (gap * difference).sum()
     return np.array(
@@ -169,7 +171,7 @@ def texture(p: np.ndarray) -> np.ndarray:
             (difference / (1 + (gap / _LEVELS) ** 2)).sum(), (difference[1:] / gap[1:] ** 2).sum(),
             ((i - mean) * (j - mean) * p).sum() / variance if variance > 1e-12 else 1.0,
             (cluster**3 * p).sum(), (cluster**4 * p).sum(),
-            (entropy - crossed) / single_entropy if single_entropy > 1e-12 else 0.0,
+            (entropy - independent) / single_entropy if single_entropy > 1e-12 else 0.0,
             np.sqrt(max(0.0, 1 - np.exp(-2 * (independent - entropy)))),
         ]
     )  # fmt: skip

@@ -156,7 +156,9 @@ def load_resnet50(tensors: dict[str, Tensor], what: str, path: str | Path, **opt
     difference = first_difference(expected, tensors)
     if difference is None:
         wrong = [name for name, tensor in tensors.items() if tensor.dtype != expected[name].dtype]
-        difference = f"'{wrong[0]}' is {tensors[wrong[0]].dtype}, {expected[wrong[0]].dtype} is expected" if wrong else None
+        difference = (
+            f"'{wrong[0]}' is {tensors[wrong[0]].dtype}, {expected[wrong[0]].dtype} is expected" if wrong else None
+        )
     if difference is not None:
         why = f"these are not the weights of {what}: {difference}"
         raise CheckpointError(why, path=path, field="features", fix="give the file of that network; none is adapted")

@@ -31,7 +31,9 @@ INSTALL = "pip install --no-deps lavlab-taps==1.1.2"
 SHA256 = "1e39be9d19f6f71810cb0931a7fe895441cfd318d6002730c918ee99b9d79b91"
 SPACING = (0.8, 0.8, 3.0)  # mm, in which the network was trained
 
-_FEATURE_WINDOW = Window(SPACING, (96, 96, 16))  # 77 x 77 x 48 mm around the centre: the prostate and what is next to it
+_FEATURE_WINDOW = Window(
+    SPACING, (96, 96, 16)
+)  # 77 x 77 x 48 mm around the centre: the prostate and what is next to it
 _SEGMENTER_WINDOW = Window(SPACING, (128, 128, 32))  # the network's own input
 _LEVELS = {"taps-l3": 2, "taps-l4": 3}  # the encoder's last two levels of four, 128 and 256 channels
 _BLUR, _THRESHOLD = 2.5, 0.55  # voxels and probability, of the package
@@ -155,7 +157,9 @@ def _find_file() -> Path:
 
 def _with_monai_names(tensors: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     """Convolutions keep their names. Group norms are exported as `onnx::Mul_<n>` and `onnx::Add_<n+1>`, in execution order."""
-    exported = sorted((name for name in tensors if name.startswith("onnx::")), key=lambda n: int(re.findall(r"\d+", n)[0]))
+    exported = sorted(
+        (name for name in tensors if name.startswith("onnx::")), key=lambda n: int(re.findall(r"\d+", n)[0])
+    )
     result = {name: tensor for name, tensor in tensors.items() if name not in exported}
     for name, source in zip([name for name in names if ".norm" in name], exported, strict=True):
         assert ("Mul" in source) == name.endswith("weight"), (name, source)
