@@ -1,7 +1,7 @@
 """The tensors of an ONNX file, read from the bytes of its protobuf message. Nothing is executed and no other package is needed.
 
-Wire format: https://protobuf.dev/programming-guides/encoding. Fields of onnx.proto: ModelProto.graph 7, GraphProto.initializer 5,
-TensorProto.dims 1, data_type 2, name 8, raw_data 9, data_location 14.
+Wire format: https://protobuf.dev/programming-guides/encoding. Fields of onnx.proto: ModelProto.graph 7, GraphProto.initializer
+5, TensorProto.dims 1, data_type 2, name 8, raw_data 9, data_location 14.
 """
 
 from __future__ import annotations

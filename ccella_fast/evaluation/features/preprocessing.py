@@ -33,7 +33,7 @@ def check_volume(volume: Volume) -> None:
 
 
 def resample(array: np.ndarray, spacing: Sequence[float], target: Sequence[float]) -> np.ndarray:
-    """Linear interpolation to the spacing `target` in mm. Both grids have the same centre; the field of view is kept to a voxel.
+    """Linear interpolation to the spacing `target` in mm. Both grids have the same centre; the field of view is kept.
 
     A sample beyond the outermost voxel centres, by at most half a voxel, takes the value of the nearest one.
     """

@@ -165,7 +165,8 @@ def texture(p: np.ndarray) -> np.ndarray:
     return np.array(
         [
             p.max(), mean, variance, entropy, (p**2).sum(), (i * j * p).sum(),
-            (gap**2 * difference).sum(), mean_difference, ((gap - mean_difference) ** 2 * difference).sum(), _entropy(difference),
+            (gap**2 * difference).sum(), mean_difference, ((gap - mean_difference) ** 2 * difference).sum(),
+            _entropy(difference),
             (cluster**2 * p).sum(), _entropy(total),
             (difference / (1 + gap)).sum(), (difference / (1 + gap / _LEVELS)).sum(), (difference / (1 + gap**2)).sum(),
             (difference / (1 + (gap / _LEVELS) ** 2)).sum(), (difference[1:] / gap[1:] ** 2).sum(),

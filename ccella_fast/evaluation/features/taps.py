@@ -1,8 +1,8 @@
 """The prostate network inside the package `lavlab-taps` 1.1.2 (MIT) as 3D feature extractor and gland segmenter for T2 images.
 
 The package is installed without its requirements and never imported: its weight file is found by name, checked against its
-SHA-256, read as bytes, and put into MONAI's `SegResNetDS`. The package says only that it is "a trained prostate MRI segmentation
-model"; its training data, cohort and accuracy are not stated. For research.
+SHA-256, read as bytes, and put into MONAI's `SegResNetDS`. The package says only that it is "a trained prostate MRI
+segmentation model"; its training data, cohort and accuracy are not stated. For research.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Taps:
     """
 
     def __init__(self, *, device: str = "cpu"):
-        self._network, self._device = load_network(device), device
+        self._encoder, self._device = load_network(device).get_submodule("encoder"), device
         self.spaces = {"taps-l3": 256, "taps-l4": 512}
         self.sequences: frozenset[str] | None = frozenset({"t2w"})
         self.identity: dict[str, object] = {
@@ -79,7 +79,7 @@ class Taps:
         """The features of one volume."""
         window = _FEATURE_WINDOW(volume)
         with float32_inference():
-            levels = self._network.encoder(torch.from_numpy(window).to(self._device)[None, None])
+            levels = self._encoder(torch.from_numpy(window).to(self._device)[None, None])
         return {space: _pooled(levels[level]) for space, level in _LEVELS.items()}
 
 
