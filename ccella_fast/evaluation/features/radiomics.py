@@ -31,7 +31,7 @@ _BOX = (40, 40, 24)  # voxels around the centre, 80 x 80 x 48 mm, or the field o
 _SIGMAS = (2.0, 3.0, 4.0)  # mm
 _LEVELS = 32
 _RANGE = 3.0  # z-scores from -3 to 3 are divided into the levels; what is beyond belongs to the outermost
-_LOG_RANGE = 2.0
+_LOG_RANGE = 1.5
 
 FIRST_ORDER = (
     "mean", "median", "minimum", "maximum", "range", "10th percentile", "90th percentile", "interquartile range",
