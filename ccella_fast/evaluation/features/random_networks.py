@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _WINDOW = Window((0.8, 0.8, 3.0), (96, 96, 16))
 _NETWORKS = 5
 _CHANNELS = (1, 16, 32, 128)
-# Averaged after each convolution. With strides instead, a shift by 2.4 mm moved the features by 0.87 of the mean distance between
+# Averaged after each convolution. With strides instead, a shift by 2.4 mm moved the features by 0.87 of the mean distance of
 # two patients; with averages by 0.21, and the order of blur, noise and zoom stayed (five T2 studies).
 _POOLING = ((2, 2, 1), (2, 2, 1), (2, 2, 2))
 
