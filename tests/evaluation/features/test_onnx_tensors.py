@@ -34,15 +34,8 @@ def tensor(name: str, array: np.ndarray, *, packed: bool = False, kind: int = 1,
 def model(*tensors: bytes) -> bytes:
     node = content(1, b"not read")
     graph = node + b"".join(tensors) + content(2, b"graph")
-    return (
-        number(1, 8)
-        + content(2, b"exporter")
-        + content(7, graph)
-        + varint(8 * 9 + 5)
-        + b"abcd"
-        + varint(8 * 10 + 1)
-        + bytes(8)
-    )
+    four, eight = varint(8 * 9 + 5) + b"abcd", varint(8 * 10 + 1) + bytes(8)
+    return number(1, 8) + content(2, b"exporter") + content(7, graph) + four + eight
 
 
 WEIGHT = np.random.default_rng(0).standard_normal((300, 2, 1)).astype(np.float32)
