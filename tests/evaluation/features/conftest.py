@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -63,7 +63,7 @@ def networks() -> dict[str, nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def weight_files(networks: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def weight_files(networks: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     folder = tmp_path_factory.mktemp("weights")
     forms: dict[str, Callable[[dict], dict]] = {
         "medicalnet": lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
@@ -75,7 +75,9 @@ def weight_files(networks: dict[str, nn.Module], tmp_path_factory: pytest.TempPa
     for name, form in forms.items():
         files[name] = folder / f"{name}.pth"
         torch.save(form(dict(networks[name].state_dict())), files[name])
-    return files
+    yield files
+    for file in files.values():  # 370 MB
+        file.unlink()
 
 
 @pytest.fixture(scope="session")
