@@ -1,0 +1,185 @@
+"""Anatomical plausibility: what a prostate's mask must look like, counted in generated and in real volumes.
+
+A segmenter is any function `segment(volume) -> (mask, spacing)` with a bool array (X, Y, Z) and its voxel size in mm. Whether it works on
+the volumes at hand is judged by the real ones (`compare_glands`): otherwise its masks say nothing about the generated ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+
+if TYPE_CHECKING:
+    from ccella_fast.evaluation.volumes import Volume
+
+VOLUME_CC = (15.0, 80.0)  # of a gland that is plausible
+EXTENT_MM = (10.0, 150.0)
+APPLICABLE = 0.9  # share of the real volumes in which the segmenter must find one component of a plausible volume
+
+Segmenter = Callable[["Volume"], tuple[np.ndarray, Sequence[float]]]
+
+
+class Gland(NamedTuple):
+    """The shape of a mask. A blank mask has zeros everywhere.
+
+    Attributes:
+        volume_cc: of all voxels.
+        left_right_mm: extent from the first to the last voxel, inclusive, along x.
+        front_back_mm: along y.
+        foot_head_mm: along z.
+        components: parts that do not share a face.
+        largest_share: of the volume, in the largest part.
+        hole_cc: volume that is enclosed by the mask.
+        border_voxels: that are at an edge of the grid.
+        slice_gaps: slices without a voxel between the first and the last slice with one.
+    """
+
+    volume_cc: float
+    left_right_mm: float
+    front_back_mm: float
+    foot_head_mm: float
+    components: int
+    largest_share: float
+    hole_cc: float
+    border_voxels: int
+    slice_gaps: int
+
+
+#: What a plausible gland fulfils, by name.
+RULES: dict[str, Callable[[Gland], bool]] = {
+    "found": lambda gland: gland.components > 0,
+    "volume": lambda gland: VOLUME_CC[0] <= gland.volume_cc <= VOLUME_CC[1],
+    "extents": lambda gland: all(EXTENT_MM[0] <= extent <= EXTENT_MM[1] for extent in gland[1:4]),
+    "one_component": lambda gland: gland.components == 1,
+    "no_hole": lambda gland: gland.components > 0 and gland.hole_cc == 0,
+    "no_border_contact": lambda gland: gland.components > 0 and gland.border_voxels == 0,
+    "no_slice_gap": lambda gland: gland.components > 0 and gland.slice_gaps == 0,
+}
+
+
+def measure_gland(mask: np.ndarray, spacing: Sequence[float]) -> Gland:
+    """Measure a mask.
+
+    Args:
+        mask: (X, Y, Z) bool, axes R, A, S.
+        spacing: voxel size in mm.
+    """
+    mask = np.asarray(mask, bool)
+    count = int(mask.sum())
+    if not count:
+        return Gland(0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0, 0)
+    voxel_cc = math.prod(spacing) / 1000
+    occupied = [np.flatnonzero(mask.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    extents = [float((inside[-1] - inside[0] + 1) * step) for inside, step in zip(occupied, spacing, strict=True)]
+    image = sitk.GetImageFromArray(mask.astype(np.uint8))
+    parts = np.bincount(sitk.GetArrayViewFromImage(sitk.ConnectedComponent(image)).ravel())[1:]
+    holes = int(sitk.GetArrayViewFromImage(sitk.BinaryFillhole(image)).astype(bool).sum()) - count
+    inner = mask[1:-1, 1:-1, 1:-1]
+    gaps = int(occupied[2][-1] - occupied[2][0] + 1 - len(occupied[2]))
+    return Gland(
+        count * voxel_cc,
+        *extents,
+        len(parts),
+        float(parts.max() / count),
+        holes * voxel_cc,
+        count - int(inner.sum()),
+        gaps,
+    )
+
+
+class GlandFeatures:
+    """A segmenter as an extractor, so that what it measures is cached as features are.
+
+    Args:
+        segment: the segmenter.
+        identity: of its weights and preprocessing, as JSON.
+        sequences: that it can read; None for all.
+    """
+
+    spaces = {"gland": len(Gland._fields)}
+
+    def __init__(self, segment: Segmenter, identity: dict[str, object], sequences: frozenset[str] | None = None):
+        self.segment, self.sequences = segment, sequences
+        self.identity = {"extractor": "gland", "version": 1, "segmenter": identity}
+
+    def __call__(self, volume: Volume) -> dict[str, np.ndarray]:
+        """The numbers of `Gland` as one vector (9,) float32."""
+        return {"gland": np.array(measure_gland(*self.segment(volume)), np.float32)}
+
+
+def glands(features: np.ndarray) -> list[Gland]:
+    """The rows of `GlandFeatures`, (n, 9), as `Gland`s."""
+    return [
+        Gland(*map(float, row[:4]), round(row[4]), float(row[5]), float(row[6]), round(row[7]), round(row[8]))
+        for row in features.tolist()
+    ]
+
+
+class Share(NamedTuple):
+    """A share of n volumes with its 95 % interval (Wilson 1927).
+
+    Attributes:
+        value: None if there are no volumes.
+        ci95: of the probability.
+        n: the volumes.
+    """
+
+    value: float | None
+    ci95: tuple[float, float]
+    n: int
+
+
+class Anatomy(NamedTuple):
+    """Plausible glands among real and generated volumes.
+
+    Attributes:
+        applicable: whether the segmenter works on the real volumes: at least 90 % have one component of 15 to 80 cc. Otherwise
+            nothing follows from the other numbers.
+        segmented: the share that this is decided by.
+        rules: for each of `RULES` and for "plausible", which is all of them, the share of the real and of the generated volumes.
+        volume_cc: quantiles 5 %, 50 % and 95 % of the volumes of real and of generated glands that were found; None without any.
+    """
+
+    applicable: bool
+    segmented: Share
+    rules: dict[str, tuple[Share, Share]]
+    volume_cc: tuple[tuple[float, float, float] | None, tuple[float, float, float] | None]
+
+
+def compare_glands(real: Sequence[Gland], synthetic: Sequence[Gland]) -> Anatomy:
+    """Count the plausible glands of two sets of volumes; see `Anatomy`."""
+    segmented = _share([RULES["one_component"](gland) and RULES["volume"](gland) for gland in real])
+    rules = {**RULES, "plausible": is_plausible}
+    return Anatomy(
+        segmented.value is not None and segmented.value >= APPLICABLE,
+        segmented,
+        {name: (_share(list(map(rule, real))), _share(list(map(rule, synthetic)))) for name, rule in rules.items()},
+        (_quantiles(real), _quantiles(synthetic)),
+    )
+
+
+def is_plausible(gland: Gland) -> bool:
+    """Whether a gland fulfils all `RULES`."""
+    return all(rule(gland) for rule in RULES.values())
+
+
+def _share(passed: list[bool]) -> Share:
+    n = len(passed)
+    if not n:
+        return Share(None, (0.0, 1.0), 0)
+    p, z2 = sum(passed) / n, 1.96**2
+    middle, half = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n)
+    low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+    return Share(p, (max(0.0, low), min(1.0, high)), n)
+
+
+def _quantiles(found: Sequence[Gland]) -> tuple[float, float, float] | None:
+    volumes = [gland.volume_cc for gland in found if gland.components]
+    if not volumes:
+        return None
+    low, middle, high = np.quantile(volumes, [0.05, 0.5, 0.95])
+    return float(low), float(middle), float(high)
