@@ -1,7 +1,8 @@
 """Anatomical plausibility: what a prostate's mask must look like, counted in generated and in real volumes.
 
-A segmenter is any function `segment(volume) -> (mask, spacing)` with a bool array (X, Y, Z) and its voxel size in mm. Whether it works on
-the volumes at hand is judged by the real ones (`compare_glands`): otherwise its masks say nothing about the generated ones.
+A segmenter is any function `segment(volume) -> (mask, spacing)` with a bool array (X, Y, Z) and its voxel size in mm.
+Whether it works on the volumes at hand is judged by the real ones (`compare_glands`): otherwise its masks say nothing
+about generated ones.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
+
+from ccella_fast.evaluation.statistics import share_interval
 
 if TYPE_CHECKING:
     from ccella_fast.evaluation.volumes import Volume
@@ -76,8 +79,8 @@ def measure_gland(mask: np.ndarray, spacing: Sequence[float]) -> Gland:
     occupied = [np.flatnonzero(mask.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
     extents = [float((inside[-1] - inside[0] + 1) * step) for inside, step in zip(occupied, spacing, strict=True)]
     image = sitk.GetImageFromArray(mask.astype(np.uint8))
-    parts = np.bincount(sitk.GetArrayViewFromImage(sitk.ConnectedComponent(image)).ravel())[1:]
-    holes = int(sitk.GetArrayViewFromImage(sitk.BinaryFillhole(image)).astype(bool).sum()) - count
+    parts = np.bincount(sitk.GetArrayFromImage(sitk.ConnectedComponent(image)).ravel())[1:]
+    holes = int(sitk.GetArrayFromImage(sitk.BinaryFillhole(image)).astype(bool).sum()) - count
     inner = mask[1:-1, 1:-1, 1:-1]
     gaps = int(occupied[2][-1] - occupied[2][0] + 1 - len(occupied[2]))
     return Gland(
@@ -120,7 +123,7 @@ def glands(features: np.ndarray) -> list[Gland]:
 
 
 class Share(NamedTuple):
-    """A share of n volumes with its 95 % interval (Wilson 1927).
+    """A share of n volumes with its 95 % interval (`statistics.share_interval`).
 
     Attributes:
         value: None if there are no volumes.
@@ -137,11 +140,13 @@ class Anatomy(NamedTuple):
     """Plausible glands among real and generated volumes.
 
     Attributes:
-        applicable: whether the segmenter works on the real volumes: at least 90 % have one component of 15 to 80 cc. Otherwise
-            nothing follows from the other numbers.
+        applicable: whether the segmenter works on the real volumes: at least 90 % have one component of 15 to 80 cc.
+            Otherwise nothing follows from the other numbers.
         segmented: the share that this is decided by.
-        rules: for each of `RULES` and for "plausible", which is all of them, the share of the real and of the generated volumes.
-        volume_cc: quantiles 5 %, 50 % and 95 % of the volumes of real and of generated glands that were found; None without any.
+        rules: for each of `RULES` and for "plausible", which is all of them, the shares of the real and of the generated
+            volumes.
+        volume_cc: quantiles 5, 50 and 95 % of the volumes of the real and of the generated glands that were found; None if
+            none were.
     """
 
     applicable: bool
@@ -169,12 +174,7 @@ def is_plausible(gland: Gland) -> bool:
 
 def _share(passed: list[bool]) -> Share:
     n = len(passed)
-    if not n:
-        return Share(None, (0.0, 1.0), 0)
-    p, z2 = sum(passed) / n, 1.96**2
-    middle, half = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n)
-    low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
-    return Share(p, (max(0.0, low), min(1.0, high)), n)
+    return Share(sum(passed) / n, share_interval(sum(passed), n), n) if n else Share(None, (0.0, 1.0), 0)
 
 
 def _quantiles(found: Sequence[Gland]) -> tuple[float, float, float] | None:

@@ -1,7 +1,7 @@
 """Properties of the images themselves: diversity, intensities, spectra, and small images to find copies with.
 
-Intensities, spectra and small images are vectors of a few numbers per volume, so that they are extracted, cached and compared as
-features are (`ImageFeatures`). Multi-scale structural similarity is computed from pairs of volumes, two of which are in memory.
+Intensities, spectra and small images are short vectors, so they are extracted, cached and compared as features are
+(`ImageFeatures`). Multi-scale structural similarity is computed from pairs of volumes, two of which are in memory.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def summarize_pairs(
 ) -> Diversity:
     """The means of `ms_ssim_of_pairs`, with an interval; see `Diversity`.
 
-    The interval is the jackknife of a U-statistic of degree 2 (Arvesen, Annals of Mathematical Statistics 40, 1969): pairs share
-    volumes, so they are not independent.
+    The interval is the jackknife of a U-statistic of degree 2 (Arvesen, Annals of Mathematical Statistics 40, 1969): pairs
+    share volumes, so they are not independent.
     """
     named = [(classes[i], classes[j]) for i, j in pairs]
     same = np.array([a is not None and a == b for a, b in named], bool)
@@ -216,7 +216,7 @@ def ms_ssim_scales(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def ms_ssim(a: np.ndarray, b: np.ndarray, levels: int, kernel_size: int) -> float:
-    """Multi-scale structural similarity (Wang, Simoncelli and Bovik 2003, equation 7) of two volumes with intensities in [0, 1].
+    """Multi-scale structural similarity (Wang, Simoncelli and Bovik 2003, equation 7) of two volumes, intensities in [0, 1].
 
     Equal to MONAI's `compute_ms_ssim` with the first weights of the five, scaled to a sum of 1; its dense three-dimensional
     Gaussian window is applied here along one axis after the other, which is many times faster.
@@ -261,7 +261,7 @@ def _windowed(x: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
 
 
 def intensity_histogram(array: np.ndarray) -> np.ndarray:
-    """Share of the voxels in each of `INTENSITY_BINS` bins, (bins,) float32; values outside [0, 1] are in the first and last bin."""
+    """Share of the voxels in each of `INTENSITY_BINS` bins, (bins,) float32; values outside [0, 1] count in the end bins."""
     index = np.clip(array * np.float32(INTENSITY_BINS), 0, INTENSITY_BINS - 1).astype(np.int32)
     return (np.bincount(index.ravel(), minlength=INTENSITY_BINS) / index.size).astype(np.float32)
 
@@ -283,9 +283,9 @@ def intensity_distance(a: np.ndarray, b: np.ndarray) -> float:
 def power_spectra(array: np.ndarray) -> np.ndarray:
     """Radial power spectrum in each plane in dB, (3, `FREQUENCY_BINS`) float32, the planes in the order of `PLANES`.
 
-    Each slice, minus its mean and under a Hann window, is Fourier-transformed; the power is averaged over slices and over rings of
-    equal frequency. Frequencies are in units of each axis' Nyquist frequency, so spectra are comparable between volumes of one
-    voxel size. A bin without any frequency, on small grids, has the value of the bin below it.
+    Each slice, minus its mean and under a Hann window, is Fourier-transformed; the power is averaged over slices and over
+    rings of equal frequency. Frequencies are in units of each axis' Nyquist frequency, so spectra are comparable between
+    volumes of one voxel size. A bin without any frequency, on small grids, has the value of the bin below it.
     """
     x = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     return np.stack([_radial_db(x.movedim(axis, 0)) for axis in range(3)]).astype(np.float32)
@@ -389,8 +389,8 @@ def nearest_images(images: np.ndarray, gallery: np.ndarray) -> NearestImages:
 def image_correlations(images: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     """Normalized cross-correlation of small images, the best over shifts of -2 to 2 voxels per axis and a left-right flip.
 
-    The inner part of an image is compared with all shifted parts of a gallery image and of its mirror image, each minus its mean and
-    divided by its norm. A constant image has correlation 0.
+    The inner part of an image is compared with all shifted parts of a gallery image and of its mirror image, each minus
+    its mean and divided by its norm. A constant image has correlation 0.
 
     Args:
         images: (n, 6912) or (n, 24, 24, 12), see `small_image`.
