@@ -15,6 +15,7 @@ import numpy as np
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.degradations import CENTRAL, DEGRADATIONS, Degradation, region_of, remove_lesion
 from ccella_fast.evaluation.frechet import frechet_distance
+from ccella_fast.evaluation.paired import sign_flip_p
 from ccella_fast.evaluation.statistics import disjoint_rows, group_numbers, largest_half, standardisation
 from ccella_fast.pirads import CLASS_NAMES
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 IN_ORDER = 0.9  # share of the volumes in which a family must be ordered
 GATING = ("blur", "noise", "gland")  # families that decide
 FEWEST = 3  # volumes
-_SIGN_FLIPS = 4096
 
 
 class GateRow(NamedTuple):
@@ -205,22 +205,6 @@ def _row(degradation: Degradation, distances: np.ndarray, frechet: np.ndarray | 
         detected = float((frechet > np.quantile(clean, 0.95)).mean())
     family, strength, unit, _ = degradation
     return GateRow(family, strength, unit, len(distances), float(distances.mean()), ratio, detected)
-
-
-def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
-    """p-value of a mean other than 0 of paired differences (n, d): the norm of their sum under random signs of the rows.
-
-    All 2^n signs are tried if there are at most 4,096, else as many random ones (Fisher's randomization test).
-    """
-    n = len(differences)
-    products = differences @ differences.T
-    if 2**n <= _SIGN_FLIPS:
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=n)))
-    else:
-        signs = np.random.default_rng(seed).choice([1.0, -1.0], (_SIGN_FLIPS, n))
-        signs[0] = 1
-    norms = np.einsum("si,ij,sj->s", signs, products, signs, optimize=True)
-    return float((norms >= norms[0] * (1 - 1e-9)).mean())
 
 
 def _class_ratio(
