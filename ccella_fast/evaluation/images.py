@@ -26,7 +26,7 @@ MAX_SHIFT = 2  # voxels of a small image
 _WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, of the levels from fine to coarse
 _SIGMA, _C1, _C2 = 1.5, 0.01**2, 0.03**2  # width of the window in voxels; stability constants for intensities in [0, 1]
 _LOWEST_DB = -120.0  # of a power that is 0
-_SLAB = 16  # slices that are transformed at a time
+_SLAB = 16  # slices that are processed at a time
 
 
 class ImageFeatures:
@@ -234,16 +234,25 @@ def ms_ssim(a: np.ndarray, b: np.ndarray, levels: int, kernel_size: int) -> floa
     x, y = (torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32)) for volume in (a, b))
     value = 1.0
     for level, weight in enumerate(weights):
-        mean_x, mean_y = _windowed(x, window), _windowed(y, window)
-        covariance = _windowed(x * y, window) - mean_x * mean_y
-        variances = _windowed(x * x + y * y, window) - mean_x**2 - mean_y**2
-        contrast = (2 * covariance + _C2) / (variances + _C2)
-        if level == levels - 1:
-            contrast *= (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
-        value *= max(0.0, float(contrast.mean(dtype=torch.float64))) ** weight
+        value *= max(0.0, _mean_contrast(x, y, window, with_luminance=level == levels - 1)) ** weight
         if level < levels - 1:
             x, y = (torch.nn.functional.avg_pool3d(volume[None, None], 2)[0, 0] for volume in (x, y))
     return float(value)
+
+
+def _mean_contrast(x: torch.Tensor, y: torch.Tensor, window: torch.Tensor, *, with_luminance: bool) -> float:
+    """Mean of contrast and structure, and of the luminance if asked for, in slabs that stay in the cache."""
+    total, count = 0.0, 0
+    for start in range(0, len(x) - len(window) + 1, _SLAB):
+        part_x, part_y = (volume[start : start + _SLAB + len(window) - 1] for volume in (x, y))
+        mean_x, mean_y = _windowed(part_x, window), _windowed(part_y, window)
+        covariance = _windowed(part_x * part_y, window) - mean_x * mean_y
+        variances = _windowed(part_x * part_x + part_y * part_y, window) - mean_x**2 - mean_y**2
+        values = (2 * covariance + _C2) / (variances + _C2)
+        if with_luminance:
+            values *= (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
+        total, count = total + float(values.sum(dtype=torch.float64)), count + values.numel()
+    return total / count
 
 
 def _windowed(x: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
