@@ -37,7 +37,7 @@ class Gland(NamedTuple):
         components: parts that do not share a face.
         largest_share: of the volume, in the largest part.
         hole_cc: volume that is enclosed by the mask.
-        border_voxels: that are at an edge of the grid.
+        border_voxels: that are at an edge of the mask's array.
         slice_gaps: slices without a voxel between the first and the last slice with one.
     """
 
@@ -94,6 +94,23 @@ def measure_gland(mask: np.ndarray, spacing: Sequence[float]) -> Gland:
     )
 
 
+def in_field_of_view(mask: np.ndarray, spacing: Sequence[float], volume: Volume) -> np.ndarray:
+    """The part of a mask that the volume covers.
+
+    A window of the segmenter may be larger, and its edge is not where a gland is cut off.
+
+    Args:
+        mask: (X, Y, Z) bool, with the centre of the volume.
+        spacing: of the mask, mm.
+        volume: what was segmented.
+    """
+    part = []
+    for size, step, voxels, length in zip(mask.shape, spacing, volume.array.shape, volume.spacing, strict=True):
+        count = min(size, max(1, round(voxels * length / step)))
+        part.append(slice((size - count) // 2, (size - count) // 2 + count))
+    return mask[tuple(part)]
+
+
 class GlandFeatures:
     """A segmenter as an extractor, so that what it measures is cached as features are.
 
@@ -111,7 +128,8 @@ class GlandFeatures:
 
     def __call__(self, volume: Volume) -> dict[str, np.ndarray]:
         """The numbers of `Gland` as one vector (9,) float32."""
-        return {"gland": np.array(measure_gland(*self.segment(volume)), np.float32)}
+        mask, spacing = self.segment(volume)
+        return {"gland": np.array(measure_gland(in_field_of_view(mask, spacing, volume), spacing), np.float32)}
 
 
 def glands(features: np.ndarray) -> list[Gland]:

@@ -10,6 +10,7 @@ from ccella_fast.evaluation.anatomy import (
     GlandFeatures,
     compare_glands,
     glands,
+    in_field_of_view,
     is_plausible,
     measure_gland,
 )
@@ -111,6 +112,17 @@ def test_rules_are_not_applied_where_the_segmenter_fails_on_real_volumes():
     assert not compare_glands([measure_gland(two, SPACING)] * 10, [good]).applicable
     nothing = compare_glands([], [])
     assert not nothing.applicable and nothing.rules["found"][0].value is None and nothing.volume_cc == (None, None)
+
+
+def test_a_gland_that_the_field_of_view_cuts_off_touches_the_border_although_the_window_is_larger():
+    window = ellipsoid(shape=(70, 60, 32))
+    for slices, cut in ((20, False), (12, True), (10, True)):
+        volume = Volume(np.zeros((112, 60, 3 * slices // 2), np.float32), (0.5, 1.0, 2.0), "a")
+        inside = in_field_of_view(window, SPACING, volume)
+        assert inside.shape == (70, 60, slices)
+        np.testing.assert_array_equal(inside, window[:, :, 16 - slices // 2 : 16 + slices // 2])
+        vector = GlandFeatures(lambda volume: (window, SPACING), {})(volume)["gland"]
+        assert (vector[7] > 0) == cut and not measure_gland(window, SPACING).border_voxels
 
 
 def test_a_segmenter_becomes_an_extractor():
