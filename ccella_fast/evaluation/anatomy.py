@@ -77,7 +77,7 @@ def measure_gland(mask: np.ndarray, spacing: Sequence[float]) -> Gland:
         return Gland(0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0, 0)
     voxel_cc = math.prod(spacing) / 1000
     occupied = [np.flatnonzero(mask.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    extents = [float((inside[-1] - inside[0] + 1) * step) for inside, step in zip(occupied, spacing, strict=True)]
+    x, y, z = (float((inside[-1] - inside[0] + 1) * step) for inside, step in zip(occupied, spacing, strict=True))
     image = sitk.GetImageFromArray(mask.astype(np.uint8))
     parts = np.bincount(sitk.GetArrayFromImage(sitk.ConnectedComponent(image)).ravel())[1:]
     holes = int(sitk.GetArrayFromImage(sitk.BinaryFillhole(image)).astype(bool).sum()) - count
@@ -85,7 +85,9 @@ def measure_gland(mask: np.ndarray, spacing: Sequence[float]) -> Gland:
     gaps = int(occupied[2][-1] - occupied[2][0] + 1 - len(occupied[2]))
     return Gland(
         count * voxel_cc,
-        *extents,
+        x,
+        y,
+        z,
         len(parts),
         float(parts.max() / count),
         holes * voxel_cc,
@@ -134,8 +136,9 @@ class GlandFeatures:
 
 def glands(features: np.ndarray) -> list[Gland]:
     """The rows of `GlandFeatures`, (n, 9), as `Gland`s."""
+    counts = {Gland._fields.index(name) for name in ("components", "border_voxels", "slice_gaps")}
     return [
-        Gland(*map(float, row[:4]), round(row[4]), float(row[5]), float(row[6]), round(row[7]), round(row[8]))
+        Gland._make(round(value) if place in counts else value for place, value in enumerate(row))
         for row in features.tolist()
     ]
 

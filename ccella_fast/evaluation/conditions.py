@@ -194,7 +194,7 @@ def condition_agreement(
         place = {int(row): int(fold) for row, fold in zip(rows_r, fold_r, strict=True)}
         fold_s = rng.permutation(np.arange(len(rows_s)) % number)
         for i, row in enumerate(rows_s):
-            fold_s[i] = place.get(prompted_by[row], fold_s[i])  # type: ignore[arg-type]
+            fold_s[i] = place.get(prompted_by[row], fold_s[i])
         width = max(1, len(classes))
         read_real, read_synthetic = np.empty((len(rows_r), width)), np.empty((len(rows_s), width))
         for fold in range(number):
@@ -376,7 +376,9 @@ def counterfactual_changes(
             p = sign_flip_p(np.array(towards)[:, None], seed)
         else:
             shift = float(np.abs(change).mean())
-            moved = float((first.argmax(1) != second.argmax(1)).mean()) if probe.classes else None
             p = sign_flip_p(change, seed)
-        changes.append(Change(name, name == asked, shift, p, moved))
+            other = float((first.argmax(1) != second.argmax(1)).mean())
+        changes.append(
+            Change(name, name == asked, shift, p, moved if name == asked else other if probe.classes else None)
+        )
     return changes

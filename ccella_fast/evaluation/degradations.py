@@ -43,13 +43,17 @@ class Degradation(NamedTuple):
             strength.
         strength: in `unit`.
         unit: of the strength, "" if it has none.
-        apply: the array of the worse volume, from a volume and its gland.
+        function: the array of the worse volume, from a volume, its gland and the strength.
     """
 
     family: str
     strength: float
     unit: str
-    apply: Callable[[Volume, Region], np.ndarray]
+    function: Callable[[Volume, Region, float], np.ndarray]
+
+    def apply(self, volume: Volume, gland: Region) -> np.ndarray:
+        """The array of the worse volume."""
+        return self.function(volume, gland, self.strength)
 
 
 def region_of(mask: np.ndarray, spacing: Sequence[float]) -> Region:
@@ -149,21 +153,16 @@ def remove_lesion(array: np.ndarray, spacing: Sequence[float], lesion: np.ndarra
 #: The degradations of the gate, in order. A shift is reported; features need not ignore it.
 DEGRADATIONS: tuple[Degradation, ...] = (
     *(
-        Degradation("blur", sigma, "mm", lambda volume, gland, sigma=sigma: blur(volume.array, volume.spacing, sigma))
-        for sigma in (0.5, 1.0, 2.0)
+        Degradation("blur", sigma, "mm", lambda v, gland, sigma: blur(v.array, v.spacing, sigma))
+        for sigma in (0.5, 1, 2)
     ),
     *(
-        Degradation("noise", sigma, "", lambda volume, gland, sigma=sigma: add_noise(volume.array, sigma, volume.id))
+        Degradation("noise", sigma, "", lambda v, gland, sigma: add_noise(v.array, sigma, v.id))
         for sigma in (0.01, 0.05)
     ),
     *(
-        Degradation(
-            "gland", percent, "%",
-            lambda volume, gland, percent=percent: scale_gland(
-                volume.array, volume.spacing, 1 + percent / 100, gland
-            ),
-        )
-        for percent in (5.0, 15.0)
+        Degradation("gland", more, "%", lambda v, gland, more: scale_gland(v.array, v.spacing, 1 + more / 100, gland))
+        for more in (5, 15)
     ),
-    Degradation("shift", 2.4, "mm", lambda volume, gland: shift(volume.array, volume.spacing, 2.4)),
-)  # fmt: skip
+    Degradation("shift", 2.4, "mm", lambda v, gland, distance: shift(v.array, v.spacing, distance)),
+)

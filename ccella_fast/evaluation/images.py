@@ -131,8 +131,9 @@ def draw_pairs(patients: Sequence[str | None], num_pairs: int = 500, seed: int =
         DataError: there are fewer than two patients.
     """
     first, second = np.triu_indices(len(patients), 1)
-    allowed = [patients[i] is None or patients[i] != patients[j] for i, j in zip(first, second, strict=True)]
-    candidates = np.stack([first, second], 1)[np.array(allowed, bool)]
+    candidates = np.stack([first, second], 1)
+    allowed = [patients[i] is None or patients[i] != patients[j] for i, j in candidates.tolist()]
+    candidates = candidates[np.array(allowed, bool)]
     if not len(candidates):
         why = f"diversity needs volumes of at least two patients, got {len(set(patients)) if patients else 0}"
         raise DataError(why, fix="give more volumes")
@@ -380,19 +381,19 @@ class NearestImages(NamedTuple):
     """The most similar image of a gallery for each of n images.
 
     Attributes:
-        index: (n,) int, in the gallery.
+        row: (n,) int, in the gallery.
         correlation: (n,) float64, at most 1.
     """
 
-    index: np.ndarray
+    row: np.ndarray
     correlation: np.ndarray
 
 
 def nearest_images(images: np.ndarray, gallery: np.ndarray) -> NearestImages:
     """For each small image the most similar one of a gallery, by `image_correlations`."""
     correlations = image_correlations(images, gallery)
-    index = correlations.argmax(1)
-    return NearestImages(index, correlations[np.arange(len(images)), index].astype(np.float64))
+    row = correlations.argmax(1)
+    return NearestImages(row, correlations[np.arange(len(images)), row].astype(np.float64))
 
 
 def image_correlations(images: np.ndarray, gallery: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ccella_fast.errors import DataError
-from ccella_fast.evaluation.degradations import CENTRAL, DEGRADATIONS, Degradation, region_of, remove_lesion
+from ccella_fast.evaluation.degradations import CENTRAL, DEGRADATIONS, region_of, remove_lesion
 from ccella_fast.evaluation.frechet import frechet_distance
 from ccella_fast.evaluation.paired import sign_flip_p
 from ccella_fast.evaluation.statistics import disjoint_rows, group_numbers, largest_half, standardisation
@@ -174,14 +174,14 @@ def _judge(
     halves = [disjoint_rows(groups, (m, m), rng) for _ in range(draws)] if m >= 2 else []
     clean = np.array([frechet_distance(original[a], original[b]) for a, b in halves])
     rows = [
-        _row(degradation, distances, _halved(original, changed, halves), clean)
+        _row(degradation[:3], distances, _halved(original, changed, halves), clean)
         for degradation, distances, changed in zip(DEGRADATIONS, paired[1:], worse, strict=True)
     ]
     lesion_p = None
     if removed:
         before, after = (reference.apply(np.stack(side)) for side in zip(*removed, strict=True))
         distances = np.linalg.norm(after - before, axis=1) / unit
-        rows.append(_row(Degradation("lesion", 1.0, "", lambda volume, gland: volume.array), distances, None, clean))
+        rows.append(_row(("lesion", 1.0, ""), distances, None, clean))
         lesion_p = sign_flip_p(after - before, seed)
     return Gate(
         space,
@@ -198,13 +198,12 @@ def _halved(original: np.ndarray, changed: np.ndarray, halves: list[list[np.ndar
     return np.array([frechet_distance(original[a], changed[b]) for a, b in halves])
 
 
-def _row(degradation: Degradation, distances: np.ndarray, frechet: np.ndarray | None, clean: np.ndarray) -> GateRow:
+def _row(name: tuple[str, float, str], distances: np.ndarray, frechet: np.ndarray | None, clean: np.ndarray) -> GateRow:
     ratio = detected = None
     if frechet is not None and len(frechet):
         ratio = float(frechet.mean() / clean.mean())
         detected = float((frechet > np.quantile(clean, 0.95)).mean())
-    family, strength, unit, _ = degradation
-    return GateRow(family, strength, unit, len(distances), float(distances.mean()), ratio, detected)
+    return GateRow(*name, len(distances), float(distances.mean()), ratio, detected)
 
 
 def _class_ratio(

@@ -250,7 +250,7 @@ def test_planted_copies_are_found_also_moved_flipped_and_brighter():
     }
     small = np.stack([images.small_image(np.asarray(x, np.float32), (2, 2, 2)) for x in copies.values()])
     nearest = images.nearest_images(small, gallery)
-    assert nearest.index.tolist() == list(copies) and nearest.correlation.min() > 0.95
+    assert nearest.row.tolist() == list(copies) and nearest.correlation.min() > 0.95
     fresh = np.stack([images.small_image(smooth((48, 48, 24), 100 + seed, 3), (2, 2, 2)) for seed in range(4)])
     assert images.nearest_images(fresh, gallery).correlation.max() < 0.9
     correlation, shift, flipped = images.best_alignment(small[1], gallery[2])
