@@ -22,6 +22,7 @@ LAYERS = {
     "sampling": 6,
     "data.checking.check": 6, "data.checking.page": 6,
     "training": 5, "data.preparation.prepare": 5, "data.preparation.preview": 5, "report": 5,
+    "evaluation": 5,
     "checkpoint": 4,
     "data": 3, "reference_checkpoint": 3, "dropin": 3,
     "models": 2, "diffusion": 2, "losses": 2, "report.figures": 2, "report.page": 2,
