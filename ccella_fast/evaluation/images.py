@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from ccella_fast.errors import DataError
+from ccella_fast.evaluation.copying import Memorisation, memorisation_of_distances
+from ccella_fast.evaluation.statistics import feature_matrix
 
 if TYPE_CHECKING:
     from ccella_fast.evaluation.volumes import Volume
@@ -416,6 +418,25 @@ def image_correlations(images: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     for number, image in enumerate(gallery):
         result[:, number] = (templates @ _shifted(image).T).max(1)
     return result
+
+
+def image_memorisation(train: np.ndarray, held_out: np.ndarray, synthetic: np.ndarray) -> Memorisation:
+    """Copies of training images among synthetic ones, also moved by up to 8 mm, mirrored, brighter or of other contrast.
+
+    The distance is the square root of 2 (1 - `image_correlations`): that of the normalized images where they agree best.
+
+    Args:
+        train: (n, 6912) small images of the generator's training volumes, n at least 3.
+        held_out: (h, 6912) of real volumes that the generator has not seen, h at least 3.
+        synthetic: (m, 6912).
+
+    Raises:
+        DataError: a set cannot be used; see `copying.memorisation`.
+    """
+    train, held_out = feature_matrix(train, "training", 3), feature_matrix(held_out, "held-out", 3)
+    others = (held_out, feature_matrix(synthetic, "synthetic", 1))
+    correlations = [image_correlations(images, train).astype(np.float64) for images in others]
+    return memorisation_of_distances(*(np.sqrt(2 * (1 - values).clip(0)) for values in correlations))
 
 
 def best_alignment(image: np.ndarray, other: np.ndarray) -> tuple[float, tuple[int, int, int], bool]:

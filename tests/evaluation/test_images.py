@@ -12,6 +12,7 @@ import torch
 
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation import images
+from ccella_fast.evaluation.copying import memorisation
 from ccella_fast.evaluation.volumes import Volume
 
 
@@ -257,6 +258,37 @@ def test_planted_copies_are_found_also_moved_flipped_and_brighter():
     assert shift == (2, -1, 1) and not flipped and correlation == pytest.approx(nearest.correlation[1], abs=1e-6)
     assert images.best_alignment(small[2], gallery[4])[1:] == ((0, 0, 0), True)
     assert (images.image_correlations(np.full_like(small, 0.3), gallery) == 0).all()
+
+
+def test_memorisation_counts_copies_in_every_disguise_and_no_others():
+    rng = np.random.default_rng(0)
+    anatomy = smooth((48, 48, 24), 7, 5)  # common to all patients
+
+    def patients(count: int, seed: int) -> np.ndarray:
+        return np.stack([0.7 * anatomy + 0.3 * smooth((48, 48, 24), seed + i, 3) for i in range(count)])
+
+    train, held_out, fresh = patients(40, 100), patients(60, 200), patients(32, 300)
+    disguises = [
+        lambda x: x,
+        lambda x: np.roll(x, 1, 0),
+        lambda x: x[::-1],
+        lambda x: 1.05 * x,
+        lambda x: x + 0.01 * rng.standard_normal(x.shape),
+        lambda x: sitk.GetArrayFromImage(sitk.DiscreteGaussian(sitk.GetImageFromArray(x), 1.0)),
+        lambda x: np.roll(x, (2, -3, 1), (0, 1, 2)),
+        lambda x: 0.5 * np.roll(x[::-1], 2, 1) + 0.3,
+    ]
+    copies = [disguise(train[5 * i]) for i, disguise in enumerate(disguises)]
+
+    def small(arrays) -> np.ndarray:
+        return np.stack([images.small_image(np.asarray(x, np.float32), (2, 2, 2)).ravel() for x in arrays])
+
+    found = images.image_memorisation(small(train), small(held_out), small([*copies, *fresh]))
+    assert np.flatnonzero(found.nearest.is_copy).tolist() == list(range(8)) and found.copies == 8 / 40
+    assert found.nearest.row[:8].tolist() == [5 * i for i in range(8)] and found.ct is None
+    assert images.image_memorisation(small(train), small(held_out), small(fresh)).copies == 0
+    features = memorisation(small(train), small(held_out), small(copies))  # negative control: no shift, no mirror image
+    assert not features.nearest.is_copy[[2, 7]].any()
 
 
 def test_the_extractor_returns_its_spaces():
