@@ -312,7 +312,7 @@ def evaluate_to_folder(
     draws: int = 100,
     seed: int = 0,
 ) -> Evaluation:
-    """`evaluate` for folders. Writes metrics.json and protocol.json to `out`; features are kept in `out`/features.
+    """`evaluate` for folders. Writes metrics.json, protocol.json and some volumes to `out`; features go to `out`/features.
 
     Under torchrun the processes share the volumes, and the numbers do not depend on how many they are.
 
