@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _train_vae(subparsers)
     _train(subparsers)
     _sample(subparsers)
+    _sensitivity(subparsers)
     _evaluate(subparsers)
     _report(subparsers)
     _export(subparsers)
@@ -206,6 +207,20 @@ def _sample(subparsers: argparse._SubParsersAction) -> None:
     add("--batch_invariant", action="store_true", help=about)
     about = "data type of the weights (default auto: bf16 where it is fast)"
     add("--dtype", choices=["auto", "float32", "bfloat16"], help=about)
+
+
+def _sensitivity(subparsers: argparse._SubParsersAction) -> None:
+    example = "ccella-fast sensitivity --real prepared:test --out evaluation"
+    about = "Show which features can judge: do they order blur, noise and gland size of real volumes? Run it before evaluate."
+    command = _add(subparsers, "sensitivity", commands.run_sensitivity, about, example)
+    add = command.add_argument
+    add("--real", required=True, metavar="FOLDER", help="real volumes, as for evaluate")
+    about = "folder for sensitivity.json, that of evaluate (default evaluation)"
+    add("--out", type=Path, default=Path("evaluation"), metavar="FOLDER", help=about)
+    add("--features", nargs="+", metavar="NAME", help="as for evaluate")
+    about = "volumes that are degraded in eight ways each (default 8)"
+    add("--num_volumes", type=whole_number(3), default=8, metavar="N", help=about)
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="of the random halves (default 0)")
 
 
 def _evaluate(subparsers: argparse._SubParsersAction) -> None:

@@ -122,6 +122,18 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     log_next(out / "report.html", ["ccella-fast", "report", out.parent])
 
 
+def run_sensitivity(arguments: argparse.Namespace) -> None:
+    """Show which feature spaces order known degradations of real volumes."""
+    from ccella_fast.evaluation.run import sensitivity_to_folder
+    from ccella_fast.evaluation.sensitivity import gate_table
+
+    options = _options(arguments, without=[])
+    real, out = options.pop("real"), options.pop("out")
+    print(gate_table(sensitivity_to_folder(real, out, **options)))
+    command = ["evaluate", "--real", real, "--synthetic", "SAMPLES", "--out", out]
+    log_next(out / "sensitivity.json", ["ccella-fast", *command])
+
+
 def run_report(arguments: argparse.Namespace) -> None:
     """Write the page of a folder of results."""
     from ccella_fast.errors import DataError

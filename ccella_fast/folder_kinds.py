@@ -79,7 +79,9 @@ def folder_kind(folder: str | Path) -> str | None:
     if "manifest.json" in names:  # damaged, or the reference's list of studies
         return None
     config = _read(folder / "config.json")
+    written_by_evaluate = [_read(folder / name).get("format") for name in ("protocol.json", "sensitivity.json")]
     recognized = {
+        "evaluation": "ccella_fast.evaluation" in written_by_evaluate,
         "run": any(folder.glob("checkpoints/step-*")),
         "unsaved run": "run_status.json" in names or "checkpoints" in names,
         "unprepared": "cases" in names and (folder / "cases").is_dir(),
@@ -92,7 +94,6 @@ def folder_kind(folder: str | Path) -> str | None:
         "bundle": (folder / "configs" / "metadata.json").is_file(),
         "bids": "dataset_description.json" in names,
         "studies": "studies.csv" in names or _holds_images(folder),
-        "evaluation": "metrics.json" in names or "features" in names,
         "empty": not names,
     }
     return next((kind for kind, is_it in recognized.items() if is_it), None)

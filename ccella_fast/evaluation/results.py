@@ -11,7 +11,8 @@ from typing import Any, Literal
 from ccella_fast.storage import json_text, write_json
 
 SCHEMA = 1
-METRICS, PROTOCOL = "metrics.json", "protocol.json"
+FORMAT = {"format": "ccella_fast.evaluation", "version": 1}
+METRICS, PROTOCOL, SENSITIVITY = "metrics.json", "protocol.json", "sensitivity.json"
 Better = Literal["lower", "higher", "floor"]  # "floor": as near as possible to the value of real volumes
 
 
@@ -98,15 +99,18 @@ class Evaluation:
         return {
             "schema": SCHEMA,
             "protocol_sha256": self.protocol_sha256,
-            "rows": [_plain(asdict(row)) for row in self.rows],
-            "per_case": _plain(self.per_case),
+            "rows": [plain_values(asdict(row)) for row in self.rows],
+            "per_case": plain_values(self.per_case),
             "environment": self.environment,
         }
 
     def write(self, folder: str | Path) -> None:
-        """Write protocol.json and, last, metrics.json, each completely or not at all."""
-        write_json(Path(folder) / PROTOCOL, self.protocol)
+        """Write metrics.json."""
         write_json(Path(folder) / METRICS, self.as_json())
+
+    def write_protocol(self, folder: str | Path) -> None:
+        """Write protocol.json, by which the folder is recognized."""
+        write_json(Path(folder) / PROTOCOL, self.protocol)
 
     def table(self) -> str:
         """The rows as text, aligned in columns."""
@@ -142,12 +146,14 @@ def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _plain(value: Any) -> Any:
-    """Values for JSON: numbers that are not finite become null, tuples and numpy's numbers plain ones."""
+def plain_values(value: Any) -> Any:
+    """Values for JSON: numbers that are not finite become null, named tuples objects, numpy's numbers plain ones."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): plain_values(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain_values(each) for each in value]
     if hasattr(value, "item"):  # a number of numpy
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
 
 from ccella_fast.errors import ConfigError, DataError, did_you_mean
 from ccella_fast.evaluation import metrics as rows_of
@@ -15,20 +19,30 @@ from ccella_fast.evaluation.examples import keep_examples
 from ccella_fast.evaluation.features.cache import FeatureCache
 from ccella_fast.evaluation.features.extractor import load_extractor
 from ccella_fast.evaluation.images import ImageFeatures
-from ccella_fast.evaluation.metrics import FEATURE_METRICS, IMAGE_METRICS, Draws, Sets, case_name
+from ccella_fast.evaluation.metrics import (
+    FEATURE_METRICS,
+    IMAGE_METRICS,
+    SMALL_IMAGES,
+    Draws,
+    Sets,
+    case_name,
+    case_row,
+)
 from ccella_fast.evaluation.reconstruction import reconstructions
-from ccella_fast.evaluation.results import SCHEMA, Evaluation, Row
+from ccella_fast.evaluation.results import FORMAT, SENSITIVITY, Evaluation, Row, plain_values
+from ccella_fast.evaluation.sensitivity import Gate, sensitivity_gate
 from ccella_fast.evaluation.volumes import Volume, VolumeSet, open_volumes
 from ccella_fast.folder_kinds import check_output
+from ccella_fast.folder_lock import lock_folder
 from ccella_fast.processes import DistributedContext
+from ccella_fast.progress import refresh_interval
 from ccella_fast.quantities import counted
-from ccella_fast.storage import check_writable, remove_partial_files
+from ccella_fast.storage import check_writable, remove_partial_files, write_json
 
 if TYPE_CHECKING:
     from ccella_fast.evaluation.features.extractor import Extractor
 
 METRICS = (*FEATURE_METRICS, *IMAGE_METRICS, "msssim", "memorisation", "anatomy", "condition")
-_SMALL_IMAGES = "image-4mm"  # the space of `ImageFeatures` in which copies are looked for
 _HEADLINES = (
     "taps-l3",
     "taps-l4",
@@ -52,8 +66,8 @@ def evaluate(
 ) -> Evaluation:
     """Compare synthetic volumes with real ones. Nothing is written but the features, if `cache` is given.
 
-    Every set may be any iterable of `Volume`, which is read once, one volume at a time. The diversity (MS-SSIM) looks at pairs, and
-    is left out for sets that are not sequences.
+    Every set may be any iterable of `Volume`, which is read once, one volume at a time. The diversity (MS-SSIM) looks at pairs,
+    and is left out for sets that are not sequences.
 
     Args:
         real: volumes that the generator was not trained on.
@@ -78,8 +92,7 @@ def evaluate(
     wanted = check_metrics(metrics, has_train=train is not None)
     if draws < 2:
         raise ConfigError(f"draws must be at least 2, got {draws}", field="draws", fix="use 100")
-    extractors = [load_extractor(each) if isinstance(each, str) else each for each in features or default_features()]
-    _check_spaces(extractors)
+    extractors = _load(features)
     collected = [*extractors, ImageFeatures(), *_segmenters(wanted, required=metrics is not None)]
     processes = processes or DistributedContext.alone()
     store = None if cache is None else FeatureCache(cache)
@@ -141,7 +154,7 @@ def make_protocol(
 ) -> dict[str, Any]:
     """Everything that the numbers depend on besides the volumes: weights, inputs, grid, rule of n, draws, scaling."""
     return {
-        "schema": SCHEMA,
+        **FORMAT,
         "metrics": sorted(wanted),
         "features": [{"spaces": each.spaces, "identity": each.identity} for each in extractors],
         "grid": {"shape": list(grid.shape), "spacing_mm": [float(f"{length:.6g}") for length in grid.spacing]},
@@ -178,7 +191,7 @@ def _evaluate_sequence(
             if space == headline and read:
                 _add(cases, "synthetic", read)
     if "memorisation" in wanted:
-        rows += rows_of.memorisation_rows(sets, _SMALL_IMAGES, draws, {})[0]
+        rows += rows_of.memorisation_rows(sets, SMALL_IMAGES, draws, {})[0]
     rows += rows_of.image_rows(sets, wanted, draws)
     if "anatomy" in wanted and "gland" in sets.real.spaces:
         rows += rows_of.anatomy_rows(sets)
@@ -213,11 +226,14 @@ def _segmenters(wanted: set[str], *, required: bool) -> list[GlandFeatures]:
     return [GlandFeatures(segmenter.segment, segmenter.identity, segmenter.sequences)]
 
 
-def _check_spaces(extractors: Sequence[Extractor]) -> None:
+def _load(features: Sequence[str | Extractor] | None) -> list[Extractor]:
+    """The extractors, by name or as they are."""
+    extractors = [load_extractor(each) if isinstance(each, str) else each for each in features or default_features()]
     names = [space for each in extractors for space in each.spaces]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         why = f"the features '{twice[0]}' are given twice"
         raise ConfigError(why, field="features", fix="give each once")
+    return extractors
 
 
 def _check_tables(tables: dict[str, dict[str, FeatureTable]]) -> None:
@@ -337,10 +353,67 @@ def evaluate_to_folder(
             cache=out / "features", processes=processes, progress=True,
         )  # fmt: skip
         if processes.rank == 0:
+            result.write_protocol(out)
             keep_examples(out, sets, result.per_case)
             result.write(out)
         processes.barrier()
     return result
+
+
+def sensitivity_to_folder(
+    real: str | Path,
+    out: str | Path,
+    *,
+    features: Sequence[str | Extractor] | None = None,
+    num_volumes: int = 8,
+    seed: int = 0,
+) -> list[Gate]:
+    """Degrade real volumes in known ways and write to `out`/sensitivity.json which feature spaces order them.
+
+    It belongs before an evaluation, into the same folder: a space that does not order blur, noise and size cannot judge.
+
+    Args:
+        real: a folder as for `open_volumes`. T2 volumes are used, or those of the first sequence if there are none.
+        out: the folder for the results; features are kept in `out`/features.
+        features: as for `evaluate`.
+        num_volumes: how many, from all over the set. Each is degraded in eight ways.
+        seed: of the random halves.
+
+    Raises:
+        ConfigError: a feature is unknown, or `out` is the folder of something else or locked.
+        DataError: there are fewer than three volumes or two patients, or a folder or volume cannot be used.
+        DiskError: `out` cannot be written.
+    """
+    out = Path(out)
+    check_writable(out, "--out")
+    check_output(out, "an evaluation", field="--out")
+    volumes = open_volumes(real, field="--real")
+    volumes = volumes.of_sequence(volumes.sequences[0])
+    places = np.unique(np.linspace(0, len(volumes) - 1, min(num_volumes, len(volumes))).astype(int))
+    extractors = _load(features)
+    with lock_folder(out, "ccella-fast sensitivity"):
+        remove_partial_files(out)
+        store = FeatureCache(out / "features")
+        gates = []
+        for extractor in extractors:
+            if extractor.sequences is None or volumes.sequences[0] in extractor.sequences:
+                names = ", ".join(extractor.spaces)
+                bar = tqdm(places, desc=f"degrading for {names}", unit="volume", mininterval=refresh_interval())
+                chosen = (volumes[int(place)] for place in bar)
+                gates += sensitivity_gate(chosen, _Cached(extractor, store), seed=seed)
+        write_json(out / SENSITIVITY, {**FORMAT, "gates": plain_values(gates)})
+    return gates
+
+
+class _Cached:
+    """An extractor whose features are kept."""
+
+    def __init__(self, extractor: Extractor, store: FeatureCache):
+        self.spaces, self.sequences, self.identity = extractor.spaces, extractor.sequences, extractor.identity
+        self._features = partial(store.features, extractor)
+
+    def __call__(self, volume: Volume) -> dict[str, np.ndarray]:
+        return self._features(volume)
 
 
 def _choose(volumes: VolumeSet, sequences: Sequence[str] | None) -> VolumeSet:

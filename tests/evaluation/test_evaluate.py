@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from ccella_fast import cli
+from ccella_fast.data.example_volumes import read_examples
 from ccella_fast.errors import ConfigError, DataError
-from ccella_fast.evaluation.run import evaluate, evaluate_to_folder
+from ccella_fast.evaluation.run import evaluate, evaluate_to_folder, sensitivity_to_folder
 from ccella_fast.evaluation.volumes import Source, VolumeSet
 from ccella_fast.storage import sha256
 from evaluation_fixtures import (
@@ -274,7 +275,33 @@ def test_the_files_hold_the_schema_and_no_text(folders, tmp_path):
     for file in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
         content = f"{file.relative_to(tmp_path)}".encode() + file.read_bytes()
         assert not [word for word in CANARIES if word.encode() in content], file
-        assert file.suffix in (".json", ".safetensors")
+        assert file.suffix in (".json", ".safetensors", ".gz")
+
+
+def test_the_volumes_that_the_page_shows_are_kept(folders, tmp_path):
+    run_folders(folders, tmp_path / "out")
+    stored = read_examples(tmp_path / "out" / "examples")
+    kept = {(each.kind, each.number): each.read()[0] for each in stored.volumes}
+    assert not stored.phantom and {("real", k) for k in (1, 2, 3, 4)} < set(kept)
+    np.testing.assert_allclose(kept["real", 2], draw(7), atol=0.5 / 255 + 1e-6)
+    np.testing.assert_allclose(kept["synthetic", 3], draw(102, smooth=2), atol=0.5 / 255 + 1e-6)
+    case = next(case for case in written(tmp_path / "out")["per_case"] if case["id"] == "synthetic-001")
+    number = int(case["nearest_train"].removeprefix("train-"))
+    np.testing.assert_allclose(kept["train", number], draw(number - 1), atol=0.5 / 255 + 1e-6)
+
+
+def test_sensitivity_is_measured_once_for_a_folder(folders, tmp_path):
+    extractor, again = CountingExtractor(), CountingExtractor()
+    real, out = f"{folders}/prepared:test", tmp_path / "out"
+    first = sensitivity_to_folder(real, out, features=[extractor], num_volumes=4)
+    assert first == sensitivity_to_folder(real, out, features=[again], num_volumes=4)
+    assert extractor.calls > 4 * 8 and again.calls == 0
+    (gate,) = json.loads((out / "sensitivity.json").read_text())["gates"]
+    assert gate["space"] == "fake" and gate["rows"][0]["family"] == "blur" and gate["rows"][0]["n"] == 4
+    run_folders(folders, out)  # into the same folder
+    with pytest.raises(DataError, match="at least 3"):
+        sensitivity_to_folder(f"{folders}/prepared:test", tmp_path / "other", features=[extractor], num_volumes=2)
+    assert not (tmp_path / "other" / "sensitivity.json").exists()
 
 
 def test_the_protocol_changes_with_what_the_numbers_depend_on():
