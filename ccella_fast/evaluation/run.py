@@ -26,7 +26,6 @@ from ccella_fast.evaluation.metrics import (
     Draws,
     Sets,
     case_name,
-    case_row,
 )
 from ccella_fast.evaluation.reconstruction import reconstructions
 from ccella_fast.evaluation.results import FORMAT, SENSITIVITY, Evaluation, Row, plain_values
