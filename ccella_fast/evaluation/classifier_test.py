@@ -75,7 +75,6 @@ def classifier_test_of_rows(
     if folds < 2:
         raise DataError("a classifier test needs two patients and two synthetic volumes", fix="add volumes")
     rng = np.random.default_rng(seed)
-    synthetic_groups = np.arange(len(rows_synthetic))
     both = groups, np.arange(len(rows_synthetic))
     fold = np.concatenate([grouped_folds(each, folds, rng) for each in both])
     rows = np.concatenate([rows_real, rows_synthetic])
@@ -101,7 +100,7 @@ def area_under_curve(positive: np.ndarray, negative: np.ndarray) -> float:
 def fit_logistic(kernel: np.ndarray, is_real: np.ndarray) -> np.ndarray:
     """Coefficients of the rows in the weighted logistic regression with penalty `_PENALTY`/2 times the squared weights.
 
-    Newton's method in the dual, as the mode of a Gaussian process with this kernel (Rasmussen and Williams 2006, algorithm 3.1).
+    Newton's method in the dual: the mode of a Gaussian process with this kernel (Rasmussen and Williams 2006, algorithm 3.1).
     """
     sign = np.where(is_real, 1.0, -1.0)
     weight = np.where(is_real, 0.5 / is_real.mean(), 0.5 / (~is_real).mean())

@@ -12,7 +12,7 @@ from ccella_fast.errors import DataError
 from ccella_fast.evaluation.neighbours import squared_distances
 from ccella_fast.evaluation.statistics import feature_matrix, share_interval
 
-_NEIGHBOURS = 50  # training volumes that a nearest distance is compared with
+_NEIGHBOURS = 10  # following training volumes, whose mean distance a nearest distance is compared with
 _FALSE_ALARMS = 0.05  # probability of any call in a set without copies
 _EULER = 0.5772156649
 
@@ -60,7 +60,7 @@ def memorisation(train: Any, held_out: Any, synthetic: Any, *, seed: int = 0) ->
     """Copies of training volumes among synthetic ones, with the false alarms of real volumes that were never trained on.
 
     A synthetic volume is called a copy if it is nearer to its nearest training volume than every held-out volume is to its
-    own, and if that distance is also improbable next to those to the 50 following training volumes: the relative distance of
+    own, and if that distance is also improbable next to those to the 10 following training volumes: the relative distance of
     Carlini et al. 2023 (arXiv 2301.13188, section 4.2). An average volume without detail is near to all training volumes, a
     copy to one. Improbable means that a set of this size without copies has any call with a probability of at most 5 %. A
     nearest distance is the minimum of many, so its lower tail is that of a Weibull distribution, which is fitted to the
@@ -147,7 +147,8 @@ def data_copying(
 
     Space is divided into k-means cells of the training set. In each, the Mann-Whitney statistic of the nearest distances of
     synthetic and held-out volumes becomes a z-score. C_T is the mean over cells, weighted by the held-out volumes in them:
-    about 0 for a generator of new volumes, below -3 for copies, positive for volumes that lie far from all training volumes.
+    about 0 for a generator of new volumes (standard deviation at most 1), below for copies, above for volumes that are far from
+    all training volumes.
 
     Args:
         train: (n, d) float64 features.

@@ -63,11 +63,11 @@ def gaussian_kernel(features: np.ndarray, n_real: int) -> np.ndarray:
         DataError: if at least half of the pairs of real volumes are equal.
     """
     squared = squared_distances(features, features)
-    median = float(np.median(squared[:n_real, :n_real][np.triu_indices(n_real, 1)]))
+    median = float(np.median(np.sqrt(squared[:n_real, :n_real][np.triu_indices(n_real, 1)])))
     if median == 0:
         why = "the median distance between real volumes is 0: half of all pairs have the same features"
         raise DataError(why, field="real", fix="remove duplicates from the real set")
-    return np.exp(squared / (-2 * median))
+    return np.exp(squared / (-2 * median**2))
 
 
 def gaussian_distance(real: Any, synthetic: Any) -> float:
