@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from ccella_fast.data.manifest import Manifest, Split, StudyEntry, load_manifest, open_array
+from ccella_fast.data.readers.sample_files import read_sample
 from ccella_fast.environment import describe_environment
 from ccella_fast.errors import DataError
 from ccella_fast.quantities import counted
 from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage
 from ccella_fast.report.page import TEMPLATE, render
-from ccella_fast.report.sample_files import read_sample
 from ccella_fast.storage import atomic_path, read_json
 
 WINDOW = (0.0, 1.0)
