@@ -105,14 +105,14 @@ def test_without_a_training_set_the_real_set_standardises_and_memorisation_is_le
 
 def test_copies_of_training_volumes_are_found_by_number():
     train, real = some_volumes(40, 0), some_volumes(30, 100)
-    planted = [volume._replace(id=f"s{k}") for k, volume in enumerate([*some_volumes(18, 200), train[7], train[31]])]
+    planted = [volume._replace(id=f"s{k}") for k, volume in enumerate([*some_volumes(18, 300), train[7], train[31]])]
     given = {"features": [CountingExtractor()], "metrics": ["memorisation"], "draws": 4}
     result = evaluate(real=real, synthetic=planted, train=train, **given)
-    assert result["copies", "fake"].value == pytest.approx(2 / 20)
+    assert result["copies", "fake"].value == result["copies", "image-4mm"].value == pytest.approx(2 / 20)
     copies = {case["id"]: case["nearest_train"] for case in result.per_case if case.get("copy")}
     assert copies == {"synthetic-019": "train-008", "synthetic-020": "train-032"}
-    clean = evaluate(real=real, synthetic=some_volumes(20, 200), train=train, **given)
-    assert clean["copies", "fake"].value == 0
+    clean = evaluate(real=real, synthetic=some_volumes(20, 300), train=train, **given)
+    assert clean["copies", "fake"].value == clean["copies", "image-4mm"].value == 0
 
 
 def test_the_autoencoder_limit_is_the_distance_to_reconstructions():
@@ -330,7 +330,8 @@ def test_the_command_prints_a_table_and_names_the_next_one(folders, tmp_path, ca
     assert call("evaluate", "--real", folders / "prepared", "--synthetic", folders / "samples", *options) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0].split()[:3] == ["metric", "features", "sequence"] and "few, n<d" in out
-    assert f"wrote {tmp_path}/evaluation/metrics.json" in err and f"next: ccella-fast report {tmp_path}" in err
+    assert f"wrote {tmp_path}/evaluation/report.html" in err and f"next: ccella-fast report {tmp_path}" in err
+    assert "Fréchet" in (tmp_path / "evaluation" / "report.html").read_text()
 
 
 def test_plain_files_are_enough_and_no_socket_is_opened(tmp_path, monkeypatch):
