@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ccella_fast.evaluation.volumes import Volume
 
 from ccella_fast.evaluation.anatomy import (
     RULES,
@@ -15,6 +14,7 @@ from ccella_fast.evaluation.anatomy import (
     is_plausible,
     measure_gland,
 )
+from ccella_fast.evaluation.volumes import Volume
 
 SPACING = (0.8, 1.0, 3.0)
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from ccella_fast.evaluation.volumes import Volume
 
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation import images
 from ccella_fast.evaluation.copying import memorisation
+from ccella_fast.evaluation.volumes import Volume
 
 
 def smooth(shape=(24, 24, 16), seed=0, sigma=2.0) -> np.ndarray:

@@ -7,13 +7,13 @@ import itertools
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from ccella_fast.evaluation.volumes import Volume
 
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation import degradations
 from ccella_fast.evaluation.degradations import CENTRAL, DEGRADATIONS, Region
 from ccella_fast.evaluation.paired import sign_flip_p
 from ccella_fast.evaluation.sensitivity import GATING, gate_table, sensitivity_gate
+from ccella_fast.evaluation.volumes import Volume
 
 SHAPE, SPACING = (44, 40, 16), (2.0, 2.0, 4.0)
 
