@@ -258,7 +258,9 @@ def memorisation_rows(
     start = time.perf_counter()
     train, real, synthetic = (each.spaces[space] for each in (sets.train, sets.real, sets.synthetic))
     if space == SMALL_IMAGES:
-        apart = [np.maximum(1 - image_correlations(each, train), 0) for each in (real, synthetic)]  # 0: it rounds above 1
+        apart = [
+            np.maximum(1 - image_correlations(each, train), 0) for each in (real, synthetic)
+        ]  # 0: it rounds above 1
         found = memorisation_of_distances(*apart)
     else:
         standard = standardisation(train)
