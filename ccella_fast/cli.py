@@ -1,26 +1,22 @@
-"""The command `ccella-fast` with its subcommands. `ccella-fast train` is train.py, for one process.
+"""The command `ccella-fast` with its subcommands and their options. `ccella-fast train` is train.py, for one process.
 
-Each subcommand parses its arguments and reads its configuration first and imports what it needs afterwards, so that `--help`
-and mistakes are answered at once. Each ends with what it wrote and the command that usually comes next.
+What a subcommand does is in `commands.py`. Nothing slow is imported before the arguments are parsed, so that `--help` is
+answered at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from ccella_fast import entrypoint, train
-from ccella_fast.data.readers.study import CLASSES
-from ccella_fast.entrypoint import log_next, whole_number
-
-if TYPE_CHECKING:
-    from ccella_fast.config import Config
+from ccella_fast import commands, entrypoint, train
+from ccella_fast.data.readers.series_names import SEQUENCES
+from ccella_fast.entrypoint import whole_number
+from ccella_fast.pirads import CLASSES
 
 ORDER = """The order of a project: your studies or phantom, prepare, train-vae, prepare --vae, train, sample, report.
 On several GPUs, train with a launcher: deepspeed ccella_fast/train.py --help"""
@@ -34,179 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def _run_phantom(arguments: argparse.Namespace) -> None:
-    from ccella_fast.data.phantom.phantom import write_phantoms
-
-    write_phantoms(arguments.out, num_studies=arguments.num_studies, seed=arguments.seed)
-    prepared = arguments.out.with_name("prepared")
-    command = ["prepare", "--data", arguments.out, "--out", prepared, "--config", "configs/demo.json"]
-    log_next(arguments.out, ["ccella-fast", *command])
-
-
-def _run_import(arguments: argparse.Namespace) -> None:
-    from ccella_fast.errors import DataError
-    from ccella_fast.folder_kinds import check_folder
-
-    check_folder(arguments.data, "export", error=DataError, field="--data")
-    from ccella_fast.data.importing.import_studies import import_studies
-
-    options = _options(arguments, without=[])
-    wrote = import_studies(options.pop("data"), options.pop("out"), **options)
-    if arguments.write:
-        prepared = arguments.out.with_name("prepared")
-        command = ["prepare", "--data", arguments.out, "--out", prepared, "--config", "configs/ccella.json"]
-        log_next(wrote, ["ccella-fast", *command])
-    else:
-        log_next(wrote, ["ccella-fast", *sys.argv[1:], "--write"])
-
-
-def _run_prepare(arguments: argparse.Namespace) -> None:
-    from ccella_fast.errors import DataError
-    from ccella_fast.folder_kinds import check_folder
-
-    config = _config(arguments)
-    config.check_grid()
-    check_folder(arguments.data, "studies", error=DataError, field="--data")
-    from ccella_fast.data.manifest import load_manifest
-    from ccella_fast.data.preparation.prepare import prepare
-
-    options = _options(arguments, without=["config", "set"])
-    data, out = options.pop("data"), options.pop("out")
-    _check_backends()
-    prepare(data, out, config, **options)
-    if load_manifest(out).scale_factor is None:
-        command = ["ccella-fast", "train-vae", "--data", out, "--out", out.with_name("vae")]
-    else:
-        command = ["deepspeed", "ccella_fast/train.py", "--data", out, "--output_dir", out.with_name("model")]
-    log_next(out, [*command, *_config_options(arguments)])
-
-
-def _run_check(arguments: argparse.Namespace) -> int:
-    from ccella_fast.errors import DataError
-    from ccella_fast.folder_kinds import check_folder, folder_kind
-
-    if folder_kind(arguments.data) != "prepared":
-        check_folder(arguments.data, "studies", error=DataError, field="--data")
-    from ccella_fast.data.checking.check import check
-
-    options = _options(arguments, without=["config", "set"])
-    return check(options.pop("data"), _config(arguments), **options)
-
-
-def _run_train_vae(arguments: argparse.Namespace) -> None:
-    config = _config(arguments)
-    from ccella_fast.training.autoencoder.run import train_vae
-
-    _check_backends()
-    train_vae(arguments.data, arguments.out, config)
-    command = ["prepare", "--data", "STUDIES", "--out", arguments.data, "--vae", arguments.out]
-    log_next(arguments.out, ["ccella-fast", *command, *_config_options(arguments)])
-
-
-def _run_sample(arguments: argparse.Namespace) -> None:
-    from ccella_fast.sampling.command import sample_to_folder
-    from ccella_fast.sampling.guidance import Reuse
-
-    options = _options(arguments, without=["report", "report_file"])
-    texts, files = arguments.report or [], arguments.report_file or []
-    options["reports"] = [*texts, *map(_read_report, files)] or None
-    options["report_ids"] = [f"report-{number}" for number in range(1, len(texts) + 1)] + [path.stem for path in files]
-    options["reuse"] = None if arguments.reuse is None else Reuse(*arguments.reuse)
-    options["device"] = None if arguments.device == "auto" else arguments.device
-    sample_to_folder(options.pop("checkpoint"), options.pop("out"), **options)
-
-
-def _run_report(arguments: argparse.Namespace) -> None:
-    from ccella_fast.errors import DataError
-    from ccella_fast.folder_kinds import check_folder, wrong_folder
-
-    if not arguments.folder.is_dir():
-        raise wrong_folder(arguments.folder, "results", error=DataError)
-    check_folder(arguments.folder, "results", error=DataError)
-    from ccella_fast.report.html import write_report
-
-    print(write_report(arguments.folder))
-
-
-def _run_export(arguments: argparse.Namespace) -> None:
-    from ccella_fast.checkpoint import export_reference, step_folders
-    from ccella_fast.config import make_config
-    from ccella_fast.sampling.pretrained import peek_config
-
-    export_reference(arguments.checkpoint, arguments.out, weights=arguments.weights)
-    config = peek_config(arguments.checkpoint)
-    if config is None or _grid_and_encoder(config) == _grid_and_encoder(make_config()):
-        vae = next(iter(step_folders(arguments.checkpoint)), arguments.checkpoint)  # a .pt file does not contain one
-        command = ["sample", "--checkpoint", arguments.out, "--vae", vae, "--out", arguments.out.with_suffix("")]
-    else:
-        about = (
-            "a .pt file has no grid and no text encoder, and those of this model are not the defaults: sample from %s"
-        )
-        logging.getLogger("ccella_fast").info(about, arguments.checkpoint)
-        command = ["sample", "--checkpoint", arguments.checkpoint, "--out", "samples"]
-    log_next(arguments.out, ["ccella-fast", *command])
-
-
-def _grid_and_encoder(config: Config) -> tuple[object, ...]:
-    return config.data.spacing, config.data.dim, config.text.encoder, config.text.max_length
-
-
-def _run_env(arguments: argparse.Namespace) -> None:
-    import json
-
-    from ccella_fast.environment import describe_environment, environment_warnings, format_environment
-
-    facts = describe_environment()
-    if arguments.json:
-        print(json.dumps({**facts, "warnings": environment_warnings(facts)}, indent=2))
-    else:
-        print(format_environment(facts))
-        print("for a bug report: ccella-fast env --json > env.json")
-
-
-def _check_backends() -> None:
-    """Refuse a value of CCELLA_FAST_BACKEND that this machine cannot run, before anything is loaded."""
-    from ccella_fast.kernels.backend import check_environment
-
-    check_environment()
-
-
-def _options(arguments: argparse.Namespace, *, without: Sequence[str]) -> dict[str, Any]:
-    """The options of a subcommand, which are named like the keyword arguments of the function that it calls."""
-    other = {"run", "debug", "if_out_of_memory", *without}
-    return {name: value for name, value in vars(arguments).items() if name not in other}
-
-
-def _config(arguments: argparse.Namespace) -> Config:
-    from ccella_fast.config import load_config, make_config
-
-    if arguments.config is None:
-        return make_config(arguments.set)
-    return load_config(arguments.config, arguments.set)
-
-
-def _config_options(arguments: argparse.Namespace) -> list[str]:
-    """The configuration, as the next command needs it again."""
-    files = ["--config", *map(str, arguments.config)] if arguments.config else []
-    return [*files, *(part for text in arguments.set for part in ("--set", text))]
-
-
-def _read_report(path: Path) -> str:
-    from ccella_fast.errors import DataError
-
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except IsADirectoryError:
-        fix = f"give the files in it: --report_file {path}/*.txt"
-        raise DataError("this is a folder, not a report file", path=path, field="--report_file", fix=fix) from None
-    except OSError:
-        raise DataError(
-            "this report file cannot be read", path=path, fix="check the path and its permissions"
-        ) from None
-    except UnicodeDecodeError:
-        raise DataError("this report file is not UTF-8 text", path=path, fix="save it as UTF-8") from None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = entrypoint.Parser(
         prog="ccella-fast",
@@ -214,24 +37,30 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"{ORDER}\n\n{entrypoint.EXIT_CODES}",
     )
     entrypoint.add_version(parser)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _phantom(commands)
-    _import(commands)
-    _check(commands)
-    _prepare(commands)
-    _train_vae(commands)
-    _train(commands)
-    _sample(commands)
-    _report(commands)
-    _export(commands)
-    _env(commands)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    _phantom(subparsers)
+    _import(subparsers)
+    _check(subparsers)
+    _prepare(subparsers)
+    _train_vae(subparsers)
+    _train(subparsers)
+    _sample(subparsers)
+    _sensitivity(subparsers)
+    _evaluate(subparsers)
+    _report(subparsers)
+    _export(subparsers)
+    _env(subparsers)
     return parser
 
 
-def _phantom(commands: argparse._SubParsersAction) -> None:
+def _phantom(subparsers: argparse._SubParsersAction) -> None:
     example = "ccella-fast phantom --out out/studies --num_studies 24"
     command = _add(
-        commands, "phantom", _run_phantom, "Draw synthetic T2 studies of a pelvis, with reports and classes.", example
+        subparsers,
+        "phantom",
+        commands.run_phantom,
+        "Draw synthetic T2 studies of a pelvis, with reports and classes.",
+        example,
     )
     add = command.add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the studies")
@@ -239,12 +68,12 @@ def _phantom(commands: argparse._SubParsersAction) -> None:
     add("--seed", type=whole_number(0), default=0, metavar="N", help="the same seed gives the same bytes (default 0)")
 
 
-def _check(commands: argparse._SubParsersAction) -> None:
+def _check(subparsers: argparse._SubParsersAction) -> None:
     example = "ccella-fast check --data studies/ --config configs/ccella.json --out out/check"
     about = (
         "Find everything that is wrong with a data set in one pass: damaged files, classes, duplicates, leakage, sizes."
     )
-    command = _add(commands, "check", _run_check, about, example)
+    command = _add(subparsers, "check", commands.run_check, about, example)
     _add_studies(command, "folder or JSON list of studies, or prepared folder")
     add = command.add_argument_group("what is checked").add_argument
     about = "do not count this finding, for example leakage; may be repeated"
@@ -257,13 +86,13 @@ def _check(commands: argparse._SubParsersAction) -> None:
     _add_config(command)
 
 
-def _import(commands: argparse._SubParsersAction) -> None:
+def _import(subparsers: argparse._SubParsersAction) -> None:
     example = "ccella-fast import --data EXPORT --out studies/ --reports reports.csv"
     about = (
         "Find the axial T2, high-b and ADC series of a PACS export (DICOM) and de-identify them: the first run shows the "
         "choice and writes no study; run it again with --write."
     )
-    command = _add(commands, "import", _run_import, about, example, if_out_of_memory="use --workers 1")
+    command = _add(subparsers, "import", commands.run_import, about, example, if_out_of_memory="use --workers 1")
     add = command.add_argument
     add("--data", type=Path, required=True, metavar="FOLDER", help="folder of the export, in any layout")
     about = "folder for the studies; FOLDER.import gets the page and choices.csv"
@@ -283,11 +112,11 @@ def _import(commands: argparse._SubParsersAction) -> None:
     add("--id_column", metavar="NAME", help=about)
 
 
-def _prepare(commands: argparse._SubParsersAction) -> None:
+def _prepare(subparsers: argparse._SubParsersAction) -> None:
     example = "ccella-fast prepare --data studies/ --out out/prepared --config configs/demo.json"
     about = "Resample studies to one grid, encode reports and, with --vae, latents. Run it again to continue or to add."
     memory = "use --workers 1, a smaller text.batch_size or text.encoder, or a smaller grid (data.dim)"
-    command = _add(commands, "prepare", _run_prepare, about, example, if_out_of_memory=memory)
+    command = _add(subparsers, "prepare", commands.run_prepare, about, example, if_out_of_memory=memory)
     _add_studies(command, "folder of studies, or a manifest in the reference's JSON form")
     add = command.add_argument_group("output").add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="prepared folder")
@@ -307,33 +136,33 @@ def _prepare(commands: argparse._SubParsersAction) -> None:
     _add_config(command)
 
 
-def _train_vae(commands: argparse._SubParsersAction) -> None:
+def _train_vae(subparsers: argparse._SubParsersAction) -> None:
     example = "ccella-fast train-vae --data out/prepared --out out/vae --config configs/demo.json"
     about = "Train the autoencoder from scratch on prepared images (L1 + KL)."
     memory = "make vae_training.patch smaller, vae_training.batch_size smaller, or autoencoder.num_channels smaller"
-    command = _add(commands, "train-vae", _run_train_vae, about, example, if_out_of_memory=memory)
+    command = _add(subparsers, "train-vae", commands.run_train_vae, about, example, if_out_of_memory=memory)
     command.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="prepared folder")
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="VAE folder")
     _add_config(command)
 
 
-def _train(commands: argparse._SubParsersAction) -> None:
+def _train(subparsers: argparse._SubParsersAction) -> None:
     example = "ccella-fast train --config configs/demo.json --data out/prepared --output_dir out/model --resume"
     about = (
         "Train the diffusion model on one device: train.py without a launcher. On several GPUs, start the script with one: "
         "deepspeed --num_gpus 8 ccella_fast/train.py, with the same options."
     )
-    command = _add(commands, "train", train.run, about, example, if_out_of_memory=train.IF_OUT_OF_MEMORY)
+    command = _add(subparsers, "train", train.run, about, example, if_out_of_memory=train.IF_OUT_OF_MEMORY)
     train.add_arguments(command)
 
 
-def _sample(commands: argparse._SubParsersAction) -> None:
+def _sample(subparsers: argparse._SubParsersAction) -> None:
     example = (
         'ccella-fast sample --checkpoint out/model --report "PI-RADS 5 lesion, left" --num_samples 4 --out out/samples'
     )
     about = "Generate volumes from reports: .nii.gz files with geometry, a JSON file with each, and a montage."
     memory = "use --batch_size 1, --dtype bfloat16, or --device with another device"
-    command = _add(commands, "sample", _run_sample, about, example, if_out_of_memory=memory)
+    command = _add(subparsers, "sample", commands.run_sample, about, example, if_out_of_memory=memory)
     add = command.add_argument
     about = "run folder, step folder or reference .pt"
     add("--checkpoint", type=Path, required=True, metavar="PATH", help=about)
@@ -380,16 +209,66 @@ def _sample(commands: argparse._SubParsersAction) -> None:
     add("--dtype", choices=["auto", "float32", "bfloat16"], help=about)
 
 
-def _report(commands: argparse._SubParsersAction) -> None:
+def _sensitivity(subparsers: argparse._SubParsersAction) -> None:
+    example = "ccella-fast sensitivity --real prepared:test --out evaluation"
+    about = "Show which features can judge: do they order blur, noise and gland size of real volumes? Run it before evaluate."
+    command = _add(subparsers, "sensitivity", commands.run_sensitivity, about, example)
+    add = command.add_argument
+    add("--real", required=True, metavar="FOLDER", help="real volumes, as for evaluate")
+    about = "folder for sensitivity.json, that of evaluate (default evaluation)"
+    add("--out", type=Path, default=Path("evaluation"), metavar="FOLDER", help=about)
+    add("--features", nargs="+", metavar="NAME", help="as for evaluate")
+    about = "volumes that are degraded in eight ways each (default 8)"
+    add("--num_volumes", type=whole_number(3), default=8, metavar="N", help=about)
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="of the random halves (default 0)")
+
+
+def _evaluate(subparsers: argparse._SubParsersAction) -> None:
+    example = "ccella-fast evaluate --real prepared:test --synthetic samples --train prepared:train --out evaluation"
+    about = (
+        "Compare generated volumes with real ones: distances in several feature spaces, each with its floor and an interval; "
+        "diversity, copies of training studies, anatomy, agreement with the class."
+    )
+    command = _add(subparsers, "evaluate", commands.run_evaluate, about, example)
+    volumes = "prepared folder (or FOLDER:test, a split of it), folder of samples, or folder of NIfTI files"
+    add = command.add_argument_group("volumes").add_argument
+    add("--real", required=True, metavar="FOLDER", help=f"volumes that the generator was not trained on: {volumes}")
+    add("--synthetic", required=True, metavar="FOLDER", help="generated volumes, of this or any other generator")
+    add("--train", metavar="FOLDER", help="volumes that the generator was trained on, to look for copies of them")
+    about = "autoencoder of the generator, whose limit is shown too (needs the latents of a prepared folder)"
+    add("--vae", type=Path, metavar="PATH", help=about)
+    about = "those that are compared (default: all, which all folders must have)"
+    add("--sequences", nargs="+", choices=SEQUENCES, metavar="NAME", help=f"{about}: {', '.join(SEQUENCES)}")
+    add = command.add_argument_group("what is computed").add_argument
+    about = "taps, radiomics, random, medicalnet=FILE[:INPUT], radimagenet=FILE[:INPUT] (default: the first three)"
+    add("--features", nargs="+", metavar="NAME", help=about)
+    about = "fd kid mmd prdc c2st intensity spectrum msssim memorisation anatomy condition (default: all that apply)"
+    add("--metrics", nargs="+", metavar="NAME", help=about)
+    add(
+        "--draws",
+        type=whole_number(2),
+        default=100,
+        metavar="N",
+        help="random splits for floors and intervals (default 100)",
+    )
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="of the splits (default 0)")
+    add = command.add_argument_group("output").add_argument
+    about = "folder for metrics.json; features are kept in it, so that the same command continues"
+    add("--out", type=Path, default=Path("evaluation"), metavar="FOLDER", help=f"{about} (default evaluation)")
+
+
+def _report(subparsers: argparse._SubParsersAction) -> None:
     about = "Write FOLDER/report.html: one page of curves, montages and timings that needs no network."
-    command = _add(commands, "report", _run_report, about, "ccella-fast report out/demo")
+    command = _add(subparsers, "report", commands.run_report, about, "ccella-fast report out/demo")
     about = "folder that contains prepared/, vae/, model/ and samples/"
     command.add_argument("folder", type=Path, metavar="FOLDER", help=about)
 
 
-def _export(commands: argparse._SubParsersAction) -> None:
+def _export(subparsers: argparse._SubParsersAction) -> None:
     about = "Write a checkpoint as one .pt file in the reference's format."
-    command = _add(commands, "export", _run_export, about, "ccella-fast export --checkpoint out/model --out CCELLA.pt")
+    command = _add(
+        subparsers, "export", commands.run_export, about, "ccella-fast export --checkpoint out/model --out CCELLA.pt"
+    )
     add = command.add_argument
     add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="run folder or step folder")
     add("--out", type=Path, required=True, metavar="FILE", help="file to write")
@@ -397,14 +276,14 @@ def _export(commands: argparse._SubParsersAction) -> None:
     add("--weights", choices=["ema", "raw"], default="ema", help=about)
 
 
-def _env(commands: argparse._SubParsersAction) -> None:
+def _env(subparsers: argparse._SubParsersAction) -> None:
     about = "Print versions, CPU, GPUs, the backend of each kernel with the reason, and known problems of this machine."
-    command = _add(commands, "env", _run_env, about, "ccella-fast env")
+    command = _add(subparsers, "env", commands.run_env, about, "ccella-fast env")
     command.add_argument("--json", action="store_true", help="print JSON, for a bug report")
 
 
 def _add(
-    commands: argparse._SubParsersAction,
+    subparsers: argparse._SubParsersAction,
     name: str,
     run: Callable[[argparse.Namespace], int | None],
     about: str,
@@ -412,7 +291,7 @@ def _add(
     *,
     if_out_of_memory: str = entrypoint.LESS_MEMORY,
 ) -> entrypoint.Parser:
-    command = commands.add_parser(
+    command = subparsers.add_parser(
         name,
         help=about.split(":")[0],
         description=about,

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from ccella_fast.errors import CcellaError, ConfigError
 
-Wanted = Literal["checkpoint", "prepared", "autoencoder", "studies", "export", "results"]
-Output = Literal["studies", "prepared data", "an autoencoder", "a run", "samples"]
+Wanted = Literal["checkpoint", "prepared", "autoencoder", "studies", "export", "results", "volumes"]
+Output = Literal["studies", "prepared data", "an autoencoder", "a run", "samples", "an evaluation"]
 
 _NAMES = {
     "prepared": "a prepared folder",
@@ -23,6 +23,7 @@ _NAMES = {
     "step": "a checkpoint",
     "unsaved run": "a run folder of train.py without a checkpoint yet",
     "samples": "a folder of generated samples",
+    "evaluation": "the folder of an evaluation",
     "results": "a folder of results",
     "deepspeed": "a DeepSpeed checkpoint without the files of ccella_fast",
     "diffusers": "a model of diffusers",
@@ -43,6 +44,10 @@ _WANTED: dict[Wanted, tuple[set[str], str]] = {
     "studies": ({"studies", "bids"}, "give the folder that contains the folders of the studies"),
     "export": ({"studies", "bids"}, "give the folder that the PACS has written"),
     "results": ({"results"}, "give the folder that contains prepared/, vae/, model/ and samples/"),
+    "volumes": (
+        {"prepared", "samples", "studies", "bids"},
+        "give a prepared folder, a folder of `ccella-fast sample`, or a folder of NIfTI files",
+    ),
 }
 # What a command writes -> the kinds of an existing folder that it may continue.
 _OUTPUTS: dict[Output, set[str]] = {
@@ -51,6 +56,7 @@ _OUTPUTS: dict[Output, set[str]] = {
     "an autoencoder": {"autoencoder", "unfinished autoencoder"},
     "a run": {"run", "unsaved run"},
     "samples": {"samples"},
+    "an evaluation": {"evaluation"},
 }
 _FORMATS = {
     "ccella_fast.prepared": "prepared",
@@ -73,7 +79,9 @@ def folder_kind(folder: str | Path) -> str | None:
     if "manifest.json" in names:  # damaged, or the reference's list of studies
         return None
     config = _read(folder / "config.json")
+    written_by_evaluate = [_read(folder / name).get("format") for name in ("protocol.json", "sensitivity.json")]
     recognized = {
+        "evaluation": "ccella_fast.evaluation" in written_by_evaluate,
         "run": any(folder.glob("checkpoints/step-*")),
         "unsaved run": "run_status.json" in names or "checkpoints" in names,
         "unprepared": "cases" in names and (folder / "cases").is_dir(),
@@ -147,7 +155,7 @@ def _article(wanted: Wanted) -> str:
     names = {
         "checkpoint": "a checkpoint or run folder", "prepared": "a prepared folder",
         "autoencoder": "an autoencoder (VAE) folder", "studies": "a folder of studies", "export": "a PACS export",
-        "results": "a folder of results",
+        "results": "a folder of results", "volumes": "a folder of volumes",
     }  # fmt: skip
     return names[wanted]
 

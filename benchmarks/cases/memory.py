@@ -199,8 +199,8 @@ def _try_larger(bench: Workbench, grid: list[int]) -> int:
 def checkpoint(bench: Workbench) -> PreparedCase:
     """Weights and optimizer to disk and back: one torch.save as in the reference, and our checkpoint with hashes and fsync."""
     from cases.training import build_engine, training_config
+    from ccella_fast.processes import HostCollectives
     from ccella_fast.training import checkpointing
-    from ccella_fast.training.distributed import HostCollectives
 
     bench.release()
     size = bench.parameters * 20

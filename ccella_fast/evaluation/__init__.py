@@ -15,16 +15,29 @@ if TYPE_CHECKING:
     from ccella_fast.evaluation.mmd import kernel_distance
     from ccella_fast.evaluation.neighbours import precision_recall
     from ccella_fast.evaluation.run import evaluate
+    from ccella_fast.evaluation.volumes import Volume, VolumeSet, open_volumes
 
-__all__ = ["evaluate", "frechet_distance", "kernel_distance", "memorisation", "precision_recall"]
+__all__ = [
+    "Volume",
+    "VolumeSet",
+    "evaluate",
+    "frechet_distance",
+    "kernel_distance",
+    "memorisation",
+    "open_volumes",
+    "precision_recall",
+]
 
 # Imported on first use: `ccella-fast --help` must answer before torch is loaded. No function has the name of a module of this
 # package: the import of such a module would replace the function.
 _HOMES = {
+    "Volume": "volumes",
+    "VolumeSet": "volumes",
     "evaluate": "run",
     "frechet_distance": "frechet",
     "kernel_distance": "mmd",
     "memorisation": "copying",
+    "open_volumes": "volumes",
     "precision_recall": "neighbours",
 }
 

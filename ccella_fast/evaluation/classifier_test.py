@@ -82,7 +82,7 @@ def classifier_test_of_rows(
     kernel = products[np.ix_(rows, rows)] + 1  # 1: a constant feature, whose weight is the intercept
     logits, areas = np.empty(len(rows)), []
     for held_out in (fold == i for i in range(folds)):
-        coefficients = _fit(kernel[np.ix_(~held_out, ~held_out)], is_real[~held_out])
+        coefficients = fit_logistic(kernel[np.ix_(~held_out, ~held_out)], is_real[~held_out])
         logits[held_out] = kernel[np.ix_(held_out, ~held_out)] @ coefficients
         areas.append(area_under_curve(logits[held_out & is_real], logits[held_out & ~is_real]))
     correct = np.where(logits == 0, 0.5, (logits > 0) == is_real)
@@ -97,7 +97,7 @@ def area_under_curve(positive: np.ndarray, negative: np.ndarray) -> float:
     return float(below.mean() / (2 * len(negative)))
 
 
-def _fit(kernel: np.ndarray, is_real: np.ndarray) -> np.ndarray:
+def fit_logistic(kernel: np.ndarray, is_real: np.ndarray) -> np.ndarray:
     """Coefficients of the rows in the weighted logistic regression with penalty `_PENALTY`/2 times the squared weights.
 
     Newton's method in the dual: the mode of a Gaussian process with this kernel (Rasmussen and Williams 2006, algorithm 3.1).

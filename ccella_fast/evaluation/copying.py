@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ class Nearest(NamedTuple):
     is_copy: np.ndarray  # (m,) bool
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Memorisation:
     """How near synthetic volumes are to training volumes; the null is the same distance of held-out real volumes.
 
@@ -79,11 +79,26 @@ def memorisation(train: Any, held_out: Any, synthetic: Any, *, seed: int = 0) ->
     synthetic = feature_matrix(synthetic, "synthetic", 1)
     if len(widths := {x.shape[1] for x in (train, held_out, synthetic)}) > 1:
         raise DataError(f"the sets have different numbers of features: {sorted(widths)}", fix="use one extractor")
-    null, null_relative, _ = _nearest(held_out, train)
+    distances = [np.sqrt(squared_distances(volumes, train)) for volumes in (held_out, synthetic)]
+    ct = data_copying(train, held_out, synthetic, seed=seed)
+    return dataclasses.replace(memorisation_of_distances(*distances), ct=ct)
+
+
+def memorisation_of_distances(held_out: np.ndarray, synthetic: np.ndarray) -> Memorisation:
+    """As `memorisation`, from any distances to the training volumes; without C_T, which needs features.
+
+    Args:
+        held_out: (h, n) distances of held-out real volumes to training volumes, h and n at least 3.
+        synthetic: (m, n) distances of synthetic volumes.
+
+    Raises:
+        DataError: if a held-out volume is among the training volumes.
+    """
+    null, null_relative, _ = _nearest(held_out)
     if (leaked := np.flatnonzero(null == 0)).size:
         why = f"{len(leaked)} held-out volumes are also training volumes; the first is row {leaked[0]}"
         raise DataError(why, field="held_out", fix="remove them from the held-out set: they would hide every copy")
-    distance, relative, row = _nearest(synthetic, train)
+    distance, relative, row = _nearest(synthetic)
     beyond = (distance < null.min()) & (relative < null_relative.min())
     is_copy = beyond & (_weibull_tail(relative, null_relative) < _FALSE_ALARMS / len(synthetic))
     null = np.sort(null)
@@ -98,17 +113,16 @@ def memorisation(train: Any, held_out: Any, synthetic: Any, *, seed: int = 0) ->
         copies_ci95=share_interval(int(is_copy.sum()), len(is_copy)),
         nearest=Nearest(row, distance, percentile, calibrated, is_copy),
         index=float(calibrated.mean()),
-        ct=data_copying(train, held_out, synthetic, seed=seed),
+        ct=None,
         null=null,
         guards=["few_held_out"] if len(null) < 99 else [],
     )
 
 
-def _nearest(volumes: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _nearest(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distance to the nearest training volume, the same over the mean of those to the next ones, and its row."""
-    distances = np.sqrt(squared_distances(volumes, train))
     row = distances.argmin(axis=1)
-    count = min(_NEIGHBOURS + 1, len(train))
+    count = min(_NEIGHBOURS + 1, distances.shape[1])
     near = np.sort(np.partition(distances, count - 1, axis=1)[:, :count], axis=1)
     following = near[:, 1:].mean(axis=1)
     return near[:, 0], near[:, 0] / np.where(following > 0, following, 1), row

@@ -5,87 +5,35 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ccella_fast.config import Config
-from ccella_fast.errors import CcellaError, CheckpointError, ConfigError
+from ccella_fast.data.readers.sample_files import read_sample
+from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.folder_kinds import check_output
-from ccella_fast.folder_lock import lock_folder
 from ccella_fast.models.autoencoder import check_autoencoder
+from ccella_fast.pirads import CLASS_NAMES
+from ccella_fast.processes import DistributedContext
 from ccella_fast.quantities import counted
-from ccella_fast.report.sample_files import read_sample
 from ccella_fast.run_record import write_run_record
 from ccella_fast.sampling import pretrained
 from ccella_fast.sampling.earlier_samples import check_earlier_samples
 from ccella_fast.sampling.optimizations import resolve_device
 from ccella_fast.sampling.output import Format, OutputVolume, OutputWriter, check_format
 from ccella_fast.sampling.plan import plan_request
-from ccella_fast.sampling.request import CLASSES, Request
+from ccella_fast.sampling.request import Request
 from ccella_fast.sampling.sampler import FastSampler
 from ccella_fast.storage import atomic_path, check_writable, read_json, remove_partial_files, write_csv
-from ccella_fast.training.distributed import raise_together
 
 logger = logging.getLogger("ccella_fast")
 _MONTAGE_VOLUMES = 12
 _LOGGED_REPORTS = 10
-
-
-class DistributedContext:
-    """The processes started by torchrun, each with one GPU; a single process without torchrun.
-
-    Attributes:
-        rank: of this process.
-        world_size: the number of processes.
-    """
-
-    def __init__(self) -> None:
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.world_size > 1 and not dist.is_initialized():
-            # Long, because a rank waits for the last volumes of the others; torchrun stops all ranks if one fails.
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
-
-    def select_device(self, requested: str | torch.device | None) -> torch.device:
-        """The requested device; by default the GPU of this process, or the CPU if there is no GPU."""
-        if requested is not None:
-            return resolve_device(requested)
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        return device
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.world_size > 1:
-            dist.barrier()
-
-    @contextmanager
-    def lock_folder(self, folder: Path) -> Iterator[None]:
-        """Hold the lock of the folder that the processes write to. Raises on all processes if another command holds it."""
-        refusal = None
-        with ExitStack() as held:
-            try:
-                if self.rank == 0:
-                    held.enter_context(lock_folder(folder, "ccella-fast sample"))
-            except CcellaError as error:
-                refusal = error
-                if self.world_size == 1:
-                    raise
-            if self.world_size > 1:
-                raise_together(refusal)
-            yield
-
-    def shard(self, items: Sequence[Any]) -> list[Any]:
-        """The items of this process: item i belongs to rank i modulo the number of processes."""
-        return list(items[self.rank :: self.world_size])
 
 
 def sample_to_folder(
@@ -144,8 +92,8 @@ def sample_to_folder(
         check_autoencoder(Path(vae))
     _check_report_ids(report_ids)
     processes = DistributedContext()
-    with processes.lock_folder(out):
-        device = processes.select_device(device)
+    with processes.lock_folder(out, "ccella-fast sample"):
+        device = _select_device(device)
 
         def make_request(config: Config) -> Request:
             return _make_request(config, reports, report_ids, num_samples, seed, settings)
@@ -184,6 +132,17 @@ def sample_to_folder(
                 _write_montage(out, outputs, writer)
         processes.barrier()
         _log_results(out, outputs, len(missing))
+
+
+def _select_device(requested: str | torch.device | None) -> torch.device:
+    """The requested device; by default the GPU of this process, or the CPU if there is no GPU."""
+    if requested is not None:
+        return resolve_device(requested)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _check_report_ids(report_ids: Sequence[str] | None) -> None:
@@ -263,7 +222,7 @@ def _write_table(out: Path, outputs: list[OutputVolume], writer: OutputWriter) -
         probabilities = sidecar["class_probabilities"] or {}
         values = [
             output.name, "yes", given, sidecar.get("report_id"), sidecar.get("report_sha256"), output.seed,
-            probabilities.get(CLASSES[1]), " ".join(f"{length:g}" for length in sidecar["spacing"]),
+            probabilities.get(CLASS_NAMES[1]), " ".join(f"{length:g}" for length in sidecar["spacing"]),
         ]  # fmt: skip
         rows.append(values + [sidecar["files"][sequence] for sequence in writer.sequences])
     write_csv(out / "samples.csv", [*columns, *writer.sequences], rows, line_end="\n")
@@ -282,7 +241,7 @@ def _log_results(out: Path, outputs: list[OutputVolume], generated: int) -> None
     predicted: dict[str, float] = {}  # by report: its volumes share the prediction but for rounding
     for sidecar in sidecars:
         if sidecar["class_probabilities"]:  # named by number: a file name may name a patient
-            predicted.setdefault(f"report {sidecar['report'] + 1}", sidecar["class_probabilities"][CLASSES[1]])
+            predicted.setdefault(f"report {sidecar['report'] + 1}", sidecar["class_probabilities"][CLASS_NAMES[1]])
     for name, probability in list(predicted.items())[:_LOGGED_REPORTS]:
         logger.info("  %s: P(PI-RADS 3 to 5) %.2f", name, probability)
     if len(predicted) > _LOGGED_REPORTS:
@@ -302,7 +261,7 @@ def _write_montage(out: Path, outputs: list[OutputVolume], writer: OutputWriter)
             volume = read_sample(path) / scale[sequence]
             title = f"report {output.report + 1}, seed {output.seed}" + (f", {sequence}" if len(scale) > 1 else "")
             if sidecar["class_probabilities"]:
-                title += f", P({CLASSES[1]}) {sidecar['class_probabilities'][CLASSES[1]]:.2f}"
+                title += f", P({CLASS_NAMES[1]}) {sidecar['class_probabilities'][CLASS_NAMES[1]]:.2f}"
             panels.append(Panel(volume, sidecar["spacing"], title))
     windows = " / ".join(f"{name} 0 to {value:g}" for name, value in scale.items())
     caption = f"Synthetic images generated by ccella_fast. Not for diagnosis. Window: {windows}"

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.errors import ConfigError, did_you_mean
+from ccella_fast.pirads import CLASS_NAMES
 from ccella_fast.quantities import counted
 from ccella_fast.sampling import dicom_output
-from ccella_fast.sampling.request import CLASSES
 from ccella_fast.storage import atomic_folder, atomic_path, check_writable, json_text, read_json
 
 # The factors by which the reference multiplies volumes in [0, 1] (docs/explanation/method.md, section 5), for checkpoints
@@ -135,7 +135,7 @@ class OutputWriter:
         """
         assert generated.volume is not None
         files, probabilities = self.files(out, output), generated.class_probabilities
-        rounded = probabilities and dict(zip(CLASSES, [round(p, 5) for p in probabilities], strict=True))
+        rounded = probabilities and dict(zip(CLASS_NAMES, [round(p, 5) for p in probabilities], strict=True))
         sidecar = {
             **self.request_metadata,
             **output.sample_metadata,

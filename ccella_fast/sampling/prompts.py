@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ccella_fast.models import Conditioning, DiffusionModel
+from ccella_fast.pirads import CLASS_NAMES
 from ccella_fast.sampling.output import VolumeMetadata
-from ccella_fast.sampling.request import CLASSES, VolumeInputs
+from ccella_fast.sampling.request import VolumeInputs
 from ccella_fast.sampling.text_features import PromptFeatures
 from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
 
@@ -84,7 +85,7 @@ class Prompts:
             rows = rows[:1]
         distinct = list(dict.fromkeys(rows))
         texts = [self._reports.features_of(row) for row, _, _ in distinct]
-        classes = [[float(name == each) for each in CLASSES] for _, _, name in distinct]
+        classes = [[float(name == each) for each in CLASS_NAMES] for _, _, name in distinct]
         return PromptRows(
             text=torch.cat([text for text in texts if text is not None]).to(device) if self._reports.rows else None,
             spacing=torch.tensor([spacing for _, spacing, _ in distinct], device=device) * SPACING_SCALE,

@@ -12,13 +12,12 @@ import numpy as np
 from torch import Tensor
 
 from ccella_fast.config import Config
-from ccella_fast.data.readers.study import CLASSES as PIRADS_CLASSES
 from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.errors import ConfigError
+from ccella_fast.pirads import CLASS_NAMES, CLASSES
 from ccella_fast.sampling.guidance import Guidance, Reuse
 from ccella_fast.variants import Variant
 
-CLASSES = ["neg", "pos"]  # PI-RADS 1-2, 3-5
 PiRads = int | str  # a score from 1 to 5, or the name of a class
 
 
@@ -210,11 +209,11 @@ def _parse_class(value: object, field: str) -> str | None:
     """The class of a PI-RADS score or of the name of a class; None stays None."""
     if value is None:
         return None
-    one_hot = PIRADS_CLASSES.get(str(value))
+    one_hot = CLASSES.get(str(value))
     if one_hot is None:
         why = f"a class must be a PI-RADS score from 1 to 5, neg or pos, got '{value!s:.20}'"
         raise ConfigError(why, field=f"--{field}", fix="use 1 to 5, neg (PI-RADS 1-2) or pos (PI-RADS 3-5)")
-    return CLASSES[one_hot.index(1)]
+    return CLASS_NAMES[one_hot.index(1)]
 
 
 def _parse_numbers(values: Any, count: int, field: str, fix: str) -> list[float]:

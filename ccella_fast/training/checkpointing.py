@@ -26,8 +26,8 @@ import ccella_fast
 from ccella_fast.checkpoint import publish_checkpoint, step_folder, write_manifest
 from ccella_fast.config import Config
 from ccella_fast.errors import CheckpointError, DiskError
+from ccella_fast.processes import HostCollectives
 from ccella_fast.storage import write_json
-from ccella_fast.training.distributed import HostCollectives
 from ccella_fast.training.ema import Ema
 from ccella_fast.training.engine import full_weights
 

@@ -19,7 +19,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ccella_fast import errors
 from ccella_fast.errors import CcellaError
 
 logger = logging.getLogger("ccella_fast")
@@ -65,39 +64,6 @@ def translate_peer_failure() -> Iterator[None]:
         if dist.get_world_size() == 1 or "by peer" not in str(error):  # gloo: "Connection closed by peer"
             raise
         raise CcellaError("another process of this run has ended", fix="see that process's own message") from None
-
-
-class HostCollectives:
-    """Collectives of small host values, over gloo, so that no process waits for its GPU."""
-
-    def __init__(self) -> None:
-        single = dist.get_world_size() == 1
-        self._group = None if single else dist.new_group(backend="gloo", timeout=_TIMEOUT)
-
-    def max(self, value: int) -> int:
-        """The largest `value` of any process."""
-        if self._group is None:
-            return value
-        tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
-        return int(tensor)
-
-    def all_gather(self, value: object) -> list:
-        """The `value` of each process, in rank order. Values must be plain Python values."""
-        if self._group is None:
-            return [value]
-        values: list = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
-
-def raise_together(error: CcellaError | None) -> None:
-    """Raise the error of the first process that has one, on all processes."""
-    mine = None if error is None else [type(error).__name__, error.why, error.path, error.field, error.fix]
-    for given in HostCollectives().all_gather(mine):
-        if given is not None:
-            kind, why, path, field, fix = given
-            raise getattr(errors, kind)(why, path=path, field=field, fix=fix)
 
 
 class SignalHandler:

@@ -14,8 +14,9 @@ from ccella_fast.config import Config
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.errors import NonFiniteError
 from ccella_fast.losses import class_loss, noise_loss
+from ccella_fast.processes import HostCollectives
 from ccella_fast.training.batches import BatchStream, MicroBatch
-from ccella_fast.training.distributed import HostCollectives, SignalHandler
+from ccella_fast.training.distributed import SignalHandler
 from ccella_fast.training.ema import Ema
 from ccella_fast.training.telemetry import Progress, Telemetry
 

@@ -21,6 +21,7 @@ from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataEr
 from ccella_fast.folder_kinds import check_folder, check_output, wrong_folder
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.foreign_errors import translate
+from ccella_fast.processes import HostCollectives, raise_together
 from ccella_fast.quantities import counted
 from ccella_fast.storage import disk_error, remove_partial_files, sha256, write_json
 from ccella_fast.training.deepspeed_config import merge_deepspeed_config
@@ -250,7 +251,7 @@ def _train(plan: RunPlan, refusal: CcellaError | None) -> int:
     from ccella_fast.run_record import write_run_record
     from ccella_fast.training.telemetry import write_status
 
-    distributed.raise_together(refusal)
+    raise_together(refusal)
     main, precision = dist.get_rank() == 0, plan.config.training.precision
     if main:
         logger.info("training in %s on %s", precision, device)
@@ -297,7 +298,7 @@ def _build_and_train(plan: RunPlan, device: Any, last_saved: dict[str, int]) -> 
     from ccella_fast.training.telemetry import Telemetry
 
     config, training, first_step = plan.config, plan.config.training, last_saved["step"]
-    collectives, main = distributed.HostCollectives(), dist.get_rank() == 0
+    collectives, main = HostCollectives(), dist.get_rank() == 0
     if len(set(collectives.all_gather(training.precision))) > 1:
         why = "this run's CPUs differ: some multiply in bf16, others emulate it"
         raise ConfigError(why, field="training.precision", fix="set it to fp32 or bf16")

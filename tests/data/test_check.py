@@ -17,8 +17,9 @@ from ccella_fast.data.checking.study_facts import SeriesFacts, StudyFacts
 from ccella_fast.data.checking.text import check_reports, language_of
 from ccella_fast.data.manifest import load_manifest
 from ccella_fast.data.preparation.prepare import prepare
-from ccella_fast.data.readers.study import NEGATIVE, POSITIVE, Study
+from ccella_fast.data.readers.study import Study
 from ccella_fast.errors import DataError
+from ccella_fast.pirads import NEGATIVE, POSITIVE
 from ccella_fast.storage import write_json
 from planted_defects import texture, write_clean, write_table
 from study_fixtures import config, write_bert, write_dicom, write_nifti, write_studies
@@ -206,6 +207,16 @@ LANGUAGES = {
     "Dutch": "Er is een laesie van 12 mm in de perifere zone links. Geen aanwijzing voor doorgroei. Rechts is niet afwijkend.",
     "German": "In der peripheren Zone links zeigt sich eine Läsion von 12 mm. Keine Hinweise auf Durchbruch, rechts nicht.",
     "French": "Il y a une lésion de 12 mm dans la zone périphérique gauche, sans extension. Les autres ne sont pas atteintes.",
+    "Swedish": "I vänster perifer zon finns en förändring på 12 mm. Ingen växt utanför kapseln. Höger sida är utan fynd.",
+    "Danish or Norwegian": "I venstre perifere zone ses en forandring på 12 mm uden tegn på vækst. Højre side er normal.",
+    "Polish": "W strefie obwodowej po lewej stronie widoczna zmiana 12 mm, bez cech naciekania. Węzły nie są powiększone.",
+    "Czech": "V periferní zóně vlevo je ložisko 12 mm bez známek šíření. Vpravo bez nálezu, uzliny nejsou zvětšené.",
+    "Turkish": "Sol periferik zonda 12 mm lezyon izlendi. Sağ tarafta patoloji saptanmadı ve lenf nodu yok.",
+    "Finnish": "Eturauhasen vasemmalla puolella on 12 mm muutos ilman kapselin ylitystä. Oikealla ei ole poikkeavaa.",
+    "Hungarian": "A bal oldali perifériás zónában 12 mm elváltozás látható. Jobb oldalon nem látható kóros jel.",
+    "Romanian": "În zona periferică stânga se observă o leziune de 12 mm fără extensie. În dreapta nu este modificare.",
+    "not in English": "Kushoto kuna uvimbe wenye ukubwa mdogo katika eneo pembeni, hakuna dalili nyingine; kulia hali kawaida"
+    " kabisa, tezi limekuwa kubwa kidogo.",
     "not in Latin letters": "В левой периферической зоне определяется очаг размером 12 мм. PI-RADS 4.",
 }
 
@@ -222,6 +233,11 @@ def test_the_language_of_a_report(language: str):
         ("Lesión en zona periférica izquierda, PI-RADS 4", "Spanish"),
         ("Lésion PI-RADS 4 zone périphérique droite", "French"),
         ("PI-RADS 4 lesion left apex, 12 mm, PZ, abuts the capsule", "English"),
+        (
+            "Volume 45 cc. PSA 5.6. Index lesion: midline apex PZ, 12 mm, T2 score 4, DWI score 4, DCE positive, PI-RADS 4."
+            " Extraprostatic extension: none. Seminal vesicles: normal. Lymph nodes: normal. Bones: normal.",
+            "English",
+        ),
     ],
 )
 def test_the_language_of_notes_without_sentences(report: str, language: str):

@@ -82,6 +82,15 @@ def test_every_other_series_has_its_reason(siemens: Path, series: str, reason: s
     assert matching and all(reason in each.reason and not each.use for each in matching)
 
 
+@pytest.mark.parametrize("missing", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
+def test_a_series_with_an_incomplete_header_marks_the_one_that_is_chosen_instead(siemens: Path, missing: str):
+    assert not judged(siemens)["4"].doubt  # control
+    change(siemens, missing, None, series=4)
+    found = judged(siemens)
+    assert found["6"].use == "t2w" and found["6"].doubt.endswith("which may be part of it or better: 4")
+    assert not found["9"].doubt and not found["10"].doubt  # T2 says nothing about diffusion
+
+
 def test_of_several_t2_series_the_rule_prefers_in_this_order(siemens: Path):
     """2D of the prostate, then 3D of the prostate, then 2D of the pelvis; the latter are marked."""
     found = []

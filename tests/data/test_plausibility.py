@@ -13,7 +13,7 @@ import pytest
 from ccella_fast.data.preparation.plausibility import check_intensities, coverage_note
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.data.preparation.resampling import make_grid, resample
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.data.readers.volume_file import read_volume
 from ccella_fast.errors import DataError
 from study_fixtures import SHAPE, config, oblique, tree, voxels, write_nifti
@@ -35,7 +35,7 @@ def adc() -> np.ndarray:
     ],
 )  # fmt: skip
 def test_adc_in_other_units_is_refused_with_the_factor(scale: float, unit: str, tmp_path: Path):
-    volume = Volume(adc() * np.float32(scale), oblique())
+    volume = StoredVolume(adc() * np.float32(scale), oblique())
     with pytest.raises(DataError, match=rf"looks like {unit}\)") as caught:
         check_intensities(volume, "adc", tmp_path)
     factor = float(caught.value.fix.rpartition("multiply by ")[2])
@@ -46,13 +46,13 @@ def test_adc_in_other_units_is_refused_with_the_factor(scale: float, unit: str, 
 
 def test_adc_without_positive_voxels_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="positive voxels in the middle of this ADC map: none"):
-        check_intensities(Volume(-adc(), oblique()), "adc", tmp_path)
+        check_intensities(StoredVolume(-adc(), oblique()), "adc", tmp_path)
     gland = np.zeros(SHAPE, np.float32)
     gland[18:22, 16:20, 7:11] = 1300
-    check_intensities(Volume(gland, oblique()), "adc", tmp_path)  # control: a map that is masked to an organ
+    check_intensities(StoredVolume(gland, oblique()), "adc", tmp_path)  # control: a map that is masked to an organ
     single = np.where(np.arange(gland.size).reshape(SHAPE) == (20 * SHAPE[1] + 18) * SHAPE[2] + 9, gland, 0)
     with pytest.raises(DataError, match="positive voxels in the middle of this ADC map: 1 of 6480"):
-        check_intensities(Volume(single, oblique()), "adc", tmp_path)
+        check_intensities(StoredVolume(single, oblique()), "adc", tmp_path)
 
 
 @pytest.mark.parametrize("value", [1e30, -1e30, 1e8])
@@ -60,10 +60,10 @@ def test_a_hot_voxel_of_an_adc_map_is_refused(value: float, tmp_path: Path):
     """Its window is fixed, but the B-spline of the resampling would spread the voxel over the map."""
     values = adc()
     values[20, 20, 9] = 65535  # control: where the signal is noise, the fit of ADC gives values far above the window
-    check_intensities(Volume(values, oblique()), "adc", tmp_path)
+    check_intensities(StoredVolume(values, oblique()), "adc", tmp_path)
     values[20, 20, 9] = value
     with pytest.raises(DataError, match="1 voxel is -?1e.\\d+, more than 1000 times the top of the window"):
-        check_intensities(Volume(values, oblique()), "adc", tmp_path)
+        check_intensities(StoredVolume(values, oblique()), "adc", tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3])
@@ -73,27 +73,27 @@ def test_padding_above_the_tissue_is_refused_and_named(value: int, share: float,
     count = int(share * padded.size)
     padded.ravel()[:count] = value
     with pytest.raises(DataError, match=f"{count} voxels are {value}, which leaves the tissue"):
-        check_intensities(Volume(padded, oblique()), "t2w", tmp_path)
+        check_intensities(StoredVolume(padded, oblique()), "t2w", tmp_path)
     saturated = np.minimum(voxels().astype(np.float32), np.quantile(voxels(), 0.7))
-    check_intensities(Volume(saturated, oblique()), "t2w", tmp_path)  # control: bright tissue has one value
+    check_intensities(StoredVolume(saturated, oblique()), "t2w", tmp_path)  # control: bright tissue has one value
 
 
 @pytest.mark.parametrize("sequence", ["t2w", "hbv"])
 def test_padding_and_hot_voxels_that_take_the_contrast_are_refused(sequence: str, tmp_path: Path):
     plain = voxels().astype(np.float32)
-    check_intensities(Volume(plain, oblique()), sequence, tmp_path)
+    check_intensities(StoredVolume(plain, oblique()), sequence, tmp_path)
     padded = plain.copy()
     padded.ravel()[:800] = -32768
     with pytest.raises(DataError, match="800 voxels are -32768, which leaves the tissue"):
-        check_intensities(Volume(padded, oblique()), sequence, tmp_path)
+        check_intensities(StoredVolume(padded, oblique()), sequence, tmp_path)
     hot = plain.copy()
     hot[20, 20, 9] = 1e30
     with pytest.raises(DataError, match="1 voxel is 1e.30, more than 1000 times the 99.5th percentile"):
-        check_intensities(Volume(hot, oblique()), sequence, tmp_path)
+        check_intensities(StoredVolume(hot, oblique()), sequence, tmp_path)
     masked = np.where(
         np.arange(SHAPE[0])[:, None, None] < 36, 0, plain
     )  # control: nine tenths are background of value 0
-    check_intensities(Volume(masked, oblique()), sequence, tmp_path)
+    check_intensities(StoredVolume(masked, oblique()), sequence, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_the_voxels_that_take_the_contrast_are_named(padding: list[tuple[int, fl
         start += count
     for sequence in ("t2w", "hbv"):
         with pytest.raises(DataError, match=words):
-            check_intensities(Volume(values, oblique()), sequence, tmp_path)
+            check_intensities(StoredVolume(values, oblique()), sequence, tmp_path)
 
 
 @pytest.mark.parametrize(("count", "shown"), [(2, "0, 1"), (4, "0, 1, 2, 3")])
@@ -123,7 +123,7 @@ def test_a_series_of_few_values_is_called_like_a_mask(count: int, shown: str, tm
     levels = np.searchsorted(np.quantile(plain, np.linspace(0, 1, count + 1)[1:-1]), plain)
     words = f"nearly all voxels of this hbv series have one of {count} values \\({shown}\\)"
     with pytest.raises(DataError, match=words):
-        check_intensities(Volume(levels.astype(np.float32), oblique()), "hbv", tmp_path)
+        check_intensities(StoredVolume(levels.astype(np.float32), oblique()), "hbv", tmp_path)
 
 
 def test_faint_series_are_plausible(tmp_path: Path):
@@ -134,7 +134,7 @@ def test_faint_series_are_plausible(tmp_path: Path):
     masked = plain + 400
     masked[:20] = 0
     for values in (np.floor(plain / 100), bright, masked):
-        check_intensities(Volume(values, oblique()), "hbv", tmp_path)
+        check_intensities(StoredVolume(values, oblique()), "hbv", tmp_path)
 
 
 @pytest.mark.parametrize("value", [-32768, 32767, 65535])
@@ -144,16 +144,16 @@ def test_padding_of_an_adc_map_is_refused(value: float, tmp_path: Path):
     values[:5] = value
     words = re.escape(f"{values[:5].size} voxels are {value:.6g}, but an ADC map has values between")
     with pytest.raises(DataError, match=words):
-        check_intensities(Volume(values, oblique()), "adc", tmp_path)
-    grid = make_grid(Volume(values, oblique()), [1.1, 1.1, 3.0], [54, 48, 16])
-    clean, spread = (np.clip(resample(Volume(each, oblique()), grid), 0, 3000) for each in (adc(), values))
+        check_intensities(StoredVolume(values, oblique()), "adc", tmp_path)
+    grid = make_grid(StoredVolume(values, oblique()), [1.1, 1.1, 3.0], [54, 48, 16])
+    clean, spread = (np.clip(resample(StoredVolume(each, oblique()), grid), 0, 3000) for each in (adc(), values))
     assert (np.abs(spread - clean)[8:] > 100).mean() > 0.02  # the padding ends at 5 x 1.5 / 1.1 = 6.8
 
 
 def test_noise_of_an_adc_map_is_plausible(tmp_path: Path):
     values = adc()
     values[:2], values[2] = 28000, -28000
-    check_intensities(Volume(values, oblique()), "adc", tmp_path)
+    check_intensities(StoredVolume(values, oblique()), "adc", tmp_path)
 
 
 def test_real_series_are_plausible(real_data: Path):

@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from ccella_fast.data.preparation import resampling as module
 from ccella_fast.data.preparation.resampling import covers_center, make_grid, normalize, resample
 from ccella_fast.data.readers.discovery import find_studies
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.data.readers.volume_file import FORMATS, check_axial, read_volume
 from ccella_fast.errors import DataError
 from study_fixtures import SHAPE, oblique, patch_header, voxels, write_nifti
@@ -62,9 +62,9 @@ def test_a_new_format_is_one_row_of_the_table(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(DataError, match="the file format '.raw3d' is not supported"):
         read_volume(path)
 
-    def read(path: Path, b_value: float | None) -> Volume:
+    def read(path: Path, b_value: float | None) -> StoredVolume:
         array = np.frombuffer(path.read_bytes(), np.uint16).reshape(SHAPE).astype(np.float32)
-        return Volume(array, np.diag([1.5, 1.5, 3, 1]))
+        return StoredVolume(array, np.diag([1.5, 1.5, 3, 1]))
 
     monkeypatch.setitem(FORMATS, ".raw3d", read)
     assert find_studies(tmp_path)[0].files == {"t2w": path}
@@ -112,7 +112,7 @@ def test_linear_field_is_reproduced(spacing: list[float], dim: list[int]):
         return points @ [2.0, -3.0, 1.5] + 100
 
     affine = nibabel.as_closest_canonical(nibabel.Nifti1Image(np.zeros(SHAPE), oblique())).affine
-    volume = Volume(field(affine, SHAPE).astype(np.float32), affine)
+    volume = StoredVolume(field(affine, SHAPE).astype(np.float32), affine)
     grid = make_grid(volume, spacing, dim)
     inner = tuple(slice(part.start + 5, part.stop - 5) for part in grid.inner)
     expected = field(grid.affine, grid.shape)
@@ -137,7 +137,7 @@ def test_right_spacing_means_no_interpolation():
 def test_coarser_grids_are_smoothed_first():
     """A Gaussian of sigma voxels leaves 1 / (2 sqrt(pi) sigma) of the variance of white noise per axis."""
     noise = np.random.default_rng(0).standard_normal((96, 96, 24)).astype(np.float32)
-    volume = Volume(noise, np.diag([1.0, 1.0, 3.0, 1.0]))
+    volume = StoredVolume(noise, np.diag([1.0, 1.0, 3.0, 1.0]))
     coarse = resample(volume, make_grid(volume, [4.0, 4.0, 3.0], [24, 24, 24]))
     sigma = np.sqrt((4.0**2 - 1) / (8 * np.log(2)))
     np.testing.assert_allclose(coarse[2:-2, 2:-2].std(), 1 / (2 * np.sqrt(np.pi) * sigma), rtol=0.1)
@@ -162,7 +162,9 @@ def test_separable_resampling_equals_itk(real_data: Path, monkeypatch: pytest.Mo
             expected = resample(volume, grid)
         assert np.ptp(expected) > 0.3 * np.ptp(volume.array)
         assert np.abs(separable - expected).max() < 2e-6 * np.ptp(volume.array)
-    rotated = Volume(volume.array, leading.affine @ np.diag([4, 4, 1, 1]) @ nibabel.affines.from_matvec(_rotation(5)))
+    rotated = StoredVolume(
+        volume.array, leading.affine @ np.diag([4, 4, 1, 1]) @ nibabel.affines.from_matvec(_rotation(5))
+    )
     resample(rotated, grid)
     assert calls == [1]  # grids that are rotated against each other are not separable
 
@@ -214,7 +216,7 @@ def test_volume_outside_the_center_of_the_grid_is_detected():
     grid = make_grid(volume, [1.5, 1.5, 3.0], [32, 32, 16])
     moved = volume.affine.copy()
     moved[0, 3] += 80
-    assert covers_center(volume, grid) and not covers_center(Volume(volume.array, moved), grid)
+    assert covers_center(volume, grid) and not covers_center(StoredVolume(volume.array, moved), grid)
 
 
 def test_coronal_and_sagittal_series_raise(tmp_path: Path, real_data: Path):
@@ -396,6 +398,6 @@ def read_uid(path: Path) -> bytes:
     return reader.GetMetaData("0020|000e").strip().encode()
 
 
-def _volume() -> Volume:
+def _volume() -> StoredVolume:
     affine = nibabel.as_closest_canonical(nibabel.Nifti1Image(np.zeros(SHAPE), oblique())).affine
-    return Volume(voxels().astype(np.float32), affine)
+    return StoredVolume(voxels().astype(np.float32), affine)

@@ -18,6 +18,7 @@ from ccella_fast import FastSampler, environment, hardware
 from ccella_fast.config import make_config
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import ConfigError
+from ccella_fast.processes import HostCollectives
 from ccella_fast.sampling.command import sample_to_folder
 from ccella_fast.sampling.onednn_prepack import PackedConvolution, can_pack
 from ccella_fast.sampling.optimizations import resolve_dtype
@@ -273,6 +274,6 @@ def test_processes_with_different_precisions_are_an_error(tmp_path, data, fake_b
     fake_bf16_support(True)
     other = {"bf16": ["fp32"]}  # what the other process has; it has no error when the folder is locked
     gather = lambda self, value: [value, *other.get(value if isinstance(value, str) else "", [value])]  # noqa: E731
-    monkeypatch.setattr(distributed.HostCollectives, "all_gather", gather)
+    monkeypatch.setattr(HostCollectives, "all_gather", gather)
     with pytest.raises(ConfigError, match="CPUs differ"):
         train_here(tmp_path / "run", data, precision="auto", max_train_steps=1)

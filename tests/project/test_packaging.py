@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Imports point strictly downwards. A module belongs to the longest prefix here.
 LAYERS = {
     "cli": 8,
-    "train": 7,
+    "train": 7, "commands": 7,
     "sampling": 6,
     "data.checking.check": 6, "data.checking.page": 6,
     "training": 5, "data.preparation.prepare": 5, "data.preparation.preview": 5, "report": 5,
@@ -27,8 +27,8 @@ LAYERS = {
     "data": 3, "reference_checkpoint": 3, "dropin": 3,
     "models": 2, "diffusion": 2, "losses": 2, "report.figures": 2, "report.page": 2,
     "config": 1, "config_errors": 1, "reference_config": 1, "entrypoint": 1, "foreign_errors": 1,
-    "variants": 0, "errors": 0, "deprecation": 0, "storage": 0, "folder_kinds": 0, "folder_lock": 0,
-    "environment": 0, "hardware": 0, "quantities": 0, "run_record": 0, "nvml": 0, "progress": 0, "kernels": 0,
+    "variants": 0, "pirads": 0, "errors": 0, "deprecation": 0, "storage": 0, "folder_kinds": 0, "folder_lock": 0,
+    "environment": 0, "hardware": 0, "quantities": 0, "run_record": 0, "nvml": 0, "progress": 0, "processes": 0, "kernels": 0,
 }  # fmt: skip
 
 
@@ -186,7 +186,20 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["phantom"], ["import"], ["check"], ["prepare"], ["train-vae"], ["sample"], ["report"], ["export"], ["env"]],
+    [
+        [],
+        ["phantom"],
+        ["import"],
+        ["check"],
+        ["prepare"],
+        ["train-vae"],
+        ["sample"],
+        ["sensitivity"],
+        ["evaluate"],
+        ["report"],
+        ["export"],
+        ["env"],
+    ],
 )
 def test_help_loads_no_torch(command):
     arguments = [*command, "--help"]

@@ -9,6 +9,7 @@ import nibabel
 import pytest
 import torch
 
+from evaluation_fixtures import draw, write_prepared
 from sampling_fixtures import write_checkpoint
 from study_fixtures import write_bert
 
@@ -63,3 +64,13 @@ def test_a_block_that_does_not_run_is_an_error(folder):
     with pytest.raises(NameError, match="unet"):
         run_blocks(python_blocks(text.replace("speed_up(network)", "speed_up(unet)")))
     assert len(python_blocks(text)) == 1 and not python_blocks(text.replace("```python", "```"))
+
+
+def test_the_block_of_the_evaluation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arrays = {f"case{k}": {"t2w": draw(k)} for k in range(4)}
+    write_prepared(tmp_path / "prepared", arrays, spacing=(0.5, 0.5, 0.5625))
+    (block,) = python_blocks((ROOT / "docs" / "how-to" / "evaluate.md").read_text())
+    names = {"arrays": [draw(10 + k, smooth=2) for k in range(4)]}
+    exec(compile(block, "<block>", "exec"), names)  # noqa: S102
+    assert names["result"]["fd", "random"].ratio > 1

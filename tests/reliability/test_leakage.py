@@ -15,7 +15,7 @@ from ccella_fast.data.checking.study_facts import StudyFacts, facts_of_studies, 
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.data.preparation.resampling import make_grid, resample
 from ccella_fast.data.readers.study import Study
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.data.readers.volume_file import read_volume
 from ccella_fast.errors import ConfigError, DataError
 from ccella_fast.storage import read_json
@@ -36,8 +36,8 @@ COPIES: dict[str, Change] = {
 }
 
 
-def volume(values: np.ndarray) -> Volume:
-    return Volume(np.ascontiguousarray(values, np.float32), AFFINE)
+def volume(values: np.ndarray) -> StoredVolume:
+    return StoredVolume(np.ascontiguousarray(values, np.float32), AFFINE)
 
 
 def facts(name: str, split: str, **values: object) -> StudyFacts:
@@ -92,7 +92,7 @@ def test_real_patients_are_not_copies_of_each_other_but_of_themselves_when_resam
     assert len(volumes) == 4 and list(find_copies(signatures)) == []
     for number, each in enumerate(volumes):
         grid = make_grid(each, [0.8, 0.8, float(each.spacing[2])], [200, 190, 16])
-        resampled = Volume(resample(each, grid)[::-1].copy() * 2, grid.affine)
+        resampled = StoredVolume(resample(each, grid)[::-1].copy() * 2, grid.affine)
         assert list(find_copies([*signatures, make_signature(resampled)])) == [(number, 4)]
 
 

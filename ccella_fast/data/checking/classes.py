@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ccella_fast.config import Config
 from ccella_fast.data.checking.findings import Finding, Severity
 from ccella_fast.data.checking.study_facts import StudyFacts
-from ccella_fast.data.readers.study import NEGATIVE, POSITIVE
+from ccella_fast.pirads import NEGATIVE, POSITIVE
 from ccella_fast.quantities import counted
 
 _FEW = 20  # training studies

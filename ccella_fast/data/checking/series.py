@@ -14,7 +14,7 @@ from ccella_fast.data.checking.study_facts import SeriesFacts
 from ccella_fast.data.preparation.images import leading_sequence, read_sequence, series_notes
 from ccella_fast.data.preparation.plausibility import check_contrast, check_intensities
 from ccella_fast.data.preparation.resampling import check_center, make_grid
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.data.readers.volume_checks import check_affine
 from ccella_fast.data.readers.volume_file import check_axial, closest_ras, read_geometry
 from ccella_fast.errors import DataError
@@ -58,7 +58,7 @@ class SeriesResult(NamedTuple):
 
 def examine_series(task: SeriesTask) -> SeriesResult:
     """Read all series of a study; a defect of one does not keep the others from being read."""
-    volumes: dict[str, Volume] = {}
+    volumes: dict[str, StoredVolume] = {}
     series: dict[str, SeriesFacts] = {}
     defects = []
     for sequence, path in task.files.items():
@@ -92,12 +92,12 @@ def examine_series(task: SeriesTask) -> SeriesResult:
 
 def _facts_of_header(shape: tuple[int, ...], affine: np.ndarray, path: Path) -> SeriesFacts:
     check_affine(affine, path)
-    empty = closest_ras(Volume(np.broadcast_to(np.float32(0), shape), affine))
+    empty = closest_ras(StoredVolume(np.broadcast_to(np.float32(0), shape), affine))
     check_axial(empty, path)
     return SeriesFacts(empty.array.shape, tuple(empty.spacing.tolist()))
 
 
-def _facts_of_volume(volume: Volume) -> SeriesFacts:
+def _facts_of_volume(volume: StoredVolume) -> SeriesFacts:
     array = volume.array
     digest = hashlib.sha256(repr(array.shape).encode())
     digest.update(np.ascontiguousarray(array).data)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 
 POINTS = 96
 _STEP = 1.5  # mm between the samples of the filtered image; halved until a small field of view has room for it
@@ -47,7 +47,7 @@ class Signature(NamedTuple):
     places: np.ndarray
 
 
-def make_signature(volume: Volume) -> Signature:
+def make_signature(volume: StoredVolume) -> Signature:
     """The signature of a volume; it has fewer than `POINTS` points if the image has fewer distinct places."""
     array, spacing = volume.array, volume.spacing
     field = min(array.shape[0] * spacing[0], array.shape[1] * spacing[1])

@@ -15,7 +15,8 @@ from ccella_fast.errors import ConfigError
 _UNKNOWN = 0.02  # share of tokens
 # Frequent words that radiology reports contain and the other languages here do not.
 _STOP_WORDS = {
-    "English": "the of and is with are there without for from no not was this has which left right",
+    "English": "the of and is with are there without for from no not was this has which left right"
+    " seen nodes bones vesicles none size gland",
     "Dutch": "het een van zijn niet geen naar bij aan wordt dat voor met links rechts er deze laesie perifere",
     "German": "der das und ist mit keine nicht im eine bei den dem links rechts kein sowie auf läsion periphere peripheren"
     " von ohne nachweis suspekte unauffällig samenblasen lymphknoten apikal erniedrigt",
@@ -24,7 +25,16 @@ _STOP_WORDS = {
     " zona periférica izquierdo derecho vesículas",
     "Italian": "il della nel con una di sinistra destra non del alla che lesione sono dei nella periferica",
     "Portuguese": "uma com sem não esquerda direita da do na em dos das os observa lesão na",
+    "Swedish": "och är av ett med inte utan vid på som till vänster höger finns körtel förändring hö vä",
+    "Danish or Norwegian": "og er av et med ikke uten uden ved på som til venstre høyre højre forandring",
+    "Polish": "na nie bez oraz jest się po lewej prawej stronie zmiana strefie obwodowej stercza węzły chłonne gruczoł",
+    "Czech": "je na bez se není vlevo vpravo ložisko zóně periferní prostaty uzliny žláza oboustranně",
+    "Turkish": "ve bir ile sol sağ olup zonda lezyon periferik izlendi yok saptanmadı prostatın",
+    "Finnish": "ja ei vasemmalla oikealla eturauhasen eturauhanen muutos ilman sekä ovat",
+    "Hungarian": "és az nem bal jobb oldali elváltozás nélkül perifériás zónában nyirokcsomó",
+    "Romanian": "și cu în fără stânga dreapta leziune periferică este nu pe zona",
 }
+_FEW_WORDS = 15  # of a report; English of more words contains some of the frequent ones
 _WORDS = {language: frozenset(words.split()) for language, words in _STOP_WORDS.items()}
 
 
@@ -37,14 +47,18 @@ def check_reports(studies: Sequence[Study], config: Config) -> list[Finding]:
 
 
 def language_of(report: str) -> str | None:
-    """The language of a report by its frequent words, or the kind of its letters; None if it is too short to tell."""
+    """The language of a report by its frequent words, or what it is not; None if it is too short to tell."""
     letters = [letter for letter in report if letter.isalpha()]
     if sum(ord(letter) > 0x2FF for letter in letters) > len(letters) / 2:
         return "not in Latin letters"
     words = Counter(re.findall(r"[^\W\d_]+", report.lower()))
     scores = {language: sum(words[word] for word in common) for language, common in _WORDS.items()}
     best = max(scores, key=lambda language: scores[language])
-    return best if scores[best] >= 3 and scores[best] > 1.2 * scores["English"] or best == "English" else None
+    if scores[best] >= 3 and scores[best] > 1.2 * scores["English"]:
+        return best
+    if scores["English"] == 0 and sum(count for word, count in words.items() if len(word) > 2) > _FEW_WORDS:
+        return "not in English"
+    return "English" if best == "English" else None
 
 
 def _languages(written: list[Study]) -> list[Finding]:

@@ -49,6 +49,7 @@ _NO_WORDS = {
     "exponential": "exponential ADC, by its description",
     "dynamic": "dynamic, by its description",
 }
+_INCOMPLETE = _NO_GEOMETRY, _NO_POSITION = "no orientation or voxel size in the header", "no position in the header"
 
 
 class Judgement(NamedTuple):
@@ -83,8 +84,12 @@ def choose_sequences(volumes: Sequence[Volume3D]) -> list[Judgement]:
         found.sort(key=lambda number: (judged[number].rank, judged[number].tie))
         best = judged[found[0]]
         rivals = [judged[number] for number in found[1:] if judged[number].rank == best.rank]
+        incomplete = [each.volume for each in judged if each.reason in _INCOMPLETE and _kind(each.volume) == sequence]
         doubt = best.doubt
-        if rivals:
+        if incomplete:
+            names = ", ".join(volume.name for volume in incomplete)
+            doubt = f"series whose headers are incomplete, which may be part of it or better: {names}"
+        elif rivals:
             names = ", ".join(each.volume.name for each in rivals)
             doubt = f"equal in all attributes to {names}"
         judged[found[0]] = best._replace(use=sequence, doubt=doubt)
@@ -98,11 +103,12 @@ def _judge(volume: Volume3D) -> Judgement:
     excluded = _exclusion(volume)
     if excluded:
         return Judgement(volume, "", excluded)
-    if _is_adc(volume):
-        return _adc(volume)
-    if _is_diffusion(volume):
-        return _diffusion(volume)
-    return _anatomy(volume)
+    return {"adc": _adc, "hbv": _diffusion, "t2w": _anatomy}[_kind(volume)](volume)
+
+
+def _kind(volume: Volume3D) -> str:
+    """The sequence that a volume can at most be."""
+    return "adc" if _is_adc(volume) else "hbv" if _is_diffusion(volume) else "t2w"
 
 
 def _exclusion(volume: Volume3D) -> str:
@@ -122,13 +128,13 @@ def _exclusion(volume: Volume3D) -> str:
             return reason
     normal = volume.normal
     if normal is None or first.pixel_spacing is None:
-        return "no orientation or voxel size in the header"
+        return _NO_GEOMETRY
     plane = int(np.abs(normal).argmax())
     tilt = float(np.degrees(np.arccos(min(1.0, abs(normal[2])))))
     if plane != 2 or tilt > MAX_TILT:
         return _PLANES[plane] if plane != 2 else f"oblique by {tilt:.0f} degrees"
     if any(frame.position is None for header in volume.headers for frame in header.frames):
-        return "no position in the header"
+        return _NO_POSITION
     if volume.slices < MIN_SLICES:
         return f"only {counted(volume.slices, 'slice')}"
     return ""

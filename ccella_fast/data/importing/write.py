@@ -13,7 +13,7 @@ import numpy as np
 
 from ccella_fast.data.importing.sequence_choice import Judgement
 from ccella_fast.data.readers.dicom_series import MAY_BE_MISSING
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.data.readers.volume_file import check_axial, read_volume
 from ccella_fast.errors import DataError
 from ccella_fast.storage import atomic_folder, atomic_path, read_json, write_json
@@ -69,7 +69,7 @@ def task_of(study_id: str, judged: list[Judgement], out: Path, private: Path) ->
     return StudyTask(study_id, series, out / study_id, private)
 
 
-def read_series(task: StudyTask, sequence: str) -> Volume:
+def read_series(task: StudyTask, sequence: str) -> StoredVolume:
     """Read one volume. Its files are linked into a temporary folder under neutral names, which is all that messages show."""
     files, b_value, is_part = task.series[sequence]
     with tempfile.TemporaryDirectory(prefix="ccella-") as temporary:
@@ -121,7 +121,7 @@ def write_study(task: StudyTask) -> dict[str, tuple[str, ...]]:
     return {sequence: volume.notes for sequence, volume in volumes.items()}
 
 
-def nifti_bytes(volume: Volume) -> bytes:
+def nifti_bytes(volume: StoredVolume) -> bytes:
     """A gzip-compressed NIfTI file with equal sform and qform. Whole numbers are stored as int16 or int32, else float32."""
     import nibabel
 

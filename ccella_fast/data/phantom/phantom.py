@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ccella_fast.data.phantom.report_text import Findings, write_report
 from ccella_fast.errors import ConfigError
+from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.storage import atomic_path, check_writable, write_csv
 
@@ -97,6 +98,7 @@ def _check_arguments(out: Path, num_studies: int, seed: int) -> None:
         if value < bound:
             raise ConfigError(f"{option} must be at least {bound}, got {value}", fix="change the value")
     check_writable(out, "--out")
+    check_output(out, "studies", field="--out")
     own = {"studies.csv", "README", *(f"phantom-{index:04d}" for index in range(num_studies))}
     present = sorted(entry.name for entry in out.iterdir() if entry.name[0] != ".") if out.is_dir() else []
     foreign = [name for name in present if name not in own]

@@ -15,7 +15,7 @@ from ccella_fast.data.checking.signature import encode_signature, make_signature
 from ccella_fast.data.preparation.plausibility import check_contrast, check_intensities, coverage_note
 from ccella_fast.data.preparation.resampling import Grid, check_center, make_grid, normalize, resample
 from ccella_fast.data.preparation.stage_cache import write_array
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.data.readers.volume_file import check_axial, read_volume
 
 
@@ -58,7 +58,7 @@ def check_images(task: ImageTask) -> None:
         check_contrast(volume, sequence, grid, task.files[sequence])
 
 
-def read_images(task: ImageTask) -> dict[str, Volume]:
+def read_images(task: ImageTask) -> dict[str, StoredVolume]:
     """The series of a study as they were measured."""
     return read_series(task)[0]
 
@@ -85,9 +85,9 @@ def make_images(task: ImageTask) -> PreparedImages:
     return PreparedImages(files, facts)
 
 
-def read_series(task: ImageTask) -> tuple[dict[str, Volume], Grid]:
+def read_series(task: ImageTask) -> tuple[dict[str, StoredVolume], Grid]:
     """The series of a study as they were measured, and the study's grid, which follows the T2 series."""
-    series: dict[str, Volume] = {}
+    series: dict[str, StoredVolume] = {}
     for sequence in task.data.sequences:
         series[sequence] = read_sequence(task.files[sequence], sequence, task.b_value)
     leading = leading_sequence(task.data)
@@ -97,14 +97,14 @@ def read_series(task: ImageTask) -> tuple[dict[str, Volume], Grid]:
     return series, grid
 
 
-def read_sequence(path: Path, sequence: str, b_value: float | None) -> Volume:
+def read_sequence(path: Path, sequence: str, b_value: float | None) -> StoredVolume:
     """The series of one sequence, which must be axial. `b_value` is for diffusion series, see `read_volume`."""
     volume = read_volume(path, b_value=b_value if sequence == "hbv" else None)
     check_axial(volume, path)
     return volume
 
 
-def series_notes(series: dict[str, Volume], grid: Grid) -> dict[str, list[str]]:
+def series_notes(series: dict[str, StoredVolume], grid: Grid) -> dict[str, list[str]]:
     """Sequence -> sentences about what the series holds and was not used, and what it does not cover."""
     notes = {}
     for sequence, volume in series.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ccella_fast.data.preparation.resampling import ADC_WINDOW, PERCENTILES, Grid, normalize, resample
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.errors import DataError
 from ccella_fast.quantities import counted
 
@@ -39,7 +39,7 @@ _SAMPLE = 200_000  # voxels, for percentiles
 _LEAST_COVER = 0.75  # of the voxels of the grid that the leading series covers
 
 
-def check_intensities(volume: Volume, sequence: str, path: Path) -> None:
+def check_intensities(volume: StoredVolume, sequence: str, path: Path) -> None:
     """Raise DataError unless the intensities are plausible for `sequence`, "t2w", "hbv" or "adc"."""
     if sequence == "adc":
         _check_adc(volume.array, path)
@@ -47,7 +47,7 @@ def check_intensities(volume: Volume, sequence: str, path: Path) -> None:
         _check_window(volume.array, sequence, path)
 
 
-def check_contrast(volume: Volume, sequence: str, grid: Grid, path: Path) -> None:
+def check_contrast(volume: StoredVolume, sequence: str, grid: Grid, path: Path) -> None:
     """Raise DataError if `normalize` would, for a series of which the part inside the grid has no contrast."""
     if sequence == "adc":  # its window is fixed
         return
@@ -58,7 +58,7 @@ def check_contrast(volume: Volume, sequence: str, grid: Grid, path: Path) -> Non
         normalize(resample(volume, grid), sequence, grid, path=path)
 
 
-def coverage_note(volume: Volume, sequence: str, grid: Grid) -> str | None:
+def coverage_note(volume: StoredVolume, sequence: str, grid: Grid) -> str | None:
     """A sentence if a series covers less than three quarters of the part of the grid that the leading series covers."""
     _, inside = _nearest_voxels(volume, grid, 12)
     share = float(inside.mean())
@@ -67,7 +67,7 @@ def coverage_note(volume: Volume, sequence: str, grid: Grid) -> str | None:
     return f"{sequence} covers {share:.0%} of the grid, the rest is filled with its minimum"
 
 
-def _nearest_voxels(volume: Volume, grid: Grid, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _nearest_voxels(volume: StoredVolume, grid: Grid, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(N, 3) index of the voxels nearest to count**3 points of the inner part of the grid, and which of them exist."""
     steps = [np.linspace(part.start, part.stop - 1, count) for part in grid.inner]
     points = np.stack([*np.meshgrid(*steps, indexing="ij"), np.ones([count] * 3)], -1).reshape(-1, 4)

@@ -19,7 +19,7 @@ from ccella_fast.data.manifest import open_array
 from ccella_fast.data.preparation.stage_cache import StageCache, file_entry, fingerprint_of
 from ccella_fast.data.preparation.stages import RECIPE, ImageStage, Stage
 from ccella_fast.data.readers.study import Study
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.report.figures import Panel, montage
 from ccella_fast.storage import atomic_path
 
@@ -54,7 +54,7 @@ class PreviewStage(Stage):
             self.records.put(study.id, self.name, self.inputs(study), {"preview": entry}, {})
         return {}
 
-    def _panels(self, study: Study, series: dict[str, Volume]) -> Iterator[Panel]:
+    def _panels(self, study: Study, series: dict[str, StoredVolume]) -> Iterator[Panel]:
         record, spacing = self.records.get(study.id, "image"), self.config.data.spacing
         for name in self.sequences:
             low, high = record["facts"]["window"][name]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.errors import DataError
 
 ADC_WINDOW = (0.0, 3000.0)  # 1e-6 mm2/s
@@ -32,7 +32,7 @@ class Grid(NamedTuple):
     inner: tuple[slice, slice, slice]
 
 
-def make_grid(volume: Volume, spacing: list[float], dim: list[int]) -> Grid:
+def make_grid(volume: StoredVolume, spacing: list[float], dim: list[int]) -> Grid:
     """The grid of a study whose T2 series is `volume`. `spacing` in mm and `dim` in voxels are along R, A, S."""
     old_shape, new_spacing = np.array(volume.array.shape), np.array(spacing, float)
     is_same = np.isclose(volume.spacing, new_spacing, rtol=1e-4)
@@ -50,7 +50,7 @@ def make_grid(volume: Volume, spacing: list[float], dim: list[int]) -> Grid:
     return Grid(tuple(dim), affine, (x, y, z))
 
 
-def resample(volume: Volume, grid: Grid) -> np.ndarray:
+def resample(volume: StoredVolume, grid: Grid) -> np.ndarray:
     """Interpolate `volume` at the inner part of `grid` with cubic B-splines.
 
     Axes along which the grid is coarser than the volume are smoothed with a Gaussian first.
@@ -80,7 +80,7 @@ def resample(volume: Volume, grid: Grid) -> np.ndarray:
 
 
 def _resample_by_axis(
-    volume: Volume, affine: np.ndarray, shape: list[int], index: np.ndarray, variance: np.ndarray, low: float
+    volume: StoredVolume, affine: np.ndarray, shape: list[int], index: np.ndarray, variance: np.ndarray, low: float
 ) -> np.ndarray:
     """Resample between grids with parallel axes, as for the leading series: what ITK does is then linear and separable.
 
@@ -130,7 +130,7 @@ def _axis_matrix(size: int, new_size: int, step: float, start: float, sigma2: fl
 
 
 def _resample_with_itk(
-    volume: Volume, affine: np.ndarray, shape: list[int], index: np.ndarray, variance: np.ndarray, low: float
+    volume: StoredVolume, affine: np.ndarray, shape: list[int], index: np.ndarray, variance: np.ndarray, low: float
 ) -> np.ndarray:
     """Resample between any two grids, voxel by voxel."""
     import SimpleITK as sitk
@@ -140,19 +140,19 @@ def _resample_with_itk(
         image = sitk.DiscreteGaussian(
             image, variance.tolist(), maximumKernelWidth=64, maximumError=1e-3, useImageSpacing=True
         )
-    target = _to_itk(Volume(np.zeros(shape, np.uint8), affine))
+    target = _to_itk(StoredVolume(np.zeros(shape, np.uint8), affine))
     resampled = sitk.Resample(image, target, sitk.Transform(), sitk.sitkBSpline, low, sitk.sitkFloat32)
     return sitk.GetArrayFromImage(resampled).transpose(2, 1, 0)
 
 
-def covers_center(volume: Volume, grid: Grid) -> bool:
+def covers_center(volume: StoredVolume, grid: Grid) -> bool:
     """Whether the volume contains the center of the grid."""
     center = grid.affine @ [*(np.array(grid.shape) - 1) / 2, 1]
     index = np.linalg.solve(volume.affine, center)[:3]
     return bool((index >= -0.5).all() and (index <= np.array(volume.array.shape) - 0.5).all())
 
 
-def check_center(volume: Volume, grid: Grid, sequence: str, leading: str, *, path: object) -> None:
+def check_center(volume: StoredVolume, grid: Grid, sequence: str, leading: str, *, path: object) -> None:
     """Raise DataError unless the series covers the center of the grid, which is that of the leading series."""
     if not covers_center(volume, grid):
         why = f"this {sequence} series does not cover the center of the {leading} series"
@@ -205,7 +205,7 @@ def _percentile(values: np.ndarray, percent: float) -> float:
     return lower if upper is None else lower + (upper - lower) * (rank - below)
 
 
-def _to_itk(volume: Volume) -> Any:
+def _to_itk(volume: StoredVolume) -> Any:
     """The volume as a SimpleITK image, in ITK's order of axes and in LPS."""
     import SimpleITK as sitk
 

@@ -22,7 +22,7 @@ from ccella_fast.data.preparation.latent_encoder import LatentEncoder, import_la
 from ccella_fast.data.preparation.stage_cache import StageCache, fingerprint_of
 from ccella_fast.data.preparation.worker_pool import TaskResult, WorkerPool
 from ccella_fast.data.readers.study import Study
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.data.text_encoder import TextEncoder
 from ccella_fast.errors import DataError
 from ccella_fast.hardware import warn_of_emulated_bf16
@@ -112,7 +112,7 @@ class ImageStage(Stage):
             seconds[study.id] = done.seconds
         return seconds
 
-    def read(self, todo: list[Study], title: str) -> Iterator[tuple[Study, dict[str, Volume]]]:
+    def read(self, todo: list[Study], title: str) -> Iterator[tuple[Study, dict[str, StoredVolume]]]:
         """The series of these studies as they were measured."""
         for done in self._run_in_pool(read_images, todo, title):
             if isinstance(done.result, DataError):

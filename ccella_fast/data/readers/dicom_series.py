@@ -13,7 +13,7 @@ from ccella_fast.data.readers.dicom_files import DicomFile, quiet_pydicom, read_
 from ccella_fast.data.readers.dicom_frames import DIMENSIONS, Frame, read_frames
 from ccella_fast.data.readers.dicom_geometry import by_position, stack_affine
 from ccella_fast.data.readers.dicom_pixels import read_pixels
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.data.readers.volume_checks import MAX_VOXELS
 from ccella_fast.errors import DataError
 from ccella_fast.quantities import counted
@@ -22,7 +22,7 @@ from ccella_fast.quantities import counted
 MAY_BE_MISSING = "images may be missing"
 
 
-def read_dicom_series(folder: Path, b_value: float | None = None) -> Volume:
+def read_dicom_series(folder: Path, b_value: float | None = None) -> StoredVolume:
     """Read a series, axes in the order column, row, slice.
 
     Args:
@@ -46,7 +46,7 @@ def read_dicom_series(folder: Path, b_value: float | None = None) -> Volume:
             raise DataError(why, path=folder, field="Rows", fix="give an MR series")
         array, scale_notes = _scaled_voxels(chosen)
         notes = [*notes, *chosen_notes, *_notes_on_missing(files), *geometry_notes, *scale_notes]
-    return Volume(array, affine, tuple(notes))
+    return StoredVolume(array, affine, tuple(notes))
 
 
 def _check_one_series(files: Sequence[DicomFile], folder: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ccella_fast.data.readers.raw_voxels import LPS_TO_RAS, RawImage, find_data_file, read_raw_image
 from ccella_fast.data.readers.text_header import MAX_HEADER, TextHeader
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.data.readers.volume_checks import TOLERANCE, check_size
 from ccella_fast.errors import DataError
 
@@ -31,7 +31,7 @@ _TYPES = {
 _BOOLEAN, _TRUE = "true|false|t|f|1|0", ("true", "t", "1")
 
 
-def read_metaimage(path: Path, b_value: float | None = None) -> Volume:
+def read_metaimage(path: Path, b_value: float | None = None) -> StoredVolume:
     """Read a volume in its stored order of axes.
 
     Raises:

@@ -16,7 +16,7 @@ import numpy as np
 from ccella_fast.data.readers.b_values import choose_b_value
 from ccella_fast.data.readers.pointers import check_is_data
 from ccella_fast.data.readers.text_header import NUMBER
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.data.readers.volume_checks import TOLERANCE, check_number_type, check_size
 from ccella_fast.errors import DataError
 from ccella_fast.quantities import counted
@@ -31,7 +31,7 @@ _MAX_B_VALUES = 2**16  # bytes of a .bval file
 _EXPORT_AGAIN, _COPY_AGAIN = "export the series again", "copy or export the file again"
 
 
-def read_nifti_file(path: Path, b_value: float | None = None) -> Volume:
+def read_nifti_file(path: Path, b_value: float | None = None) -> StoredVolume:
     """Read a 3D file, or one volume of a 4D diffusion file with its b-values in `<stem>.bval`, in the stored order of axes.
 
     Raises:
@@ -46,7 +46,7 @@ def read_nifti_file(path: Path, b_value: float | None = None) -> Volume:
         count = shape[3] if len(shape) > 3 else 1
         index, notes = _choose_volume(path, count, b_value)
         array = _read_voxels(file, header, shape[:3], path, index=index, count=count)
-        return Volume(array, _read_affine(header, path), notes)
+        return StoredVolume(array, _read_affine(header, path), notes)
 
 
 def read_nifti_array(path: Path, dimensions: int = 3) -> tuple[np.ndarray, np.ndarray]:

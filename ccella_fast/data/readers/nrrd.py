@@ -9,7 +9,7 @@ import numpy as np
 
 from ccella_fast.data.readers.raw_voxels import RawImage, find_data_file, read_raw_image
 from ccella_fast.data.readers.text_header import MAX_HEADER, NUMBER, TextHeader
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.data.readers.volume_checks import check_size
 from ccella_fast.errors import DataError
 
@@ -40,7 +40,7 @@ _SPACES = {  # name -> signs that lead to RAS. What other spaces, such as scanne
 _VECTOR = rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*,\s*{NUMBER}\s*\)"
 
 
-def read_nrrd(path: Path, b_value: float | None = None) -> Volume:
+def read_nrrd(path: Path, b_value: float | None = None) -> StoredVolume:
     """Read a volume in its stored order of axes.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 from ccella_fast.data.readers.pointers import check_is_data
 from ccella_fast.data.readers.text_checks import quote
 from ccella_fast.data.readers.text_header import TextHeader
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.errors import DataError
 from ccella_fast.quantities import counted
 
@@ -48,7 +48,7 @@ class RawImage(NamedTuple):
     affine: np.ndarray
 
 
-def read_raw_image(image: RawImage) -> Volume:
+def read_raw_image(image: RawImage) -> StoredVolume:
     """Read the voxels, in the stored order of axes.
 
     Raises:
@@ -58,7 +58,7 @@ def read_raw_image(image: RawImage) -> Volume:
     raw = _inflate(image, size) if image.is_compressed else _read(image, size)
     array = np.frombuffer(raw, image.dtype).reshape(image.shape[::-1]).transpose()
     with np.errstate(over="ignore"):  # becomes infinite, which check_voxels reports
-        return Volume(array.astype(np.float32), image.affine)
+        return StoredVolume(array.astype(np.float32), image.affine)
 
 
 def find_data_file(name: str, header: TextHeader, field: str) -> Path:

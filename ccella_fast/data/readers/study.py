@@ -10,12 +10,6 @@ from ccella_fast.errors import DataError
 from ccella_fast.quantities import counted
 
 FoundSeries = tuple[str, Path, dict[str, Path]]  # name of a study, its folder, sequence -> image file
-NEGATIVE, POSITIVE = [1, 0], [0, 1]  # PI-RADS 1 and 2, PI-RADS 3 to 5 (docs/explanation/method.md, section 1.1)
-#: A PI-RADS score, or the name of a class, -> one-hot class.
-CLASSES: dict[str, list[int]] = {
-    **dict.fromkeys(("1", "2", "neg"), NEGATIVE),
-    **dict.fromkeys(("3", "4", "5", "pos"), POSITIVE),
-}
 
 
 class Study(NamedTuple):

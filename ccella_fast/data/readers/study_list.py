@@ -13,7 +13,7 @@ from typing import Any, get_args
 from ccella_fast.data.manifest import Split
 from ccella_fast.data.readers.links import join_series
 from ccella_fast.data.readers.pointers import check_is_data
-from ccella_fast.data.readers.study import NEGATIVE, POSITIVE, Defects, Study
+from ccella_fast.data.readers.study import Defects, Study
 from ccella_fast.data.readers.text_checks import (
     MAX_STUDIES,
     check_file_size,
@@ -25,6 +25,7 @@ from ccella_fast.data.readers.text_checks import (
     quote,
 )
 from ccella_fast.errors import DataError
+from ccella_fast.pirads import NEGATIVE, POSITIVE
 from ccella_fast.storage import read_json, safe_join
 
 _SEQUENCES = {"axt2": "t2w", "b1600": "hbv", "adc": "adc"}

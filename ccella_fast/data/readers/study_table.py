@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ccella_fast.data.manifest import Split
-from ccella_fast.data.readers.study import CLASSES, Defects, Study
+from ccella_fast.data.readers.study import Defects, Study
 from ccella_fast.data.readers.text_checks import (
     MAX_LIST_BYTES,
     MAX_REPORT,
@@ -30,6 +30,7 @@ from ccella_fast.data.readers.text_checks import (
     read_text,
 )
 from ccella_fast.errors import DataError, did_you_mean
+from ccella_fast.pirads import CLASSES
 from ccella_fast.quantities import counted
 from ccella_fast.storage import safe_join
 

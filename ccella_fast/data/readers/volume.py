@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Volume(NamedTuple):
+class StoredVolume(NamedTuple):
     """A 3D image and its place in the patient. Oblique direction cosines are kept: nothing is rotated.
 
     Attributes:

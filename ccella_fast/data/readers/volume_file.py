@@ -17,12 +17,12 @@ from ccella_fast.data.readers.nifti import b_value_file, read_nifti_file, read_n
 from ccella_fast.data.readers.nrrd import parse_nrrd, read_nrrd
 from ccella_fast.data.readers.pointers import check_is_data
 from ccella_fast.data.readers.raw_voxels import RawImage
-from ccella_fast.data.readers.volume import Volume
+from ccella_fast.data.readers.volume import StoredVolume
 from ccella_fast.data.readers.volume_checks import check_affine, check_voxels
 from ccella_fast.errors import DataError
 
 #: Suffix -> reader(path, b_value) of a volume in its stored order of axes. A format is one row.
-FORMATS: dict[str, Callable[[Path, float | None], Volume]] = {
+FORMATS: dict[str, Callable[[Path, float | None], StoredVolume]] = {
     ".nii.gz": read_nifti_file,
     ".nii": read_nifti_file,
     ".mha": read_metaimage,
@@ -46,7 +46,7 @@ def volume_suffix(name: str) -> str | None:
     return next((suffix for suffix in FORMATS if name.lower().endswith(suffix)), None)
 
 
-def read_volume(path: str | Path, *, b_value: float | None = None) -> Volume:
+def read_volume(path: str | Path, *, b_value: float | None = None) -> StoredVolume:
     """Read a file of one of the FORMATS, or a folder that holds one DICOM series.
 
     Args:
@@ -107,7 +107,7 @@ def read_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray] | None:
     return None
 
 
-def check_axial(volume: Volume, path: Path) -> None:
+def check_axial(volume: StoredVolume, path: Path) -> None:
     """Raise DataError unless slices are axial. A volume that is nearly isotropic has no slice direction and passes."""
     order = np.argsort(volume.spacing)
     thickest = int(order[-1])
@@ -116,10 +116,10 @@ def check_axial(volume: Volume, path: Path) -> None:
         raise DataError(why, path=path, field="direction", fix="give the axial series")
 
 
-def closest_ras(volume: Volume) -> Volume:
+def closest_ras(volume: StoredVolume) -> StoredVolume:
     """Permute and flip axes (no interpolation) so that each points most nearly to Right, Anterior, Superior."""
     from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
     orientation = io_orientation(volume.affine)
     array = np.ascontiguousarray(apply_orientation(volume.array, orientation))
-    return Volume(array, volume.affine @ inv_ornt_aff(orientation, volume.array.shape), volume.notes)
+    return StoredVolume(array, volume.affine @ inv_ornt_aff(orientation, volume.array.shape), volume.notes)

@@ -1,0 +1,235 @@
+"""What the subcommands of `ccella-fast` do with their parsed arguments.
+
+Each reads its configuration first and imports what it needs afterwards, so that mistakes are answered at once. Each ends with
+what it wrote and the command that usually comes next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ccella_fast.entrypoint import is_local_rank_zero, log_next
+
+if TYPE_CHECKING:
+    from ccella_fast.config import Config
+
+
+def run_phantom(arguments: argparse.Namespace) -> None:
+    """Draw phantom studies."""
+    from ccella_fast.data.phantom.phantom import write_phantoms
+
+    write_phantoms(arguments.out, num_studies=arguments.num_studies, seed=arguments.seed)
+    prepared = arguments.out.with_name("prepared")
+    command = ["prepare", "--data", arguments.out, "--out", prepared, "--config", "configs/demo.json"]
+    log_next(arguments.out, ["ccella-fast", *command])
+
+
+def run_import(arguments: argparse.Namespace) -> None:
+    """Find the series of a PACS export, and write them with --write."""
+    from ccella_fast.errors import DataError
+    from ccella_fast.folder_kinds import check_folder
+
+    check_folder(arguments.data, "export", error=DataError, field="--data")
+    from ccella_fast.data.importing.import_studies import import_studies
+
+    options = _options(arguments, without=[])
+    wrote = import_studies(options.pop("data"), options.pop("out"), **options)
+    if arguments.write:
+        prepared = arguments.out.with_name("prepared")
+        command = ["prepare", "--data", arguments.out, "--out", prepared, "--config", "configs/ccella.json"]
+        log_next(wrote, ["ccella-fast", *command])
+    else:
+        log_next(wrote, ["ccella-fast", *sys.argv[1:], "--write"])
+
+
+def run_prepare(arguments: argparse.Namespace) -> None:
+    """Prepare studies."""
+    from ccella_fast.errors import DataError
+    from ccella_fast.folder_kinds import check_folder
+
+    config = _config(arguments)
+    config.check_grid()
+    check_folder(arguments.data, "studies", error=DataError, field="--data")
+    from ccella_fast.data.manifest import load_manifest
+    from ccella_fast.data.preparation.prepare import prepare
+
+    options = _options(arguments, without=["config", "set"])
+    data, out = options.pop("data"), options.pop("out")
+    _check_backends()
+    prepare(data, out, config, **options)
+    if load_manifest(out).scale_factor is None:
+        command = ["ccella-fast", "train-vae", "--data", out, "--out", out.with_name("vae")]
+    else:
+        command = ["deepspeed", "ccella_fast/train.py", "--data", out, "--output_dir", out.with_name("model")]
+    log_next(out, [*command, *_config_options(arguments)])
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """Check a data set; returns the exit code."""
+    from ccella_fast.errors import DataError
+    from ccella_fast.folder_kinds import check_folder, folder_kind
+
+    if folder_kind(arguments.data) != "prepared":
+        check_folder(arguments.data, "studies", error=DataError, field="--data")
+    from ccella_fast.data.checking.check import check
+
+    options = _options(arguments, without=["config", "set"])
+    return check(options.pop("data"), _config(arguments), **options)
+
+
+def run_train_vae(arguments: argparse.Namespace) -> None:
+    """Train the autoencoder."""
+    config = _config(arguments)
+    from ccella_fast.training.autoencoder.run import train_vae
+
+    _check_backends()
+    train_vae(arguments.data, arguments.out, config)
+    command = ["prepare", "--data", "STUDIES", "--out", arguments.data, "--vae", arguments.out]
+    log_next(arguments.out, ["ccella-fast", *command, *_config_options(arguments)])
+
+
+def run_sample(arguments: argparse.Namespace) -> None:
+    """Generate volumes."""
+    from ccella_fast.sampling.command import sample_to_folder
+    from ccella_fast.sampling.guidance import Reuse
+
+    options = _options(arguments, without=["report", "report_file"])
+    texts, files = arguments.report or [], arguments.report_file or []
+    options["reports"] = [*texts, *map(_read_report, files)] or None
+    options["report_ids"] = [f"report-{number}" for number in range(1, len(texts) + 1)] + [path.stem for path in files]
+    options["reuse"] = None if arguments.reuse is None else Reuse(*arguments.reuse)
+    options["device"] = None if arguments.device == "auto" else arguments.device
+    sample_to_folder(options.pop("checkpoint"), options.pop("out"), **options)
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """Compare generated volumes with real ones."""
+    from ccella_fast.evaluation.run import evaluate_to_folder
+
+    options = _options(arguments, without=[])
+    out = options.pop("out")
+    result = evaluate_to_folder(options.pop("real"), options.pop("synthetic"), out, **options)
+    if is_local_rank_zero():
+        print(result.table())
+        from ccella_fast.report.evaluation import write_evaluation_page
+
+        write_evaluation_page(out)
+    log_next(out / "report.html", ["ccella-fast", "report", out.parent])
+
+
+def run_sensitivity(arguments: argparse.Namespace) -> None:
+    """Show which feature spaces order known degradations of real volumes."""
+    from ccella_fast.evaluation.run import sensitivity_to_folder
+    from ccella_fast.evaluation.sensitivity import gate_table
+
+    options = _options(arguments, without=[])
+    real, out = options.pop("real"), options.pop("out")
+    print(gate_table(sensitivity_to_folder(real, out, **options)))
+    command = ["evaluate", "--real", real, "--synthetic", "SAMPLES", "--out", out]
+    log_next(out / "sensitivity.json", ["ccella-fast", *command])
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    """Write the page of a folder of results."""
+    from ccella_fast.errors import DataError
+    from ccella_fast.folder_kinds import check_folder, folder_kind, wrong_folder
+
+    if not arguments.folder.is_dir():
+        raise wrong_folder(arguments.folder, "results", error=DataError)
+    if folder_kind(arguments.folder) == "evaluation":
+        from ccella_fast.report.evaluation import write_evaluation_page
+
+        print(write_evaluation_page(arguments.folder))
+        return
+    check_folder(arguments.folder, "results", error=DataError)
+    from ccella_fast.report.html import write_report
+
+    print(write_report(arguments.folder))
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint in the form of the reference."""
+    from ccella_fast.checkpoint import export_reference, step_folders
+    from ccella_fast.config import make_config
+    from ccella_fast.sampling.pretrained import peek_config
+
+    export_reference(arguments.checkpoint, arguments.out, weights=arguments.weights)
+    config = peek_config(arguments.checkpoint)
+    if config is None or _grid_and_encoder(config) == _grid_and_encoder(make_config()):
+        vae = next(iter(step_folders(arguments.checkpoint)), arguments.checkpoint)  # a .pt file does not contain one
+        command = ["sample", "--checkpoint", arguments.out, "--vae", vae, "--out", arguments.out.with_suffix("")]
+    else:
+        about = (
+            "a .pt file has no grid and no text encoder, and those of this model are not the defaults: sample from %s"
+        )
+        logging.getLogger("ccella_fast").info(about, arguments.checkpoint)
+        command = ["sample", "--checkpoint", arguments.checkpoint, "--out", "samples"]
+    log_next(arguments.out, ["ccella-fast", *command])
+
+
+def _grid_and_encoder(config: Config) -> tuple[object, ...]:
+    return config.data.spacing, config.data.dim, config.text.encoder, config.text.max_length
+
+
+def run_env(arguments: argparse.Namespace) -> None:
+    """Print what this machine is."""
+    import json
+
+    from ccella_fast.environment import describe_environment, environment_warnings, format_environment
+
+    facts = describe_environment()
+    if arguments.json:
+        print(json.dumps({**facts, "warnings": environment_warnings(facts)}, indent=2))
+    else:
+        print(format_environment(facts))
+        print("for a bug report: ccella-fast env --json > env.json")
+
+
+def _check_backends() -> None:
+    """Refuse a value of CCELLA_FAST_BACKEND that this machine cannot run, before anything is loaded."""
+    from ccella_fast.kernels.backend import check_environment
+
+    check_environment()
+
+
+def _options(arguments: argparse.Namespace, *, without: Sequence[str]) -> dict[str, Any]:
+    """The options of a subcommand, which are named like the keyword arguments of the function that it calls."""
+    other = {"run", "debug", "if_out_of_memory", *without}
+    return {name: value for name, value in vars(arguments).items() if name not in other}
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    from ccella_fast.config import load_config, make_config
+
+    if arguments.config is None:
+        return make_config(arguments.set)
+    return load_config(arguments.config, arguments.set)
+
+
+def _config_options(arguments: argparse.Namespace) -> list[str]:
+    """The configuration, as the next command needs it again."""
+    files = ["--config", *map(str, arguments.config)] if arguments.config else []
+    return [*files, *(part for text in arguments.set for part in ("--set", text))]
+
+
+def _read_report(path: Path) -> str:
+    from ccella_fast.data.readers.pointers import check_is_data
+    from ccella_fast.errors import DataError
+
+    try:
+        check_is_data(path)
+        return path.read_text(encoding="utf-8-sig")
+    except IsADirectoryError:
+        fix = f"give the files in it: --report_file {path}/*.txt"
+        raise DataError("this is a folder, not a report file", path=path, field="--report_file", fix=fix) from None
+    except OSError:
+        raise DataError(
+            "this report file cannot be read", path=path, fix="check the path and its permissions"
+        ) from None
+    except UnicodeDecodeError:
+        raise DataError("this report file is not UTF-8 text", path=path, fix="save it as UTF-8") from None

@@ -1,0 +1,388 @@
+"""The metrics of an evaluation: from tables of features to rows of numbers, each with its floor, interval and guards.
+
+A metric is a statistic D(rows of the real set, rows of another set) on products or distances that are computed once per feature
+space. `statistics.compare_with_floor` draws the rows; here is what is drawn from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from ccella_fast.evaluation.anatomy import compare_glands, glands
+from ccella_fast.evaluation.classifier_test import classifier_test_of_rows, standardised_products
+from ccella_fast.evaluation.collecting import FeatureTable
+from ccella_fast.evaluation.conditions import condition_agreement
+from ccella_fast.evaluation.copying import memorisation, memorisation_of_distances
+from ccella_fast.evaluation.frechet import FrechetDistances
+from ccella_fast.evaluation.images import image_correlations, intensity_distance, spectral_distance
+from ccella_fast.evaluation.mmd import gaussian_kernel, kernel_test, polynomial_kernel, unbiased_mmd
+from ccella_fast.evaluation.neighbours import precision_recall_of_rows, squared_distances
+from ccella_fast.evaluation.results import Better, Row
+from ccella_fast.evaluation.statistics import (
+    Comparison,
+    Statistic,
+    compare_with_floor,
+    disjoint_rows,
+    group_numbers,
+    guards,
+    standardisation,
+)
+
+NEIGHBOURS = 5  # of precision, recall, density and coverage
+_CLASSIFIER_DRAWS = 20  # a classifier is trained five times in each
+_LIMIT_DRAWS = 20  # only their mean is reported
+
+
+class Sets(NamedTuple):
+    """The features of one sequence.
+
+    Attributes:
+        real: the real volumes that synthetic ones are compared with.
+        synthetic: the generated volumes.
+        train: the volumes that the generator was trained on; None if they were not given.
+        reconstructed: `real`, row for row, after the autoencoder; None without one.
+    """
+
+    real: FeatureTable
+    synthetic: FeatureTable
+    train: FeatureTable | None = None
+    reconstructed: FeatureTable | None = None
+
+
+class Draws(NamedTuple):
+    """How often sets are split at random, and from which seed."""
+
+    number: int
+    seed: int
+
+
+#: Metric -> the statistic on two sets of stacked, standardised features, from (stacked features, number of the real ones).
+Maker = Callable[[np.ndarray, int], Statistic]
+
+
+def _fd(stacked: np.ndarray, n_real: int) -> Statistic:
+    return FrechetDistances(stacked[:n_real], stacked[n_real:])
+
+
+def _kid(stacked: np.ndarray, n_real: int) -> Statistic:
+    kernel = polynomial_kernel(stacked)
+    return lambda a, b: unbiased_mmd(kernel, a, b)
+
+
+def _mmd(stacked: np.ndarray, n_real: int) -> Statistic:
+    kernel = gaussian_kernel(stacked, n_real)
+    return lambda a, b: unbiased_mmd(kernel, a, b)
+
+
+def _prdc(stacked: np.ndarray, n_real: int) -> Statistic:
+    squared = squared_distances(stacked, stacked)
+    return lambda a, b: precision_recall_of_rows(squared, a, b, NEIGHBOURS)
+
+
+class _Distance(NamedTuple):
+    make: Maker
+    better: dict[str, Better]  # row -> which values are better
+    least: int = 2
+    by_dimension: bool = False  # whether the number of dimensions biases it
+
+
+_DISTANCES = {
+    "fd": _Distance(_fd, {"fd": "lower"}, by_dimension=True),
+    "kid": _Distance(_kid, {"kid": "lower"}),
+    "mmd": _Distance(_mmd, {"mmd": "lower"}),
+    "prdc": _Distance(
+        _prdc,
+        {"precision": "higher", "recall": "higher", "density": "floor", "coverage": "higher"},
+        least=NEIGHBOURS + 1,
+    ),
+}
+FEATURE_METRICS = (*_DISTANCES, "c2st")
+IMAGE_METRICS = ("intensity", "spectrum")
+SMALL_IMAGES = "image-4mm"  # the space of `images.ImageFeatures` in which copies are looked for
+
+
+def feature_rows(sets: Sets, space: str, metrics: set[str], draws: Draws, about: dict[str, Any]) -> Iterator[Row]:
+    """The rows of the distances and of the classifier test in one feature space.
+
+    Args:
+        sets: the features.
+        space: the name of the feature space.
+        metrics: those of FEATURE_METRICS that are wanted.
+        draws: of the floors and intervals.
+        about: weights_sha256 and preprocessing of the features.
+    """
+    standard = standardisation((sets.train if sets.train is not None else sets.real).spaces[space])
+    real, synthetic = (standard.apply(each.spaces[space]) for each in (sets.real, sets.synthetic))
+    reconstructed = None if sets.reconstructed is None else standard.apply(sets.reconstructed.spaces[space])
+    itself = [] if sets.train is not None else ["standardised_by_itself"]
+    dim = real.shape[1]
+    sizes = guards(len(real), len(synthetic), dim)
+    common = {**_names(sets), "features": space, "dim": dim, **about}
+    for metric, distance in _DISTANCES.items():
+        if metric not in metrics:
+            continue
+        start = time.perf_counter()
+        if min(len(real), len(synthetic)) < distance.least:
+            continue
+        compared = _compare(distance.make, real, synthetic, sets, draws, distance.least)
+        limits = _limit(distance.make, real, reconstructed, compared, sets, draws)
+        details = _kernel_details(metric, real, synthetic, sets, draws)
+        seconds = time.perf_counter() - start
+        words = [*(word for word in sizes if word == "few" or distance.by_dimension), *itself]
+        for name, comparison, limit in zip(distance.better, _fields(compared), _fields(limits), strict=True):
+            yield _row(name, comparison, distance.better[name], limit, words, common, seconds, details)
+    if "c2st" in metrics and min(len(real), len(synthetic)) >= 2:
+        yield from _classifier_rows(real, synthetic, reconstructed, sets, draws, common, sizes, itself)
+
+
+def _compare(
+    make: Maker, real: np.ndarray, synthetic: np.ndarray, sets: Sets, draws: Draws, least: int, count: int | None = None
+) -> Any:
+    statistic = make(np.concatenate([real, synthetic]), len(real))
+    return compare_with_floor(
+        statistic, len(real), len(synthetic), patients=sets.real.patients, least=least,
+        draws=draws.number if count is None else count, seed=draws.seed,
+    )  # fmt: skip
+
+
+def _limit(
+    make: Maker, real: np.ndarray, reconstructed: np.ndarray | None, compared: Any, sets: Sets, draws: Draws
+) -> Any:
+    """The mean distance of a half of the real set to the reconstructions of the other half, at the n of the floor."""
+    first: Comparison = _fields(compared)[0]
+    if reconstructed is None or first.floor is None:
+        return tuple(None for _ in _fields(compared)) if _is_several(compared) else None
+    statistic = make(np.concatenate([real, reconstructed]), len(real))
+    groups, rng = group_numbers(sets.real.patients, len(real)), np.random.default_rng(draws.seed)
+    values = []
+    for _ in range(min(draws.number, _LIMIT_DRAWS)):
+        a, b = disjoint_rows(groups, (first.m, first.m), rng)
+        values.append(statistic(a, len(real) + b))
+    means = np.array(values, float).reshape(len(values), -1).mean(0)
+    return tuple(map(float, means)) if _is_several(compared) else float(means[0])
+
+
+def _is_several(value: Any) -> bool:
+    """Whether a statistic has several fields, of which each has a value."""
+    return isinstance(value, tuple) and not isinstance(value, Comparison)
+
+
+def _fields(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if _is_several(value) else (value,)
+
+
+def _kernel_details(metric: str, real: np.ndarray, synthetic: np.ndarray, sets: Sets, draws: Draws) -> dict[str, Any]:
+    if metric not in ("kid", "mmd"):
+        return {}
+    kernel: Literal["polynomial", "gaussian"] = "polynomial" if metric == "kid" else "gaussian"
+    test = kernel_test(real, synthetic, kernel, patients=sets.real.patients, seed=draws.seed)
+    return {"p": test.p, "block_mean": test.block_mean, "block_sd": test.block_sd, "block_size": test.block_size}
+
+
+def _classifier_rows(
+    real: np.ndarray,
+    synthetic: np.ndarray,
+    reconstructed: np.ndarray | None,
+    sets: Sets,
+    draws: Draws,
+    common: dict[str, Any],
+    sizes: list[str],
+    itself: list[str],
+) -> Iterator[Row]:
+    start = time.perf_counter()
+    groups = group_numbers(sets.real.patients, len(real))
+
+    def make(stacked: np.ndarray, n_real: int) -> Statistic:
+        products = standardised_products(stacked)
+
+        def auc(a: np.ndarray, b: np.ndarray) -> float:
+            of_a = group_numbers(groups[a].tolist(), len(a))
+            return classifier_test_of_rows(products, a, b, of_a, seed=draws.seed).auc
+
+        return auc
+
+    if groups.max() == 0:  # one patient
+        return
+    few = Draws(min(draws.number, _CLASSIFIER_DRAWS), draws.seed)
+    compared = _compare(make, real, synthetic, sets, few, 4)
+    limit = _limit(make, real, reconstructed, compared, sets, few)
+    words = [*(word for word in sizes if word == "few"), *itself]
+    yield _row("c2st", compared, "lower", limit, words, common, time.perf_counter() - start, {})
+
+
+def image_rows(sets: Sets, metrics: set[str], draws: Draws) -> Iterator[Row]:
+    """The rows of the distances of intensities and of power spectra."""
+    common = {**_names(sets), "features": None}
+    for metric in IMAGE_METRICS:
+        if metric not in metrics:
+            continue
+        start = time.perf_counter()
+        real, synthetic = sets.real.spaces[metric], sets.synthetic.spaces[metric]
+        reconstructed = None if sets.reconstructed is None else sets.reconstructed.spaces[metric]
+        make = _intensity if metric == "intensity" else _spectrum
+        compared = _compare(make, real, synthetic, sets, draws, 2)
+        limit = _limit(make, real, reconstructed, compared, sets, draws)
+        curves = {"real": _mean(real), "synthetic": _mean(synthetic)}
+        curves |= {} if reconstructed is None else {"autoencoder": _mean(reconstructed)}
+        details: dict[str, Any] = {"curves": curves}
+        if metric == "spectrum":
+            details |= {"high": spectral_distance(real, synthetic).high}
+        words = [word for word in guards(len(real), len(synthetic), 1) if word == "few"]
+        yield _row(metric, compared, "lower", limit, words, common, time.perf_counter() - start, details)
+
+
+def _intensity(stacked: np.ndarray, n_real: int) -> Statistic:
+    return lambda a, b: intensity_distance(stacked[a], stacked[b])
+
+
+def _spectrum(stacked: np.ndarray, n_real: int) -> Statistic:
+    return lambda a, b: spectral_distance(stacked[a], stacked[b]).total
+
+
+def _mean(array: np.ndarray) -> list[float]:
+    return [float(f"{value:.5g}") for value in array.mean(0, dtype=np.float64)]
+
+
+def memorisation_rows(
+    sets: Sets, space: str, draws: Draws, about: dict[str, Any]
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The rows of memorisation in one space, and for each synthetic volume its nearest training volume.
+
+    The distance is that of standardised features, or 1 - the best correlation of small images (`image_correlations`).
+    """
+    assert sets.train is not None
+    start = time.perf_counter()
+    train, real, synthetic = (each.spaces[space] for each in (sets.train, sets.real, sets.synthetic))
+    if space == SMALL_IMAGES:
+        apart = [
+            np.maximum(1 - image_correlations(each, train), 0) for each in (real, synthetic)
+        ]  # 0: it rounds above 1
+        found = memorisation_of_distances(*apart)
+    else:
+        standard = standardisation(train)
+        found = memorisation(*(standard.apply(each) for each in (train, real, synthetic)), seed=draws.seed)
+    seconds = time.perf_counter() - start
+    words = tuple(found.guards)
+    common = {
+        **_names(sets),
+        "features": space,
+        "dim": real.shape[1],
+        "guards": words,
+        "seconds": round(seconds, 3),
+        **about,
+    }
+    details: dict[str, Any] = {"null": [float(f"{value:.6g}") for value in found.null], "n_train": len(train)}
+    rows = [
+        Row("copies", value=found.copies, ci95=found.copies_ci95, floor=0.0, better="lower", details=details, **common),
+        Row("below_1pct", value=found.share_below_1pct, floor=0.01, better="floor", **common),
+        Row("below_5pct", value=found.share_below_5pct, floor=0.05, better="floor", **common),
+        Row("memorisation_index", value=found.index, floor=0.0, better="floor", **common),
+        *([] if found.ct is None else [Row("ct", value=found.ct, floor=0.0, better="floor", **common)]),
+    ]
+    near = found.nearest
+    nearest = [
+        {
+            "features": space,
+            "nearest_train": case_name("train", int(near.row[case])),
+            "distance": float(near.distance[case]),
+            "null_percentile": float(near.percentile[case]),
+            "memorisation_index": float(near.calibrated[case]),
+            "copy": bool(near.is_copy[case]),
+        }
+        for case in range(len(sets.synthetic))
+    ]
+    return rows, nearest
+
+
+def case_name(kind: str, row: int) -> str:
+    """What a volume is called in results: by its number, since ids and file names may name patients."""
+    return f"{kind}-{row + 1:03d}"
+
+
+def _names(sets: Sets) -> dict[str, Any]:
+    return {
+        "sequence": sets.real.sequence, "set": sets.synthetic.name, "reference": sets.real.name,
+        "n_real": len(sets.real), "n_synthetic": len(sets.synthetic),
+    }  # fmt: skip
+
+
+def _row(
+    metric: str,
+    comparison: Comparison,
+    better: Better,
+    limit: float | None,
+    words: list[str],
+    common: dict[str, Any],
+    seconds: float,
+    details: dict[str, Any],
+) -> Row:
+    more = {
+        "m": comparison.m,
+        "draws": comparison.draws,
+        "floor_ci95": comparison.floor_ci95,
+        "ratio_ci95": comparison.ratio_ci95,
+    }
+    return Row(
+        metric, value=comparison.value, value_equal_n=comparison.value_equal_n, ci95=comparison.ci95,
+        floor=comparison.floor, ratio=comparison.ratio, limit_autoencoder=limit, better=better,
+        guards=tuple(dict.fromkeys([*words, *comparison.guards])), details={**details, **more},
+        seconds=round(seconds, 3), **common,
+    )  # fmt: skip
+
+
+def condition_rows(
+    sets: Sets, space: str, draws: Draws, about: dict[str, Any]
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The row of the agreement of synthetic volumes with the class that they were asked for; none where no class is known."""
+    asked = sets.synthetic.classes
+    if not any(asked) or len(set(sets.real.classes) - {None}) < 2:
+        return [], []
+    start = time.perf_counter()
+    real, synthetic = (each.spaces[space] for each in (sets.real, sets.synthetic))
+    found = condition_agreement(
+        "class", real, sets.real.classes, synthetic, asked, patients=sets.real.patients, seed=draws.seed
+    )
+    details = {
+        name: getattr(found, name)
+        for name in ("score", "ceiling", "normalized", "normalized_ci95", "p", "accuracy", "ceiling_accuracy")
+    }
+    row = Row(
+        "condition_class", **(_names(sets) | {"n_real": found.n_real, "n_synthetic": found.n_synthetic}),
+        features=space, dim=real.shape[1], value=found.value, floor=found.floor, better="higher",
+        guards=tuple(found.guards), details=details, seconds=round(time.perf_counter() - start, 3), **about,
+    )  # fmt: skip
+    return [row], []
+
+
+def anatomy_rows(sets: Sets) -> list[Row]:
+    """The shares of volumes whose gland, as segmented, follows each rule; the floor is that of the real volumes."""
+    start = time.perf_counter()
+    found = compare_glands(*(glands(each.spaces["gland"]) for each in (sets.real, sets.synthetic)))
+    words = () if found.applicable else ("segmenter_fails_on_real",)
+    volumes = dict(zip(("real", "synthetic"), found.volume_cc, strict=True))
+    seconds = round(time.perf_counter() - start, 3)
+    limit = (
+        None
+        if sets.reconstructed is None
+        else compare_glands(*(glands(each.spaces["gland"]) for each in (sets.real, sets.reconstructed)))
+    )
+    return [
+        Row(
+            f"gland_{rule}",
+            **_names(sets),
+            features=None,
+            value=synthetic.value,
+            ci95=synthetic.ci95,
+            floor=real.value,
+            limit_autoencoder=limit.rules[rule][1].value if limit else None,
+            better="floor",
+            guards=(*words, *(("few",) if min(real.n, synthetic.n) < 20 else ())),
+            details={"floor_ci95": real.ci95, **({"volume_cc": volumes} if rule == "plausible" else {})},
+            seconds=seconds,
+        )  # fmt: skip
+        for rule, (real, synthetic) in found.rules.items()
+    ]

@@ -1,0 +1,99 @@
+"""Retrieval of reports by volumes and of volumes by reports, in the common space of a text-image model that the user brings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ccella_fast.errors import DataError
+from ccella_fast.evaluation.statistics import feature_pair, share_interval
+
+_CANDIDATES_PER_K = 10  # with fewer, chance alone retrieves more than a tenth
+
+
+class Retrieval(NamedTuple):
+    """Recall at K: how often what belongs together is among the K most similar candidates.
+
+    Attributes:
+        k: K.
+        image_to_text: share of the volumes whose report is among the K most similar reports; None below 10 K reports.
+        image_to_text_ci95: interval of this share.
+        text_to_image: share of the reports of which a volume is among the K most similar volumes; None below 10 K volumes.
+        text_to_image_ci95: interval of this share.
+        chance: of `image_to_text` without any relation.
+        texts: number of reports.
+        images: number of volumes.
+        guards: "few_candidates" where a share is None for that reason, "few" below 20 reports.
+    """
+
+    k: int
+    image_to_text: float | None
+    image_to_text_ci95: tuple[float, float] | None
+    text_to_image: float | None
+    text_to_image_ci95: tuple[float, float] | None
+    chance: float
+    texts: int
+    images: int
+    guards: list[str]
+
+
+def text_image_retrieval(
+    images: Any, texts: Any, match: Sequence[int] | None = None, ks: Sequence[int] = (1, 5, 10)
+) -> list[Retrieval]:
+    """Recall at each K by cosine similarity. Equal similarities count with the probability of their random order.
+
+    Args:
+        images: (n, e) embeddings of generated volumes.
+        texts: (m, e) embeddings of different reports.
+        match: for each volume, the row of the report that prompted it. Default: row by row.
+        ks: the values of K.
+
+    Raises:
+        DataError: the embeddings are not finite, one is zero, or the rows do not belong together.
+    """
+    images, texts = feature_pair(images, texts, ("image", "text"), 1)
+    rows = np.arange(len(images)) if match is None else np.asarray(match)
+    if rows.shape != (len(images),) or rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= len(texts):
+        why = f"each of the {len(images)} volumes needs the row of its report, from 0 to {len(texts) - 1}"
+        raise DataError(why, field="match")
+    units = []
+    for matrix, name in ((images, "image"), (texts, "text")):
+        norms = np.linalg.norm(matrix, axis=1, keepdims=True)
+        if not norms.all():
+            raise DataError(f"row {int(np.argmin(norms))} of the {name} embeddings is zero", field=name)
+        units.append(matrix / norms)
+    similarity = np.round(units[0] @ units[1].T, 12)  # equal embeddings give equal values
+    belongs = rows[:, None] == np.arange(len(texts))
+    asked = belongs.any(0)
+    results = []
+    for k in ks:
+        by_image = _recall(similarity, belongs, k) if len(texts) >= _CANDIDATES_PER_K * k else None
+        by_text = _recall(similarity.T[asked], belongs.T[asked], k) if len(images) >= _CANDIDATES_PER_K * k else None
+        guards = ["few_candidates"] if by_image is None or by_text is None else []
+        results.append(
+            Retrieval(
+                k, *_with_interval(by_image), *_with_interval(by_text), min(1.0, k / len(texts)), len(texts), len(images),
+                guards + (["few"] if len(texts) < 20 else []),
+            )
+        )  # fmt: skip
+    return results
+
+
+def _recall(similarity: np.ndarray, belongs: np.ndarray, k: int) -> np.ndarray:
+    """For each row, the probability that one of the candidates that belong to it is among the first k."""
+    hits = []
+    for values, right in zip(similarity, belongs, strict=True):
+        best = values[right].max()
+        slots = k - int((values > best).sum())  # for the candidates that are as similar as the best right one
+        tied, wrong = int((values == best).sum()), int((values[~right] == best).sum())
+        hits.append(0.0 if slots <= 0 else 1 - math.comb(wrong, min(slots, tied)) / math.comb(tied, min(slots, tied)))
+    return np.array(hits)
+
+
+def _with_interval(hits: np.ndarray | None) -> tuple[float | None, tuple[float, float] | None]:
+    if hits is None:
+        return None, None
+    return float(hits.mean()), share_interval(hits.sum(), len(hits))

@@ -1,0 +1,437 @@
+"""`evaluate`: synthetic volumes against real ones, in every feature space, with floors, intervals and guards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ccella_fast.errors import ConfigError, DataError, did_you_mean
+from ccella_fast.evaluation import metrics as rows_of
+from ccella_fast.evaluation.anatomy import GlandFeatures
+from ccella_fast.evaluation.collecting import CommonGrid, FeatureTable, collect
+from ccella_fast.evaluation.diversity import diversity_row
+from ccella_fast.evaluation.examples import keep_examples
+from ccella_fast.evaluation.features.cache import FeatureCache
+from ccella_fast.evaluation.features.extractor import load_extractor
+from ccella_fast.evaluation.images import ImageFeatures
+from ccella_fast.evaluation.metrics import (
+    FEATURE_METRICS,
+    IMAGE_METRICS,
+    SMALL_IMAGES,
+    Draws,
+    Sets,
+    case_name,
+)
+from ccella_fast.evaluation.reconstruction import reconstructions
+from ccella_fast.evaluation.results import FORMAT, SENSITIVITY, Evaluation, Row, plain_values
+from ccella_fast.evaluation.sensitivity import Gate, sensitivity_gate
+from ccella_fast.evaluation.volumes import Volume, VolumeSet, open_volumes
+from ccella_fast.folder_kinds import check_output
+from ccella_fast.folder_lock import lock_folder
+from ccella_fast.processes import DistributedContext
+from ccella_fast.progress import refresh_interval
+from ccella_fast.quantities import counted
+from ccella_fast.storage import check_writable, remove_partial_files, write_json
+
+if TYPE_CHECKING:
+    from ccella_fast.evaluation.features.extractor import Extractor
+
+METRICS = (*FEATURE_METRICS, *IMAGE_METRICS, "msssim", "memorisation", "anatomy", "condition")
+_HEADLINES = (
+    "taps-l3",
+    "taps-l4",
+)  # the spaces in which nearest cases are named, if they are there; else the first one
+_N_RULE = "m = min(n_real // 2, n_synthetic), halves by patient, without replacement"
+
+
+def evaluate(
+    *,
+    real: Iterable[Volume],
+    synthetic: Iterable[Volume],
+    train: Iterable[Volume] | None = None,
+    reconstructed: Iterable[Volume] | None = None,
+    features: Sequence[str | Extractor] | None = None,
+    metrics: Sequence[str] | None = None,
+    draws: int = 100,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    processes: DistributedContext | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Compare synthetic volumes with real ones. Nothing is written but the features, if `cache` is given.
+
+    Every set may be any iterable of `Volume`, which is read once, one volume at a time. The diversity (MS-SSIM) looks at pairs,
+    and is left out for sets that are not sequences.
+
+    Args:
+        real: volumes that the generator was not trained on.
+        synthetic: generated volumes.
+        train: the volumes that the generator was trained on: for memorisation, and to standardise features.
+        reconstructed: `real`, in the same order, after the generator's autoencoder: the limit of a latent model.
+        features: names as for `load_extractor`, or extractors. Default: `taps` if its package is installed, `radiomics` and
+            `random`.
+        metrics: of METRICS; default: all for which everything is there.
+        draws: random splits for floors and intervals.
+        seed: of the splits.
+        cache: folder in which features are kept by content, so that an interrupted evaluation continues.
+        processes: that share the volumes of a `VolumeSet`.
+        progress: whether progress bars are shown.
+
+    Raises:
+        ConfigError: a feature or metric is unknown, or its package, its file or the training set is missing.
+        DataError: a volume is constant, not finite or of another grid; a set has one volume; a real volume or its patient is in
+            the training set; the sets have different sequences.
+        CheckpointError: a weight file is damaged or of another architecture.
+    """
+    wanted = check_metrics(metrics, has_train=train is not None)
+    if draws < 2:
+        raise ConfigError(f"draws must be at least 2, got {draws}", field="draws", fix="use 100")
+    extractors = _load(features)
+    collected = [*extractors, ImageFeatures(), *_segmenters(wanted, required=metrics is not None)]
+    processes = processes or DistributedContext.alone()
+    store = None if cache is None else FeatureCache(cache)
+    tables: dict[str, dict[str, FeatureTable]] = {}
+    grid = None
+    sets = {"real": real, "synthetic": synthetic, "train": train, "reconstructed": reconstructed}
+    for kind, volumes in sets.items():
+        if volumes is not None:
+            tables[kind], grid = collect(
+                volumes, collected, name=_name(volumes, kind), grid=grid, cache=store, processes=processes, progress=progress
+            )  # fmt: skip
+    _check_tables(tables)
+    assert grid is not None
+    protocol = make_protocol(collected, grid, wanted, draws, seed, {kind: sets[kind] for kind in tables})
+    rows: list[Row] = []
+    per_case: list[dict[str, Any]] = []
+    for sequence in tables["real"]:
+        of_sequence = Sets(*(tables[kind].get(sequence) if kind in tables else None for kind in sets))  # type: ignore[arg-type]
+        found, cases = _evaluate_sequence(of_sequence, extractors, wanted, Draws(draws, seed))
+        rows += found
+        per_case += cases
+        if "msssim" in wanted and isinstance(real, Sequence) and isinstance(synthetic, Sequence):
+            pair = (_of_sequence(real, sequence), _of_sequence(synthetic, sequence))
+            rows += diversity_row(
+                *pair, of_sequence, shape=grid.shape, seed=seed, cache=cache, processes=processes, progress=progress
+            )
+    from ccella_fast.environment import describe_environment
+
+    return Evaluation(rows, per_case, protocol, describe_environment())
+
+
+def default_features() -> list[str]:
+    """The features that need no file of the user's."""
+    from ccella_fast.evaluation.features.taps import is_installed
+
+    return [*(["taps"] if is_installed() else []), "radiomics", "random"]
+
+
+def check_metrics(names: Sequence[str] | None, *, has_train: bool) -> set[str]:
+    """The metrics that are wanted. Raises ConfigError for an unknown name, and for memorisation without a training set."""
+    for name in names or ():
+        if name not in METRICS:
+            raise ConfigError(
+                f"there is no metric '{name!s:.40}'", field="metrics", fix=did_you_mean(str(name), METRICS)
+            )
+    if names and "memorisation" in names and not has_train:
+        why = "memorisation is the distance to the training set, and none was given"
+        raise ConfigError(why, field="train", fix="add --train with the volumes that the generator was trained on")
+    return set(names or METRICS) - (set() if has_train else {"memorisation"})
+
+
+def make_protocol(
+    extractors: Sequence[Extractor],
+    grid: CommonGrid,
+    wanted: set[str],
+    draws: int,
+    seed: int,
+    sets: dict[str, Iterable[Volume] | None],
+) -> dict[str, Any]:
+    """Everything that the numbers depend on besides the volumes: weights, inputs, grid, rule of n, draws, scaling."""
+    return {
+        **FORMAT,
+        "metrics": sorted(wanted),
+        "features": [{"spaces": each.spaces, "identity": each.identity} for each in extractors],
+        "grid": {"shape": list(grid.shape), "spacing_mm": [float(f"{length:.6g}") for length in grid.spacing]},
+        "intensities": {kind: getattr(volumes, "scaling", "as given") for kind, volumes in sets.items()},
+        "n": _N_RULE,
+        "draws": draws,
+        "seed": seed,
+        "standardised_by": "train" if "train" in sets else "real",
+    }
+
+
+def _evaluate_sequence(
+    sets: Sets, extractors: Sequence[Extractor], wanted: set[str], draws: Draws
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    rows: list[Row] = []
+    cases = _cases(sets)
+    spaces = {
+        space: {"weights_sha256": each.identity.get("weights_sha256"), "preprocessing": each.identity.get("preprocessing")}
+        for each in extractors
+        for space in each.spaces
+        if space in sets.real.spaces
+    }  # fmt: skip
+    headline = next((space for space in (*_HEADLINES, *spaces) if space in spaces), None)
+    for space, about in spaces.items():
+        rows += rows_of.feature_rows(sets, space, wanted, draws, about)
+        if "memorisation" in wanted:
+            found, nearest = rows_of.memorisation_rows(sets, space, draws, about)
+            rows += found
+            if space == headline:
+                _add(cases, "synthetic", nearest)
+        if "condition" in wanted:
+            found, read = rows_of.condition_rows(sets, space, draws, about)
+            rows += found
+            if space == headline and read:
+                _add(cases, "synthetic", read)
+    if "memorisation" in wanted:
+        rows += rows_of.memorisation_rows(sets, SMALL_IMAGES, draws, {})[0]
+    rows += rows_of.image_rows(sets, wanted, draws)
+    if "anatomy" in wanted and "gland" in sets.real.spaces:
+        rows += rows_of.anatomy_rows(sets)
+        for kind in ("real", "synthetic"):
+            table: FeatureTable = getattr(sets, kind)
+            _add(cases, kind, [{"volume_cc": float(row[0])} for row in table.spaces["gland"]])
+    return rows, cases
+
+
+def _cases(sets: Sets) -> list[dict[str, Any]]:
+    """A record of each real and each synthetic volume."""
+    return [
+        {"id": case_name(kind, row), "set": kind, "sequence": table.sequence, "pirads": table.classes[row]}
+        for kind, table in (("real", sets.real), ("synthetic", sets.synthetic))
+        for row in range(len(table))
+    ]
+
+
+def _add(cases: list[dict[str, Any]], kind: str, found: Sequence[dict[str, Any]]) -> None:
+    """Add facts to the records of a set, which are in the same order."""
+    for case, facts in zip((case for case in cases if case["set"] == kind), found, strict=True):
+        case.update(facts)
+
+
+def _segmenters(wanted: set[str], *, required: bool) -> list[GlandFeatures]:
+    """The segmenter as an extractor, if anatomy is wanted and its package is installed."""
+    from ccella_fast.evaluation.features.taps import GlandSegmenter, is_installed
+
+    if "anatomy" not in wanted or not (required or is_installed()):
+        return []
+    segmenter = GlandSegmenter()
+    return [GlandFeatures(segmenter.segment, segmenter.identity, segmenter.sequences)]
+
+
+def _load(features: Sequence[str | Extractor] | None) -> list[Extractor]:
+    """The extractors, by name or as they are."""
+    extractors = [load_extractor(each) if isinstance(each, str) else each for each in features or default_features()]
+    names = [space for each in extractors for space in each.spaces]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        why = f"the features '{twice[0]}' are given twice"
+        raise ConfigError(why, field="features", fix="give each once")
+    return extractors
+
+
+def _check_tables(tables: dict[str, dict[str, FeatureTable]]) -> None:
+    """Check what only all sets together show: their sequences, sizes, and that no test case was trained on."""
+    real = tables["real"]
+    for kind, of_sequence in tables.items():
+        if not of_sequence:
+            why = f"the {kind} set has no volumes; at least 2 are needed"
+            raise DataError(why, field=kind, fix="give volumes")
+        check_sequences(set(real), set(of_sequence), kind)
+        for sequence, table in of_sequence.items():
+            check_size(len(table), sequence, kind, table.name)
+    for sequence, table in real.items():
+        if "reconstructed" in tables and tables["reconstructed"][sequence].ids != table.ids:
+            why = "the reconstructed volumes are not those of the real set, in its order"
+            raise DataError(why, field="reconstructed", fix="reconstruct every real volume")
+        if "train" in tables:
+            _check_leakage(table, tables["train"][sequence])
+
+
+def check_sequences(real: set[str], other: set[str], kind: str) -> None:
+    """Raise DataError unless the set `kind` has the sequences of the real set."""
+    if other != real:
+        names = [" and ".join(sorted(each)) or "none" for each in (real, other)]
+        why = f"the sequences do not match: the real set has {names[0]}, the {kind} set {names[1]}"
+        raise DataError(why, field=kind, fix="give sets of the same sequences, or choose those of all with --sequences")
+
+
+def check_size(count: int, sequence: str, kind: str, name: str) -> None:
+    """Raise DataError for a set of one volume, of which nothing can be computed."""
+    if count < 2:
+        why = f"the {kind} set '{name}' has {counted(count, 'volume')} of {sequence}; at least 2 are needed"
+        raise DataError(why, field=kind, fix="give more volumes")
+
+
+def _check_leakage(real: FeatureTable, train: FeatureTable) -> None:
+    """Raise DataError if a real volume, or another one of its patient, is in the training set."""
+    known = dict(zip(train.digests, train.ids, strict=True))
+    copies = [(case, known[digest]) for case, digest in zip(real.ids, real.digests, strict=True) if digest in known]
+    trained = dict(zip(train.patients, train.ids, strict=True))
+    shared = [
+        (case, trained[patient])
+        for case, patient in zip(real.ids, real.patients, strict=True)
+        if patient is not None and patient in trained
+    ]
+    for pairs, what in ((copies, "has the same voxels as"), (shared, "is of the same patient as")):
+        if pairs:
+            (case, other), more = pairs[0], len(pairs) - 1
+            others = f" ({counted(more, 'further case', 'further cases')} likewise)" if more else ""
+            why = f"the test case '{case}' {what} the training case '{other}'{others}"
+            raise DataError(
+                why, field="real", fix="compare with cases that the generator has not seen, such as prepared:test"
+            )
+
+
+def _name(volumes: Iterable[Volume], kind: str) -> str:
+    return volumes.name if isinstance(volumes, VolumeSet) else kind
+
+
+def _of_sequence(volumes: Sequence[Volume], sequence: str) -> Sequence[Volume]:
+    if isinstance(volumes, VolumeSet):
+        return volumes.of_sequence(sequence)
+    return [volume for volume in volumes if volume.sequence == sequence]
+
+
+def evaluate_to_folder(
+    real: str | Path,
+    synthetic: str | Path,
+    out: str | Path,
+    *,
+    train: str | Path | None = None,
+    vae: str | Path | None = None,
+    features: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    sequences: Sequence[str] | None = None,
+    draws: int = 100,
+    seed: int = 0,
+) -> Evaluation:
+    """`evaluate` for folders. Writes metrics.json, protocol.json and some volumes to `out`; features go to `out`/features.
+
+    Under torchrun the processes share the volumes, and the numbers do not depend on how many they are.
+
+    Args:
+        real: a folder as for `open_volumes`, of volumes that the generator was not trained on.
+        synthetic: a folder of generated volumes.
+        out: the folder for the results, created if it does not exist.
+        train: a folder of the volumes that the generator was trained on.
+        vae: the generator's autoencoder, for the limit that it sets; `real` must be a prepared folder with its latents.
+        features: names as for `load_extractor`; default: those that need no file.
+        metrics: of METRICS; default: all for which everything is there.
+        sequences: those that are compared; default: all, which all sets must have.
+        draws: random splits for floors and intervals.
+        seed: of the splits.
+
+    Raises:
+        ConfigError: as for `evaluate`; another command writes to `out`, or it is the folder of something else.
+        DataError: as for `evaluate`; a folder is empty or of the wrong kind.
+        CheckpointError: as for `evaluate`; the autoencoder is missing, damaged, or not that of the latents.
+        DiskError: `out` cannot be written.
+    """
+    out = Path(out)
+    check_metrics(metrics, has_train=train is not None)
+    check_writable(out, "--out")
+    check_output(out, "an evaluation", field="--out")
+    given = {"real": real, "synthetic": synthetic} | ({} if train is None else {"train": train})
+    sets = {kind: _choose(open_volumes(path, field=f"--{kind}"), sequences) for kind, path in given.items()}
+    _check_first(sets)
+    if vae is not None:
+        sets["reconstructed"] = reconstructions(sets["real"], vae)
+    processes = DistributedContext()
+    with processes.lock_folder(out, "ccella-fast evaluate"):
+        if processes.rank == 0:
+            remove_partial_files(out)
+        processes.barrier()
+        result = evaluate(
+            **sets, features=features, metrics=metrics, draws=draws, seed=seed,
+            cache=out / "features", processes=processes, progress=True,
+        )  # fmt: skip
+        if processes.rank == 0:
+            result.write_protocol(out)
+            keep_examples(out, sets, result.per_case)
+            result.write(out)
+        processes.barrier()
+    return result
+
+
+def sensitivity_to_folder(
+    real: str | Path,
+    out: str | Path,
+    *,
+    features: Sequence[str | Extractor] | None = None,
+    num_volumes: int = 8,
+    seed: int = 0,
+) -> list[Gate]:
+    """Degrade real volumes in known ways and write to `out`/sensitivity.json which feature spaces order them.
+
+    It belongs before an evaluation, into the same folder: a space that does not order blur, noise and size cannot judge.
+
+    Args:
+        real: a folder as for `open_volumes`. T2 volumes are used, or those of the first sequence if there are none.
+        out: the folder for the results; features are kept in `out`/features.
+        features: as for `evaluate`.
+        num_volumes: how many, from all over the set. Each is degraded in eight ways.
+        seed: of the random halves.
+
+    Raises:
+        ConfigError: a feature is unknown, or `out` is the folder of something else or locked.
+        DataError: there are fewer than three volumes or two patients, or a folder or volume cannot be used.
+        DiskError: `out` cannot be written.
+    """
+    out = Path(out)
+    check_writable(out, "--out")
+    check_output(out, "an evaluation", field="--out")
+    volumes = open_volumes(real, field="--real")
+    volumes = volumes.of_sequence(volumes.sequences[0])
+    places = np.unique(np.linspace(0, len(volumes) - 1, min(num_volumes, len(volumes))).astype(int))
+    extractors = _load(features)
+    with lock_folder(out, "ccella-fast sensitivity"):
+        remove_partial_files(out)
+        store = FeatureCache(out / "features")
+        gates = []
+        for extractor in extractors:
+            if extractor.sequences is None or volumes.sequences[0] in extractor.sequences:
+                names = ", ".join(extractor.spaces)
+                bar = tqdm(places, desc=f"degrading for {names}", unit="volume", mininterval=refresh_interval())
+                chosen = (volumes[int(place)] for place in bar)
+                gates += sensitivity_gate(chosen, _Cached(extractor, store), seed=seed)
+        write_json(out / SENSITIVITY, {**FORMAT, "gates": plain_values(gates)})
+    return gates
+
+
+class _Cached:
+    """An extractor whose features are kept."""
+
+    def __init__(self, extractor: Extractor, store: FeatureCache):
+        self.spaces, self.sequences, self.identity = extractor.spaces, extractor.sequences, extractor.identity
+        self._features = partial(store.features, extractor)
+
+    def __call__(self, volume: Volume) -> dict[str, np.ndarray]:
+        return self._features(volume)
+
+
+def _choose(volumes: VolumeSet, sequences: Sequence[str] | None) -> VolumeSet:
+    """The volumes of the sequences that are wanted."""
+    for sequence in sequences or ():
+        if sequence not in volumes.sequences:
+            why = f"there are no {sequence} volumes in this folder, only {', '.join(volumes.sequences)}"
+            raise DataError(why, path=volumes.path, field="--sequences", fix="choose others, or give another folder")
+    return volumes if sequences is None else volumes.of_sequences(sequences)
+
+
+def _check_first(sets: dict[str, VolumeSet]) -> None:
+    """Check before long work what the lists and the first volumes show: sequences, sizes and grids."""
+    real = sets["real"]
+    grid = None
+    for kind, volumes in sets.items():
+        check_sequences(set(real.sequences), set(volumes.sequences), kind)
+        for sequence in real.sequences:
+            check_size(len(volumes.of_sequence(sequence)), sequence, kind, volumes.name)
+        first = volumes[0]
+        grid = grid or CommonGrid.of(first, volumes.name)
+        grid.check(first, volumes.name, volumes.sources[0].path)
