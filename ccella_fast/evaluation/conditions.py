@@ -282,9 +282,10 @@ def _codes(labels: Sequence[Label], classes: Sequence[str]) -> np.ndarray:
 
 
 def _class_score(read: np.ndarray, truth: np.ndarray) -> float:
+    codes = range(read.shape[1]) if read.shape[1] > 2 else (1,)  # of two classes, both areas are equal
     areas = [
         area_under_curve(read[truth == code, code], read[truth != code, code])
-        for code in range(read.shape[1])
+        for code in codes
         if 0 < (truth == code).sum() < len(truth)
     ]
     return float(np.mean(areas)) if areas else np.nan

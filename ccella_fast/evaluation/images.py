@@ -360,25 +360,27 @@ def spectral_distance(real: np.ndarray, synthetic: np.ndarray) -> SpectralDistan
 
 
 def small_image(array: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """The central 96 x 96 x 48 mm at 4 mm: each voxel is the mean over its volume, (24, 24, 12) float32.
+    """The central 96 x 96 x 48 mm at 4 mm, (24, 24, 12) float32; see `box_means`."""
+    return box_means(array, spacing, SMALL_SHAPE, SMALL_SPACING)
 
-    Beyond the edge of the volume its last voxel goes on.
-    """
-    axes = zip(array.shape, spacing, SMALL_SHAPE, strict=True)
-    x, y, z = (_box_means(size, step, count) for size, step, count in axes)
+
+def box_means(array: np.ndarray, spacing: Sequence[float], shape: Sequence[int], step: float) -> np.ndarray:
+    """Means over cubes of `step` mm around the centre of a volume, `shape` float32. Beyond its edge the last voxel goes on."""
+    axes = zip(array.shape, spacing, shape, strict=True)
+    x, y, z = (_overlaps(size, length, count, step) for size, length, count in axes)
     return np.einsum("xi,yj,zk,ijk->xyz", x, y, z, array.astype(np.float32, copy=False), optimize=True).astype(
         np.float32
     )
 
 
-def _box_means(size: int, step: float, count: int) -> np.ndarray:
-    """Weights (count, size) of the voxels of an axis in the mean over each of `count` central intervals of 4 mm."""
-    edges = (np.arange(size + 1) - size / 2) * step
+def _overlaps(size: int, length: float, count: int, step: float) -> np.ndarray:
+    """Weights (count, size) of an axis' voxels of `length` mm in the means over `count` central intervals of `step` mm."""
+    edges = (np.arange(size + 1) - size / 2) * length
     edges[[0, -1]] = -np.inf, np.inf
-    targets = (np.arange(count + 1) - count / 2) * SMALL_SPACING
+    targets = (np.arange(count + 1) - count / 2) * step
     upper = np.minimum(edges[None, 1:], targets[1:, None])
     lower = np.maximum(edges[None, :-1], targets[:-1, None])
-    return (np.maximum(upper - lower, 0) / SMALL_SPACING).astype(np.float32)
+    return (np.maximum(upper - lower, 0) / step).astype(np.float32)
 
 
 class NearestImages(NamedTuple):

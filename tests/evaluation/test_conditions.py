@@ -57,26 +57,26 @@ def test_shuffled_prompts_give_the_floor(name):
     obeyed = condition_agreement(name, real, known[name], synthetic, prompts[name], seed=1)
     assert 0.75 < obeyed.normalized < 1.25
     rng, values = np.random.default_rng(4), []
-    for _ in range(12):
+    for _ in range(8):
         given = [value for value in prompts[name] if value is not None]
         shuffled = iter(rng.permutation(np.array(given)).tolist())
         orders = [None if value is None else next(shuffled) for value in prompts[name]]
         values.append(condition_agreement(name, real, known[name], synthetic, orders, permutations=200))
     assert abs(np.mean([each.normalized for each in values])) < 0.12
-    assert sum(each.p < 0.05 for each in values) <= 3
-    assert sum(each.normalized_ci95[0] <= 0 <= each.normalized_ci95[1] for each in values) >= 9
+    assert sum(each.p < 0.05 for each in values) <= 2
+    assert sum(each.normalized_ci95[0] <= 0 <= each.normalized_ci95[1] for each in values) >= 6
     assert all(each.normalized_ci95[1] < obeyed.normalized for each in values)
 
 
 def test_p_is_uniform_when_the_prompt_has_no_influence():
     real, known = cases(60, 0)
     p = []
-    for seed in range(40):
+    for seed in range(25):
         synthetic, _ = cases(30, 100 + seed)
         prompts = np.random.default_rng(seed).permutation(["pos"] * 15 + ["neg"] * 15).tolist()
         p.append(condition_agreement("class", real, known["class"], synthetic, prompts, permutations=99).p)
     p = np.sort(p)
-    assert np.abs(p - (np.arange(40) + 0.5) / 40).max() < 1.63 / np.sqrt(40)  # Kolmogorov and Smirnov, 1 %
+    assert np.abs(p - (np.arange(25) + 0.5) / 25).max() < 1.63 / np.sqrt(25)  # Kolmogorov and Smirnov, 1 %
 
 
 def test_a_blurred_generator_is_between_floor_and_ceiling():
