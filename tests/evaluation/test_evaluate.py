@@ -141,7 +141,7 @@ def test_the_autoencoder_limit_is_the_distance_to_reconstructions():
 def test_real_volumes_are_decoded_from_their_latents(tmp_path):
     networks = [scrambled(Autoencoder(make_config(TINY).autoencoder)).eval() for _ in range(2)]
     with torch.no_grad():
-        networks[1].post_quant_conv.bias += 1
+        networks[1].post_quant_conv.conv.bias += 1
         arrays = {f"case{k}": draw(k) for k in range(4)}
         latents = {
             case: networks[0].encode(torch.from_numpy(x)[None, None])[0][0].numpy() for case, x in arrays.items()
