@@ -89,8 +89,8 @@ EVALUATION = (
 </table></div>
 <p class="soft">Floor: the same metric between two halves of the {{ words }}, which is what a perfect generator reaches; of the
 class that was asked for, prompts in random order. At equal n: with as many volumes as in these halves. Ratio: that over the
-floor. Autoencoder: {{ words }} that were only encoded and decoded, which is what a perfect model of latents reaches. n: {{ words }}
-and generated volumes.</p>
+floor. Autoencoder: {{ words }} that were only encoded and decoded, which is what a perfect model of latents reaches.
+n: {{ words }} and generated volumes.</p>
 {% if notes %}<ol class="notes">{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ol>{% endif %}
 
 {{ figures(dots) }}
