@@ -52,23 +52,24 @@ _PHANTOMS = "The real volumes are phantoms: drawn by a program, not patients."
 _NAMES = {
     "fd": "Fréchet distance",
     "kid": "Kernel distance (KID)",
-    "mmd": "Gaussian MMD",
     "c2st": "Real or generated? AUC of a classifier",
     "precision": "Precision",
     "recall": "Recall",
-    "density": "Density",
     "coverage": "Coverage",
     "msssim": "Similarity of volumes (MS-SSIM)",
     "intensity": "Intensities, Wasserstein-1",
     "spectrum": "Power spectrum, dB",
     "copies": "Copies of training studies",
+    "condition_class": "Class that was asked for, AUC",
+    "gland_plausible": "Plausible glands",
+    "mmd": "Gaussian MMD",
+    "density": "Density",
     "below_1pct": "Nearer than 99 % of held-out ones",
     "below_5pct": "Nearer than 95 % of held-out ones",
     "memorisation_index": "Nearness in standard deviations",
     "ct": "Data copying, C_T",
-    "condition_class": "Class that was asked for, AUC",
-    "gland_plausible": "Plausible glands",
 }
+_FIRST = list(_NAMES)[: list(_NAMES).index("mmd")]  # the others are in a part of the page that is opened by a click
 _PLOTTED = ("fd", "kid", "mmd", "c2st", "precision", "recall", "density", "coverage", "msssim")
 _SHARES = ("c2st", "precision", "recall", "coverage")
 _BETTER = {"lower": "lower is better", "higher": "higher is better", "floor": "best as among real volumes"}
@@ -130,9 +131,9 @@ def evaluation_part(folder: Path) -> EvaluationPart:
     """
     stored = read_evaluation(folder)
     rows = sorted(stored.rows, key=_table_order)
-    table, notes = _table(
-        [row for row in rows if row.metric == GLAND + "plausible" or not row.metric.startswith(GLAND)]
-    )
+    listed = [row for row in rows if row.metric == GLAND + "plausible" or not row.metric.startswith(GLAND)]
+    table, notes = _table(listed)
+    is_first = [row.metric in _FIRST for row in listed]
     columns = _shown_columns(stored)
     viewer = _viewer(columns)
     with _damage_named(folder / METRICS):
@@ -145,7 +146,8 @@ def evaluation_part(folder: Path) -> EvaluationPart:
         word="phantom" if stored.phantom else "real",
         words=f"{stored.word}s",
         sequences=len({row.sequence for row in rows}) > 1,
-        rows=table,
+        rows=[row for row, first in zip(table, is_first, strict=True) if first],
+        further=[row for row, first in zip(table, is_first, strict=True) if not first],
         notes=notes,
         dots=[_dots(rows)],
         montages=[_montage(columns)],

@@ -57,6 +57,7 @@ def test_every_sequence_must_be_good():
     t2w, adc = distance("taps-l3", 1.0, 0.1), distance("random", 2.0, 0.1, sequence="adc")
     assert (good(t2w).answer, good(t2w, adc).answer) == ("yes", "no")
     assert "By sequence: adc no, t2w yes." in good(t2w, adc).remarks
+    assert not any("other feature spaces" in remark for remark in good(t2w, adc).remarks)
     unclear = distance("random", 1.2, 0.3, sequence="adc")
     assert good(t2w, unclear).answer == "undecided"
 
