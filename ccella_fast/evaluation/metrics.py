@@ -33,6 +33,8 @@ from ccella_fast.evaluation.statistics import (
 )
 
 NEIGHBOURS = 5  # of precision, recall, density and coverage
+_SHARES = {"precision", "recall", "coverage", "c2st"}  # from 0 to 1
+_NOT_NEGATIVE = {"fd", "density", "intensity", "spectrum"}
 _CLASSIFIER_DRAWS = 20  # a classifier is trained five times in each
 _LIMIT_DRAWS = 20  # only their mean is reported
 
@@ -320,6 +322,10 @@ def _row(
     seconds: float,
     details: dict[str, Any],
 ) -> Row:
+    interval = comparison.ci95
+    if interval is not None and metric in _SHARES | _NOT_NEGATIVE:  # half-samples do not know these bounds
+        highest = 1.0 if metric in _SHARES else np.inf
+        interval = float(np.clip(interval[0], 0, highest)), float(np.clip(interval[1], 0, highest))
     more = {
         "m": comparison.m,
         "draws": comparison.draws,
@@ -327,7 +333,7 @@ def _row(
         "ratio_ci95": comparison.ratio_ci95,
     }
     return Row(
-        metric, value=comparison.value, value_equal_n=comparison.value_equal_n, ci95=comparison.ci95,
+        metric, value=comparison.value, value_equal_n=comparison.value_equal_n, ci95=interval,
         floor=comparison.floor, ratio=comparison.ratio, limit_autoencoder=limit, better=better,
         guards=tuple(dict.fromkeys([*words, *comparison.guards])), details={**details, **more},
         seconds=round(seconds, 3), **common,

@@ -92,7 +92,8 @@ def evaluate(
     if draws < 2:
         raise ConfigError(f"draws must be at least 2, got {draws}", field="draws", fix="use 100")
     extractors = _load(features)
-    collected = [*extractors, ImageFeatures(), *_segmenters(wanted, required=metrics is not None)]
+    images = ImageFeatures()
+    collected = [*extractors, images, *_segmenters(wanted, required=metrics is not None)]
     processes = processes or DistributedContext.alone()
     store = None if cache is None else FeatureCache(cache)
     tables: dict[str, dict[str, FeatureTable]] = {}
@@ -100,8 +101,9 @@ def evaluate(
     sets = {"real": real, "synthetic": synthetic, "train": train, "reconstructed": reconstructed}
     for kind, volumes in sets.items():
         if volumes is not None:
+            needed = collected if kind != "train" else [*extractors, images]
             tables[kind], grid = collect(
-                volumes, collected, name=_name(volumes, kind), grid=grid, cache=store, processes=processes, progress=progress
+                volumes, needed, name=_name(volumes, kind), grid=grid, cache=store, processes=processes, progress=progress
             )  # fmt: skip
     _check_tables(tables)
     assert grid is not None

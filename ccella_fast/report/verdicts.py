@@ -45,13 +45,13 @@ def verdicts(stored: StoredEvaluation) -> list[Verdict]:
 
 
 def shown(value: float | None, digits: int = 2) -> str:
-    """A number with this many significant digits, never in scientific notation unless it is tiny; "-" for none."""
+    """A number with this many significant digits; "-" for none."""
     if value is None:
         return "-"
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    places = digits - 1 - math.floor(math.log10(abs(value)))
-    return f"{value:.{max(0, places)}f}" if -1 < places < 5 or value >= 1 else f"{value:.{digits}g}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    if rounded == 0 or abs(rounded) < 1e-4:
+        return f"{rounded:g}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def percent(share: float) -> str:

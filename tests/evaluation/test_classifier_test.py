@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ccella_fast.errors import DataError
-from ccella_fast.evaluation.classifier_test import _PENALTY, _fit, area_under_curve, classifier_test
+from ccella_fast.evaluation.classifier_test import _PENALTY, area_under_curve, classifier_test, fit_logistic
 
 
 def normal(n: int, d: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -19,7 +19,7 @@ def test_the_fit_is_the_minimum_of_the_penalised_loss(n, m, d):
     """The gradient of the primal problem, by autograd in float64, is zero at the weights that the dual solution defines."""
     x = torch.from_numpy(np.concatenate([normal(n, d, 1, 0.3), normal(m, d, 2)]))
     is_real = np.arange(n + m) < n
-    coefficients = torch.from_numpy(_fit((x @ x.T).numpy() + 1, is_real))
+    coefficients = torch.from_numpy(fit_logistic((x @ x.T).numpy() + 1, is_real))
     weights = (x.T @ coefficients).requires_grad_()
     intercept = coefficients.sum().requires_grad_()
     sign = torch.where(torch.from_numpy(is_real), 1.0, -1.0).double()
