@@ -423,7 +423,7 @@ def mistakes(tmp_path_factory):
     write_samples(root / "constant", [draw(50), constant])
     write_samples(root / "infinite", [draw(50), infinite])
     (root / "empty").mkdir()
-    (root / "weights.pth").write_bytes(b"not weights")
+    (root / "weights.pth").write_bytes(b"PK\x03\x04 cut off")
     return root
 
 
@@ -452,7 +452,7 @@ GOOD = "--real {0}/prepared --synthetic {0}/samples"
         (2, "--real {0}/prepared --synthetic {0}/samples --features random random", "given twice"),
         (2, "--real {0}/prepared --synthetic {0}/samples --draws 1", "at least 2"),
         (4, f"{GOOD} --features medicalnet={{0}}/weights.pth", "--allow_unknown_weights"),
-        (4, f"{GOOD} --features medicalnet={{0}}/weights.pth --allow_unknown_weights", "not a file that torch.save"),
+        (4, f"{GOOD} --features medicalnet={{0}}/weights.pth --allow_unknown_weights", "the end of this weight file"),
         (2, "--real {0}/prepared --synthetic {0}/samples --out {0}/prepared", "a prepared folder"),
     ],
 )
