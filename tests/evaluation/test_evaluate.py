@@ -434,6 +434,9 @@ def mistakes(tmp_path_factory):
     return root
 
 
+GOOD = "--real {0}/prepared --synthetic {0}/samples"
+
+
 @pytest.mark.parametrize(
     ("code", "options", "words"),
     [
@@ -455,7 +458,8 @@ def mistakes(tmp_path_factory):
         (2, "--real {0}/prepared:tests --synthetic {0}/samples", "did you mean 'test'"),
         (2, "--real {0}/prepared --synthetic {0}/samples --features random random", "given twice"),
         (2, "--real {0}/prepared --synthetic {0}/samples --draws 1", "at least 2"),
-        (4, "--real {0}/prepared --synthetic {0}/samples --features medicalnet={0}/weights.pth", "weights.pth"),
+        (4, f"{GOOD} --features medicalnet={{0}}/weights.pth", "--allow_unknown_weights"),
+        (4, f"{GOOD} --features medicalnet={{0}}/weights.pth --allow_unknown_weights", "the end of this weight file"),
         (2, "--real {0}/prepared --synthetic {0}/samples --out {0}/prepared", "a prepared folder"),
     ],
 )
