@@ -39,6 +39,7 @@ setup(
             "nvidia-dali-cuda130>=2.4,<3",
         ],
         "dicom": ["pydicom>=3.0.1,<4", "highdicom>=0.27,<0.29"],  # DICOM series, read and written
+        "viewer": ["ipyniivue>=2.4.4,<2.5"],  # volumes slice by slice in a page; its file is embedded, not imported
         "t5": ["sentencepiece>=0.2", "protobuf>=5"],  # tokenizer of FLAN-T5
         "test": [
             "pytest>=8",
@@ -53,6 +54,7 @@ setup(
             "protobuf>=5",
             "pydicom>=3.0.1,<4",
             "highdicom>=0.27,<0.29",
+            "ipyniivue>=2.4.4,<2.5",
             "dcm2niix>=1.0.20240202",  # independent truth for DICOM series
             "setuptools>=77",  # a test builds the wheel
             "ruff==0.17.6",

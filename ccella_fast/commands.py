@@ -116,7 +116,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     result = evaluate_to_folder(options.pop("real"), options.pop("synthetic"), out, **options)
     if is_local_rank_zero():
         print(result.table())
-    log_next(out / "metrics.json", ["ccella-fast", "report", out.parent])
+        from ccella_fast.report.evaluation import write_evaluation_page
+
+        write_evaluation_page(out)
+    log_next(out / "report.html", ["ccella-fast", "report", out.parent])
 
 
 def run_sensitivity(arguments: argparse.Namespace) -> None:
@@ -134,10 +137,15 @@ def run_sensitivity(arguments: argparse.Namespace) -> None:
 def run_report(arguments: argparse.Namespace) -> None:
     """Write the page of a folder of results."""
     from ccella_fast.errors import DataError
-    from ccella_fast.folder_kinds import check_folder, wrong_folder
+    from ccella_fast.folder_kinds import check_folder, folder_kind, wrong_folder
 
     if not arguments.folder.is_dir():
         raise wrong_folder(arguments.folder, "results", error=DataError)
+    if folder_kind(arguments.folder) == "evaluation":
+        from ccella_fast.report.evaluation import write_evaluation_page
+
+        print(write_evaluation_page(arguments.folder))
+        return
     check_folder(arguments.folder, "results", error=DataError)
     from ccella_fast.report.html import write_report
 

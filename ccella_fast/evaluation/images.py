@@ -157,7 +157,8 @@ def ms_ssim_of_pairs(volumes: Sequence[Volume], pairs: np.ndarray) -> tuple[np.n
     held, a, shape, levels, kernel_size = None, None, None, 0, 0
     for number, (first, second) in enumerate(pairs):
         if held != first:
-            held, a = first, volumes[int(first)]
+            held, a = first, None
+            a = volumes[int(first)]
         b = volumes[int(second)]
         assert a is not None
         if shape is None:
@@ -168,6 +169,7 @@ def ms_ssim_of_pairs(volumes: Sequence[Volume], pairs: np.ndarray) -> tuple[np.n
                 why = f"volumes of different shapes in one set: {shape} and {volume.array.shape}"
                 raise DataError(why, path=volume.id, fix="bring all volumes of the set to one grid")
         values[number] = ms_ssim(a.array, b.array, levels, kernel_size)
+        del b, volume  # before the next one is read
     return values, levels, kernel_size
 
 

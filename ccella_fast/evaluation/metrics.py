@@ -16,9 +16,9 @@ from ccella_fast.evaluation.anatomy import compare_glands, glands
 from ccella_fast.evaluation.classifier_test import classifier_test_of_rows, standardised_products
 from ccella_fast.evaluation.collecting import FeatureTable
 from ccella_fast.evaluation.conditions import condition_agreement
-from ccella_fast.evaluation.copying import memorisation
+from ccella_fast.evaluation.copying import memorisation, memorisation_of_distances
 from ccella_fast.evaluation.frechet import FrechetDistances
-from ccella_fast.evaluation.images import intensity_distance, spectral_distance
+from ccella_fast.evaluation.images import image_correlations, intensity_distance, spectral_distance
 from ccella_fast.evaluation.mmd import gaussian_kernel, kernel_test, polynomial_kernel, unbiased_mmd
 from ccella_fast.evaluation.neighbours import precision_recall_of_rows, squared_distances
 from ccella_fast.evaluation.results import Better, Row
@@ -33,6 +33,8 @@ from ccella_fast.evaluation.statistics import (
 )
 
 NEIGHBOURS = 5  # of precision, recall, density and coverage
+_SHARES = {"precision", "recall", "coverage", "c2st"}  # from 0 to 1
+_NOT_NEGATIVE = {"fd", "density", "intensity", "spectrum"}
 _CLASSIFIER_DRAWS = 20  # a classifier is trained five times in each
 _LIMIT_DRAWS = 20  # only their mean is reported
 
@@ -102,6 +104,7 @@ _DISTANCES = {
 }
 FEATURE_METRICS = (*_DISTANCES, "c2st")
 IMAGE_METRICS = ("intensity", "spectrum")
+SMALL_IMAGES = "image-4mm"  # the space of `images.ImageFeatures` in which copies are looked for
 
 
 def feature_rows(sets: Sets, space: str, metrics: set[str], draws: Draws, about: dict[str, Any]) -> Iterator[Row]:
@@ -249,12 +252,21 @@ def _mean(array: np.ndarray) -> list[float]:
 def memorisation_rows(
     sets: Sets, space: str, draws: Draws, about: dict[str, Any]
 ) -> tuple[list[Row], list[dict[str, Any]]]:
-    """The rows of memorisation in one feature space, and for each synthetic volume its nearest training volume."""
+    """The rows of memorisation in one space, and for each synthetic volume its nearest training volume.
+
+    The distance is that of standardised features, or 1 - the best correlation of small images (`image_correlations`).
+    """
     assert sets.train is not None
     start = time.perf_counter()
-    standard = standardisation(sets.train.spaces[space])
-    train, real, synthetic = (standard.apply(each.spaces[space]) for each in (sets.train, sets.real, sets.synthetic))
-    found = memorisation(train, real, synthetic, seed=draws.seed)
+    train, real, synthetic = (each.spaces[space] for each in (sets.train, sets.real, sets.synthetic))
+    if space == SMALL_IMAGES:
+        apart = [
+            np.maximum(1 - image_correlations(each, train), 0) for each in (real, synthetic)
+        ]  # 0: it rounds above 1
+        found = memorisation_of_distances(*apart)
+    else:
+        standard = standardisation(train)
+        found = memorisation(*(standard.apply(each) for each in (train, real, synthetic)), seed=draws.seed)
     seconds = time.perf_counter() - start
     words = tuple(found.guards)
     common = {
@@ -265,13 +277,13 @@ def memorisation_rows(
         "seconds": round(seconds, 3),
         **about,
     }
-    details = {"null": [float(f"{value:.6g}") for value in found.null], "n_train": len(train)}
+    details: dict[str, Any] = {"null": [float(f"{value:.6g}") for value in found.null], "n_train": len(train)}
     rows = [
         Row("copies", value=found.copies, ci95=found.copies_ci95, floor=0.0, better="lower", details=details, **common),
         Row("below_1pct", value=found.share_below_1pct, floor=0.01, better="floor", **common),
         Row("below_5pct", value=found.share_below_5pct, floor=0.05, better="floor", **common),
         Row("memorisation_index", value=found.index, floor=0.0, better="floor", **common),
-        Row("ct", value=found.ct, floor=0.0, better="floor", **common),
+        *([] if found.ct is None else [Row("ct", value=found.ct, floor=0.0, better="floor", **common)]),
     ]
     near = found.nearest
     nearest = [
@@ -280,7 +292,7 @@ def memorisation_rows(
             "nearest_train": case_name("train", int(near.row[case])),
             "distance": float(near.distance[case]),
             "null_percentile": float(near.percentile[case]),
-            "memorisation_index": float(near.index[case]),
+            "memorisation_index": float(near.calibrated[case]),
             "copy": bool(near.is_copy[case]),
         }
         for case in range(len(sets.synthetic))
@@ -291,11 +303,6 @@ def memorisation_rows(
 def case_name(kind: str, row: int) -> str:
     """What a volume is called in results: by its number, since ids and file names may name patients."""
     return f"{kind}-{row + 1:03d}"
-
-
-def case_row(name: str) -> int:
-    """The row of the volume that `case_name` has named."""
-    return int(name.rpartition("-")[2]) - 1
 
 
 def _names(sets: Sets) -> dict[str, Any]:
@@ -315,6 +322,10 @@ def _row(
     seconds: float,
     details: dict[str, Any],
 ) -> Row:
+    interval = comparison.ci95
+    if interval is not None and metric in _SHARES | _NOT_NEGATIVE:  # half-samples do not know these bounds
+        highest = 1.0 if metric in _SHARES else np.inf
+        interval = float(np.clip(interval[0], 0, highest)), float(np.clip(interval[1], 0, highest))
     more = {
         "m": comparison.m,
         "draws": comparison.draws,
@@ -322,7 +333,7 @@ def _row(
         "ratio_ci95": comparison.ratio_ci95,
     }
     return Row(
-        metric, value=comparison.value, value_equal_n=comparison.value_equal_n, ci95=comparison.ci95,
+        metric, value=comparison.value, value_equal_n=comparison.value_equal_n, ci95=interval,
         floor=comparison.floor, ratio=comparison.ratio, limit_autoencoder=limit, better=better,
         guards=tuple(dict.fromkeys([*words, *comparison.guards])), details={**details, **more},
         seconds=round(seconds, 3), **common,

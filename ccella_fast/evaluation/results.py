@@ -12,7 +12,7 @@ from ccella_fast.storage import json_text, write_json
 
 SCHEMA = 1
 FORMAT = {"format": "ccella_fast.evaluation", "version": 1}
-METRICS, PROTOCOL, SENSITIVITY, EXAMPLES = "metrics.json", "protocol.json", "sensitivity.json", "examples"
+METRICS, PROTOCOL, SENSITIVITY = "metrics.json", "protocol.json", "sensitivity.json"
 Better = Literal["lower", "higher", "floor"]  # "floor": as near as possible to the value of real volumes
 
 

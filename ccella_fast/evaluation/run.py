@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,18 +10,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from ccella_fast.data.example_volumes import SHOWN, Example, write_examples
 from ccella_fast.errors import ConfigError, DataError, did_you_mean
 from ccella_fast.evaluation import metrics as rows_of
 from ccella_fast.evaluation.anatomy import GlandFeatures
 from ccella_fast.evaluation.collecting import CommonGrid, FeatureTable, collect
 from ccella_fast.evaluation.diversity import diversity_row
+from ccella_fast.evaluation.examples import keep_examples
 from ccella_fast.evaluation.features.cache import FeatureCache
 from ccella_fast.evaluation.features.extractor import load_extractor
 from ccella_fast.evaluation.images import ImageFeatures
-from ccella_fast.evaluation.metrics import FEATURE_METRICS, IMAGE_METRICS, Draws, Sets, case_name, case_row
+from ccella_fast.evaluation.metrics import (
+    FEATURE_METRICS,
+    IMAGE_METRICS,
+    SMALL_IMAGES,
+    Draws,
+    Sets,
+    case_name,
+)
 from ccella_fast.evaluation.reconstruction import reconstructions
-from ccella_fast.evaluation.results import EXAMPLES, FORMAT, SENSITIVITY, Evaluation, Row, plain_values
+from ccella_fast.evaluation.results import FORMAT, SENSITIVITY, Evaluation, Row, plain_values
 from ccella_fast.evaluation.sensitivity import Gate, sensitivity_gate
 from ccella_fast.evaluation.volumes import Volume, VolumeSet, open_volumes
 from ccella_fast.folder_kinds import check_output
@@ -35,12 +42,10 @@ if TYPE_CHECKING:
     from ccella_fast.evaluation.features.extractor import Extractor
 
 METRICS = (*FEATURE_METRICS, *IMAGE_METRICS, "msssim", "memorisation", "anatomy", "condition")
-_SMALL_IMAGES = "image-4mm"  # the space of `ImageFeatures` in which copies are looked for
 _HEADLINES = (
     "taps-l3",
     "taps-l4",
 )  # the spaces in which nearest cases are named, if they are there; else the first one
-_CLOSEST = 10  # pairs of a synthetic and a training volume that the page shows
 _N_RULE = "m = min(n_real // 2, n_synthetic), halves by patient, without replacement"
 
 
@@ -87,7 +92,8 @@ def evaluate(
     if draws < 2:
         raise ConfigError(f"draws must be at least 2, got {draws}", field="draws", fix="use 100")
     extractors = _load(features)
-    collected = [*extractors, ImageFeatures(), *_segmenters(wanted, required=metrics is not None)]
+    images = ImageFeatures()
+    collected = [*extractors, images, *_segmenters(wanted, required=metrics is not None)]
     processes = processes or DistributedContext.alone()
     store = None if cache is None else FeatureCache(cache)
     tables: dict[str, dict[str, FeatureTable]] = {}
@@ -95,8 +101,9 @@ def evaluate(
     sets = {"real": real, "synthetic": synthetic, "train": train, "reconstructed": reconstructed}
     for kind, volumes in sets.items():
         if volumes is not None:
+            needed = collected if kind != "train" else [*extractors, images]
             tables[kind], grid = collect(
-                volumes, collected, name=_name(volumes, kind), grid=grid, cache=store, processes=processes, progress=progress
+                volumes, needed, name=_name(volumes, kind), grid=grid, cache=store, processes=processes, progress=progress
             )  # fmt: skip
     _check_tables(tables)
     assert grid is not None
@@ -185,7 +192,7 @@ def _evaluate_sequence(
             if space == headline and read:
                 _add(cases, "synthetic", read)
     if "memorisation" in wanted:
-        rows += rows_of.memorisation_rows(sets, _SMALL_IMAGES, draws, {})[0]
+        rows += rows_of.memorisation_rows(sets, SMALL_IMAGES, draws, {})[0]
     rows += rows_of.image_rows(sets, wanted, draws)
     if "anatomy" in wanted and "gland" in sets.real.spaces:
         rows += rows_of.anatomy_rows(sets)
@@ -306,7 +313,7 @@ def evaluate_to_folder(
     draws: int = 100,
     seed: int = 0,
 ) -> Evaluation:
-    """`evaluate` for folders. Writes metrics.json and protocol.json to `out`; features are kept in `out`/features.
+    """`evaluate` for folders. Writes metrics.json, protocol.json and some volumes to `out`; features go to `out`/features.
 
     Under torchrun the processes share the volumes, and the numbers do not depend on how many they are.
 
@@ -348,25 +355,10 @@ def evaluate_to_folder(
         )  # fmt: skip
         if processes.rank == 0:
             result.write_protocol(out)
-            manifest = sets["real"].manifest
-            phantom = manifest is not None and all(case.synthetic for case in manifest.cases)
-            write_examples(out / EXAMPLES, _examples(sets, result.per_case), phantom=phantom)
+            keep_examples(out, sets, result.per_case)
             result.write(out)
         processes.barrier()
     return result
-
-
-def _examples(sets: dict[str, VolumeSet], per_case: list[dict[str, Any]]) -> Iterator[Example]:
-    """The volumes that the page shows: the first of each set, and the synthetic ones nearest to training volumes with these."""
-    for sequence in sets["real"].sequences:
-        volumes = {kind: of_all.of_sequence(sequence) for kind, of_all in sets.items()}
-        wanted = [(kind, k) for kind in volumes if kind != "train" for k in range(min(SHOWN, len(volumes[kind])))]
-        near = [case for case in per_case if case["sequence"] == sequence and "nearest_train" in case]
-        for case in sorted(near, key=lambda case: (case["null_percentile"], case["distance"]))[:_CLOSEST]:
-            wanted += [("synthetic", case_row(case["id"])), ("train", case_row(case["nearest_train"]))]
-        for kind, row in dict.fromkeys(wanted):
-            volume = volumes[kind][row]
-            yield Example(kind, row + 1, sequence, volume.array, volume.spacing)  # type: ignore[arg-type]
 
 
 def sensitivity_to_folder(

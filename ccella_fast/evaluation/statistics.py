@@ -107,7 +107,7 @@ def group_numbers(groups: Sequence[Hashable] | None, n: int) -> np.ndarray:
     if len(groups) != n:
         raise DataError(f"there are {len(groups)} patients for {n} volumes", fix="name the patient of every volume")
     known: dict[Hashable, int] = {}
-    return np.array([known.setdefault((i,) if g is None else g, len(known)) for i, g in enumerate(groups)], dtype=int)
+    return np.array([known.setdefault(object() if g is None else g, len(known)) for g in groups], dtype=int)
 
 
 def disjoint_rows(groups: np.ndarray, sizes: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
@@ -242,7 +242,7 @@ def _comparison(value: float, drawn: dict[str, np.ndarray], m: int) -> Compariso
     if not len(floor):
         return Comparison(value, ci95, None, None, None, None, None, m, len(halves), ["no_floor"])
     equal_n, level = float(drawn["value"].mean()), float(floor.mean())
-    spread = float(np.quantile(floor, 0.025)), float(np.quantile(floor, 0.975))
+    low, high = _central(floor)
     ratio = ratio_ci95 = None
     # The floor of an unbiased distance is zero: what is left is the draws' spread, and a multiple of it has no meaning.
     if level > floor.std():
@@ -250,13 +250,19 @@ def _comparison(value: float, drawn: dict[str, np.ndarray], m: int) -> Compariso
         if len(floor_in_half) and floor_in_half.mean() > 0:
             of_floor = floor_in_half / floor_in_half.mean() - 1
             ratio_ci95 = _around(ratio, of_value / level - ratio * of_floor)
-    return Comparison(value, ci95, equal_n, level, spread, ratio, ratio_ci95, m, len(floor), [])
+    return Comparison(value, ci95, equal_n, level, (low, high), ratio, ratio_ci95, m, len(floor), [])
 
 
 def _around(estimate: float, deviations: np.ndarray) -> tuple[float, float]:
     """The interval of an expectation, from an estimate and the deviations of such estimates from theirs."""
-    below, above = np.quantile(deviations, (0.025, 0.975))
-    return float(estimate - above), float(estimate - below)
+    below, above = _central(deviations)
+    return estimate - above, estimate - below
+
+
+def _central(values: np.ndarray) -> tuple[float, float]:
+    """The quantiles around the central 95 %: of n values, the k-th smallest is the k / (n + 1) quantile."""
+    low, high = np.quantile(values, (0.025, 0.975), method="weibull")
+    return float(low), float(high)
 
 
 def share_interval(count: int, n: int) -> tuple[float, float]:

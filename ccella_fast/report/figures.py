@@ -14,7 +14,7 @@ import numpy as np
 
 COLUMNS = 4  # volumes side by side in a montage
 _LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
-_COLORS = ["#1f6fb4", "#c2571a", "#3a8a4d", "#7a4fa3"]
+COLORS = ["#1f6fb4", "#c2571a", "#3a8a4d", "#7a4fa3"]
 
 
 class Panel(NamedTuple):
@@ -79,7 +79,7 @@ def montage(panels: Sequence[Panel], *, window: tuple[float, float], caption: st
                 left += width * scale + gap
     if caption:
         _text(figure, figure_size[0] / 2, note / 2, caption, figure_size, color="#b8b8b8", size=7)
-    return _png(figure)
+    return png(figure)
 
 
 def curves(groups: Sequence[Mapping[str, Any]]) -> bytes:
@@ -91,7 +91,7 @@ def curves(groups: Sequence[Mapping[str, Any]]) -> bytes:
     figure = Figure(figsize=(4.6 * columns, 2.7 * rows), dpi=110, facecolor="white", layout="constrained")
     for place, group in enumerate(groups, start=1):
         axes = figure.add_subplot(rows, columns, place)
-        for color, (name, (steps, values)) in zip(_COLORS, group["lines"].items(), strict=False):
+        for color, (name, (steps, values)) in zip(COLORS, group["lines"].items(), strict=False):
             raw = np.asarray(values, dtype=float)
             smooth = _smooth(raw)
             if smooth is not raw:
@@ -107,7 +107,7 @@ def curves(groups: Sequence[Mapping[str, Any]]) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
         if len(group["lines"]) > 1:
             axes.legend(fontsize=8, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def histogram(samples: Mapping[str, np.ndarray], *, window: tuple[float, float], unit: str) -> bytes:
@@ -117,7 +117,7 @@ def histogram(samples: Mapping[str, np.ndarray], *, window: tuple[float, float],
     figure = Figure(figsize=(6.4, 2.8), dpi=110, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     edges = np.linspace(*window, 65)
-    for color, (name, values) in zip(_COLORS, samples.items(), strict=False):
+    for color, (name, values) in zip(COLORS, samples.items(), strict=False):
         counts, _ = np.histogram(np.clip(values, *window), bins=edges)
         axes.stairs(100 * counts / max(1, counts.sum()), edges, color=color, linewidth=1.6, label=name)
     axes.set_yscale("log")
@@ -127,7 +127,7 @@ def histogram(samples: Mapping[str, np.ndarray], *, window: tuple[float, float],
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw(figure: Any, part: Slice, box: tuple, figure_size: tuple, window: tuple[float, float], *, bar: bool) -> None:
@@ -169,7 +169,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A figure as PNG bytes; equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None}, facecolor=figure.get_facecolor())
     return buffer.getvalue()

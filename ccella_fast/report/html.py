@@ -21,8 +21,9 @@ from ccella_fast.data.readers.sample_files import read_sample
 from ccella_fast.environment import describe_environment
 from ccella_fast.errors import DataError
 from ccella_fast.quantities import counted
+from ccella_fast.report.evaluation import evaluation_part
 from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage
-from ccella_fast.report.page import TEMPLATE, render
+from ccella_fast.report.page import POLICY, TEMPLATE, render
 from ccella_fast.storage import atomic_path, read_json
 
 WINDOW = (0.0, 1.0)
@@ -55,13 +56,13 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `folder/report.html` from `prepared/`, `vae/`, `model/` and `samples/` in it, and return its path.
+    """Write `folder/report.html` from `prepared/`, `vae/`, `model/`, `samples/` and `evaluation/` in it, and return its path.
 
     Raises:
-        DataError: all four are missing, or a file is damaged.
+        DataError: all five are missing, or a file is damaged.
     """
     folder = Path(folder)
-    if not any((folder / name).is_dir() for name in ("prepared", "vae", "model", "samples")):
+    if not any((folder / name).is_dir() for name in ("prepared", "vae", "model", "samples", "evaluation")):
         fix = "give the folder that contains prepared/, vae/, model/ and samples/"
         raise DataError("this folder contains no results", path=folder, fix=fix)
     prepared = load_manifest(folder / "prepared") if (folder / "prepared" / "manifest.json").is_file() else None
@@ -70,6 +71,7 @@ def write_report(folder: str | Path) -> Path:
         with _damage_named(folder / "model" / "config.json"):
             name = config["name"]
     samples = _samples(folder / "samples")
+    evaluation = evaluation_part(folder / "evaluation") if (folder / "evaluation" / "metrics.json").is_file() else None
     page = render(
         TEMPLATE,
         title=f"ccella_fast: {name}",
@@ -83,6 +85,8 @@ def write_report(folder: str | Path) -> Path:
         no_samples="There are no generated volumes yet: run `ccella-fast sample`.",
         timings=[row for name, command in _COMMANDS for row in _timings(folder / name, command)],
         environment=_environment(folder),
+        evaluation=evaluation.html if evaluation else "",
+        policy=evaluation.policy if evaluation else POLICY,
     )
     with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")

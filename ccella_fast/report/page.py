@@ -1,22 +1,29 @@
-"""The page of `report.html` as a jinja2 template, and what all pages share: one file, no script, nothing that is loaded."""
+"""The page of `report.html` as a jinja2 template, and what all pages share: one file, and nothing that is loaded."""
 
 from __future__ import annotations
 
 from typing import Any
 
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # a browser enforces it: nothing is loaded or run
+)
+
 HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
 :root {
   --ink: #1b1f24; --soft: #59636e; --line: #d8dee4; --paper: #ffffff; --card: #f6f8fa; --mark: #8a5a00;
+  --yes: #1a7f37; --no: #b3261e;
   color-scheme: light dark;
 }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ed; --soft: #9aa4af; --line: #323a43; --paper: #12161b; --card: #1a2027; --mark: #e3b341; }
+  :root { --ink: #e6e9ed; --soft: #9aa4af; --line: #323a43; --paper: #12161b; --card: #1a2027; --mark: #e3b341;
+  --yes: #57c26f; --no: #f2817a; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
@@ -37,7 +44,20 @@ figure img { max-width: 100%; height: auto; display: block; border-radius: 6px; 
 figcaption { color: var(--soft); font-size: 0.88rem; margin-top: 0.35rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.92rem; width: 100%; }
+.verdicts { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 0.8rem; margin: 1rem 0; }
+.verdict { background: var(--card); border: 1px solid var(--line); border-left: 6px solid var(--soft); border-radius: 6px;
+  padding: 0.6rem 0.9rem 0.8rem; }
+.verdict.yes { border-left-color: var(--yes); } .verdict.yes b { color: var(--yes); }
+.verdict.no { border-left-color: var(--no); } .verdict.no b { color: var(--no); }
+.verdict.undecided { border-left-color: var(--mark); } .verdict.undecided b { color: var(--mark); }
+.verdict h3 { font-size: 0.95rem; margin: 0; font-weight: 600; color: var(--soft); }
+.verdict b { display: block; font-size: 1.5rem; line-height: 1.3; }
+.verdict ul { margin: 0.5rem 0 0; padding-left: 1.1rem; color: var(--soft); font-size: 0.85rem; }
+.notes { color: var(--soft); font-size: 0.88rem; padding-left: 1.4rem; margin: 0.6rem 0; }
+.faint td { color: var(--soft); }
+td small { display: block; color: var(--soft); }
 th, td { text-align: left; padding: 0.3rem 0.7rem 0.3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { overflow-wrap: anywhere; } td.number { white-space: nowrap; overflow-wrap: normal; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 @media screen and (max-width: 40rem) { figure { overflow-x: auto; } figure img { max-width: none; width: 46rem; } }
 @media print { body { font-size: 11pt; } main { max-width: none; padding: 0; } h2 { break-after: avoid; } }
@@ -63,6 +83,7 @@ FOOT = """</main>
 TEMPLATE = (
     HEAD
     + """
+{{ evaluation | safe }}
 <h2>Images</h2>
 <p class="soft">Middle slices in three planes, one gray window (0 to 1 of each volume's normalized intensity), true proportions.
 R, L: the patient's right and left; A, P: front and back; S, I: head and feet. The patient's right is on the left side.</p>
@@ -124,8 +145,8 @@ read from the report at the last step. {{ class_heads }}</p>
 
 
 def render(template: str, **values: Any) -> str:
-    """The page as HTML. Values are escaped, and one that the template names must be given."""
+    """The page as HTML. Values are escaped, and one that the template names must be given; `policy` is `POLICY` if not."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(**values)
+    return environment.from_string(template).render(**{"policy": POLICY, **values})

@@ -15,12 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ccella_fast import cli
+from ccella_fast.config import make_config
 from ccella_fast.data.example_volumes import read_examples
-from ccella_fast.errors import ConfigError, DataError
+from ccella_fast.errors import CheckpointError, ConfigError, DataError
+from ccella_fast.evaluation.reconstruction import reconstructions
 from ccella_fast.evaluation.run import evaluate, evaluate_to_folder, sensitivity_to_folder
-from ccella_fast.evaluation.volumes import Source, VolumeSet
+from ccella_fast.evaluation.volumes import Source, VolumeSet, open_volumes
+from ccella_fast.models.autoencoder import Autoencoder, save_autoencoder
 from ccella_fast.storage import sha256
 from evaluation_fixtures import (
     CANARIES,
@@ -32,6 +36,7 @@ from evaluation_fixtures import (
     write_prepared,
     write_samples,
 )
+from sampling_fixtures import TINY, scrambled
 from training_fixtures import environment, free_port
 
 QUICK = ["fd", "kid", "intensity", "msssim", "memorisation"]
@@ -105,14 +110,14 @@ def test_without_a_training_set_the_real_set_standardises_and_memorisation_is_le
 
 def test_copies_of_training_volumes_are_found_by_number():
     train, real = some_volumes(40, 0), some_volumes(30, 100)
-    planted = [volume._replace(id=f"s{k}") for k, volume in enumerate([*some_volumes(18, 200), train[7], train[31]])]
+    planted = [volume._replace(id=f"s{k}") for k, volume in enumerate([*some_volumes(18, 300), train[7], train[31]])]
     given = {"features": [CountingExtractor()], "metrics": ["memorisation"], "draws": 4}
     result = evaluate(real=real, synthetic=planted, train=train, **given)
-    assert result["copies", "fake"].value == pytest.approx(2 / 20)
+    assert result["copies", "fake"].value == result["copies", "image-4mm"].value == pytest.approx(2 / 20)
     copies = {case["id"]: case["nearest_train"] for case in result.per_case if case.get("copy")}
     assert copies == {"synthetic-019": "train-008", "synthetic-020": "train-032"}
-    clean = evaluate(real=real, synthetic=some_volumes(20, 200), train=train, **given)
-    assert clean["copies", "fake"].value == 0
+    clean = evaluate(real=real, synthetic=some_volumes(20, 300), train=train, **given)
+    assert clean["copies", "fake"].value == clean["copies", "image-4mm"].value == 0
 
 
 def test_the_autoencoder_limit_is_the_distance_to_reconstructions():
@@ -131,6 +136,42 @@ def test_the_autoencoder_limit_is_the_distance_to_reconstructions():
     assert limit.floor * 2 < limit.limit_autoencoder < limit.value_equal_n
     with pytest.raises(DataError, match="in its order"):
         evaluate(**given, reconstructed=blurred[::-1])
+
+
+def test_real_volumes_are_decoded_from_their_latents(tmp_path):
+    networks = [scrambled(Autoencoder(make_config(TINY).autoencoder)).eval() for _ in range(2)]
+    with torch.no_grad():
+        networks[1].post_quant_conv.conv.bias += 1
+        arrays = {f"case{k}": draw(k) for k in range(4)}
+        latents = {
+            case: networks[0].encode(torch.from_numpy(x)[None, None])[0][0].numpy() for case, x in arrays.items()
+        }
+        decoded = [networks[0].decode(torch.from_numpy(z)[None])[0, 0].clamp(0, 1).numpy() for z in latents.values()]
+    for number, network in enumerate(networks):
+        save_autoencoder(network, tmp_path / f"vae{number}")
+    digest = sha256(tmp_path / "vae0" / "model.safetensors")
+    images = {case: {"t2w": x} for case, x in arrays.items()}
+    prepared = write_prepared(tmp_path / "prepared", images, latents=latents, vae_sha256=digest)
+    volumes = reconstructions(open_volumes(prepared, field="--real"), tmp_path / "vae0")
+    for volume, expected, original in zip(volumes, decoded, arrays.values(), strict=True):
+        np.testing.assert_allclose(volume.array, expected, atol=1e-5)
+        assert not np.allclose(volume.array, original, atol=0.05)
+    samples = write_samples(tmp_path / "samples", [draw(50 + k) for k in range(4)])
+    given = {"features": [CountingExtractor()], "metrics": ["fd"], "draws": 4, "vae": tmp_path / "vae0"}
+    limit = evaluate_to_folder(prepared, samples, tmp_path / "out", **given)["fd"].limit_autoencoder
+    listed = [volume._replace(patient=None) for volume in open_volumes(prepared, field="--real")]
+    again = [volume._replace(array=x) for volume, x in zip(listed, decoded, strict=True)]
+    del given["vae"]
+    synthetic = some_volumes(4, 50)
+    direct = evaluate(real=listed, synthetic=synthetic, reconstructed=again, **given)["fd"].limit_autoencoder
+    assert limit == pytest.approx(direct, rel=1e-4)
+    for vae, error, words in (
+        (tmp_path / "vae1", CheckpointError, "another autoencoder"),
+        (tmp_path / "none", CheckpointError, "does not exist"),
+    ):
+        with pytest.raises(error, match=words):
+            evaluate_to_folder(prepared, samples, tmp_path / "other", **given, vae=vae)
+    assert not (tmp_path / "other").exists()
 
 
 def test_sequences_are_compared_one_by_one():
@@ -330,7 +371,8 @@ def test_the_command_prints_a_table_and_names_the_next_one(folders, tmp_path, ca
     assert call("evaluate", "--real", folders / "prepared", "--synthetic", folders / "samples", *options) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0].split()[:3] == ["metric", "features", "sequence"] and "few, n<d" in out
-    assert f"wrote {tmp_path}/evaluation/metrics.json" in err and f"next: ccella-fast report {tmp_path}" in err
+    assert f"wrote {tmp_path}/evaluation/report.html" in err and f"next: ccella-fast report {tmp_path}" in err
+    assert "Fréchet" in (tmp_path / "evaluation" / "report.html").read_text()
 
 
 def test_plain_files_are_enough_and_no_socket_is_opened(tmp_path, monkeypatch):

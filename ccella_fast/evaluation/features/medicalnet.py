@@ -30,7 +30,7 @@ _INPUTS = {
 
 
 class MedicalNet:
-    """One space, `medicalnet`: the spatial mean of the last map, 2048 features, of the volume on its own grid.
+    """One space, `medicalnet-<input>`: the spatial mean of the last map, 2048 features, of the volume on its own grid.
 
     The reference of CCELLA compares these features, in float16, of images in [0, 1]: the input `ccella`. MedicalNet was trained
     on z-scores over non-zero voxels: the input `medicalnet`. Both take every volume on its own grid, so distances are between
@@ -63,7 +63,8 @@ class MedicalNet:
         _check_is_medicalnet(tensors, path)
         self._network = load_resnet50(tensors, "MedicalNet's ResNet-50", path, **ARCHITECTURE).to(device)
         self._device, self._input = device, input_name
-        self.spaces = {"medicalnet": 2048}
+        self._space = f"medicalnet-{input_name}"  # distances of different inputs cannot be compared
+        self.spaces = {self._space: 2048}
         self.sequences: frozenset[str] | None = None
         self.identity: dict[str, object] = {
             "extractor": "medicalnet",
@@ -83,7 +84,7 @@ class MedicalNet:
             array = standardise(array, volume.id)
         with float32_inference():
             x = torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
-            return {"medicalnet": self._network(x[None, None])[0].cpu().numpy()}
+            return {self._space: self._network(x[None, None])[0].cpu().numpy()}
 
 
 def _check_is_medicalnet(tensors: dict[str, torch.Tensor], path: str | Path) -> None:

@@ -45,7 +45,7 @@ _PIXELS = 2**20  # in one pass of the network, so that memory does not grow with
 
 
 class RadImageNet:
-    """Three spaces, `radimagenet-axial`, `-coronal` and `-sagittal`: the mean of the last map over all slices, 2048 features.
+    """Three spaces, `radimagenet-<input>-axial`, `-coronal`, `-sagittal`: the last map's mean over all slices, 2048 features.
 
     A volume is one row of a space. The reference of CCELLA (input `ccella`) and MAISI (input `maisi`) also compare each
     direction by itself, but make every slice a row as if slices of one patient were independent: `slices` returns these rows.
@@ -88,7 +88,7 @@ class RadImageNet:
         self._network = load_resnet50(tensors, what, path, **options).to(device)
         self._input = input_name or ("official" if is_official else "ccella")
         self._device = device
-        self.spaces = {f"radimagenet-{plane}": 2048 for plane in ("axial", "coronal", "sagittal")}
+        self.spaces = {f"radimagenet-{self._input}-{plane}": 2048 for plane in ("axial", "coronal", "sagittal")}
         self.sequences: frozenset[str] | None = None
         self.identity: dict[str, object] = {
             "extractor": "radimagenet",
@@ -116,9 +116,8 @@ class RadImageNet:
         array = volume.array.astype(np.float32, copy=False)
         if self._input != "maisi":
             return array
-        return resample(
-            array, volume.spacing, (1.0, 1.0, 1.0)
-        )  # padded plane by plane: 512 cubed takes half a gigabyte
+        # Padded slice by slice: 512 cubed takes half a gigabyte.
+        return resample(array, volume.spacing, (1.0, 1.0, 1.0))
 
     def _rows(self, array: np.ndarray, space: str) -> np.ndarray:
         stack = np.moveaxis(array, _PLANES[space.rpartition("-")[2]], 0)

@@ -18,7 +18,7 @@ from ccella_fast.evaluation.features.resnet import Bottleneck, load_resnet50, re
 from ccella_fast.storage import sha256
 from feature_fixtures import make_volume
 
-SPACES = ("radimagenet-axial", "radimagenet-coronal", "radimagenet-sagittal")
+SPACES = ("radimagenet-ccella-axial", "radimagenet-ccella-coronal", "radimagenet-ccella-sagittal")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_each_form_loads_bit_for_bit(medicalnet, converted, official, networks: 
 def test_medicalnet_equals_monai_with_its_strides_and_dilations(medicalnet: MedicalNet, networks: dict[str, nn.Module]):
     volume = make_volume((40, 36, 24))
     x = torch.from_numpy(volume.array)[None, None]
-    found = medicalnet(volume)["medicalnet"]
+    found = medicalnet(volume)["medicalnet-ccella"]
     expected = dilated(networks["medicalnet"])(x)[0].numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
     plain = networks["medicalnet"](x)[0].numpy()  # negative control: the same weights in MONAI's own network
@@ -134,9 +134,9 @@ def test_inputs_of_medicalnet(medicalnet: MedicalNet, weight_files: dict[str, Pa
     array[array != 0] = (values - values.mean()) / values.std()
     with torch.no_grad():
         expected = standard._network(torch.from_numpy(array.astype(np.float32))[None, None])[0].numpy()
-    found = standard(volume)["medicalnet"]
+    found = standard(volume)["medicalnet-medicalnet"]
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
-    assert np.abs(found - medicalnet(volume)["medicalnet"]).max() > 0.01 * np.abs(expected).max()
+    assert np.abs(found - medicalnet(volume)["medicalnet-ccella"]).max() > 0.01 * np.abs(expected).max()
     assert standard.identity != medicalnet.identity
 
 
@@ -147,9 +147,9 @@ def rows(network: nn.Module, images: list[np.ndarray]) -> np.ndarray:
 
 
 def slices_of(array: np.ndarray, space: str) -> list[np.ndarray]:
-    if space == "radimagenet-sagittal":
+    if space.endswith("-sagittal"):
         return [array[x] for x in range(array.shape[0])]
-    if space == "radimagenet-coronal":
+    if space.endswith("-coronal"):
         return [array[:, y] for y in range(array.shape[1])]
     return [array[:, :, z] for z in range(array.shape[2])]
 
@@ -213,7 +213,7 @@ def test_input_of_maisi(
         expected = rows(extractor._network, [image - blue_green_red for image in images])
         assert found.shape == expected.shape
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
-    assert np.abs(extractor(volume)[SPACES[0]] - converted(volume)[SPACES[0]]).max() > 0.01
+    assert np.abs(extractor(volume)["radimagenet-maisi-axial"] - converted(volume)[SPACES[0]]).max() > 0.01
 
 
 def test_identity_names_weights_input_and_network(converted, official, medicalnet, weight_files: dict[str, Path]):

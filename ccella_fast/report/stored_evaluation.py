@@ -1,0 +1,217 @@
+"""What `ccella-fast evaluate` has written, read for the page: rows of metrics, facts about volumes, the sensitivity gate."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ccella_fast.data.example_volumes import StoredExample, read_examples
+from ccella_fast.errors import DataError
+from ccella_fast.storage import read_json
+
+METRICS, PROTOCOL, SENSITIVITY, EXAMPLES = "metrics.json", "protocol.json", "sensitivity.json", "examples"
+GLAND = "gland_"  # rows of a rule for glands
+
+# Spaces by how far they are trusted to rank generators; radiomics explains, and does not rank.
+_TRUST = ("taps-l3", "taps-l4", "medicalnet", "radimagenet", "random")
+EXPLAINING = "radiomics"
+
+_GUARDS = {
+    "n<d": "There are no more volumes than features: the value is mostly bias. Read its ratio to the floor, never the value.",
+    "biased": "There are fewer than three volumes per feature, so the value is biased upwards, as is its floor.",
+    "no_floor": "There are too few real volumes to compare them with one another, so nothing says what a good value is.",
+    "standardised_by_itself": "Features are standardised by the compared real volumes, because no training set was given.",
+    "one_volume": "A set has one volume only: nothing can be computed from it.",
+    "few": "A set has fewer than 20 volumes: the interval is rough.",
+    "few_held_out": "There are fewer than 99 held-out volumes, so the 1st percentile is their smallest distance.",
+    "one_class": "The property is the same in all volumes of a set, so nothing can be told apart.",
+    "unreadable": "The property cannot be read from real volumes either, so nothing follows for generated ones.",
+    "segmenter_fails_on_real": "The segmenter does not work on these real volumes, so nothing follows for generated ones.",
+    "gate": "This feature space does not order known degradations of real volumes: it decides nothing here.",
+}
+
+
+class MetricRow(NamedTuple):
+    """A row of metrics.json; the attributes are explained there, by `ccella_fast.evaluation.results.Row`."""
+
+    metric: str
+    features: str | None
+    sequence: str
+    set: str
+    reference: str
+    value: float | None
+    ci95: tuple[float, float] | None
+    floor: float | None
+    ratio: float | None
+    ratio_ci95: tuple[float, float] | None
+    limit_autoencoder: float | None
+    n_real: int
+    n_synthetic: int
+    better: str
+    guards: tuple[str, ...]
+    details: dict[str, Any]
+    weights_sha256: str | None
+    seconds: float
+
+    def has(self, *guards: str) -> bool:
+        """Whether a guard is among these."""
+        return not set(guards).isdisjoint(self.guards)
+
+    def number(self, name: str) -> float | None:
+        """A number of the details."""
+        return _number(self.details.get(name))
+
+    def pair(self, name: str) -> tuple[float, float] | None:
+        """An interval of the details."""
+        return _pair(self.details.get(name))
+
+
+class ListedCase(NamedTuple):
+    """What is known of a real or generated volume.
+
+    Attributes:
+        kind: its set.
+        number: its position in the set, from 1.
+        sequence: "t2w", "hbv" or "adc".
+        nearest_train: number of the nearest training volume.
+        distance: to it.
+        null_percentile: percent of the held-out volumes that are at most as far from theirs.
+        volume_cc: of the segmented gland.
+    """
+
+    kind: Literal["real", "synthetic"]
+    number: int
+    sequence: str
+    nearest_train: int | None
+    distance: float | None
+    null_percentile: float | None
+    volume_cc: float | None
+
+
+class StoredEvaluation(NamedTuple):
+    """An evaluation.
+
+    Attributes:
+        rows: the metrics.
+        cases: the volumes.
+        protocol: what the numbers depend on.
+        protocol_sha256: of protocol.json.
+        gates: of the sensitivity gate, one a feature space.
+        examples: volumes that were kept.
+        phantom: whether the real volumes are phantoms.
+        environment: the machine.
+    """
+
+    rows: list[MetricRow]
+    cases: list[ListedCase]
+    protocol: dict[str, Any]
+    protocol_sha256: str
+    gates: list[dict[str, Any]]
+    examples: list[StoredExample]
+    phantom: bool
+    environment: dict[str, Any]
+
+    def named(self, *metrics: str) -> list[MetricRow]:
+        """The rows of these metrics, the most trusted feature space first."""
+        return sorted((row for row in self.rows if row.metric in metrics), key=_trust)
+
+    @property
+    def word(self) -> str:
+        """What a volume of the real set is called."""
+        return "phantom" if self.phantom else "real volume"
+
+
+def read_evaluation(folder: Path) -> StoredEvaluation:
+    """Read the folder of an evaluation.
+
+    Raises:
+        DataError: metrics.json is missing, or a file is damaged.
+    """
+    content, protocol = read_json(folder / METRICS), _optional(folder / PROTOCOL, {})
+    sensitivity = _optional(folder / SENSITIVITY, {"gates": []})
+    path = folder / METRICS
+    try:
+        rows = [_row(entry) for entry in content["rows"]]
+        cases = [_case(entry) for entry in content["per_case"]]
+        digest, environment = str(content["protocol_sha256"]), dict(content.get("environment", {}))
+        path = folder / SENSITIVITY
+        gates = [_gate(entry) for entry in sensitivity["gates"]]
+        path = folder / PROTOCOL
+        protocol = dict(protocol)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        why = "a value that `ccella-fast evaluate` writes into this file is missing or of another kind"
+        raise DataError(why, path=path, fix="run `ccella-fast evaluate` again") from None
+    failed = {gate["space"] for gate in gates if not gate["passed"]}
+    rows = [row._replace(guards=(*row.guards, "gate")) if row.features in failed else row for row in rows]
+    examples = read_examples(folder / EXAMPLES)
+    return StoredEvaluation(rows, cases, protocol, digest, gates, examples.volumes, examples.phantom, environment)
+
+
+def _optional(path: Path, otherwise: Any) -> Any:
+    return read_json(path) if path.is_file() else otherwise
+
+
+def _row(entry: dict[str, Any]) -> MetricRow:
+    names = [entry[name] for name in ("metric", "sequence", "set", "reference", "better")]
+    if not all(isinstance(name, str) for name in (*names, *entry["guards"])):
+        raise TypeError
+    details = dict(entry["details"])
+    return MetricRow(
+        entry["metric"], None if entry["features"] is None else str(entry["features"]), entry["sequence"], entry["set"],
+        entry["reference"], _number(entry["value"]), _pair(entry["ci95"]), _number(entry["floor"]), _number(entry["ratio"]),
+        _pair(details.get("ratio_ci95")), _number(entry["limit_autoencoder"]), int(entry["n_real"]),
+        int(entry["n_synthetic"]), entry["better"], tuple(entry["guards"]), details, entry["weights_sha256"],
+        float(entry["seconds"]),
+    )  # fmt: skip
+
+
+def _case(entry: dict[str, Any]) -> ListedCase:
+    if entry["set"] not in ("real", "synthetic"):
+        raise ValueError
+    nearest = entry.get("nearest_train")
+    return ListedCase(
+        entry["set"], _place(entry["id"]), str(entry["sequence"]), None if nearest is None else _place(nearest),
+        *(_number(entry.get(name)) for name in ("distance", "null_percentile", "volume_cc")),
+    )  # fmt: skip
+
+
+def _place(name: str) -> int:
+    """The number in a name such as "synthetic-012"."""
+    found = re.fullmatch(r"[a-z]+-(\d+)", name)
+    if found is None:
+        raise ValueError
+    return int(found[1])
+
+
+def _gate(entry: dict[str, Any]) -> dict[str, Any]:
+    for row in entry["rows"]:
+        if not isinstance(row["family"], str) or not isinstance(row["unit"], str):
+            raise TypeError
+        float(row["strength"]), float(row["paired"])
+    in_order = {str(family): float(share) for family, share in entry["in_order"].items()}
+    return {**entry, "space": str(entry["space"]), "passed": entry["passed"] is True, "in_order": in_order}
+
+
+def _number(value: Any) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise TypeError
+    return value
+
+
+def _pair(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    low, high = value
+    return float(low), float(high)
+
+
+def guard_sentence(guard: str) -> str:
+    """What a guard means."""
+    return _GUARDS.get(guard, guard)
+
+
+def _trust(row: MetricRow) -> tuple[int, str]:
+    name = row.features or ""
+    place = next((place for place, prefix in enumerate(_TRUST) if name.startswith(prefix)), len(_TRUST))
+    return place + (name == EXPLAINING) + 10 * ("gate" in row.guards), row.sequence
