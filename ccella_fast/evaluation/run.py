@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from ccella_fast.evaluation.diversity import diversity_row
 from ccella_fast.evaluation.examples import keep_examples
 from ccella_fast.evaluation.features.cache import FeatureCache
 from ccella_fast.evaluation.features.extractor import load_extractor
+from ccella_fast.evaluation.foci import FociFeatures
 from ccella_fast.evaluation.images import ImageFeatures
 from ccella_fast.evaluation.metrics import (
     FEATURE_METRICS,
@@ -26,6 +28,14 @@ from ccella_fast.evaluation.metrics import (
     Draws,
     Sets,
     case_name,
+)
+from ccella_fast.evaluation.prompted import (
+    StatedFindings,
+    condition_rows,
+    gland_volume_row,
+    own_study_row,
+    read_reports,
+    stated_findings,
 )
 from ccella_fast.evaluation.reconstruction import reconstructions
 from ccella_fast.evaluation.results import FORMAT, SENSITIVITY, Evaluation, Row, plain_values
@@ -41,11 +51,13 @@ from ccella_fast.storage import check_writable, remove_partial_files, write_json
 if TYPE_CHECKING:
     from ccella_fast.evaluation.features.extractor import Extractor
 
+logger = logging.getLogger("ccella_fast")
 METRICS = (*FEATURE_METRICS, *IMAGE_METRICS, "msssim", "memorisation", "anatomy", "condition")
 _HEADLINES = (
     "taps-l3",
     "taps-l4",
 )  # the spaces in which nearest cases are named, if they are there; else the first one
+_FEWEST_FOR_COPIES = 3
 _N_RULE = "m = min(n_real // 2, n_synthetic), halves by patient, without replacement"
 
 
@@ -55,6 +67,7 @@ def evaluate(
     synthetic: Iterable[Volume],
     train: Iterable[Volume] | None = None,
     reconstructed: Iterable[Volume] | None = None,
+    reports: Mapping[str, str] | None = None,
     features: Sequence[str | Extractor] | None = None,
     metrics: Sequence[str] | None = None,
     draws: int = 100,
@@ -73,6 +86,8 @@ def evaluate(
         synthetic: generated volumes.
         train: the volumes that the generator was trained on: for memorisation, and to standardise features.
         reconstructed: `real`, in the same order, after the generator's autoencoder: the limit of a latent model.
+        reports: by the ids of real volumes and by the prompts of synthetic ones. Only what they state of a lesion and of the
+            gland's volume is used.
         features: names as for `load_extractor`, or extractors. Default: `taps` if its package is installed, `radiomics` and
             `random`.
         metrics: of METRICS; default: all for which everything is there.
@@ -92,8 +107,10 @@ def evaluate(
     if draws < 2:
         raise ConfigError(f"draws must be at least 2, got {draws}", field="draws", fix="use 100")
     extractors = _load(features)
+    stated = {name: stated_findings(text) for name, text in (reports or {}).items()}
     images = ImageFeatures()
-    collected = [*extractors, images, *_segmenters(wanted, required=metrics is not None)]
+    collected = [*extractors, images, *([FociFeatures()] if "condition" in wanted else [])]
+    collected += _segmenters(wanted, required=metrics is not None)
     processes = processes or DistributedContext.alone()
     store = None if cache is None else FeatureCache(cache)
     tables: dict[str, dict[str, FeatureTable]] = {}
@@ -107,12 +124,16 @@ def evaluate(
             )  # fmt: skip
     _check_tables(tables)
     assert grid is not None
+    smallest = min(len(table) for kind in ("real", "train") for table in tables.get(kind, {}).values())
+    if "memorisation" in wanted and metrics is None and smallest < _FEWEST_FOR_COPIES:
+        logger.warning("copies are not looked for: that needs %d real and training volumes", _FEWEST_FOR_COPIES)
+        wanted.discard("memorisation")
     protocol = make_protocol(collected, grid, wanted, draws, seed, {kind: sets[kind] for kind in tables})
     rows: list[Row] = []
     per_case: list[dict[str, Any]] = []
     for sequence in tables["real"]:
         of_sequence = Sets(*(tables[kind].get(sequence) if kind in tables else None for kind in sets))  # type: ignore[arg-type]
-        found, cases = _evaluate_sequence(of_sequence, extractors, wanted, Draws(draws, seed))
+        found, cases = _evaluate_sequence(of_sequence, extractors, wanted, stated, Draws(draws, seed))
         rows += found
         per_case += cases
         if "msssim" in wanted and isinstance(real, Sequence) and isinstance(synthetic, Sequence):
@@ -168,7 +189,7 @@ def make_protocol(
 
 
 def _evaluate_sequence(
-    sets: Sets, extractors: Sequence[Extractor], wanted: set[str], draws: Draws
+    sets: Sets, extractors: Sequence[Extractor], wanted: set[str], reports: Mapping[str, StatedFindings], draws: Draws
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     rows: list[Row] = []
     cases = _cases(sets)
@@ -184,18 +205,19 @@ def _evaluate_sequence(
         if "memorisation" in wanted:
             found, nearest = rows_of.memorisation_rows(sets, space, draws, about)
             rows += found
+            rows += own_study_row(sets, space, about)
             if space == headline:
                 _add(cases, "synthetic", nearest)
-        if "condition" in wanted:
-            found, read = rows_of.condition_rows(sets, space, draws, about)
-            rows += found
-            if space == headline and read:
-                _add(cases, "synthetic", read)
     if "memorisation" in wanted:
         rows += rows_of.memorisation_rows(sets, SMALL_IMAGES, draws, {})[0]
+    if "condition" in wanted:
+        foci = FociFeatures()
+        readable = spaces | dict.fromkeys(foci.spaces, {"preprocessing": foci.identity})
+        rows += condition_rows(sets, readable, reports, draws)
     rows += rows_of.image_rows(sets, wanted, draws)
     if "anatomy" in wanted and "gland" in sets.real.spaces:
         rows += rows_of.anatomy_rows(sets)
+        rows += gland_volume_row(sets, reports, draws) if "condition" in wanted else []
         for kind in ("real", "synthetic"):
             table: FeatureTable = getattr(sets, kind)
             _add(cases, kind, [{"volume_cc": float(row[0])} for row in table.spaces["gland"]])
@@ -310,6 +332,7 @@ def evaluate_to_folder(
     *,
     train: str | Path | None = None,
     vae: str | Path | None = None,
+    reports: str | Path | None = None,
     features: Sequence[str] | None = None,
     allow_unknown_weights: bool = False,
     metrics: Sequence[str] | None = None,
@@ -327,6 +350,7 @@ def evaluate_to_folder(
         out: the folder for the results, created if it does not exist.
         train: a folder of the volumes that the generator was trained on.
         vae: the generator's autoencoder, for the limit that it sets; `real` must be a prepared folder with its latents.
+        reports: of the real cases and of the prompts, as for `read_reports`; the ids of prompts are those in samples.csv.
         features: names as for `load_extractor`; default: those that need no file.
         allow_unknown_weights: as for `load_extractor`.
         metrics: of METRICS; default: all for which everything is there.
@@ -347,6 +371,7 @@ def evaluate_to_folder(
     given = {"real": real, "synthetic": synthetic} | ({} if train is None else {"train": train})
     sets = {kind: _choose(open_volumes(path, field=f"--{kind}"), sequences) for kind, path in given.items()}
     _check_first(sets)
+    texts = None if reports is None else read_reports(reports)
     if vae is not None:
         sets["reconstructed"] = reconstructions(sets["real"], vae)
     extractors = _load(features, allow_unknown_weights)
@@ -356,7 +381,7 @@ def evaluate_to_folder(
             remove_partial_files(out)
         processes.barrier()
         result = evaluate(
-            **sets, features=extractors, metrics=metrics, draws=draws, seed=seed,
+            **sets, reports=texts, features=extractors, metrics=metrics, draws=draws, seed=seed,
             cache=out / "features", processes=processes, progress=True,
         )  # fmt: skip
         if processes.rank == 0:
