@@ -263,9 +263,9 @@ def _evaluate(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _report(subparsers: argparse._SubParsersAction) -> None:
-    about = "Write FOLDER/report.html: one page of curves, montages and timings that needs no network."
+    about = "Write FOLDER/report.html: one page of the evaluation, curves, montages and timings that needs no network."
     command = _add(subparsers, "report", commands.run_report, about, "ccella-fast report out/demo")
-    about = "folder that contains prepared/, vae/, model/ and samples/"
+    about = "folder that contains prepared/, vae/, model/, samples/ and evaluation/, or the folder of an evaluation"
     command.add_argument("folder", type=Path, metavar="FOLDER", help=about)
 
 
