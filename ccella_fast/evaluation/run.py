@@ -37,7 +37,7 @@ from ccella_fast.evaluation.prompted import (
     read_reports,
     stated_findings,
 )
-from ccella_fast.evaluation.reconstruction import reconstructions
+from ccella_fast.evaluation.reconstruction import LATENT, LatentFeatures, reconstructions
 from ccella_fast.evaluation.results import FORMAT, SENSITIVITY, Evaluation, Row, plain_values
 from ccella_fast.evaluation.sensitivity import Gate, sensitivity_gate
 from ccella_fast.evaluation.volumes import Volume, VolumeSet, open_volumes
@@ -67,6 +67,7 @@ def evaluate(
     synthetic: Iterable[Volume],
     train: Iterable[Volume] | None = None,
     reconstructed: Iterable[Volume] | None = None,
+    latents: Extractor | None = None,
     reports: Mapping[str, str] | None = None,
     features: Sequence[str | Extractor] | None = None,
     metrics: Sequence[str] | None = None,
@@ -86,6 +87,7 @@ def evaluate(
         synthetic: generated volumes.
         train: the volumes that the generator was trained on: for memorisation, and to standardise features.
         reconstructed: `real`, in the same order, after the generator's autoencoder: the limit of a latent model.
+        latents: features in which copies are looked for, and nothing else, such as `LatentFeatures` of that autoencoder.
         reports: by the ids of real volumes and by the prompts of synthetic ones. Only what they state of a lesion and of the
             gland's volume is used.
         features: names as for `load_extractor`, or extractors. Default: `taps` if its package is installed, `radiomics` and
@@ -108,8 +110,9 @@ def evaluate(
         raise ConfigError(f"draws must be at least 2, got {draws}", field="draws", fix="use 100")
     extractors = _load(features)
     stated = {name: stated_findings(text) for name, text in (reports or {}).items()}
-    images = ImageFeatures()
-    collected = [*extractors, images, *([FociFeatures()] if "condition" in wanted else [])]
+    collected = [*extractors, ImageFeatures(), *([FociFeatures()] if "condition" in wanted else [])]
+    collected += [latents] if latents is not None and "memorisation" in wanted else []
+    everywhere = list(collected)
     collected += _segmenters(wanted, required=metrics is not None)
     processes = processes or DistributedContext.alone()
     store = None if cache is None else FeatureCache(cache)
@@ -118,7 +121,7 @@ def evaluate(
     sets = {"real": real, "synthetic": synthetic, "train": train, "reconstructed": reconstructed}
     for kind, volumes in sets.items():
         if volumes is not None:
-            needed = collected if kind != "train" else [*extractors, images]
+            needed = everywhere if kind == "train" else collected
             tables[kind], grid = collect(
                 volumes, needed, name=_name(volumes, kind), grid=grid, cache=store, processes=processes, progress=progress
             )  # fmt: skip
@@ -129,11 +132,17 @@ def evaluate(
         logger.warning("copies are not looked for: that needs %d real and training volumes", _FEWEST_FOR_COPIES)
         wanted.discard("memorisation")
     protocol = make_protocol(collected, grid, wanted, draws, seed, {kind: sets[kind] for kind in tables})
+    about = {
+        space: {name: each.identity.get(name) for name in ("weights_sha256", "preprocessing")}
+        for each in collected
+        for space in each.spaces
+    }
     rows: list[Row] = []
     per_case: list[dict[str, Any]] = []
     for sequence in tables["real"]:
         of_sequence = Sets(*(tables[kind].get(sequence) if kind in tables else None for kind in sets))  # type: ignore[arg-type]
-        found, cases = _evaluate_sequence(of_sequence, extractors, wanted, stated, Draws(draws, seed))
+        judging = [space for each in extractors for space in each.spaces if space in of_sequence.real.spaces]
+        found, cases = _evaluate_sequence(of_sequence, judging, about, wanted, stated, Draws(draws, seed))
         rows += found
         per_case += cases
         if "msssim" in wanted and isinstance(real, Sequence) and isinstance(synthetic, Sequence):
@@ -189,31 +198,30 @@ def make_protocol(
 
 
 def _evaluate_sequence(
-    sets: Sets, extractors: Sequence[Extractor], wanted: set[str], reports: Mapping[str, StatedFindings], draws: Draws
+    sets: Sets,
+    judging: list[str],
+    about: dict[str, dict[str, Any]],
+    wanted: set[str],
+    reports: Mapping[str, StatedFindings],
+    draws: Draws,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The rows of one sequence and the records of its volumes. judging: the feature spaces in which distances are measured."""
     rows: list[Row] = []
     cases = _cases(sets)
-    spaces = {
-        space: {"weights_sha256": each.identity.get("weights_sha256"), "preprocessing": each.identity.get("preprocessing")}
-        for each in extractors
-        for space in each.spaces
-        if space in sets.real.spaces
-    }  # fmt: skip
-    headline = next((space for space in (*_HEADLINES, *spaces) if space in spaces), None)
-    for space, about in spaces.items():
-        rows += rows_of.feature_rows(sets, space, wanted, draws, about)
-        if "memorisation" in wanted:
-            found, nearest = rows_of.memorisation_rows(sets, space, draws, about)
+    headline = next((space for space in (*_HEADLINES, *judging) if space in judging), None)
+    for space in judging:
+        rows += rows_of.feature_rows(sets, space, wanted, draws, about[space])
+    for space in (*judging, SMALL_IMAGES, LATENT) if "memorisation" in wanted else ():
+        if space in sets.real.spaces:
+            found, nearest = rows_of.memorisation_rows(sets, space, draws, about[space])
             rows += found
-            rows += own_study_row(sets, space, about)
+            rows += own_study_row(sets, space, about[space]) if space in judging else []
             if space == headline:
                 _add(cases, "synthetic", nearest)
-    if "memorisation" in wanted:
-        rows += rows_of.memorisation_rows(sets, SMALL_IMAGES, draws, {})[0]
     if "condition" in wanted:
-        foci = FociFeatures()
-        readable = spaces | dict.fromkeys(foci.spaces, {"preprocessing": foci.identity})
-        rows += condition_rows(sets, readable, reports, draws)
+        rows += condition_rows(
+            sets, {space: about[space] for space in (*judging, *FociFeatures.spaces)}, reports, draws
+        )
     rows += rows_of.image_rows(sets, wanted, draws)
     if "anatomy" in wanted and "gland" in sets.real.spaces:
         rows += rows_of.anatomy_rows(sets)
@@ -367,15 +375,17 @@ def evaluate_to_folder(
     sets = {kind: _choose(open_volumes(path, field=f"--{kind}"), sequences) for kind, path in given.items()}
     _check_first(sets)
     texts = None if reports is None else read_reports(reports)
+    latents = None
     if vae is not None:
         sets["reconstructed"] = reconstructions(sets["real"], vae)
+        latents = LatentFeatures(vae)
     processes = DistributedContext()
     with processes.lock_folder(out, "ccella-fast evaluate"):
         if processes.rank == 0:
             remove_partial_files(out)
         processes.barrier()
         result = evaluate(
-            **sets, reports=texts, features=features, metrics=metrics, draws=draws, seed=seed,
+            **sets, latents=latents, reports=texts, features=features, metrics=metrics, draws=draws, seed=seed,
             cache=out / "features", processes=processes, progress=True,
         )  # fmt: skip
         if processes.rank == 0:
