@@ -15,9 +15,9 @@ import numpy as np
 from ccella_fast.evaluation.anatomy import compare_glands, glands
 from ccella_fast.evaluation.classifier_test import classifier_test_of_rows, standardised_products
 from ccella_fast.evaluation.collecting import FeatureTable
-from ccella_fast.evaluation.copying import memorisation, memorisation_of_distances
+from ccella_fast.evaluation.copying import memorisation
 from ccella_fast.evaluation.frechet import FrechetDistances
-from ccella_fast.evaluation.images import image_correlations, intensity_distance, spectral_distance
+from ccella_fast.evaluation.images import image_memorisation, intensity_distance, spectral_distance
 from ccella_fast.evaluation.mmd import gaussian_kernel, kernel_test, polynomial_kernel, unbiased_mmd
 from ccella_fast.evaluation.neighbours import precision_recall_of_rows, squared_distances
 from ccella_fast.evaluation.results import Better, Row
@@ -264,15 +264,13 @@ def memorisation_rows(
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows of memorisation in one space, and for each synthetic volume its nearest training volume.
 
-    The distance is that of standardised features, or 1 - the best correlation of small images (`image_correlations`).
+    The distance is that of standardised features, or that of small images where they agree best (`image_memorisation`).
     """
     assert sets.train is not None
     start = time.perf_counter()
     train, real, synthetic = (each.spaces[space] for each in (sets.train, sets.real, sets.synthetic))
     if space == SMALL_IMAGES:
-        # A correlation may be rounded to more than 1.
-        apart = [np.maximum(1 - image_correlations(each, train), 0) for each in (real, synthetic)]
-        found = memorisation_of_distances(*apart)
+        found = image_memorisation(train, real, synthetic)
     else:
         standard = standardisation(train)
         found = memorisation(*(standard.apply(each) for each in (train, real, synthetic)), seed=draws.seed)

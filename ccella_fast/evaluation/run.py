@@ -257,9 +257,12 @@ def _segmenters(wanted: set[str], *, required: bool) -> list[GlandFeatures]:
     return [GlandFeatures(segmenter.segment, segmenter.identity, segmenter.sequences)]
 
 
-def _load(features: Sequence[str | Extractor] | None) -> list[Extractor]:
+def _load(features: Sequence[str | Extractor] | None, allow_unknown_weights: bool = False) -> list[Extractor]:
     """The extractors, by name or as they are."""
-    extractors = [load_extractor(each) if isinstance(each, str) else each for each in features or default_features()]
+    extractors = [
+        load_extractor(each, allow_unknown_weights=allow_unknown_weights) if isinstance(each, str) else each
+        for each in features or default_features()
+    ]
     names = [space for each in extractors for space in each.spaces]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         why = f"the features '{twice[0]}' are given twice"
@@ -339,6 +342,7 @@ def evaluate_to_folder(
     vae: str | Path | None = None,
     reports: str | Path | None = None,
     features: Sequence[str] | None = None,
+    allow_unknown_weights: bool = False,
     metrics: Sequence[str] | None = None,
     sequences: Sequence[str] | None = None,
     draws: int = 100,
@@ -356,6 +360,7 @@ def evaluate_to_folder(
         vae: the generator's autoencoder, for the limit that it sets; `real` must be a prepared folder with its latents.
         reports: of the real cases and of the prompts, as for `read_reports`; the ids of prompts are those in samples.csv.
         features: names as for `load_extractor`; default: those that need no file.
+        allow_unknown_weights: as for `load_extractor`.
         metrics: of METRICS; default: all for which everything is there.
         sequences: those that are compared; default: all, which all sets must have.
         draws: random splits for floors and intervals.
@@ -379,13 +384,14 @@ def evaluate_to_folder(
     if vae is not None:
         sets["reconstructed"] = reconstructions(sets["real"], vae)
         latents = LatentFeatures(vae)
+    extractors = _load(features, allow_unknown_weights)
     processes = DistributedContext()
     with processes.lock_folder(out, "ccella-fast evaluate"):
         if processes.rank == 0:
             remove_partial_files(out)
         processes.barrier()
         result = evaluate(
-            **sets, latents=latents, reports=texts, features=features, metrics=metrics, draws=draws, seed=seed,
+            **sets, latents=latents, reports=texts, features=extractors, metrics=metrics, draws=draws, seed=seed,
             cache=out / "features", processes=processes, progress=True,
         )  # fmt: skip
         if processes.rank == 0:
@@ -401,6 +407,7 @@ def sensitivity_to_folder(
     out: str | Path,
     *,
     features: Sequence[str | Extractor] | None = None,
+    allow_unknown_weights: bool = False,
     num_volumes: int = 8,
     seed: int = 0,
 ) -> list[Gate]:
@@ -412,6 +419,7 @@ def sensitivity_to_folder(
         real: a folder as for `open_volumes`. T2 volumes are used, or those of the first sequence if there are none.
         out: the folder for the results; features are kept in `out`/features.
         features: as for `evaluate`.
+        allow_unknown_weights: as for `load_extractor`.
         num_volumes: how many, from all over the set. Each is degraded in eight ways.
         seed: of the random halves.
 
@@ -426,7 +434,7 @@ def sensitivity_to_folder(
     volumes = open_volumes(real, field="--real")
     volumes = volumes.of_sequence(volumes.sequences[0])
     places = np.unique(np.linspace(0, len(volumes) - 1, min(num_volumes, len(volumes))).astype(int))
-    extractors = _load(features)
+    extractors = _load(features, allow_unknown_weights)
     with lock_folder(out, "ccella-fast sensitivity"):
         remove_partial_files(out)
         store = FeatureCache(out / "features")

@@ -69,9 +69,9 @@ def test_rows_refer_to_the_sentences_of_their_guards(tmp_path: Path, without_vie
     ]
     text = words(read(write_evaluation_page(write_evaluation(tmp_path, rows))))
     for features, notes in (("taps-l3", "1, 2"), ("random", "2")):
-        assert re.search(rf"{features} 270 \d+ to \d+ 150 2\.00 330 32, 24 {notes} ", text)
+        assert re.search(rf"{features} 270 \d+ to \d+ 300 150 2\.00 330 32, 24 {notes} ", text)
     assert text.index(_GUARDS["n<d"]) < text.rindex(_GUARDS["few"])
-    assert re.search(r"lower is better x 1\.00 - - - - 32, 24 ", text)
+    assert re.search(r"lower is better x 1\.00 - - - - - 32, 24 ", text)
 
 
 def test_text_of_files_is_escaped_and_ids_are_not_shown(tmp_path: Path, without_viewer, without_pictures):

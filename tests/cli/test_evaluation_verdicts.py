@@ -120,7 +120,7 @@ def test_obeying_is_measured_between_shuffled_prompts_and_real_volumes(asked, ex
     verdict = answers(asked)[2]
     assert verdict.answer == expected
     assert (
-        "cannot be read" in verdict.sentence
+        "does not read the class" in verdict.sentence
         if asked["details"]["normalized"] is None
         else "95 % interval" in verdict.sentence
     )

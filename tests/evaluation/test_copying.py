@@ -151,6 +151,9 @@ def test_a_held_out_volume_of_the_training_set_is_refused(world):
         memorisation(train, held_out[:2], fresh)
     with pytest.raises(DataError, match="different numbers of features"):
         memorisation(train, held_out, fresh[:, :3])
+    with pytest.raises(DataError, match="training set has 2 volumes; this needs at least 3"):
+        memorisation(train[:2], held_out, fresh)
+    assert memorisation(train[:3], held_out, fresh[:1]).copies == 0
     assert memorisation(train, held_out, train[:1]).copies == 1
 
 
