@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from ccella_fast.evaluation.diversity import diversity_row
 from ccella_fast.evaluation.examples import keep_examples
 from ccella_fast.evaluation.features.cache import FeatureCache
 from ccella_fast.evaluation.features.extractor import load_extractor
+from ccella_fast.evaluation.findings import Findings, read_findings
 from ccella_fast.evaluation.foci import FociFeatures
 from ccella_fast.evaluation.images import ImageFeatures
 from ccella_fast.evaluation.metrics import (
@@ -29,14 +30,7 @@ from ccella_fast.evaluation.metrics import (
     Sets,
     case_name,
 )
-from ccella_fast.evaluation.prompted import (
-    StatedFindings,
-    condition_rows,
-    gland_volume_row,
-    own_study_row,
-    read_reports,
-    stated_findings,
-)
+from ccella_fast.evaluation.prompted import condition_rows, gland_volume_row, own_study_row
 from ccella_fast.evaluation.reconstruction import LATENT, LatentFeatures, reconstructions
 from ccella_fast.evaluation.results import FORMAT, SENSITIVITY, Evaluation, Row, plain_values
 from ccella_fast.evaluation.sensitivity import Gate, sensitivity_gate
@@ -68,7 +62,7 @@ def evaluate(
     train: Iterable[Volume] | None = None,
     reconstructed: Iterable[Volume] | None = None,
     latents: Extractor | None = None,
-    reports: Mapping[str, str] | None = None,
+    findings: Findings | None = None,
     features: Sequence[str | Extractor] | None = None,
     metrics: Sequence[str] | None = None,
     draws: int = 100,
@@ -88,8 +82,7 @@ def evaluate(
         train: the volumes that the generator was trained on: for memorisation, and to standardise features.
         reconstructed: `real`, in the same order, after the generator's autoencoder: the limit of a latent model.
         latents: features in which copies are looked for, and nothing else, such as `LatentFeatures` of that autoencoder.
-        reports: by the ids of real volumes and by the prompts of synthetic ones. Only what they state of a lesion and of the
-            gland's volume is used.
+        findings: what is known of the real volumes and of the reports that were prompts, see `read_findings`.
         features: names as for `load_extractor`, or extractors. Default: `taps` if its package is installed, `radiomics` and
             `random`.
         metrics: of METRICS; default: all for which everything is there.
@@ -109,7 +102,6 @@ def evaluate(
     if draws < 2:
         raise ConfigError(f"draws must be at least 2, got {draws}", field="draws", fix="use 100")
     extractors = _load(features)
-    stated = {name: stated_findings(text) for name, text in (reports or {}).items()}
     collected = [*extractors, ImageFeatures(), *([FociFeatures()] if "condition" in wanted else [])]
     collected += [latents] if latents is not None and "memorisation" in wanted else []
     everywhere = list(collected)
@@ -142,7 +134,7 @@ def evaluate(
     for sequence in tables["real"]:
         of_sequence = Sets(*(tables[kind].get(sequence) if kind in tables else None for kind in sets))  # type: ignore[arg-type]
         judging = [space for each in extractors for space in each.spaces if space in of_sequence.real.spaces]
-        found, cases = _evaluate_sequence(of_sequence, judging, about, wanted, stated, Draws(draws, seed))
+        found, cases = _evaluate_sequence(of_sequence, judging, about, wanted, findings, Draws(draws, seed))
         rows += found
         per_case += cases
         if "msssim" in wanted and isinstance(real, Sequence) and isinstance(synthetic, Sequence):
@@ -202,7 +194,7 @@ def _evaluate_sequence(
     judging: list[str],
     about: dict[str, dict[str, Any]],
     wanted: set[str],
-    reports: Mapping[str, StatedFindings],
+    findings: Findings | None,
     draws: Draws,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows of one sequence and the records of its volumes. judging: the feature spaces in which distances are measured."""
@@ -220,12 +212,12 @@ def _evaluate_sequence(
                 _add(cases, "synthetic", nearest)
     if "condition" in wanted:
         rows += condition_rows(
-            sets, {space: about[space] for space in (*judging, *FociFeatures.spaces)}, reports, draws
+            sets, {space: about[space] for space in (*judging, *FociFeatures.spaces)}, findings, draws
         )
     rows += rows_of.image_rows(sets, wanted, draws)
     if "anatomy" in wanted and "gland" in sets.real.spaces:
         rows += rows_of.anatomy_rows(sets)
-        rows += gland_volume_row(sets, reports, draws) if "condition" in wanted else []
+        rows += gland_volume_row(sets, findings, draws) if "condition" in wanted else []
         for kind in ("real", "synthetic"):
             table: FeatureTable = getattr(sets, kind)
             _add(cases, kind, [{"volume_cc": float(row[0])} for row in table.spaces["gland"]])
@@ -340,7 +332,7 @@ def evaluate_to_folder(
     *,
     train: str | Path | None = None,
     vae: str | Path | None = None,
-    reports: str | Path | None = None,
+    findings: str | Path | None = None,
     features: Sequence[str] | None = None,
     allow_unknown_weights: bool = False,
     metrics: Sequence[str] | None = None,
@@ -358,7 +350,7 @@ def evaluate_to_folder(
         out: the folder for the results, created if it does not exist.
         train: a folder of the volumes that the generator was trained on.
         vae: the generator's autoencoder, for the limit that it sets; `real` must be a prepared folder with its latents.
-        reports: of the real cases and of the prompts, as for `read_reports`; the ids of prompts are those in samples.csv.
+        findings: a table of the real cases and of the prompts, as for `read_findings`; prompts have the names in samples.csv.
         features: names as for `load_extractor`; default: those that need no file.
         allow_unknown_weights: as for `load_extractor`.
         metrics: of METRICS; default: all for which everything is there.
@@ -379,7 +371,7 @@ def evaluate_to_folder(
     given = {"real": real, "synthetic": synthetic} | ({} if train is None else {"train": train})
     sets = {kind: _choose(open_volumes(path, field=f"--{kind}"), sequences) for kind, path in given.items()}
     _check_first(sets)
-    texts = None if reports is None else read_reports(reports)
+    known = None if findings is None else read_findings(findings)
     latents = None
     if vae is not None:
         sets["reconstructed"] = reconstructions(sets["real"], vae)
@@ -391,7 +383,7 @@ def evaluate_to_folder(
             remove_partial_files(out)
         processes.barrier()
         result = evaluate(
-            **sets, latents=latents, reports=texts, features=extractors, metrics=metrics, draws=draws, seed=seed,
+            **sets, latents=latents, findings=known, features=extractors, metrics=metrics, draws=draws, seed=seed,
             cache=out / "features", processes=processes, progress=True,
         )  # fmt: skip
         if processes.rank == 0:
