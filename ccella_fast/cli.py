@@ -238,8 +238,10 @@ def _evaluate(subparsers: argparse._SubParsersAction) -> None:
     add("--train", metavar="FOLDER", help="volumes that the generator was trained on, to look for copies of them")
     about = "autoencoder of the generator, whose limit is shown too (needs the latents of a prepared folder)"
     add("--vae", type=Path, metavar="PATH", help=about)
-    about = "reports of the real cases and of the prompts, to compare what they state: studies.csv, or folder of <id>.txt files"
-    add("--reports", type=Path, metavar="PATH", help=about)
+    about = (
+        "table of the real cases and of the prompts (column case) with any of side, zone, level, lesion_size_mm, report"
+    )
+    add("--findings", type=Path, metavar="FILE", help=about)
     about = "those that are compared (default: all, which all folders must have)"
     add("--sequences", nargs="+", choices=SEQUENCES, metavar="NAME", help=f"{about}: {', '.join(SEQUENCES)}")
     add = command.add_argument_group("what is computed").add_argument
