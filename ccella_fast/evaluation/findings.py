@@ -18,7 +18,7 @@ from ccella_fast.evaluation.report_volumes import VolumeAgreement, stated_volume
 CATEGORIES, NUMBERS = ("side", "zone", "level"), ("lesion_size_mm",)  # columns of the table
 
 
-class Findings(NamedTuple):
+class CaseFindings(NamedTuple):
     """What is known of cases and of the reports that are prompts.
 
     Attributes:
@@ -30,7 +30,7 @@ class Findings(NamedTuple):
     volumes_cc: dict[str, float]
 
 
-def read_findings(table: str | Path) -> Findings:
+def read_findings(table: str | Path) -> CaseFindings:
     """Read a table with the column `case` and any of side, zone, level, lesion_size_mm and report.
 
     A case is the id of a real volume, or the name of a report that was a prompt.
@@ -57,7 +57,7 @@ def read_findings(table: str | Path) -> Findings:
         volume = stated_volume(row.get("report", ""))
         if volume is not None:
             volumes[case] = volume
-    return Findings({name: cases for name, cases in properties.items() if cases}, volumes)
+    return CaseFindings({name: cases for name, cases in properties.items() if cases}, volumes)
 
 
 def _number(cell: str, table: Path, field: str) -> float:
@@ -71,7 +71,7 @@ def _number(cell: str, table: Path, field: str) -> float:
 
 
 def findings_agreement(
-    findings: Findings,
+    findings: CaseFindings,
     real: Any,
     ids: Sequence[str],
     synthetic: Any,
@@ -109,7 +109,7 @@ def findings_agreement(
 
 
 def stated_volume_agreement(
-    findings: Findings,
+    findings: CaseFindings,
     ids: Sequence[str],
     segmented: Sequence[float | None],
     prompts: Sequence[str | None],

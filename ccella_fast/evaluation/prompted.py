@@ -8,14 +8,14 @@ from typing import Any
 
 from ccella_fast.evaluation.conditions import Agreement, condition_agreement
 from ccella_fast.evaluation.copying import own_study_retrieval
-from ccella_fast.evaluation.findings import Findings, findings_agreement, stated_volume_agreement
+from ccella_fast.evaluation.findings import CaseFindings, findings_agreement, stated_volume_agreement
 from ccella_fast.evaluation.metrics import Draws, Sets, set_names
 from ccella_fast.evaluation.results import Row
 from ccella_fast.evaluation.statistics import standardisation
 
 
 def condition_rows(
-    sets: Sets, spaces: Mapping[str, dict[str, Any]], findings: Findings | None, draws: Draws
+    sets: Sets, spaces: Mapping[str, dict[str, Any]], findings: CaseFindings | None, draws: Draws
 ) -> list[Row]:
     """The agreement of synthetic volumes with the class and with the findings that they were asked for.
 
@@ -43,7 +43,7 @@ def condition_rows(
     return rows
 
 
-def gland_volume_row(sets: Sets, findings: Findings | None, draws: Draws) -> list[Row]:
+def gland_volume_row(sets: Sets, findings: CaseFindings | None, draws: Draws) -> list[Row]:
     """The gland volume that reports state against that of the segmented gland; nothing where no prompt states one."""
     if findings is None:
         return []

@@ -19,7 +19,7 @@ from ccella_fast.evaluation.diversity import diversity_row
 from ccella_fast.evaluation.examples import keep_examples
 from ccella_fast.evaluation.features.cache import FeatureCache
 from ccella_fast.evaluation.features.extractor import load_extractor
-from ccella_fast.evaluation.findings import Findings, read_findings
+from ccella_fast.evaluation.findings import CaseFindings, read_findings
 from ccella_fast.evaluation.foci import FociFeatures
 from ccella_fast.evaluation.images import ImageFeatures
 from ccella_fast.evaluation.metrics import (
@@ -62,7 +62,7 @@ def evaluate(
     train: Iterable[Volume] | None = None,
     reconstructed: Iterable[Volume] | None = None,
     latents: Extractor | None = None,
-    findings: Findings | None = None,
+    findings: CaseFindings | None = None,
     features: Sequence[str | Extractor] | None = None,
     metrics: Sequence[str] | None = None,
     draws: int = 100,
@@ -194,7 +194,7 @@ def _evaluate_sequence(
     judging: list[str],
     about: dict[str, dict[str, Any]],
     wanted: set[str],
-    findings: Findings | None,
+    findings: CaseFindings | None,
     draws: Draws,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows of one sequence and the records of its volumes. judging: the feature spaces in which distances are measured."""
