@@ -62,7 +62,7 @@ def memorisation(train: Any, held_out: Any, synthetic: Any, *, seed: int = 0) ->
     A synthetic volume is called a copy if it is nearer to its nearest training volume than every held-out volume is to its
     own, and if that distance is also improbable next to those to the 10 following training volumes: the relative distance of
     Carlini et al. 2023 (arXiv 2301.13188, section 4.2). An average volume without detail is near to all training volumes, a
-    copy to one. Improbable means that a set of this size without copies has any call with a probability of at most 5 %. A
+    copy to one. Improbable means that a set of this size without copies has any call with a probability of about 5 %. A
     nearest distance is the minimum of many, so its lower tail is that of a Weibull distribution, which is fitted to the
     held-out volumes.
 
@@ -99,8 +99,8 @@ def memorisation_of_distances(held_out: np.ndarray, synthetic: np.ndarray) -> Me
         why = f"{len(leaked)} held-out volumes are also training volumes; the first is row {leaked[0]}"
         raise DataError(why, field="held_out", fix="remove them from the held-out set: they would hide every copy")
     distance, relative, row = _nearest(synthetic)
-    beyond = (distance < null.min()) & (relative < null_relative.min())
-    is_copy = beyond & (_weibull_tail(relative, null_relative) < _FALSE_ALARMS / len(synthetic))
+    improbable = _weibull_tail(relative, null_relative) < _FALSE_ALARMS / len(synthetic)
+    is_copy = improbable & (distance < null.min())
     null = np.sort(null)
     percentile = 100 * np.searchsorted(null, distance, side="right") / len(null)
     calibrated = (null.mean() - distance) / null.std(ddof=1)

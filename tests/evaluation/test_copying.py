@@ -12,6 +12,7 @@ from ccella_fast.evaluation.copying import (
     data_copying,
     k_means,
     mann_whitney_z,
+    memorisation_of_distances,
     own_study_retrieval,
 )
 
@@ -123,6 +124,29 @@ def test_an_average_volume_is_near_to_all_and_copies_none():
     assert memorisation(train, held_out, train[:50] + 0.3 * rng.normal(size=(50, 64))).copies == 1  # negative control
 
 
+def test_a_copy_is_nearer_than_every_held_out_volume():
+    """Here one held-out volume repeats a training volume even more closely, as a second study of a patient would."""
+    rng = np.random.default_rng(1)
+    train, held_out = rng.normal(size=(100, 64)), rng.normal(size=(500, 64))
+    synthetic = train[:20] + 0.01 * rng.normal(size=(20, 64))
+    assert memorisation(train, held_out, synthetic).copies == 1
+    held_out[0] = train[0] + 0.001 * rng.normal(size=64)
+    found = memorisation(train, held_out, synthetic)
+    assert found.copies == 0 and found.share_below_1pct == 1
+    assert memorisation(train, held_out, train[:20]).copies == 1
+
+
+def test_percentiles_of_the_null_are_those_that_a_new_volume_is_below_with_their_probability():
+    """Of 99 null values 1 to 99, a new value is below the smallest with a probability of 1 %, and below the fifth with 5 %."""
+    train = np.linspace(200, 300, 12)
+    null = np.stack([np.append(train, nearest) for nearest in range(1, 100)])
+    synthetic = np.stack([np.append(train, nearest) for nearest in (0.9, 1.1, 4.9, 5.1)])
+    found = memorisation_of_distances(null, synthetic)
+    assert found.share_below_1pct == 0.25 and found.share_below_5pct == 0.75
+    assert found.nearest.percentile == pytest.approx(np.array([0, 1, 4, 5]) / 0.99)
+    assert found.nearest.row.tolist() == [12] * 4 and found.ct is None
+
+
 def test_repeated_training_volumes_do_not_hide_copies():
     rng = np.random.default_rng(1)
     train = np.repeat(rng.normal(size=(60, 32)), 2, axis=0) + 0.01 * rng.normal(size=(120, 32))
@@ -151,6 +175,9 @@ def test_a_held_out_volume_of_the_training_set_is_refused(world):
         memorisation(train, held_out[:2], fresh)
     with pytest.raises(DataError, match="different numbers of features"):
         memorisation(train, held_out, fresh[:, :3])
+    with pytest.raises(DataError, match="training set has 2 volumes; this needs at least 3"):
+        memorisation(train[:2], held_out, fresh)
+    assert memorisation(train[:3], held_out, fresh[:1]).copies == 0
     assert memorisation(train, held_out, train[:1]).copies == 1
 
 

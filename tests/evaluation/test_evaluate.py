@@ -21,7 +21,8 @@ from ccella_fast import cli
 from ccella_fast.config import make_config
 from ccella_fast.data.example_volumes import read_examples
 from ccella_fast.errors import CheckpointError, ConfigError, DataError
-from ccella_fast.evaluation.reconstruction import reconstructions
+from ccella_fast.evaluation.features import taps
+from ccella_fast.evaluation.reconstruction import LatentFeatures, reconstructions
 from ccella_fast.evaluation.run import evaluate, evaluate_to_folder, sensitivity_to_folder
 from ccella_fast.evaluation.volumes import Source, VolumeSet, open_volumes
 from ccella_fast.models.autoencoder import Autoencoder, save_autoencoder
@@ -41,6 +42,12 @@ from training_fixtures import environment, free_port
 
 QUICK = ["fd", "kid", "intensity", "msssim", "memorisation"]
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """The prostate network takes seconds per volume; test_taps.py and test_anatomy.py judge it."""
+    monkeypatch.setattr(taps, "is_installed", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +172,14 @@ def test_real_volumes_are_decoded_from_their_latents(tmp_path):
     synthetic = some_volumes(4, 50)
     direct = evaluate(real=listed, synthetic=synthetic, reconstructed=again, **given)["fd"].limit_autoencoder
     assert limit == pytest.approx(direct, rel=1e-4)
+    train = some_volumes(8, 200)
+    given |= {"latents": LatentFeatures(tmp_path / "vae0"), "metrics": ["memorisation"], "train": train}
+    nearness = [
+        evaluate(real=some_volumes(6, 300), synthetic=[*synthetic, other], **given)["memorisation_index", "latent"]
+        for other in (train[2], *some_volumes(1, 400))
+    ]
+    assert nearness[0].value > nearness[1].value + 1 and nearness[0].weights_sha256 == digest
+    given = {"features": [CountingExtractor()], "metrics": ["fd"], "draws": 4}
     for vae, error, words in (
         (tmp_path / "vae1", CheckpointError, "another autoencoder"),
         (tmp_path / "none", CheckpointError, "does not exist"),
@@ -427,6 +442,9 @@ def mistakes(tmp_path_factory):
     return root
 
 
+GOOD = "--real {0}/prepared --synthetic {0}/samples"
+
+
 @pytest.mark.parametrize(
     ("code", "options", "words"),
     [
@@ -448,7 +466,8 @@ def mistakes(tmp_path_factory):
         (2, "--real {0}/prepared:tests --synthetic {0}/samples", "did you mean 'test'"),
         (2, "--real {0}/prepared --synthetic {0}/samples --features random random", "given twice"),
         (2, "--real {0}/prepared --synthetic {0}/samples --draws 1", "at least 2"),
-        (4, "--real {0}/prepared --synthetic {0}/samples --features medicalnet={0}/weights.pth", "weights.pth"),
+        (4, f"{GOOD} --features medicalnet={{0}}/weights.pth", "--allow_unknown_weights"),
+        (4, f"{GOOD} --features medicalnet={{0}}/weights.pth --allow_unknown_weights", "the end of this weight file"),
         (2, "--real {0}/prepared --synthetic {0}/samples --out {0}/prepared", "a prepared folder"),
     ],
 )

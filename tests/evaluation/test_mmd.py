@@ -95,6 +95,29 @@ def test_p_is_uniform_for_one_distribution_and_small_for_two():
     assert uniformity(shifted) > 3 and np.median(shifted) < 0.02
 
 
+@pytest.mark.parametrize("groups", [[0, 1, 2, 3], [0, 0, 1, 1, 1, 2]])
+def test_p_equals_explicit_permutations_of_patients(groups):
+    n, m = len(groups), 3
+    x = normal(n + m, 2, 3)
+    x[n:] += 0.5
+    units = [np.flatnonzero(np.array(groups) == g).tolist() for g in range(max(groups) + 1)] + [
+        [n + i] for i in range(m)
+    ]
+    is_real = np.arange(len(units)) <= max(groups)
+    drawn = np.random.default_rng(5).permuted(np.tile(is_real[:, None], (1, 60)), axis=0).T
+    values = []
+    for labels in [is_real, *drawn]:
+        rows = [
+            [i for unit, label in zip(units, labels, strict=True) if label == side for i in unit] for side in (1, 0)
+        ]
+        values.append(loops(x[rows[0]], x[rows[1]], cubic))
+    expected = np.mean(np.array(values) >= values[0] - 1e-9)
+    assert permutation_p(polynomial_kernel(x), np.array(groups), 60, np.random.default_rng(5)) == pytest.approx(
+        expected
+    )
+    assert 0.05 < expected < 0.95
+
+
 def test_p_needs_the_patients_of_clustered_volumes():
     """Three nearly equal volumes per patient. Permuting single volumes finds a difference where there is none."""
 

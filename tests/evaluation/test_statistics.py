@@ -28,6 +28,7 @@ def test_standardisation_is_that_of_the_reference_set():
     reference = rng.normal(3, 2, (50, 4)).astype(np.float32)
     reference[:, 1] = 1000.1  # constant up to the rounding of float32
     reference[::2, 1] = np.nextafter(np.float32(1000.1), np.float32(2000))
+    reference[:, 3] *= 1e-5  # small, but not constant
     found = standardisation(reference)
     assert found.kept.tolist() == [True, False, True, True]
     inside = found.apply(reference)
@@ -196,6 +197,15 @@ def test_intervals_cover_the_expectation(n, m, d, tail):
 
     of_value, of_ratio, width = coverage(real, lambda c, rng: rng.normal(0.3, 1.2, (c, d)), n, m)
     assert of_value >= 0.93 and of_ratio >= 0.93 and 0.9 < width < 1.7
+
+
+def test_the_interval_of_the_ratio_contains_the_error_of_the_floor():
+    """The value is always 2; the floor is a mean, so its relative standard error is that of the ratio."""
+    x = 1 + 0.3 * normal(60, 1, 1)[:, 0]
+    found = compare_with_floor(lambda a, b: 2.0 if b[0] >= 60 else x[[*a, *b]].mean(), 60, 40, draws=400)
+    assert found.ratio == pytest.approx(2 / x.mean()) and found.ci95 == (2, 2)
+    low, high = found.ratio_ci95
+    assert (high - low) / found.ratio == pytest.approx(2 * 1.96 * x.std() / np.sqrt(60) / x.mean(), rel=0.2)
 
 
 class Mean(NamedTuple):
