@@ -30,6 +30,7 @@ from ccella_fast.report.evaluation_page import EVALUATION
 from ccella_fast.report.figures import Panel
 from ccella_fast.report.page import FOOT, HEAD, POLICY, render
 from ccella_fast.report.stored_evaluation import (
+    EXPLAINING,
     GLAND,
     METRICS,
     PROTOCOL,
@@ -226,9 +227,12 @@ def _dots(rows: Sequence[MetricRow]) -> dict[str, Any]:
             low = min(dot.interval[0] if dot.interval else dot.value for dot in relative)
             far = max(dot.value for dot in relative) > 5 and low > 0
             panels.append(DotPanel(f"{_name(metric)}, multiples of the floor", relative, log=far))
-        elif own:
+        elif own := [row for row in own if row.features != EXPLAINING]:
             panels.append(DotPanel(_name(metric), [_absolute(row) for row in own], share=metric in _SHARES))
-    caption = "Each metric in each feature space. Faint: features that failed the sensitivity gate."
+    caption = (
+        f"Each metric in each feature space, of {EXPLAINING} the Fréchet distance only. Faint: features that failed the "
+        "sensitivity gate."
+    )
     return _figure(dot_plots(panels) if panels else None, caption, "No distance was computed.")
 
 
