@@ -218,6 +218,7 @@ def _sensitivity(subparsers: argparse._SubParsersAction) -> None:
     about = "folder for sensitivity.json, that of evaluate (default evaluation)"
     add("--out", type=Path, default=Path("evaluation"), metavar="FOLDER", help=about)
     add("--features", nargs="+", metavar="NAME", help="as for evaluate")
+    add("--allow_unknown_weights", action="store_true", help="as for evaluate")
     about = "volumes that are degraded in eight ways each (default 8)"
     add("--num_volumes", type=whole_number(3), default=8, metavar="N", help=about)
     add("--seed", type=whole_number(0), default=0, metavar="N", help="of the random halves (default 0)")
@@ -237,11 +238,17 @@ def _evaluate(subparsers: argparse._SubParsersAction) -> None:
     add("--train", metavar="FOLDER", help="volumes that the generator was trained on, to look for copies of them")
     about = "autoencoder of the generator, whose limit is shown too (needs the latents of a prepared folder)"
     add("--vae", type=Path, metavar="PATH", help=about)
+    about = (
+        "table of the real cases and of the prompts (column case) with any of side, zone, level, lesion_size_mm, report"
+    )
+    add("--findings", type=Path, metavar="FILE", help=about)
     about = "those that are compared (default: all, which all folders must have)"
     add("--sequences", nargs="+", choices=SEQUENCES, metavar="NAME", help=f"{about}: {', '.join(SEQUENCES)}")
     add = command.add_argument_group("what is computed").add_argument
     about = "taps, radiomics, random, medicalnet=FILE[:INPUT], radimagenet=FILE[:INPUT] (default: the first three)"
     add("--features", nargs="+", metavar="NAME", help=about)
+    about = "accept weight files whose SHA-256 is not known; their architecture is checked all the same"
+    add("--allow_unknown_weights", action="store_true", help=about)
     about = "fd kid mmd prdc c2st intensity spectrum msssim memorisation anatomy condition (default: all that apply)"
     add("--metrics", nargs="+", metavar="NAME", help=about)
     add(
@@ -258,9 +265,9 @@ def _evaluate(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _report(subparsers: argparse._SubParsersAction) -> None:
-    about = "Write FOLDER/report.html: one page of curves, montages and timings that needs no network."
+    about = "Write FOLDER/report.html: one page of the evaluation, curves, montages and timings that needs no network."
     command = _add(subparsers, "report", commands.run_report, about, "ccella-fast report out/demo")
-    about = "folder that contains prepared/, vae/, model/ and samples/"
+    about = "folder that contains prepared/, vae/, model/, samples/ and evaluation/, or the folder of an evaluation"
     command.add_argument("folder", type=Path, metavar="FOLDER", help=about)
 
 

@@ -87,7 +87,9 @@ def folder_kind(folder: str | Path) -> str | None:
         "unprepared": "cases" in names and (folder / "cases").is_dir(),
         "unfinished autoencoder": "identity" in _read(folder / "training.json"),
         "samples": any(_SAMPLE.fullmatch(name) for name in names),
-        "results": any(folder_kind(folder / name) in _NAMES for name in ("prepared", "vae", "model", "samples")),
+        "results": any(
+            folder_kind(folder / name) in _NAMES for name in ("prepared", "vae", "model", "samples", "evaluation")
+        ),
         "deepspeed": any(name.startswith(("global_step", "mp_rank_", "zero_pp_rank_")) for name in names),
         "diffusers": "model_index.json" in names or "_class_name" in config,
         "encoder": "model_type" in config or "tokenizer_config.json" in names,

@@ -63,6 +63,7 @@ class FeatureTable:
         ids: of the volumes.
         patients: of the volumes, None where a volume has a patient of its own.
         classes: "neg", "pos" or None.
+        prompts: names of the reports that the volumes were generated from, or None.
         digests: the SHA-256 of the voxels.
         spaces: name -> (n, d) float32.
     """
@@ -72,6 +73,7 @@ class FeatureTable:
     ids: list[str]
     patients: list[str | None]
     classes: list[str | None]
+    prompts: list[str | None]
     digests: list[bytes]
     spaces: dict[str, np.ndarray]
 
@@ -84,6 +86,7 @@ class _Facts(NamedTuple):
     sequence: str
     patient: str | None
     pirads: str | None
+    prompt: str | None
 
 
 def collect(
@@ -125,7 +128,7 @@ def collect(
             grid = grid or CommonGrid.of(volume, name)
             grid.check(volume, name, path)
             if places is None:
-                facts.append(_Facts(volume.id, volume.sequence, volume.patient, volume.pirads))
+                facts.append(_Facts(volume.id, volume.sequence, volume.patient, volume.pirads, volume.prompt))
             digests[place] = voxel_digest(volume)
             rows[place] = _features(volume, extractors, cache)
             bar.update()
@@ -151,7 +154,7 @@ def collect(
         _check_ids(known, name)
         tables[sequence] = FeatureTable(
             name, sequence, [fact.id for fact in known], [fact.patient for fact in known], [fact.pirads for fact in known],
-            of_all, arrays,
+            [fact.prompt for fact in known], of_all, arrays,
         )  # fmt: skip
     return tables, grid
 
@@ -168,7 +171,7 @@ def _known(volumes: Iterable[Volume], processes: DistributedContext) -> tuple[li
     """What is known of the volumes before they are read, and the places of those that this process reads."""
     if not isinstance(volumes, VolumeSet):
         return [], None
-    facts = [_Facts(each.id, each.sequence, each.patient, each.pirads) for each in volumes.sources]
+    facts = [_Facts(each.id, each.sequence, each.patient, each.pirads, each.prompt) for each in volumes.sources]
     return facts, processes.shard(range(len(volumes)))
 
 

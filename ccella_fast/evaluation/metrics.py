@@ -7,7 +7,7 @@ space. `statistics.compare_with_floor` draws the rows; here is what is drawn fro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,10 +15,9 @@ import numpy as np
 from ccella_fast.evaluation.anatomy import compare_glands, glands
 from ccella_fast.evaluation.classifier_test import classifier_test_of_rows, standardised_products
 from ccella_fast.evaluation.collecting import FeatureTable
-from ccella_fast.evaluation.conditions import condition_agreement
-from ccella_fast.evaluation.copying import memorisation, memorisation_of_distances
+from ccella_fast.evaluation.copying import memorisation
 from ccella_fast.evaluation.frechet import FrechetDistances
-from ccella_fast.evaluation.images import image_correlations, intensity_distance, spectral_distance
+from ccella_fast.evaluation.images import image_memorisation, intensity_distance, spectral_distance
 from ccella_fast.evaluation.mmd import gaussian_kernel, kernel_test, polynomial_kernel, unbiased_mmd
 from ccella_fast.evaluation.neighbours import precision_recall_of_rows, squared_distances
 from ccella_fast.evaluation.results import Better, Row
@@ -33,7 +32,10 @@ from ccella_fast.evaluation.statistics import (
 )
 
 NEIGHBOURS = 5  # of precision, recall, density and coverage
+_SHARES = {"precision", "recall", "coverage", "c2st"}  # from 0 to 1
+_NOT_NEGATIVE = {"fd", "density", "intensity", "spectrum"}
 _CLASSIFIER_DRAWS = 20  # a classifier is trained five times in each
+_CLASSIFIED = 300  # volumes of a set that the classifier test uses; the time grows with their third power
 _LIMIT_DRAWS = 20  # only their mean is reported
 
 
@@ -121,15 +123,15 @@ def feature_rows(sets: Sets, space: str, metrics: set[str], draws: Draws, about:
     itself = [] if sets.train is not None else ["standardised_by_itself"]
     dim = real.shape[1]
     sizes = guards(len(real), len(synthetic), dim)
-    common = {**_names(sets), "features": space, "dim": dim, **about}
+    common = {**set_names(sets), "features": space, "dim": dim, **about}
     for metric, distance in _DISTANCES.items():
         if metric not in metrics:
             continue
         start = time.perf_counter()
         if min(len(real), len(synthetic)) < distance.least:
             continue
-        compared = _compare(distance.make, real, synthetic, sets, draws, distance.least)
-        limits = _limit(distance.make, real, reconstructed, compared, sets, draws)
+        compared = _compare(distance.make, real, synthetic, sets.real.patients, draws, distance.least)
+        limits = _limit(distance.make, real, reconstructed, compared, sets.real.patients, draws)
         details = _kernel_details(metric, real, synthetic, sets, draws)
         seconds = time.perf_counter() - start
         words = [*(word for word in sizes if word == "few" or distance.by_dimension), *itself]
@@ -140,24 +142,28 @@ def feature_rows(sets: Sets, space: str, metrics: set[str], draws: Draws, about:
 
 
 def _compare(
-    make: Maker, real: np.ndarray, synthetic: np.ndarray, sets: Sets, draws: Draws, least: int, count: int | None = None
+    make: Maker, real: np.ndarray, synthetic: np.ndarray, patients: Sequence[str | None], draws: Draws, least: int
 ) -> Any:
     statistic = make(np.concatenate([real, synthetic]), len(real))
     return compare_with_floor(
-        statistic, len(real), len(synthetic), patients=sets.real.patients, least=least,
-        draws=draws.number if count is None else count, seed=draws.seed,
+        statistic, len(real), len(synthetic), patients=patients, least=least, draws=draws.number, seed=draws.seed,
     )  # fmt: skip
 
 
 def _limit(
-    make: Maker, real: np.ndarray, reconstructed: np.ndarray | None, compared: Any, sets: Sets, draws: Draws
+    make: Maker,
+    real: np.ndarray,
+    reconstructed: np.ndarray | None,
+    compared: Any,
+    patients: Sequence[str | None],
+    draws: Draws,
 ) -> Any:
     """The mean distance of a half of the real set to the reconstructions of the other half, at the n of the floor."""
     first: Comparison = _fields(compared)[0]
     if reconstructed is None or first.floor is None:
         return tuple(None for _ in _fields(compared)) if _is_several(compared) else None
     statistic = make(np.concatenate([real, reconstructed]), len(real))
-    groups, rng = group_numbers(sets.real.patients, len(real)), np.random.default_rng(draws.seed)
+    groups, rng = group_numbers(patients, len(real)), np.random.default_rng(draws.seed)
     values = []
     for _ in range(min(draws.number, _LIMIT_DRAWS)):
         a, b = disjoint_rows(groups, (first.m, first.m), rng)
@@ -194,7 +200,12 @@ def _classifier_rows(
     itself: list[str],
 ) -> Iterator[Row]:
     start = time.perf_counter()
-    groups = group_numbers(sets.real.patients, len(real))
+    rng = np.random.default_rng(draws.seed)
+    of_real, of_synthetic = (np.sort(rng.permutation(len(each))[:_CLASSIFIED]) for each in (real, synthetic))
+    patients = [sets.real.patients[int(row)] for row in of_real]
+    real, synthetic = real[of_real], synthetic[of_synthetic]
+    reconstructed = None if reconstructed is None else reconstructed[of_real]
+    groups = group_numbers(patients, len(real))
 
     def make(stacked: np.ndarray, n_real: int) -> Statistic:
         products = standardised_products(stacked)
@@ -208,15 +219,16 @@ def _classifier_rows(
     if groups.max() == 0:  # one patient
         return
     few = Draws(min(draws.number, _CLASSIFIER_DRAWS), draws.seed)
-    compared = _compare(make, real, synthetic, sets, few, 4)
-    limit = _limit(make, real, reconstructed, compared, sets, few)
+    compared = _compare(make, real, synthetic, patients, few, 4)
+    limit = _limit(make, real, reconstructed, compared, patients, few)
     words = [*(word for word in sizes if word == "few"), *itself]
-    yield _row("c2st", compared, "lower", limit, words, common, time.perf_counter() - start, {})
+    details = {"n_real_used": len(real), "n_synthetic_used": len(synthetic)}
+    yield _row("c2st", compared, "lower", limit, words, common, time.perf_counter() - start, details)
 
 
 def image_rows(sets: Sets, metrics: set[str], draws: Draws) -> Iterator[Row]:
     """The rows of the distances of intensities and of power spectra."""
-    common = {**_names(sets), "features": None}
+    common = {**set_names(sets), "features": None}
     for metric in IMAGE_METRICS:
         if metric not in metrics:
             continue
@@ -224,8 +236,8 @@ def image_rows(sets: Sets, metrics: set[str], draws: Draws) -> Iterator[Row]:
         real, synthetic = sets.real.spaces[metric], sets.synthetic.spaces[metric]
         reconstructed = None if sets.reconstructed is None else sets.reconstructed.spaces[metric]
         make = _intensity if metric == "intensity" else _spectrum
-        compared = _compare(make, real, synthetic, sets, draws, 2)
-        limit = _limit(make, real, reconstructed, compared, sets, draws)
+        compared = _compare(make, real, synthetic, sets.real.patients, draws, 2)
+        limit = _limit(make, real, reconstructed, compared, sets.real.patients, draws)
         curves = {"real": _mean(real), "synthetic": _mean(synthetic)}
         curves |= {} if reconstructed is None else {"autoencoder": _mean(reconstructed)}
         details: dict[str, Any] = {"curves": curves}
@@ -252,23 +264,20 @@ def memorisation_rows(
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows of memorisation in one space, and for each synthetic volume its nearest training volume.
 
-    The distance is that of standardised features, or 1 - the best correlation of small images (`image_correlations`).
+    The distance is that of standardised features, or that of small images where they agree best (`image_memorisation`).
     """
     assert sets.train is not None
     start = time.perf_counter()
     train, real, synthetic = (each.spaces[space] for each in (sets.train, sets.real, sets.synthetic))
     if space == SMALL_IMAGES:
-        apart = [
-            np.maximum(1 - image_correlations(each, train), 0) for each in (real, synthetic)
-        ]  # 0: it rounds above 1
-        found = memorisation_of_distances(*apart)
+        found = image_memorisation(train, real, synthetic)
     else:
         standard = standardisation(train)
         found = memorisation(*(standard.apply(each) for each in (train, real, synthetic)), seed=draws.seed)
     seconds = time.perf_counter() - start
     words = tuple(found.guards)
     common = {
-        **_names(sets),
+        **set_names(sets),
         "features": space,
         "dim": real.shape[1],
         "guards": words,
@@ -303,7 +312,8 @@ def case_name(kind: str, row: int) -> str:
     return f"{kind}-{row + 1:03d}"
 
 
-def _names(sets: Sets) -> dict[str, Any]:
+def set_names(sets: Sets) -> dict[str, Any]:
+    """The fields of a `Row` that say what is compared."""
     return {
         "sequence": sets.real.sequence, "set": sets.synthetic.name, "reference": sets.real.name,
         "n_real": len(sets.real), "n_synthetic": len(sets.synthetic),
@@ -320,6 +330,10 @@ def _row(
     seconds: float,
     details: dict[str, Any],
 ) -> Row:
+    interval = comparison.ci95
+    if interval is not None and metric in _SHARES | _NOT_NEGATIVE:  # half-samples do not know these bounds
+        highest = 1.0 if metric in _SHARES else np.inf
+        interval = float(np.clip(interval[0], 0, highest)), float(np.clip(interval[1], 0, highest))
     more = {
         "m": comparison.m,
         "draws": comparison.draws,
@@ -327,35 +341,11 @@ def _row(
         "ratio_ci95": comparison.ratio_ci95,
     }
     return Row(
-        metric, value=comparison.value, value_equal_n=comparison.value_equal_n, ci95=comparison.ci95,
+        metric, value=comparison.value, value_equal_n=comparison.value_equal_n, ci95=interval,
         floor=comparison.floor, ratio=comparison.ratio, limit_autoencoder=limit, better=better,
         guards=tuple(dict.fromkeys([*words, *comparison.guards])), details={**details, **more},
         seconds=round(seconds, 3), **common,
     )  # fmt: skip
-
-
-def condition_rows(
-    sets: Sets, space: str, draws: Draws, about: dict[str, Any]
-) -> tuple[list[Row], list[dict[str, Any]]]:
-    """The row of the agreement of synthetic volumes with the class that they were asked for; none where no class is known."""
-    asked = sets.synthetic.classes
-    if not any(asked) or len(set(sets.real.classes) - {None}) < 2:
-        return [], []
-    start = time.perf_counter()
-    real, synthetic = (each.spaces[space] for each in (sets.real, sets.synthetic))
-    found = condition_agreement(
-        "class", real, sets.real.classes, synthetic, asked, patients=sets.real.patients, seed=draws.seed
-    )
-    details = {
-        name: getattr(found, name)
-        for name in ("score", "ceiling", "normalized", "normalized_ci95", "p", "accuracy", "ceiling_accuracy")
-    }
-    row = Row(
-        "condition_class", **(_names(sets) | {"n_real": found.n_real, "n_synthetic": found.n_synthetic}),
-        features=space, dim=real.shape[1], value=found.value, floor=found.floor, better="higher",
-        guards=tuple(found.guards), details=details, seconds=round(time.perf_counter() - start, 3), **about,
-    )  # fmt: skip
-    return [row], []
 
 
 def anatomy_rows(sets: Sets) -> list[Row]:
@@ -373,7 +363,7 @@ def anatomy_rows(sets: Sets) -> list[Row]:
     return [
         Row(
             f"gland_{rule}",
-            **_names(sets),
+            **set_names(sets),
             features=None,
             value=synthetic.value,
             ci95=synthetic.ci95,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from ccella_fast.evaluation.diversity import diversity_row
 from ccella_fast.evaluation.examples import keep_examples
 from ccella_fast.evaluation.features.cache import FeatureCache
 from ccella_fast.evaluation.features.extractor import load_extractor
+from ccella_fast.evaluation.findings import CaseFindings, read_findings
+from ccella_fast.evaluation.foci import FociFeatures
 from ccella_fast.evaluation.images import ImageFeatures
 from ccella_fast.evaluation.metrics import (
     FEATURE_METRICS,
@@ -27,7 +30,8 @@ from ccella_fast.evaluation.metrics import (
     Sets,
     case_name,
 )
-from ccella_fast.evaluation.reconstruction import reconstructions
+from ccella_fast.evaluation.prompted import condition_rows, gland_volume_row, own_study_row
+from ccella_fast.evaluation.reconstruction import LATENT, LatentFeatures, reconstructions
 from ccella_fast.evaluation.results import FORMAT, SENSITIVITY, Evaluation, Row, plain_values
 from ccella_fast.evaluation.sensitivity import Gate, sensitivity_gate
 from ccella_fast.evaluation.volumes import Volume, VolumeSet, open_volumes
@@ -41,11 +45,13 @@ from ccella_fast.storage import check_writable, remove_partial_files, write_json
 if TYPE_CHECKING:
     from ccella_fast.evaluation.features.extractor import Extractor
 
+logger = logging.getLogger("ccella_fast")
 METRICS = (*FEATURE_METRICS, *IMAGE_METRICS, "msssim", "memorisation", "anatomy", "condition")
 _HEADLINES = (
     "taps-l3",
     "taps-l4",
 )  # the spaces in which nearest cases are named, if they are there; else the first one
+_FEWEST_FOR_COPIES = 3
 _N_RULE = "m = min(n_real // 2, n_synthetic), halves by patient, without replacement"
 
 
@@ -55,6 +61,8 @@ def evaluate(
     synthetic: Iterable[Volume],
     train: Iterable[Volume] | None = None,
     reconstructed: Iterable[Volume] | None = None,
+    latents: Extractor | None = None,
+    findings: CaseFindings | None = None,
     features: Sequence[str | Extractor] | None = None,
     metrics: Sequence[str] | None = None,
     draws: int = 100,
@@ -73,6 +81,8 @@ def evaluate(
         synthetic: generated volumes.
         train: the volumes that the generator was trained on: for memorisation, and to standardise features.
         reconstructed: `real`, in the same order, after the generator's autoencoder: the limit of a latent model.
+        latents: features in which copies are looked for, and nothing else, such as `LatentFeatures` of that autoencoder.
+        findings: what is known of the real volumes and of the reports that were prompts, see `read_findings`.
         features: names as for `load_extractor`, or extractors. Default: `taps` if its package is installed, `radiomics` and
             `random`.
         metrics: of METRICS; default: all for which everything is there.
@@ -92,7 +102,10 @@ def evaluate(
     if draws < 2:
         raise ConfigError(f"draws must be at least 2, got {draws}", field="draws", fix="use 100")
     extractors = _load(features)
-    collected = [*extractors, ImageFeatures(), *_segmenters(wanted, required=metrics is not None)]
+    collected = [*extractors, ImageFeatures(), *([FociFeatures()] if "condition" in wanted else [])]
+    collected += [latents] if latents is not None and "memorisation" in wanted else []
+    everywhere = list(collected)
+    collected += _segmenters(wanted, required=metrics is not None)
     processes = processes or DistributedContext.alone()
     store = None if cache is None else FeatureCache(cache)
     tables: dict[str, dict[str, FeatureTable]] = {}
@@ -100,17 +113,28 @@ def evaluate(
     sets = {"real": real, "synthetic": synthetic, "train": train, "reconstructed": reconstructed}
     for kind, volumes in sets.items():
         if volumes is not None:
+            needed = everywhere if kind == "train" else collected
             tables[kind], grid = collect(
-                volumes, collected, name=_name(volumes, kind), grid=grid, cache=store, processes=processes, progress=progress
+                volumes, needed, name=_name(volumes, kind), grid=grid, cache=store, processes=processes, progress=progress
             )  # fmt: skip
     _check_tables(tables)
     assert grid is not None
+    smallest = min(len(table) for kind in ("real", "train") for table in tables.get(kind, {}).values())
+    if "memorisation" in wanted and metrics is None and smallest < _FEWEST_FOR_COPIES:
+        logger.warning("copies are not looked for: that needs %d real and training volumes", _FEWEST_FOR_COPIES)
+        wanted.discard("memorisation")
     protocol = make_protocol(collected, grid, wanted, draws, seed, {kind: sets[kind] for kind in tables})
+    about = {
+        space: {name: each.identity.get(name) for name in ("weights_sha256", "preprocessing")}
+        for each in collected
+        for space in each.spaces
+    }
     rows: list[Row] = []
     per_case: list[dict[str, Any]] = []
     for sequence in tables["real"]:
         of_sequence = Sets(*(tables[kind].get(sequence) if kind in tables else None for kind in sets))  # type: ignore[arg-type]
-        found, cases = _evaluate_sequence(of_sequence, extractors, wanted, Draws(draws, seed))
+        judging = [space for each in extractors for space in each.spaces if space in of_sequence.real.spaces]
+        found, cases = _evaluate_sequence(of_sequence, judging, about, wanted, findings, Draws(draws, seed))
         rows += found
         per_case += cases
         if "msssim" in wanted and isinstance(real, Sequence) and isinstance(synthetic, Sequence):
@@ -166,34 +190,34 @@ def make_protocol(
 
 
 def _evaluate_sequence(
-    sets: Sets, extractors: Sequence[Extractor], wanted: set[str], draws: Draws
+    sets: Sets,
+    judging: list[str],
+    about: dict[str, dict[str, Any]],
+    wanted: set[str],
+    findings: CaseFindings | None,
+    draws: Draws,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The rows of one sequence and the records of its volumes. judging: the feature spaces in which distances are measured."""
     rows: list[Row] = []
     cases = _cases(sets)
-    spaces = {
-        space: {"weights_sha256": each.identity.get("weights_sha256"), "preprocessing": each.identity.get("preprocessing")}
-        for each in extractors
-        for space in each.spaces
-        if space in sets.real.spaces
-    }  # fmt: skip
-    headline = next((space for space in (*_HEADLINES, *spaces) if space in spaces), None)
-    for space, about in spaces.items():
-        rows += rows_of.feature_rows(sets, space, wanted, draws, about)
-        if "memorisation" in wanted:
-            found, nearest = rows_of.memorisation_rows(sets, space, draws, about)
+    headline = next((space for space in (*_HEADLINES, *judging) if space in judging), None)
+    for space in judging:
+        rows += rows_of.feature_rows(sets, space, wanted, draws, about[space])
+    for space in (*judging, SMALL_IMAGES, LATENT) if "memorisation" in wanted else ():
+        if space in sets.real.spaces:
+            found, nearest = rows_of.memorisation_rows(sets, space, draws, about[space])
             rows += found
+            rows += own_study_row(sets, space, about[space]) if space in judging else []
             if space == headline:
                 _add(cases, "synthetic", nearest)
-        if "condition" in wanted:
-            found, read = rows_of.condition_rows(sets, space, draws, about)
-            rows += found
-            if space == headline and read:
-                _add(cases, "synthetic", read)
-    if "memorisation" in wanted:
-        rows += rows_of.memorisation_rows(sets, SMALL_IMAGES, draws, {})[0]
+    if "condition" in wanted:
+        rows += condition_rows(
+            sets, {space: about[space] for space in (*judging, *FociFeatures.spaces)}, findings, draws
+        )
     rows += rows_of.image_rows(sets, wanted, draws)
     if "anatomy" in wanted and "gland" in sets.real.spaces:
         rows += rows_of.anatomy_rows(sets)
+        rows += gland_volume_row(sets, findings, draws) if "condition" in wanted else []
         for kind in ("real", "synthetic"):
             table: FeatureTable = getattr(sets, kind)
             _add(cases, kind, [{"volume_cc": float(row[0])} for row in table.spaces["gland"]])
@@ -225,9 +249,12 @@ def _segmenters(wanted: set[str], *, required: bool) -> list[GlandFeatures]:
     return [GlandFeatures(segmenter.segment, segmenter.identity, segmenter.sequences)]
 
 
-def _load(features: Sequence[str | Extractor] | None) -> list[Extractor]:
+def _load(features: Sequence[str | Extractor] | None, allow_unknown_weights: bool = False) -> list[Extractor]:
     """The extractors, by name or as they are."""
-    extractors = [load_extractor(each) if isinstance(each, str) else each for each in features or default_features()]
+    extractors = [
+        load_extractor(each, allow_unknown_weights=allow_unknown_weights) if isinstance(each, str) else each
+        for each in features or default_features()
+    ]
     names = [space for each in extractors for space in each.spaces]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         why = f"the features '{twice[0]}' are given twice"
@@ -305,7 +332,9 @@ def evaluate_to_folder(
     *,
     train: str | Path | None = None,
     vae: str | Path | None = None,
+    findings: str | Path | None = None,
     features: Sequence[str] | None = None,
+    allow_unknown_weights: bool = False,
     metrics: Sequence[str] | None = None,
     sequences: Sequence[str] | None = None,
     draws: int = 100,
@@ -321,7 +350,9 @@ def evaluate_to_folder(
         out: the folder for the results, created if it does not exist.
         train: a folder of the volumes that the generator was trained on.
         vae: the generator's autoencoder, for the limit that it sets; `real` must be a prepared folder with its latents.
+        findings: a table of the real cases and of the prompts, as for `read_findings`; prompts have the names in samples.csv.
         features: names as for `load_extractor`; default: those that need no file.
+        allow_unknown_weights: as for `load_extractor`.
         metrics: of METRICS; default: all for which everything is there.
         sequences: those that are compared; default: all, which all sets must have.
         draws: random splits for floors and intervals.
@@ -340,15 +371,19 @@ def evaluate_to_folder(
     given = {"real": real, "synthetic": synthetic} | ({} if train is None else {"train": train})
     sets = {kind: _choose(open_volumes(path, field=f"--{kind}"), sequences) for kind, path in given.items()}
     _check_first(sets)
+    known = None if findings is None else read_findings(findings)
+    latents = None
     if vae is not None:
         sets["reconstructed"] = reconstructions(sets["real"], vae)
+        latents = LatentFeatures(vae)
+    extractors = _load(features, allow_unknown_weights)
     processes = DistributedContext()
     with processes.lock_folder(out, "ccella-fast evaluate"):
         if processes.rank == 0:
             remove_partial_files(out)
         processes.barrier()
         result = evaluate(
-            **sets, features=features, metrics=metrics, draws=draws, seed=seed,
+            **sets, latents=latents, findings=known, features=extractors, metrics=metrics, draws=draws, seed=seed,
             cache=out / "features", processes=processes, progress=True,
         )  # fmt: skip
         if processes.rank == 0:
@@ -364,6 +399,7 @@ def sensitivity_to_folder(
     out: str | Path,
     *,
     features: Sequence[str | Extractor] | None = None,
+    allow_unknown_weights: bool = False,
     num_volumes: int = 8,
     seed: int = 0,
 ) -> list[Gate]:
@@ -375,6 +411,7 @@ def sensitivity_to_folder(
         real: a folder as for `open_volumes`. T2 volumes are used, or those of the first sequence if there are none.
         out: the folder for the results; features are kept in `out`/features.
         features: as for `evaluate`.
+        allow_unknown_weights: as for `load_extractor`.
         num_volumes: how many, from all over the set. Each is degraded in eight ways.
         seed: of the random halves.
 
@@ -389,7 +426,7 @@ def sensitivity_to_folder(
     volumes = open_volumes(real, field="--real")
     volumes = volumes.of_sequence(volumes.sequences[0])
     places = np.unique(np.linspace(0, len(volumes) - 1, min(num_volumes, len(volumes))).astype(int))
-    extractors = _load(features)
+    extractors = _load(features, allow_unknown_weights)
     with lock_folder(out, "ccella-fast sensitivity"):
         remove_partial_files(out)
         store = FeatureCache(out / "features")

@@ -109,6 +109,9 @@ def _check_is_weights(path: str | Path) -> None:
     if not head.startswith((b"PK", b"\x80")):  # a ZIP archive, or a pickle of earlier versions of torch
         why = "this file is empty" if not head else "this is not a file that torch.save has written"
         raise CheckpointError(why, path=path, fix="download or copy the file again, or give another one")
+    if head.startswith(b"PK") and not zipfile.is_zipfile(path):  # torch would call it an internal error
+        why = "the end of this weight file is missing"
+        raise CheckpointError(why, path=path, fix="download or copy the file again")
 
 
 def plain_tensors(values: Any, *, path: str | Path, field: str | None = None) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from ccella_fast.report.page import FOOT, HEAD, POLICY, render
 from ccella_fast.report.stored_evaluation import (
     GLAND,
     METRICS,
+    PROTOCOL,
     MetricRow,
     StoredEvaluation,
     guard_sentence,
@@ -69,6 +70,7 @@ _NAMES = {
     "gland_plausible": "Plausible glands",
 }
 _PLOTTED = ("fd", "kid", "mmd", "c2st", "precision", "recall", "density", "coverage", "msssim")
+_SHARES = ("c2st", "precision", "recall", "coverage")
 _BETTER = {"lower": "lower is better", "higher": "higher is better", "floor": "best as among real volumes"}
 _RULES = {
     "found": "a gland is found",
@@ -135,6 +137,8 @@ def evaluation_part(folder: Path) -> EvaluationPart:
     viewer = _viewer(columns)
     with _damage_named(folder / METRICS):
         curves = _curves(stored)
+    with _damage_named(folder / PROTOCOL):
+        protocol = _protocol(stored)
     html = render(
         EVALUATION,
         verdicts=verdicts(stored),
@@ -153,7 +157,7 @@ def evaluation_part(folder: Path) -> EvaluationPart:
         curves=[curves],
         gates=[_gate(gate) for gate in stored.gates],
         no_gates="The sensitivity gate was not run: nothing shows that these features see known degradations.",
-        protocol=_protocol(stored),
+        protocol=protocol,
     )
     policy = POLICY
     if isinstance(viewer, Viewer):
@@ -203,7 +207,8 @@ def _table(rows: Sequence[MetricRow]) -> tuple[list[dict[str, Any]], list[str]]:
             "metric": _name(row.metric) if is_first else "", "better": _BETTER.get(row.better, "") if is_first else "",
             "features": row.features or "-", "sequence": row.sequence, "value": shown(row.value, 3),
             "interval": f"{shown(row.ci95[0], 3)} to {shown(row.ci95[1], 3)}" if row.ci95 else "-",
-            "floor": shown(row.floor, 3), "ratio": shown(row.ratio, 3), "limit": shown(row.limit_autoencoder, 3),
+            "equal_n": shown(row.value_equal_n, 3), "floor": shown(row.floor, 3), "ratio": shown(row.ratio, 3),
+            "limit": shown(row.limit_autoencoder, 3),
             "n": f"{row.n_real}, {row.n_synthetic}", "notes": ", ".join(map(str, numbers)), "faint": row.has("gate"),
         })  # fmt: skip
         last = row.metric
@@ -220,13 +225,17 @@ def _dots(rows: Sequence[MetricRow]) -> dict[str, Any]:
             far = max(dot.value for dot in relative) > 5 and low > 0
             panels.append(DotPanel(f"{_name(metric)}, multiples of the floor", relative, log=far))
         elif own:
-            dots = [
-                Dot(_label(row), row.value or 0.0, row.ci95, row.floor, row.limit_autoencoder, row.has("gate"))
-                for row in own
-            ]
-            panels.append(DotPanel(_name(metric), dots))
+            panels.append(DotPanel(_name(metric), [_absolute(row) for row in own], share=metric in _SHARES))
     caption = "Each metric in each feature space. Faint: features that failed the sensitivity gate."
     return _figure(dot_plots(panels) if panels else None, caption, "No distance was computed.")
+
+
+def _absolute(row: MetricRow) -> Dot:
+    """A value, at the number of volumes of the floor if it has one."""
+    value = row.value if row.value_equal_n is None else row.value_equal_n
+    assert value is not None and row.value is not None
+    interval = None if row.ci95 is None else (row.ci95[0] + value - row.value, row.ci95[1] + value - row.value)
+    return Dot(_label(row), value, interval, row.floor, row.limit_autoencoder, row.has("gate"))
 
 
 def _relative(row: MetricRow) -> Dot:
@@ -288,12 +297,9 @@ def _pairs(stored: StoredEvaluation) -> dict[str, Any]:
             continue
         (generated, spacing), (training, _) = first.read(), second.read()
         title = f"Generated {case.number}  |  training study {case.nearest_train}  |  difference"
-        share = (
-            ""
-            if case.null_percentile is None
-            else f", nearer than {100 - case.null_percentile:.0f} % of held-out volumes"
-        )
-        pairs.append(Pair(generated, training, spacing, title, f"distance {shown(case.distance, 3)}{share}"))
+        share = 0 if case.null_percentile is None else round(100 - case.null_percentile)
+        near = f"nearer than {share} % of held-out volumes" if share else "no nearer than any held-out volume"
+        pairs.append(Pair(generated, training, spacing, title, f"distance {shown(case.distance, 3)}, {near}"))
     caption = (
         "The generated volumes that are nearest to a training study. Difference: red where the generated one is brighter, blue "
         "where it is darker; that of a copy shows no anatomy."
@@ -370,7 +376,11 @@ def _gate(gate: dict[str, Any]) -> dict[str, Any]:
 
 def _protocol(stored: StoredEvaluation) -> list[tuple[str, str]]:
     rows = [("SHA-256 of the protocol", stored.protocol_sha256)]
-    rows += [(name.replace("_", " "), _flat(value)) for name, value in stored.protocol.items()]
+    for name, value in stored.protocol.items():
+        if name == "features":
+            rows += [(", ".join(each["spaces"]), _flat(each["identity"])) for each in value]
+        else:
+            rows.append((name.replace("_", " "), _flat(value)))
     rows.append(("Time for the metrics", f"{sum(row.seconds for row in stored.rows):.1f} s, without the features"))
     packages = stored.environment.get("packages")
     if isinstance(packages, dict):

@@ -24,11 +24,12 @@ class Dot(NamedTuple):
 
 
 class DotPanel(NamedTuple):
-    """Dots on one axis. title: above it. log: whether the axis is logarithmic."""
+    """Dots on one axis. title: above it. log: whether the axis is logarithmic; share: whether it is from 0 to 1."""
 
     title: str
     dots: list[Dot]
     log: bool = False
+    share: bool = False
 
 
 def dot_plots(panels: Sequence[DotPanel]) -> bytes:
@@ -63,6 +64,8 @@ def dot_plots(panels: Sequence[DotPanel]) -> bytes:
             ticks = [step * 10.0**power for power in range(-3, 5) for step in (1, 2, 5)]
             axes.set_xticks([tick for tick in ticks if low <= tick <= high])
         axes.margins(x=0.08)
+        if panel.share:
+            axes.set_xlim(-0.03, 1.03)
         axes.set_title(panel.title, fontsize=9, loc="left")
         axes.tick_params(labelsize=8, length=2)
         axes.grid(axis="x", alpha=0.25, linewidth=0.6)
@@ -99,7 +102,7 @@ def pair_gallery(pairs: Sequence[Pair], *, window: tuple[float, float], columns:
     parts = [[cut(volume, pair.spacing, "axial") for volume in pair[:2]] for pair in pairs]
     tallest = max(part.size[1] / part.size[0] for both in parts for part in both)
     tile, gap, title = 1.5, 0.05, 0.36  # inches
-    width, height = across * (3 * (tile + gap) + 0.25), down * (tile * tallest + title + gap)
+    width, height = across * (3 * (tile + gap) + 0.25) - 0.25 + gap, down * (tile * tallest + title + gap)
     figure = Figure(figsize=(width, height), dpi=120, facecolor="black")
     for place, (pair, (first, second)) in enumerate(zip(pairs, parts, strict=True)):
         left = (place % across) * (3 * (tile + gap) + 0.25) + gap

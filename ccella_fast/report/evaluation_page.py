@@ -75,20 +75,22 @@ EVALUATION = (
 <h2>All numbers</h2>
 <div class="scroll"><table>
 <tr><th>metric</th><th>features</th>{% if sequences %}<th>sequence</th>{% endif %}<th class="number">value</th>
-<th class="number">95 % interval</th><th class="number">floor</th><th class="number">ratio</th>
-<th class="number">autoencoder</th><th class="number">n {{ word }}, generated</th><th>notes</th></tr>
+<th class="number">95 % interval</th><th class="number">at equal n</th><th class="number">floor</th>
+<th class="number">ratio</th><th class="number">autoencoder</th><th class="number">n</th><th>notes</th></tr>
 {% for row in rows %}
 <tr{% if row.faint %} class="faint"{% endif %}><td>{{ row.metric }}{% if row.better %}<small>{{ row.better }}</small>
 {% endif %}</td>
 <td>{{ row.features }}</td>{% if sequences %}<td>{{ row.sequence }}</td>{% endif %}
-<td class="number">{{ row.value }}</td><td class="number">{{ row.interval }}</td><td class="number">{{ row.floor }}</td>
+<td class="number">{{ row.value }}</td><td class="number">{{ row.interval }}</td>
+<td class="number">{{ row.equal_n }}</td><td class="number">{{ row.floor }}</td>
 <td class="number">{{ row.ratio }}</td><td class="number">{{ row.limit }}</td><td class="number">{{ row.n }}</td>
 <td>{{ row.notes }}</td></tr>
 {% endfor %}
 </table></div>
-<p class="soft">Floor: what a perfect generator reaches, which is the same metric between two halves of the {{ words }}; of the
-class that was asked for, prompts in random order. Ratio: generated over floor, at equal numbers of volumes. Autoencoder:
-{{ words }} that were only encoded and decoded, which is what a perfect model of latents reaches.</p>
+<p class="soft">Floor: the same metric between two halves of the {{ words }}, which is what a perfect generator reaches; of the
+class that was asked for, prompts in random order. At equal n: with as many volumes as in these halves. Ratio: that over the
+floor. Autoencoder: {{ words }} that were only encoded and decoded, which is what a perfect model of latents reaches.
+n: {{ words }} and generated volumes.</p>
 {% if notes %}<ol class="notes">{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ol>{% endif %}
 
 {{ figures(dots) }}

@@ -41,6 +41,7 @@ class MetricRow(NamedTuple):
     set: str
     reference: str
     value: float | None
+    value_equal_n: float | None
     ci95: tuple[float, float] | None
     floor: float | None
     ratio: float | None
@@ -159,10 +160,10 @@ def _row(entry: dict[str, Any]) -> MetricRow:
     details = dict(entry["details"])
     return MetricRow(
         entry["metric"], None if entry["features"] is None else str(entry["features"]), entry["sequence"], entry["set"],
-        entry["reference"], _number(entry["value"]), _pair(entry["ci95"]), _number(entry["floor"]), _number(entry["ratio"]),
-        _pair(details.get("ratio_ci95")), _number(entry["limit_autoencoder"]), int(entry["n_real"]),
-        int(entry["n_synthetic"]), entry["better"], tuple(entry["guards"]), details, entry["weights_sha256"],
-        float(entry["seconds"]),
+        entry["reference"], _number(entry["value"]), _number(entry["value_equal_n"]), _pair(entry["ci95"]),
+        _number(entry["floor"]), _number(entry["ratio"]), _pair(details.get("ratio_ci95")),
+        _number(entry["limit_autoencoder"]), int(entry["n_real"]), int(entry["n_synthetic"]), entry["better"],
+        tuple(entry["guards"]), details, entry["weights_sha256"], float(entry["seconds"]),
     )  # fmt: skip
 
 

@@ -45,13 +45,13 @@ def verdicts(stored: StoredEvaluation) -> list[Verdict]:
 
 
 def shown(value: float | None, digits: int = 2) -> str:
-    """A number with this many significant digits, never in scientific notation unless it is tiny; "-" for none."""
+    """A number with this many significant digits; "-" for none."""
     if value is None:
         return "-"
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    places = digits - 1 - math.floor(math.log10(abs(value)))
-    return f"{value:.{max(0, places)}f}" if -1 < places < 5 or value >= 1 else f"{value:.{digits}g}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    if rounded == 0 or abs(rounded) < 1e-4:
+        return f"{rounded:g}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def percent(share: float) -> str:
@@ -119,7 +119,7 @@ def _new(stored: StoredEvaluation) -> Verdict:
     copies = round(worst.value * n)
     spaces = ", ".join(dict.fromkeys(row.features or "images" for row in rows))
     volumes = counted(n, "generated volume")
-    remarks = [f"Compared with {counted(held_out, 'held-out volume')}, in {spaces}."]
+    remarks = [f"Compared with {counted(held_out, 'held-out volume')}, features {spaces}."]
     if copies:
         are, interval = "is a copy" if copies == 1 else "are copies", f"95 % interval {percent(low)} to {percent(high)}"
         sentence = f"{copies} of {volumes} {are} of training studies ({interval}, in {worst.features})."
@@ -164,7 +164,7 @@ def _obeys(stored: StoredEvaluation) -> Verdict:
     remarks = [_read_counts(first, stored)]
     share, interval = first.number("normalized"), first.pair("normalized_ci95")
     if share is None or interval is None or first.has("unreadable", "gate"):
-        sentence = f"The {what} cannot be read from {stored.word}s with confidence either ({scale})."
+        sentence = f"The probe does not read the {what} of {stored.word}s reliably, so nothing follows ({scale})."
         return Verdict(question, "undecided", sentence, remarks)
     low, high = interval
     bounds = f"95 % interval {percent(low)} to {percent(high)}"
@@ -176,13 +176,13 @@ def _obeys(stored: StoredEvaluation) -> Verdict:
 
 
 def _counts(row: MetricRow, stored: StoredEvaluation) -> str:
-    space = f" in {row.features}" if row.features else ""
+    space = f", features {row.features}" if row.features else ""
     return f"Fréchet distance{space}; n = {row.n_real} {stored.word}s, {row.n_synthetic} generated."
 
 
 def _read_counts(row: MetricRow, stored: StoredEvaluation) -> str:
-    space = f" of {row.features}" if row.features else ""
-    return f"Read by linear probes{space} that were fitted to {stored.word}s; n = {row.n_real}, {row.n_synthetic} generated."
+    space = f" on the features {row.features}" if row.features else ""
+    return f"Read by linear probes{space}, fitted to {stored.word}s; n = {row.n_real}, {row.n_synthetic} generated."
 
 
 def _sentences(row: MetricRow, guards: Sequence[str]) -> list[str]:

@@ -98,6 +98,10 @@ def test_what_cannot_be_read_or_compared_has_no_value():
     unreadable = condition_agreement("class", noise, known["class"], noise[:10], prompts["class"])
     assert unreadable.normalized is None and set(unreadable.guards) == {"few", "unreadable"}
     assert unreadable.value is not None and unreadable.n_real == 40 and unreadable.n_synthetic == 10
+    enough = condition_agreement(
+        "class", real, known["class"], *(x[:20] for x in cases(40, 2)[:1]), cases(40, 2)[1]["class"][:20]
+    )
+    assert "few" not in enough.guards and enough.n_synthetic == 20
     for labels, asked in (
         (["neg"] * 40, prompts["class"]),
         (known["class"], ["neg"] * 10),

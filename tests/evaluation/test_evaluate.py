@@ -15,12 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ccella_fast import cli
+from ccella_fast.config import make_config
 from ccella_fast.data.example_volumes import read_examples
-from ccella_fast.errors import ConfigError, DataError
+from ccella_fast.errors import CheckpointError, ConfigError, DataError
+from ccella_fast.evaluation.features import taps
+from ccella_fast.evaluation.reconstruction import LatentFeatures, reconstructions
 from ccella_fast.evaluation.run import evaluate, evaluate_to_folder, sensitivity_to_folder
-from ccella_fast.evaluation.volumes import Source, VolumeSet
+from ccella_fast.evaluation.volumes import Source, VolumeSet, open_volumes
+from ccella_fast.models.autoencoder import Autoencoder, save_autoencoder
 from ccella_fast.storage import sha256
 from evaluation_fixtures import (
     CANARIES,
@@ -32,10 +37,17 @@ from evaluation_fixtures import (
     write_prepared,
     write_samples,
 )
+from sampling_fixtures import TINY, scrambled
 from training_fixtures import environment, free_port
 
 QUICK = ["fd", "kid", "intensity", "msssim", "memorisation"]
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """The prostate network takes seconds per volume; test_taps.py and test_anatomy.py judge it."""
+    monkeypatch.setattr(taps, "is_installed", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +143,50 @@ def test_the_autoencoder_limit_is_the_distance_to_reconstructions():
     assert limit.floor * 2 < limit.limit_autoencoder < limit.value_equal_n
     with pytest.raises(DataError, match="in its order"):
         evaluate(**given, reconstructed=blurred[::-1])
+
+
+def test_real_volumes_are_decoded_from_their_latents(tmp_path):
+    networks = [scrambled(Autoencoder(make_config(TINY).autoencoder)).eval() for _ in range(2)]
+    with torch.no_grad():
+        networks[1].post_quant_conv.conv.bias += 1
+        arrays = {f"case{k}": draw(k) for k in range(4)}
+        latents = {
+            case: networks[0].encode(torch.from_numpy(x)[None, None])[0][0].numpy() for case, x in arrays.items()
+        }
+        decoded = [networks[0].decode(torch.from_numpy(z)[None])[0, 0].clamp(0, 1).numpy() for z in latents.values()]
+    for number, network in enumerate(networks):
+        save_autoencoder(network, tmp_path / f"vae{number}")
+    digest = sha256(tmp_path / "vae0" / "model.safetensors")
+    images = {case: {"t2w": x} for case, x in arrays.items()}
+    prepared = write_prepared(tmp_path / "prepared", images, latents=latents, vae_sha256=digest)
+    volumes = reconstructions(open_volumes(prepared, field="--real"), tmp_path / "vae0")
+    for volume, expected, original in zip(volumes, decoded, arrays.values(), strict=True):
+        np.testing.assert_allclose(volume.array, expected, atol=1e-5)
+        assert not np.allclose(volume.array, original, atol=0.05)
+    samples = write_samples(tmp_path / "samples", [draw(50 + k) for k in range(4)])
+    given = {"features": [CountingExtractor()], "metrics": ["fd"], "draws": 4, "vae": tmp_path / "vae0"}
+    limit = evaluate_to_folder(prepared, samples, tmp_path / "out", **given)["fd"].limit_autoencoder
+    listed = [volume._replace(patient=None) for volume in open_volumes(prepared, field="--real")]
+    again = [volume._replace(array=x) for volume, x in zip(listed, decoded, strict=True)]
+    del given["vae"]
+    synthetic = some_volumes(4, 50)
+    direct = evaluate(real=listed, synthetic=synthetic, reconstructed=again, **given)["fd"].limit_autoencoder
+    assert limit == pytest.approx(direct, rel=1e-4)
+    train = some_volumes(8, 200)
+    given |= {"latents": LatentFeatures(tmp_path / "vae0"), "metrics": ["memorisation"], "train": train}
+    nearness = [
+        evaluate(real=some_volumes(6, 300), synthetic=[*synthetic, other], **given)["memorisation_index", "latent"]
+        for other in (train[2], *some_volumes(1, 400))
+    ]
+    assert nearness[0].value > nearness[1].value + 1 and nearness[0].weights_sha256 == digest
+    given = {"features": [CountingExtractor()], "metrics": ["fd"], "draws": 4}
+    for vae, error, words in (
+        (tmp_path / "vae1", CheckpointError, "another autoencoder"),
+        (tmp_path / "none", CheckpointError, "does not exist"),
+    ):
+        with pytest.raises(error, match=words):
+            evaluate_to_folder(prepared, samples, tmp_path / "other", **given, vae=vae)
+    assert not (tmp_path / "other").exists()
 
 
 def test_sequences_are_compared_one_by_one():
@@ -386,6 +442,9 @@ def mistakes(tmp_path_factory):
     return root
 
 
+GOOD = "--real {0}/prepared --synthetic {0}/samples"
+
+
 @pytest.mark.parametrize(
     ("code", "options", "words"),
     [
@@ -407,7 +466,8 @@ def mistakes(tmp_path_factory):
         (2, "--real {0}/prepared:tests --synthetic {0}/samples", "did you mean 'test'"),
         (2, "--real {0}/prepared --synthetic {0}/samples --features random random", "given twice"),
         (2, "--real {0}/prepared --synthetic {0}/samples --draws 1", "at least 2"),
-        (4, "--real {0}/prepared --synthetic {0}/samples --features medicalnet={0}/weights.pth", "weights.pth"),
+        (4, f"{GOOD} --features medicalnet={{0}}/weights.pth", "--allow_unknown_weights"),
+        (4, f"{GOOD} --features medicalnet={{0}}/weights.pth --allow_unknown_weights", "the end of this weight file"),
         (2, "--real {0}/prepared --synthetic {0}/samples --out {0}/prepared", "a prepared folder"),
     ],
 )

@@ -66,6 +66,9 @@ def test_agreement_bias_and_limits():
     assert found.limits_cc == pytest.approx((differences.mean() - spread, differences.mean() + spread))
     shuffled = volume_agreement(list(rng.permutation(stated)), list(segmented), list(real_stated), list(real_segmented))
     assert abs(shuffled.agreement.normalized) < 0.3 and shuffled.agreement.p > 0.02
+    two = volume_agreement([30.0, 40.0], [31.0, 43.0], [], [])
+    assert two.bias_cc == 2 and two.limits_cc == pytest.approx((2 - 1.96 * 2**0.5, 2 + 1.96 * 2**0.5))
+    assert two.real_bias_cc is None and two.agreement.guards == ["few", "one_class"]
     nothing = volume_agreement([None], [20.0], [30.0], [31.0])
     assert nothing.agreement.value is None and nothing.bias_cc is None and nothing.limits_cc is None
     assert nothing.real_bias_cc == 1 and nothing.real_limits_cc is None

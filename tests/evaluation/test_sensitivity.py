@@ -62,6 +62,13 @@ class Focus(Moments):
         return {"focus": np.array([center.mean(), volume.array.std()], np.float32)}
 
 
+class Deaf(Moments):
+    """Knows the volume by its name alone, so that no degradation changes anything."""
+
+    def __call__(self, volume):
+        return {"moments": np.random.default_rng(int(volume.id.removeprefix("case-"))).random(12).astype(np.float32)}
+
+
 class Blind(Moments):
     """As above, and a space of random numbers that have nothing to do with how much worse a volume is."""
 
@@ -165,7 +172,16 @@ def test_a_sensitive_space_passes_and_a_blind_one_fails():
     assert good.lesion_p is None and good.class_ratio is None and good.guards == ["few"]
     table = gate_table(list(gates.values())).splitlines()
     assert table[0].split("  ")[0] == "space" and "blur 0.5 mm" in table[0] and "gland 15 %" in table[0]
+    column = table[0].index("noise 0.01")
+    assert all(line[column - 2 : column] == "  " and line[column] in "n0123456789" for line in table)
     assert table[1].startswith("moments") and table[1].endswith("yes") and table[2].endswith("no")
+
+
+def test_a_space_in_which_nothing_changes_fails():
+    (gate,) = sensitivity_gate([phantom(number)[0] for number in range(6)], Deaf())
+    assert not gate.passed and set(gate.in_order.values()) == {0.0}
+    for row in gate.rows:
+        assert row.paired == 0 and row.frechet_ratio == pytest.approx(1) and row.detected <= 0.1
 
 
 def test_paired_distances_equal_a_loop():

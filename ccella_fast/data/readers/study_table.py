@@ -57,7 +57,7 @@ def apply_table(studies: list[Study], table: Path, defects: Defects) -> list[Stu
     unmatched, names = 0, list[str]()
     alike = {_plain_id(name): name for name in ids}
     misnamed: list[tuple[str, str, str]] = []
-    for line, row in _read_rows(table, key):
+    for line, row in read_rows(table, key):
         case, field = row[key], f"line {line}, {key}"
         if case not in ids and is_bids:
             unmatched += 1
@@ -116,7 +116,7 @@ def _warn(table: Path, count: int, first: list[str], what: str) -> None:
         logger.warning("%s: %s: %d, %s%s", table, what, count, ", ".join(map(quote, first)), more)
 
 
-def _read_rows(table: Path, key: str) -> Iterator[tuple[int, dict[str, str]]]:
+def read_rows(table: Path, key: str) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, column -> stripped cell) of every row. `key` is the column that must exist. `.tsv` files are separated by tabs."""
     is_tsv = table.suffix.lower() == ".tsv"
     text = read_text(table)

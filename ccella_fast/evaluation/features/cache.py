@@ -55,7 +55,7 @@ def cache_key(extractor: Extractor, volume: Volume) -> str:
         "spacing": [float(size) for size in volume.spacing],
         "identity": extractor.identity,
     }
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True, allow_nan=False).encode())
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(volume.array, "<f4").data)
     return digest.hexdigest()
 

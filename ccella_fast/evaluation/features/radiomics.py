@@ -120,7 +120,7 @@ def first_order(voxels: np.ndarray, levels: np.ndarray) -> np.ndarray:
     p10, p25, p50, p75, p90 = np.percentile(x, (10, 25, 50, 75, 90))
     robust = x[(x >= p10) & (x <= p90)]
     z = (x - mean) / deviation if deviation > 1e-12 else np.zeros_like(x)
-    share = np.bincount(levels.ravel(), minlength=_LEVELS) / levels.size
+    share = np.bincount(levels.ravel()) / levels.size
     return np.array(
         [
             mean, p50, x.min(), x.max(), x.max() - x.min(), p10, p90, p75 - p25,

@@ -11,7 +11,8 @@ import pytest
 
 from ccella_fast.errors import DiskError
 from ccella_fast.evaluation.features.cache import FeatureCache, cache_key
-from feature_fixtures import Volume, make_volume
+from ccella_fast.evaluation.volumes import Volume
+from feature_fixtures import make_volume
 
 
 class Counting:
@@ -81,6 +82,8 @@ def test_key_does_not_depend_on_memory_layout_or_names():
         volume._replace(spacing=tuple(np.array(volume.spacing))),
     ]
     assert {cache_key(Counting(), other) for other in others} == {cache_key(Counting(), volume)}
+    first, second = Counting(a=1, b=2), Counting(b=2, a=1)
+    assert cache_key(first, volume) == cache_key(second, volume) != cache_key(Counting(a=2, b=1), volume)
 
 
 def test_damaged_entries_are_computed_again(tmp_path: Path):

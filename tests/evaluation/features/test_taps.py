@@ -14,7 +14,8 @@ import torch
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.evaluation.features import taps
 from ccella_fast.evaluation.features.onnx_tensors import _fields, read_onnx_tensors
-from feature_fixtures import Volume, make_volume
+from ccella_fast.evaluation.volumes import Volume
+from feature_fixtures import make_volume
 
 
 @pytest.fixture(scope="module")
