@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ccella_fast.evaluation.findings import Findings
+from ccella_fast.evaluation.findings import CaseFindings
 from ccella_fast.evaluation.run import evaluate
 from ccella_fast.evaluation.volumes import Volume
 from evaluation_fixtures import SPACING, CountingExtractor, some_volumes
@@ -40,7 +40,7 @@ def test_the_side_of_prompts_is_read_from_volumes():
     given = {"real": real, "features": [Sided()], "metrics": ["condition"], "draws": 4}
     for obey in (True, False):
         synthetic, asked = sided_volumes(24, "synthetic", obey=obey)
-        findings = Findings({"side": known | asked}, {})
+        findings = CaseFindings({"side": known | asked}, {})
         row = evaluate(synthetic=synthetic, findings=findings, **given)["condition_side", "halves"]
         assert row.floor == pytest.approx(0.5, abs=0.05) and row.details["ceiling"] == 1
         assert row.value == (1 if obey else pytest.approx(0.5, abs=0.2))
