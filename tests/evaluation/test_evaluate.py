@@ -115,6 +115,14 @@ def test_without_a_training_set_the_real_set_standardises_and_memorisation_is_le
     }
 
 
+def test_synthetic_volumes_that_are_real_ones_are_marked():
+    real = some_volumes(4, 0)
+    given = {"features": [CountingExtractor()], "metrics": ["fd", "msssim"], "draws": 4, "real": real}
+    copied = evaluate(synthetic=[*some_volumes(3, 50), real[1]], **given)
+    assert all("shared_volumes" in row.guards for row in copied.rows)
+    assert not any("shared_volumes" in row.guards for row in evaluate(synthetic=some_volumes(4, 50), **given).rows)
+
+
 def test_copies_of_training_volumes_are_found_by_number():
     train, real = some_volumes(40, 0), some_volumes(30, 100)
     planted = [volume._replace(id=f"s{k}") for k, volume in enumerate([*some_volumes(18, 300), train[7], train[31]])]
