@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,11 +138,17 @@ def evaluate(
         found, cases = _evaluate_sequence(of_sequence, judging, about, wanted, findings, Draws(draws, seed))
         rows += found
         per_case += cases
+        shared = set(of_sequence.real.digests) & set(of_sequence.synthetic.digests)
         if "msssim" in wanted and isinstance(real, Sequence) and isinstance(synthetic, Sequence):
             pair = (_of_sequence(real, sequence), _of_sequence(synthetic, sequence))
             rows += diversity_row(
                 *pair, of_sequence, shape=grid.shape, seed=seed, cache=cache, processes=processes, progress=progress
             )
+        if shared:
+            rows = [
+                replace(row, guards=(*row.guards, "shared_volumes")) if row.sequence == sequence else row
+                for row in rows
+            ]
     from ccella_fast.environment import describe_environment
 
     return Evaluation(rows, per_case, protocol, describe_environment())

@@ -22,6 +22,7 @@ _GUARDS = {
     "biased": "There are fewer than three volumes per feature, so the value is biased upwards, as is its floor.",
     "no_floor": "There are too few real volumes to compare them with one another, so nothing says what a good value is.",
     "standardised_by_itself": "Features are standardised by the compared real volumes, because no training set was given.",
+    "shared_volumes": "Some generated volumes are equal to real ones, voxel for voxel, so distances are too small.",
     "one_volume": "A set has one volume only: nothing can be computed from it.",
     "few": "A set has fewer than 20 volumes: the interval is rough.",
     "few_held_out": "There are fewer than 99 held-out volumes, so the 1st percentile is their smallest distance.",

@@ -115,6 +115,14 @@ def test_without_a_training_set_the_real_set_standardises_and_memorisation_is_le
     }
 
 
+def test_synthetic_volumes_that_are_real_ones_are_marked():
+    real = some_volumes(4, 0)
+    given = {"features": [CountingExtractor()], "metrics": ["fd", "msssim"], "draws": 4, "real": real}
+    copied = evaluate(synthetic=[*some_volumes(3, 50), real[1]], **given)
+    assert all("shared_volumes" in row.guards for row in copied.rows)
+    assert not any("shared_volumes" in row.guards for row in evaluate(synthetic=some_volumes(4, 50), **given).rows)
+
+
 def test_copies_of_training_volumes_are_found_by_number():
     train, real = some_volumes(40, 0), some_volumes(30, 100)
     planted = [volume._replace(id=f"s{k}") for k, volume in enumerate([*some_volumes(18, 300), train[7], train[31]])]
@@ -199,6 +207,15 @@ def test_sequences_are_compared_one_by_one():
     t2w, adc = result.rows
     alone = evaluate(real=some_volumes(8, 0), synthetic=some_volumes(8, 50), **given)["fd"]
     assert (t2w.sequence, adc.sequence) == ("t2w", "adc") and t2w.value == alone.value and adc.ratio > 3 * t2w.ratio
+
+
+def test_some_sequences_of_a_folder_can_be_chosen(folders, tmp_path):
+    both = {f"case{k}": {"t2w": draw(k), "adc": draw(k + 500)} for k in range(6, 14)}
+    prepared, samples = write_prepared(tmp_path / "both", both), folders / "samples"
+    given = {"features": [CountingExtractor()], "metrics": ["fd"], "draws": 4}
+    chosen = evaluate_to_folder(prepared, samples, tmp_path / "out", sequences=["t2w"], **given)
+    alone = evaluate_to_folder(f"{folders}/prepared:test", samples, tmp_path / "other", **given)
+    assert [row.sequence for row in chosen.rows] == ["t2w"] and chosen["fd"].value == alone["fd"].value
 
 
 def test_iterables_that_are_read_once_suffice():
@@ -486,11 +503,16 @@ def test_mistakes_are_named_and_nothing_is_left_behind(mistakes, tmp_path, monke
 
 def test_arguments_of_the_function_are_checked():
     given = {"real": some_volumes(3, 0), "synthetic": some_volumes(3, 50), "features": [CountingExtractor()]}
+    other_grid = some_volumes(1, 60)[0]._replace(spacing=(1.5, 1.5, 3.1))
+    empty = other_grid._replace(array=np.zeros_like(other_grid.array))
     for wrong, error, words in (
         ({"metrics": ["kidd"]}, ConfigError, "did you mean 'kid'"),
         ({"draws": 1}, ConfigError, "at least 2"),
         ({"real": []}, DataError, "at least 2"),
         ({"real": some_volumes(3, 0) + some_volumes(1, 0)}, DataError, "have the id 'v0'"),
+        ({"synthetic": [*some_volumes(2, 50), other_grid]}, DataError, "no common grid: real has 16 x 12 x 8"),
+        ({"synthetic": [*some_volumes(2, 50), empty]}, DataError, "equal"),
+        ({"train": some_volumes(3, 0)}, DataError, "has the same voxels"),
     ):
         with pytest.raises(error, match=words):
             evaluate(**(given | wrong))
