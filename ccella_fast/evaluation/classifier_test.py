@@ -12,6 +12,7 @@ from ccella_fast.evaluation.statistics import feature_pair, group_numbers, group
 
 _PENALTY = 0.1  # on the squared weights; the kernel of a standardised volume with itself is about 1
 _STEPS = 50
+_RESIDUAL = 1e-10  # of a linear system, relative
 _CONVERGED = 1e-3  # last change of a logit; Newton's method converges quadratically, so the next would be about 1e-6
 
 
@@ -111,9 +112,24 @@ def fit_logistic(kernel: np.ndarray, is_real: np.ndarray) -> np.ndarray:
         curvature = weight * wrong * (1 - wrong)
         root = np.sqrt(curvature)
         target = curvature * logits + weight * sign * wrong
-        system = np.eye(len(sign)) + root[:, None] * prior * root
-        coefficients = target - root * np.linalg.solve(system, root * (prior @ target))
+        coefficients = target - root * _conjugate_gradients(prior, root, root * (prior @ target))
         previous, logits = logits, prior @ coefficients
         if np.abs(logits - previous).max() < _CONVERGED:
             break
     return coefficients / _PENALTY
+
+
+def _conjugate_gradients(prior: np.ndarray, root: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """x in (1 + R P R) x = right with R = diag(root): about 30 products with P, a fifth of the time of a factorization."""
+    x = np.zeros_like(right)
+    residual = direction = right
+    squared = first = right @ right
+    for _ in range(len(right)):
+        if squared <= _RESIDUAL**2 * first:
+            break
+        product = direction + root * (prior @ (root * direction))
+        step = squared / (direction @ product)
+        x, residual = x + step * direction, residual - step * product
+        previous, squared = squared, residual @ residual
+        direction = residual + squared / previous * direction
+    return x

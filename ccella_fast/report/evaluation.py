@@ -30,6 +30,7 @@ from ccella_fast.report.evaluation_page import EVALUATION
 from ccella_fast.report.figures import Panel
 from ccella_fast.report.page import FOOT, HEAD, POLICY, render
 from ccella_fast.report.stored_evaluation import (
+    EXPLAINING,
     GLAND,
     METRICS,
     PROTOCOL,
@@ -52,23 +53,24 @@ _PHANTOMS = "The real volumes are phantoms: drawn by a program, not patients."
 _NAMES = {
     "fd": "Fréchet distance",
     "kid": "Kernel distance (KID)",
-    "mmd": "Gaussian MMD",
     "c2st": "Real or generated? AUC of a classifier",
     "precision": "Precision",
     "recall": "Recall",
-    "density": "Density",
     "coverage": "Coverage",
     "msssim": "Similarity of volumes (MS-SSIM)",
     "intensity": "Intensities, Wasserstein-1",
     "spectrum": "Power spectrum, dB",
     "copies": "Copies of training studies",
+    "condition_class": "Class that was asked for, AUC",
+    "gland_plausible": "Plausible glands",
+    "mmd": "Gaussian MMD",
+    "density": "Density",
     "below_1pct": "Nearer than 99 % of held-out ones",
     "below_5pct": "Nearer than 95 % of held-out ones",
     "memorisation_index": "Nearness in standard deviations",
     "ct": "Data copying, C_T",
-    "condition_class": "Class that was asked for, AUC",
-    "gland_plausible": "Plausible glands",
 }
+_FIRST = list(_NAMES)[: list(_NAMES).index("mmd")]  # the others are in a part of the page that is opened by a click
 _PLOTTED = ("fd", "kid", "mmd", "c2st", "precision", "recall", "density", "coverage", "msssim")
 _SHARES = ("c2st", "precision", "recall", "coverage")
 _BETTER = {"lower": "lower is better", "higher": "higher is better", "floor": "best as among real volumes"}
@@ -130,9 +132,9 @@ def evaluation_part(folder: Path) -> EvaluationPart:
     """
     stored = read_evaluation(folder)
     rows = sorted(stored.rows, key=_table_order)
-    table, notes = _table(
-        [row for row in rows if row.metric == GLAND + "plausible" or not row.metric.startswith(GLAND)]
-    )
+    listed = [row for row in rows if row.metric == GLAND + "plausible" or not row.metric.startswith(GLAND)]
+    table, notes = _table(listed)
+    is_first = [row.metric in _FIRST for row in listed]
     columns = _shown_columns(stored)
     viewer = _viewer(columns)
     with _damage_named(folder / METRICS):
@@ -145,7 +147,8 @@ def evaluation_part(folder: Path) -> EvaluationPart:
         word="phantom" if stored.phantom else "real",
         words=f"{stored.word}s",
         sequences=len({row.sequence for row in rows}) > 1,
-        rows=table,
+        rows=[row for row, first in zip(table, is_first, strict=True) if first],
+        further=[row for row, first in zip(table, is_first, strict=True) if not first],
         notes=notes,
         dots=[_dots(rows)],
         montages=[_montage(columns)],
@@ -224,9 +227,12 @@ def _dots(rows: Sequence[MetricRow]) -> dict[str, Any]:
             low = min(dot.interval[0] if dot.interval else dot.value for dot in relative)
             far = max(dot.value for dot in relative) > 5 and low > 0
             panels.append(DotPanel(f"{_name(metric)}, multiples of the floor", relative, log=far))
-        elif own:
+        elif own := [row for row in own if row.features != EXPLAINING]:
             panels.append(DotPanel(_name(metric), [_absolute(row) for row in own], share=metric in _SHARES))
-    caption = "Each metric in each feature space. Faint: features that failed the sensitivity gate."
+    caption = (
+        f"Each metric in each feature space, of {EXPLAINING} the Fréchet distance only. Faint: features that failed the "
+        "sensitivity gate."
+    )
     return _figure(dot_plots(panels) if panels else None, caption, "No distance was computed.")
 
 

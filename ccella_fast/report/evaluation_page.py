@@ -57,22 +57,8 @@ class="letter"></span><span class="letter"></span></div><figcaption></figcaption
 {% endif %}
 """
 
-EVALUATION = (
-    _FIGURES
-    + """
-<div class="verdicts">
-{% for verdict in verdicts %}
-<section class="verdict {{ verdict.answer }}">
-<h3>{{ verdict.question }}</h3>
-<b>{{ verdict.answer | capitalize }}</b>
-<p>{{ verdict.sentence }}</p>
-{% if verdict.remarks %}<ul>{% for remark in verdict.remarks %}<li>{{ remark }}</li>{% endfor %}</ul>{% endif %}
-
-</section>
-{% endfor %}
-</div>
-
-<h2>All numbers</h2>
+_METRICS = """
+{% macro metrics(rows) %}
 <div class="scroll"><table>
 <tr><th>metric</th><th>features</th>{% if sequences %}<th>sequence</th>{% endif %}<th class="number">value</th>
 <th class="number">95 % interval</th><th class="number">at equal n</th><th class="number">floor</th>
@@ -87,10 +73,33 @@ EVALUATION = (
 <td>{{ row.notes }}</td></tr>
 {% endfor %}
 </table></div>
+{% endmacro %}
+"""
+
+EVALUATION = (
+    _FIGURES
+    + _METRICS
+    + """
+<div class="verdicts">
+{% for verdict in verdicts %}
+<section class="verdict {{ verdict.answer }}">
+<h3>{{ verdict.question }}</h3>
+<b>{{ verdict.answer | capitalize }}</b>
+<p>{{ verdict.sentence }}</p>
+{% if verdict.remarks %}<ul>{% for remark in verdict.remarks %}<li>{{ remark }}</li>{% endfor %}</ul>{% endif %}
+
+</section>
+{% endfor %}
+</div>
+
+<h2>Numbers</h2>
+{{ metrics(rows) }}
 <p class="soft">Floor: the same metric between two halves of the {{ words }}, which is what a perfect generator reaches; of the
 class that was asked for, prompts in random order. At equal n: with as many volumes as in these halves. Ratio: that over the
 floor. Autoencoder: {{ words }} that were only encoded and decoded, which is what a perfect model of latents reaches.
 n: {{ words }} and generated volumes.</p>
+{% if further %}<details><summary>Further metrics</summary>{{ metrics(further) }}</details>{% endif %}
+
 {% if notes %}<ol class="notes">{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ol>{% endif %}
 
 {{ figures(dots) }}

@@ -55,6 +55,7 @@ table { border-collapse: collapse; font-size: 0.92rem; width: 100%; }
 .verdict ul { margin: 0.5rem 0 0; padding-left: 1.1rem; color: var(--soft); font-size: 0.85rem; }
 .notes { color: var(--soft); font-size: 0.88rem; padding-left: 1.4rem; margin: 0.6rem 0; }
 .faint td { color: var(--soft); }
+details { margin: 0.8rem 0; } summary { cursor: pointer; color: var(--soft); }
 td small { display: block; color: var(--soft); }
 th, td { text-align: left; padding: 0.3rem 0.7rem 0.3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { overflow-wrap: anywhere; } td.number { white-space: nowrap; overflow-wrap: normal; }

@@ -216,4 +216,4 @@ def guard_sentence(guard: str) -> str:
 def _trust(row: MetricRow) -> tuple[int, str]:
     name = row.features or ""
     place = next((place for place, prefix in enumerate(_TRUST) if name.startswith(prefix)), len(_TRUST))
-    return place + (name == EXPLAINING) + 10 * ("gate" in row.guards), row.sequence
+    return place + (name == EXPLAINING), row.sequence

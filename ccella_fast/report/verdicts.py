@@ -86,7 +86,7 @@ def _good(stored: StoredEvaluation) -> Verdict:
     same = [answer for row, answer in zip(others, answers[1:], strict=True) if row.sequence == first.sequence]
     if same:
         spaces = ", ".join(f"{row.features} {shown(row.ratio)}" for row in others if row.sequence == first.sequence)
-        agree = "same answer" if set(same) == {answers[0]} else "they disagree"
+        agree = "the same answer" if set(same) == {answers[0]} else "not all give this answer"
         remarks.append(f"In other feature spaces: {spaces}; {agree}.")
     remarks += _sentences(first, ("few", "standardised_by_itself"))
     decisive = {row.sequence: answer for row, answer in reversed(list(zip(judged, answers, strict=True)))}

@@ -11,9 +11,13 @@ import pytest
 
 from browser import CHROMIUM, Browser
 from ccella_fast.report.evaluation import write_evaluation_page
+from ccella_fast.report.viewer import _niivue
 from evaluation_page_fixtures import SHAPE, pelvis, write_evaluation
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package chromium)")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package chromium)"),
+    pytest.mark.skipif(_niivue() is None, reason='ipyniivue is not installed: pip install -e ".[test]"'),
+]
 
 LOADED = "[...document.images].every((image) => image.complete && image.naturalWidth > 100) && document.images.length"
 READY = "document.getElementById('viewer').dataset.ready === 'yes'"

@@ -6,6 +6,7 @@ import json
 import re
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ import pytest
 from ccella_fast.errors import DataError
 from ccella_fast.report import evaluation, viewer
 from ccella_fast.report.evaluation import write_evaluation_page
+from ccella_fast.report.evaluation_figures import Dot, DotPanel
 from ccella_fast.report.html import write_report
 from ccella_fast.report.stored_evaluation import _GUARDS
 from ccella_fast.report.viewer import ViewedCase, ViewedVolume, Viewer, make_viewer
-from evaluation_page_fixtures import SPACING, all_rows, distance, pelvis, row, write_evaluation
+from evaluation_page_fixtures import SPACING, all_rows, distance, gate, pelvis, row, write_evaluation
 from report_fixtures import Page, pictures, read, write_run
+
+NIIVUE = pytest.mark.skipif(viewer._niivue() is None, reason='ipyniivue is not installed: pip install -e ".[test]"')
 
 
 @pytest.fixture
@@ -45,7 +49,7 @@ def test_the_page_answers_first_and_shows_everything(tmp_path: Path, without_vie
     page = read(write_evaluation_page(write_evaluation(tmp_path)))
     text = words(page)
     order = ["against 32", "not patients", "for diagnosis", "Is it good?", "4.9 times as far from phantoms", "Is it new?",
-             "Does it obey the report?", "All numbers", "Kernel distance", "Side by side", "Closest pairs", "Glands",
+             "Does it obey the report?", "Numbers", "Kernel distance", "Side by side", "Closest pairs", "Glands",
              "Intensities and sharpness", "Can the features see?", "Protocol"]  # fmt: skip
     places = [text.index(each) for each in order]
     assert places == sorted(places)
@@ -164,10 +168,46 @@ def test_pairs_are_the_kept_ones_and_the_nearest_comes_first(tmp_path: Path, wit
         assert pair.spacing == SPACING
 
 
+def test_dots_are_compared_at_equal_n_and_distances_in_multiples_of_the_floor(
+    tmp_path: Path, without_viewer, without_pictures, monkeypatch
+):
+    panels: list[DotPanel] = []
+    monkeypatch.setattr(evaluation, "dot_plots", lambda given: panels.extend(given) or b"")
+    precision = row(
+        "precision", "random", 0.5, value_equal_n=0.75, ci95=[0.375, 0.625], floor=0.9, limit_autoencoder=0.8
+    )
+    rows = [distance("taps-l3", 4.0, 0.5), distance("random", 1.5, 0.5), precision, row("coverage", "random", 0.25)]
+    write_evaluation_page(write_evaluation(tmp_path, rows, gates=[gate("random", False)]))
+    assert panels == [
+        DotPanel("Fréchet distance, multiples of the floor", [
+            Dot("taps-l3", 4.0, (3.5, 4.5), 1.0, 330 / 150), Dot("random", 1.5, (1.0, 2.0), 1.0, 330 / 150, faint=True)]),
+        DotPanel("Precision", [Dot("random", 0.75, (0.625, 0.875), 0.9, 0.8, faint=True)], share=True),
+        DotPanel("Coverage", [Dot("random", 0.25, None, None, None, faint=True)], share=True),
+    ]  # fmt: skip
+
+
+def test_curves_are_those_of_the_planes_that_are_named(tmp_path: Path, without_viewer, without_pictures, monkeypatch):
+    groups: list[dict[str, Any]] = []
+    monkeypatch.setattr(evaluation, "profiles", lambda given: groups.extend(given) or b"")
+    spectrum, histogram = np.arange(96.0), np.arange(512.0) / 512
+    rows = [row("spectrum", None, 1.0, details={"curves": {"synthetic": spectrum.tolist()}}),
+            row("intensity", None, 1.0, details={"curves": {"real": histogram.tolist()}})]  # fmt: skip
+    write_evaluation_page(write_evaluation(tmp_path, rows, phantom=False))
+    intensities, axial, coronal = groups
+    np.testing.assert_allclose(
+        intensities["lines"]["real"][1][[0, -1]], [100 * sum(range(8)) / 512, 100 * sum(range(504, 512)) / 512]
+    )
+    for group, first in ((axial, 64), (coronal, 32)):  # the planes are in the order sagittal, coronal, axial
+        np.testing.assert_array_equal(group["lines"]["generated"][1], np.arange(first, first + 32))
+        np.testing.assert_allclose(group["lines"]["generated"][0][[0, -1]], [1 / 64, 63 / 64])
+    assert ["axial" in axial["title"], "coronal" in coronal["title"]] == [True, True]
+
+
 def make_case(folder: Path, name: str) -> ViewedCase:
     return ViewedCase(name, [ViewedVolume("Real 1", folder / "examples" / "real-1-t2w.nii.gz")])
 
 
+@NIIVUE
 def test_the_viewer_allows_its_own_script_and_embeds_what_fits(tmp_path: Path, monkeypatch):
     import base64
     import hashlib
