@@ -109,7 +109,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Compare generated volumes with real ones."""
-    from ccella_fast.evaluation.run import evaluate_to_folder
+    from ccella_fast.evaluation.folders import evaluate_to_folder
 
     options = _options(arguments, without=[])
     out = options.pop("out")
@@ -124,7 +124,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 def run_sensitivity(arguments: argparse.Namespace) -> None:
     """Show which feature spaces order known degradations of real volumes."""
-    from ccella_fast.evaluation.run import sensitivity_to_folder
+    from ccella_fast.evaluation.folders import sensitivity_to_folder
     from ccella_fast.evaluation.sensitivity import gate_table
 
     options = _options(arguments, without=[])

@@ -5,22 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from tqdm import tqdm
-
 from ccella_fast.errors import ConfigError, DataError, did_you_mean
 from ccella_fast.evaluation import metrics as rows_of
-from ccella_fast.evaluation.anatomy import GlandFeatures
+from ccella_fast.evaluation.anatomy import GlandFeatures, glands, is_applicable
 from ccella_fast.evaluation.collecting import CommonGrid, FeatureTable, collect
 from ccella_fast.evaluation.diversity import diversity_row
-from ccella_fast.evaluation.examples import keep_examples
 from ccella_fast.evaluation.features.cache import FeatureCache
 from ccella_fast.evaluation.features.extractor import load_extractor
-from ccella_fast.evaluation.findings import CaseFindings, read_findings
+from ccella_fast.evaluation.findings import CaseFindings
 from ccella_fast.evaluation.foci import FociFeatures
 from ccella_fast.evaluation.images import ImageFeatures
 from ccella_fast.evaluation.metrics import (
@@ -32,16 +27,11 @@ from ccella_fast.evaluation.metrics import (
     case_name,
 )
 from ccella_fast.evaluation.prompted import condition_rows, gland_volume_row, own_study_row
-from ccella_fast.evaluation.reconstruction import LATENT, LatentFeatures, reconstructions
-from ccella_fast.evaluation.results import FORMAT, SENSITIVITY, Evaluation, Row, plain_values
-from ccella_fast.evaluation.sensitivity import Gate, sensitivity_gate
-from ccella_fast.evaluation.volumes import Volume, VolumeSet, open_volumes
-from ccella_fast.folder_kinds import check_output
-from ccella_fast.folder_lock import lock_folder
+from ccella_fast.evaluation.reconstruction import LATENT
+from ccella_fast.evaluation.results import FORMAT, Evaluation, Row
+from ccella_fast.evaluation.volumes import Volume, VolumeSet
 from ccella_fast.processes import DistributedContext
-from ccella_fast.progress import refresh_interval
 from ccella_fast.quantities import counted
-from ccella_fast.storage import check_writable, remove_partial_files, write_json
 
 if TYPE_CHECKING:
     from ccella_fast.evaluation.features.extractor import Extractor
@@ -102,11 +92,11 @@ def evaluate(
     wanted = check_metrics(metrics, has_train=train is not None)
     if draws < 2:
         raise ConfigError(f"draws must be at least 2, got {draws}", field="draws", fix="use 100")
-    extractors = _load(features)
-    collected = [*extractors, ImageFeatures(), *([FociFeatures()] if "condition" in wanted else [])]
-    collected += [latents] if latents is not None and "memorisation" in wanted else []
-    everywhere = list(collected)
-    collected += _segmenters(wanted, required=metrics is not None)
+    extractors = load_extractors(features)
+    everywhere = [*extractors, ImageFeatures(), *([FociFeatures()] if "condition" in wanted else [])]
+    everywhere += [latents] if latents is not None and "memorisation" in wanted else []
+    segmenters = _segmenters(wanted, required=metrics is not None)
+    collected = [*everywhere, *segmenters]
     processes = processes or DistributedContext.alone()
     store = None if cache is None else FeatureCache(cache)
     tables: dict[str, dict[str, FeatureTable]] = {}
@@ -114,10 +104,13 @@ def evaluate(
     sets = {"real": real, "synthetic": synthetic, "train": train, "reconstructed": reconstructed}
     for kind, volumes in sets.items():
         if volumes is not None:
-            needed = everywhere if kind == "train" else collected
+            needed = everywhere if kind == "train" else [*everywhere, *segmenters]
             tables[kind], grid = collect(
                 volumes, needed, name=_name(volumes, kind), grid=grid, cache=store, processes=processes, progress=progress
             )  # fmt: skip
+            if kind == "real" and not _segmenters_apply(tables[kind]):
+                logger.warning("the segmenter fails on the real volumes: the anatomy of the others is not looked at")
+                segmenters = []
     _check_tables(tables)
     assert grid is not None
     smallest = min(len(table) for kind in ("real", "train") for table in tables.get(kind, {}).values())
@@ -224,9 +217,13 @@ def _evaluate_sequence(
     rows += rows_of.image_rows(sets, wanted, draws)
     if "anatomy" in wanted and "gland" in sets.real.spaces:
         rows += rows_of.anatomy_rows(sets)
-        rows += gland_volume_row(sets, findings, draws) if "condition" in wanted else []
-        for kind in ("real", "synthetic"):
-            table: FeatureTable = getattr(sets, kind)
+        segmented = {
+            kind: table
+            for kind, table in (("real", sets.real), ("synthetic", sets.synthetic))
+            if "gland" in table.spaces
+        }
+        rows += gland_volume_row(sets, findings, draws) if "condition" in wanted and "synthetic" in segmented else []
+        for kind, table in segmented.items():
             _add(cases, kind, [{"volume_cc": float(row[0])} for row in table.spaces["gland"]])
     return rows, cases
 
@@ -256,7 +253,12 @@ def _segmenters(wanted: set[str], *, required: bool) -> list[GlandFeatures]:
     return [GlandFeatures(segmenter.segment, segmenter.identity, segmenter.sequences)]
 
 
-def _load(features: Sequence[str | Extractor] | None, allow_unknown_weights: bool = False) -> list[Extractor]:
+def _segmenters_apply(real: dict[str, FeatureTable]) -> bool:
+    """Whether the glands of the real volumes are found, so that those of other volumes can be compared with them."""
+    return all(is_applicable(glands(table.spaces["gland"])) for table in real.values() if "gland" in table.spaces)
+
+
+def load_extractors(features: Sequence[str | Extractor] | None, allow_unknown_weights: bool = False) -> list[Extractor]:
     """The extractors, by name or as they are."""
     extractors = [
         load_extractor(each, allow_unknown_weights=allow_unknown_weights) if isinstance(each, str) else each
@@ -330,152 +332,3 @@ def _of_sequence(volumes: Sequence[Volume], sequence: str) -> Sequence[Volume]:
     if isinstance(volumes, VolumeSet):
         return volumes.of_sequence(sequence)
     return [volume for volume in volumes if volume.sequence == sequence]
-
-
-def evaluate_to_folder(
-    real: str | Path,
-    synthetic: str | Path,
-    out: str | Path,
-    *,
-    train: str | Path | None = None,
-    vae: str | Path | None = None,
-    findings: str | Path | None = None,
-    features: Sequence[str] | None = None,
-    allow_unknown_weights: bool = False,
-    metrics: Sequence[str] | None = None,
-    sequences: Sequence[str] | None = None,
-    draws: int = 100,
-    seed: int = 0,
-) -> Evaluation:
-    """`evaluate` for folders. Writes metrics.json, protocol.json and some volumes to `out`; features go to `out`/features.
-
-    Under torchrun the processes share the volumes, and the numbers do not depend on how many they are.
-
-    Args:
-        real: a folder as for `open_volumes`, of volumes that the generator was not trained on.
-        synthetic: a folder of generated volumes.
-        out: the folder for the results, created if it does not exist.
-        train: a folder of the volumes that the generator was trained on.
-        vae: the generator's autoencoder, for the limit that it sets; `real` must be a prepared folder with its latents.
-        findings: a table of the real cases and of the prompts, as for `read_findings`; prompts have the names in samples.csv.
-        features: names as for `load_extractor`; default: those that need no file.
-        allow_unknown_weights: as for `load_extractor`.
-        metrics: of METRICS; default: all for which everything is there.
-        sequences: those that are compared; default: all, which all sets must have.
-        draws: random splits for floors and intervals.
-        seed: of the splits.
-
-    Raises:
-        ConfigError: as for `evaluate`; another command writes to `out`, or it is the folder of something else.
-        DataError: as for `evaluate`; a folder is empty or of the wrong kind.
-        CheckpointError: as for `evaluate`; the autoencoder is missing, damaged, or not that of the latents.
-        DiskError: `out` cannot be written.
-    """
-    out = Path(out)
-    check_metrics(metrics, has_train=train is not None)
-    check_writable(out, "--out")
-    check_output(out, "an evaluation", field="--out")
-    given = {"real": real, "synthetic": synthetic} | ({} if train is None else {"train": train})
-    sets = {kind: _choose(open_volumes(path, field=f"--{kind}"), sequences) for kind, path in given.items()}
-    _check_first(sets)
-    known = None if findings is None else read_findings(findings)
-    latents = None
-    if vae is not None:
-        sets["reconstructed"] = reconstructions(sets["real"], vae)
-        latents = LatentFeatures(vae)
-    extractors = _load(features, allow_unknown_weights)
-    processes = DistributedContext()
-    with processes.lock_folder(out, "ccella-fast evaluate"):
-        if processes.rank == 0:
-            remove_partial_files(out)
-        processes.barrier()
-        result = evaluate(
-            **sets, latents=latents, findings=known, features=extractors, metrics=metrics, draws=draws, seed=seed,
-            cache=out / "features", processes=processes, progress=True,
-        )  # fmt: skip
-        if processes.rank == 0:
-            result.write_protocol(out)
-            keep_examples(out, sets, result.per_case)
-            result.write(out)
-        processes.barrier()
-    return result
-
-
-def sensitivity_to_folder(
-    real: str | Path,
-    out: str | Path,
-    *,
-    features: Sequence[str | Extractor] | None = None,
-    allow_unknown_weights: bool = False,
-    num_volumes: int = 8,
-    seed: int = 0,
-) -> list[Gate]:
-    """Degrade real volumes in known ways and write to `out`/sensitivity.json which feature spaces order them.
-
-    It belongs before an evaluation, into the same folder: a space that does not order blur, noise and size cannot judge.
-
-    Args:
-        real: a folder as for `open_volumes`. T2 volumes are used, or those of the first sequence if there are none.
-        out: the folder for the results; features are kept in `out`/features.
-        features: as for `evaluate`.
-        allow_unknown_weights: as for `load_extractor`.
-        num_volumes: how many, from all over the set. Each is degraded in eight ways.
-        seed: of the random halves.
-
-    Raises:
-        ConfigError: a feature is unknown, or `out` is the folder of something else or locked.
-        DataError: there are fewer than three volumes or two patients, or a folder or volume cannot be used.
-        DiskError: `out` cannot be written.
-    """
-    out = Path(out)
-    check_writable(out, "--out")
-    check_output(out, "an evaluation", field="--out")
-    volumes = open_volumes(real, field="--real")
-    volumes = volumes.of_sequence(volumes.sequences[0])
-    places = np.unique(np.linspace(0, len(volumes) - 1, min(num_volumes, len(volumes))).astype(int))
-    extractors = _load(features, allow_unknown_weights)
-    with lock_folder(out, "ccella-fast sensitivity"):
-        remove_partial_files(out)
-        store = FeatureCache(out / "features")
-        gates = []
-        for extractor in extractors:
-            if extractor.sequences is None or volumes.sequences[0] in extractor.sequences:
-                names = ", ".join(extractor.spaces)
-                bar = tqdm(places, desc=f"degrading for {names}", unit="volume", mininterval=refresh_interval())
-                chosen = (volumes[int(place)] for place in bar)
-                gates += sensitivity_gate(chosen, _Cached(extractor, store), seed=seed)
-        write_json(out / SENSITIVITY, {**FORMAT, "gates": plain_values(gates)})
-    return gates
-
-
-class _Cached:
-    """An extractor whose features are kept."""
-
-    def __init__(self, extractor: Extractor, store: FeatureCache):
-        self.spaces, self.sequences, self.identity = extractor.spaces, extractor.sequences, extractor.identity
-        self._features = partial(store.features, extractor)
-
-    def __call__(self, volume: Volume) -> dict[str, np.ndarray]:
-        return self._features(volume)
-
-
-def _choose(volumes: VolumeSet, sequences: Sequence[str] | None) -> VolumeSet:
-    """The volumes of the sequences that are wanted."""
-    for sequence in sequences or ():
-        if sequence not in volumes.sequences:
-            why = f"there are no {sequence} volumes in this folder, only {', '.join(volumes.sequences)}"
-            raise DataError(why, path=volumes.path, field="--sequences", fix="choose others, or give another folder")
-    return volumes if sequences is None else volumes.of_sequences(sequences)
-
-
-def _check_first(sets: dict[str, VolumeSet]) -> None:
-    """Check before long work what the lists and the first volumes show: sequences, sizes and grids."""
-    real = sets["real"]
-    grid = None
-    for kind, volumes in sets.items():
-        check_sequences(set(real.sequences), set(volumes.sequences), kind)
-        for sequence in real.sequences:
-            check_size(len(volumes.of_sequence(sequence)), sequence, kind, volumes.name)
-        first = volumes[0]
-        grid = grid or CommonGrid.of(first, volumes.name)
-        grid.check(first, volumes.name, volumes.sources[0].path)
