@@ -18,7 +18,7 @@ import torch
 from ccella_fast import cli
 from ccella_fast.config import make_config
 from ccella_fast.data.example_volumes import read_examples
-from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.errors import CheckpointError, ConfigError, DataError
 from ccella_fast.evaluation.folders import evaluate_to_folder, sensitivity_to_folder
 from ccella_fast.evaluation.reconstruction import LatentFeatures, reconstructions
 from ccella_fast.evaluation.run import evaluate
