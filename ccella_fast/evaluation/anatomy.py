@@ -178,14 +178,25 @@ class Anatomy(NamedTuple):
 
 def compare_glands(real: Sequence[Gland], synthetic: Sequence[Gland]) -> Anatomy:
     """Count the plausible glands of two sets of volumes; see `Anatomy`."""
-    segmented = _share([RULES["one_component"](gland) and RULES["volume"](gland) for gland in real])
+    segmented = segmented_share(real)
     rules = {**RULES, "plausible": is_plausible}
     return Anatomy(
-        segmented.value is not None and segmented.value >= APPLICABLE,
+        is_applicable(real),
         segmented,
         {name: (_share(list(map(rule, real))), _share(list(map(rule, synthetic)))) for name, rule in rules.items()},
         (_quantiles(real), _quantiles(synthetic)),
     )
+
+
+def segmented_share(real: Sequence[Gland]) -> Share:
+    """The share of real volumes with a gland in one component and of a possible volume."""
+    return _share([RULES["one_component"](gland) and RULES["volume"](gland) for gland in real])
+
+
+def is_applicable(real: Sequence[Gland]) -> bool:
+    """Whether the segmenter works on these real volumes; see `Anatomy`."""
+    share = segmented_share(real).value
+    return share is not None and share >= APPLICABLE
 
 
 def is_plausible(gland: Gland) -> bool:

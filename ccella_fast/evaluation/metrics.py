@@ -349,16 +349,22 @@ def _row(
 
 
 def anatomy_rows(sets: Sets) -> list[Row]:
-    """The shares of volumes whose gland, as segmented, follows each rule; the floor is that of the real volumes."""
+    """The shares of volumes whose gland, as segmented, follows each rule; the floor is that of the real volumes.
+
+    There is no value where the segmenter fails on the real volumes and the others were not segmented.
+    """
     start = time.perf_counter()
-    found = compare_glands(*(glands(each.spaces["gland"]) for each in (sets.real, sets.synthetic)))
+    real_glands = glands(sets.real.spaces["gland"])
+    found = compare_glands(
+        real_glands, glands(sets.synthetic.spaces["gland"]) if "gland" in sets.synthetic.spaces else []
+    )
     words = () if found.applicable else ("segmenter_fails_on_real",)
     volumes = dict(zip(("real", "synthetic"), found.volume_cc, strict=True))
     seconds = round(time.perf_counter() - start, 3)
     limit = (
         None
-        if sets.reconstructed is None
-        else compare_glands(*(glands(each.spaces["gland"]) for each in (sets.real, sets.reconstructed)))
+        if sets.reconstructed is None or "gland" not in sets.reconstructed.spaces
+        else compare_glands(real_glands, glands(sets.reconstructed.spaces["gland"]))
     )
     return [
         Row(
@@ -366,7 +372,7 @@ def anatomy_rows(sets: Sets) -> list[Row]:
             **set_names(sets),
             features=None,
             value=synthetic.value,
-            ci95=synthetic.ci95,
+            ci95=None if synthetic.value is None else synthetic.ci95,
             floor=real.value,
             limit_autoencoder=limit.rules[rule][1].value if limit else None,
             better="floor",

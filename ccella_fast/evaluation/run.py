@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ccella_fast.errors import ConfigError, DataError, did_you_mean
 from ccella_fast.evaluation import metrics as rows_of
-from ccella_fast.evaluation.anatomy import GlandFeatures
+from ccella_fast.evaluation.anatomy import GlandFeatures, glands, is_applicable
 from ccella_fast.evaluation.collecting import CommonGrid, FeatureTable, collect
 from ccella_fast.evaluation.diversity import diversity_row
 from ccella_fast.evaluation.features.cache import FeatureCache
@@ -95,10 +95,10 @@ def evaluate(
     if draws < 2:
         raise ConfigError(f"draws must be at least 2, got {draws}", field="draws", fix="use 100")
     extractors = load_extractors(features, device=device)
-    collected = [*extractors, ImageFeatures(), *([FociFeatures()] if "condition" in wanted else [])]
-    collected += [latents] if latents is not None and "memorisation" in wanted else []
-    everywhere = list(collected)
-    collected += _segmenters(wanted, device, required=metrics is not None)
+    everywhere = [*extractors, ImageFeatures(), *([FociFeatures()] if "condition" in wanted else [])]
+    everywhere += [latents] if latents is not None and "memorisation" in wanted else []
+    segmenters = _segmenters(wanted, device, required=metrics is not None)
+    collected = [*everywhere, *segmenters]
     processes = processes or DistributedContext.alone()
     store = None if cache is None else FeatureCache(cache)
     tables: dict[str, dict[str, FeatureTable]] = {}
@@ -106,10 +106,13 @@ def evaluate(
     sets = {"real": real, "synthetic": synthetic, "train": train, "reconstructed": reconstructed}
     for kind, volumes in sets.items():
         if volumes is not None:
-            needed = everywhere if kind == "train" else collected
+            needed = everywhere if kind == "train" else [*everywhere, *segmenters]
             tables[kind], grid = collect(
                 volumes, needed, name=_name(volumes, kind), grid=grid, cache=store, processes=processes, progress=progress
             )  # fmt: skip
+            if kind == "real" and not _segmenters_apply(tables[kind]):
+                logger.warning("the segmenter fails on the real volumes: the anatomy of the others is not looked at")
+                segmenters = []
     _check_tables(tables)
     assert grid is not None
     smallest = min(len(table) for kind in ("real", "train") for table in tables.get(kind, {}).values())
@@ -216,9 +219,13 @@ def _evaluate_sequence(
     rows += rows_of.image_rows(sets, wanted, draws)
     if "anatomy" in wanted and "gland" in sets.real.spaces:
         rows += rows_of.anatomy_rows(sets)
-        rows += gland_volume_row(sets, findings, draws) if "condition" in wanted else []
-        for kind in ("real", "synthetic"):
-            table: FeatureTable = getattr(sets, kind)
+        segmented = {
+            kind: table
+            for kind, table in (("real", sets.real), ("synthetic", sets.synthetic))
+            if "gland" in table.spaces
+        }
+        rows += gland_volume_row(sets, findings, draws) if "condition" in wanted and "synthetic" in segmented else []
+        for kind, table in segmented.items():
             _add(cases, kind, [{"volume_cc": float(row[0])} for row in table.spaces["gland"]])
     return rows, cases
 
@@ -246,6 +253,11 @@ def _segmenters(wanted: set[str], device: str, *, required: bool) -> list[GlandF
         return []
     segmenter = GlandSegmenter(device=device)
     return [GlandFeatures(segmenter.segment, segmenter.identity, segmenter.sequences)]
+
+
+def _segmenters_apply(real: dict[str, FeatureTable]) -> bool:
+    """Whether the glands of the real volumes are found, so that those of other volumes can be compared with them."""
+    return all(is_applicable(glands(table.spaces["gland"])) for table in real.values() if "gland" in table.spaces)
 
 
 def load_extractors(

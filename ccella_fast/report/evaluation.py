@@ -39,7 +39,7 @@ from ccella_fast.report.stored_evaluation import (
     guard_sentence,
     read_evaluation,
 )
-from ccella_fast.report.verdicts import percent, shown, verdicts
+from ccella_fast.report.verdicts import CONDITION, percent, shown, verdicts
 from ccella_fast.report.viewer import ViewedCase, ViewedVolume, Viewer, make_viewer
 from ccella_fast.storage import atomic_path
 
@@ -61,7 +61,7 @@ _NAMES = {
     "intensity": "Intensities, Wasserstein-1",
     "spectrum": "Power spectrum, dB",
     "copies": "Copies of training studies",
-    "condition_class": "Class that was asked for, AUC",
+    CONDITION: "",  # rows of several properties
     "gland_plausible": "Plausible glands",
     "mmd": "Gaussian MMD",
     "density": "Density",
@@ -69,6 +69,7 @@ _NAMES = {
     "below_5pct": "Nearer than 95 % of held-out ones",
     "memorisation_index": "Nearness in standard deviations",
     "ct": "Data copying, C_T",
+    "own_study": "Nearest to the study of its report",
 }
 _FIRST = list(_NAMES)[: list(_NAMES).index("mmd")]  # the others are in a part of the page that is opened by a click
 _PLOTTED = ("fd", "kid", "mmd", "c2st", "precision", "recall", "density", "coverage", "msssim")
@@ -134,7 +135,7 @@ def evaluation_part(folder: Path) -> EvaluationPart:
     rows = sorted(stored.rows, key=_table_order)
     listed = [row for row in rows if row.metric == GLAND + "plausible" or not row.metric.startswith(GLAND)]
     table, notes = _table(listed)
-    is_first = [row.metric in _FIRST for row in listed]
+    is_first = [row.metric in _FIRST or row.metric.startswith(CONDITION) for row in listed]
     columns = _shown_columns(stored)
     viewer = _viewer(columns)
     with _damage_named(folder / METRICS):
@@ -189,11 +190,13 @@ def _subtitle(stored: StoredEvaluation) -> str:
 
 
 def _table_order(row: MetricRow) -> tuple[int, str, str]:
-    known = list(_NAMES)
-    return known.index(row.metric) if row.metric in known else len(known), row.metric, row.sequence
+    known = [*_NAMES, row.metric]
+    return known.index(CONDITION if row.metric.startswith(CONDITION) else row.metric), row.metric, row.sequence
 
 
 def _name(metric: str) -> str:
+    if metric.startswith(CONDITION):
+        return f"{metric.removeprefix(CONDITION).replace('_', ' ').capitalize()} that was asked for"
     return _NAMES.get(metric, metric.replace("_", " "))
 
 

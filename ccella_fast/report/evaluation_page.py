@@ -94,8 +94,8 @@ EVALUATION = (
 
 <h2>Numbers</h2>
 {{ metrics(rows) }}
-<p class="soft">Floor: the same metric between two halves of the {{ words }}, which is what a perfect generator reaches; of the
-class that was asked for, prompts in random order. At equal n: with as many volumes as in these halves. Ratio: that over the
+<p class="soft">Floor: the same metric between two halves of the {{ words }}, which is what a perfect generator reaches; of
+what was asked for, prompts in random order. At equal n: with as many volumes as in these halves. Ratio: that over the
 floor. Autoencoder: {{ words }} that were only encoded and decoded, which is what a perfect model of latents reaches.
 n: {{ words }} and generated volumes.</p>
 {% if further %}<details><summary>Further metrics</summary>{{ metrics(further) }}</details>{% endif %}

@@ -150,29 +150,52 @@ def _share_interval(share: float, n: int) -> tuple[float, float]:
 def _obeys(stored: StoredEvaluation) -> Verdict:
     question = "Does it obey the report?"
     asked = [row for row in stored.rows if row.metric.startswith(CONDITION)]
-    asked.sort(key=lambda row: (row.metric != CONDITION + "class", row.metric, row.has("gate")))
-    rows = [row for row in asked if None not in (row.value, row.floor, row.number("ceiling"))]
-    if not rows:
-        if asked:
-            reason = (_sentences(asked[0], asked[0].guards) or ["Nothing could be read."])[0]
-            return Verdict(question, "undecided", reason, [_read_counts(asked[0], stored)])
+    if not asked:
         return Verdict(question, "undecided", "Nothing that was asked for was looked for in the generated volumes.", [])
-    first = rows[0]
-    what, ceiling = first.metric.removeprefix(CONDITION).replace("_", " "), first.number("ceiling")
-    score = {"auc": "AUC", "spearman": "rank correlation"}.get(str(first.details.get("score")), "score")
-    scale = f"{score} {shown(first.value)}; shuffled prompts {shown(first.floor)}, {stored.word}s {shown(ceiling)}"
-    remarks = [_read_counts(first, stored)]
-    share, interval = first.number("normalized"), first.pair("normalized_ci95")
-    if share is None or interval is None or first.has("unreadable", "gate"):
-        sentence = f"The probe does not read the {what} of {stored.word}s reliably, so nothing follows ({scale})."
+    # Of the probes that read a property, the one that reads it best from real volumes.
+    asked.sort(
+        key=lambda row: (not _is_readable(row), row.metric != CONDITION + "class", -(row.number("ceiling") or -1))
+    )
+    first, words = asked[0], f"{stored.word}s"
+    score = {"auc": "AUC", "spearman": "Rank correlation"}.get(str(first.details.get("score")), "Score")
+    real = f"{words} {shown(first.number('ceiling'))}"
+    reached = f"generated {shown(first.value)}, {real}, prompts in random order {shown(first.floor)}"
+    remarks = [f"{score}: {reached}.", _read_counts(first, stored)]
+    if not _is_readable(first):
+        sentence = (
+            f"The probes do not read the {_property(first)} of {words} reliably, so nothing follows for generated ones."
+        )
         return Verdict(question, "undecided", sentence, remarks)
+    share, interval = first.number("normalized"), first.pair("normalized_ci95")
+    assert share is not None and interval is not None
     low, high = interval
     bounds = f"95 % interval {percent(low)} to {percent(high)}"
-    sentence = f"The {what} that was asked for shows at {percent(share)} of the strength in {stored.word}s ({bounds})."
-    remarks += [f"{scale[0].upper()}{scale[1:]}.", f"Yes needs at least {percent(OBEYED)}, with the whole interval."]
+    sentence = (
+        f"The {_property(first)} that was asked for shows at {percent(share)} of the strength in {words} ({bounds})."
+    )
+    others = {_property(row): row.number("normalized") for row in reversed(asked) if row.metric != first.metric}
+    if others:
+        found = [
+            f"{name} {'unreadable' if value is None else percent(value)}" for name, value in sorted(others.items())
+        ]
+        remarks.append(f"Also asked for: {', '.join(found)}.")
+    remarks.append(f"Yes needs at least {percent(OBEYED)}, with the whole interval.")
     remarks += _sentences(first, ("few",))
     answer: Answer = "no" if high < OBEYED else "yes" if low >= OBEYED and not first.has("few") else "undecided"
     return Verdict(question, answer, sentence, remarks)
+
+
+def _is_readable(row: MetricRow) -> bool:
+    """Whether the probe reads the property from real volumes."""
+    return (
+        row.number("normalized") is not None
+        and row.pair("normalized_ci95") is not None
+        and not row.has("unreadable", "gate")
+    )
+
+
+def _property(row: MetricRow) -> str:
+    return row.metric.removeprefix(CONDITION).replace("_", " ")
 
 
 def _counts(row: MetricRow, stored: StoredEvaluation) -> str:
@@ -181,8 +204,8 @@ def _counts(row: MetricRow, stored: StoredEvaluation) -> str:
 
 
 def _read_counts(row: MetricRow, stored: StoredEvaluation) -> str:
-    space = f" on the features {row.features}" if row.features else ""
-    return f"Read by linear probes{space}, fitted to {stored.word}s; n = {row.n_real}, {row.n_synthetic} generated."
+    reader = f"Read by linear probes on the features {row.features}" if row.features else "Measured by the segmenter"
+    return f"{reader}; n = {row.n_real} {stored.word}s, {row.n_synthetic} generated."
 
 
 def _sentences(row: MetricRow, guards: Sequence[str]) -> list[str]:

@@ -122,17 +122,26 @@ def test_obeying_is_measured_between_shuffled_prompts_and_real_volumes(asked, ex
     verdict = answers(asked)[2]
     assert verdict.answer == expected
     assert (
-        "does not read the class" in verdict.sentence
+        "do not read the class" in verdict.sentence
         if asked["details"]["normalized"] is None
         else "95 % interval" in verdict.sentence
     )
 
 
-def test_the_class_decides_where_it_was_asked_for():
+def test_the_class_decides_if_it_can_be_read_and_the_best_reader_reads_it():
     zone = {**agreement(0.9, (0.8, 1.0)), "metric": "condition_zone"}
+    low, unreadable = agreement(0.1, (-0.2, 0.4)), agreement(None, None, 0.6, guards=["unreadable"])
     assert answers(zone)[2].answer == "yes" and "The zone that was asked for" in answers(zone)[2].sentence
-    assert answers(zone, agreement(0.1, (-0.2, 0.4)))[2].answer == "no"
-    assert answers(zone, agreement(0.1, (-0.2, 0.4)))[2] == answers(agreement(0.1, (-0.2, 0.4)), zone)[2]
+    for rows in ((zone, low), (low, zone)):
+        assert answers(*rows)[2].answer == "no" and "Also asked for: zone 90 %." in answers(*rows)[2].remarks
+    assert (
+        answers(unreadable, zone)[2].answer == "yes"
+        and "Also asked for: class unreadable." in answers(unreadable, zone)[2].remarks
+    )
+    better = {**agreement(0.9, (0.8, 1.0), ceiling=0.95), "features": "foci"}
+    for rows in ((low, better), (better, low)):
+        assert answers(*rows)[2].answer == "yes" and "features foci" in answers(*rows)[2].remarks[1]
+    assert answers(low, better, failed=("foci",))[2].answer == "no"
     assert answers()[2].answer == "undecided"
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from ccella_fast.errors import ConfigError, DataError
+from ccella_fast.evaluation import run
+from ccella_fast.evaluation.anatomy import GlandFeatures
 from ccella_fast.evaluation.run import evaluate
 from ccella_fast.evaluation.volumes import Source, VolumeSet
 from evaluation_fixtures import (
@@ -67,6 +69,26 @@ def test_the_autoencoder_limit_is_the_distance_to_reconstructions():
     assert limit.floor * 2 < limit.limit_autoencoder < limit.value_equal_n
     with pytest.raises(DataError, match="in its order"):
         evaluate(**given, reconstructed=blurred[::-1])
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_glands_of_generated_volumes_are_looked_at_only_if_the_segmenter_works_on_real_ones(monkeypatch, works: bool):
+    spacing, segmented = (6.0, 6.0, 6.0), []
+    x, y, z = np.ogrid[-8:8, -6:6, -4:4]
+    gland = (x / 4) ** 2 + (y / 3) ** 2 + (z / 3) ** 2 < 1
+
+    def segment(volume):
+        segmented.append(volume.id)
+        return (gland if works else np.zeros_like(gland)), volume.spacing
+
+    monkeypatch.setattr(run, "_segmenters", lambda wanted, required: [GlandFeatures(segment, {"name": "fake"})])
+    real, synthetic = ([each._replace(spacing=spacing) for each in some_volumes(4, seed)] for seed in (0, 50))
+    result = evaluate(real=real, synthetic=synthetic, features=[CountingExtractor()], draws=4)
+    row = result["gland_plausible"]
+    assert (row.value, row.floor) == ((1, 1) if works else (None, 0))
+    assert ("segmenter_fails_on_real" in row.guards) != works and (row.ci95 is not None) == works
+    assert segmented == [each.id for each in (*real, *(synthetic if works else []))]
+    assert ["volume_cc" in case for case in result.per_case] == [True] * 4 + [works] * 4
 
 
 def test_sequences_are_compared_one_by_one():
