@@ -222,6 +222,8 @@ def _sensitivity(subparsers: argparse._SubParsersAction) -> None:
     about = "volumes that are degraded in eight ways each (default 8)"
     add("--num_volumes", type=whole_number(3), default=8, metavar="N", help=about)
     add("--seed", type=whole_number(0), default=0, metavar="N", help="of the random halves (default 0)")
+    about = "auto (a GPU if there is one), cpu, cuda or cuda:N (default auto)"
+    add("--device", type=_device_name, default="auto", metavar="DEVICE", help=about)
 
 
 def _evaluate(subparsers: argparse._SubParsersAction) -> None:
@@ -262,6 +264,9 @@ def _evaluate(subparsers: argparse._SubParsersAction) -> None:
     add = command.add_argument_group("output").add_argument
     about = "folder for metrics.json; features are kept in it, so that the same command continues"
     add("--out", type=Path, default=Path("evaluation"), metavar="FOLDER", help=f"{about} (default evaluation)")
+    add = command.add_argument_group("machine").add_argument
+    about = "auto (a GPU if there is one), cpu, cuda or cuda:N (default auto)"
+    add("--device", type=_device_name, default="auto", metavar="DEVICE", help=about)
 
 
 def _report(subparsers: argparse._SubParsersAction) -> None:

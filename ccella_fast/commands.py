@@ -103,7 +103,6 @@ def run_sample(arguments: argparse.Namespace) -> None:
     options["reports"] = [*texts, *map(_read_report, files)] or None
     options["report_ids"] = [f"report-{number}" for number in range(1, len(texts) + 1)] + [path.stem for path in files]
     options["reuse"] = None if arguments.reuse is None else Reuse(*arguments.reuse)
-    options["device"] = None if arguments.device == "auto" else arguments.device
     sample_to_folder(options.pop("checkpoint"), options.pop("out"), **options)
 
 
@@ -200,7 +199,8 @@ def _check_backends() -> None:
 def _options(arguments: argparse.Namespace, *, without: Sequence[str]) -> dict[str, Any]:
     """The options of a subcommand, which are named like the keyword arguments of the function that it calls."""
     other = {"run", "debug", "if_out_of_memory", *without}
-    return {name: value for name, value in vars(arguments).items() if name not in other}
+    options = {name: value for name, value in vars(arguments).items() if name not in other}
+    return {name: None if (name, value) == ("device", "auto") else value for name, value in options.items()}
 
 
 def _config(arguments: argparse.Namespace) -> Config:

@@ -1,4 +1,4 @@
-"""What the processes of a launcher have in common: collectives of host values, errors of one for all, and shared work."""
+"""The processes of a launcher and their devices: collectives of host values, errors of one for all, and shared work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ccella_fast import errors
-from ccella_fast.errors import CcellaError
+from ccella_fast.errors import CcellaError, ConfigError, did_you_mean
 from ccella_fast.folder_lock import lock_folder
 
 _TIMEOUT = timedelta(minutes=30)
@@ -53,6 +53,30 @@ def raise_together(error: CcellaError | None) -> None:
             raise getattr(errors, kind)(why, path=path, field=field, fix=fix)
 
 
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device for its name; None is the GPU if there is one, otherwise the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        fix = did_you_mean(str(device), ["cpu", "cuda"])
+        raise ConfigError(f"there is no device '{str(device):.40}'", field="device", fix=fix) from None
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{found}' is not supported", field="device", fix="use cpu or cuda")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        reason = "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch finds no GPU"
+        raise ConfigError(f"device '{found}' cannot be used: {reason}", field="device", fix="use device cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ConfigError(f"there is no device '{found}'", field="device", fix=f"use cuda:0 to cuda:{last}, or cpu")
+    return found
+
+
 class DistributedContext:
     """The processes started by torchrun, each with one GPU; a single process without torchrun.
 
@@ -73,6 +97,16 @@ class DistributedContext:
         context = cls.__new__(cls)
         context.rank, context.world_size = 0, 1
         return context
+
+    def select_device(self, requested: str | torch.device | None) -> torch.device:
+        """The requested device; by default the GPU of this process, or the CPU if there is no GPU."""
+        if requested is not None:
+            return resolve_device(requested)
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -22,7 +22,7 @@ from ccella_fast.evaluation.sensitivity import Gate, sensitivity_gate
 from ccella_fast.evaluation.volumes import Volume, VolumeSet, open_volumes
 from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
-from ccella_fast.processes import DistributedContext
+from ccella_fast.processes import DistributedContext, resolve_device
 from ccella_fast.progress import refresh_interval
 from ccella_fast.storage import check_writable, remove_partial_files, write_json
 
@@ -44,6 +44,7 @@ def evaluate_to_folder(
     sequences: Sequence[str] | None = None,
     draws: int = 100,
     seed: int = 0,
+    device: str | None = None,
 ) -> Evaluation:
     """`evaluate` for folders. Writes metrics.json, protocol.json and some volumes to `out`; features go to `out`/features.
 
@@ -62,6 +63,7 @@ def evaluate_to_folder(
         sequences: those that are compared; default: all, which all sets must have.
         draws: random splits for floors and intervals.
         seed: of the splits.
+        device: of the networks; default: the GPU of this process, or the CPU if there is no GPU.
 
     Raises:
         ConfigError: as for `evaluate`; another command writes to `out`, or it is the folder of something else.
@@ -78,18 +80,19 @@ def evaluate_to_folder(
     _check_first(sets)
     known = None if findings is None else read_findings(findings)
     latents = None
-    if vae is not None:
-        sets["reconstructed"] = reconstructions(sets["real"], vae)
-        latents = LatentFeatures(vae)
-    extractors = load_extractors(features, allow_unknown_weights)
     processes = DistributedContext()
+    on = str(processes.select_device(device))
+    if vae is not None:
+        sets["reconstructed"] = reconstructions(sets["real"], vae, device=on)
+        latents = LatentFeatures(vae, device=on)
+    extractors = load_extractors(features, device=on, allow_unknown_weights=allow_unknown_weights)
     with processes.lock_folder(out, "ccella-fast evaluate"):
         if processes.rank == 0:
             remove_partial_files(out)
         processes.barrier()
         result = evaluate(
             **sets, latents=latents, findings=known, features=extractors, metrics=metrics, draws=draws, seed=seed,
-            cache=out / "features", processes=processes, progress=True,
+            device=on, cache=out / "features", processes=processes, progress=True,
         )  # fmt: skip
         if processes.rank == 0:
             result.write_protocol(out)
@@ -107,6 +110,7 @@ def sensitivity_to_folder(
     allow_unknown_weights: bool = False,
     num_volumes: int = 8,
     seed: int = 0,
+    device: str | None = None,
 ) -> list[Gate]:
     """Degrade real volumes in known ways and write to `out`/sensitivity.json which feature spaces order them.
 
@@ -119,6 +123,7 @@ def sensitivity_to_folder(
         allow_unknown_weights: as for `load_extractor`.
         num_volumes: how many, from all over the set. Each is degraded in eight ways.
         seed: of the random halves.
+        device: of the networks; default: the GPU, or the CPU if there is no GPU.
 
     Raises:
         ConfigError: a feature is unknown, or `out` is the folder of something else or locked.
@@ -131,7 +136,8 @@ def sensitivity_to_folder(
     volumes = open_volumes(real, field="--real")
     volumes = volumes.of_sequence(volumes.sequences[0])
     places = np.unique(np.linspace(0, len(volumes) - 1, min(num_volumes, len(volumes))).astype(int))
-    extractors = load_extractors(features, allow_unknown_weights)
+    on = str(resolve_device(device))
+    extractors = load_extractors(features, device=on, allow_unknown_weights=allow_unknown_weights)
     with lock_folder(out, "ccella-fast sensitivity"):
         remove_partial_files(out)
         store = FeatureCache(out / "features")

@@ -58,6 +58,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     draws: int = 100,
     seed: int = 0,
+    device: str = "cpu",
     cache: str | Path | None = None,
     processes: DistributedContext | None = None,
     progress: bool = False,
@@ -79,6 +80,7 @@ def evaluate(
         metrics: of METRICS; default: all for which everything is there.
         draws: random splits for floors and intervals.
         seed: of the splits.
+        device: of the networks that are loaded by name.
         cache: folder in which features are kept by content, so that an interrupted evaluation continues.
         processes: that share the volumes of a `VolumeSet`.
         progress: whether progress bars are shown.
@@ -92,10 +94,10 @@ def evaluate(
     wanted = check_metrics(metrics, has_train=train is not None)
     if draws < 2:
         raise ConfigError(f"draws must be at least 2, got {draws}", field="draws", fix="use 100")
-    extractors = load_extractors(features)
+    extractors = load_extractors(features, device=device)
     everywhere = [*extractors, ImageFeatures(), *([FociFeatures()] if "condition" in wanted else [])]
     everywhere += [latents] if latents is not None and "memorisation" in wanted else []
-    segmenters = _segmenters(wanted, required=metrics is not None)
+    segmenters = _segmenters(wanted, device, required=metrics is not None)
     collected = [*everywhere, *segmenters]
     processes = processes or DistributedContext.alone()
     store = None if cache is None else FeatureCache(cache)
@@ -243,13 +245,13 @@ def _add(cases: list[dict[str, Any]], kind: str, found: Sequence[dict[str, Any]]
         case.update(facts)
 
 
-def _segmenters(wanted: set[str], *, required: bool) -> list[GlandFeatures]:
+def _segmenters(wanted: set[str], device: str, *, required: bool) -> list[GlandFeatures]:
     """The segmenter as an extractor, if anatomy is wanted and its package is installed."""
     from ccella_fast.evaluation.features.taps import GlandSegmenter, is_installed
 
     if "anatomy" not in wanted or not (required or is_installed()):
         return []
-    segmenter = GlandSegmenter()
+    segmenter = GlandSegmenter(device=device)
     return [GlandFeatures(segmenter.segment, segmenter.identity, segmenter.sequences)]
 
 
@@ -258,10 +260,14 @@ def _segmenters_apply(real: dict[str, FeatureTable]) -> bool:
     return all(is_applicable(glands(table.spaces["gland"])) for table in real.values() if "gland" in table.spaces)
 
 
-def load_extractors(features: Sequence[str | Extractor] | None, allow_unknown_weights: bool = False) -> list[Extractor]:
+def load_extractors(
+    features: Sequence[str | Extractor] | None, *, device: str = "cpu", allow_unknown_weights: bool = False
+) -> list[Extractor]:
     """The extractors, by name or as they are."""
     extractors = [
-        load_extractor(each, allow_unknown_weights=allow_unknown_weights) if isinstance(each, str) else each
+        load_extractor(each, device=device, allow_unknown_weights=allow_unknown_weights)
+        if isinstance(each, str)
+        else each
         for each in features or default_features()
     ]
     names = [space for each in extractors for space in each.spaces]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,7 +23,6 @@ from ccella_fast.quantities import counted
 from ccella_fast.run_record import write_run_record
 from ccella_fast.sampling import pretrained
 from ccella_fast.sampling.earlier_samples import check_earlier_samples
-from ccella_fast.sampling.optimizations import resolve_device
 from ccella_fast.sampling.output import Format, OutputVolume, OutputWriter, check_format
 from ccella_fast.sampling.plan import plan_request
 from ccella_fast.sampling.request import Request
@@ -93,7 +91,7 @@ def sample_to_folder(
     _check_report_ids(report_ids)
     processes = DistributedContext()
     with processes.lock_folder(out, "ccella-fast sample"):
-        device = _select_device(device)
+        device = processes.select_device(device)
 
         def make_request(config: Config) -> Request:
             return _make_request(config, reports, report_ids, num_samples, seed, settings)
@@ -132,17 +130,6 @@ def sample_to_folder(
                 _write_montage(out, outputs, writer)
         processes.barrier()
         _log_results(out, outputs, len(missing))
-
-
-def _select_device(requested: str | torch.device | None) -> torch.device:
-    """The requested device; by default the GPU of this process, or the CPU if there is no GPU."""
-    if requested is not None:
-        return resolve_device(requested)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
 
 
 def _check_report_ids(report_ids: Sequence[str] | None) -> None:

@@ -58,30 +58,6 @@ class Optimizations:
         )  # fmt: skip
 
 
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device for its name; None is the GPU if there is one, otherwise the CPU.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        fix = did_you_mean(str(device), ["cpu", "cuda"])
-        raise ConfigError(f"there is no device '{str(device):.40}'", field="device", fix=fix) from None
-    if found.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device '{found}' is not supported", field="device", fix="use cpu or cuda")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        reason = "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch finds no GPU"
-        raise ConfigError(f"device '{found}' cannot be used: {reason}", field="device", fix="use device cpu")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        last = torch.cuda.device_count() - 1
-        raise ConfigError(f"there is no device '{found}'", field="device", fix=f"use cuda:0 to cuda:{last}, or cpu")
-    return found
-
-
 def check_backends(device: torch.device, dtype: torch.dtype) -> None:
     """Check that the kernel backends that the environment requests can run.
 

@@ -17,6 +17,7 @@ from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.errors import ConfigError, NonFiniteError
 from ccella_fast.models import DiffusionModel, build_model
 from ccella_fast.models.autoencoder import Autoencoder
+from ccella_fast.processes import resolve_device
 from ccella_fast.sampling import memory, pretrained
 from ccella_fast.sampling.decoding import Decoded, Decoder
 from ccella_fast.sampling.denoising import DenoisingLoop, LoopSettings
@@ -25,7 +26,6 @@ from ccella_fast.sampling.optimizations import (
     Optimizations,
     apply_optimizations,
     check_backends,
-    resolve_device,
     resolve_dtype,
     uses_channels_last,
 )

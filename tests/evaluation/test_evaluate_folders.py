@@ -18,11 +18,12 @@ import torch
 from ccella_fast import cli
 from ccella_fast.config import make_config
 from ccella_fast.data.example_volumes import read_examples
-from ccella_fast.errors import CheckpointError, DataError
+from ccella_fast.errors import CheckpointError, ConfigError, DataError
 from ccella_fast.evaluation.folders import evaluate_to_folder, sensitivity_to_folder
 from ccella_fast.evaluation.reconstruction import LatentFeatures, reconstructions
 from ccella_fast.evaluation.run import evaluate
 from ccella_fast.evaluation.volumes import open_volumes
+from ccella_fast.folder_lock import lock_folder
 from ccella_fast.models.autoencoder import Autoencoder, save_autoencoder
 from ccella_fast.storage import sha256
 from evaluation_fixtures import (
@@ -276,6 +277,12 @@ def test_the_command_prints_a_table_and_names_the_next_one(folders, tmp_path, ca
     assert "Fréchet" in (tmp_path / "evaluation" / "report.html").read_text()
 
 
+def test_a_folder_has_one_writer(folders, tmp_path):
+    with lock_folder(tmp_path / "out", "another command"), pytest.raises(ConfigError, match="'another command'"):
+        run_folders(folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_plain_files_are_enough_and_no_socket_is_opened(tmp_path, monkeypatch):
     for kind, smooth in (("real", 1), ("synthetic", 2)):
         for k in range(6):
@@ -334,6 +341,7 @@ def mistakes(tmp_path_factory):
         (2, "--real {0}/prepared:tests --synthetic {0}/samples", "did you mean 'test'"),
         (2, "--real {0}/prepared --synthetic {0}/samples --features random random", "given twice"),
         (2, "--real {0}/prepared --synthetic {0}/samples --draws 1", "at least 2"),
+        (2, "--real {0}/prepared --synthetic {0}/samples --device cuda:7", "cuda:7"),
         (4, f"{GOOD} --features medicalnet={{0}}/weights.pth", "--allow_unknown_weights"),
         (4, f"{GOOD} --features medicalnet={{0}}/weights.pth --allow_unknown_weights", "the end of this weight file"),
         (2, "--real {0}/prepared --synthetic {0}/samples --out {0}/prepared", "a prepared folder"),

@@ -177,7 +177,7 @@ def test_a_device_or_dtype_that_is_not_there(checkpoint, no_weights, monkeypatch
 
 
 def test_a_gpu_that_is_not_there_beside_others(monkeypatch):
-    from ccella_fast.sampling.optimizations import resolve_device
+    from ccella_fast.processes import resolve_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
