@@ -81,7 +81,7 @@ def test_glands_of_generated_volumes_are_looked_at_only_if_the_segmenter_works_o
         segmented.append(volume.id)
         return (gland if works else np.zeros_like(gland)), volume.spacing
 
-    monkeypatch.setattr(run, "_segmenters", lambda wanted, required: [GlandFeatures(segment, {"name": "fake"})])
+    monkeypatch.setattr(run, "_segmenters", lambda wanted, device, required: [GlandFeatures(segment, {"name": "fake"})])
     real, synthetic = ([each._replace(spacing=spacing) for each in some_volumes(4, seed)] for seed in (0, 50))
     result = evaluate(real=real, synthetic=synthetic, features=[CountingExtractor()], draws=4)
     row = result["gland_plausible"]
