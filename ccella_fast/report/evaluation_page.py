@@ -59,7 +59,7 @@ class="letter"></span><span class="letter"></span></div><figcaption></figcaption
 
 _METRICS = """
 {% macro metrics(rows) %}
-<div class="scroll"><table>
+<div class="scroll metrics"><table>
 <tr><th>metric</th><th>features</th>{% if sequences %}<th>sequence</th>{% endif %}<th class="number">value</th>
 <th class="number">95 % interval</th><th class="number">at equal n</th><th class="number">floor</th>
 <th class="number">ratio</th><th class="number">autoencoder</th><th class="number">n</th><th>notes</th></tr>
@@ -145,7 +145,7 @@ least 90 % of the volumes; features that fail decide nothing.</p>
 {% endif %}
 
 <h2>Protocol</h2>
-<div class="scroll"><table>
+<div class="scroll long"><table>
 {% for name, value in protocol %}
 <tr><th>{{ name }}</th><td>{{ value }}</td></tr>
 {% endfor %}

@@ -70,16 +70,16 @@ def _good(stored: StoredEvaluation) -> Verdict:
         reasons = _sentences(rows[0], _SILENCING) or [
             "The distance of generated volumes to real ones has no floor or interval."
         ]
-        return Verdict(question, "undecided", reasons[0], [_counts(rows[0], stored)])
+        return Verdict(question, "undecided", reasons[0], [_distance(rows[0])])
     first, *others = judged
     answers = [_against_margin(row) for row in judged]
     assert first.ratio_ci95
     low, high = first.ratio_ci95
     interval = f"95 % interval {shown(max(0.0, low))} to {shown(high)}; up to {MARGIN:g} counts as equal"
     words = f"{stored.word}s"
-    ratio = f"{shown(first.ratio)} times as far from {words} as {words} are from each other"
-    sentence = f"Generated volumes are {ratio} ({interval})."
-    remarks = [_counts(first, stored)]
+    ratio = f"{shown(first.ratio)} times as far from {words} (n = {first.n_real}) as {words} are from each other"
+    sentence = f"Generated volumes (n = {first.n_synthetic}) are {ratio} ({interval})."
+    remarks = [_distance(first)]
     if first.limit_autoencoder is not None and first.floor:
         limit = shown(first.limit_autoencoder / first.floor)
         remarks.append(f"The limit of this autoencoder is {limit}: {words} that were only encoded and decoded.")
@@ -198,9 +198,8 @@ def _property(row: MetricRow) -> str:
     return row.metric.removeprefix(CONDITION).replace("_", " ")
 
 
-def _counts(row: MetricRow, stored: StoredEvaluation) -> str:
-    space = f", features {row.features}" if row.features else ""
-    return f"Fréchet distance{space}; n = {row.n_real} {stored.word}s, {row.n_synthetic} generated."
+def _distance(row: MetricRow) -> str:
+    return "Fréchet distance" + (f" in the features {row.features}." if row.features else ".")
 
 
 def _read_counts(row: MetricRow, stored: StoredEvaluation) -> str:

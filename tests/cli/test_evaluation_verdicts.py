@@ -36,7 +36,11 @@ def test_good_is_where_the_interval_of_the_ratio_lies(ratio, half, guards, expec
             f"{shown(ratio)} times as far" in verdict.sentence
             and f"interval {shown(ratio - half)} to" in verdict.sentence
         )
-        assert "32 real volumes, 24 generated" in verdict.remarks[0] and "is 2.2:" in verdict.remarks[1]
+        assert (
+            "(n = 24)" in verdict.sentence
+            and "real volumes (n = 32)" in verdict.sentence
+            and "is 2.2:" in verdict.remarks[1]
+        )
     else:
         assert verdict.sentence == guard_sentence("no_floor")
 
@@ -64,7 +68,7 @@ def test_every_sequence_must_be_good():
 
 
 def test_phantoms_are_called_phantoms():
-    assert "from phantoms as phantoms are" in good(distance("taps-l3", 2, 0.1), phantom=True).sentence
+    assert "from phantoms (n = 32) as phantoms are" in good(distance("taps-l3", 2, 0.1), phantom=True).sentence
     assert "phantom" not in str(good(distance("taps-l3", 2, 0.1)))
 
 
