@@ -81,7 +81,7 @@ def test_glands_of_generated_volumes_are_looked_at_only_if_the_segmenter_works_o
         segmented.append(volume.id)
         return (gland if works else np.zeros_like(gland)), volume.spacing
 
-    monkeypatch.setattr(run, "_segmenters", lambda wanted, required: [GlandFeatures(segment, {"name": "fake"})])
+    monkeypatch.setattr(run, "_segmenters", lambda wanted, device, required: [GlandFeatures(segment, {"name": "fake"})])
     real, synthetic = ([each._replace(spacing=spacing) for each in some_volumes(4, seed)] for seed in (0, 50))
     result = evaluate(real=real, synthetic=synthetic, features=[CountingExtractor()], draws=4)
     row = result["gland_plausible"]
@@ -114,6 +114,17 @@ def test_iterables_that_are_read_once_suffice():
     assert numbers[0] == numbers[1] and "msssim" not in {row.metric for row in once.rows}
 
 
+def test_kept_values_of_pairs_are_those_of_their_volumes(tmp_path):
+    given = {"real": some_volumes(4, 0), "features": [CountingExtractor()], "metrics": ["msssim"], "draws": 4}
+    for seed in (50, 60, 50):
+        fresh, kept = (evaluate(synthetic=some_volumes(4, seed), cache=cache, **given) for cache in (None, tmp_path))
+        assert fresh["msssim"].value == kept["msssim"].value
+    (file, *_) = tmp_path.glob("*.json")
+    file.write_text("[0.5")  # damaged: computed again
+    again = evaluate(synthetic=some_volumes(4, 50), cache=tmp_path, **given)
+    assert (again["msssim"].value, again["msssim"].floor) == (fresh["msssim"].value, fresh["msssim"].floor)
+
+
 def test_at_most_two_volumes_are_in_memory():
     alive, most = set(), 0
 
@@ -138,7 +149,7 @@ def test_at_most_two_volumes_are_in_memory():
     assert most == len(held) == 8
 
 
-def test_the_protocol_changes_with_what_the_numbers_depend_on():
+def test_the_protocol_changes_with_what_the_numbers_depend_on(monkeypatch):
     def protocol(features=None, **changes):
         sets = {"real": some_volumes(4, 0), "synthetic": some_volumes(4, 50)}
         if spacing := changes.pop("spacing", None):
@@ -147,7 +158,11 @@ def test_the_protocol_changes_with_what_the_numbers_depend_on():
         return evaluate(**sets, features=[features or CountingExtractor()], **given).protocol_sha256
 
     base = protocol()
+    with monkeypatch.context() as changed:
+        changed.setattr(run, "_N_RULE", "another rule")
+        other_rule = protocol()
     others = [
+        other_rule,
         protocol(CountingExtractor(weights_sha256="e" * 64)),
         protocol(CountingExtractor(preprocessing="z-score")),
         protocol(spacing=(1.0, 1.0, 3.0)),
@@ -156,7 +171,7 @@ def test_the_protocol_changes_with_what_the_numbers_depend_on():
         protocol(metrics=["mmd"]),
         protocol(train=some_volumes(4, 90)),
     ]
-    assert len({base, *others}) == 8 and protocol() == base
+    assert len({base, *others}) == 9 and protocol() == base
 
 
 def test_a_test_case_in_the_training_set_is_refused():
