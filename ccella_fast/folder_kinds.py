@@ -142,7 +142,8 @@ def wrong_folder(
     else:
         why = f"this is not {_article(wanted)}"
     inside = [] if kind == "samples" else _entries(path)  # a sample's DICOM files look like a study
-    near = [path.parent, *inside, *_entries(path.parent)] if path.is_dir() else _entries(path.parent)
+    around = [*inside, path.parent] if kind == "results" else [path.parent, *inside]
+    near = [*around, *_entries(path.parent)] if path.is_dir() else _entries(path.parent)
     best = next((other for other in near if other != path and folder_kind(other) in accepted), None)
     if kind == "unsaved run":
         fix = "wait for its first checkpoint (training.checkpointing_steps), or give another run"

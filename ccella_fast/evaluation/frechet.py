@@ -17,7 +17,7 @@ import numpy as np
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.statistics import feature_pair
 
-# What is left of equal covariances in float64, relative to the traces: a smaller difference is zero.
+# What is left of equal sets in float64, relative to the traces: a smaller distance is zero.
 _ROUNDING = 1e-12
 _QR_ROWS = 4096
 
@@ -87,9 +87,8 @@ class FrechetDistances:
 
 def _combine(means: float, trace_a: float, trace_b: float, cross: np.ndarray) -> float:
     """The distance from the squared distance of the means, the traces and the matrix whose singular values are summed."""
-    covariances = trace_a + trace_b - 2 * np.linalg.svd(cross, compute_uv=False).sum()
-    rounding = _ROUNDING * (trace_a + trace_b)
-    return float(means) + (float(covariances) if covariances > rounding else 0.0)
+    distance = means + trace_a + trace_b - 2 * np.linalg.svd(cross, compute_uv=False).sum()
+    return float(distance) if distance > _ROUNDING * (trace_a + trace_b) else 0.0
 
 
 def _triangle(centred: np.ndarray) -> np.ndarray:

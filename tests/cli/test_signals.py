@@ -35,7 +35,11 @@ def start_prepare(studies: Path, out: Path) -> subprocess.Popen:
         "2",
     ]
     command += [part for value in SETTINGS for part in ("--set", value)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A shell that runs these tests in the background lets them, and what they start, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("number", "codes"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, (143,))])

@@ -314,7 +314,7 @@ def test_the_command_writes_only_where_it_is_told(tmp_path: Path, capsys, monkey
     assert "studies checked: 6; nothing has to be corrected" in capsys.readouterr().out
     assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "check.html").read_text()
-    assert "http" not in page and "<script" not in page and "PI-RADS 1-2" in page
+    assert "http:" not in page and "https:" not in page and "<script" not in page and "PI-RADS 1-2" in page
     (studies / "case1" / "t2w.nii.gz").write_bytes(b"")
     assert cli.main(arguments) == 3
     assert cli.main([*arguments, "--allow", "leakage"]) == 3  # a defect cannot be allowed
