@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import struct
+import subprocess
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -212,11 +214,25 @@ def test_every_bomb_is_refused_within_bounds(
     goal("R12", value=len(wrong), target=0, n=len(BOMBS))
 
 
-def test_the_bound_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Control: reading a legal volume of more than the bound is not called refused."""
-    monkeypatch.setattr(harness, "BYTES", 10 * MEGABYTE)
+READ_LEGAL = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+import harness
+from ccella_fast.data.readers.volume_file import read_volume
+from target import Content, Target, digest
+harness.BYTES = 10 * 2**20
+target = Target("legal", None, lambda folder: Content(digest(read_volume(folder / "t2w.nii").array)), [], 1)
+print(harness.judge(target, Path(sys.argv[1]), Content(""), guarded=False)[0])
+"""
+
+
+def test_the_bound_is_noticed(tmp_path: Path):
+    """Control: reading a legal volume of more than the bound is not called refused.
+
+    In a process of its own: in this one, memory that earlier tests have freed would be used again.
+    """
     values = np.random.default_rng(0).integers(0, 99, (320, 320, 160), np.uint16)
-    path = write_nifti(tmp_path / "t2w.nii", values, oblique())
-    target = Target("legal", None, lambda folder: Content(digest(_volume(path))), [], 1)
-    # What earlier tests left may be freed while the volume is read, and make up for it; not three times.
-    assert "memory" in [judge(target, tmp_path, Content(""), guarded=False)[0] for _ in range(3)]
+    write_nifti(tmp_path / "t2w.nii", values, oblique())
+    command = [sys.executable, "-c", READ_LEGAL, str(tmp_path), *sys.path]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "memory"
