@@ -115,6 +115,24 @@ def write_csv(
         writer.writerows(rows)
 
 
+@contextmanager
+def damage_named(
+    path: Path, *, writer: str = "the command", fix: str = "run the command that wrote it again, or restore the file"
+) -> Iterator[None]:
+    """Convert what the content of a damaged file raises, where it is used, to a DataError that names the file.
+
+    Args:
+        path: the file.
+        writer: the command that writes it, for the message.
+        fix: what the user can do.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError):
+        why = f"a value that {writer} writes into this file is missing or of another kind"
+        raise DataError(why, path=path, fix=fix) from None
+
+
 def read_json(path: str | Path, *, error: type[CcellaError] = DataError) -> Any:
     """Parse a JSON file. Raises `error` with line and column if it is malformed, or if a key appears twice."""
     path = Path(path)

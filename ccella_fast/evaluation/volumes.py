@@ -22,7 +22,7 @@ from ccella_fast.errors import ConfigError, DataError, did_you_mean
 from ccella_fast.folder_kinds import check_folder, folder_kind, wrong_folder
 from ccella_fast.pirads import CLASS_NAMES, CLASSES
 from ccella_fast.quantities import counted
-from ccella_fast.storage import read_json, safe_join, sha256
+from ccella_fast.storage import damage_named, read_json, safe_join, sha256
 
 logger = logging.getLogger("ccella_fast")
 TABLE = "volumes.csv"  # optional, in a folder of NIfTI files
@@ -219,7 +219,7 @@ def _samples(path: Path) -> VolumeSet:
     sources = []
     for sidecar_path in sorted(path.glob("sample-*.json")):
         sidecar = read_json(sidecar_path)
-        try:
+        with damage_named(sidecar_path, writer="`ccella-fast sample`", fix="generate this volume again"):
             files = {
                 sequence: safe_join(path, name, path=sidecar_path, field="files")
                 for sequence, name in sidecar["files"].items()
@@ -227,9 +227,6 @@ def _samples(path: Path) -> VolumeSet:
             scales = {sequence: float(sidecar["intensity_scale"][sequence]) for sequence in files}
             spacing = [float(length) for length in sidecar["spacing"]]
             pirads, prompt = _class_of_sample(sidecar), sidecar.get("report_id")
-        except (LookupError, TypeError, ValueError, AttributeError):
-            why = "a value that `ccella-fast sample` writes into this file is missing or of another kind"
-            raise DataError(why, path=sidecar_path, fix="generate this volume again") from None
         for sequence, file in files.items():
             if file.exists():
                 read = partial(_read_sample, file, scales[sequence], spacing)

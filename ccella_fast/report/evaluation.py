@@ -6,15 +6,13 @@ Volumes are numbered; neither ids nor report text are copied.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ccella_fast.data.example_volumes import SHOWN, Kind, StoredExample
-from ccella_fast.errors import DataError
 from ccella_fast.quantities import counted
 from ccella_fast.report.evaluation_figures import (
     Dot,
@@ -34,6 +32,7 @@ from ccella_fast.report.stored_evaluation import (
     GLAND,
     METRICS,
     PROTOCOL,
+    WRITTEN_BY,
     MetricRow,
     StoredEvaluation,
     guard_sentence,
@@ -41,7 +40,7 @@ from ccella_fast.report.stored_evaluation import (
 )
 from ccella_fast.report.verdicts import CONDITION, percent, shown, verdicts
 from ccella_fast.report.viewer import ViewedCase, ViewedVolume, Viewer, make_viewer
-from ccella_fast.storage import atomic_path
+from ccella_fast.storage import atomic_path, damage_named
 
 WINDOW = (0.0, 1.0)
 _PAIRS = 10
@@ -138,9 +137,9 @@ def evaluation_part(folder: Path) -> EvaluationPart:
     is_first = [row.metric in _FIRST or row.metric.startswith(CONDITION) for row in listed]
     columns = _shown_columns(stored)
     viewer = _viewer(columns)
-    with _damage_named(folder / METRICS):
+    with damage_named(folder / METRICS, **WRITTEN_BY):
         curves = _curves(stored)
-    with _damage_named(folder / PROTOCOL):
+    with damage_named(folder / PROTOCOL, **WRITTEN_BY):
         protocol = _protocol(stored)
     html = render(
         EVALUATION,
@@ -169,16 +168,6 @@ def evaluation_part(folder: Path) -> EvaluationPart:
     return EvaluationPart(
         html, policy, f"{_PHANTOMS} {_SYNTHETIC}" if stored.phantom else _SYNTHETIC, _subtitle(stored)
     )
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Convert what the content of a damaged file raises, where it is used, to a DataError that names the file."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError):
-        why = "a value that `ccella-fast evaluate` writes into this file is missing or of another kind"
-        raise DataError(why, path=path, fix="run `ccella-fast evaluate` again") from None
 
 
 def _subtitle(stored: StoredEvaluation) -> str:

@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-_FIGURES = """
-{% macro figures(several) %}
-{% for picture in several %}
-{% if picture.image %}
-<figure>
-<img alt="{{ picture.alt }}" src="data:image/png;base64,{{ picture.image }}">
-<figcaption>{{ picture.caption }}</figcaption>
-</figure>
-{% else %}
-<p class="notice">{{ picture.missing }}</p>
-{% endif %}
-{% endfor %}
-{% endmacro %}
-"""
+from ccella_fast.report.page import FIGURES
 
 _VIEWER = """
 {% if viewer %}
@@ -77,7 +64,7 @@ _METRICS = """
 """
 
 EVALUATION = (
-    _FIGURES
+    FIGURES
     + _METRICS
     + """
 <div class="verdicts">

@@ -9,8 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -24,7 +23,7 @@ from ccella_fast.quantities import counted
 from ccella_fast.report.evaluation import evaluation_part
 from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage
 from ccella_fast.report.page import POLICY, TEMPLATE, render
-from ccella_fast.storage import atomic_path, read_json
+from ccella_fast.storage import atomic_path, damage_named, read_json
 
 WINDOW = (0.0, 1.0)
 _PREVIEWS = 3
@@ -41,18 +40,8 @@ class Sample(NamedTuple):
     def panel(self, sequence: str, title: str) -> Panel:
         """The volume (X, Y, Z) in float32, scaled to [0, 1]."""
         volume = read_sample(self.files[sequence])
-        with _damage_named(self.path):
+        with damage_named(self.path):
             return Panel(volume / self.sidecar["intensity_scale"][sequence], self.sidecar["spacing"], title)
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Convert what the content of a damaged file raises, where it is used, to a DataError that names the file."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError):
-        why = "a value that the command writes into this file is missing or of another kind"
-        raise DataError(why, path=path, fix="run the command that wrote it again, or restore the file") from None
 
 
 def write_report(folder: str | Path) -> Path:
@@ -68,7 +57,7 @@ def write_report(folder: str | Path) -> Path:
     prepared = load_manifest(folder / "prepared") if (folder / "prepared" / "manifest.json").is_file() else None
     name = "results"
     if config := _read(folder / "model" / "config.json"):
-        with _damage_named(folder / "model" / "config.json"):
+        with damage_named(folder / "model" / "config.json"):
             name = config["name"]
     samples = _samples(folder / "samples")
     evaluation = evaluation_part(folder / "evaluation") if (folder / "evaluation" / "metrics.json").is_file() else None
@@ -100,7 +89,7 @@ def _samples(folder: Path) -> list[Sample]:
     found = []
     for path in sorted(folder.glob("sample-*.json")):
         sidecar = read_json(path)
-        with _damage_named(path):
+        with damage_named(path):
             files = {sequence: folder / name for sequence, name in sidecar["files"].items()}
         if all(file.exists() for file in files.values()):
             found.append(Sample(path, sidecar, files))
@@ -137,7 +126,7 @@ def _facts(prepared: Manifest | None, folder: Path, samples: list[Sample]) -> li
         ]
     path = folder / "model" / "config.json"
     if config := _read(path):
-        with _damage_named(path):
+        with damage_named(path):
             model, training = config["model"], config["training"]
             facts += [
                 ("Variant", model["variant"]),
@@ -146,11 +135,11 @@ def _facts(prepared: Manifest | None, folder: Path, samples: list[Sample]) -> li
             ]
     path = folder / "model" / "run_status.json"
     if status := _read(path):
-        with _damage_named(path):
+        with damage_named(path):
             facts.append(("Training", f"{status['state']}, step {status['step']:d} of {status['total_steps']:d}"))
     path = folder / "vae" / "run_record.json"
     if record := _read(path):
-        with _damage_named(path):
+        with damage_named(path):
             if test := record.get("test"):
                 facts.append(("Autoencoder, test split", f"L1 {test['l1']:.4f}, PSNR {test['psnr']:.1f} dB"))
     if samples:
@@ -239,7 +228,7 @@ def _histogram(real: Sequence[Panel], generated: Sequence[Panel], word: str) -> 
 
 
 def _vae_chart(folder: Path) -> dict[str, Any]:
-    with _damage_named(folder / "metrics.jsonl"):
+    with damage_named(folder / "metrics.jsonl"):
         return _vae_curves(_metrics(folder / "metrics.jsonl"))
 
 
@@ -255,7 +244,7 @@ def _vae_curves(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _model_chart(folder: Path) -> dict[str, Any]:
-    with _damage_named(folder / "metrics.jsonl"):
+    with damage_named(folder / "metrics.jsonl"):
         return _model_curves(_metrics(folder / "metrics.jsonl"))
 
 
@@ -302,13 +291,13 @@ def _class_heads(samples: list[Sample]) -> str:
 
 
 def _has_prediction(sample: Sample) -> bool:
-    with _damage_named(sample.path):
+    with damage_named(sample.path):
         return bool(sample.sidecar["class_probabilities"]) or sample.sidecar.get("class_head") == "untrained"
 
 
 def _sample_row(number: int, sample: Sample) -> dict[str, Any]:
     side = sample.sidecar
-    with _damage_named(sample.path):
+    with damage_named(sample.path):
         probabilities = side["class_probabilities"] or {}
         neg, pos = (f"{probabilities[name]:.3f}" if name in probabilities else "-" for name in ("neg", "pos"))
         return {
@@ -322,7 +311,7 @@ def _timings(folder: Path, command: str) -> list[dict[str, Any]]:
     record = _read(folder / "run_record.json")
     if record is None:
         return [{"command": command, "seconds": None, "memory": None, "remarks": "not run, or not to its end"}]
-    with _damage_named(folder / "run_record.json"):
+    with damage_named(folder / "run_record.json"):
         stages = record.get("stages", {})
         return [_timing(f"{command}: {name}", stage) for name, stage in stages.items()] or [_timing(command, record)]
 
@@ -348,7 +337,7 @@ def _environment(folder: Path) -> list[tuple[str, str]]:
     record = _read(folder / "model" / "run_record.json")
     if record is None:
         return _environment_rows(describe_environment(), recorded=False)
-    with _damage_named(folder / "model" / "run_record.json"):
+    with damage_named(folder / "model" / "run_record.json"):
         return _environment_rows(record["environment"], recorded=True)
 
 

@@ -81,13 +81,8 @@ FOOT = """</main>
 </html>
 """
 
-TEMPLATE = (
-    HEAD
-    + """
-{{ evaluation | safe }}
-<h2>Images</h2>
-<p class="soft">Middle slices in three planes, one gray window (0 to 1 of each volume's normalized intensity), true proportions.
-R, L: the patient's right and left; A, P: front and back; S, I: head and feet. The patient's right is on the left side.</p>
+#: Pictures with their captions, or a notice where one is missing.
+FIGURES = """
 {% macro figures(several) %}
 {% for picture in several %}
 {% if picture.image %}
@@ -100,7 +95,18 @@ R, L: the patient's right and left; A, P: front and back; S, I: head and feet. T
 {% endif %}
 {% endfor %}
 {% endmacro %}
-{{ figures(pictures) }}
+"""
+
+TEMPLATE = (
+    HEAD
+    + """
+{{ evaluation | safe }}
+<h2>Images</h2>
+<p class="soft">Middle slices in three planes, one gray window (0 to 1 of each volume's normalized intensity), true proportions.
+R, L: the patient's right and left; A, P: front and back; S, I: head and feet. The patient's right is on the left side.</p>
+"""
+    + FIGURES
+    + """{{ figures(pictures) }}
 
 <h2>Training</h2>
 {{ figures(charts) }}

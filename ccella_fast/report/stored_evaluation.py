@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ccella_fast.data.example_volumes import StoredExample, read_examples
-from ccella_fast.errors import DataError
-from ccella_fast.storage import read_json
+from ccella_fast.storage import damage_named, read_json
 
 METRICS, PROTOCOL, SENSITIVITY, EXAMPLES = "metrics.json", "protocol.json", "sensitivity.json", "examples"
+WRITTEN_BY = {"writer": "`ccella-fast evaluate`", "fix": "run `ccella-fast evaluate` again"}  # for `damage_named`
 GLAND = "gland_"  # rows of a rule for glands
 
 # Spaces by how far they are trusted to rank generators; radiomics explains, and does not rank.
@@ -132,18 +132,14 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
     """
     content, protocol = read_json(folder / METRICS), _optional(folder / PROTOCOL, {})
     sensitivity = _optional(folder / SENSITIVITY, {"gates": []})
-    path = folder / METRICS
-    try:
+    with damage_named(folder / METRICS, **WRITTEN_BY):
         rows = [_row(entry) for entry in content["rows"]]
         cases = [_case(entry) for entry in content["per_case"]]
         digest, environment = str(content["protocol_sha256"]), dict(content.get("environment", {}))
-        path = folder / SENSITIVITY
+    with damage_named(folder / SENSITIVITY, **WRITTEN_BY):
         gates = [_gate(entry) for entry in sensitivity["gates"]]
-        path = folder / PROTOCOL
+    with damage_named(folder / PROTOCOL, **WRITTEN_BY):
         protocol = dict(protocol)
-    except (LookupError, TypeError, ValueError, AttributeError):
-        why = "a value that `ccella-fast evaluate` writes into this file is missing or of another kind"
-        raise DataError(why, path=path, fix="run `ccella-fast evaluate` again") from None
     failed = {gate["space"] for gate in gates if not gate["passed"]}
     rows = [row._replace(guards=(*row.guards, "gate")) if row.features in failed else row for row in rows]
     examples = read_examples(folder / EXAMPLES)
