@@ -80,7 +80,7 @@ def write_examples(folder: str | Path, examples: Iterable[Example], *, phantom: 
 
 
 def read_examples(folder: str | Path) -> StoredExamples:
-    """What `write_examples` has written, in the order of writing; nothing where there is no such folder.
+    """The volumes that `write_examples` wrote, in the same order; empty if the folder does not exist.
 
     Raises:
         DataError: the index is damaged, or names a file that is not there.

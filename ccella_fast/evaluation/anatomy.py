@@ -147,7 +147,7 @@ class Share(NamedTuple):
     """A share of n volumes with its 95 % interval (`statistics.share_interval`).
 
     Attributes:
-        value: None if there are no volumes.
+        value: The share; None for an empty set.
         ci95: of the probability.
         n: the volumes.
     """

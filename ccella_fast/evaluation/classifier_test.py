@@ -1,4 +1,4 @@
-"""Classifier two-sample test: are real and synthetic features told apart? (Lopez-Paz and Oquab 2017, arXiv 1610.06545)."""
+"""Classifier two-sample test: can a classifier separate real from synthetic features? (Lopez-Paz and Oquab 2017, arXiv 1610.06545)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONVERGED = 1e-3  # last change of a logit; Newton's method converges quadratic
 
 
 class ClassifierTest(NamedTuple):
-    """How well held-out volumes are told apart: 0.5 is chance, 1 is always."""
+    """How well held-out volumes are classified: 0.5 is chance level, 1 is perfect."""
 
     auc: float  # mean over folds of the area under the ROC curve
     accuracy: float  # mean of the shares of real and of synthetic volumes that are recognized, over all folds

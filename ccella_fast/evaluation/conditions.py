@@ -145,7 +145,7 @@ def condition_agreement(
 
     The real volumes must not be among those that the generator was trained on. Without `fit`, probes are cross-fitted: each
     real volume is read by a probe that was fitted on other patients, and each generated volume by one of these probes as well;
-    if it is known whose report prompted it, by the one that has not seen that case.
+    if the case of its prompt is known, by a probe that was not fitted on that case.
 
     Args:
         name: of the property, for the result.
@@ -226,7 +226,7 @@ def agreement(
         name: of the property.
         read: (m, classes) readings of the generated volumes, or (m, 1) for a number.
         asked: what they were asked for.
-        read_real: (n, classes) or (n, 1) readings of real volumes, each by a reader that has not seen the volume.
+        read_real: (n, classes) or (n, 1) readings of real volumes, each by a probe that was not fitted on that volume.
         known: what is known of them.
         classes: the columns of the readings; none for a number.
         permutations: random orders of the prompts.
@@ -356,7 +356,7 @@ def counterfactual_changes(
         seed: of the sign flips.
 
     Raises:
-        DataError: the two sets differ in size, or there is no probe of the property that was asked for.
+        DataError: the two sets differ in size, or no probe reads the requested property.
     """
     before, after = feature_matrix(before, "before", 1), feature_matrix(after, "after", 1)
     if before.shape != after.shape or len(wanted) != len(after) or asked not in probes:

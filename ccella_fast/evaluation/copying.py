@@ -68,7 +68,7 @@ def memorisation(train: Any, held_out: Any, synthetic: Any, *, seed: int = 0) ->
 
     Args:
         train: (n, d) features of the generator's training volumes, n at least 3.
-        held_out: (h, d) features of real volumes that the generator has not seen, h at least 3.
+        held_out: (h, d) features of real volumes that the generator was not trained on, h at least 3.
         synthetic: (m, d) features.
         seed: of the cells of C_T.
 
@@ -227,7 +227,7 @@ def own_study_retrieval(
         train: (n, d) features, n at least 2.
         synthetic: (m, d) features of volumes that were generated from training reports.
         own: row in `train` of the study whose report prompted each synthetic volume.
-        held_out: (h, d) features of real volumes that the generator has not seen.
+        held_out: (h, d) features of real volumes that the generator was not trained on.
         matched: row in `train` of the study that matches the findings of each held-out volume.
     """
     train = feature_matrix(train, "training", 2)

@@ -431,7 +431,7 @@ def image_memorisation(train: np.ndarray, held_out: np.ndarray, synthetic: np.nd
 
     Args:
         train: (n, 6912) small images of the generator's training volumes, n at least 3.
-        held_out: (h, 6912) of real volumes that the generator has not seen, h at least 3.
+        held_out: (h, 6912) of real volumes that the generator was not trained on, h at least 3.
         synthetic: (m, 6912).
 
     Raises:
