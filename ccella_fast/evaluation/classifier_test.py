@@ -1,4 +1,4 @@
-"""Classifier two-sample test: can a classifier separate real from synthetic features? (Lopez-Paz and Oquab 2017, arXiv 1610.06545)."""
+"""Classifier two-sample test: can real be separated from synthetic features? (Lopez-Paz and Oquab 2017, arXiv 1610.06545)."""
 
 from __future__ import annotations
 
