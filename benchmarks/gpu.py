@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WHEELS, PACKAGES = ROOT / "build" / "wheels", ROOT / "build" / "gpu-packages"
 CASES = (
     "denoising_step", "training_step", "decode", "denoising_step_by_kernel", "training_step_by_kernel", "sampling",
+    "conv3d", "conv3d_level_1", "conv3d_level_2", "conv3d_level_3", "conv3d_batch_8",
     "group_norm_silu", "group_norm_silu_backward", "cross_attention", "attention", "upsample_conv3d", "denoising_step_batch_8",
     "cross_attention_backward", "attention_backward", "upsample_conv3d_backward", "group_norm_silu_batch_8", "encode", "energy",
     "group_norm_silu_public",
