@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ccella_fast.kernels import conv3d as fused_conv3d
 from ccella_fast.kernels.attention import attention
-from ccella_fast.kernels.backend import choose, compute_dtype
+from ccella_fast.kernels.backend import choose
 from ccella_fast.kernels.conv3d import kernel_layout
 from ccella_fast.kernels.cross_attention import cross_attention
 from ccella_fast.kernels.derived_weight import DerivedWeight
@@ -60,7 +60,7 @@ class Conv3d(nn.Conv3d):
         """Whether the Triton kernel `conv3d` convolves x: only 3x3x3, and more than a few channels."""
         if self.kernel_size != (3, 3, 3) or min(self.in_channels, self.out_channels) <= FEW:
             return False
-        return choose("conv3d", fused_conv3d.backend_support(x.device, compute_dtype(x))) == "triton"
+        return fused_conv3d.choose_backend(x, self.out_channels) == "triton"
 
     def _triton(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         kept = self._kernel_weight.of(weight)
