@@ -196,7 +196,7 @@ def test_two_processes_give_what_one_gives(folders, tmp_path):
         "--train",
         f"{prepared}:train",
     ]
-    options += ["--features", "random", "--metrics", *QUICK, "--draws", "8", "--out"]
+    options += ["--features", "radiomics", "--metrics", *QUICK, "--draws", "8", "--out"]
     port = free_port()
     started = [
         subprocess.Popen(
@@ -269,7 +269,7 @@ def test_sensitivity_is_measured_once_for_a_folder(folders, tmp_path):
 
 
 def test_the_command_prints_a_table_and_names_the_next_one(folders, tmp_path, capsys):
-    options = ["--features", "random", "--metrics", "fd", "--draws", "4", "--out", tmp_path / "evaluation"]
+    options = ["--features", "radiomics", "--metrics", "fd", "--draws", "4", "--out", tmp_path / "evaluation"]
     assert call("evaluate", "--real", folders / "prepared", "--synthetic", folders / "samples", *options) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0].split()[:3] == ["metric", "features", "sequence"] and "few, n<d" in out
@@ -295,9 +295,9 @@ def test_plain_files_are_enough_and_no_socket_is_opened(tmp_path, monkeypatch):
     with pytest.raises(AssertionError):
         socket.create_connection(("127.0.0.1", 9))
     result = evaluate_to_folder(
-        tmp_path / "real", tmp_path / "synthetic", tmp_path / "out", features=["random"], draws=4
+        tmp_path / "real", tmp_path / "synthetic", tmp_path / "out", features=["radiomics"], draws=4
     )
-    assert result["fd", "random"].ratio > 1 and not [path.name for path in tmp_path.iterdir() if path.name[0] == "."]
+    assert result["fd", "radiomics"].ratio > 1 and not [path.name for path in tmp_path.iterdir() if path.name[0] == "."]
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +350,7 @@ def mistakes(tmp_path_factory):
 def test_mistakes_are_named_and_nothing_is_left_behind(mistakes, tmp_path, monkeypatch, capsys, code, options, words):
     monkeypatch.chdir(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in mistakes.rglob("*")}
-    features = [] if "--features" in options else ["--features", "random"]
+    features = [] if "--features" in options else ["--features", "radiomics"]
     assert call("evaluate", *options.format(mistakes).split(), *features) == code
     lines = capsys.readouterr().err.strip().splitlines()
     message = "\n".join(line for line in lines if line.startswith(("error:", "  file:", "  field:", "  fix:")))
