@@ -29,9 +29,9 @@ from ccella_fast.evaluation.volumes import Volume
 from fixtures import Workbench
 
 _VOLUMES = {"cpu": 1, "cuda": 4}  # in one run
-# The networks whose weights are in a file of the user take a volume on its own grid, on a CPU for minutes.
-_COARSER = {"cpu": 4, "cuda": 1}
-_OWN_GRID = ("medicalnet", "radimagenet")
+# The networks whose weights are in a file of the user take a volume on its own grid. On a CPU that takes a minute, so they are
+# given every second or fourth voxel along each axis.
+_COARSER = {"cpu": {"medicalnet": 2, "radimagenet": 4}, "cuda": {}}
 
 Features = Callable[[Volume], dict[str, np.ndarray]]
 
@@ -49,11 +49,9 @@ def features_case(bench: Workbench) -> PreparedCase:
     """
     device, folder = bench.device, tempfile.TemporaryDirectory(prefix="ccella-bench-")
     volumes = _draw_volumes(bench.config, _VOLUMES[device.type])
-    coarse = [_coarser(volume, _COARSER[device.type]) for volume in volumes]
-    given = {name: coarse if name in _OWN_GRID else volumes for name in _PAIRS}
-    prepared = PreparedCase(
-        shapes={"volume": list(volumes[0].array.shape), "volume on its own grid": list(coarse[0].array.shape)}
-    )
+    coarser = _COARSER[device.type]
+    given = {name: [_coarser(volume, coarser.get(name, 1)) for volume in volumes] for name in _PAIRS}
+    prepared = PreparedCase(shapes={f"volume of {name}": list(given[name][0].array.shape) for name in _PAIRS})
     if not taps.is_installed():
         prepared.missing["taps"] = f"the package {taps.PACKAGE} is not installed: {taps.INSTALL}"
     pairs = {name: make(device, Path(folder.name)) for name, make in _PAIRS.items() if name not in prepared.missing}
