@@ -23,8 +23,8 @@ HEADLINES = {
 
 def registry() -> list[BenchmarkCase]:
     """All cases, in the order in which they run."""
-    modules = [cases.sampler, cases.training, cases.by_kernel, cases.kernels, cases.data, cases.evaluation,
-               cases.memory]
+    models = [cases.sampler, cases.training, cases.by_kernel, cases.kernels]
+    modules = [*models, cases.data, cases.evaluation, cases.memory]
     return sorted((case for module in modules for case in module.CASES), key=lambda case: case.last)
 
 
