@@ -186,21 +186,22 @@ def test_a_killed_run_continues_and_gives_the_same_numbers(folders, tmp_path):
 
 
 def test_two_processes_give_what_one_gives(folders, tmp_path):
-    prepared = folders / "prepared"
-    options = [
-        "evaluate",
-        "--real",
-        f"{prepared}:test",
-        "--synthetic",
-        folders / "samples",
-        "--train",
-        f"{prepared}:train",
+    prepared, given = folders / "prepared", {"features": ["radiomics"], "metrics": ["fd", "msssim", "memorisation"]}
+    options = ["--real", f"{prepared}:test", "--synthetic", folders / "samples", "--train", f"{prepared}:train"]
+    options += [
+        "--features",
+        *given["features"],
+        "--metrics",
+        *given["metrics"],
+        "--draws",
+        "8",
+        "--out",
+        tmp_path / "two",
     ]
-    options += ["--features", "radiomics", "--metrics", *QUICK, "--draws", "8", "--out"]
     port = free_port()
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "ccella_fast.cli", *map(str, options), str(tmp_path / "two")],
+            [sys.executable, "-m", "ccella_fast.cli", "evaluate", *map(str, options)],
             env=environment(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
@@ -209,7 +210,7 @@ def test_two_processes_give_what_one_gives(folders, tmp_path):
     said = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     assert "fd" in said[0] and "fd" not in said[1]  # the table is printed once
-    assert call(*options, tmp_path / "one") == 0
+    run_folders(folders, tmp_path / "one", **given)
     one, two = (without_times(written(tmp_path / name)) for name in ("one", "two"))
     assert one["rows"] == two["rows"] and one["per_case"] == two["per_case"]
     assert one["protocol_sha256"] == two["protocol_sha256"]

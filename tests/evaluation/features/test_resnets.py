@@ -175,7 +175,7 @@ def test_slices_of_three_directions_whatever_the_number_of_a_call(
 
 
 def test_input_of_the_authors(official: RadImageNet):
-    volume = make_volume((3, 6, 4))
+    volume = make_volume((3, 5, 2))
     for space, found in official.slices(volume).items():
         images = []
         for image in slices_of(volume.array, space):
