@@ -185,6 +185,15 @@ def test_a_killed_run_continues_and_gives_the_same_numbers(folders, tmp_path):
     assert (again.calls, other.calls) == (0, 20)
 
 
+WITHOUT_PAGE = """
+import sys
+from ccella_fast import cli
+from ccella_fast.report import evaluation
+evaluation.write_evaluation_page = lambda folder: None
+cli.main(sys.argv[1:])
+"""
+
+
 def test_two_processes_give_what_one_gives(folders, tmp_path):
     prepared, given = folders / "prepared", {"features": ["radiomics"], "metrics": ["fd", "msssim", "memorisation"]}
     options = ["--real", f"{prepared}:test", "--synthetic", folders / "samples", "--train", f"{prepared}:train"]
@@ -201,7 +210,7 @@ def test_two_processes_give_what_one_gives(folders, tmp_path):
     port = free_port()
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "ccella_fast.cli", "evaluate", *map(str, options)],
+            [sys.executable, "-c", WITHOUT_PAGE, "evaluate", *map(str, options)],
             env=environment(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
