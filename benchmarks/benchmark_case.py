@@ -18,7 +18,7 @@ from timer import LEAST_ROUNDS, Stopwatch
 if TYPE_CHECKING:
     from fixtures import Workbench
 
-SUITES = ["kernels", "sampler", "training", "data", "memory"]
+SUITES = ["kernels", "sampler", "training", "data", "evaluation", "memory"]
 MOST_CUDA_SECONDS = 8.0  # for the timed rounds of a case: rounds on a GPU are short
 # The largest accepted error by precision: largest difference from the fp32 truth, relative to the truth's largest value.
 TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 6e-2}

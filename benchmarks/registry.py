@@ -6,6 +6,7 @@ import torch
 
 import cases.by_kernel
 import cases.data
+import cases.evaluation
 import cases.kernels
 import cases.memory
 import cases.sampler
@@ -22,7 +23,8 @@ HEADLINES = {
 
 def registry() -> list[BenchmarkCase]:
     """All cases, in the order in which they run."""
-    modules = [cases.sampler, cases.training, cases.by_kernel, cases.kernels, cases.data, cases.memory]
+    models = [cases.sampler, cases.training, cases.by_kernel, cases.kernels]
+    modules = [*models, cases.data, cases.evaluation, cases.memory]
     return sorted((case for module in modules for case in module.CASES), key=lambda case: case.last)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ccella_fast import entrypoint
 
-SUITE_CHOICES = ["quick", "kernels", "sampler", "training", "data", "memory", "all"]
+SUITE_CHOICES = ["quick", "kernels", "sampler", "training", "data", "evaluation", "memory", "all"]
 QUICK_MINUTES = {"cpu": 5, "cuda": 8}
 ROOT = Path(__file__).resolve().parents[1]
 EPILOG = """The quick suite ends within 5 minutes on two CPU cores and within 8 on a GPU; on a slow machine

@@ -6,13 +6,20 @@ With the centred rows A (n, d) and B (m, d), so that C_a = A^T A / (n - 1), the 
 A B^T over the square root of (n - 1)(m - 1): exact for any n, m and d, without the root of a matrix. A set with more rows than
 features is replaced by the triangle R of its QR decomposition, since A^T A = R^T R. So the singular values are those of a
 matrix of at most min(n, d) x min(m, d).
+
+These small matrices are decomposed by PyTorch, on one thread. OpenBLAS in NumPy divides each of the thousands of products of a
+decomposition among the cores; next to another program its threads mostly wait for each other, and two take longer than one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.statistics import feature_pair
@@ -64,7 +71,8 @@ class FrechetDistances:
         if min(len(rows_a), len(rows_b)) < 2:
             raise DataError("a Fréchet distance needs at least two volumes in each set", fix="add volumes")
         wide = min(len(rows_a), len(rows_b)) < self.features.shape[1]
-        distance = self._from_products(rows_a, rows_b) if wide else self._from_triangles(rows_a, rows_b)
+        with _one_thread():
+            distance = self._from_products(rows_a, rows_b) if wide else self._from_triangles(rows_a, rows_b)
         return float(np.ldexp(distance, 2 * self.exponent))
 
     def _from_products(self, rows_a: np.ndarray, rows_b: np.ndarray) -> float:
@@ -75,7 +83,8 @@ class FrechetDistances:
         trace_a = (np.trace(aa) - len(aa) * aa.mean()) / (len(aa) - 1)
         trace_b = (np.trace(bb) - len(bb) * bb.mean()) / (len(bb) - 1)
         cross = ab - ab.mean(axis=0) - ab.mean(axis=1, keepdims=True) + ab.mean()
-        return _combine(max(means, 0.0), trace_a, trace_b, cross / np.sqrt((len(aa) - 1) * (len(bb) - 1)))
+        cross /= np.sqrt((len(aa) - 1) * (len(bb) - 1))
+        return _combine(max(means, 0.0), trace_a, trace_b, torch.from_numpy(cross))
 
     def _from_triangles(self, rows_a: np.ndarray, rows_b: np.ndarray) -> float:
         a, b = self.features[rows_a], self.features[rows_b]
@@ -85,19 +94,31 @@ class FrechetDistances:
         return _combine(means, np.square(a).sum(), np.square(b).sum(), _triangle(a) @ _triangle(b).T)
 
 
-def _combine(means: float, trace_a: float, trace_b: float, cross: np.ndarray) -> float:
+def _combine(means: float, trace_a: float, trace_b: float, cross: Tensor) -> float:
     """The distance from the squared distance of the means, the traces and the matrix whose singular values are summed."""
-    distance = means + trace_a + trace_b - 2 * np.linalg.svd(cross, compute_uv=False).sum()
+    distance = means + trace_a + trace_b - 2 * float(torch.linalg.svdvals(cross).sum())
     return float(distance) if distance > _ROUNDING * (trace_a + trace_b) else 0.0
 
 
-def _triangle(centred: np.ndarray) -> np.ndarray:
+def _triangle(centred: np.ndarray) -> Tensor:
     """A matrix with the same product with itself and at most as many rows as columns."""
-    result = centred[:0]
-    for start in range(0, len(centred), _QR_ROWS):
-        rows = np.concatenate([result, centred[start : start + _QR_ROWS]])
-        result = np.asarray(np.linalg.qr(rows, mode="r")) if len(rows) > rows.shape[1] else rows
+    rows = torch.from_numpy(centred)
+    result = rows[:0]
+    for part in rows.split(_QR_ROWS):
+        result = torch.cat([result, part])
+        if len(result) > result.shape[1]:
+            result = torch.linalg.qr(result, mode="r").R
     return result
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class FrechetAtInfinity(NamedTuple):

@@ -185,22 +185,32 @@ def test_a_killed_run_continues_and_gives_the_same_numbers(folders, tmp_path):
     assert (again.calls, other.calls) == (0, 20)
 
 
+WITHOUT_PAGE = """
+import sys
+from ccella_fast import cli
+from ccella_fast.report import evaluation
+evaluation.write_evaluation_page = lambda folder: None
+cli.main(sys.argv[1:])
+"""
+
+
 def test_two_processes_give_what_one_gives(folders, tmp_path):
-    prepared = folders / "prepared"
-    options = [
-        "evaluate",
-        "--real",
-        f"{prepared}:test",
-        "--synthetic",
-        folders / "samples",
-        "--train",
-        f"{prepared}:train",
+    prepared, given = folders / "prepared", {"features": ["radiomics"], "metrics": ["fd", "msssim", "memorisation"]}
+    options = ["--real", f"{prepared}:test", "--synthetic", folders / "samples", "--train", f"{prepared}:train"]
+    options += [
+        "--features",
+        *given["features"],
+        "--metrics",
+        *given["metrics"],
+        "--draws",
+        "8",
+        "--out",
+        tmp_path / "two",
     ]
-    options += ["--features", "random", "--metrics", *QUICK, "--draws", "8", "--out"]
     port = free_port()
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "ccella_fast.cli", *map(str, options), str(tmp_path / "two")],
+            [sys.executable, "-c", WITHOUT_PAGE, "evaluate", *map(str, options)],
             env=environment(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
@@ -209,7 +219,7 @@ def test_two_processes_give_what_one_gives(folders, tmp_path):
     said = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     assert "fd" in said[0] and "fd" not in said[1]  # the table is printed once
-    assert call(*options, tmp_path / "one") == 0
+    run_folders(folders, tmp_path / "one", **given)
     one, two = (without_times(written(tmp_path / name)) for name in ("one", "two"))
     assert one["rows"] == two["rows"] and one["per_case"] == two["per_case"]
     assert one["protocol_sha256"] == two["protocol_sha256"]
@@ -269,7 +279,7 @@ def test_sensitivity_is_measured_once_for_a_folder(folders, tmp_path):
 
 
 def test_the_command_prints_a_table_and_names_the_next_one(folders, tmp_path, capsys):
-    options = ["--features", "random", "--metrics", "fd", "--draws", "4", "--out", tmp_path / "evaluation"]
+    options = ["--features", "radiomics", "--metrics", "fd", "--draws", "4", "--out", tmp_path / "evaluation"]
     assert call("evaluate", "--real", folders / "prepared", "--synthetic", folders / "samples", *options) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0].split()[:3] == ["metric", "features", "sequence"] and "few, n<d" in out
@@ -295,9 +305,9 @@ def test_plain_files_are_enough_and_no_socket_is_opened(tmp_path, monkeypatch):
     with pytest.raises(AssertionError):
         socket.create_connection(("127.0.0.1", 9))
     result = evaluate_to_folder(
-        tmp_path / "real", tmp_path / "synthetic", tmp_path / "out", features=["random"], draws=4
+        tmp_path / "real", tmp_path / "synthetic", tmp_path / "out", features=["radiomics"], draws=4
     )
-    assert result["fd", "random"].ratio > 1 and not [path.name for path in tmp_path.iterdir() if path.name[0] == "."]
+    assert result["fd", "radiomics"].ratio > 1 and not [path.name for path in tmp_path.iterdir() if path.name[0] == "."]
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +360,7 @@ def mistakes(tmp_path_factory):
 def test_mistakes_are_named_and_nothing_is_left_behind(mistakes, tmp_path, monkeypatch, capsys, code, options, words):
     monkeypatch.chdir(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in mistakes.rglob("*")}
-    features = [] if "--features" in options else ["--features", "random"]
+    features = [] if "--features" in options else ["--features", "radiomics"]
     assert call("evaluate", *options.format(mistakes).split(), *features) == code
     lines = capsys.readouterr().err.strip().splitlines()
     message = "\n".join(line for line in lines if line.startswith(("error:", "  file:", "  field:", "  fix:")))

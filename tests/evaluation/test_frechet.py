@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 from ccella_fast.errors import DataError
-from ccella_fast.evaluation import frechet_distance
+from ccella_fast.evaluation import frechet, frechet_distance
 from ccella_fast.evaluation.frechet import FrechetDistances, frechet_distance_at_infinity
 
 
@@ -164,14 +166,39 @@ def test_unusable_input_is_named(a, b, words):
         frechet_distance(a, b)
 
 
-def test_needs_neither_scipy_nor_torch():
+def test_the_other_metrics_need_neither_scipy_nor_torch():
     code = (
         "import sys; sys.modules['scipy'] = None\n"
         "import numpy as np, ccella_fast.evaluation as e\n"
         "x = np.random.default_rng(0).normal(size=(30, 3))\n"
-        "e.frechet_distance(x, x); e.kernel_distance(x, x); e.precision_recall(x, x); e.memorisation(x, x + 1, x)\n"
+        "e.kernel_distance(x, x); e.precision_recall(x, x); e.memorisation(x, x + 1, x)\n"
         "assert callable(e.memorisation) and callable(e.kernel_distance)\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_needs_no_scipy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)  # its import fails
+    fresh = runpy.run_path(frechet.__file__)
+    assert fresh["frechet_distance"](normal(30, 3), normal(30, 3)) == 0
+
+
+@pytest.mark.parametrize(("n", "d"), [(50, 80), (50, 20)], ids=["products", "triangles"])
+def test_decomposes_on_one_thread_and_restores_the_number(monkeypatch, n, d):
+    """With more threads, LAPACK is many times slower next to another program."""
+    used, svdvals = [], torch.linalg.svdvals
+
+    def observed(matrix):
+        used.append(torch.get_num_threads())
+        return svdvals(matrix)
+
+    monkeypatch.setattr(torch.linalg, "svdvals", observed)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        frechet_distance(normal(n, d), normal(n, d, 1))
+        assert used == [1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)

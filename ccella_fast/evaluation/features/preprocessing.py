@@ -37,18 +37,19 @@ def resample(array: np.ndarray, spacing: Sequence[float], target: Sequence[float
 
     A sample beyond the outermost voxel centres, by at most half a voxel, takes the value of the nearest one.
     """
-    matrices = []
-    for size, old, new in zip(array.shape, spacing, target, strict=True):
+    order = sorted(range(array.ndim), key=lambda axis: spacing[axis] / target[axis])
+    for axis in order:  # the axis that shrinks most first: the least work
+        size, old, new = array.shape[axis], spacing[axis], target[axis]
         count = max(1, round(size * old / new))
-        place = (size - 1) / 2 + (np.arange(count) - (count - 1) / 2) * new / old
-        place = place.clip(0, size - 1)
-        lower = np.minimum(place.astype(int), max(size - 2, 0))
-        matrix = np.zeros((count, size))
-        rows = np.arange(count)
-        matrix[rows, np.minimum(lower + 1, size - 1)] = place - lower
-        matrix[rows, lower] += 1 - (place - lower)
-        matrices.append(matrix)
-    return along_axes(array, matrices)
+        place = ((size - 1) / 2 + (np.arange(count) - (count - 1) / 2) * new / old).clip(0, size - 1)
+        lower = place.astype(int)
+        share = (place - lower).astype(array.dtype).reshape([-1 if axis == other else 1 for other in range(array.ndim)])
+        below, result = (array.take(places, axis) for places in (lower, np.minimum(lower + 1, size - 1)))
+        result -= below
+        result *= share
+        result += below
+        array = result
+    return array
 
 
 def along_axes(array: np.ndarray, matrices: Sequence[np.ndarray]) -> np.ndarray:
