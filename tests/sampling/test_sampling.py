@@ -107,10 +107,10 @@ def test_written_files(checkpoint, tmp_path):
 
 def test_the_montage_shows_volumes_of_every_report(checkpoint, tmp_path, monkeypatch):
     shown: list[str] = []
-    monkeypatch.setattr(command, "_MONTAGE_VOLUMES", 3)
+    monkeypatch.setattr(command, "_MONTAGE_VOLUMES", 2)
     monkeypatch.setattr(figures, "montage", lambda panels, **_: shown.extend(panel.title for panel in panels) or b"")
     draw(checkpoint, tmp_path)
-    assert [title.split(", P(")[0] for title in shown] == ["report 1, seed 3", "report 1, seed 4", "report 2, seed 3"]
+    assert [title.split(", P(")[0] for title in shown] == ["report 1, seed 3", "report 2, seed 3"]
 
 
 def test_volumes_of_an_equal_request_are_kept_and_of_another_raise(checkpoint, tmp_path, monkeypatch):
