@@ -17,7 +17,9 @@ standard library only.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,9 +28,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+GRACE = 20.0  # seconds between the interruption of a phase and its end
 WHEELS, PACKAGES = ROOT / "build" / "wheels", ROOT / "build" / "gpu-packages"
 CASES = (
     "denoising_step", "training_step", "decode", "denoising_step_by_kernel", "training_step_by_kernel", "sampling",
+    "conv3d", "conv3d_level_1", "conv3d_level_2", "conv3d_level_3", "conv3d_batch_8",
     "group_norm_silu", "group_norm_silu_backward", "cross_attention", "attention", "upsample_conv3d", "denoising_step_batch_8",
     "cross_attention_backward", "attention_backward", "upsample_conv3d_backward", "group_norm_silu_batch_8", "encode", "energy",
     "group_norm_silu_public",
@@ -86,9 +90,13 @@ def run_phase(phase: Phase, out: Path, limit: float) -> str:
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            ended = f"exit code {process.wait(limit)}"
+            ended = f"exit code {process.wait(limit - min(GRACE, limit / 4))}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # with its workers
+            process.send_signal(signal.SIGINT)  # pytest then reports the tests that have failed so far
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(GRACE, limit / 4))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with its workers
             process.wait()
             ended = f"stopped after {limit:.0f} s"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()

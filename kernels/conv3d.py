@@ -117,32 +117,43 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _conv3d_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def backend_support(device: torch.device, dtype: torch.dtype) -> BackendSupport:
+def backend_support(
+    device: torch.device, dtype: torch.dtype, *, training: bool = False, descriptors: bool = True
+) -> BackendSupport:
     """The backends in order of preference, each with the reason why it is unsupported, None if it is supported.
 
-    `triton` is available by name only: it was measured by itself, but not yet within the model. On an NVIDIA H200 (Triton
-    3.6.0, PyTorch 2.11, cuDNN 9.19, bf16, in a CUDA graph, without bias and residual) prototypes took, in microseconds:
-
-        level, channels    batch 1: cuDNN, Triton    batch 8: cuDNN, Triton
-        0, 64              74.4, 61.2                478, 447
-        1, 128             38.4, 25.5                162, 188
-        2, 256             20.9, 19.9                75.0, 82.2
-        3, 512             21.6, 18.2                87.9, 50.0
-        0, 128 to 64       134, 101
-        1, 256 to 128      69.4, 42.3
-
-    With bias and residual at level 0, batch 1: 102 for cuDNN and PyTorch, 66.2 for Triton. All but level 3 at batch 1, whose
-    taps were divided, were read through descriptors.
+    `triton` comes first where it reads through tensor descriptors and the weight's order in memory is kept between calls. On an
+    NVIDIA H100 (Triton 3.6.0, PyTorch 2.11, cuDNN 9.19, bf16) a denoising step of the default model took 5.03 ms with it and
+    5.54 with `cudnn`; a convolution with bias and residual at batch 1 took 67.0 and 98.3 us at 64 channels, 27.6 and 48.1 at
+    128, 19.8 and 24.2 at 256. The kernel with pointers was not measured, and in training, where the weight is copied in
+    each step, the times were equal within the noise.
 
     Args:
         device: Device of the tensors.
         dtype: Dtype of the convolution.
+        training: Whether gradients are needed.
+        descriptors: Whether the sizes suit the kernel with descriptors, see `conv3d_forward.suits_descriptors`.
     """
     cudnn_reason = _cudnn_unsupported_reason(device)
     triton_reason = triton_unsupported_reason(device, dtype)
-    if device.type == "cuda":
-        return {"cudnn": cudnn_reason, "reference": None, "triton": triton_reason}
-    return {"reference": None, "cudnn": cudnn_reason, "triton": triton_reason}
+    if device.type != "cuda":
+        return {"reference": None, "cudnn": cudnn_reason, "triton": triton_reason}
+    if descriptors and not training and conv3d_forward.descriptors_unsupported_reason(device, dtype) is None:
+        return {"triton": triton_reason, "cudnn": cudnn_reason, "reference": None}
+    return {"cudnn": cudnn_reason, "reference": None, "triton": triton_reason}
+
+
+def choose_backend(x: Tensor, outputs: int, requested: str | None = None) -> str:
+    """The backend that convolves x (B, C, X, Y, Z) to this many channels.
+
+    Raises:
+        BackendError: `requested` is unsupported here.
+    """
+    support = backend_support(
+        x.device, compute_dtype(x), training=torch.is_grad_enabled(),
+        descriptors=conv3d_forward.suits_descriptors(x, outputs),
+    )  # fmt: skip
+    return choose("conv3d", support, requested)
 
 
 def _cudnn_unsupported_reason(device: torch.device) -> str | None:
@@ -192,7 +203,7 @@ def conv3d(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    chosen = choose("conv3d", backend_support(x.device, x.dtype), backend)
+    chosen = choose_backend(x, weight.shape[0], backend)
     if chosen == "triton":
         dtype = compute_dtype(x)
         return _conv3d_op(x.to(dtype), weight.to(dtype), bias, shift, residual)

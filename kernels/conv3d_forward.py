@@ -234,6 +234,13 @@ def _tiling(x: Tensor, outputs: int, *, descriptors: bool) -> _Tiling:
     return _Tiling(config, box, halo, programs, split)
 
 
+def suits_descriptors(x: Tensor, outputs: int) -> bool:
+    """Whether every tile of the kernel with descriptors, 64 voxels or more, can be whole lines along Z of x (B, C, X, Y, Z)."""
+    _, C, _, Y, Z = x.shape
+    lines_fill_tiles = 64 % Z == 0 and (Y * Z >= 128 or Y & (Y - 1) == 0)
+    return C % 8 == 0 and outputs % 8 == 0 and lines_fill_tiles
+
+
 def taps_are_divided(x: Tensor, outputs: int) -> bool:
     """Whether there is a second launch, which adds the sums over parts of the taps; on a GPU with descriptors."""
     return _tiling(x, outputs, descriptors=x.dtype != torch.float32).split > 1
@@ -247,15 +254,21 @@ def _box(block_m: int, Y: int, Z: int) -> tuple[int, int] | None:
     return None if block_y & (block_y - 1) else (block_m // Z // block_y, block_y)
 
 
-def _descriptors_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+def descriptors_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel with descriptors is not used, None if it is."""
     if dtype == torch.float32:
         return "fp32 products are computed without tensor cores"
-    if interpreted():
+    if torch.version.hip is not None:
+        return "the GPU is not NVIDIA's"
+    if interpreted() or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
     # sm_120 has descriptors as well, but not the shared memory of these tiles.
     return None if major in (9, 10) else f"the GPU is sm_{major}{minor}, not sm_90 or sm_100"
+
+
+# As in `backend`: torch.compile takes the answer as a constant.
+descriptors_unsupported_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def launch(
@@ -274,7 +287,7 @@ def launch(
     B, C, X, Y, Z = x.shape
     outputs, voxels = taps.shape[-1], B * X * Y * Z
     aligned = x.data_ptr() % 16 == 0 and taps.data_ptr() % 16 == 0
-    descriptors = aligned and _descriptors_unsupported_reason(x.device, x.dtype) is None
+    descriptors = aligned and descriptors_unsupported_reason(x.device, x.dtype) is None
     config, box, halo, programs, split = _tiling(x, outputs, descriptors=descriptors)
     added = bias, shift, residual
     parts = None if split == 1 else torch.empty((split, y.numel()), dtype=torch.float32, device=x.device)

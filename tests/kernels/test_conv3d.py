@@ -228,10 +228,28 @@ def test_empty_batch():
     assert on("triton")(x, weight, bias, shift, residual).shape == (0, 8, 2, 2, 4)
 
 
-def test_choice_of_backend():
-    """PyTorch's convolution until Triton's is measured within the model."""
+@pytest.fixture
+def capability(monkeypatch):
+    """Sets the generation of the GPU that the functions see."""
+
+    def pretend(*found):
+        monkeypatch.setattr(forward, "interpreted", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: found)
+
+    return pretend
+
+
+def test_choice_of_backend(capability):
+    """Triton on the generations where it was measured, without gradients and where tiles are whole lines."""
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert choose("conv3d", backend_support(gpu, torch.bfloat16)) == "cudnn"
+    for major, expected in ((8, "cudnn"), (9, "triton"), (10, "triton"), (12, "cudnn")):
+        capability(major, 0)
+        assert choose("conv3d", backend_support(gpu, torch.bfloat16)) == expected
+    capability(9, 0)
+    assert choose("conv3d", backend_support(gpu, torch.bfloat16, training=True)) == "cudnn"
+    assert choose("conv3d", backend_support(gpu, torch.bfloat16, descriptors=False)) == "cudnn"
+    assert choose("conv3d", backend_support(gpu, torch.float32)) == "cudnn"
     assert choose("conv3d", backend_support(gpu, torch.float64)) == "cudnn"
     assert choose("conv3d", backend_support(cpu, torch.float32)) == "reference"
     x, weight, *_ = case(1, 8, 8, (1, 1, 1))
@@ -241,15 +259,25 @@ def test_choice_of_backend():
         conv3d(x, weight, backend="triton")
 
 
+@pytest.mark.parametrize("channels", [8, 12, 64])
+@pytest.mark.parametrize("grid", [(64, 32), (3, 4), (4, 4), (32, 2), (4, 24), (1, 1), (6, 64), (4, 128)], ids=str)
+def test_sizes_that_suit_descriptors_are_those_of_the_tiling(channels, grid, tilings):
+    x = torch.empty(1, channels, 2, *grid, device="meta")
+    boxes = [forward._box(block, *grid) for block in (64, 128)]
+    expected = channels % 8 == 0 and None not in boxes
+    assert forward.suits_descriptors(x, 64) == expected
+    if expected:
+        assert forward._tiling(x, 64, descriptors=True).box is not None
+
+
 @pytest.mark.parametrize(
-    ("capability", "expected"), [((8, 0), "sm_80"), ((9, 0), None), ((10, 0), None), ((12, 0), "sm_120")], ids=str
+    ("found", "expected"), [((8, 0), "sm_80"), ((9, 0), None), ((10, 0), None), ((12, 0), "sm_120")], ids=str
 )
-def test_descriptors_by_generation(capability, expected, monkeypatch):
-    monkeypatch.setattr(forward, "interpreted", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    reason = forward._descriptors_unsupported_reason(torch.device("cuda"), torch.bfloat16)
+def test_descriptors_by_generation(found, expected, capability):
+    capability(*found)
+    reason = forward.descriptors_unsupported_reason(torch.device("cuda"), torch.bfloat16)
     assert reason is None if expected is None else expected in reason
-    assert "fp32" in forward._descriptors_unsupported_reason(torch.device("cuda"), torch.float32)
+    assert "fp32" in forward.descriptors_unsupported_reason(torch.device("cuda"), torch.float32)
 
 
 @pytest.mark.parametrize(
