@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 COLUMNS = 4  # volumes side by side in a montage
 _LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
 COLORS = ["#1f6fb4", "#c2571a", "#3a8a4d", "#7a4fa3"]
@@ -44,6 +45,12 @@ def cut(volume: np.ndarray, spacing: Sequence[float], plane: str) -> Slice:
     else:
         pixels, size = volume[x, ::-1, ::-1], (depth, height)
     return Slice(pixels.T, size, _LETTERS[plane])
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items, evenly spread from the first on: those of a montage, so that it shows every report."""
+    shown = min(count, len(items))
+    return [items[k * len(items) // shown] for k in range(shown)]
 
 
 def montage(panels: Sequence[Panel], *, window: tuple[float, float], caption: str = "") -> bytes:

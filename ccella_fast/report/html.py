@@ -21,7 +21,7 @@ from ccella_fast.environment import describe_environment
 from ccella_fast.errors import DataError
 from ccella_fast.quantities import counted
 from ccella_fast.report.evaluation import evaluation_part
-from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage
+from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage, spread
 from ccella_fast.report.page import POLICY, TEMPLATE, render
 from ccella_fast.storage import atomic_path, damage_named, read_json
 
@@ -166,7 +166,7 @@ def _pictures(prepared: Manifest | None, folder: Path, samples: list[Sample]) ->
     few = 2 * COLUMNS // max((len(sample.files) for sample in samples), default=1)
     generated = [
         sample.panel(sequence, _title(f"Generated {n}, seed {sample.sidecar.get('seed')}", sequence, prepared))
-        for n, sample in enumerate(samples[:few], start=1)
+        for n, sample in spread(list(enumerate(samples, start=1)), few)
         for sequence in sample.files
     ]  # fmt: skip
     word = _word(cases)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from ccella_fast.cli import _parser
 from training_fixtures import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +51,32 @@ def config(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("config") / "small.json"
     path.write_text(json.dumps(load_config(ROOT / "configs" / "demo.json", SMALL).dump()))
     return path
+
+
+def recipe(*arguments: object) -> list[list[str]]:
+    """The commands of `make demo`, without the installation."""
+    make = ["make", "--dry-run", "--assume-old=.venv/installed", "demo", *map(str, arguments)]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    return [words[1:] for words in commands if words[0] == "ccella-fast"]
+
+
+def test_make_demo_evaluates_what_it_generated_from_phantoms(tmp_path):
+    """Each command is one that `ccella-fast` accepts, and a folder that is evaluated has been made before."""
+    words = recipe(f"OUT={tmp_path}")
+    names, commands = [each[0] for each in words], [_parser().parse_args(each) for each in words]
+    assert names[-3:] == ["prepare", "evaluate", "report"]
+    evaluation, made = commands[-2], {str(each.out) for each in commands[:-2]}
+    assert {evaluation.real, evaluation.synthetic, evaluation.train.removesuffix(":train"), str(evaluation.vae)} <= made
+    seeds = [each.seed for name, each in zip(names, commands, strict=True) if name == "phantom"]
+    assert len(set(seeds)) == len(seeds) == 2  # those that were trained on are not drawn again
+    sampling = commands[names.index("sample")]
+    assert sampling.num_samples * len(sampling.report) == 24
+
+
+def test_make_demo_does_not_evaluate_with_real_studies(tmp_path):
+    commands = [words[0] for words in recipe(f"OUT={tmp_path}", f"DATA={tmp_path}")]
+    assert commands == ["prepare", "train-vae", "prepare", "sample", "report"]
 
 
 def journey(studies: Path, out: Path, config: Path, *, allow: tuple[str, ...] = ()) -> str:

@@ -40,6 +40,17 @@ def test_the_pages_montages_show_the_known_volumes(tmp_path: Path):
         assert np.abs(picture - brighter).max() > 0.1
 
 
+def test_of_many_volumes_some_are_shown_from_first_to_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run, titles = write_run(tmp_path, ["a", "b"]), []
+    for number in range(2, 20):
+        text = (run / "samples" / "sample-000_seed0.json").read_text().replace('"seed": 0', f'"seed": {number}')
+        (run / "samples" / f"sample-{number:03d}_seed{number}.json").write_text(text)
+    monkeypatch.setattr(html, "montage", lambda panels, **_: titles.extend(panel.title for panel in panels) or b"")
+    html.write_report(run)
+    generated = [title for title in titles if title.startswith("Generated")]
+    assert generated == [f"Generated {n + 1}, seed {n}" for n in (0, 2, 5, 7, 10, 12, 15, 17)]
+
+
 def test_histograms_count_the_shown_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 

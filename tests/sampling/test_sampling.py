@@ -19,7 +19,8 @@ from ccella_fast.config import make_config
 from ccella_fast.diffusion.noise import generator
 from ccella_fast.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
-from ccella_fast.sampling import FastSampler, pretrained
+from ccella_fast.report import figures
+from ccella_fast.sampling import FastSampler, command, pretrained
 from ccella_fast.sampling.command import sample_to_folder
 from ccella_fast.sampling.output import OutputWriter
 from sampling_fixtures import THREE, FakeEncoder, scrambled, write_checkpoint
@@ -102,6 +103,14 @@ def test_written_files(checkpoint, tmp_path):
     assert (tmp_path / "montage.png").read_bytes().startswith(b"\x89PNG")
     for path in tmp_path.iterdir():
         assert b"Zebedee" not in path.read_bytes(), path
+
+
+def test_the_montage_shows_volumes_of_every_report(checkpoint, tmp_path, monkeypatch):
+    shown: list[str] = []
+    monkeypatch.setattr(command, "_MONTAGE_VOLUMES", 2)
+    monkeypatch.setattr(figures, "montage", lambda panels, **_: shown.extend(panel.title for panel in panels) or b"")
+    draw(checkpoint, tmp_path)
+    assert [title.split(", P(")[0] for title in shown] == ["report 1, seed 3", "report 2, seed 3"]
 
 
 def test_volumes_of_an_equal_request_are_kept_and_of_another_raise(checkpoint, tmp_path, monkeypatch):
