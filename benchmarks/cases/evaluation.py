@@ -200,16 +200,8 @@ def _medicalnet(device: torch.device, folder: Path) -> _Pair:
 
 def _radimagenet(device: torch.device, folder: Path) -> _Pair:
     network, path = _monai_resnet50(2, 3), folder / "radimagenet.pth"
-    modules = [
-        "conv1",
-        "bn1",
-        "relu",
-        "maxpool",
-        "layer1",
-        "layer2",
-        "layer3",
-        "layer4",
-    ]  # in the authors' file by number
+    # In the authors' file they have numbers.
+    modules = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
     split = {name: name.partition(".") for name in network.state_dict()}
     torch.save(
         {f"backbone.{modules.index(split[name][0])}.{split[name][2]}": x for name, x in network.state_dict().items()}, path
