@@ -14,6 +14,7 @@ from ccella_fast.errors import DataError
 from ccella_fast.evaluation.collecting import CommonGrid
 from ccella_fast.evaluation.examples import keep_examples
 from ccella_fast.evaluation.features.cache import FeatureCache
+from ccella_fast.evaluation.features.extractor import serves
 from ccella_fast.evaluation.findings import read_findings
 from ccella_fast.evaluation.reconstruction import LatentFeatures, reconstructions
 from ccella_fast.evaluation.results import FORMAT, SENSITIVITY, Evaluation, plain_values
@@ -143,7 +144,7 @@ def sensitivity_to_folder(
         store = FeatureCache(out / "features")
         gates = []
         for extractor in extractors:
-            if extractor.sequences is None or volumes.sequences[0] in extractor.sequences:
+            if serves(extractor, volumes.sequences[0]):
                 names = ", ".join(extractor.spaces)
                 bar = tqdm(places, desc=f"degrading for {names}", unit="volume", mininterval=refresh_interval())
                 chosen = (volumes[int(place)] for place in bar)

@@ -75,17 +75,17 @@ class FrechetDistances:
         trace_a = (np.trace(aa) - len(aa) * aa.mean()) / (len(aa) - 1)
         trace_b = (np.trace(bb) - len(bb) * bb.mean()) / (len(bb) - 1)
         cross = ab - ab.mean(axis=0) - ab.mean(axis=1, keepdims=True) + ab.mean()
-        return _combine(max(means, 0.0), trace_a, trace_b, cross / np.sqrt((len(aa) - 1) * (len(bb) - 1)))
+        return distance_of_parts(max(means, 0.0), trace_a, trace_b, cross / np.sqrt((len(aa) - 1) * (len(bb) - 1)))
 
     def _from_triangles(self, rows_a: np.ndarray, rows_b: np.ndarray) -> float:
         a, b = self.features[rows_a], self.features[rows_b]
         mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
         a, b = (a - mean_a) / np.sqrt(len(a) - 1), (b - mean_b) / np.sqrt(len(b) - 1)
         means = float(np.square(mean_a - mean_b).sum())
-        return _combine(means, np.square(a).sum(), np.square(b).sum(), _triangle(a) @ _triangle(b).T)
+        return distance_of_parts(means, np.square(a).sum(), np.square(b).sum(), _triangle(a) @ _triangle(b).T)
 
 
-def _combine(means: float, trace_a: float, trace_b: float, cross: np.ndarray) -> float:
+def distance_of_parts(means: float, trace_a: float, trace_b: float, cross: np.ndarray) -> float:
     """The distance from the squared distance of the means, the traces and the matrix whose singular values are summed."""
     distance = means + trace_a + trace_b - 2 * np.linalg.svd(cross, compute_uv=False).sum()
     return float(distance) if distance > _ROUNDING * (trace_a + trace_b) else 0.0

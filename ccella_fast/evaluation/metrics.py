@@ -33,7 +33,7 @@ from ccella_fast.evaluation.statistics import (
 
 NEIGHBOURS = 5  # of precision, recall, density and coverage
 _SHARES = {"precision", "recall", "coverage", "c2st"}  # from 0 to 1
-_NOT_NEGATIVE = {"fd", "density", "intensity", "spectrum"}
+_NOT_NEGATIVE = {"fd", "fd_slices", "density", "intensity", "spectrum"}
 _CLASSIFIER_DRAWS = 20  # a classifier is trained five times in each
 _CLASSIFIED = 300  # volumes of a set that the classifier test uses; the time grows with their third power
 _LIMIT_DRAWS = 20  # only their mean is reported
@@ -136,7 +136,7 @@ def feature_rows(sets: Sets, space: str, metrics: set[str], draws: Draws, about:
         seconds = time.perf_counter() - start
         words = [*(word for word in sizes if word == "few" or distance.by_dimension), *itself]
         for name, comparison, limit in zip(distance.better, _fields(compared), _fields(limits), strict=True):
-            yield _row(name, comparison, distance.better[name], limit, words, common, seconds, details)
+            yield compared_row(name, comparison, distance.better[name], limit, words, common, seconds, details)
     if "c2st" in metrics and min(len(real), len(synthetic)) >= 2:
         yield from _classifier_rows(real, synthetic, reconstructed, sets, draws, common, sizes, itself)
 
@@ -150,6 +150,33 @@ def _compare(
     )  # fmt: skip
 
 
+def autoencoder_limit(
+    statistic: Statistic | None, n_real: int, compared: Any, patients: Sequence[str | None] | None, draws: Draws
+) -> Any:
+    """The mean distance of a half of the real set to the reconstructions of the other half, at the n of the floor.
+
+    Args:
+        statistic: on the rows of the real set, and behind them those of the reconstructions; None without reconstructions.
+        n_real: the number of real rows.
+        compared: the comparison with synthetic volumes, whose n is used.
+        patients: of the real rows.
+        draws: as of the comparison.
+
+    Returns:
+        As `compared`, with numbers; None, or Nones, if there is no limit.
+    """
+    first: Comparison = _fields(compared)[0]
+    if statistic is None or first.floor is None:
+        return tuple(None for _ in _fields(compared)) if _is_several(compared) else None
+    groups, rng = group_numbers(patients, n_real), np.random.default_rng(draws.seed)
+    values = []
+    for _ in range(min(draws.number, _LIMIT_DRAWS)):
+        a, b = disjoint_rows(groups, (first.m, first.m), rng)
+        values.append(statistic(a, n_real + b))
+    means = np.array(values, float).reshape(len(values), -1).mean(0)
+    return tuple(map(float, means)) if _is_several(compared) else float(means[0])
+
+
 def _limit(
     make: Maker,
     real: np.ndarray,
@@ -158,18 +185,8 @@ def _limit(
     patients: Sequence[str | None],
     draws: Draws,
 ) -> Any:
-    """The mean distance of a half of the real set to the reconstructions of the other half, at the n of the floor."""
-    first: Comparison = _fields(compared)[0]
-    if reconstructed is None or first.floor is None:
-        return tuple(None for _ in _fields(compared)) if _is_several(compared) else None
-    statistic = make(np.concatenate([real, reconstructed]), len(real))
-    groups, rng = group_numbers(patients, len(real)), np.random.default_rng(draws.seed)
-    values = []
-    for _ in range(min(draws.number, _LIMIT_DRAWS)):
-        a, b = disjoint_rows(groups, (first.m, first.m), rng)
-        values.append(statistic(a, len(real) + b))
-    means = np.array(values, float).reshape(len(values), -1).mean(0)
-    return tuple(map(float, means)) if _is_several(compared) else float(means[0])
+    statistic = None if reconstructed is None else make(np.concatenate([real, reconstructed]), len(real))
+    return autoencoder_limit(statistic, len(real), compared, patients, draws)
 
 
 def _is_several(value: Any) -> bool:
@@ -223,7 +240,7 @@ def _classifier_rows(
     limit = _limit(make, real, reconstructed, compared, patients, few)
     words = [*(word for word in sizes if word == "few"), *itself]
     details = {"n_real_used": len(real), "n_synthetic_used": len(synthetic)}
-    yield _row("c2st", compared, "lower", limit, words, common, time.perf_counter() - start, details)
+    yield compared_row("c2st", compared, "lower", limit, words, common, time.perf_counter() - start, details)
 
 
 def image_rows(sets: Sets, metrics: set[str], draws: Draws) -> Iterator[Row]:
@@ -244,7 +261,7 @@ def image_rows(sets: Sets, metrics: set[str], draws: Draws) -> Iterator[Row]:
         if metric == "spectrum":
             details |= {"high": spectral_distance(real, synthetic).high}
         words = [word for word in guards(len(real), len(synthetic), 1) if word == "few"]
-        yield _row(metric, compared, "lower", limit, words, common, time.perf_counter() - start, details)
+        yield compared_row(metric, compared, "lower", limit, words, common, time.perf_counter() - start, details)
 
 
 def _intensity(stacked: np.ndarray, n_real: int) -> Statistic:
@@ -320,7 +337,7 @@ def set_names(sets: Sets) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _row(
+def compared_row(
     metric: str,
     comparison: Comparison,
     better: Better,
@@ -330,6 +347,7 @@ def _row(
     seconds: float,
     details: dict[str, Any],
 ) -> Row:
+    """The row of a metric that was compared with its floor; common: the fields that rows of the same sets share."""
     interval = comparison.ci95
     if interval is not None and metric in _SHARES | _NOT_NEGATIVE:  # half-samples do not know these bounds
         highest = 1.0 if metric in _SHARES else np.inf

@@ -14,7 +14,7 @@ from ccella_fast.evaluation.anatomy import GlandFeatures, glands, is_applicable
 from ccella_fast.evaluation.collecting import CommonGrid, FeatureTable, collect
 from ccella_fast.evaluation.diversity import diversity_row
 from ccella_fast.evaluation.features.cache import FeatureCache
-from ccella_fast.evaluation.features.extractor import load_extractor
+from ccella_fast.evaluation.features.extractor import SliceExtractor, load_extractor, serves
 from ccella_fast.evaluation.findings import CaseFindings
 from ccella_fast.evaluation.foci import FociFeatures
 from ccella_fast.evaluation.images import ImageFeatures
@@ -29,6 +29,7 @@ from ccella_fast.evaluation.metrics import (
 from ccella_fast.evaluation.prompted import condition_rows, gland_volume_row, own_study_row
 from ccella_fast.evaluation.reconstruction import LATENT
 from ccella_fast.evaluation.results import FORMAT, Evaluation, Row
+from ccella_fast.evaluation.slices import slice_rows
 from ccella_fast.evaluation.volumes import Volume, VolumeSet
 from ccella_fast.processes import DistributedContext
 from ccella_fast.quantities import counted
@@ -81,7 +82,8 @@ def evaluate(
         draws: random splits for floors and intervals.
         seed: of the splits.
         device: of the networks that are loaded by name.
-        cache: folder in which features are kept by content, so that an interrupted evaluation continues.
+        cache: folder in which features are kept by content, so that an interrupted evaluation continues. Without it the
+            Fréchet distance of slices, which reads those of the slices there, is left out.
         processes: that share the volumes of a `VolumeSet`.
         progress: whether progress bars are shown.
 
@@ -133,6 +135,9 @@ def evaluate(
         found, cases = _evaluate_sequence(of_sequence, judging, about, wanted, findings, Draws(draws, seed))
         rows += found
         per_case += cases
+        for each in extractors:
+            if "fd" in wanted and store is not None and isinstance(each, SliceExtractor) and serves(each, sequence):
+                rows += slice_rows(of_sequence, each, store, Draws(draws, seed), about[next(iter(each.spaces))])
         shared = set(of_sequence.real.digests) & set(of_sequence.synthetic.digests)
         if "msssim" in wanted and isinstance(real, Sequence) and isinstance(synthetic, Sequence):
             pair = (_of_sequence(real, sequence), _of_sequence(synthetic, sequence))

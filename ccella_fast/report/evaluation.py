@@ -51,6 +51,7 @@ _PHANTOMS = "The real volumes are phantoms: drawn by a program, not patients."
 # metric -> its name, in the order of the table
 _NAMES = {
     "fd": "Fréchet distance",
+    "fd_slices": "Fréchet distance of slices (2.5D)",
     "kid": "Kernel distance (KID)",
     "c2st": "Real or generated? AUC of a classifier",
     "precision": "Precision",
@@ -204,10 +205,17 @@ def _table(rows: Sequence[MetricRow]) -> tuple[list[dict[str, Any]], list[str]]:
             "interval": f"{shown(row.ci95[0], 3)} to {shown(row.ci95[1], 3)}" if row.ci95 else "-",
             "equal_n": shown(row.value_equal_n, 3), "floor": shown(row.floor, 3), "ratio": shown(row.ratio, 3),
             "limit": shown(row.limit_autoencoder, 3),
-            "n": f"{row.n_real}, {row.n_synthetic}", "notes": ", ".join(map(str, numbers)), "faint": row.has("gate"),
+            "n": _sizes(row), "notes": ", ".join(map(str, numbers)), "faint": row.has("gate"),
         })  # fmt: skip
         last = row.metric
     return table, notes
+
+
+def _sizes(row: MetricRow) -> str:
+    """The numbers of volumes, and of slices where these are rows."""
+    slices = [row.number(f"slices_{kind}") for kind in ("real", "synthetic")]
+    after = f" ({slices[0]:g}, {slices[1]:g} slices)" if slices[0] and slices[1] else ""
+    return f"{row.n_real}, {row.n_synthetic}{after}"
 
 
 def _dots(rows: Sequence[MetricRow]) -> dict[str, Any]:

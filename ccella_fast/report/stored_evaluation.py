@@ -20,6 +20,7 @@ EXPLAINING = "radiomics"
 _GUARDS = {
     "n<d": "There are no more volumes than features: the value is mostly bias. Read its ratio to the floor, never the value.",
     "biased": "There are fewer than three volumes per feature, so the value is biased upwards, as is its floor.",
+    "dependent": "Slices are rows here, and those of a volume are alike: read the ratio to the floor, never the value.",
     "no_floor": "There are too few real volumes to compare them with one another, so nothing says what a good value is.",
     "standardised_by_itself": "Features are standardised by the compared real volumes, because no training set was given.",
     "shared_volumes": "Some generated volumes are equal to real ones, voxel for voxel, so distances are too small.",
