@@ -47,12 +47,14 @@ class Sets(NamedTuple):
         synthetic: the generated volumes.
         train: the volumes that the generator was trained on; None if they were not given.
         reconstructed: `real`, row for row, after the autoencoder; None without one.
+        counterfactual: volumes with the noise of synthetic ones, whose ids they have, and another prompt; None without any.
     """
 
     real: FeatureTable
     synthetic: FeatureTable
     train: FeatureTable | None = None
     reconstructed: FeatureTable | None = None
+    counterfactual: FeatureTable | None = None
 
 
 class Draws(NamedTuple):

@@ -38,7 +38,7 @@ from ccella_fast.report.stored_evaluation import (
     guard_sentence,
     read_evaluation,
 )
-from ccella_fast.report.verdicts import CONDITION, percent, shown, verdicts
+from ccella_fast.report.verdicts import CONDITION, COUNTERFACTUAL, percent, shown, verdicts
 from ccella_fast.report.viewer import ViewedCase, ViewedVolume, Viewer, make_viewer
 from ccella_fast.storage import atomic_path, damage_named
 
@@ -62,6 +62,10 @@ _NAMES = {
     "spectrum": "Power spectrum, dB",
     "copies": "Copies of training studies",
     CONDITION: "",  # rows of several properties
+    COUNTERFACTUAL: "",
+    "retrieval_1": "Own report found by the volume",
+    "retrieval_5": "Own report among the first 5",
+    "retrieval_10": "Own report among the first 10",
     "gland_plausible": "Plausible glands",
     "mmd": "Gaussian MMD",
     "density": "Density",
@@ -135,7 +139,7 @@ def evaluation_part(folder: Path) -> EvaluationPart:
     rows = sorted(stored.rows, key=_table_order)
     listed = [row for row in rows if row.metric == GLAND + "plausible" or not row.metric.startswith(GLAND)]
     table, notes = _table(listed)
-    is_first = [row.metric in _FIRST or row.metric.startswith(CONDITION) for row in listed]
+    is_first = [_kind(row.metric) in _FIRST for row in listed]
     columns = _shown_columns(stored)
     viewer = _viewer(columns)
     with damage_named(folder / METRICS, **WRITTEN_BY):
@@ -181,12 +185,19 @@ def _subtitle(stored: StoredEvaluation) -> str:
 
 def _table_order(row: MetricRow) -> tuple[int, str, str]:
     known = [*_NAMES, row.metric]
-    return known.index(CONDITION if row.metric.startswith(CONDITION) else row.metric), row.metric, row.sequence
+    return known.index(_kind(row.metric)), row.metric, row.sequence
+
+
+def _kind(metric: str) -> str:
+    """The metric, or what the rows of several properties share."""
+    return next((prefix for prefix in (CONDITION, COUNTERFACTUAL) if metric.startswith(prefix)), metric)
 
 
 def _name(metric: str) -> str:
     if metric.startswith(CONDITION):
         return f"{metric.removeprefix(CONDITION).replace('_', ' ').capitalize()} that was asked for"
+    if metric.startswith(COUNTERFACTUAL):
+        return f"Effect of asking for another {metric.removeprefix(COUNTERFACTUAL).replace('_', ' ')}, same noise"
     return _NAMES.get(metric, metric.replace("_", " "))
 
 

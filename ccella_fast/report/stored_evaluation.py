@@ -27,6 +27,7 @@ _GUARDS = {
     "one_volume": "A set has one volume only: nothing can be computed from it.",
     "few": "A set has fewer than 20 volumes: the interval is rough.",
     "few_held_out": "There are fewer than 99 held-out volumes, so the 1st percentile is their smallest distance.",
+    "few_candidates": "There are fewer than 10 K volumes to choose from, so only reports were chosen, by volumes.",
     "one_class": "The property is the same in all volumes of a set, so nothing can be told apart.",
     "unreadable": "The property cannot be read from real volumes either, so nothing follows for generated ones.",
     "segmenter_fails_on_real": "The segmenter does not work on these real volumes, so nothing follows for generated ones.",

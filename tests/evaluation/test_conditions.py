@@ -8,7 +8,6 @@ import pytest
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.conditions import (
     condition_agreement,
-    counterfactual_changes,
     fit_probe,
     spearman,
 )
@@ -160,33 +159,3 @@ def test_spearman_equals_pearson_of_ranks():
 
     assert spearman(a, b) == pytest.approx(np.corrcoef(ranks(a), ranks(b))[0, 1])
     assert spearman(a, a**3) == pytest.approx(1) and np.isnan(spearman(a, np.ones(7)))
-
-
-def test_a_counterfactual_prompt_changes_the_asked_reading_only():
-    real, known = cases(200, 0)
-    probes = {
-        "class": fit_probe(real, known["class"], ("neg", "pos")),
-        "size": fit_probe(real, known["size"]),
-        "level": fit_probe(real, known["level"], LEVELS),
-    }
-    directions = np.linalg.qr(np.random.default_rng(99).standard_normal((40, 5)))[0].T
-    before, asked = cases(30, 5)
-    wanted = ["neg" if value == "pos" else "pos" for value in asked["class"]]
-    sign = np.array([1 if value == "pos" else -1 for value in wanted])[:, None]
-    clean = before + 2 * sign * directions[0]
-    found = {change.name: change for change in counterfactual_changes(before, clean, "class", wanted, probes, real)}
-    assert found["class"].asked and found["class"].shift > 0.8 and found["class"].moved == 1 and found["class"].p < 0.01
-    assert not found["level"].asked and found["level"].shift < 0.4 and found["level"].moved < 0.3
-    # A generator that also moves the level, and one that ignores the prompt.
-    messy = clean + 4 * (directions[1] - directions[3])
-    moved = {change.name: change for change in counterfactual_changes(before, messy, "class", wanted, probes, real)}
-    assert moved["level"].shift > 1 and moved["level"].p < 0.01 and moved["level"].moved > 0.3
-    deaf = before + 0.1 * np.random.default_rng(1).standard_normal(before.shape)
-    still = {change.name: change for change in counterfactual_changes(before, deaf, "class", wanted, probes, real)}
-    assert abs(still["class"].shift) < 0.1 and still["class"].p > 0.05 and 0.2 < still["class"].moved < 0.8
-    larger = counterfactual_changes(
-        before, before - 2 * directions[4], "size", [-1] * 30, {"size": probes["size"]}, real
-    )
-    assert larger[0].shift > 0.3 and larger[0].moved == 1
-    with pytest.raises(DataError, match="a probe of 'zone'"):
-        counterfactual_changes(before, clean, "zone", wanted, probes, real)

@@ -10,7 +10,7 @@ import pytest
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation import slices as slices_of
 from ccella_fast.evaluation.features.cache import FeatureCache, voxel_digest
-from ccella_fast.evaluation.features.extractor import mean_of_slices
+from ccella_fast.evaluation.features.preprocessing import mean_of_slices
 from ccella_fast.evaluation.run import evaluate
 from evaluation_fixtures import some_volumes
 

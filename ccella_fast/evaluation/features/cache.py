@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ccella_fast.errors import DataError
-from ccella_fast.evaluation.features.extractor import Extractor, SliceExtractor, mean_of_slices
+from ccella_fast.evaluation.features.extractor import Extractor, SliceExtractor
+from ccella_fast.evaluation.features.preprocessing import mean_of_slices
 from ccella_fast.storage import atomic_path
 
 if TYPE_CHECKING:

@@ -54,11 +54,6 @@ def serves(extractor: Extractor, sequence: str) -> bool:
     return extractor.sequences is None or sequence in extractor.sequences
 
 
-def mean_of_slices(slices: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The vectors of a volume from those of its slices."""
-    return {name: rows.mean(0, dtype=np.float64).astype(np.float32) for name, rows in slices.items()}
-
-
 def load_extractor(spec: str, *, device: str = "cpu", allow_unknown_weights: bool = False) -> Extractor:
     """Load an extractor by its name. Nothing is downloaded.
 

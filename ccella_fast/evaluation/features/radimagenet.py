@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccella_fast.errors import CheckpointError, ConfigError, did_you_mean
-from ccella_fast.evaluation.features.extractor import mean_of_slices
-from ccella_fast.evaluation.features.preprocessing import check_volume, crop_or_pad, resample
+from ccella_fast.evaluation.features.preprocessing import check_volume, crop_or_pad, mean_of_slices, resample
 from ccella_fast.evaluation.features.resnet import check_hash, float32_inference, load_resnet50, read_state_dict
 
 if TYPE_CHECKING:
