@@ -108,6 +108,11 @@ class FrechetAtInfinity(NamedTuple):
     standard_error: float  # of the intercept, from the residuals of the fit
 
 
+def can_extrapolate(n: int, m: int, d: int) -> bool:
+    """Whether sets of n and m volumes with d features are large enough for `frechet_distance_at_infinity`."""
+    return min(n, m) >= 2 * d
+
+
 def frechet_distance_at_infinity(
     a: Any, b: Any, *, sizes: int = 15, draws: int = 10, seed: int = 0
 ) -> FrechetAtInfinity:
@@ -128,7 +133,7 @@ def frechet_distance_at_infinity(
     """
     a, b = feature_pair(a, b)
     n, d = min(len(a), len(b)), a.shape[1]
-    if n < 2 * d:
+    if not can_extrapolate(len(a), len(b), d):
         why = f"extrapolating to infinitely many volumes needs n >= 2 d; here n = {n} volumes and d = {d} features"
         raise DataError(why, fix="use the ratio to the real-real floor at equal n")
     rng, distance = np.random.default_rng(seed), FrechetDistances(a, b)

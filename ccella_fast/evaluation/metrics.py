@@ -16,10 +16,14 @@ from ccella_fast.evaluation.anatomy import compare_glands, glands
 from ccella_fast.evaluation.classifier_test import classifier_test_of_rows, standardised_products
 from ccella_fast.evaluation.collecting import FeatureTable
 from ccella_fast.evaluation.copying import memorisation
-from ccella_fast.evaluation.frechet import FrechetDistances
+from ccella_fast.evaluation.frechet import FrechetDistances, can_extrapolate, frechet_distance_at_infinity
 from ccella_fast.evaluation.images import image_memorisation, intensity_distance, spectral_distance
 from ccella_fast.evaluation.mmd import gaussian_kernel, kernel_test, polynomial_kernel, unbiased_mmd
-from ccella_fast.evaluation.neighbours import precision_recall_of_rows, squared_distances
+from ccella_fast.evaluation.neighbours import (
+    clipped_density_coverage_of_rows,
+    precision_recall_of_rows,
+    squared_distances,
+)
 from ccella_fast.evaluation.results import Better, Row
 from ccella_fast.evaluation.statistics import (
     Comparison,
@@ -31,8 +35,8 @@ from ccella_fast.evaluation.statistics import (
     standardisation,
 )
 
-NEIGHBOURS = 5  # of precision, recall, density and coverage
-_SHARES = {"precision", "recall", "coverage", "c2st"}  # from 0 to 1
+NEIGHBOURS = 5  # of precision, recall, density and coverage, also the clipped ones
+_SHARES = {"precision", "recall", "coverage", "clipped_density", "clipped_coverage", "c2st"}  # from 0 to 1
 _NOT_NEGATIVE = {"fd", "fd_slices", "density", "intensity", "spectrum"}
 _CLASSIFIER_DRAWS = 20  # a classifier is trained five times in each
 _CLASSIFIED = 300  # volumes of a set that the classifier test uses; the time grows with their third power
@@ -82,9 +86,23 @@ def _mmd(stacked: np.ndarray, n_real: int) -> Statistic:
     return lambda a, b: unbiased_mmd(kernel, a, b)
 
 
+class _Neighbours(NamedTuple):
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    clipped_density: float
+    clipped_coverage: float
+
+
 def _prdc(stacked: np.ndarray, n_real: int) -> Statistic:
     squared = squared_distances(stacked, stacked)
-    return lambda a, b: precision_recall_of_rows(squared, a, b, NEIGHBOURS)
+
+    def neighbours(a: np.ndarray, b: np.ndarray) -> _Neighbours:
+        clipped = clipped_density_coverage_of_rows(squared, a, b, NEIGHBOURS)
+        return _Neighbours(*precision_recall_of_rows(squared, a, b, NEIGHBOURS), *clipped)
+
+    return neighbours
 
 
 class _Distance(NamedTuple):
@@ -100,7 +118,14 @@ _DISTANCES = {
     "mmd": _Distance(_mmd, {"mmd": "lower"}),
     "prdc": _Distance(
         _prdc,
-        {"precision": "higher", "recall": "higher", "density": "floor", "coverage": "higher"},
+        {
+            "precision": "higher",
+            "recall": "higher",
+            "density": "floor",
+            "coverage": "higher",
+            "clipped_density": "higher",
+            "clipped_coverage": "higher",
+        },
         least=NEIGHBOURS + 1,
     ),
 }
@@ -139,6 +164,15 @@ def feature_rows(sets: Sets, space: str, metrics: set[str], draws: Draws, about:
         words = [*(word for word in sizes if word == "few" or distance.by_dimension), *itself]
         for name, comparison, limit in zip(distance.better, _fields(compared), _fields(limits), strict=True):
             yield compared_row(name, comparison, distance.better[name], limit, words, common, seconds, details)
+    if "fd" in metrics and can_extrapolate(len(real), len(synthetic), dim):
+        start = time.perf_counter()
+        at_infinity = frechet_distance_at_infinity(real, synthetic, seed=draws.seed)
+        yield Row(
+            "fd_infinity", value=at_infinity.value, floor=0.0, better="lower",
+            guards=(*(word for word in sizes if word == "few"), *itself),
+            details={"slope": at_infinity.slope, "standard_error": at_infinity.standard_error},
+            seconds=round(time.perf_counter() - start, 3), **common,
+        )  # fmt: skip
     if "c2st" in metrics and min(len(real), len(synthetic)) >= 2:
         yield from _classifier_rows(real, synthetic, reconstructed, sets, draws, common, sizes, itself)
 
