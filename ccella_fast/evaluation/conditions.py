@@ -294,11 +294,10 @@ def agreement(
     else:
         normalized = (value - floor) / (ceiling - floor)
         drawn = [
-            (_resampled(score, read, truth, rng) - floor) / (_resampled(score, read_real, truth_real, rng) - floor)
+            (_resampled(score, read, truth, rng) - floor, _resampled(score, read_real, truth_real, rng) - floor)
             for _ in range(_RESAMPLES)
         ]
-        low, high = np.nanquantile(drawn, (0.025, 0.975))
-        interval = float(low), float(high)
+        interval = quotient_interval(drawn)
     return Agreement(
         name,
         "auc" if classes else "spearman",
@@ -314,6 +313,14 @@ def agreement(
         len(read),
         guards,
     )
+
+
+def quotient_interval(drawn: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The central 95 % of quotients, from their numerators and denominators. What is not a number or over zero is left out."""
+    over, under = np.array(drawn, np.float64).T
+    defined = np.isfinite(over) & np.isfinite(under) & (under != 0)
+    low, high = np.quantile(over[defined] / under[defined], (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _nothing(name: str, is_number: bool, n_real: int, n_synthetic: int) -> Agreement:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ccella_fast.errors import DataError
-from ccella_fast.evaluation.conditions import Label, cross_fit, readability
+from ccella_fast.evaluation.conditions import Label, cross_fit, quotient_interval, readability
 from ccella_fast.evaluation.paired import sign_flip_p
 from ccella_fast.evaluation.statistics import feature_matrix
 from ccella_fast.evaluation.volumes import VolumeSet
@@ -201,11 +201,9 @@ def counterfactual_effect(
             pairs, cases = rng.integers(len(rows), size=len(rows)), rng.integers(len(labels), size=len(labels))
             of_cases = [labels[case] for case in cases]
             asked_of = [asked[pair] for pair in pairs]
-            drawn.append(
-                towards[pairs].mean() / _differences(fitted.readings[cases], of_cases, asked_of, fitted.classes).mean()
-            )
-        low, high = np.nanquantile(drawn, (0.025, 0.975))
-        interval = float(low), float(high)
+            apart = _differences(fitted.readings[cases], of_cases, asked_of, fitted.classes)
+            drawn.append((float(towards[pairs].mean()), float(apart.mean())))
+        interval = quotient_interval(drawn)
     return Effect(
         name, value, interval, sign_flip_p(towards[:, None], seed), float((towards > 0).mean()), len(labels), len(rows),
         guards,

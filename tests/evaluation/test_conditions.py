@@ -7,8 +7,10 @@ import pytest
 
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.conditions import (
+    agreement,
     condition_agreement,
     fit_probe,
+    quotient_interval,
     spearman,
 )
 
@@ -159,3 +161,13 @@ def test_spearman_equals_pearson_of_ranks():
 
     assert spearman(a, b) == pytest.approx(np.corrcoef(ranks(a), ranks(b))[0, 1])
     assert spearman(a, a**3) == pytest.approx(1) and np.isnan(spearman(a, np.ones(7)))
+
+
+def test_resamples_in_which_real_volumes_reach_the_floor_have_no_share():
+    """A share of nothing is not defined; the interval is that of the other resamples."""
+    known = ["neg"] * 5 + ["pos"] * 5
+    read_real = np.array([0, 1, 2, 3, 6, 4, 5, 7, 8, 9])[:, None] * [-1.0, 1.0]
+    found = agreement("class", np.zeros((8, 2)), ["neg", "pos"] * 4, read_real, known, ("neg", "pos"))
+    assert (found.value, found.floor, found.guards) == (0.5, 0.5, ["few"])
+    assert found.ceiling == pytest.approx(0.92) and found.normalized == 0 and found.normalized_ci95 == (0, 0)
+    assert quotient_interval([(1.0, 0.0), (np.nan, 1.0), *[(float(k), 2.0) for k in range(101)]]) == (1.25, 48.75)
