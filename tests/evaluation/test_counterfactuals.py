@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ccella_fast import cli
+from ccella_fast import FastSampler, cli
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.counterfactuals import Drift, counterfactual_effect, pair_samples
 from ccella_fast.evaluation.folders import evaluate_to_folder
@@ -16,6 +16,7 @@ from ccella_fast.evaluation.volumes import open_volumes
 from ccella_fast.report.evaluation import write_evaluation_page
 from ccella_fast.storage import read_json, write_json
 from evaluation_fixtures import CountingExtractor, draw, write_prepared, write_samples
+from sampling_fixtures import FakeEncoder, write_checkpoint
 
 DIRECTIONS = np.linalg.qr(np.random.default_rng(99).standard_normal((20, 20)))[0]
 
@@ -76,22 +77,15 @@ def change(folder: Path, number: int, **values: object) -> None:
 def test_samples_are_paired_by_their_noise(tmp_path, caplog):
     arrays = [draw(k) for k in range(4)]
     samples = open_volumes(write_samples(tmp_path / "neg", arrays, given="neg"), field="--synthetic")
-    others = write_samples(tmp_path / "pos", [x * 0.5 for x in arrays], given="pos")
-    for old, new in ((0, "x"), (1, 0), ("x", 1)):  # the same seeds in another order
-        for suffix in (".json", ".nii.gz"):
-            name = f"sample-{old:03d}_seed{old}" if old != "x" else "x"
-            (others / (name + suffix)).rename(
-                others / ((f"sample-{new:03d}_seed{new}" if new != "x" else "x") + suffix)
-            )
-    for name in ("sample-000_seed0", "sample-001_seed1"):
-        content = read_json(others / f"{name}.json")
-        write_json(others / f"{name}.json", content | {"files": {"t2w": f"{name}.nii.gz"}})
+    others = write_samples(tmp_path / "pos", [x * 0.5 for x in reversed(arrays)], given="pos")
+    for number in range(4):  # the same seeds in another order
+        change(others, number, seed=3 - number)
     found = pair_samples(samples, open_volumes(others, field="--counterfactual"), field="--counterfactual")
     places = {volume.id: volume for volume in found}
     for volume in samples:
         np.testing.assert_allclose(places[volume.id].array, volume.array * 0.5, atol=1e-6)
         assert (volume.pirads, places[volume.id].pirads) == ("neg", "pos")
-    change(others, 2, num_inference_steps=6)  # other settings: no pair
+    change(others, 2, num_inference_steps=6)  # other settings
     fewer = pair_samples(samples, open_volumes(others, field="x"), field="x")
     assert len(fewer) == 3 and "1 sample without a counterpart left out" in caplog.text
     same = write_samples(tmp_path / "same", arrays, given="neg")
@@ -101,6 +95,28 @@ def test_samples_are_paired_by_their_noise(tmp_path, caplog):
             (bad / "a.nii.gz").write_bytes((others / "sample-002_seed2.nii.gz").read_bytes())
         with pytest.raises(DataError, match=words):
             pair_samples(samples, open_volumes(bad, field="x"), field="x")
+
+
+def test_pairs_of_the_sampler_s_own_files(tmp_path):
+    """Two reports with the seeds 0 and 1 each, once for each class."""
+    sampler = FastSampler.from_checkpoint(
+        write_checkpoint(tmp_path / "model"), device="cpu", text_encoder=FakeEncoder()
+    )
+    request = {"reports": ["a", "a", "bb", "bb"], "report_ids": ["r1", "r1", "r2", "r2"], "seeds": [0, 1, 0, 1]}
+    for name in ("neg", "pos"):
+        sampler(**request, class_override=name, num_inference_steps=2, progress=False).save(tmp_path / name)
+    sampler(**request, class_override="pos", num_inference_steps=3, progress=False).save(tmp_path / "other")
+    first, second, other = (open_volumes(tmp_path / name, field="x") for name in ("neg", "pos", "other"))
+    paired = {source.id: source for source in pair_samples(first, second, field="x").sources}
+    for source in first.sources:
+        other_class = paired[source.id]
+        assert (other_class.prompt, other_class.pirads, other_class.path.name) == (
+            source.prompt,
+            "pos",
+            source.path.name,
+        )
+    with pytest.raises(DataError, match="the seed and the settings"):
+        pair_samples(first, other, field="x")
 
 
 def test_other_reports_are_paired_where_the_noise_is_unique(tmp_path):
