@@ -141,6 +141,8 @@ def folders(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("pairs")
     arrays = {f"case{k}": {"t2w": draw(k) * (0.5 if k % 3 == 1 else 1)} for k in range(27)}
     write_prepared(root / "prepared", arrays)
+    sides = [f"case{k},{('left', 'right')[k % 2]}" for k in range(27)]
+    (root / "findings.csv").write_text("\n".join(["case,side", *sides]) + "\n")
     drawn = [draw(100 + k) for k in range(10)]
     write_samples(root / "neg", drawn, given="neg")
     write_samples(root / "pos", [x * 0.5 for x in drawn], given="pos")
@@ -151,7 +153,7 @@ def folders(tmp_path_factory) -> Path:
 def run(folders: Path, out: Path, other: str) -> dict:
     evaluate_to_folder(
         folders / "prepared", folders / "neg", out, counterfactual=folders / other, features=[CountingExtractor()],
-        metrics=["condition"], draws=4,
+        metrics=["condition"], draws=4, findings=folders / "findings.csv",
     )  # fmt: skip
     rows = json.loads((out / "metrics.json").read_text())["rows"]
     return next(row for row in rows if (row["metric"], row["features"]) == ("counterfactual_class", "fake"))
@@ -161,8 +163,10 @@ def test_the_effect_of_the_class_is_a_row_of_the_page(folders, tmp_path, no_pros
     row = run(folders, tmp_path / "out", "pos")
     assert 0.7 < row["value"] < 1.3 and row["floor"] == 0 and (row["n_real"], row["n_synthetic"]) == (18, 10)
     assert row["details"]["moved"] == 1 and row["details"]["ceiling"] == 1 and row["ci95"][0] > 0.5
+    moved = row["details"]["not_asked_for"]["side"]["mean_change_sd"]  # the reading of the side is of brightness too
     assert "Effect of asking for another class, same noise" in write_evaluation_page(tmp_path / "out").read_text()
-    assert abs(run(folders, tmp_path / "out", "deaf")["value"]) < 0.1  # negative control
+    deaf = run(folders, tmp_path / "out", "deaf")  # negative control
+    assert abs(deaf["value"]) < 0.1 and deaf["details"]["not_asked_for"]["side"]["mean_change_sd"] < 0.1 * moved
 
 
 def test_the_command_names_folders_that_are_no_pairs(folders, tmp_path, capsys):
