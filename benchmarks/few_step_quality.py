@@ -3,6 +3,9 @@
 The error is the distance of the result of few steps to the same solver's result with every training timestep, from the same
 starting noise: |x_N - x_T| / |x_T| over the latent. Writes few_step_quality.md, .png and .json.
 
+With `--real prepared:test` each sample is prompted by one of these studies and decoded, and the volumes are compared with the
+studies by the metrics of `ccella-fast evaluate`.
+
 With `--random_full_model` the network is the full-size CCELLA with random weights, on a small latent. By itself such a network
 does not predict noise, and its samples would grow without bound. Its output is therefore added, at a fixed strength, to the
 exact noise of unit Gaussian data.
@@ -28,10 +31,11 @@ from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import SOLVERS, get_solver
 from ccella_fast.diffusion.trajectory import DenoiserFn, Trajectory
 from ccella_fast.environment import describe_environment
-from ccella_fast.errors import NonFiniteError
+from ccella_fast.errors import ConfigError, NonFiniteError
 from ccella_fast.pirads import CLASS_NAMES
 from ccella_fast.storage import atomic_path, write_json
 from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
+from sample_quality import LEGEND, SAMPLES, Judged, Prompt, RealStudies, add_real_options, open_real
 from script import add_sampling_options, default_device, make_parser, run_script
 
 STEPS = (10, 20, 30, 50)
@@ -51,27 +55,47 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure all solvers and write the table, the plot and the JSON file."""
     begin = time.perf_counter()
     device = default_device().type
+    real: RealStudies | None = None
     if arguments.random_full_model:
+        open_real(arguments, None, default_device())
         config, subject = make_config(), "full-size CCELLA, random weights"
         grid = list(arguments.grid or SMALL_LATENT)
-        denoiser = random_denoiser(config, Schedule.from_config(config.scheduler), grid, device)
+        random = random_denoiser(config, Schedule.from_config(config.scheduler), grid, device)
+
+        def denoisers(seed: int) -> DenoiserFn:
+            return random
+
     else:
         loaded = load_checkpoint(arguments.checkpoint, device=device)
+        real = open_real(arguments, loaded, default_device())
         config, subject = loaded.config, f"{loaded.variant}, step {loaded.step}, {loaded.weights} weights"
         grid = list(arguments.grid or config.check_grid())
-        denoiser = checkpoint_denoiser(loaded.model.eval(), config, arguments, device)
+        prompt_of = real.prompt if real is not None else constant_prompt(config, arguments)
+        model = loaded.model.eval()
+
+        def denoisers(seed: int) -> DenoiserFn:
+            return conditioned(model, prompt_of(seed), device)
+
     schedule, shape = Schedule.from_config(config.scheduler), [sum(config.model.latent_channels), *grid]
     steps = [count for count in STEPS if count < len(schedule)]
-    results = measure(denoiser, schedule, shape, steps, arguments.solvers, range(arguments.seeds), device)
+    seeds = arguments.seeds or (1 if real is None else min(SAMPLES, len(real.cases)))
+    if real is not None and seeds < 2:
+        why = "samples are compared with real studies as a set, and a set of one volume has no distance"
+        raise ConfigError(why, field="--seeds", fix=f"give at least 2, better {SAMPLES} or more")
+    results, latents = measure(denoisers, schedule, shape, steps, arguments.solvers, range(seeds), device)
+    judged = {} if real is None else judge(real, latents)
     record = {
         "what": "relative L2 distance of the latent to the same solver's with every timestep, mean over seeds",
         "command": " ".join(["python benchmarks/few_step_quality.py", *sys.argv[1:]]),
-        "model": subject, "latent": shape, "reference_steps": len(schedule), "seeds": arguments.seeds,
-        "results": results, "seconds": round(time.perf_counter() - begin, 1), "environment": describe_environment(),
+        "model": subject, "latent": shape, "reference_steps": len(schedule), "seeds": seeds,
+        "results": results,
+        "evaluation": [{"solver": name, "steps": n, **each.as_json()} for (name, n), each in judged.items()],
+        "features": [] if real is None else [each.identity for each in real.extractors],
+        "seconds": round(time.perf_counter() - begin, 1), "environment": describe_environment(),
     }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "few_step_quality.json", record)
-    text = table(record)
+    text = table(record, judged)
     for name, content in (("md", text.encode()), ("png", plot(record))):
         with atomic_path(arguments.out / f"few_step_quality.{name}") as temporary:
             temporary.write_bytes(content)
@@ -80,13 +104,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(
-    denoiser: DenoiserFn, schedule: Schedule, shape: Sequence[int], steps: Sequence[int], solvers: Sequence[str],
-    seeds: Sequence[int], device: str,
-) -> list[dict[str, Any]]:  # fmt: skip
+    denoisers: Callable[[int], DenoiserFn], schedule: Schedule, shape: Sequence[int], steps: Sequence[int],
+    solvers: Sequence[str], seeds: Sequence[int], device: str,
+) -> tuple[list[dict[str, Any]], dict[tuple[str, int], list[Tensor]]]:  # fmt: skip
     """Measure every solver at every number of steps.
 
     Args:
-        denoiser: The network as a function of (x, timesteps).
+        denoisers: For a seed, the network under its prompt as a function of (x, timesteps).
         schedule: The noise schedule of training.
         shape: Of the latent, (C, X, Y, Z).
         steps: The numbers of steps.
@@ -96,20 +120,26 @@ def measure(
 
     Returns:
         One entry per solver and number of steps: the mean distance over seeds, the distance of each seed, and the spread (the
-        standard deviation of the latent relative to that of the result with every timestep).
+        standard deviation of the latent relative to that of the result with every timestep). And of each solver and number of
+        steps, also with every timestep, the latents on the CPU in the order of the seeds.
     """
+    latents: dict[tuple[str, int], list[Tensor]] = {}
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     total = len(schedule)
     bar = tqdm(total=len(seeds) * (total + sum(steps)), desc="evaluations of all solvers", mininterval=1.0)
     for seed in seeds:
+        denoiser = denoisers(seed)
         references = sample_with_all(denoiser, schedule, shape, total, solvers, seed, device, bar.update)
+        for name, truth in zip(solvers, references, strict=True):
+            latents.setdefault((name, total), []).append(truth.cpu())
         for count in steps:
             results = sample_with_all(denoiser, schedule, shape, count, solvers, seed, device, bar.update)
             for name, result, truth in zip(solvers, results, references, strict=True):
+                latents.setdefault((name, count), []).append(result.cpu())
                 distance = ((result - truth).norm() / truth.norm()).item()
                 found.setdefault((name, count), []).append((distance, (result.std() / truth.std()).item()))
     bar.close()
-    return [
+    entries = [
         {
             "solver": name, "steps": count, "stochastic": get_solver(name).plan(schedule, count).stochastic,
             "distance": sum(d for d, _ in pairs) / len(pairs), "distances": [d for d, _ in pairs],
@@ -117,6 +147,13 @@ def measure(
         }
         for (name, count), pairs in sorted(found.items(), key=lambda item: (solvers.index(item[0][0]), item[0][1]))
     ]  # fmt: skip
+    return entries, latents
+
+
+def judge(real: RealStudies, latents: dict[tuple[str, int], list[Tensor]]) -> dict[tuple[str, int], Judged]:
+    """Compare the decoded samples of each solver and number of steps with the real studies."""
+    bar = tqdm(latents.items(), desc="comparing with the studies", unit="set", mininterval=1.0)
+    return {key: real.compare(samples) for key, samples in bar}
 
 
 def sample_with_all(
@@ -144,16 +181,15 @@ def sample_with_all(
     return results
 
 
-def checkpoint_denoiser(model: Any, config: Config, arguments: argparse.Namespace, device: str) -> DenoiserFn:
-    """The checkpoint's network conditioned on one report (or the null report) and, if its variant takes one, on a class."""
-    variant, text, pirads = model.variant, None, None
-    if variant.class_input == "given":
-        pirads = torch.tensor([[CLASS_SCALE * (arguments.pirads == name) for name in CLASS_NAMES]], device=device)
-    if variant.text:
+def constant_prompt(config: Config, arguments: argparse.Namespace) -> Callable[[int], Prompt]:
+    """The same report (or the null report) and, if the variant takes one, the same class for every seed."""
+    text = None
+    if config.model.traits.text:
         from ccella_fast.data.text_encoder import TextEncoder
 
-        text = torch.from_numpy(TextEncoder(config.text).encode([arguments.report]).features).float().to(device)
-    return conditioned(model, torch.tensor([config.data.spacing], device=device) * SPACING_SCALE, text, pirads)
+        text = torch.from_numpy(TextEncoder(config.text).encode([arguments.report]).features)
+    prompt = Prompt(text, arguments.pirads, config.data.spacing)
+    return lambda seed: prompt
 
 
 def random_denoiser(config: Config, schedule: Schedule, grid: Sequence[int], device: str) -> DenoiserFn:
@@ -164,17 +200,22 @@ def random_denoiser(config: Config, schedule: Schedule, grid: Sequence[int], dev
         if weight.ndim > 1 and not weight.any():  # some weights of a new network are zero
             weight.normal_(0, weight[0].numel() ** -0.5)
     text = torch.randn(1, TOKENS, config.model.input_dim, device=device)
-    network = conditioned(model, torch.tensor([config.data.spacing], device=device) * SPACING_SCALE, text, None)
+    network = conditioned(model, Prompt(text, None, config.data.spacing), device)
     sigma = torch.tensor((1 - schedule.alphas_cumprod) ** 0.5, dtype=torch.float32, device=device)
     probe = torch.randn(1, sum(config.model.latent_channels), *grid, device=device)
     strength = STRENGTH / network(probe, torch.tensor([len(schedule) // 2], device=device)).std()
     return lambda x, t: sigma[t].view(-1, 1, 1, 1, 1) * x + strength * network(x, t)
 
 
-def conditioned(model: Any, spacing: Tensor, text: Tensor | None, pirads: Tensor | None) -> DenoiserFn:
-    """The model under one condition. The adapter's output is cached by timestep, because all solvers use the same ones."""
-    if text is not None:
-        adapter, cache = model.ella.forward, {}
+def conditioned(model: Any, prompt: Prompt, device: str) -> DenoiserFn:
+    """The model under one prompt. The adapter's output is cached by timestep, because all solvers use the same ones."""
+    variant, rows = model.variant, {"spacing": torch.tensor([prompt.spacing], device=device) * SPACING_SCALE}
+    if variant.class_input == "given":
+        rows["pirads"] = torch.tensor([[CLASS_SCALE * (prompt.pirads == name) for name in CLASS_NAMES]], device=device)
+    if variant.text:
+        assert prompt.text is not None
+        rows["text"] = prompt.text.float().to(device)
+        adapter, cache = getattr(model.ella.forward, "uncached", model.ella.forward), {}
 
         def cached_adapter(text: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
             for t in set(timesteps.tolist()) - cache.keys():
@@ -182,17 +223,18 @@ def conditioned(model: Any, spacing: Tensor, text: Tensor | None, pirads: Tensor
             contexts, heads = zip(*(cache[t] for t in timesteps.tolist()), strict=True)
             return torch.cat(contexts), None if heads[0] is None else torch.cat(heads)
 
-        model.ella.forward = cached_adapter
+        cached_adapter.uncached = adapter  # type: ignore[attr-defined]
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        rows = {"spacing": spacing, "text": text, "pirads": pirads}
-        return model(x, t, **{k: None if v is None else v.expand(len(x), *v.shape[1:]) for k, v in rows.items()}).noise
+        if variant.text:
+            model.ella.forward = cached_adapter
+        return model(x, t, **{name: row.expand(len(x), *row.shape[1:]) for name, row in rows.items()}).noise
 
     return denoise
 
 
-def table(record: dict[str, Any]) -> str:
-    """The distances as a Markdown table."""
+def table(record: dict[str, Any], judged: dict[tuple[str, int], Judged]) -> str:
+    """The distances as Markdown tables."""
     counts = sorted({entry["steps"] for entry in record["results"]})
     lines = [
         f"Few-step quality: {record['model']}, latent {record['latent']}, {record['seeds']} seed(s)",
@@ -211,7 +253,22 @@ def table(record: dict[str, Any]) -> str:
     note = (
         "\\* adds noise at each step: another number of steps follows another path, which causes most of the distance."
     )
-    return "\n".join([*lines, "", note, "", f"    {record['command']}", ""])
+    return "\n".join([*lines, "", note, "", *_judged_tables(judged), f"    {record['command']}", ""])
+
+
+def _judged_tables(judged: dict[tuple[str, int], Judged]) -> list[str]:
+    """The lines of a table for each feature space."""
+    counts, names = sorted({count for _, count in judged}), list(dict.fromkeys(name for name, _ in judged))
+    spaces = list(dict.fromkeys(pair for each in judged.values() for pair in each.spaces()))
+    lines = [f"Compared with real studies: {LEGEND}", ""] if judged else []
+    for sequence, space in spaces:
+        lines += [f"| {sequence}, {space} | {' | '.join(f'{count} steps' for count in counts)} |"]
+        lines += [f"|---|{'---:|' * len(counts)}"]
+        for name in names:
+            cells = ["; ".join(judged[name, count].cells(sequence, space)) for count in counts]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
 
 
 def plot(record: dict[str, Any]) -> bytes:
@@ -253,7 +310,9 @@ def _parser() -> entrypoint.Parser:
     )
     add_sampling_options(parser, out="the table, the plot and the JSON file", grid="the model's; 8 8 8 if random")
     parser.add_argument("--solvers", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--seeds", type=int, default=1, help="number of starting noises (default 1)")
+    about = f"number of starting noises (default 1; with --real one per study, at most {SAMPLES})"
+    parser.add_argument("--seeds", type=entrypoint.whole_number(1), help=about)
+    add_real_options(parser)
     parser.add_argument("--report", default="", help="prompt, for variants that take one (default: the null report)")
     parser.add_argument("--pirads", choices=CLASS_NAMES, default="pos", help="class, for variants that take one")
     return parser

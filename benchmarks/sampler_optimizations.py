@@ -7,6 +7,9 @@ several intervals and depths, in turn in one process. Next to each time, the tab
 |x_off| of the latents to those of the eager baseline in fp32. The time includes conditioning before the loop, but not
 decoding.
 
+With --checkpoint and `--real prepared:test`, samples that these studies prompt are decoded too, and the volumes are compared
+with the studies by the metrics of `ccella-fast evaluate`. The distance is then that of the latents of all these samples.
+
 Without --checkpoint the model is the full-size CCELLA with random weights. Its times are those of a trained model, but its
 distances are not: a random network magnifies rounding errors, and its features change more between steps than a trained one's.
 """
@@ -29,6 +32,7 @@ from ccella_fast.environment import describe_environment
 from ccella_fast.sampling import Optimizations, Reuse
 from ccella_fast.sampling.pretrained import config_of
 from ccella_fast.storage import write_json
+from sample_quality import LEGEND, SAMPLES, Judged, RealStudies, add_real_options, open_real
 from script import add_sampling_options, default_device, make_parser, run_script
 from timer import measure
 
@@ -44,17 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the table and write the JSON file."""
     device = default_device()
-    model, config = _model(arguments.checkpoint, device)
+    loaded = None if arguments.checkpoint is None else load_checkpoint(arguments.checkpoint, device=device)
+    real = open_real(arguments, loaded, device)
+    model, config = _random_model(device) if loaded is None else (loaded.model, loaded.config)
     request, features = _request(model, config, arguments), _features(model, config)
+    compared = request | ({"text": features[0]} if real is None else _prompts(model, real))
 
     def make(optimizations: Optimizations, dtype: str = "auto") -> FastSampler:
         return FastSampler(model, config=config, optimizations=optimizations, dtype=dtype)
 
     implementations: dict[str, Callable[[], torch.Tensor]] = {}
+    sampled: dict[str, torch.Tensor] = {}
 
     def add(name: str, sampler: FastSampler, **more: Any) -> None:
         texts = itertools.cycle(features)  # another report in each call, so that its conditioning is computed again
         implementations[name] = lambda: sampler(**request, text=next(texts), **more).latents
+        sampled[name] = sampler(**compared, **more).latents
 
     fast = make(Optimizations())
     add("all on", fast)
@@ -65,9 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     add("all off, fp32", make(Optimizations.off(), "float32"))
     for reuse in REUSES:
         add(f"reuse, interval {reuse.interval}, depth {reuse.depth}", fast, reuse=reuse)
-    sampled = {name: draw() for name, draw in implementations.items()}
     truth = sampled["all off, fp32"]
     distances = {name: float((latents - truth).norm() / truth.norm()) for name, latents in sampled.items()}
+    judged = {} if real is None else {name: real.compare(latents) for name, latents in sampled.items()}
     timings = measure(
         {name: lambda stopwatch, draw=draw: draw() for name, draw in implementations.items()},
         device,
@@ -79,14 +88,25 @@ def run(arguments: argparse.Namespace) -> int:
         "weights": "random" if arguments.checkpoint is None else "trained",
         "steps": arguments.num_inference_steps, "solver": arguments.solver, "latent": list(truth.shape),
         "dtype": str(fast.dtype),
-        "rows": rows, "environment": describe_environment(),
+        "rows": rows, "evaluation": {name: each.as_json() for name, each in judged.items()},
+        "features": [] if real is None else [each.identity for each in real.extractors],
+        "environment": describe_environment(),
     }  # fmt: skip
     write_json(arguments.out / "sampler_optimizations.json", record)
-    line = "{:30} {:>10} {:>14} {:>12}".format
-    print(line("", "s per step", "x of all off", "distance"))
-    for row in rows:
-        print(line(row["name"], f"{row['seconds_a_step']:.4f}", f"{row['speed']:.2f}", f"{row['distance']:.1e}"))
+    for text in _table(rows, judged):
+        print(text)
     return 0
+
+
+def _table(rows: list[dict[str, Any]], judged: dict[str, Judged]) -> list[str]:
+    spaces = list(dict.fromkeys(pair for each in judged.values() for pair in each.spaces()))
+    line = ("{:30} {:>10} {:>14} {:>12}" + "  {:>26}" * len(spaces)).format
+    lines = [line("", "s per step", "x of all off", "distance", *(", ".join(pair) for pair in spaces))]
+    for row in rows:
+        cells = ["; ".join(judged[row["name"]].cells(*pair)) for pair in spaces]
+        numbers = f"{row['seconds_a_step']:.4f}", f"{row['speed']:.2f}", f"{row['distance']:.1e}"
+        lines.append(line(row["name"], *numbers, *cells))
+    return [*lines, *([f"Last columns: {LEGEND}"] if spaces else [])]
 
 
 def _rows(rounds: dict[str, list[float]], distances: dict[str, float], steps: int) -> list[dict[str, Any]]:
@@ -102,10 +122,7 @@ def _rows(rounds: dict[str, list[float]], distances: dict[str, float], steps: in
     ]
 
 
-def _model(checkpoint: Path | None, device: torch.device):
-    if checkpoint is not None:
-        loaded = load_checkpoint(checkpoint, device=device)
-        return loaded.model, loaded.config
+def _random_model(device: torch.device):
     torch.manual_seed(0)
     with device:
         model = build_model("CCELLA").eval().requires_grad_(False)
@@ -124,6 +141,16 @@ def _request(model: Any, config: Any, arguments: argparse.Namespace) -> dict[str
     }  # fmt: skip
 
 
+def _prompts(model: Any, real: RealStudies) -> dict[str, Any]:
+    """The part of a request that asks for what the studies show, in batches of the checkpoint's size."""
+    prompts = [real.prompt(k) for k in range(max(2, min(SAMPLES, len(real.cases))))]
+    return {
+        "seeds": list(range(len(prompts))), "spacing": [prompt.spacing for prompt in prompts],
+        "text": torch.cat([prompt.text for prompt in prompts if prompt.text is not None]) if model.variant.text else None,
+        "pirads": [prompt.pirads for prompt in prompts] if model.variant.class_input == "given" else None,
+    }  # fmt: skip
+
+
 def _features(model: Any, config: Any) -> list[torch.Tensor | None]:
     """Random features of two reports; [None] if the variant takes no text."""
     if not model.variant.text:
@@ -138,6 +165,7 @@ def _parser() -> entrypoint.Parser:
     parser.add_argument(
         "--checkpoint", type=Path, help="run folder, step folder or .pt (default: full size, random weights)"
     )
+    add_real_options(parser)
     parser.add_argument("--num_inference_steps", type=int, default=10, help="sampling steps (default 10)")
     parser.add_argument("--solver", default="dpmpp_2m", help="solver (default dpmpp_2m)")
     parser.add_argument("--minutes", type=float, default=5.0, help="minutes for the timed rounds (default 5)")

@@ -244,6 +244,10 @@ def _evaluate(subparsers: argparse._SubParsersAction) -> None:
         "table of the real cases and of the prompts (column case) with any of side, zone, level, lesion_size_mm, report"
     )
     add("--findings", type=Path, metavar="FILE", help=about)
+    about = "samples of the same seeds as --synthetic and another class or report, to see what that changes"
+    add("--counterfactual", metavar="FOLDER", help=about)
+    about = "safetensors file of a text-image model's vectors: report/NAME, synthetic/ID and, if wanted, real/ID"
+    add("--embeddings", type=Path, metavar="FILE", help=about)
     about = "those that are compared (default: all, which all folders must have)"
     add("--sequences", nargs="+", choices=SEQUENCES, metavar="NAME", help=f"{about}: {', '.join(SEQUENCES)}")
     add = command.add_argument_group("what is computed").add_argument

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from ccella_fast.errors import DataError
+from ccella_fast.evaluation.features.cache import voxel_digest
+from ccella_fast.evaluation.features.extractor import serves
 from ccella_fast.evaluation.volumes import Volume, VolumeSet, check_array
 from ccella_fast.processes import DistributedContext
 from ccella_fast.progress import refresh_interval
@@ -64,7 +65,8 @@ class FeatureTable:
         patients: of the volumes, None where a volume has a patient of its own.
         classes: "neg", "pos" or None.
         prompts: names of the reports that the volumes were generated from, or None.
-        digests: the SHA-256 of the voxels.
+        digests: the SHA-256 of the voxels, from `voxel_digest`.
+        spacings: (n, 3) float64, mm.
         spaces: name -> (n, d) float32.
     """
 
@@ -75,6 +77,7 @@ class FeatureTable:
     classes: list[str | None]
     prompts: list[str | None]
     digests: list[bytes]
+    spacings: np.ndarray
     spaces: dict[str, np.ndarray]
 
     def __len__(self) -> int:
@@ -117,6 +120,7 @@ def collect(
     facts, places = _known(volumes, processes)
     rows: dict[int, dict[str, np.ndarray]] = {}
     digests: dict[int, np.ndarray] = {}
+    spacings: dict[int, np.ndarray] = {}
     bar = tqdm(
         total=len(places) if places is not None else None, desc=f"features of {name}", unit="volume",
         mininterval=refresh_interval(), disable=not progress or processes.rank != 0,
@@ -129,42 +133,46 @@ def collect(
             grid.check(volume, name, path)
             if places is None:
                 facts.append(_Facts(volume.id, volume.sequence, volume.patient, volume.pirads, volume.prompt))
-            digests[place] = voxel_digest(volume)
+            digests[place] = np.frombuffer(voxel_digest(volume), np.uint8)
+            spacings[place] = np.array(volume.spacing, np.float64)
             rows[place] = _features(volume, extractors, cache)
             bar.update()
             del volume  # so that the next one is not read next to it
     tables = {}
     for sequence in dict.fromkeys(fact.sequence for fact in facts):
         chosen = [place for place, fact in enumerate(facts) if fact.sequence == sequence]
-        serving = [each for each in extractors if each.sequences is None or sequence in each.sequences]
+        serving = [each for each in extractors if serves(each, sequence)]
         spaces = {space: size for each in serving for space, size in each.spaces.items()}
-        arrays = {}
-        for space, size in spaces.items():
-            array = np.zeros((len(chosen), size), np.float32)
-            for row, place in enumerate(chosen):
-                if place in rows:
-                    array[row] = rows[place][space]
-            arrays[space] = processes.sum(array)  # exact: of each row, all processes but one have zeros
-        bytes_ = np.zeros((len(chosen), _DIGEST), np.uint8)
-        for row, place in enumerate(chosen):
-            if place in digests:
-                bytes_[row] = digests[place]
-        of_all = [bytes(row) for row in processes.sum(bytes_)]
+        arrays = {
+            space: _gathered(
+                {place: found[space] for place, found in rows.items() if space in found},
+                chosen,
+                size,
+                np.float32,
+                processes,
+            )
+            for space, size in spaces.items()
+        }
+        of_all = [bytes(row) for row in _gathered(digests, chosen, _DIGEST, np.uint8, processes)]
+        lengths = _gathered(spacings, chosen, 3, np.float64, processes)
         known = [facts[place] for place in chosen]
         _check_ids(known, name)
         tables[sequence] = FeatureTable(
             name, sequence, [fact.id for fact in known], [fact.patient for fact in known], [fact.pirads for fact in known],
-            [fact.prompt for fact in known], of_all, arrays,
+            [fact.prompt for fact in known], of_all, lengths, arrays,
         )  # fmt: skip
     return tables, grid
 
 
-def voxel_digest(volume: Volume) -> np.ndarray:
-    """The SHA-256 of the voxels and their shape, (32,) uint8: equal for volumes that are equal to the bit."""
-    array = np.ascontiguousarray(volume.array, "<f4")
-    digest = hashlib.sha256(repr(array.shape).encode())
-    digest.update(array.data)
-    return np.frombuffer(digest.digest(), np.uint8)
+def _gathered(
+    rows: dict[int, np.ndarray], places: Sequence[int], width: int, dtype: Any, processes: DistributedContext
+) -> np.ndarray:
+    """The rows at these places, of which each process has some: (places, width). Exact: all processes but one add zeros."""
+    array: np.ndarray = np.zeros((len(places), width), dtype)
+    for row, place in enumerate(places):
+        if place in rows:
+            array[row] = rows[place]
+    return processes.sum(array)
 
 
 def _known(volumes: Iterable[Volume], processes: DistributedContext) -> tuple[list[_Facts], list[int] | None]:
@@ -187,7 +195,7 @@ def _read(volumes: Iterable[Volume], places: list[int] | None):
 def _features(volume: Volume, extractors: Sequence[Extractor], cache: FeatureCache | None) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for extractor in extractors:
-        if extractor.sequences is not None and volume.sequence not in extractor.sequences:
+        if not serves(extractor, volume.sequence):
             continue
         vectors = extractor(volume) if cache is None else cache.features(extractor, volume)
         for space, vector in vectors.items():

@@ -7,14 +7,13 @@ has no influence, 1 that generated volumes show it as clearly as real ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.classifier_test import area_under_curve, fit_logistic
-from ccella_fast.evaluation.paired import sign_flip_p
 from ccella_fast.evaluation.statistics import (
     Standardisation,
     feature_matrix,
@@ -176,8 +175,8 @@ def condition_agreement(
     rows_r = np.array([i for i, value in enumerate(known) if value is not None], int)
     rows_s = np.array([i for i, value in enumerate(prompts) if value is not None], int)
     labels = [known[i] for i in rows_r]
-    is_number = not any(isinstance(label, str) for label in labels)
-    classes = () if is_number else tuple(sorted({str(label) for label in labels}))
+    classes = _classes(labels)
+    is_number = not classes
     asked = [prompts[i] for i in rows_s]
     if min(len(set(labels)), len(set(asked) if is_number else set(asked) & set(classes))) < 2:
         return _nothing(name, is_number, len(rows_r), len(rows_s))
@@ -186,27 +185,76 @@ def condition_agreement(
         probe = fit_probe(fit[0], fit[1], classes)
         read_real, read_synthetic = probe.read(real[rows_r]), probe.read(synthetic[rows_s])
     else:
-        groups = group_numbers(patients, len(real))[rows_r]
-        number = min(folds, len(np.unique(groups)))
-        if number < 2:
+        fitted = cross_fit(real, known, patients, folds, rng)
+        if fitted is None:
             return _nothing(name, is_number, len(rows_r), len(rows_s))
-        fold_r = grouped_folds(np.unique(groups, return_inverse=True)[1], number, rng)
-        place = {int(row): int(fold) for row, fold in zip(rows_r, fold_r, strict=True)}
-        fold_s = rng.permutation(np.arange(len(rows_s)) % number)
+        place = {int(row): int(fold) for row, fold in zip(rows_r, fitted.folds, strict=True)}
+        fold_s = rng.permutation(np.arange(len(rows_s)) % len(fitted.probes))
         for i, row in enumerate(rows_s):
             fold_s[i] = place.get(prompted_by[row], fold_s[i])
-        width = max(1, len(classes))
-        read_real, read_synthetic = np.empty((len(rows_r), width)), np.empty((len(rows_s), width))
-        for fold in range(number):
-            others = rows_r[fold_r != fold]
-            probe = fit_probe(real[others], [known[i] for i in others], classes)
-            for read, rows, where, matrix in (
-                (read_real, rows_r, fold_r == fold, real),
-                (read_synthetic, rows_s, fold_s == fold, synthetic),
-            ):
-                if where.any():
-                    read[where] = probe.read(matrix[rows[where]])
+        read_real, read_synthetic = fitted.readings, np.empty((len(rows_s), fitted.readings.shape[1]))
+        for fold, probe in enumerate(fitted.probes):
+            if (fold_s == fold).any():
+                read_synthetic[fold_s == fold] = probe.read(synthetic[rows_s[fold_s == fold]])
     return agreement(name, read_synthetic, asked, read_real, labels, classes, permutations=permutations, rng=rng)
+
+
+class CrossFit(NamedTuple):
+    """Probes of which each real volume is read by one that was fitted on other patients.
+
+    Attributes:
+        classes: of the property; none for a number.
+        rows: the real volumes of which it is known.
+        folds: of each of them, the probe that reads it.
+        probes: one for each fold.
+        readings: (rows, classes) or (rows, 1).
+    """
+
+    classes: tuple[str, ...]
+    rows: np.ndarray
+    folds: np.ndarray
+    probes: list[Probe]
+    readings: np.ndarray
+
+
+def cross_fit(
+    real: np.ndarray, known: Sequence[Label], patients: Sequence[Hashable] | None, folds: int, rng: np.random.Generator
+) -> CrossFit | None:
+    """Fit a probe for each fold of real volumes; None if there is nothing to tell apart or only one patient."""
+    rows = np.array([i for i, value in enumerate(known) if value is not None], int)
+    labels = [known[i] for i in rows]
+    groups = group_numbers(patients, len(real))[rows]
+    number = min(folds, len(np.unique(groups)))
+    if number < 2 or len(set(labels)) < 2:
+        return None
+    classes = _classes(labels)
+    fold_of = grouped_folds(np.unique(groups, return_inverse=True)[1], number, rng)
+    probes, readings = [], np.empty((len(rows), max(1, len(classes))))
+    for fold in range(number):
+        others = rows[fold_of != fold]
+        probes.append(fit_probe(real[others], [known[i] for i in others], classes))
+        readings[fold_of == fold] = probes[-1].read(real[rows[fold_of == fold]])
+    return CrossFit(classes, rows, fold_of, probes, readings)
+
+
+def _classes(labels: Sequence[Label]) -> tuple[str, ...]:
+    """The classes among the labels; none if these are numbers."""
+    return tuple(sorted({str(label) for label in labels})) if any(isinstance(each, str) for each in labels) else ()
+
+
+def readability(
+    readings: np.ndarray,
+    known: Sequence[Label],
+    classes: Sequence[str],
+    rng: np.random.Generator,
+    permutations: int = 1000,
+) -> tuple[float, float]:
+    """The score of cross-fitted readings of real volumes, and the share of random orders with one at least as high."""
+    score = _class_score if classes else _rank_score
+    truth = _codes(known, classes)
+    value = score(readings, truth)
+    shuffled = np.array([score(readings, rng.permutation(truth)) for _ in range(permutations)])
+    return value, float((1 + (shuffled >= value).sum()) / (1 + permutations))
 
 
 def agreement(
@@ -235,22 +283,21 @@ def agreement(
     rng = rng or np.random.default_rng(0)
     score = _class_score if classes else _rank_score
     truth, truth_real = (_codes(labels, classes) for labels in (asked, known))
-    value, ceiling = score(read, truth), score(read_real, truth_real)
+    value = score(read, truth)
     shuffled = np.array([score(read, rng.permutation(truth)) for _ in range(permutations)])
-    shuffled_real = np.array([score(read_real, rng.permutation(truth_real)) for _ in range(permutations)])
+    ceiling, p_real = readability(read_real, known, classes, rng, permutations)
     floor = float(np.nanmean(shuffled))
     guards = ["few"] if min(len(read), len(read_real)) < 20 else []
     normalized = interval = None
-    if (1 + (shuffled_real >= ceiling).sum()) / (1 + permutations) > 0.05:
+    if p_real > 0.05:
         guards.append("unreadable")
     else:
         normalized = (value - floor) / (ceiling - floor)
         drawn = [
-            (_resampled(score, read, truth, rng) - floor) / (_resampled(score, read_real, truth_real, rng) - floor)
+            (_resampled(score, read, truth, rng) - floor, _resampled(score, read_real, truth_real, rng) - floor)
             for _ in range(_RESAMPLES)
         ]
-        low, high = np.nanquantile(drawn, (0.025, 0.975))
-        interval = float(low), float(high)
+        interval = quotient_interval(drawn)
     return Agreement(
         name,
         "auc" if classes else "spearman",
@@ -266,6 +313,14 @@ def agreement(
         len(read),
         guards,
     )
+
+
+def quotient_interval(drawn: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The central 95 % of quotients, from their numerators and denominators. What is not a number or over zero is left out."""
+    over, under = np.array(drawn, np.float64).T
+    defined = np.isfinite(over) & np.isfinite(under) & (under != 0)
+    low, high = np.quantile(over[defined] / under[defined], (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _nothing(name: str, is_number: bool, n_real: int, n_synthetic: int) -> Agreement:
@@ -316,70 +371,3 @@ def _resampled(
 ) -> float:
     rows = rng.integers(len(read), size=len(read))
     return score(read[rows], truth[rows])
-
-
-# ---- Counterfactuals
-
-
-class Change(NamedTuple):
-    """What another prompt with the same noise changes in one reading.
-
-    Attributes:
-        name: the property.
-        asked: whether it is the one that the prompts differ in.
-        shift: mean change of the reading, in standard deviations of that reading among real volumes. Of the asked property:
-            towards what was asked for; of another: the mean absolute change of its readings.
-        p: of no common direction of the changes (sign-flip test).
-        moved: share of the pairs whose reading moved towards what was asked for; of another property: whose class is read
-            differently, None for a number.
-    """
-
-    name: str
-    asked: bool
-    shift: float
-    p: float
-    moved: float | None
-
-
-def counterfactual_changes(
-    before: Any, after: Any, asked: str, wanted: Sequence[Label], probes: Mapping[str, Probe], real: Any, seed: int = 0
-) -> list[Change]:
-    """Does a prompt that differs in one property change the reading of that property, and no other?
-
-    Args:
-        before: (n, d) features of generated volumes.
-        after: (n, d) features of volumes from the same noise and prompts that differ in one property.
-        asked: the name of that property.
-        wanted: what `after` was asked for: a class, or 1 and -1 for a larger and a smaller number.
-        probes: by the name of their property, fitted on real volumes.
-        real: (m, d) features of real volumes that gives the readings a scale.
-        seed: of the sign flips.
-
-    Raises:
-        DataError: the two sets differ in size, or no probe reads the requested property.
-    """
-    before, after = feature_matrix(before, "before", 1), feature_matrix(after, "after", 1)
-    if before.shape != after.shape or len(wanted) != len(after) or asked not in probes:
-        why = (
-            f"pairs need equal numbers of volumes and a probe of '{asked}', got {len(before)} and {len(after)} volumes"
-        )
-        raise DataError(why, fix="give the same volumes in the same order, and fit a probe of what was changed")
-    changes = []
-    for name, probe in probes.items():
-        first, second = probe.read(before), probe.read(after)
-        change = (second - first) / np.maximum(probe.read(real).std(0), np.finfo(float).tiny)
-        if name == asked:
-            towards = [
-                row[probe.classes.index(str(label))] if probe.classes else row[0] * np.sign(float(label))  # type: ignore[arg-type]
-                for row, label in zip(change, wanted, strict=True)
-            ]
-            shift, moved = float(np.mean(towards)), float(np.mean(np.array(towards) > 0))
-            p = sign_flip_p(np.array(towards)[:, None], seed)
-        else:
-            shift = float(np.abs(change).mean())
-            p = sign_flip_p(change, seed)
-            other = float((first.argmax(1) != second.argmax(1)).mean())
-        changes.append(
-            Change(name, name == asked, shift, p, moved if name == asked else other if probe.classes else None)
-        )
-    return changes

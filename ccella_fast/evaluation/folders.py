@@ -12,11 +12,14 @@ from tqdm import tqdm
 
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.collecting import CommonGrid
+from ccella_fast.evaluation.counterfactuals import pair_samples
 from ccella_fast.evaluation.examples import keep_examples
 from ccella_fast.evaluation.features.cache import FeatureCache
+from ccella_fast.evaluation.features.extractor import serves
 from ccella_fast.evaluation.findings import read_findings
 from ccella_fast.evaluation.reconstruction import LatentFeatures, reconstructions
 from ccella_fast.evaluation.results import FORMAT, SENSITIVITY, Evaluation, plain_values
+from ccella_fast.evaluation.retrieval import read_embeddings
 from ccella_fast.evaluation.run import check_metrics, check_sequences, check_size, evaluate, load_extractors
 from ccella_fast.evaluation.sensitivity import Gate, sensitivity_gate
 from ccella_fast.evaluation.volumes import Volume, VolumeSet, open_volumes
@@ -38,6 +41,8 @@ def evaluate_to_folder(
     train: str | Path | None = None,
     vae: str | Path | None = None,
     findings: str | Path | None = None,
+    counterfactual: str | Path | None = None,
+    embeddings: str | Path | None = None,
     features: Sequence[str] | None = None,
     allow_unknown_weights: bool = False,
     metrics: Sequence[str] | None = None,
@@ -57,6 +62,8 @@ def evaluate_to_folder(
         train: a folder of the volumes that the generator was trained on.
         vae: the generator's autoencoder, for the limit that it sets; `real` must be a prepared folder with its latents.
         findings: a table of the real cases and of the prompts, as for `read_findings`; prompts have the names in samples.csv.
+        counterfactual: a folder of samples with the seeds and settings of `synthetic` and another class or report.
+        embeddings: a file as for `read_embeddings`, of the reports and samples that samples.csv names.
         features: names as for `load_extractor`; default: those that need no file.
         allow_unknown_weights: as for `load_extractor`.
         metrics: of METRICS; default: all for which everything is there.
@@ -72,12 +79,17 @@ def evaluate_to_folder(
         DiskError: `out` cannot be written.
     """
     out = Path(out)
-    check_metrics(metrics, has_train=train is not None)
+    asked = counterfactual is not None or embeddings is not None
+    check_metrics(metrics, has_train=train is not None, for_condition=asked)
     check_writable(out, "--out")
     check_output(out, "an evaluation", field="--out")
     given = {"real": real, "synthetic": synthetic} | ({} if train is None else {"train": train})
     sets = {kind: _choose(open_volumes(path, field=f"--{kind}"), sequences) for kind, path in given.items()}
+    if counterfactual is not None:
+        others = _choose(open_volumes(counterfactual, field="--counterfactual"), sequences)
+        sets["counterfactual"] = pair_samples(sets["synthetic"], others, field="--counterfactual")
     _check_first(sets)
+    vectors = None if embeddings is None else read_embeddings(embeddings)
     known = None if findings is None else read_findings(findings)
     latents = None
     processes = DistributedContext()
@@ -91,8 +103,8 @@ def evaluate_to_folder(
             remove_partial_files(out)
         processes.barrier()
         result = evaluate(
-            **sets, latents=latents, findings=known, features=extractors, metrics=metrics, draws=draws, seed=seed,
-            device=on, cache=out / "features", processes=processes, progress=True,
+            **sets, latents=latents, findings=known, embeddings=vectors, features=extractors, metrics=metrics, draws=draws,
+            seed=seed, device=on, cache=out / "features", processes=processes, progress=True,
         )  # fmt: skip
         if processes.rank == 0:
             result.write_protocol(out)
@@ -143,7 +155,7 @@ def sensitivity_to_folder(
         store = FeatureCache(out / "features")
         gates = []
         for extractor in extractors:
-            if extractor.sequences is None or volumes.sequences[0] in extractor.sequences:
+            if serves(extractor, volumes.sequences[0]):
                 names = ", ".join(extractor.spaces)
                 bar = tqdm(places, desc=f"degrading for {names}", unit="volume", mininterval=refresh_interval())
                 chosen = (volumes[int(place)] for place in bar)

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.statistics import feature_pair
@@ -71,8 +70,7 @@ class FrechetDistances:
         if min(len(rows_a), len(rows_b)) < 2:
             raise DataError("a Fréchet distance needs at least two volumes in each set", fix="add volumes")
         wide = min(len(rows_a), len(rows_b)) < self.features.shape[1]
-        with _one_thread():
-            distance = self._from_products(rows_a, rows_b) if wide else self._from_triangles(rows_a, rows_b)
+        distance = self._from_products(rows_a, rows_b) if wide else self._from_triangles(rows_a, rows_b)
         return float(np.ldexp(distance, 2 * self.exponent))
 
     def _from_products(self, rows_a: np.ndarray, rows_b: np.ndarray) -> float:
@@ -83,36 +81,38 @@ class FrechetDistances:
         trace_a = (np.trace(aa) - len(aa) * aa.mean()) / (len(aa) - 1)
         trace_b = (np.trace(bb) - len(bb) * bb.mean()) / (len(bb) - 1)
         cross = ab - ab.mean(axis=0) - ab.mean(axis=1, keepdims=True) + ab.mean()
-        cross /= np.sqrt((len(aa) - 1) * (len(bb) - 1))
-        return _combine(max(means, 0.0), trace_a, trace_b, torch.from_numpy(cross))
+        return distance_of_parts(max(means, 0.0), trace_a, trace_b, cross / np.sqrt((len(aa) - 1) * (len(bb) - 1)))
 
     def _from_triangles(self, rows_a: np.ndarray, rows_b: np.ndarray) -> float:
         a, b = self.features[rows_a], self.features[rows_b]
         mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
         a, b = (a - mean_a) / np.sqrt(len(a) - 1), (b - mean_b) / np.sqrt(len(b) - 1)
         means = float(np.square(mean_a - mean_b).sum())
-        return _combine(means, np.square(a).sum(), np.square(b).sum(), _triangle(a) @ _triangle(b).T)
+        return distance_of_parts(means, np.square(a).sum(), np.square(b).sum(), _triangle(a) @ _triangle(b).T)
 
 
-def _combine(means: float, trace_a: float, trace_b: float, cross: Tensor) -> float:
+def distance_of_parts(means: float, trace_a: float, trace_b: float, cross: np.ndarray) -> float:
     """The distance from the squared distance of the means, the traces and the matrix whose singular values are summed."""
-    distance = means + trace_a + trace_b - 2 * float(torch.linalg.svdvals(cross).sum())
+    with one_thread():
+        distance = means + trace_a + trace_b - 2 * float(torch.linalg.svdvals(torch.from_numpy(cross)).sum())
     return float(distance) if distance > _ROUNDING * (trace_a + trace_b) else 0.0
 
 
-def _triangle(centred: np.ndarray) -> Tensor:
+def _triangle(centred: np.ndarray) -> np.ndarray:
     """A matrix with the same product with itself and at most as many rows as columns."""
     rows = torch.from_numpy(centred)
     result = rows[:0]
-    for part in rows.split(_QR_ROWS):
-        result = torch.cat([result, part])
-        if len(result) > result.shape[1]:
-            result = torch.linalg.qr(result, mode="r").R
-    return result
+    with one_thread():
+        for part in rows.split(_QR_ROWS):
+            result = torch.cat([result, part])
+            if len(result) > result.shape[1]:
+                result = torch.linalg.qr(result, mode="r").R
+    return result.numpy()
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Context manager in which PyTorch computes on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -127,6 +127,11 @@ class FrechetAtInfinity(NamedTuple):
     value: float  # the intercept of the fit
     slope: float  # of the distance against 1 / n: the bias at n is slope / n
     standard_error: float  # of the intercept, from the residuals of the fit
+
+
+def can_extrapolate(n: int, m: int, d: int) -> bool:
+    """Whether sets of n and m volumes with d features are large enough for `frechet_distance_at_infinity`."""
+    return min(n, m) >= 2 * d
 
 
 def frechet_distance_at_infinity(
@@ -149,7 +154,7 @@ def frechet_distance_at_infinity(
     """
     a, b = feature_pair(a, b)
     n, d = min(len(a), len(b)), a.shape[1]
-    if n < 2 * d:
+    if not can_extrapolate(len(a), len(b), d):
         why = f"extrapolating to infinitely many volumes needs n >= 2 d; here n = {n} volumes and d = {d} features"
         raise DataError(why, fix="use the ratio to the real-real floor at equal n")
     rng, distance = np.random.default_rng(seed), FrechetDistances(a, b)

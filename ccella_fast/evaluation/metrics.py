@@ -16,10 +16,14 @@ from ccella_fast.evaluation.anatomy import compare_glands, glands
 from ccella_fast.evaluation.classifier_test import classifier_test_of_rows, standardised_products
 from ccella_fast.evaluation.collecting import FeatureTable
 from ccella_fast.evaluation.copying import memorisation
-from ccella_fast.evaluation.frechet import FrechetDistances
+from ccella_fast.evaluation.frechet import FrechetDistances, can_extrapolate, frechet_distance_at_infinity
 from ccella_fast.evaluation.images import image_memorisation, intensity_distance, spectral_distance
 from ccella_fast.evaluation.mmd import gaussian_kernel, kernel_test, polynomial_kernel, unbiased_mmd
-from ccella_fast.evaluation.neighbours import precision_recall_of_rows, squared_distances
+from ccella_fast.evaluation.neighbours import (
+    clipped_density_coverage_of_rows,
+    precision_recall_of_rows,
+    squared_distances,
+)
 from ccella_fast.evaluation.results import Better, Row
 from ccella_fast.evaluation.statistics import (
     Comparison,
@@ -31,9 +35,9 @@ from ccella_fast.evaluation.statistics import (
     standardisation,
 )
 
-NEIGHBOURS = 5  # of precision, recall, density and coverage
-_SHARES = {"precision", "recall", "coverage", "c2st"}  # from 0 to 1
-_NOT_NEGATIVE = {"fd", "density", "intensity", "spectrum"}
+NEIGHBOURS = 5  # of precision, recall, density and coverage, also the clipped ones
+_SHARES = {"precision", "recall", "coverage", "clipped_density", "clipped_coverage", "c2st"}  # from 0 to 1
+_NOT_NEGATIVE = {"fd", "fd_slices", "density", "intensity", "spectrum"}
 _CLASSIFIER_DRAWS = 20  # a classifier is trained five times in each
 _CLASSIFIED = 300  # volumes of a set that the classifier test uses; the time grows with their third power
 _LIMIT_DRAWS = 20  # only their mean is reported
@@ -47,12 +51,14 @@ class Sets(NamedTuple):
         synthetic: the generated volumes.
         train: the volumes that the generator was trained on; None if they were not given.
         reconstructed: `real`, row for row, after the autoencoder; None without one.
+        counterfactual: volumes with the noise of synthetic ones, whose ids they have, and another prompt; None without any.
     """
 
     real: FeatureTable
     synthetic: FeatureTable
     train: FeatureTable | None = None
     reconstructed: FeatureTable | None = None
+    counterfactual: FeatureTable | None = None
 
 
 class Draws(NamedTuple):
@@ -80,9 +86,23 @@ def _mmd(stacked: np.ndarray, n_real: int) -> Statistic:
     return lambda a, b: unbiased_mmd(kernel, a, b)
 
 
+class _Neighbours(NamedTuple):
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    clipped_density: float
+    clipped_coverage: float
+
+
 def _prdc(stacked: np.ndarray, n_real: int) -> Statistic:
     squared = squared_distances(stacked, stacked)
-    return lambda a, b: precision_recall_of_rows(squared, a, b, NEIGHBOURS)
+
+    def neighbours(a: np.ndarray, b: np.ndarray) -> _Neighbours:
+        clipped = clipped_density_coverage_of_rows(squared, a, b, NEIGHBOURS)
+        return _Neighbours(*precision_recall_of_rows(squared, a, b, NEIGHBOURS), *clipped)
+
+    return neighbours
 
 
 class _Distance(NamedTuple):
@@ -98,7 +118,14 @@ _DISTANCES = {
     "mmd": _Distance(_mmd, {"mmd": "lower"}),
     "prdc": _Distance(
         _prdc,
-        {"precision": "higher", "recall": "higher", "density": "floor", "coverage": "higher"},
+        {
+            "precision": "higher",
+            "recall": "higher",
+            "density": "floor",
+            "coverage": "higher",
+            "clipped_density": "higher",
+            "clipped_coverage": "higher",
+        },
         least=NEIGHBOURS + 1,
     ),
 }
@@ -136,7 +163,16 @@ def feature_rows(sets: Sets, space: str, metrics: set[str], draws: Draws, about:
         seconds = time.perf_counter() - start
         words = [*(word for word in sizes if word == "few" or distance.by_dimension), *itself]
         for name, comparison, limit in zip(distance.better, _fields(compared), _fields(limits), strict=True):
-            yield _row(name, comparison, distance.better[name], limit, words, common, seconds, details)
+            yield compared_row(name, comparison, distance.better[name], limit, words, common, seconds, details)
+    if "fd" in metrics and can_extrapolate(len(real), len(synthetic), dim):
+        start = time.perf_counter()
+        at_infinity = frechet_distance_at_infinity(real, synthetic, seed=draws.seed)
+        yield Row(
+            "fd_infinity", value=at_infinity.value, floor=0.0, better="lower",
+            guards=(*(word for word in sizes if word == "few"), *itself),
+            details={"slope": at_infinity.slope, "standard_error": at_infinity.standard_error},
+            seconds=round(time.perf_counter() - start, 3), **common,
+        )  # fmt: skip
     if "c2st" in metrics and min(len(real), len(synthetic)) >= 2:
         yield from _classifier_rows(real, synthetic, reconstructed, sets, draws, common, sizes, itself)
 
@@ -150,6 +186,33 @@ def _compare(
     )  # fmt: skip
 
 
+def autoencoder_limit(
+    statistic: Statistic | None, n_real: int, compared: Any, patients: Sequence[str | None] | None, draws: Draws
+) -> Any:
+    """The mean distance of a half of the real set to the reconstructions of the other half, at the n of the floor.
+
+    Args:
+        statistic: on the rows of the real set, and behind them those of the reconstructions; None without reconstructions.
+        n_real: the number of real rows.
+        compared: the comparison with synthetic volumes, whose n is used.
+        patients: of the real rows.
+        draws: as of the comparison.
+
+    Returns:
+        As `compared`, with numbers; None, or Nones, if there is no limit.
+    """
+    first: Comparison = _fields(compared)[0]
+    if statistic is None or first.floor is None:
+        return tuple(None for _ in _fields(compared)) if _is_several(compared) else None
+    groups, rng = group_numbers(patients, n_real), np.random.default_rng(draws.seed)
+    values = []
+    for _ in range(min(draws.number, _LIMIT_DRAWS)):
+        a, b = disjoint_rows(groups, (first.m, first.m), rng)
+        values.append(statistic(a, n_real + b))
+    means = np.array(values, float).reshape(len(values), -1).mean(0)
+    return tuple(map(float, means)) if _is_several(compared) else float(means[0])
+
+
 def _limit(
     make: Maker,
     real: np.ndarray,
@@ -158,18 +221,8 @@ def _limit(
     patients: Sequence[str | None],
     draws: Draws,
 ) -> Any:
-    """The mean distance of a half of the real set to the reconstructions of the other half, at the n of the floor."""
-    first: Comparison = _fields(compared)[0]
-    if reconstructed is None or first.floor is None:
-        return tuple(None for _ in _fields(compared)) if _is_several(compared) else None
-    statistic = make(np.concatenate([real, reconstructed]), len(real))
-    groups, rng = group_numbers(patients, len(real)), np.random.default_rng(draws.seed)
-    values = []
-    for _ in range(min(draws.number, _LIMIT_DRAWS)):
-        a, b = disjoint_rows(groups, (first.m, first.m), rng)
-        values.append(statistic(a, len(real) + b))
-    means = np.array(values, float).reshape(len(values), -1).mean(0)
-    return tuple(map(float, means)) if _is_several(compared) else float(means[0])
+    statistic = None if reconstructed is None else make(np.concatenate([real, reconstructed]), len(real))
+    return autoencoder_limit(statistic, len(real), compared, patients, draws)
 
 
 def _is_several(value: Any) -> bool:
@@ -223,7 +276,7 @@ def _classifier_rows(
     limit = _limit(make, real, reconstructed, compared, patients, few)
     words = [*(word for word in sizes if word == "few"), *itself]
     details = {"n_real_used": len(real), "n_synthetic_used": len(synthetic)}
-    yield _row("c2st", compared, "lower", limit, words, common, time.perf_counter() - start, details)
+    yield compared_row("c2st", compared, "lower", limit, words, common, time.perf_counter() - start, details)
 
 
 def image_rows(sets: Sets, metrics: set[str], draws: Draws) -> Iterator[Row]:
@@ -244,7 +297,7 @@ def image_rows(sets: Sets, metrics: set[str], draws: Draws) -> Iterator[Row]:
         if metric == "spectrum":
             details |= {"high": spectral_distance(real, synthetic).high}
         words = [word for word in guards(len(real), len(synthetic), 1) if word == "few"]
-        yield _row(metric, compared, "lower", limit, words, common, time.perf_counter() - start, details)
+        yield compared_row(metric, compared, "lower", limit, words, common, time.perf_counter() - start, details)
 
 
 def _intensity(stacked: np.ndarray, n_real: int) -> Statistic:
@@ -320,7 +373,7 @@ def set_names(sets: Sets) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _row(
+def compared_row(
     metric: str,
     comparison: Comparison,
     better: Better,
@@ -330,6 +383,7 @@ def _row(
     seconds: float,
     details: dict[str, Any],
 ) -> Row:
+    """The row of a metric that was compared with its floor; common: the fields that rows of the same sets share."""
     interval = comparison.ci95
     if interval is not None and metric in _SHARES | _NOT_NEGATIVE:  # half-samples do not know these bounds
         highest = 1.0 if metric in _SHARES else np.inf

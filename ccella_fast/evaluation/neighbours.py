@@ -6,6 +6,7 @@ next to those of real against real at the same n (`statistics.compare_with_floor
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import lgamma
 from typing import Any, NamedTuple
 
@@ -100,18 +101,27 @@ def clipped_density_coverage(real: Any, synthetic: Any, k: int = 5) -> ClippedDe
     """
     _check_neighbours(k)
     a, b = feature_pair(real, synthetic, ("real", "synthetic"), least=k + 1)
-    among, between = squared_distances(a, a), squared_distances(a, b)
+    squared = squared_distances(stacked := np.concatenate([a, b]), stacked)
+    return clipped_density_coverage_of_rows(squared, np.arange(len(a)), len(a) + np.arange(len(b)), k)
+
+
+def clipped_density_coverage_of_rows(
+    squared: np.ndarray, rows_real: np.ndarray, rows_synthetic: np.ndarray, k: int = 5
+) -> ClippedDensityCoverage:
+    """`clipped_density_coverage` for subsets of stacked sets; arguments as of `precision_recall_of_rows`."""
+    among, between = squared[np.ix_(rows_real, rows_real)], squared[np.ix_(rows_real, rows_synthetic)]
+    n, m = between.shape
     radius = _radii(among, k)
     clipped = np.minimum(radius, np.median(radius))
     np.fill_diagonal(among, np.inf)
     real_density = np.minimum((among <= clipped[:, None]).sum(axis=0) / k, 1).mean()
     density = np.minimum((between <= clipped[:, None]).sum(axis=0) / k, 1).mean() / real_density
     covered = np.minimum((between <= radius[:, None]).sum(axis=1), k).mean() / k
-    good = np.arange(len(b) + 1)
-    coverage = np.interp(covered, _expected_coverage(len(a), len(b), k), good / len(b))
+    coverage = np.interp(covered, _expected_coverage(n, m, k), np.arange(m + 1) / m)
     return ClippedDensityCoverage(float(min(density, 1.0)), float(coverage))
 
 
+@lru_cache
 def _expected_coverage(n: int, m: int, k: int) -> np.ndarray:
     """Mean of min(volumes in a real ball, k) / k for 0 to m good volumes: their number is beta-binomial."""
     log_gamma = np.array([0.0] + [lgamma(i) for i in range(1, n + m + 1)])  # at 0, which is never used, 0

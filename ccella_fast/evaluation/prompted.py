@@ -1,4 +1,4 @@
-"""Rows about what generated volumes were asked for: class, findings and gland volume, and the prompt's own study."""
+"""Rows about what generated volumes were asked for: class, findings, gland volume, counterfactuals, and whose report it was."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 from ccella_fast.evaluation.conditions import Agreement, condition_agreement
 from ccella_fast.evaluation.copying import own_study_retrieval
+from ccella_fast.evaluation.counterfactuals import Drift, counterfactual_effect
 from ccella_fast.evaluation.findings import CaseFindings, findings_agreement, stated_volume_agreement
 from ccella_fast.evaluation.metrics import Draws, Sets, set_names
 from ccella_fast.evaluation.results import Row
+from ccella_fast.evaluation.retrieval import Embeddings, text_image_retrieval
 from ccella_fast.evaluation.statistics import standardisation
 
 
@@ -41,6 +43,87 @@ def condition_rows(
             if each.value is not None
         ]
     return rows
+
+
+def counterfactual_rows(
+    sets: Sets, spaces: Mapping[str, dict[str, Any]], findings: CaseFindings | None, draws: Draws
+) -> list[Row]:
+    """What changes in volumes of the same noise if another class or report is asked for; nothing without such pairs.
+
+    Args:
+        sets: the features; `counterfactual` has the ids of the synthetic volumes that its volumes are paired with.
+        spaces: name -> weights_sha256 and preprocessing.
+        findings: of the real volumes and of the prompts.
+        draws: their seed.
+    """
+    if sets.counterfactual is None:
+        return []
+    place = {case: row for row, case in enumerate(sets.synthetic.ids)}
+    pairs = [(place[case], row) for row, case in enumerate(sets.counterfactual.ids) if case in place]
+    first, second = ([pair[side] for pair in pairs] for side in (0, 1))
+    known: dict[str, tuple[Any, Any, Any]] = {
+        "class": (sets.real.classes, sets.synthetic.classes, sets.counterfactual.classes)
+    }
+    for name, cases in ({} if findings is None else findings.properties).items():
+        asked = [
+            [None if prompt is None else cases.get(prompt) for prompt in table.prompts]
+            for table in (sets.synthetic, sets.counterfactual)
+        ]
+        known[name] = ([cases.get(case) for case in sets.real.ids], asked[0], asked[1])
+    rows = []
+    for space, about in spaces.items():
+        start, effects, drifts = time.perf_counter(), [], {}
+        for name, (of_real, before, after) in known.items():
+            found = counterfactual_effect(
+                name, sets.real.spaces[space], of_real, sets.synthetic.spaces[space][first],
+                sets.counterfactual.spaces[space][second], [before[row] for row in first], [after[row] for row in second],
+                patients=sets.real.patients, seed=draws.seed,
+            )  # fmt: skip
+            if isinstance(found, Drift):
+                drifts[name] = {"mean_change_sd": found.value, "p": found.p}
+            elif found is not None:
+                effects.append(found)
+        for effect in effects:
+            counts = {"n_real": effect.n_real, "n_synthetic": effect.pairs}
+            rows.append(
+                Row(
+                    f"counterfactual_{effect.name}", **(set_names(sets) | counts), features=space,
+                    dim=sets.real.spaces[space].shape[1], value=effect.value, ci95=effect.ci95, floor=0.0, better="higher",
+                    guards=tuple(effect.guards), seconds=round(time.perf_counter() - start, 3),
+                    details={"ceiling": 1.0, "p": effect.p, "moved": effect.moved, "not_asked_for": drifts}, **about,
+                )
+            )  # fmt: skip
+    return rows
+
+
+def retrieval_rows(sets: Sets, embeddings: Embeddings | None) -> list[Row]:
+    """How often a volume's own report is among the K most similar ones, by embeddings of a text-image model.
+
+    Raises:
+        DataError: no generated volume and its report have embeddings.
+    """
+    if embeddings is None:
+        return []
+    start = time.perf_counter()
+    prompts = dict(zip(sets.synthetic.ids, sets.synthetic.prompts, strict=True))
+    found = text_image_retrieval(*embeddings.of_pairs(prompts, "synthetic"))
+    own = {case: case for case in sets.real.ids if case in embeddings.real and case in embeddings.reports}
+    real = text_image_retrieval(*embeddings.of_pairs(own, "real")) if own else []
+    rows = []
+    for at in found:
+        ceiling = next((each.image_to_text for each in real if each.k == at.k), None)
+        has_scale = None not in (at.image_to_text, ceiling) and ceiling != at.chance
+        normalized = (at.image_to_text - at.chance) / (ceiling - at.chance) if has_scale else None  # type: ignore[operator]
+        names = ("k", "texts", "text_to_image", "text_to_image_ci95")
+        details = {**{name: getattr(at, name) for name in names}, "ceiling": ceiling, "normalized": normalized}
+        rows.append(
+            Row(
+                f"retrieval_{at.k}", **(set_names(sets) | {"n_real": len(own), "n_synthetic": at.images}), features=None,
+                value=at.image_to_text, ci95=at.image_to_text_ci95, floor=at.chance, better="higher",
+                guards=tuple(at.guards), details=details, seconds=round(time.perf_counter() - start, 3),
+            )
+        )  # fmt: skip
+    return [row for row in rows if row.value is not None]
 
 
 def gland_volume_row(sets: Sets, findings: CaseFindings | None, draws: Draws) -> list[Row]:

@@ -3,15 +3,81 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.statistics import feature_pair, share_interval
 
 _CANDIDATES_PER_K = 10  # with fewer, chance alone retrieves more than a tenth
+_KINDS = ("report", "synthetic", "real")
+
+
+class Embeddings(NamedTuple):
+    """Vectors of a text-image model that the user has computed.
+
+    Attributes:
+        reports: name of the report -> its vector.
+        synthetic: id of the generated volume -> its vector.
+        real: id of the real volume -> its vector; the report of the same name is its own.
+    """
+
+    reports: dict[str, np.ndarray]
+    synthetic: dict[str, np.ndarray]
+    real: dict[str, np.ndarray]
+
+    def of_pairs(
+        self, prompts: Mapping[str, str | None], kind: Literal["synthetic", "real"]
+    ) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """The arguments of `text_image_retrieval`: all reports are candidates.
+
+        Args:
+            prompts: id of a volume -> name of its report.
+            kind: of the volumes.
+
+        Raises:
+            DataError: no volume and its report have vectors.
+        """
+        vectors, place = getattr(self, kind), {name: row for row, name in enumerate(self.reports)}
+        chosen = [(case, place[prompt]) for case, prompt in prompts.items() if case in vectors and prompt in place]
+        if not chosen:
+            why = f"no {kind} volume has a vector together with its report"
+            fix = f"name the vectors {kind}/ID and report/NAME, with the ids and report names of samples.csv"
+            raise DataError(why, field="--embeddings", fix=fix)
+        images = np.stack([vectors[case] for case, _ in chosen])
+        return images, np.stack(list(self.reports.values())), [row for _, row in chosen]
+
+
+def read_embeddings(path: str | Path) -> Embeddings:
+    """Read a safetensors file with the vectors `report/NAME`, `synthetic/ID` and, if wanted, `real/ID`, all of one length.
+
+    Raises:
+        DataError: the file is missing, damaged, or has other tensors.
+    """
+    path = Path(path)
+    fix = "write it with safetensors.numpy.save_file: report/NAME, synthetic/ID and real/ID, each a vector"
+    try:
+        vectors = load_file(path)
+    except (OSError, SafetensorError):
+        why = "this file of embeddings is missing or is no complete safetensors file"
+        raise DataError(why, path=path, field="--embeddings", fix=fix) from None
+    found: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in _KINDS}
+    size = next((vector.size for vector in vectors.values()), 0)
+    for name, vector in vectors.items():
+        kind, slash, rest = name.partition("/")
+        if kind not in _KINDS or not rest or vector.ndim != 1 or vector.size != size or vector.dtype.kind != "f":
+            why = f"'{name:.60}' is not a vector of {size} numbers called report/NAME, synthetic/ID or real/ID"
+            raise DataError(why, path=path, field="--embeddings", fix=fix)
+        found[kind][rest] = vector
+    if not found["report"] or not found["synthetic"]:
+        why = "this file needs vectors of reports and of generated volumes"
+        raise DataError(why, path=path, field="--embeddings", fix=fix)
+    return Embeddings(found["report"], found["synthetic"], found["real"])
 
 
 class Retrieval(NamedTuple):

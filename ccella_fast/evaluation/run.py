@@ -14,7 +14,7 @@ from ccella_fast.evaluation.anatomy import GlandFeatures, glands, is_applicable
 from ccella_fast.evaluation.collecting import CommonGrid, FeatureTable, collect
 from ccella_fast.evaluation.diversity import diversity_row
 from ccella_fast.evaluation.features.cache import FeatureCache
-from ccella_fast.evaluation.features.extractor import load_extractor
+from ccella_fast.evaluation.features.extractor import SliceExtractor, load_extractor, serves
 from ccella_fast.evaluation.findings import CaseFindings
 from ccella_fast.evaluation.foci import FociFeatures
 from ccella_fast.evaluation.images import ImageFeatures
@@ -26,9 +26,17 @@ from ccella_fast.evaluation.metrics import (
     Sets,
     case_name,
 )
-from ccella_fast.evaluation.prompted import condition_rows, gland_volume_row, own_study_row
+from ccella_fast.evaluation.prompted import (
+    condition_rows,
+    counterfactual_rows,
+    gland_volume_row,
+    own_study_row,
+    retrieval_rows,
+)
 from ccella_fast.evaluation.reconstruction import LATENT
 from ccella_fast.evaluation.results import FORMAT, Evaluation, Row
+from ccella_fast.evaluation.retrieval import Embeddings
+from ccella_fast.evaluation.slices import slice_rows
 from ccella_fast.evaluation.volumes import Volume, VolumeSet
 from ccella_fast.processes import DistributedContext
 from ccella_fast.quantities import counted
@@ -54,6 +62,8 @@ def evaluate(
     reconstructed: Iterable[Volume] | None = None,
     latents: Extractor | None = None,
     findings: CaseFindings | None = None,
+    counterfactual: Iterable[Volume] | None = None,
+    embeddings: Embeddings | None = None,
     features: Sequence[str | Extractor] | None = None,
     metrics: Sequence[str] | None = None,
     draws: int = 100,
@@ -75,13 +85,16 @@ def evaluate(
         reconstructed: `real`, in the same order, after the generator's autoencoder: the limit of a latent model.
         latents: features in which copies are looked for, and nothing else, such as `LatentFeatures` of that autoencoder.
         findings: what is known of the real volumes and of the reports that were prompts, see `read_findings`.
+        counterfactual: volumes with the ids and the noise of synthetic ones that were asked for another class or report.
+        embeddings: of reports and volumes by a text-image model, see `read_embeddings`.
         features: names as for `load_extractor`, or extractors. Default: `taps` if its package is installed, `radiomics` and
             `random`.
         metrics: of METRICS; default: all for which everything is there.
         draws: random splits for floors and intervals.
         seed: of the splits.
         device: of the networks that are loaded by name.
-        cache: folder in which features are kept by content, so that an interrupted evaluation continues.
+        cache: folder in which features are kept by content, so that an interrupted evaluation continues. Without it the
+            Fréchet distance of slices, which reads those of the slices there, is left out.
         processes: that share the volumes of a `VolumeSet`.
         progress: whether progress bars are shown.
 
@@ -91,7 +104,8 @@ def evaluate(
             the training set; the sets have different sequences.
         CheckpointError: a weight file is damaged or of another architecture.
     """
-    wanted = check_metrics(metrics, has_train=train is not None)
+    asked = counterfactual is not None or embeddings is not None
+    wanted = check_metrics(metrics, has_train=train is not None, for_condition=asked)
     if draws < 2:
         raise ConfigError(f"draws must be at least 2, got {draws}", field="draws", fix="use 100")
     extractors = load_extractors(features, device=device)
@@ -103,10 +117,12 @@ def evaluate(
     store = None if cache is None else FeatureCache(cache)
     tables: dict[str, dict[str, FeatureTable]] = {}
     grid = None
-    sets = {"real": real, "synthetic": synthetic, "train": train, "reconstructed": reconstructed}
+    sets = {
+        "real": real, "synthetic": synthetic, "train": train, "reconstructed": reconstructed, "counterfactual": counterfactual,
+    }  # fmt: skip
     for kind, volumes in sets.items():
         if volumes is not None:
-            needed = everywhere if kind == "train" else [*everywhere, *segmenters]
+            needed = everywhere if kind in ("train", "counterfactual") else [*everywhere, *segmenters]
             tables[kind], grid = collect(
                 volumes, needed, name=_name(volumes, kind), grid=grid, cache=store, processes=processes, progress=progress
             )  # fmt: skip
@@ -131,8 +147,13 @@ def evaluate(
         of_sequence = Sets(*(tables[kind].get(sequence) if kind in tables else None for kind in sets))  # type: ignore[arg-type]
         judging = [space for each in extractors for space in each.spaces if space in of_sequence.real.spaces]
         found, cases = _evaluate_sequence(of_sequence, judging, about, wanted, findings, Draws(draws, seed))
+        if "condition" in wanted and sequence == next(iter(tables["real"])):
+            found += retrieval_rows(of_sequence, embeddings)
         rows += found
         per_case += cases
+        for each in extractors:
+            if "fd" in wanted and store is not None and isinstance(each, SliceExtractor) and serves(each, sequence):
+                rows += slice_rows(of_sequence, each, store, Draws(draws, seed), about[next(iter(each.spaces))])
         shared = set(of_sequence.real.digests) & set(of_sequence.synthetic.digests)
         if "msssim" in wanted and isinstance(real, Sequence) and isinstance(synthetic, Sequence):
             pair = (_of_sequence(real, sequence), _of_sequence(synthetic, sequence))
@@ -156,8 +177,17 @@ def default_features() -> list[str]:
     return [*(["taps"] if is_installed() else []), "radiomics", "random"]
 
 
-def check_metrics(names: Sequence[str] | None, *, has_train: bool) -> set[str]:
-    """The metrics that are wanted. Raises ConfigError for an unknown name, and for memorisation without a training set."""
+def check_metrics(names: Sequence[str] | None, *, has_train: bool, for_condition: bool = False) -> set[str]:
+    """The metrics that are wanted.
+
+    Args:
+        names: of METRICS; None for all.
+        has_train: whether there is a training set.
+        for_condition: whether something is given that only the metric `condition` reads.
+
+    Raises:
+        ConfigError: a name is unknown, memorisation lacks the training set, or what is given for a metric is not read.
+    """
     for name in names or ():
         if name not in METRICS:
             raise ConfigError(
@@ -166,6 +196,9 @@ def check_metrics(names: Sequence[str] | None, *, has_train: bool) -> set[str]:
     if names and "memorisation" in names and not has_train:
         why = "memorisation is the distance to the training set, and none was given"
         raise ConfigError(why, field="train", fix="add --train with the volumes that the generator was trained on")
+    if names and for_condition and "condition" not in names:
+        why = "pairs of the same noise and embeddings are judged with the metric 'condition', which is not wanted"
+        raise ConfigError(why, field="metrics", fix="add condition to --metrics")
     return set(names or METRICS) - (set() if has_train else {"memorisation"})
 
 
@@ -213,9 +246,9 @@ def _evaluate_sequence(
             if space == headline:
                 _add(cases, "synthetic", nearest)
     if "condition" in wanted:
-        rows += condition_rows(
-            sets, {space: about[space] for space in (*judging, *FociFeatures.spaces)}, findings, draws
-        )
+        read = {space: about[space] for space in (*judging, *FociFeatures.spaces)}
+        rows += condition_rows(sets, read, findings, draws)
+        rows += counterfactual_rows(sets, read, findings, draws)
     rows += rows_of.image_rows(sets, wanted, draws)
     if "anatomy" in wanted and "gland" in sets.real.spaces:
         rows += rows_of.anatomy_rows(sets)

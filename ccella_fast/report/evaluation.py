@@ -38,7 +38,7 @@ from ccella_fast.report.stored_evaluation import (
     guard_sentence,
     read_evaluation,
 )
-from ccella_fast.report.verdicts import CONDITION, percent, shown, verdicts
+from ccella_fast.report.verdicts import CONDITION, COUNTERFACTUAL, percent, shown, verdicts
 from ccella_fast.report.viewer import ViewedCase, ViewedVolume, Viewer, make_viewer
 from ccella_fast.storage import atomic_path, damage_named
 
@@ -51,6 +51,7 @@ _PHANTOMS = "The real volumes are phantoms: drawn by a program, not patients."
 # metric -> its name, in the order of the table
 _NAMES = {
     "fd": "Fréchet distance",
+    "fd_slices": "Fréchet distance of slices (2.5D)",
     "kid": "Kernel distance (KID)",
     "c2st": "Real or generated? AUC of a classifier",
     "precision": "Precision",
@@ -61,9 +62,16 @@ _NAMES = {
     "spectrum": "Power spectrum, dB",
     "copies": "Copies of training studies",
     CONDITION: "",  # rows of several properties
+    COUNTERFACTUAL: "",
+    "retrieval_1": "Own report found by the volume",
+    "retrieval_5": "Own report among the first 5",
+    "retrieval_10": "Own report among the first 10",
     "gland_plausible": "Plausible glands",
     "mmd": "Gaussian MMD",
     "density": "Density",
+    "clipped_density": "Clipped density",
+    "clipped_coverage": "Clipped coverage",
+    "fd_infinity": "Fréchet distance, extrapolated to infinitely many volumes",
     "below_1pct": "Nearer than 99 % of held-out ones",
     "below_5pct": "Nearer than 95 % of held-out ones",
     "memorisation_index": "Nearness in standard deviations",
@@ -134,7 +142,7 @@ def evaluation_part(folder: Path) -> EvaluationPart:
     rows = sorted(stored.rows, key=_table_order)
     listed = [row for row in rows if row.metric == GLAND + "plausible" or not row.metric.startswith(GLAND)]
     table, notes = _table(listed)
-    is_first = [row.metric in _FIRST or row.metric.startswith(CONDITION) for row in listed]
+    is_first = [_kind(row.metric) in _FIRST for row in listed]
     columns = _shown_columns(stored)
     viewer = _viewer(columns)
     with damage_named(folder / METRICS, **WRITTEN_BY):
@@ -180,12 +188,19 @@ def _subtitle(stored: StoredEvaluation) -> str:
 
 def _table_order(row: MetricRow) -> tuple[int, str, str]:
     known = [*_NAMES, row.metric]
-    return known.index(CONDITION if row.metric.startswith(CONDITION) else row.metric), row.metric, row.sequence
+    return known.index(_kind(row.metric)), row.metric, row.sequence
+
+
+def _kind(metric: str) -> str:
+    """The metric, or what the rows of several properties share."""
+    return next((prefix for prefix in (CONDITION, COUNTERFACTUAL) if metric.startswith(prefix)), metric)
 
 
 def _name(metric: str) -> str:
     if metric.startswith(CONDITION):
         return f"{metric.removeprefix(CONDITION).replace('_', ' ').capitalize()} that was asked for"
+    if metric.startswith(COUNTERFACTUAL):
+        return f"Effect of asking for another {metric.removeprefix(COUNTERFACTUAL).replace('_', ' ')}, same noise"
     return _NAMES.get(metric, metric.replace("_", " "))
 
 
@@ -204,10 +219,17 @@ def _table(rows: Sequence[MetricRow]) -> tuple[list[dict[str, Any]], list[str]]:
             "interval": f"{shown(row.ci95[0], 3)} to {shown(row.ci95[1], 3)}" if row.ci95 else "-",
             "equal_n": shown(row.value_equal_n, 3), "floor": shown(row.floor, 3), "ratio": shown(row.ratio, 3),
             "limit": shown(row.limit_autoencoder, 3),
-            "n": f"{row.n_real}, {row.n_synthetic}", "notes": ", ".join(map(str, numbers)), "faint": row.has("gate"),
+            "n": _sizes(row), "notes": ", ".join(map(str, numbers)), "faint": row.has("gate"),
         })  # fmt: skip
         last = row.metric
     return table, notes
+
+
+def _sizes(row: MetricRow) -> str:
+    """The numbers of volumes, and of slices where these are rows."""
+    slices = [row.number(f"slices_{kind}") for kind in ("real", "synthetic")]
+    after = f" ({slices[0]:g}, {slices[1]:g} slices)" if slices[0] and slices[1] else ""
+    return f"{row.n_real}, {row.n_synthetic}{after}"
 
 
 def _dots(rows: Sequence[MetricRow]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ MOST_COPIES = 0.05  # share of the volumes; the interval must be below it
 LEAST_HELD_OUT = 20
 OBEYED = 0.5  # of the way from shuffled prompts (0) to real volumes (1)
 CONDITION = "condition_"  # rows of a property that was asked for; the class decides if there is a row for it
+COUNTERFACTUAL = "counterfactual_"  # rows of a property in pairs of the same noise that were asked for different values
 _SILENCING = ("no_floor", "one_volume", "gate")  # no verdict follows from such a row
 
 Answer = Literal["yes", "no", "undecided"]

@@ -53,7 +53,7 @@ def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 def test_distances_equal_those_of_plain_calls(quality):
     schedule, shape = Schedule.from_config(SchedulerConfig(num_train_timesteps=60)), (2, 4, 3, 2)
     names = ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
-    entries = quality.measure(network, schedule, shape, (10, 30), names, [4, 5], "cpu")
+    entries, latents = quality.measure(lambda seed: network, schedule, shape, (10, 30), names, [4, 5], "cpu")
     assert [(entry["solver"], entry["steps"]) for entry in entries] == [(n, c) for n in names for c in (10, 30)]
     for entry in entries:
 
@@ -67,6 +67,8 @@ def test_distances_equal_those_of_plain_calls(quality):
             ((plain(entry["steps"], seed) - plain(60, seed)).norm() / plain(60, seed).norm()).item() for seed in (4, 5)
         ]
         np.testing.assert_allclose(entry["distances"], expected, rtol=1e-4)
+        for count in (entry["steps"], 60):
+            torch.testing.assert_close(latents[entry["solver"], count][1], plain(count, 5)[0], rtol=1e-4, atol=1e-5)
         assert entry["distance"] == pytest.approx(np.mean(expected), rel=1e-4)
         other = (plain(entry["steps"], 4) - plain(60, 5)).norm() / plain(60, 5).norm()
         assert abs(other.item() / entry["distances"][0] - 1) > 0.1  # negative control: another seed has another result
@@ -82,11 +84,16 @@ def test_the_cached_adapter_does_not_change_the_prediction(quality):
         model.ella.register_forward_hook(lambda *_: calls.append(1))
         adapter = model.ella.forward
         model.ella.forward = lambda *inputs: calls.append("adapter") or adapter(*inputs)
-        denoise = quality.conditioned(model, spacing, text, None)
+        denoise = quality.conditioned(model, quality.Prompt(text, None, [0.50, 0.60, 0.70]), "cpu")
         for _ in range(2):
             torch.testing.assert_close(denoise(x, t), expected, rtol=1e-5, atol=1e-5)
         assert calls.count("adapter") == 2  # one per timestep
         assert (denoise(x, torch.tensor([7, 41, 7])) - expected)[1].abs().max() > 1e-3
+        other = quality.conditioned(model, quality.Prompt(2 * text, None, [0.50, 0.60, 0.70]), "cpu")
+        assert (
+            other(x, t) - expected
+        ).abs().max() > 1e-3  # another prompt does not meet the adapter's outputs of the first
+        torch.testing.assert_close(denoise(x, t), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["MAISI", "RADMAISI"])

@@ -7,9 +7,10 @@ import pytest
 
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.conditions import (
+    agreement,
     condition_agreement,
-    counterfactual_changes,
     fit_probe,
+    quotient_interval,
     spearman,
 )
 
@@ -162,31 +163,11 @@ def test_spearman_equals_pearson_of_ranks():
     assert spearman(a, a**3) == pytest.approx(1) and np.isnan(spearman(a, np.ones(7)))
 
 
-def test_a_counterfactual_prompt_changes_the_asked_reading_only():
-    real, known = cases(200, 0)
-    probes = {
-        "class": fit_probe(real, known["class"], ("neg", "pos")),
-        "size": fit_probe(real, known["size"]),
-        "level": fit_probe(real, known["level"], LEVELS),
-    }
-    directions = np.linalg.qr(np.random.default_rng(99).standard_normal((40, 5)))[0].T
-    before, asked = cases(30, 5)
-    wanted = ["neg" if value == "pos" else "pos" for value in asked["class"]]
-    sign = np.array([1 if value == "pos" else -1 for value in wanted])[:, None]
-    clean = before + 2 * sign * directions[0]
-    found = {change.name: change for change in counterfactual_changes(before, clean, "class", wanted, probes, real)}
-    assert found["class"].asked and found["class"].shift > 0.8 and found["class"].moved == 1 and found["class"].p < 0.01
-    assert not found["level"].asked and found["level"].shift < 0.4 and found["level"].moved < 0.3
-    # A generator that also moves the level, and one that ignores the prompt.
-    messy = clean + 4 * (directions[1] - directions[3])
-    moved = {change.name: change for change in counterfactual_changes(before, messy, "class", wanted, probes, real)}
-    assert moved["level"].shift > 1 and moved["level"].p < 0.01 and moved["level"].moved > 0.3
-    deaf = before + 0.1 * np.random.default_rng(1).standard_normal(before.shape)
-    still = {change.name: change for change in counterfactual_changes(before, deaf, "class", wanted, probes, real)}
-    assert abs(still["class"].shift) < 0.1 and still["class"].p > 0.05 and 0.2 < still["class"].moved < 0.8
-    larger = counterfactual_changes(
-        before, before - 2 * directions[4], "size", [-1] * 30, {"size": probes["size"]}, real
-    )
-    assert larger[0].shift > 0.3 and larger[0].moved == 1
-    with pytest.raises(DataError, match="a probe of 'zone'"):
-        counterfactual_changes(before, clean, "zone", wanted, probes, real)
+def test_resamples_in_which_real_volumes_reach_the_floor_have_no_share():
+    """A share of nothing is not defined; the interval is that of the other resamples."""
+    known = ["neg"] * 5 + ["pos"] * 5
+    read_real = np.array([0, 1, 2, 3, 6, 4, 5, 7, 8, 9])[:, None] * [-1.0, 1.0]
+    found = agreement("class", np.zeros((8, 2)), ["neg", "pos"] * 4, read_real, known, ("neg", "pos"))
+    assert (found.value, found.floor, found.guards) == (0.5, 0.5, ["few"])
+    assert found.ceiling == pytest.approx(0.92) and found.normalized == 0 and found.normalized_ci95 == (0, 0)
+    assert quotient_interval([(1.0, 0.0), (np.nan, 1.0), *[(float(k), 2.0) for k in range(101)]]) == (1.25, 48.75)

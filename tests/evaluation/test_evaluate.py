@@ -12,6 +12,7 @@ import pytest
 from ccella_fast.errors import ConfigError, DataError
 from ccella_fast.evaluation import run
 from ccella_fast.evaluation.anatomy import GlandFeatures
+from ccella_fast.evaluation.frechet import frechet_distance
 from ccella_fast.evaluation.run import evaluate
 from ccella_fast.evaluation.volumes import Source, VolumeSet
 from evaluation_fixtures import (
@@ -201,3 +202,30 @@ def test_arguments_of_the_function_are_checked():
     ):
         with pytest.raises(error, match=words):
             evaluate(**(given | wrong))
+
+
+def test_clipped_neighbours_and_the_extrapolation_have_rows():
+    """Half of the synthetic volumes are good. With fewer than two volumes per feature there is no extrapolation."""
+    real, good = some_volumes(40, 0), some_volumes(20, 100)
+    bad = [volume._replace(array=volume.array * 0.3) for volume in some_volumes(20, 200)]
+    given = {"real": real, "features": [CountingExtractor()], "metrics": ["fd", "prdc"], "draws": 4}
+    found = evaluate(synthetic=[*good, *bad], **given)
+    for name in ("clipped_density", "clipped_coverage"):
+        row = found[name, "fake"]
+        assert row.value == pytest.approx(0.5, abs=0.2) and row.floor > row.value + 0.2 and row.better == "higher"
+        assert 0 <= row.ci95[0] <= row.value <= row.ci95[1] <= 1
+    fresh = some_volumes(60, 300)
+    found = evaluate(synthetic=fresh, **given)
+    features = [np.stack([CountingExtractor()(v)["fake"] for v in each]).astype(np.float64) for each in (real, fresh)]
+    a, b = ((x - features[0].mean(0)) / features[0].std(0, ddof=1) for x in features)
+    row, plain = found["fd_infinity", "fake"], found["fd", "fake"]
+    # The line through the mean distances at n = 20 and n = 40 meets 1 / n = 0 here, far below what is mostly bias.
+    rng = np.random.default_rng(1)
+    means = [
+        np.mean([frechet_distance(*(rng.permutation(x)[:n] for x in (a, b))) for _ in range(100)]) for n in (20, 40)
+    ]
+    line = 2 * means[1] - means[0]
+    assert row.value == pytest.approx(line, abs=0.25 * plain.value) and row.value < 0.6 * plain.value
+    assert row.floor == 0 and row.details["slope"] > 0
+    few = evaluate(synthetic=good[:9], **given)
+    assert "fd_infinity" not in {each.metric for each in few.rows} and few["fd", "fake"].value > 0

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from ccella_fast.errors import DataError
-from ccella_fast.evaluation.retrieval import _recall, text_image_retrieval
+from ccella_fast.evaluation.folders import evaluate_to_folder
+from ccella_fast.evaluation.retrieval import _recall, read_embeddings, text_image_retrieval
+from ccella_fast.storage import read_json, write_json
+from evaluation_fixtures import CountingExtractor, draw, write_prepared, write_samples
 
 
 def test_recall_equals_sorting():
@@ -69,3 +74,60 @@ def test_useless_embeddings_are_refused():
         text_image_retrieval(good, good[:11])
     with pytest.raises(DataError, match="features per volume"):
         text_image_retrieval(good, good[:, :3])
+
+
+def write_embeddings(path: Path, *, shuffled: bool) -> Path:
+    """Of twelve reports, the generated volumes that they prompted, and ten real cases with their reports."""
+    random = np.random.default_rng(0)
+    reports = {
+        f"report/{name}": random.standard_normal(16)
+        for name in [f"r{k}" for k in range(12)] + [f"case{k}" for k in range(10)]
+    }
+    order = random.permutation(12) if shuffled else np.arange(12)
+    vectors = {f"synthetic/sample-{k:03d}_seed{k}": reports[f"report/r{order[k]}"] for k in range(12)}
+    vectors |= {f"real/case{k}": reports[f"report/case{k}"] for k in range(10)}
+    save_file({name: vector.astype(np.float32) for name, vector in (reports | vectors).items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_vectors_of_a_file_give_rows(tmp_path, no_prostate_network, shuffled):
+    write_prepared(tmp_path / "prepared", {f"case{k}": {"t2w": draw(k)} for k in range(10)})
+    write_samples(tmp_path / "samples", [draw(100 + k) for k in range(12)])
+    for k in range(12):
+        path = tmp_path / "samples" / f"sample-{k:03d}_seed{k}.json"
+        write_json(path, read_json(path) | {"report_id": f"r{k}"})
+    given = {"features": [CountingExtractor()], "metrics": ["condition"], "draws": 4}
+    result = evaluate_to_folder(
+        tmp_path / "prepared", tmp_path / "samples", tmp_path / "out", **given,
+        embeddings=write_embeddings(tmp_path / "vectors.safetensors", shuffled=shuffled),
+    )  # fmt: skip
+    row = result["retrieval_1"]
+    order = np.random.default_rng(0)
+    order.standard_normal((22, 16))
+    right = np.mean(order.permutation(12) == np.arange(12)) if shuffled else 1.0
+    assert row.value == pytest.approx(right) and row.floor == pytest.approx(1 / 22)
+    assert row.details["ceiling"] == 1 and row.details["normalized"] == pytest.approx((right - 1 / 22) / (21 / 22))
+    assert (row.n_real, row.n_synthetic, row.details["texts"]) == (10, 12, 22)
+    assert "retrieval_5" not in {each.metric for each in result.rows}  # needs 50 reports
+
+
+def test_files_of_vectors_that_cannot_be_used(tmp_path):
+    path, vector = tmp_path / "vectors.safetensors", np.ones(4, np.float32)
+    with pytest.raises(DataError, match="missing"):
+        read_embeddings(path)
+    for tensors, words in (
+        ({"report/a": vector}, "of generated volumes"),
+        ({"report/a": vector, "synthetic/b": vector[:3]}, "not a vector of 4 numbers"),
+        ({"report/a": vector, "texts": vector}, "'texts' is not"),
+        ({"report/a": np.ones(4, np.int32)}, "not a vector"),
+    ):
+        save_file(tensors, path)
+        with pytest.raises(DataError, match=words):
+            read_embeddings(path)
+    save_file({"report/a": vector, "synthetic/b": vector}, path)
+    with pytest.raises(DataError, match="no synthetic volume has a vector together with its report"):
+        read_embeddings(path).of_pairs({"b": None, "c": "a"}, "synthetic")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(DataError, match="no complete safetensors file"):
+        read_embeddings(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ccella_fast.evaluation.features.extractor import Extractor
+from ccella_fast.errors import DataError
+from ccella_fast.evaluation.features.extractor import Extractor, SliceExtractor
+from ccella_fast.evaluation.features.preprocessing import mean_of_slices
 from ccella_fast.storage import atomic_path
 
 if TYPE_CHECKING:
@@ -31,33 +34,56 @@ class FeatureCache:
         self.folder = Path(folder)
 
     def features(self, extractor: Extractor, volume: Volume) -> dict[str, np.ndarray]:
-        """What `extractor(volume)` returns, from the folder if it is there.
+        """What `extractor(volume)` returns, from the folder if it is there. Of a `SliceExtractor`, the slices are kept.
 
         Raises:
             DataError: the volume is constant or has voxels that are not finite.
             DiskError: the folder cannot be written, or the disk is full.
         """
-        path = self.folder / f"{cache_key(extractor, volume)}.safetensors"
+        path = self._path(cache_key(extractor.identity, voxel_digest(volume), volume.spacing))
+        result = _read(path, extractor.spaces)
+        if result is None:
+            result = extractor.slices(volume) if isinstance(extractor, SliceExtractor) else extractor(volume)
+            arrays = {name: np.ascontiguousarray(array, "<f4") for name, array in result.items()}
+            with atomic_path(path) as temporary:
+                save_file(arrays, temporary, metadata={"sha256": _checksum(path.stem, arrays)})
+        return mean_of_slices(result) if isinstance(extractor, SliceExtractor) else result
+
+    def slices(self, extractor: SliceExtractor, space: str, digest: bytes, spacing: Sequence[float]) -> np.ndarray:
+        """The (slices, d) features in one space that `features` has kept of a volume, which need not be read again.
+
+        Args:
+            extractor: of the slices.
+            space: one of its spaces.
+            digest: of the volume, from `voxel_digest`.
+            spacing: of the volume.
+
+        Raises:
+            DataError: they are not in the folder, or are damaged.
+        """
+        path = self._path(cache_key(extractor.identity, digest, spacing))
         found = _read(path, extractor.spaces)
-        if found is not None:
-            return found
-        result = extractor(volume)
-        arrays = {name: np.ascontiguousarray(array, "<f4") for name, array in result.items()}
-        with atomic_path(path) as temporary:
-            save_file(arrays, temporary, metadata={"sha256": _checksum(path.stem, arrays)})
-        return result
+        if found is None:
+            why = f"the kept features '{space}' of a volume are missing or damaged"
+            raise DataError(why, path=path, fix="run the command again; all its processes need the same folder")
+        return found[space]
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
 
 
-def cache_key(extractor: Extractor, volume: Volume) -> str:
-    """SHA-256 of the voxels, shape and spacing of `volume` and of the identity of `extractor`."""
-    header = {
-        "shape": list(volume.array.shape),
-        "spacing": [float(size) for size in volume.spacing],
-        "identity": extractor.identity,
-    }
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    digest.update(np.ascontiguousarray(volume.array, "<f4").data)
-    return digest.hexdigest()
+def voxel_digest(volume: Volume) -> bytes:
+    """The SHA-256 of the voxels and their shape: equal for volumes that are equal to the bit."""
+    array = np.ascontiguousarray(volume.array, "<f4")
+    digest = hashlib.sha256(repr(array.shape).encode())
+    digest.update(array.data)
+    return digest.digest()
+
+
+def cache_key(identity: dict[str, object], digest: bytes, spacing: Sequence[float]) -> str:
+    """SHA-256 of the identity of an extractor and of the digest and spacing of a volume."""
+    content = {"identity": identity, "voxels": digest.hex(), "spacing": [float(size) for size in spacing]}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path, spaces: dict[str, int]) -> dict[str, np.ndarray] | None:

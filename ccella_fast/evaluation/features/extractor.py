@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -38,6 +38,20 @@ class Extractor(Protocol):
             DataError: the volume has voxels that are not finite, or is constant.
         """
         ...
+
+
+@runtime_checkable
+class SliceExtractor(Extractor, Protocol):
+    """An extractor for slices. Its vectors of a volume are the means over the slices."""
+
+    def slices(self, volume: Volume) -> dict[str, np.ndarray]:
+        """The (slices, d) float32 features of each space. Raises as a call of the extractor."""
+        ...
+
+
+def serves(extractor: Extractor, sequence: str) -> bool:
+    """Whether an extractor is made for a sequence."""
+    return extractor.sequences is None or sequence in extractor.sequences
 
 
 def load_extractor(spec: str, *, device: str = "cpu", allow_unknown_weights: bool = False) -> Extractor:

@@ -1,4 +1,4 @@
-"""From a volume to a network's input: resampling, windows and standardisation, each a plain function on arrays.
+"""Around a network: resampling, windows and standardisation before it, means of slices after it; plain functions on arrays.
 
 All of it is linear algebra along single axes, so results differ between machines by rounding only.
 """
@@ -114,6 +114,11 @@ def standardise(array: np.ndarray, name: str) -> np.ndarray:
     result = np.zeros_like(array)
     result[inside] = (values - values.mean()) / deviation
     return result
+
+
+def mean_of_slices(slices: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The vectors of a volume from those of its slices."""
+    return {name: rows.mean(0, dtype=np.float64).astype(np.float32) for name, rows in slices.items()}
 
 
 class Window(NamedTuple):

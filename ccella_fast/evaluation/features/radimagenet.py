@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccella_fast.errors import CheckpointError, ConfigError, did_you_mean
-from ccella_fast.evaluation.features.preprocessing import check_volume, crop_or_pad, resample
+from ccella_fast.evaluation.features.preprocessing import check_volume, crop_or_pad, mean_of_slices, resample
 from ccella_fast.evaluation.features.resnet import check_hash, float32_inference, load_resnet50, read_state_dict
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ class RadImageNet:
     """Three spaces, `radimagenet-<input>-axial`, `-coronal`, `-sagittal`: the last map's mean over all slices, 2048 features.
 
     A volume is one row of a space. The reference of CCELLA (input `ccella`) and MAISI (input `maisi`) also compare each
-    direction by itself, but make every slice a row as if slices of one patient were independent: `slices` returns these rows.
-    The directions are their x, y, z and YZ, ZX, XY. The input `official` is that of the network's authors.
+    direction by itself, but make every slice a row: `slices` returns these rows, which `fd_slices` compares. The directions
+    are their x, y, z and YZ, ZX, XY. The input `official` is that of the network's authors.
 
     Args:
         path: `RadImageNet-ResNet50_notop.pth` (converted from Keras) or `ResNet50.pt` (of the authors).
@@ -102,9 +102,7 @@ class RadImageNet:
 
     def __call__(self, volume: Volume) -> dict[str, np.ndarray]:
         """The features of one volume."""
-        check_volume(volume)
-        array = self._on_grid(volume)
-        return {name: self._rows(array, name).mean(0, dtype=np.float64).astype(np.float32) for name in self.spaces}
+        return mean_of_slices(self.slices(volume))
 
     def slices(self, volume: Volume) -> dict[str, np.ndarray]:
         """The (slices, 2048) float32 features of the single slices in each direction."""

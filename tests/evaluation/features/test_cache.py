@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ccella_fast.errors import DiskError
-from ccella_fast.evaluation.features.cache import FeatureCache, cache_key
+from ccella_fast.evaluation.features.cache import FeatureCache, cache_key, voxel_digest
 from ccella_fast.evaluation.volumes import Volume
 from feature_fixtures import make_volume
 
@@ -29,6 +29,10 @@ class Counting:
         self.calls += 1
         total = float(volume.array.sum(dtype=np.float64))
         return {"b": np.array([total, 1, 2], np.float32), "a": np.array([3, total], np.float32)}
+
+
+def key_of(extractor: Counting, volume: Volume) -> str:
+    return cache_key(extractor.identity, voxel_digest(volume), volume.spacing)
 
 
 def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
@@ -81,9 +85,9 @@ def test_key_does_not_depend_on_memory_layout_or_names():
         volume._replace(id="other", patient="p", pirads="pos"),
         volume._replace(spacing=tuple(np.array(volume.spacing))),
     ]
-    assert {cache_key(Counting(), other) for other in others} == {cache_key(Counting(), volume)}
+    assert {key_of(Counting(), other) for other in others} == {key_of(Counting(), volume)}
     first, second = Counting(a=1, b=2), Counting(b=2, a=1)
-    assert cache_key(first, volume) == cache_key(second, volume) != cache_key(Counting(a=2, b=1), volume)
+    assert key_of(first, volume) == key_of(second, volume) != key_of(Counting(a=2, b=1), volume)
 
 
 def test_damaged_entries_are_computed_again(tmp_path: Path):
@@ -108,7 +112,7 @@ def test_entry_of_another_volume_under_its_name_is_not_believed(tmp_path: Path):
     cache.features(extractor, make_volume())
     (first,) = tmp_path.iterdir()
     other = make_volume(seed=1)
-    os.replace(first, tmp_path / f"{cache_key(extractor, other)}.safetensors")
+    os.replace(first, tmp_path / f"{key_of(extractor, other)}.safetensors")
     assert same(cache.features(extractor, other), extractor(other))
     assert extractor.calls == 3
 
@@ -119,7 +123,7 @@ def test_many_writers_of_one_entry(tmp_path: Path):
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda _: FeatureCache(tmp_path).features(extractor, volume), range(40)))
     assert all(same(result, truth) for result in results)
-    assert [path.name for path in tmp_path.iterdir()] == [f"{cache_key(extractor, volume)}.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{key_of(extractor, volume)}.safetensors"]
 
 
 def test_a_failed_extractor_leaves_nothing(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ import torch
 from torch import nn
 
 from ccella_fast.errors import CheckpointError, ConfigError
-from ccella_fast.evaluation.features import radimagenet
+from ccella_fast.evaluation.features import radimagenet, taps
 from ccella_fast.evaluation.features.medicalnet import ARCHITECTURE, MedicalNet
 from ccella_fast.evaluation.features.radimagenet import CONVERTED, OFFICIAL, RadImageNet
 from ccella_fast.evaluation.features.resnet import Bottleneck, load_resnet50, read_state_dict
+from ccella_fast.evaluation.folders import evaluate_to_folder
+from ccella_fast.report.evaluation import write_evaluation_page
 from ccella_fast.storage import sha256
+from evaluation_fixtures import draw, write_prepared, write_samples
 from feature_fixtures import make_volume
 
 SPACES = ("radimagenet-ccella-axial", "radimagenet-ccella-coronal", "radimagenet-ccella-sagittal")
@@ -304,3 +308,30 @@ def test_unknown_inputs_are_named(weight_files: dict[str, Path]):
         RadImageNet(weight_files["official"], "masi")
     with pytest.raises(ConfigError, match="ccella, medicalnet"):
         MedicalNet(weight_files["medicalnet"], "1mm")
+
+
+def test_slices_are_rows_of_the_results_and_of_the_page(converted, weight_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(taps, "is_installed", lambda: False)
+    arrays = [[draw(k) for k in range(4)], [draw(100 + k, smooth=2) for k in range(3)]]
+    write_prepared(tmp_path / "prepared", {f"case{k}": {"t2w": x} for k, x in enumerate(arrays[0])})
+    write_samples(tmp_path / "samples", arrays[1])
+    evaluate_to_folder(
+        tmp_path / "prepared", tmp_path / "samples", tmp_path / "out", draws=2, metrics=["fd"], allow_unknown_weights=True,
+        features=[f"radimagenet={weight_files['converted']}"],
+    )  # fmt: skip
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"]
+    rows = {row["features"]: row for row in found if row["metric"] == "fd_slices"}
+    assert list(rows) == [*SPACES, "radimagenet-ccella"]
+    with torch.no_grad():
+        images = [torch.from_numpy(np.concatenate([np.moveaxis(x, 2, 0) for x in each])) for each in arrays]
+        a, b = (converted._network(x[:, None].expand(-1, 3, -1, -1)).double().numpy() for x in images)
+    centred = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b)]
+    nuclear = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + sum(np.square(x).sum() for x in centred) - 2 * nuclear
+    axial = rows[SPACES[0]]
+    assert axial["value"] == pytest.approx(expected, rel=1e-3) and axial["details"]["slices_real"] == len(a) == 32
+    assert axial["weights_sha256"] == sha256(weight_files["converted"]) and {"n<d", "dependent"} < set(axial["guards"])
+    mean = np.mean([rows[space]["value"] for space in SPACES])
+    assert rows["radimagenet-ccella"]["value"] == pytest.approx(mean) and mean != pytest.approx(expected, rel=1e-3)
+    page = write_evaluation_page(tmp_path / "out").read_text()
+    assert "Fréchet distance of slices (2.5D)" in page and "4, 3 (32, 24 slices)" in page
