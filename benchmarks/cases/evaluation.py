@@ -371,7 +371,7 @@ def _feature_sets(count: int) -> Sets:
         rows = rng.standard_normal((count, 64)) @ mix + rng.standard_normal((count, BAR.dimensions)) + shift
         none = [None] * count
         spaces = {"space": rows.astype(np.float32)}
-        return FeatureTable(name, "t2w", [""] * count, none, none, none, [b""] * count, spaces)
+        return FeatureTable(name, "t2w", [""] * count, none, none, none, [b""] * count, np.ones((count, 3)), spaces)
 
     return Sets(table("real", 0.0), table("synthetic", 0.1))
 
