@@ -79,7 +79,7 @@ def load_extractor(spec: str, *, device: str = "cpu", allow_unknown_weights: boo
         why = f"'{name}' is given with a weight file" if name in _INPUTS else f"'{name}' is given without a file"
         fix = f"write {name}=FILE" if name in _INPUTS else f"write {name}"
         raise ConfigError(f"{why}, got {spec!r:.200}", field="features", fix=fix)
-    # Imported here: radiomics needs no torch, and MONAI takes seconds to import.
+    # Imported here: MONAI takes seconds to import.
     if name == "radiomics":
         from ccella_fast.evaluation.features.radiomics import Radiomics
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 from ccella_fast.errors import DataError
 
@@ -53,12 +54,16 @@ def resample(array: np.ndarray, spacing: Sequence[float], target: Sequence[float
 
 
 def along_axes(array: np.ndarray, matrices: Sequence[np.ndarray]) -> np.ndarray:
-    """Multiply each axis of `array` by its matrix (new size, old size), in the precision of `array`."""
+    """Multiply each axis of `array` by its matrix (new size, old size), in the precision of `array`.
+
+    By PyTorch: the threads of NumPy's OpenBLAS stay busy for a while after a product and slow the networks down that follow.
+    """
     order = sorted(range(array.ndim), key=lambda axis: matrices[axis].shape[0] / matrices[axis].shape[1])
+    result = torch.from_numpy(np.ascontiguousarray(array))
     for axis in order:  # the axis that shrinks most first: the least work
-        matrix = matrices[axis].astype(array.dtype)
-        array = np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis)
-    return np.ascontiguousarray(array)
+        matrix = torch.from_numpy(matrices[axis]).to(result.dtype)
+        result = torch.tensordot(matrix, result, dims=([1], [axis])).movedim(0, axis)
+    return result.contiguous().numpy()
 
 
 def gaussian(sigma: float, derivative: int = 0) -> np.ndarray:
