@@ -109,7 +109,7 @@ def test_measured_configurations_compile_for_their_chip():
                 assert set(measured["constants"]) == set(DEFAULT_LAUNCH_CONFIGS[kernel][key].constants)
         command = [sys.executable, "-c", COMPILE_MEASURED, str(file), str(CHIPS[file.stem])]
         found = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-        assert set(found) == {f"{kernel} {key}" for kernel, table in tables.items() for key in table} and len(found) >= 8
+        assert list(found) == [f"{kernel} {key}" for kernel, table in tables.items() for key in table] != []
         if triton.__version__ == json.loads(TABLE.read_text())["triton"]:
             assert not any(found.values()), found
 
