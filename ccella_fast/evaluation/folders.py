@@ -90,6 +90,8 @@ def evaluate_to_folder(
         sets["counterfactual"] = pair_samples(sets["synthetic"], others, field="--counterfactual")
     _check_first(sets)
     vectors = None if embeddings is None else read_embeddings(embeddings)
+    if vectors is not None:  # before long work
+        vectors.of_pairs({source.id: source.prompt for source in sets["synthetic"].sources}, "synthetic")
     known = None if findings is None else read_findings(findings)
     latents = None
     processes = DistributedContext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +13,10 @@ from ccella_fast.evaluation.counterfactuals import Drift, counterfactual_effect
 from ccella_fast.evaluation.findings import CaseFindings, findings_agreement, stated_volume_agreement
 from ccella_fast.evaluation.metrics import Draws, Sets, set_names
 from ccella_fast.evaluation.results import Row
-from ccella_fast.evaluation.retrieval import Embeddings, text_image_retrieval
+from ccella_fast.evaluation.retrieval import CANDIDATES_PER_K, Embeddings, text_image_retrieval
 from ccella_fast.evaluation.statistics import standardisation
+
+logger = logging.getLogger("ccella_fast")
 
 
 def condition_rows(
@@ -107,6 +110,8 @@ def retrieval_rows(sets: Sets, embeddings: Embeddings | None) -> list[Row]:
     start = time.perf_counter()
     prompts = dict(zip(sets.synthetic.ids, sets.synthetic.prompts, strict=True))
     found = text_image_retrieval(*embeddings.of_pairs(prompts, "synthetic"))
+    if found[0].image_to_text is None:
+        logger.warning("retrieval is not judged: that needs vectors of at least %d reports", CANDIDATES_PER_K)
     own = {case: case for case in sets.real.ids if case in embeddings.real and case in embeddings.reports}
     real = text_image_retrieval(*embeddings.of_pairs(own, "real")) if own else []
     rows = []

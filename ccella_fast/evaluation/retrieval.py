@@ -9,12 +9,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.statistics import feature_pair, share_interval
 
-_CANDIDATES_PER_K = 10  # with fewer, chance alone retrieves more than a tenth
+CANDIDATES_PER_K = 10  # with fewer, chance alone retrieves more than a tenth
 _KINDS = ("report", "synthetic", "real")
 
 
@@ -56,8 +56,10 @@ class Embeddings(NamedTuple):
 def read_embeddings(path: str | Path) -> Embeddings:
     """Read a safetensors file with the vectors `report/NAME`, `synthetic/ID` and, if wanted, `real/ID`, all of one length.
 
+    They may have any floating-point type, such as bfloat16, and are returned in float64.
+
     Raises:
-        DataError: the file is missing, damaged, or has other tensors.
+        DataError: the file is missing, damaged, or has other tensors; a vector is zero or not finite.
     """
     path = Path(path)
     fix = "write it with safetensors.numpy.save_file: report/NAME, synthetic/ID and real/ID, each a vector"
@@ -67,13 +69,18 @@ def read_embeddings(path: str | Path) -> Embeddings:
         why = "this file of embeddings is missing or is no complete safetensors file"
         raise DataError(why, path=path, field="--embeddings", fix=fix) from None
     found: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in _KINDS}
-    size = next((vector.size for vector in vectors.values()), 0)
+    size = next((vector.numel() for vector in vectors.values()), 0)
     for name, vector in vectors.items():
-        kind, slash, rest = name.partition("/")
-        if kind not in _KINDS or not rest or vector.ndim != 1 or vector.size != size or vector.dtype.kind != "f":
-            why = f"'{name:.60}' is not a vector of {size} numbers called report/NAME, synthetic/ID or real/ID"
+        kind, _, rest = name.partition("/")
+        if kind not in _KINDS or not rest or vector.shape != (size,) or not size or not vector.is_floating_point():
+            why = (
+                f"'{name:.60}' is not a vector of {size or 'some'} numbers called report/NAME, synthetic/ID or real/ID"
+            )
             raise DataError(why, path=path, field="--embeddings", fix=fix)
-        found[kind][rest] = vector
+        found[kind][rest] = values = vector.double().numpy()
+        if not np.isfinite(values).all() or not values.any():
+            why = f"the vector '{name:.60}' is {'zero' if np.isfinite(values).all() else 'not finite'}"
+            raise DataError(why, path=path, field="--embeddings", fix="compute it again, or leave it out")
     if not found["report"] or not found["synthetic"]:
         why = "this file needs vectors of reports and of generated volumes"
         raise DataError(why, path=path, field="--embeddings", fix=fix)
@@ -127,17 +134,18 @@ def text_image_retrieval(
         raise DataError(why, field="match")
     units = []
     for matrix, name in ((images, "image"), (texts, "text")):
-        norms = np.linalg.norm(matrix, axis=1, keepdims=True)
-        if not norms.all():
-            raise DataError(f"row {int(np.argmin(norms))} of the {name} embeddings is zero", field=name)
-        units.append(matrix / norms)
+        largest = np.abs(matrix).max(axis=1, keepdims=True)
+        if not largest.all():
+            raise DataError(f"row {int(np.argmin(largest))} of the {name} embeddings is zero", field=name)
+        matrix = matrix / largest  # so that squares neither overflow nor underflow
+        units.append(matrix / np.linalg.norm(matrix, axis=1, keepdims=True))
     similarity = np.round(units[0] @ units[1].T, 12)  # equal embeddings give equal values
     belongs = rows[:, None] == np.arange(len(texts))
     asked = belongs.any(0)
     results = []
     for k in ks:
-        by_image = _recall(similarity, belongs, k) if len(texts) >= _CANDIDATES_PER_K * k else None
-        by_text = _recall(similarity.T[asked], belongs.T[asked], k) if len(images) >= _CANDIDATES_PER_K * k else None
+        by_image = _recall(similarity, belongs, k) if len(texts) >= CANDIDATES_PER_K * k else None
+        by_text = _recall(similarity.T[asked], belongs.T[asked], k) if len(images) >= CANDIDATES_PER_K * k else None
         guards = ["few_candidates"] if by_image is None or by_text is None else []
         results.append(
             Retrieval(

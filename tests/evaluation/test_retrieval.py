@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as torch_save_file
 
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.folders import evaluate_to_folder
@@ -121,6 +123,10 @@ def test_files_of_vectors_that_cannot_be_used(tmp_path):
         ({"report/a": vector, "synthetic/b": vector[:3]}, "not a vector of 4 numbers"),
         ({"report/a": vector, "texts": vector}, "'texts' is not"),
         ({"report/a": np.ones(4, np.int32)}, "not a vector"),
+        ({"report/a": vector[:0], "synthetic/b": vector[:0]}, "not a vector"),
+        ({"report/a": vector, "synthetic/b": vector * np.nan}, "'synthetic/b' is not finite"),
+        ({"report/a": vector, "synthetic/b": vector, "real/c": vector * np.inf}, "'real/c' is not finite"),
+        ({"report/a": vector * 0, "synthetic/b": vector}, "'report/a' is zero"),
     ):
         save_file(tensors, path)
         with pytest.raises(DataError, match=words):
@@ -131,3 +137,33 @@ def test_files_of_vectors_that_cannot_be_used(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(DataError, match="no complete safetensors file"):
         read_embeddings(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_vectors_of_any_floating_point_type_are_read(tmp_path, dtype):
+    vectors = {"report/a": torch.tensor([1.0, -0.5]), "synthetic/b": torch.tensor([3.0, 2.0])}
+    torch_save_file({name: vector.to(dtype) for name, vector in vectors.items()}, tmp_path / "vectors.safetensors")
+    found = read_embeddings(tmp_path / "vectors.safetensors")
+    assert found.reports["a"].tolist() == [1, -0.5] and found.synthetic["b"].tolist() == [3, 2]
+    assert found.reports["a"].dtype == np.float64
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_the_length_of_vectors_has_no_effect(scale):
+    good, images = np.random.default_rng(0).standard_normal((2, 12, 8))
+    assert text_image_retrieval(images, good * scale)[0] == text_image_retrieval(images, good)[0]
+
+
+def test_vectors_of_other_samples_are_seen_before_long_work(tmp_path, caplog):
+    write_prepared(tmp_path / "prepared", {f"case{k}": {"t2w": draw(k)} for k in range(4)})
+    write_samples(tmp_path / "samples", [draw(100 + k) for k in range(4)], report_id="r1")
+    path, vector, extractor = tmp_path / "vectors.safetensors", np.ones(4, np.float32), CountingExtractor()
+    given = {"features": [extractor], "metrics": ["condition"], "draws": 4, "embeddings": path}
+    save_file({"report/r1": vector, "synthetic/sample-999": vector}, path)
+    with pytest.raises(DataError, match="no synthetic volume has a vector together with its report"):
+        evaluate_to_folder(tmp_path / "prepared", tmp_path / "samples", tmp_path / "out", **given)
+    assert extractor.calls == 0 and not (tmp_path / "out").exists()
+    save_file({"report/r1": vector, "synthetic/sample-000_seed0": vector}, path)
+    result = evaluate_to_folder(tmp_path / "prepared", tmp_path / "samples", tmp_path / "out", **given)
+    assert "retrieval_1" not in {row.metric for row in result.rows}
+    assert "that needs vectors of at least 10 reports" in caplog.text
