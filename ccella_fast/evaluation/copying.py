@@ -103,7 +103,8 @@ def memorisation_of_distances(held_out: np.ndarray, synthetic: np.ndarray) -> Me
     is_copy = improbable & (distance < null.min())
     null = np.sort(null)
     percentile = 100 * np.searchsorted(null, distance, side="right") / len(null)
-    calibrated = (null.mean() - distance) / null.std(ddof=1)
+    spread = max(null.std(ddof=1), np.finfo(float).eps * null.mean())  # held-out distances may all be equal
+    calibrated = (null.mean() - distance) / spread
     # The k-th smallest of n values is the k / (n + 1) quantile: a new value is below it with just this probability.
     low, lowest = np.quantile(null, (0.05, 0.01), method="weibull")
     return Memorisation(

@@ -15,16 +15,24 @@ import numpy as np
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.statistics import feature_pair
 
-_ROUNDING = 1e-14  # of a squared distance, relative to the squared norms; a smaller one is that of equal rows
+_CANCELLED = 1e-8  # squared distance over squared norms, below which the quick formula has lost most of its digits
+_VALUES = 2**20  # differences that are in memory at once
 
 
 def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Squared Euclidean distances (n, m) between the rows of two float64 arrays; exactly 0 between equal rows."""
+    """Squared Euclidean distances (n, m) between the rows of two float64 arrays; exactly 0 between equal rows.
+
+    Rows that are near to each other and far from the centre, as all are if there is an outlier, are subtracted one by one.
+    """
     centre = b.mean(axis=0)
     a, b = a - centre, b - centre
     norms = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)
     squared = norms - 2 * (a @ b.T)
-    squared[squared < _ROUNDING * a.shape[1] ** 0.5 * norms] = 0.0
+    rows, columns = np.nonzero(squared <= _CANCELLED * norms)
+    step = max(1, _VALUES // a.shape[1])
+    for start in range(0, len(rows), step):
+        i, j = rows[start : start + step], columns[start : start + step]
+        squared[i, j] = np.square(a[i] - b[j]).sum(axis=1)
     return squared
 
 

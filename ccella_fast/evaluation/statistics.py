@@ -28,7 +28,11 @@ def feature_matrix(features: Any, name: str, least: int = 2) -> np.ndarray:
     Raises:
         DataError: if the array has another shape, fewer rows, or a value that is not finite.
     """
-    array = np.asarray(features)
+    try:
+        array = np.asarray(features)
+    except ValueError:
+        why = f"the rows of the {name} set have different numbers of features"
+        raise DataError(why, field=name, fix="compute all with the same extractor") from None
     if array.ndim != 2 or array.shape[1] == 0:
         why = f"the features of the {name} set must have the shape (n, d), one row per volume; they have {array.shape}"
         raise DataError(why, field=name, fix="give one row per volume, also for a single feature: x[:, None]")

@@ -167,6 +167,20 @@ def test_distances_and_index_equal_the_loops(world):
     )
 
 
+def test_held_out_volumes_at_one_distance_give_a_finite_index():
+    train, held_out = np.zeros((10, 3)), np.eye(3)
+    assert memorisation(train, held_out, held_out).index == 0
+    found = memorisation(train, held_out, np.concatenate([2 * held_out, held_out / 2]))
+    assert np.isfinite(found.index) and (np.sign(found.nearest.calibrated) == [-1, -1, -1, 1, 1, 1]).all()
+
+
+def test_an_outlier_of_the_training_set_hides_no_copy(world):
+    _, train, held_out, fresh = world
+    train = np.concatenate([train, np.full((1, train.shape[1]), 1e10)])
+    found = memorisation(train, held_out, np.concatenate([train[:5], fresh]))
+    assert found.nearest.is_copy[:5].all() and not found.nearest.is_copy[5:].any()
+
+
 def test_a_held_out_volume_of_the_training_set_is_refused(world):
     _, train, held_out, fresh = world
     with pytest.raises(DataError, match="2 held-out volumes are also training volumes; the first is row 5"):

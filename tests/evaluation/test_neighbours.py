@@ -44,6 +44,17 @@ def test_equals_the_loops(n, m, d, k):
     assert precision_recall_of_rows(squared_distances(stacked, stacked), *rows, k) == pytest.approx(found)
 
 
+@pytest.mark.parametrize("distance", [1e8, 1e12])
+def test_a_far_outlier_leaves_the_distances_of_the_others(distance):
+    """In the quick formula it moves the centre so far away that all other rows become equal."""
+    real, synthetic = normal(20, 3, 1), normal(15, 3, 2, 0.7)
+    real[0] = synthetic[0] = distance
+    assert precision_recall(real, synthetic) == pytest.approx(loops(real, synthetic, 5))
+    expected = np.square(synthetic[1:, None] - real[None, 1:]).sum(axis=2)
+    np.testing.assert_allclose(squared_distances(synthetic, real)[1:, 1:], expected, rtol=1e-3 * distance / 1e12)
+    assert squared_distances(synthetic, real)[0, 0] == 0
+
+
 def test_known_answers_on_a_line():
     """Balls of k = 1 around 0, 1, 3 have the radii 1, 1, 2; around 0.5, 10, 11 they have 9.5, 1, 1."""
     real, synthetic = np.array([[0.0], [1], [3]]), np.array([[0.5], [10], [11]])

@@ -14,6 +14,7 @@ from ccella_fast.evaluation.neighbours import precision_recall_of_rows, squared_
 from ccella_fast.evaluation.statistics import (
     compare_with_floor,
     disjoint_rows,
+    feature_matrix,
     group_numbers,
     grouped_folds,
     guards,
@@ -21,6 +22,11 @@ from ccella_fast.evaluation.statistics import (
     share_interval,
     standardisation,
 )
+
+
+def test_rows_of_different_lengths_are_named():
+    with pytest.raises(DataError, match="the rows of the odd set have different numbers of features"):
+        feature_matrix([[1.0, 2.0], [3.0]], "odd")
 
 
 def test_standardisation_is_that_of_the_reference_set():
