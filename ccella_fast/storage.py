@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ccella_fast.errors import CcellaError, DataError, DiskError
 
 _TEMPORARY = ".partial-"
@@ -45,8 +47,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise disk_error(error, path) from error
+    except (OSError, SafetensorError) as error:
+        raise disk_error(_os_error(error), path) from error
 
 
 @contextmanager
@@ -62,8 +64,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    except OSError as error:
-        raise disk_error(error, path) from error
+    except (OSError, SafetensorError) as error:
+        raise disk_error(_os_error(error), path) from error
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
@@ -214,6 +216,16 @@ def disk_error(error: OSError, path: Path) -> DiskError:
         path=path,
         fix="choose a folder that you can write to",
     )
+
+
+def _os_error(error: OSError | SafetensorError) -> OSError:
+    """The error itself; safetensors states the number of a failed write in its text alone."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None:
+        raise error
+    return OSError(int(number[1]), str(error))
 
 
 def existing_parent(path: Path) -> Path:

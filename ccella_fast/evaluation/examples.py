@@ -28,9 +28,9 @@ def keep_examples(folder: str | Path, sets: Mapping[str, VolumeSet], per_case: S
 
 
 def closest_pairs(per_case: Sequence[Mapping[str, Any]], sequence: str) -> list[tuple[int, int]]:
-    """The numbers of the synthetic and of the training volume, nearest first, from the records of `Evaluation.per_case`."""
+    """The numbers of the synthetic and of the training volume: copies, then the nearest, from `Evaluation.per_case`."""
     found = [case for case in per_case if case["sequence"] == sequence and "nearest_train" in case]
-    found.sort(key=lambda case: (case["null_percentile"], case["distance"]))
+    found.sort(key=lambda case: (not case["copy"], case["null_percentile"], case["distance"]))
     return [(_number(case["id"]), _number(case["nearest_train"])) for case in found[:_PAIRS]]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from ccella_fast.errors import DataError
+from ccella_fast.errors import ConfigError, DataError
 from ccella_fast.evaluation.collecting import CommonGrid
 from ccella_fast.evaluation.counterfactuals import pair_samples
 from ccella_fast.evaluation.examples import keep_examples
@@ -23,7 +23,7 @@ from ccella_fast.evaluation.retrieval import read_embeddings
 from ccella_fast.evaluation.run import check_metrics, check_sequences, check_size, evaluate, load_extractors
 from ccella_fast.evaluation.sensitivity import Gate, sensitivity_gate
 from ccella_fast.evaluation.volumes import Volume, VolumeSet, open_volumes
-from ccella_fast.folder_kinds import check_output
+from ccella_fast.folder_kinds import check_output, folder_kind
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.processes import DistributedContext, resolve_device
 from ccella_fast.progress import refresh_interval
@@ -88,6 +88,8 @@ def evaluate_to_folder(
     if counterfactual is not None:
         others = _choose(open_volumes(counterfactual, field="--counterfactual"), sequences)
         sets["counterfactual"] = pair_samples(sets["synthetic"], others, field="--counterfactual")
+    for volumes in sets.values():
+        _check_outside(out, volumes)
     _check_first(sets)
     vectors = None if embeddings is None else read_embeddings(embeddings)
     if vectors is not None:  # before long work
@@ -148,6 +150,7 @@ def sensitivity_to_folder(
     check_writable(out, "--out")
     check_output(out, "an evaluation", field="--out")
     volumes = open_volumes(real, field="--real")
+    _check_outside(out, volumes)
     volumes = volumes.of_sequence(volumes.sequences[0])
     places = np.unique(np.linspace(0, len(volumes) - 1, min(num_volumes, len(volumes))).astype(int))
     on = str(resolve_device(device))
@@ -184,6 +187,14 @@ def _choose(volumes: VolumeSet, sequences: Sequence[str] | None) -> VolumeSet:
             why = f"there are no {sequence} volumes in this folder, only {', '.join(volumes.sequences)}"
             raise DataError(why, path=volumes.path, field="--sequences", fix="choose others, or give another folder")
     return volumes if sequences is None else volumes.of_sequences(sequences)
+
+
+def _check_outside(out: Path, volumes: VolumeSet) -> None:
+    """Raise ConfigError if `out` is in a folder of files, whose next reading would take the kept examples for volumes."""
+    is_inside = out.resolve().is_relative_to(volumes.path.resolve())
+    if is_inside and folder_kind(volumes.path) not in ("prepared", "samples"):
+        why = f"this folder is in '{volumes.path}', whose NIfTI files are all taken for volumes"
+        raise ConfigError(why, path=out, field="--out", fix="choose a folder elsewhere")
 
 
 def _check_first(sets: dict[str, VolumeSet]) -> None:

@@ -49,7 +49,7 @@ METRICS = (*FEATURE_METRICS, *IMAGE_METRICS, "msssim", "memorisation", "anatomy"
 _HEADLINES = (
     "taps-l3",
     "taps-l4",
-)  # the spaces in which nearest cases are named, if they are there; else the first one
+)  # the spaces in which the nearest cases of volumes that are no copies are named, if they are there; else the first one
 _FEWEST_FOR_COPIES = 3
 _N_RULE = "m = min(n_real // 2, n_synthetic), halves by patient, without replacement"
 
@@ -238,13 +238,18 @@ def _evaluate_sequence(
     headline = next((space for space in (*_HEADLINES, *judging) if space in judging), None)
     for space in judging:
         rows += rows_of.feature_rows(sets, space, wanted, draws, about[space])
+    nearest: dict[str, list[dict[str, Any]]] = {}
     for space in (*judging, SMALL_IMAGES, LATENT) if "memorisation" in wanted else ():
         if space in sets.real.spaces:
-            found, nearest = rows_of.memorisation_rows(sets, space, draws, about[space])
+            found, nearest[space] = rows_of.memorisation_rows(sets, space, draws, about[space])
             rows += found
             rows += own_study_row(sets, space, about[space]) if space in judging else []
-            if space == headline:
-                _add(cases, "synthetic", nearest)
+    if nearest:
+        _add(
+            cases,
+            "synthetic",
+            _first_copies([nearest[space] for space in sorted(nearest, key=lambda s: s != headline)]),
+        )
     if "condition" in wanted:
         read = {space: about[space] for space in (*judging, *FociFeatures.spaces)}
         rows += condition_rows(sets, read, findings, draws)
@@ -276,6 +281,13 @@ def _add(cases: list[dict[str, Any]], kind: str, found: Sequence[dict[str, Any]]
     """Add facts to the records of a set, which are in the same order."""
     for case, facts in zip((case for case in cases if case["set"] == kind), found, strict=True):
         case.update(facts)
+
+
+def _first_copies(nearest: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """For each synthetic volume its record of the first space in which it is a copy, or else of the first space."""
+    return [
+        next((each for each in of_spaces if each["copy"]), of_spaces[0]) for of_spaces in zip(*nearest, strict=True)
+    ]
 
 
 def _segmenters(wanted: set[str], device: str, *, required: bool) -> list[GlandFeatures]:

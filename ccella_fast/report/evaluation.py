@@ -309,7 +309,7 @@ def _pairs(stored: StoredEvaluation) -> dict[str, Any]:
     kept = {(each.kind, each.number, each.sequence): each for each in stored.examples}
     pairs: list[Pair] = []
     found = [case for case in stored.cases if case.kind == "synthetic" and case.nearest_train is not None]
-    found.sort(key=lambda case: (case.null_percentile or 0.0, case.distance or 0.0))
+    found.sort(key=lambda case: (not case.is_copy, case.null_percentile or 0.0, case.distance or 0.0))
     for case in found:
         first = kept.get(("synthetic", case.number, case.sequence))
         second = kept.get(("train", case.nearest_train or 0, case.sequence))
@@ -319,6 +319,7 @@ def _pairs(stored: StoredEvaluation) -> dict[str, Any]:
         title = f"Generated {case.number}  |  training study {case.nearest_train}  |  difference"
         share = 0 if case.null_percentile is None else round(100 - case.null_percentile)
         near = f"nearer than {share} % of held-out volumes" if share else "no nearer than any held-out volume"
+        near = f"{near}: a copy" if case.is_copy else near
         pairs.append(Pair(generated, training, spacing, title, f"distance {shown(case.distance, 3)}, {near}"))
     caption = (
         "The generated volumes that are nearest to a training study. Difference: red where the generated one is brighter, blue "

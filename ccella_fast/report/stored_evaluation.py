@@ -82,6 +82,7 @@ class ListedCase(NamedTuple):
         distance: to it.
         null_percentile: percent of the held-out volumes that are at most as far from theirs.
         volume_cc: of the segmented gland.
+        is_copy: whether it is a copy of the nearest training volume.
     """
 
     kind: Literal["real", "synthetic"]
@@ -91,6 +92,7 @@ class ListedCase(NamedTuple):
     distance: float | None
     null_percentile: float | None
     volume_cc: float | None
+    is_copy: bool
 
 
 class StoredEvaluation(NamedTuple):
@@ -170,10 +172,10 @@ def _case(entry: dict[str, Any]) -> ListedCase:
     if entry["set"] not in ("real", "synthetic"):
         raise ValueError
     nearest = entry.get("nearest_train")
-    return ListedCase(
-        entry["set"], _place(entry["id"]), str(entry["sequence"]), None if nearest is None else _place(nearest),
-        *(_number(entry.get(name)) for name in ("distance", "null_percentile", "volume_cc")),
-    )  # fmt: skip
+    distance, percentile, volume = (_number(entry.get(name)) for name in ("distance", "null_percentile", "volume_cc"))
+    place = None if nearest is None else _place(nearest)
+    kind, number, sequence = entry["set"], _place(entry["id"]), str(entry["sequence"])
+    return ListedCase(kind, number, sequence, place, distance, percentile, volume, entry.get("copy") is True)
 
 
 def _place(name: str) -> int:

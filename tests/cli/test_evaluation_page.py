@@ -162,7 +162,12 @@ def test_pairs_are_the_kept_ones_and_the_nearest_comes_first(tmp_path: Path, wit
         ["Generated 1", "training study 2"],
     ]
     assert drawn[0].subtitle == "distance 2.50, nearer than 80 % of held-out volumes"
-    for pair, numbers in zip(drawn, ((2, 1), (1, 2)), strict=True):
+    content["per_case"][0]["copy"] = True
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    write_evaluation_page(tmp_path)
+    assert [pair.title[:11] for pair in drawn[2:]] == ["Generated 1", "Generated 2"]
+    assert drawn[2].subtitle.endswith(": a copy") and not drawn[3].subtitle.endswith(": a copy")
+    for pair, numbers in zip(drawn[:2], ((2, 1), (1, 2)), strict=True):
         for array, number, kind in zip(pair[:2], numbers, ("synthetic", "train"), strict=True):
             assert np.abs(array - pelvis(number, kind)).max() <= 0.5 / 255 + 1e-6
         assert pair.spacing == SPACING

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from safetensors import SafetensorError
 
 from ccella_fast import storage
 from ccella_fast.errors import DataError, DiskError
@@ -148,6 +149,24 @@ def test_full_disk_is_named_and_loses_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True, text=True, check=True)
     assert "the disk is full" in done.stdout and str(target) in done.stdout
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("kind", ["atomic_path", "atomic_folder"])
+def test_a_full_disk_is_named_also_by_files_of_tensors(tmp_path, kind):
+    place = "t" if kind == "atomic_path" else "t / 'a.safetensors'"
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import numpy as np\n"
+        f"from ccella_fast.storage import {kind}; from ccella_fast.errors import DiskError\n"
+        "from safetensors.numpy import save_file; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        f"    with {kind}(sys.argv[1]) as t: save_file({{'a': np.zeros(5000)}}, {place})\n"
+        "except DiskError as e: print(e)\n"
+    )
+    target = tmp_path / "a.safetensors"
+    done = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True, text=True, check=True)
+    assert "the disk is full" in done.stdout and str(target) in done.stdout and not os.listdir(tmp_path)
+    with pytest.raises(SafetensorError, match="not a failed write"), getattr(storage, kind)(target):
+        raise SafetensorError("not a failed write")
 
 
 def test_unwritable_folder_is_a_disk_error(tmp_path):

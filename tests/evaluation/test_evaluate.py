@@ -54,6 +54,20 @@ def test_copies_of_training_volumes_are_found_by_number():
     assert clean["copies", "fake"].value == clean["copies", "image-4mm"].value == 0
 
 
+def test_copies_that_only_one_space_finds_are_named():
+    """A mirrored and darker volume is far from its origin in the first space, and a copy in small images."""
+    train, real = some_volumes(40, 0), some_volumes(30, 100)
+    gone = train[7]._replace(array=np.clip(0.6 * train[7].array[::-1].copy(), 0, 1), id="s18")
+    planted = [*(volume._replace(id=f"s{k}") for k, volume in enumerate(some_volumes(18, 300))), gone]
+    given = {"features": [CountingExtractor()], "metrics": ["memorisation"], "draws": 4}
+    result = evaluate(real=real, synthetic=planted, train=train, **given)
+    assert result["copies", "fake"].value == 0 and result["copies", "image-4mm"].value == pytest.approx(1 / 19)
+    (found,) = (case for case in result.per_case if case.get("copy"))
+    assert (found["id"], found["nearest_train"], found["features"]) == ("synthetic-019", "train-008", "image-4mm")
+    others = {case["features"] for case in result.per_case if case["set"] == "synthetic" and not case["copy"]}
+    assert others == {"fake"}
+
+
 def test_the_autoencoder_limit_is_the_distance_to_reconstructions():
     real = some_volumes(10, 0)
     given = {

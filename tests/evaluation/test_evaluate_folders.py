@@ -293,6 +293,21 @@ def test_a_folder_has_one_writer(folders, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_results_are_not_written_between_volumes(folders, tmp_path, monkeypatch):
+    for k in range(3):
+        write_nifti(tmp_path / "files" / f"image-{k}.nii.gz", 500 * draw(50 + k))
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path / "files")
+    for run in (
+        lambda: evaluate_to_folder(".", folders / "samples", "evaluation"),
+        lambda: evaluate_to_folder(folders / "prepared", tmp_path / "files", "more/evaluation"),
+        lambda: sensitivity_to_folder(tmp_path / "files", "evaluation"),
+    ):
+        with pytest.raises(ConfigError, match="are all taken for volumes"):
+            run()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_plain_files_are_enough_and_no_socket_is_opened(tmp_path, monkeypatch):
     for kind, smooth in (("real", 1), ("synthetic", 2)):
         for k in range(6):

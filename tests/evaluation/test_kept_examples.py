@@ -28,9 +28,9 @@ def made(name: str, count: int, base: float, sequence: str = "t2w") -> VolumeSet
     return VolumeSet(name, sources, Path(name), "as made")
 
 
-def case(number: int, train: int, percentile: float, distance: float) -> dict:
+def case(number: int, train: int, percentile: float, distance: float, copy: bool = False) -> dict:
     return {"id": f"synthetic-{number:03d}", "set": "synthetic", "sequence": "t2w", "nearest_train": f"train-{train:03d}",
-            "null_percentile": percentile, "distance": distance}  # fmt: skip
+            "null_percentile": percentile, "distance": distance, "copy": copy}  # fmt: skip
 
 
 def test_the_first_volumes_and_the_closest_pairs_are_kept(tmp_path: Path):
@@ -39,6 +39,8 @@ def test_the_first_volumes_and_the_closest_pairs_are_kept(tmp_path: Path):
     cases += [case(14, 1, 0.0, 9.0), case(15, 2, 0.0, 8.0), {"id": "real-001", "set": "real", "sequence": "t2w"}]
     assert closest_pairs(cases, "t2w") == [(15, 2), (14, 1), *((number, 21 - number) for number in range(1, 9))]
     assert closest_pairs(cases, "adc") == []
+    copies = [case(number, number, 0.0, 9.5, number == 12) for number in range(1, 13)]  # its distance in another space
+    assert closest_pairs(copies, "t2w")[0] == (12, 12)
     keep_examples(tmp_path, sets, cases)
     kept = read_examples(tmp_path / "examples")
     found = {(each.kind, each.number): float(np.median(each.read()[0])) for each in kept.volumes}

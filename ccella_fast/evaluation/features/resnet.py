@@ -159,6 +159,9 @@ def load_resnet50(tensors: dict[str, Tensor], what: str, path: str | Path, **opt
         difference = (
             f"'{wrong[0]}' is {tensors[wrong[0]].dtype}, {expected[wrong[0]].dtype} is expected" if wrong else None
         )
+    if difference is None:
+        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        difference = f"'{broken[0]}' has values that are not finite" if broken else None
     if difference is not None:
         why = f"these are not the weights of {what}: {difference}"
         raise CheckpointError(why, path=path, field="features", fix="give the file of that network; none is adapted")

@@ -260,6 +260,10 @@ def without(name: str):
         (lambda state: {**state, "conv1.bias": torch.ones(64)}, "'conv1.bias' is unknown"),
         (lambda state: {**state, "bn1.weight": torch.ones(32)}, r"shape \[32\], \[64\] is expected"),
         (lambda state: {**state, "bn1.weight": torch.ones(64, dtype=torch.float16)}, "float16"),
+        (
+            lambda state: {**state, "bn1.weight": torch.full((64,), torch.nan)},
+            "'bn1.weight' has values that are not finite",
+        ),
     ],
 )
 def test_other_weights_are_refused(change, words: str, networks: dict[str, nn.Module]):
