@@ -152,6 +152,7 @@ def sensitivity_to_folder(
     volumes = open_volumes(real, field="--real")
     _check_outside(out, volumes)
     volumes = volumes.of_sequence(volumes.sequences[0])
+    grid = CommonGrid.of(volumes[0], volumes.name)
     places = np.unique(np.linspace(0, len(volumes) - 1, min(num_volumes, len(volumes))).astype(int))
     on = str(resolve_device(device))
     extractors = load_extractors(features, device=on, allow_unknown_weights=allow_unknown_weights)
@@ -163,10 +164,16 @@ def sensitivity_to_folder(
             if serves(extractor, volumes.sequences[0]):
                 names = ", ".join(extractor.spaces)
                 bar = tqdm(places, desc=f"degrading for {names}", unit="volume", mininterval=refresh_interval())
-                chosen = (volumes[int(place)] for place in bar)
+                chosen = (_on_grid(volumes, int(place), grid) for place in bar)
                 gates += sensitivity_gate(chosen, _Cached(extractor, store), seed=seed)
         write_json(out / SENSITIVITY, {**FORMAT, "gates": plain_values(gates)})
     return gates
+
+
+def _on_grid(volumes: VolumeSet, place: int, grid: CommonGrid) -> Volume:
+    volume = volumes[place]
+    grid.check(volume, volumes.name, volumes.sources[place].path)
+    return volume
 
 
 class _Cached:

@@ -278,6 +278,14 @@ def test_sensitivity_is_measured_once_for_a_folder(folders, tmp_path):
     assert not (tmp_path / "other" / "sensitivity.json").exists()
 
 
+def test_sensitivity_needs_a_common_grid(tmp_path):
+    for k in range(3):
+        write_nifti(tmp_path / "files" / f"image-{k}.nii.gz", 500 * draw(50 + k)[: 16 - 2 * k])
+    with pytest.raises(DataError, match="no common grid") as caught:
+        sensitivity_to_folder(tmp_path / "files", tmp_path / "out", features=[CountingExtractor()])
+    assert "image-1.nii.gz" in str(caught.value) and not (tmp_path / "out" / "sensitivity.json").exists()
+
+
 def test_the_command_prints_a_table_and_names_the_next_one(folders, tmp_path, capsys):
     options = ["--features", "radiomics", "--metrics", "fd", "--draws", "4", "--out", tmp_path / "evaluation"]
     assert call("evaluate", "--real", folders / "prepared", "--synthetic", folders / "samples", *options) == 0
