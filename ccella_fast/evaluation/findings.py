@@ -29,6 +29,10 @@ class CaseFindings(NamedTuple):
     properties: dict[str, dict[str, Label]]
     volumes_cc: dict[str, float]
 
+    def describes(self, case: str) -> bool:
+        """Whether anything is known of a case."""
+        return case in self.volumes_cc or any(case in cases for cases in self.properties.values())
+
 
 def read_findings(table: str | Path) -> CaseFindings:
     """Read a table with the column `case` and any of side, zone, level, lesion_size_mm and report.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from ccella_fast.storage import check_writable, remove_partial_files, write_json
 
 if TYPE_CHECKING:
     from ccella_fast.evaluation.features.extractor import Extractor
+
+logger = logging.getLogger("ccella_fast")
 
 
 def evaluate_to_folder(
@@ -95,6 +98,8 @@ def evaluate_to_folder(
     if vectors is not None:  # before long work
         vectors.of_pairs({source.id: source.prompt for source in sets["synthetic"].sources}, "synthetic")
     known = None if findings is None else read_findings(findings)
+    if known is not None and not any(known.describes(source.id) for source in sets["real"].sources):
+        logger.warning("%s states nothing of any real case: its column case needs their ids", findings)
     latents = None
     processes = DistributedContext()
     on = str(processes.select_device(device))

@@ -301,6 +301,19 @@ def test_a_folder_has_one_writer(folders, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_findings_of_other_cases_are_not_ignored_in_silence(folders, tmp_path, caplog):
+    for case, is_known in (
+        (f"{CANARIES[0]}-9", True),
+        ("someone else", False),
+        (f"{CANARIES[0]}-0", False),
+    ):  # -0: train
+        for row in (f"side\n{case},left", f"report\n{case},Prostate 42 cc"):
+            (tmp_path / "findings.csv").write_text(f"case,{row}\n")
+            caplog.clear()
+            run_folders(folders, tmp_path / "out", findings=tmp_path / "findings.csv", metrics=["fd"])
+            assert ("findings.csv states nothing of any real case" in caplog.text) != is_known
+
+
 def test_results_are_not_written_between_volumes(folders, tmp_path, monkeypatch):
     for k in range(3):
         write_nifti(tmp_path / "files" / f"image-{k}.nii.gz", 500 * draw(50 + k))
