@@ -352,7 +352,7 @@ def check_size(count: int, sequence: str, kind: str, name: str) -> None:
     """Raise DataError for a set of one volume, of which nothing can be computed."""
     if count < 2:
         why = f"the {kind} set '{name}' has {counted(count, 'volume')} of {sequence}; at least 2 are needed"
-        raise DataError(why, field=kind, fix="give more volumes")
+        raise DataError(why, field=kind, fix="give more volumes, or leave this sequence out with --sequences")
 
 
 def _check_leakage(real: FeatureTable, train: FeatureTable) -> None:

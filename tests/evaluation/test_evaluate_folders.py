@@ -373,7 +373,7 @@ def mistakes(tmp_path_factory):
         (3, "--real {0}/small --synthetic {0}/samples", "data.dim=[12,12,8]"),
         (3, "--real {0}/both --synthetic {0}/samples", "adc and t2w, the synthetic set t2w"),
         (3, "--real {0}/prepared --synthetic {0}/one", "at least 2"),
-        (3, "--real {0}/one --synthetic {0}/samples", "at least 2"),
+        (3, "--real {0}/one --synthetic {0}/samples", "leave this sequence out with --sequences"),
         (3, "--real {0}/prepared --synthetic {0}/constant", "sample-001_seed1.nii.gz"),
         (3, "--real {0}/prepared --synthetic {0}/infinite", "sample-001_seed1.nii.gz"),
         (3, "--real {0}/prepared --synthetic {0}/empty", "an empty folder"),
