@@ -19,13 +19,14 @@ from results import seconds
 from timer import slope
 
 TEMPLATE = Path(__file__).resolve().parent / "report.html.j2"
-# By implementation: the baseline is gray, "ours" is orange, all others are blue.
-_GREY, _BLUE, _ORANGE = "#9aa3ad", "#7fb2e5", "#1f6fb4"
+# By implementation: the baseline is gray, "ours" is blue, all others are light blue.
+_GREY, _LIGHT_BLUE, _BLUE = "#9aa3ad", "#7fb2e5", "#1f6fb4"
 _COLORS = {
     "convolution": "#1f6fb4", "linear": "#d98032", "attention": "#a65fa3", "norm, SiLU": "#c8b13a",
     "copies, casts": "#5fb3b3", "optimizer": "#3a8a4d", "other": "#9aa3ad", "network": "#1f6fb4", "steps": "#1f6fb4",
     "forward": "#1f6fb4", "backward": "#0f3f6b", "decode": "#d98032", "loader": "#c84b4b", "save": "#1f6fb4",
-    "load": "#d98032",
+    "load": "#d98032", "taps": "#1f6fb4", "radiomics": "#d98032", "random": "#a65fa3", "medicalnet": "#3a8a4d",
+    "radimagenet": "#5fb3b3",
 }  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def draw_scaling(record: dict[str, Any]) -> bytes | None:
     for axis, (what, points) in zip(axes, curves.items(), strict=True):
         xs, ys = zip(*points, strict=True)
         axis.loglog(xs, [ys[0] * x / xs[0] for x in xs], "--", color=_GREY, label="slope 1")
-        axis.loglog(xs, ys, "o-", color=_ORANGE, label=f"slope {slope(points):.2f}")
+        axis.loglog(xs, ys, "o-", color=_BLUE, label=f"slope {slope(points):.2f}")
         axis.set_title(what, fontsize=10, loc="left")
         axis.legend(fontsize=8, frameon=False)
     stream = io.BytesIO()
@@ -149,7 +150,7 @@ def draw_scaling(record: dict[str, Any]) -> bytes | None:
 def _color(case: dict[str, Any], name: str) -> str:
     if name == next(iter(case["sides"])):
         return _GREY
-    return _ORANGE if name == "ours" else _BLUE
+    return _BLUE if name == "ours" else _LIGHT_BLUE
 
 
 def _rows(cases: Sequence[dict[str, Any]]) -> list[tuple[float, dict[str, Any], str]]:
