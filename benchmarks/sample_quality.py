@@ -198,7 +198,9 @@ def open_real(arguments: argparse.Namespace, checkpoint: Checkpoint | None, devi
     """The studies of `--real`; None without this option."""
     if arguments.real is None:
         if arguments.findings is not None:
-            raise ConfigError("there are no studies to which the findings belong", field="--findings", fix="add --real")
+            raise ConfigError(
+                "findings describe real studies, and none are given", field="--findings", fix="add --real"
+            )
         return None
     if checkpoint is None or arguments.grid is not None:
         why = "samples are compared with real studies if they are of a trained model and its own grid"

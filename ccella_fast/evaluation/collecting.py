@@ -133,9 +133,10 @@ def collect(
             grid.check(volume, name, path)
             if places is None:
                 facts.append(_Facts(volume.id, volume.sequence, volume.patient, volume.pirads, volume.prompt))
-            digests[place] = np.frombuffer(voxel_digest(volume), np.uint8)
+            digest = voxel_digest(volume)
+            digests[place] = np.frombuffer(digest, np.uint8)
             spacings[place] = np.array(volume.spacing, np.float64)
-            rows[place] = _features(volume, extractors, cache)
+            rows[place] = _features(volume, extractors, cache, digest)
             bar.update()
             del volume  # so that the next one is not read next to it
     tables = {}
@@ -192,12 +193,14 @@ def _read(volumes: Iterable[Volume], places: list[int] | None):
             yield place, volumes[place]
 
 
-def _features(volume: Volume, extractors: Sequence[Extractor], cache: FeatureCache | None) -> dict[str, np.ndarray]:
+def _features(
+    volume: Volume, extractors: Sequence[Extractor], cache: FeatureCache | None, digest: bytes
+) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for extractor in extractors:
         if not serves(extractor, volume.sequence):
             continue
-        vectors = extractor(volume) if cache is None else cache.features(extractor, volume)
+        vectors = extractor(volume) if cache is None else cache.features(extractor, volume, digest)
         for space, vector in vectors.items():
             if not np.isfinite(vector).all():
                 why = f"the features '{space}' of this volume are not finite"

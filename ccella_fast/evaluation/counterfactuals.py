@@ -42,7 +42,7 @@ def pair_samples(samples: VolumeSet, others: VolumeSet, *, field: str) -> Volume
         field: what names it, for messages.
 
     Raises:
-        DataError: a folder is not one of samples, or there are no such pairs.
+        DataError: a folder does not contain samples, or no two samples form a pair.
     """
     for volumes in (samples, others):
         if volumes.sources and not (volumes.path / f"{volumes.sources[0].id}.json").is_file():

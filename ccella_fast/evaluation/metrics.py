@@ -199,7 +199,7 @@ def autoencoder_limit(
         draws: as of the comparison.
 
     Returns:
-        As `compared`, with numbers; None, or Nones, if there is no limit.
+        The limit of each statistic that was compared: a number, or None if there is no limit.
     """
     first: Comparison = _fields(compared)[0]
     if statistic is None or first.floor is None:

@@ -46,10 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ccella_fast")
 METRICS = (*FEATURE_METRICS, *IMAGE_METRICS, "msssim", "memorisation", "anatomy", "condition")
-_HEADLINES = (
-    "taps-l3",
-    "taps-l4",
-)  # the spaces in which the nearest cases of volumes that are no copies are named, if they are there; else the first one
+# Of a volume that is not a copy, the nearest cases are named in these spaces if they exist, else in the first one.
+_HEADLINES = ("taps-l3", "taps-l4")
 _FEWEST_FOR_COPIES = 3
 _N_RULE = "m = min(n_real // 2, n_synthetic), halves by patient, without replacement"
 

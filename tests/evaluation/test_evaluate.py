@@ -219,7 +219,7 @@ def test_arguments_of_the_function_are_checked():
 
 
 def test_clipped_neighbours_and_the_extrapolation_have_rows():
-    """Half of the synthetic volumes are good. With fewer than two volumes per feature there is no extrapolation."""
+    """Half of the synthetic volumes are good. The extrapolation needs at least two volumes per feature."""
     real, good = some_volumes(40, 0), some_volumes(20, 100)
     bad = [volume._replace(array=volume.array * 0.3) for volume in some_volumes(20, 200)]
     given = {"real": real, "features": [CountingExtractor()], "metrics": ["fd", "prdc"], "draws": 4}

@@ -33,14 +33,19 @@ class FeatureCache:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def features(self, extractor: Extractor, volume: Volume) -> dict[str, np.ndarray]:
+    def features(self, extractor: Extractor, volume: Volume, digest: bytes | None = None) -> dict[str, np.ndarray]:
         """What `extractor(volume)` returns, from the folder if it is there. Of a `SliceExtractor`, the slices are kept.
+
+        Args:
+            extractor: of the features.
+            volume: what they are computed from.
+            digest: of the volume, from `voxel_digest`, which is called if it is not given.
 
         Raises:
             DataError: the volume is constant or has voxels that are not finite.
             DiskError: the folder cannot be written, or the disk is full.
         """
-        path = self._path(cache_key(extractor.identity, voxel_digest(volume), volume.spacing))
+        path = self._path(cache_key(extractor.identity, digest or voxel_digest(volume), volume.spacing))
         result = _read(path, extractor.spaces)
         if result is None:
             result = extractor.slices(volume) if isinstance(extractor, SliceExtractor) else extractor(volume)
