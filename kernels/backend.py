@@ -164,8 +164,20 @@ def _unsupported_gpu_reason(device: torch.device) -> str | None:
     return None if major >= 8 else f"the GPU is sm_{major}{minor}, and Triton compiles for sm_80 and newer"
 
 
+def chained_products_reason(device: torch.device) -> str | None:
+    """Why a kernel that adds several products of a loop to one accumulator is wrong on this GPU, None if it is right.
+
+    For tcgen05, the tensor cores of sm_100 and sm_103, Triton before 3.8 may drop such products (triton-lang/triton#10821).
+    """
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] != 10:
+        return None
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+    return f"Triton {triton.__version__} miscompiles it for this GPU; it is right from Triton 3.8 on" if old else None
+
+
 # The effect of torch.compiler.assume_constant_result without its import of torch._dynamo, which takes a second per command.
 _unsupported_gpu_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+chained_products_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def xformers_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:

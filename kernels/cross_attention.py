@@ -48,6 +48,7 @@ from ccella_fast.kernels.attention import (
 )
 from ccella_fast.kernels.backend import (
     BackendSupport,
+    chained_products_reason,
     choose,
     compute_dtype,
     jit,
@@ -185,12 +186,13 @@ def _heads_key(channels: int, head_width: int, dtype: torch.dtype) -> str:
 
 
 def _heads_per_program(heads: int, blocks: int, device: torch.device) -> int:
-    """The most heads per program with which every multiprocessor still has two programs.
+    """The most heads per program with which every multiprocessor still has two programs, all with equally many heads.
 
     Each additional head saves one normalization of the same tokens.
     """
     programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(heads, heads * blocks // programs))
+    most = max(1, min(heads, heads * blocks // programs))
+    return max(each for each in range(1, most + 1) if heads % each == 0)
 
 
 @library_op("cross_attention")
@@ -313,7 +315,7 @@ cross_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _triton_unsupported_reason(device: torch.device, dtype: torch.dtype, channels: int, head_width: int) -> str | None:
-    reason = triton_unsupported_reason(device, dtype)
+    reason = triton_unsupported_reason(device, dtype) or chained_products_reason(device)
     if reason is not None:
         return reason
     if channels > MAX_CHANNELS or channels % 16:

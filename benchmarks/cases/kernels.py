@@ -1,8 +1,9 @@
 """Each kernel by itself, forward and backward: eager PyTorch, torch.compile, other installed libraries, and ours.
 
 Shapes are those of the model: the width and the grid of one of its levels. On a GPU the inputs are rotated through more memory
-than the L2 cache holds, and passes are replayed from a CUDA graph, so that no implementation is charged for launches from
-Python. Outputs and gradients are compared with float64: ours may have twice the error of the eager path of the same dtype.
+than the L2 cache holds, unless they are small: such a case has a note. Passes are replayed from a CUDA graph, so that no
+implementation is charged for launches from Python. Outputs and gradients are compared with float64: ours may have twice the
+error of the eager path of the same dtype.
 """
 
 from __future__ import annotations
@@ -233,9 +234,10 @@ def _prepare(
     """
     first = make(0)
     moved = sum(tensor.numel() * tensor.element_size() for tensor in first)
-    copies = min(_CALLS, max(1, math.ceil(_ROTATION / moved))) if bench.device.type == "cuda" else 1
+    copies, notes = _rotation(moved) if bench.device.type == "cuda" else (1, [])
     inputs = [first, *(make(index) for index in range(1, copies))]
-    prepared = PreparedCase(shapes={"inputs": [list(tensor.shape) for tensor in first]}, twice_baseline_error=True)
+    shapes = {"inputs": [list(tensor.shape) for tensor in first]}
+    prepared = PreparedCase(shapes=shapes, notes=notes, twice_baseline_error=True)
     functions = {"eager": eager}
     if bench.device.type == "cuda":
         functions["torch.compile"] = torch.compile(eager, mode="max-autotune-no-cudagraphs", dynamic=False)
@@ -258,6 +260,14 @@ def _prepare(
     doubles = [tensor.double() for tensor in first]
     prepared.truth = functools.partial(_result, truth, doubles, gradients, backward)
     return prepared
+
+
+def _rotation(moved: int) -> tuple[int, list[str]]:
+    """How many inputs of `moved` bytes the calls of a CUDA graph take in turn, and a note where those are too small."""
+    copies = min(_CALLS, max(1, math.ceil(_ROTATION / moved)))
+    if copies * moved >= _ROTATION:
+        return copies, []
+    return copies, [f"the inputs of all calls, {copies * moved / 2**20:.0f} MiB, may stay in the L2 cache of the GPU"]
 
 
 def _by_backend(bench: Workbench, kernel: Function) -> dict[str, Function]:

@@ -173,26 +173,34 @@ def test_an_absent_library_is_listed_with_the_reason(bench, monkeypatch, absent)
     assert "not installed" in case(bench).missing[names[absent]]
 
 
-def test_a_captured_call_keeps_the_tensors_that_it_reads(monkeypatch):
+# On a GPU
+
+
+class Nothing:
+    """Stands for CUDA's streams, graphs and contexts. A replay computes nothing, so that calls of the body are captures."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    synchronize = wait_stream = replay = lambda self, *_: None
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A workbench with a GPU, as far as the set-up of a timed call sees it; its tensors are on the CPU."""
+    names = ("stream", "Stream", "CUDAGraph", "graph", "current_stream")
+    monkeypatch.setattr(cases.kernels.torch, "cuda", SimpleNamespace(**dict.fromkeys(names, Nothing)))
+    return SimpleNamespace(device=torch.device("cuda"))
+
+
+def test_a_captured_call_keeps_the_tensors_that_it_reads(cuda):
     """A CUDA graph holds addresses, not tensors: memory freed after the capture would be read, or belong to another case."""
-
-    class Nothing:
-        def __init__(self, *_, **__):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
-
-        def synchronize(self):
-            pass
-
-        wait_stream = replay = __call__ = lambda self, *_: None
-
-    cuda = SimpleNamespace(stream=Nothing, CUDAGraph=Nothing, graph=Nothing, current_stream=Nothing)
-    monkeypatch.setattr(cases.kernels.torch, "cuda", cuda)
     tensor = torch.ones(3)
     body = lambda tensor=tensor: tensor.sum()  # noqa: E731
     run, alive = cases.kernels._captured(body, Nothing()), weakref.ref(tensor)
@@ -203,3 +211,68 @@ def test_a_captured_call_keeps_the_tensors_that_it_reads(monkeypatch):
     del run
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("timed_pass", ["_forward", "_backward"])
+def test_passes_are_captured_on_a_gpu(cuda, timed_pass):
+    """Python's launches are longer than the backward pass of a small kernel. On a CPU every run computes."""
+    computed = []
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            computed.append("_forward")
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            computed.append("_backward")
+            return 2 * dy
+
+    for bench, times in ((cuda, 0), (SimpleNamespace(device=torch.device("cpu")), 1)):
+        run, calls = getattr(cases.kernels, timed_pass)(bench, Twice.apply, [[torch.ones(3)]], 1)
+        computed.clear()
+        run(None)
+        assert computed == [timed_pass] * times and calls == (1 if times else cases.kernels._CALLS)
+
+
+def test_small_inputs_are_noted():
+    enough, notes = cases.kernels._rotation(17 << 20)
+    assert enough == 16 and notes == []
+    assert cases.kernels._rotation(400 << 20) == (1, [])
+    copies, notes = cases.kernels._rotation(1 << 20)
+    assert copies == 16 and notes == ["the inputs of all calls, 16 MiB, may stay in the L2 cache of the GPU"]
+
+
+def test_the_triton_kernel_is_timed_where_it_is_not_the_default(cuda, bench):
+    calls = []
+    kernel = lambda x, backend=None: calls.append(backend)  # noqa: E731
+    on_gpu, on_cpu = cases.kernels._by_backend(cuda, kernel), cases.kernels._by_backend(bench, kernel)
+    assert list(on_gpu) == ["ours", "ours, Triton"] and list(on_cpu) == ["ours"]
+    for call in on_gpu.values():
+        call(None)
+    assert calls == [None, "triton"]
+
+
+def test_cudnn_searches_for_the_compiled_baseline_only(monkeypatch):
+    """Otherwise every later case, ours too, would run with a setting that it does not have in use."""
+    import torch._inductor.config as inductor
+
+    import compiled_baseline
+
+    monkeypatch.setattr(
+        inductor, "force_layout_optimization", inductor.force_layout_optimization
+    )  # restored afterwards
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            seen.append(torch.backends.cudnn.benchmark)
+            return x
+
+    network = Network()
+    monkeypatch.setattr(network, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    call = compiled_baseline.compiled(network)
+    call(torch.ones(1))
+    assert seen == [True] and not torch.backends.cudnn.benchmark

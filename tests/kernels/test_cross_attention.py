@@ -133,6 +133,9 @@ def test_heads_per_program(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"multi_processor_count": 100}))
     gpu = torch.device("cuda")
     assert [module._heads_per_program(8, blocks, gpu) for blocks in (1, 25, 50, 120, 200, 5000)] == [1, 1, 2, 4, 8, 8]
+    # Seven heads would leave one for another program, which repeats the normalization for it alone.
+    assert [module._heads_per_program(8, blocks, gpu) for blocks in (75, 175)] == [2, 4]
+    assert module._heads_per_program(6, 180, gpu) == 3
 
 
 def test_only_arguments_are_saved():
