@@ -165,14 +165,16 @@ def _unsupported_gpu_reason(device: torch.device) -> str | None:
 
 
 def chained_products_reason(device: torch.device) -> str | None:
-    """Why a kernel that adds several products of a loop to one accumulator is wrong on this GPU, None if it is right.
+    """Why a kernel that adds several products of a loop to one accumulator is not used on this GPU, None if it may be.
 
-    For tcgen05, the tensor cores of sm_100 and sm_103, Triton before 3.8 may drop such products (triton-lang/triton#10821).
+    For tcgen05, the tensor cores of sm_100 and sm_103, Triton to 3.8 gives each product an accumulator of its own and may read
+    it too early (triton-lang/triton#10821). The code of 3.9 has one accumulator.
     """
     if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] != 10:
         return None
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
-    return f"Triton {triton.__version__} miscompiles it for this GPU; it is right from Triton 3.8 on" if old else None
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+        return None
+    return f"Triton {triton.__version__} may miscompile it for this GPU; Triton 3.9 does not"
 
 
 # The effect of torch.compiler.assume_constant_result without its import of torch._dynamo, which takes a second per command.

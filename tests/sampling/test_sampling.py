@@ -80,13 +80,14 @@ def test_cudnn_searches_for_algorithms_in_the_loop_and_in_the_decoder(checkpoint
     """Shapes stay the same from step to step and from volume to volume, so that the search pays. It ends with them."""
     sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype="float32", text_encoder=FakeEncoder())
     seen = []
-    for owner, name in ((UNet3d, "denoise"), (Autoencoder, "decode")):
 
-        def observed(self, *rest, plain=getattr(owner, name), name=name):
-            seen.append((name, torch.backends.cudnn.benchmark))
-            return plain(self, *rest)
+    def observe(owner, name):
+        plain = getattr(owner, name)
+        note = lambda: seen.append((name, torch.backends.cudnn.benchmark))  # noqa: E731
+        monkeypatch.setattr(owner, name, lambda *arguments: note() or plain(*arguments))
 
-        monkeypatch.setattr(owner, name, observed)
+    observe(UNet3d, "denoise")
+    observe(Autoencoder, "decode")
     sampler(reports=["abc"], seeds=[1], num_inference_steps=2)
     assert seen == [("denoise", True), ("denoise", True), ("decode", True)] and not torch.backends.cudnn.benchmark
 
