@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ccella_fast.kernels.conv3d_forward import taps_are_divided
-from ccella_fast.kernels.group_norm_silu_forward import WHOLE_TILES
-from ccella_fast.kernels.layout import is_channels_last, next_power_of_two
+from ccella_fast.kernels.group_norm_silu_forward import whole_tile
+from ccella_fast.kernels.layout import is_channels_last
 
 CHANNELS_LAST = torch.channels_last_3d
 
@@ -72,8 +72,7 @@ def _cat(args: Any, out: Any) -> int:
 
 def _group_norm_silu(args: Any, out: Any) -> int:
     x, groups = args[:2]
-    tile = next_power_of_two(x.shape[1] // groups) * x.shape[2:].numel()
-    return (1 if tile <= WHOLE_TILES[-1] else 2) + _other_layouts(x)
+    return (1 if whole_tile(x, groups) else 2) + _other_layouts(x)
 
 
 def _other_layouts(*volumes: Tensor) -> int:
@@ -110,7 +109,7 @@ _RULES: dict[str, Callable[[Any, Any], int]] = {
     "ccella_fast::attention_backward": lambda args, out: 2,
     "ccella_fast::cross_attention": lambda args, out: 2,
     # norm, query, attention, eight products and reductions, two launches of attention, sums and casts; by hand from the code
-    "ccella_fast::cross_attention_backward": lambda args, out: 16,
+    "ccella_fast::cross_attention_backward": lambda args, out: 16 + (args[11] is not None),  # and the sum with `added`
     "ccella_fast::upsample_conv3d": _upsample_conv3d,
     "ccella_fast::conv3d": _conv3d,
 }

@@ -30,7 +30,8 @@ from ccella_fast.kernels.layout import (
 )
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 
-WHOLE_TILES = (2048, 8192, 16384)  # tile sizes, in elements, for a group that fits in one program
+WHOLE_TILES = (2048, 8192, 16384, 32768)  # tile sizes, in elements, for a group that fits in one program
+MAX_WHOLE_TILE_FP32 = 16384  # a larger one spills registers
 
 
 @jit(do_not_specialize=["programs_per_sample"])
@@ -186,24 +187,31 @@ def forward_op(
     weight, bias, shift = weight.contiguous(), bias.contiguous(), contiguous_or_none(shift)
     outputs = _empty_outputs(x, num_groups)
     B, C, S, last = sizes_and_layout(x)
-    block_c = next_power_of_two(C // num_groups)
-    tile = next((size for size in WHOLE_TILES if block_c * S <= size), None)
+    tile = whole_tile(x, num_groups)
     if tile is None:
         parts = _launch_statistics(x, num_groups, shift)
         _launch_apply(x, *outputs, weight, bias, shift, silu, eps, parts)
         return outputs
     y, mean, rstd = outputs
     config = launch_config("group_norm_silu", f"whole {tile}", x.device)
+    channels = {"C": C, "CPG": C // num_groups, "BLOCK_C": next_power_of_two(C // num_groups)}
     _group_norm_silu_fwd_whole_kernel[(B * num_groups,)](
-        x, y, weight, bias, shift, mean, rstd, S, eps,
-        C=C, CPG=C // num_groups, BLOCK_C=block_c, LAST=last, SILU=silu, TILE=tile, **config.launch(),
-    )  # fmt: skip
+        x, y, weight, bias, shift, mean, rstd, S, eps, **channels, LAST=last, SILU=silu, TILE=tile, **config.launch()
+    )
     return outputs
 
 
 @forward_op.register_fake
 def _(x, num_groups, weight, bias, eps, silu, shift):
     return _empty_outputs(to_supported_layout(x), num_groups)
+
+
+def whole_tile(x: Tensor, num_groups: int) -> int | None:
+    """The tile that holds a whole group of x (B, C, *spatial), so that one launch is enough; None if there is none."""
+    elements = next_power_of_two(x.shape[1] // num_groups) * x.shape[2:].numel()
+    if x.dtype == torch.float32 and elements > MAX_WHOLE_TILE_FP32:
+        return None
+    return next((size for size in WHOLE_TILES if elements <= size), None)
 
 
 def _empty_outputs(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,6 +62,7 @@ DEFAULT_LAUNCH_CONFIGS: dict[str, dict[str, LaunchConfig]] = {
         "whole 2048": LaunchConfig({}, num_warps=4),  # the key fixes the tile: it must hold the group
         "whole 8192": LaunchConfig({}, num_warps=8),
         "whole 16384": LaunchConfig({}, num_warps=16),
+        "whole 32768": LaunchConfig({}, num_warps=16),
         "sums last": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),
         "sums first": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),
         "input gradient last": LaunchConfig({"TILE": 4096, "STAGES": 3}, num_warps=8),

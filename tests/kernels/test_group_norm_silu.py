@@ -132,6 +132,14 @@ def test_a_group_in_one_program(dtype, last, silu, shift):
 
 
 @pytest.mark.parametrize("last", LAYOUTS)
+def test_the_largest_group_in_one_program(last):
+    tensors = case(1, 24, 31, 11, 5, dtype=torch.bfloat16, last=last)
+    assert forward.whole_tile(tensors[0], 2) == 32768 and forward.whole_tile(tensors[0].float(), 2) is None
+    assert forward.whole_tile(tensors[0], 1) is None and forward.whole_tile(tensors[0].float(), 4) == 16384
+    check(tensors, 2)
+
+
+@pytest.mark.parametrize("last", LAYOUTS)
 @pytest.mark.parametrize(("dtype", "silu", "shift"), VARIANTS)
 def test_a_group_in_many_programs(dtype, last, silu, shift, many_programs):
     check(case(2, 12, 3, 7, 3, dtype=dtype, last=last, shift=shift), 4, silu)
