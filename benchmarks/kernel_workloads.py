@@ -111,11 +111,12 @@ def _cross_attention(device: torch.device, shape: Sequence[int]) -> tuple[list[T
     heads = channels // HEAD_WIDTH
     inputs = [_draw(device, shape[0], math.prod(shape[2:]), channels)]
     inputs += [_draw(device, shape[0], heads, CONTEXT, HEAD_WIDTH) for _ in range(2)]
+    added = torch.zeros_like(inputs[0])
     w_q, w_out = (_draw(device, channels, channels) * channels**-0.5 for _ in range(2))
     ln_weight, ln_bias, b_out = (_draw(device, channels) for _ in range(3))
     return inputs, lambda x, k, v: cross_attention(
         x, k, v, ln_weight=ln_weight, ln_bias=ln_bias, w_q=w_q, w_out=w_out, b_out=b_out, num_heads=heads,
-        backend="triton",
+        added=added, backend="triton",
     )  # fmt: skip
 
 

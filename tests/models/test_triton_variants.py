@@ -23,7 +23,7 @@ repair_interpreter()
 SIZES = {
     "num_channels": [32, 64], "attention_levels": [False, True], "num_head_channels": [0, 32], "num_res_blocks": 1,
     "cross_attention_dim": 48, "input_dim": 24, "num_latents": 4, "adapter_blocks": 2, "adapter_heads": 4,
-    "adapter_time_dim": 16, "class_head_dim": 8,
+    "adapter_time_dim": 16, "class_head_dim": 8, "norm_num_groups": 8,  # a group has several voxels, also of the small grid
 }  # fmt: skip
 IN_EVERY_RUN = ("CCELLA", "RADMAISI")
 
