@@ -292,6 +292,14 @@ def test_compiled(heads, width, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_with_added(dtype):
+    tensors = [*block(2, 1031, 8, 256, 32, dtype), draw(2, 1031, 256, seed=8, dtype=dtype)]
+    ours, theirs = on_gpu(with_added(fused(8))), on_gpu(with_added(plain(8)))
+    check_fused(ours, theirs, tensors, names=[*NAMES, "dadded"], roundings=ROUNDINGS[dtype])
+
+
+@pytest.mark.gpu
 def test_compiled_in_a_graph():
     tensors = [t.cuda() for t in block(1, 2048, 8, 256, 32, torch.bfloat16)]
     fused(8)(*tensors)  # compiles

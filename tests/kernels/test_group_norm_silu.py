@@ -409,7 +409,7 @@ def test_module_is_a_group_norm():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("last", LAYOUTS)
 @pytest.mark.parametrize(
-    "shape", [(64, 33, 32, 31), (192, 17, 16, 15), (256, 16, 16, 8), (1024, 5, 7, 8)], ids=shape_id
+    "shape", [(64, 33, 32, 31), (192, 17, 16, 15), (256, 16, 16, 8), (384, 16, 16, 8), (1024, 5, 7, 8)], ids=shape_id
 )
 def test_compiled(dtype, last, shape):
     for shift in (False, True):
