@@ -19,7 +19,9 @@ def test_the_rehearsal_runs_every_phase(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "out" / "measured.json").read_text())
-    assert [case["name"] for case in record["cases"]] == ["training_memory"] and record["cases"][0]["status"] == "ok"
+    memory, kernel = record["cases"]
+    assert (memory["name"], kernel["name"]) == gpu.REHEARSED and memory["status"] == kernel["status"] == "ok"
+    assert {"eager", "ours"} <= {*kernel["sides"]} and {"apex", "Liger"} <= {*kernel["missing"]}
     assert "tests/gpu/test_model.py" in (tmp_path / "out" / "tests.log").read_text()
     assert "candidates" in (tmp_path / "out" / "tuning.log").read_text()
 
