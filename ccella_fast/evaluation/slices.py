@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor
 from ccella_fast.evaluation.collecting import FeatureTable
 from ccella_fast.evaluation.features.cache import FeatureCache
 from ccella_fast.evaluation.features.extractor import SliceExtractor
+from ccella_fast.evaluation.frechet import one_thread
 from ccella_fast.evaluation.metrics import Draws, Sets, autoencoder_limit, compared_row, set_names
 from ccella_fast.evaluation.results import Row
 from ccella_fast.evaluation.statistics import Statistic, compare_with_floor, group_numbers, grouped_folds, guards
@@ -33,6 +35,7 @@ _DRAWS = 12  # each of three distances
 _ROWS = 32_768  # of a set in one direction, half a gigabyte with 2,048 features
 _BLOCKS = 16
 _PRODUCT_ROWS = 4096  # whose products are summed in float32
+_THREADS = 8  # each of which holds the matrices of a distance, 200 MB with 2,048 features
 _ROUNDING = 1e-9  # relative to the traces: a smaller distance is that of equal sets
 
 
@@ -68,10 +71,11 @@ def slice_rows(
     found = [_direction(sets, extractor, space, store, few, about) for space in extractor.spaces]
     start = time.perf_counter()
     # All directions have the same draws in the same order, so that the means of their values are the values of the mean.
-    drawn = iter(np.mean([each.values for each in found], axis=0))
+    means = np.mean([each.values for each in found], axis=0).tolist()
     compared = compare_with_floor(
-        lambda a, b: float(next(drawn)), *found[0].units, patients=found[0].patients, draws=few.number, seed=few.seed
-    )
+        _statistic([]), *found[0].units, patients=found[0].patients, draws=few.number, seed=few.seed,
+        map_calls=lambda statistic, *rows: means,
+    )  # fmt: skip
     rows = [each.row for each in found]
     limits = [row.limit_autoencoder for row in rows if row.limit_autoencoder is not None]
     words = list(dict.fromkeys(word for row in rows for word in row.guards))
@@ -111,30 +115,31 @@ def _direction(
     real, synthetic = (_units(each, of, origin) for each, of in zip(read[:2], blocks, strict=True))
     patients = sets.real.patients if together == 1 else None
     values: list[float] = []
-
-    def distances(units: list[_Unit]) -> Statistic:
-        def distance(a: np.ndarray, b: np.ndarray) -> float:
-            values.append(_distance([units[row] for row in a], [units[row] for row in b]))
-            return values[-1]
-
-        return distance
-
     sizes = len(real), len(synthetic)
-    compared = compare_with_floor(
-        distances(real + synthetic), *sizes, patients=patients, draws=draws.number, seed=draws.seed
-    )
-    drawn, limit = list(values), None
-    if sets.reconstructed is not None:
-        del synthetic  # as large as what takes its place
-        statistic = distances(real + _units(read[2], blocks[0], origin))
-        limit = autoencoder_limit(statistic, len(real), compared, patients, draws)
+    given_draws: dict[str, Any] = {"patients": patients, "draws": draws.number, "seed": draws.seed}
+    with one_thread() as threads, ThreadPoolExecutor(min(threads, _THREADS)) as pool:
+
+        def kept_values(statistic: Statistic, *rows: Sequence[np.ndarray]) -> list[float]:
+            values[:] = pool.map(statistic, *rows)
+            return values
+
+        compared = compare_with_floor(_statistic(real + synthetic), *sizes, **given_draws, map_calls=kept_values)
+        limit = None
+        if sets.reconstructed is not None:
+            del synthetic  # as large as what takes its place
+            statistic = _statistic(real + _units(read[2], blocks[0], origin))
+            limit = autoencoder_limit(statistic, len(real), compared, patients, draws, map_calls=pool.map)
     words = [word for word in guards(len(sets.real), len(sets.synthetic), 1) if word == "few"]
     words += [word for word in guards(slices[0], slices[1], extractor.spaces[space]) if word in ("n<d", "biased")]
     details = {"slices_real": slices[0], "slices_synthetic": slices[1], "volumes_drawn_together": together}
     common = {**set_names(sets), "features": space, "dim": extractor.spaces[space], **about}
     seconds = time.perf_counter() - start
     row = compared_row("fd_slices", compared, "lower", limit, [*words, "dependent"], common, seconds, details)
-    return _Direction(row, drawn, sizes, patients)
+    return _Direction(row, values, sizes, patients)
+
+
+def _statistic(units: list[_Unit]) -> Statistic:
+    return lambda a, b: _distance([units[row] for row in a], [units[row] for row in b])
 
 
 class _Reader:

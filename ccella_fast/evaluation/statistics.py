@@ -7,7 +7,7 @@ set is. No draw contains a volume twice: duplicates, as in the ordinary bootstra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -187,6 +187,7 @@ def compare_with_floor(
     least: int = 2,
     draws: int = 100,
     seed: int = 0,
+    map_calls: Callable[..., Iterable[Any]] = map,
 ) -> Any:
     """A metric with its floor at equal n and its interval, all by draws without replacement.
 
@@ -210,32 +211,34 @@ def compare_with_floor(
         least: smallest number of volumes in a set that the statistic can use.
         draws: number of draws.
         seed: of the draws.
+        map_calls: calls the statistic for all draws, as the built-in `map`; that of an executor calls it in several threads.
 
     Returns:
         A `Comparison`, or the statistic's NamedTuple with a `Comparison` in each field.
     """
     rng = np.random.default_rng(seed)
     real, synthetic = group_numbers(patients, n_real), group_numbers(synthetic_groups, n_synthetic)
-    whole = statistic(np.arange(n_real), n_real + np.arange(n_synthetic))
     m, h_real, h_synthetic = min(largest_half(real), n_synthetic), n_real // 2, n_synthetic // 2
-    drawn: dict[str, list[Any]] = {"value": [], "floor": [], "half": [], "floor in half": []}
+    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"value": [], "floor": [], "half": [], "floor in half": []}
+    are_halves = (m, m) == (h_real, h_synthetic)
     for _ in range(draws):
         if m >= least:
             a, b = disjoint_rows(real, (m, m), rng)
             (s,) = disjoint_rows(synthetic, (m,), rng)
-            drawn["value"].append(statistic(a, n_real + s))
-            drawn["floor"].append(statistic(a, b))
+            pairs["value"].append((a, n_real + s))
+            pairs["floor"].append((a, b))
         if min(h_real, h_synthetic) >= least:
-            if (m, m) == (h_real, h_synthetic):
-                r, half = a, drawn["value"][-1]
-            else:
-                (r,), (s,) = disjoint_rows(real, (h_real,), rng), disjoint_rows(synthetic, (h_synthetic,), rng)
-                half = statistic(r, n_real + s)
-            drawn["half"].append(half)
+            r = a if are_halves else disjoint_rows(real, (h_real,), rng)[0]
+            if not are_halves:
+                pairs["half"].append((r, n_real + disjoint_rows(synthetic, (h_synthetic,), rng)[0]))
             of_r = np.unique(real[r], return_inverse=True)[1]
             if (q := largest_half(of_r)) >= least:
                 a, b = disjoint_rows(of_r, (q, q), rng)
-                drawn["floor in half"].append(statistic(r[a], r[b]))
+                pairs["floor in half"].append((r[a], r[b]))
+    everything = (np.arange(n_real), n_real + np.arange(n_synthetic))
+    whole, *found = map_calls(statistic, *zip(everything, *(pair for of in pairs.values() for pair in of), strict=True))
+    drawn = {name: [found.pop(0) for _ in of] for name, of in pairs.items()}
+    drawn["half"] = drawn["value"] if are_halves else drawn["half"]
     fields = np.atleast_1d(np.array(whole, dtype=float))
     columns = {name: np.array(found, float).reshape(len(found), len(fields)) for name, found in drawn.items()}
     results = [
