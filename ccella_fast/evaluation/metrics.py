@@ -7,7 +7,7 @@ space. `statistics.compare_with_floor` draws the rows; here is what is drawn fro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -187,7 +187,12 @@ def _compare(
 
 
 def autoencoder_limit(
-    statistic: Statistic | None, n_real: int, compared: Any, patients: Sequence[str | None] | None, draws: Draws
+    statistic: Statistic | None,
+    n_real: int,
+    compared: Any,
+    patients: Sequence[str | None] | None,
+    draws: Draws,
+    map_calls: Callable[..., Iterable[Any]] = map,
 ) -> Any:
     """The mean distance of a half of the real set to the reconstructions of the other half, at the n of the floor.
 
@@ -197,6 +202,7 @@ def autoencoder_limit(
         compared: the comparison with synthetic volumes, whose n is used.
         patients: of the real rows.
         draws: as of the comparison.
+        map_calls: as of the comparison.
 
     Returns:
         The limit of each statistic that was compared: a number, or None if there is no limit.
@@ -205,10 +211,8 @@ def autoencoder_limit(
     if statistic is None or first.floor is None:
         return tuple(None for _ in _fields(compared)) if _is_several(compared) else None
     groups, rng = group_numbers(patients, n_real), np.random.default_rng(draws.seed)
-    values = []
-    for _ in range(min(draws.number, _LIMIT_DRAWS)):
-        a, b = disjoint_rows(groups, (first.m, first.m), rng)
-        values.append(statistic(a, n_real + b))
+    halves = [disjoint_rows(groups, (first.m, first.m), rng) for _ in range(min(draws.number, _LIMIT_DRAWS))]
+    values = list(map_calls(statistic, [a for a, _ in halves], [n_real + b for _, b in halves]))
     means = np.array(values, float).reshape(len(values), -1).mean(0)
     return tuple(map(float, means)) if _is_several(compared) else float(means[0])
 
