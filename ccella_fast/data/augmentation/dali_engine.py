@@ -54,6 +54,10 @@ class DaliEngine:
         def requests_clamped(n: int) -> list[VolumeRequest]:
             return requests(min(n, count - 1))  # DALI prefetches a few batches beyond the last one
 
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(
+                self.device
+            ).query()  # DALI needs a CUDA context, which a new thread does not have
         try:
             pipeline = self._pipeline(list(map(str, paths)), requests_clamped, batch_size=batch_size)
             pipeline.build()
