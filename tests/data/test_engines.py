@@ -116,7 +116,11 @@ def test_gpu_volumes_are_copied_in_the_stream_that_uses_them(tmp_path: Path, mon
     from ccella_fast.data.augmentation import dali_engine
 
     values = np.arange(64, dtype=np.float32).reshape(1, 4, 4, 4)
-    streams, copies = [], []
+    streams, copies, contexts = [], [], []
+
+    class Stream(str):
+        def query(self) -> None:  # as every call of CUDA, gives the thread a context
+            contexts.append(str(self))
 
     class Pipeline:
         def build(self) -> None: ...
@@ -131,7 +135,7 @@ def test_gpu_volumes_are_copied_in_the_stream_that_uses_them(tmp_path: Path, mon
 
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda shape, device: empty(shape))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(f"stream of {device}"))
     monkeypatch.setattr(dali_engine, "feed_ndarray", copy)
     engine = dali_engine.DaliEngine(strengths(), CPU, (4, 4, 4))
     monkeypatch.setattr(engine, "_pipeline", lambda *_, **__: Pipeline())
@@ -140,7 +144,7 @@ def test_gpu_volumes_are_copied_in_the_stream_that_uses_them(tmp_path: Path, mon
         (volumes,) = engine.stream([tmp_path], lambda n: [], 1)
         np.testing.assert_array_equal(volumes.numpy(), values[:, None])
         assert (volumes.data_ptr() != values.ctypes.data) == own
-    assert streams == [None, "stream of cuda:1"] and copies == ["stream of cuda:1"]
+    assert streams == [None, "stream of cuda:1"] and contexts == copies == ["stream of cuda:1"]
 
 
 def test_window_is_read_at_its_corner(patients: list[Path], engine: str):
