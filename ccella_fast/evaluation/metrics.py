@@ -388,22 +388,23 @@ def compared_row(
     details: dict[str, Any],
 ) -> Row:
     """The row of a metric that was compared with its floor; common: the fields that rows of the same sets share."""
-    interval = comparison.ci95
-    if interval is not None and metric in _SHARES | _NOT_NEGATIVE:  # half-samples do not know these bounds
-        highest = 1.0 if metric in _SHARES else np.inf
-        interval = float(np.clip(interval[0], 0, highest)), float(np.clip(interval[1], 0, highest))
-    more = {
-        "m": comparison.m,
-        "draws": comparison.draws,
-        "floor_ci95": comparison.floor_ci95,
-        "ratio_ci95": comparison.ratio_ci95,
-    }
+    interval, of_floor = (_possible(metric, each) for each in (comparison.ci95, comparison.floor_ci95))
+    counts = {"m": comparison.m, "draws": comparison.draws}
+    more = {**counts, "floor_ci95": of_floor, "ratio_ci95": comparison.ratio_ci95}
     return Row(
         metric, value=comparison.value, value_equal_n=comparison.value_equal_n, ci95=interval,
         floor=comparison.floor, ratio=comparison.ratio, limit_autoencoder=limit, better=better,
         guards=tuple(dict.fromkeys([*words, *comparison.guards])), details={**details, **more},
         seconds=round(seconds, 3), **common,
     )  # fmt: skip
+
+
+def _possible(metric: str, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The part of an interval that the metric can reach, which draws do not know."""
+    if interval is None or metric not in _SHARES | _NOT_NEGATIVE:
+        return interval
+    highest = 1.0 if metric in _SHARES else np.inf
+    return float(np.clip(interval[0], 0, highest)), float(np.clip(interval[1], 0, highest))
 
 
 def anatomy_rows(sets: Sets) -> list[Row]:

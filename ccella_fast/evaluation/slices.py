@@ -64,7 +64,7 @@ def slice_rows(
         sets: the features of volumes.
         extractor: whose spaces are the directions: `NAME-DIRECTION`.
         store: where the features of the slices are.
-        draws: of the floors and intervals, of which at most 20 are made.
+        draws: of the floors and intervals, of which at most 12 are made.
         about: weights_sha256 and preprocessing of the features.
     """
     few = Draws(min(draws.number, _DRAWS), draws.seed)
