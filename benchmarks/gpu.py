@@ -5,7 +5,7 @@
 It runs on a bare machine with PyTorch, Triton and pytest: packages that are missing there are taken from build/wheels, which
 `make gpu-wheels` fills on a machine with a network. In this order, each as a process of its own with its share of the time:
 
-    tests       the tests that need a GPU: kernels, model, sampler, training
+    tests       the tests that need a GPU: kernels, model, sampler, training, data
     measure     a denoising step, a training step and a decode compared with the reference; both steps with one kernel's backend
                 changed at a time; then each kernel alone, compared with PyTorch, torch.compile and other libraries
     tuning      the launch configurations of the kernels

@@ -1,6 +1,6 @@
 """The data engine against MONAI doing the same work, and training steps on latents from different places.
 
-Volumes are real where CCELLA_TEST_DATA (default ../shared/data) has them, else phantoms.
+Studies are real where CCELLA_TEST_DATA (default ../shared/data) has them, else phantoms.
 """
 
 from __future__ import annotations
@@ -9,24 +9,27 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from benchmark_case import BenchmarkCase, Implementation, PreparedCase
 from ccella_fast.config import AugmentationConfig, Config, load_config, make_config
+from ccella_fast.data.augmentation.engine import AugmentationEngine
 from ccella_fast.data.augmentation.engine_choice import make_engine
 from ccella_fast.data.augmentation.parameters import Augmentation, draw_augmentation
 from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.loading.dataset import PreparedDataset
 from ccella_fast.data.loading.online_latents import OnlineLatents
 from ccella_fast.data.loading.resident_latents import ResidentLatents
-from ccella_fast.data.manifest import load_manifest
 from ccella_fast.data.phantom.phantom import write_phantoms
 from ccella_fast.data.preparation.prepare import prepare
+from ccella_fast.data.readers.volume_file import read_volume
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.models import build_model
 from ccella_fast.models.autoencoder import Autoencoder, save_autoencoder
@@ -119,17 +122,19 @@ def augment_case(bench: Workbench) -> PreparedCase:
     """Prepared volumes on disk to augmented tensors, in batches of 2.
 
     MONAI's pipeline consists of its own transforms of the same kinds and strengths, in a DataLoader with one worker per core.
-    It does not have a counterpart of our tone curve, so it applies one operator less.
+    It does not have a counterpart of our tone curve, so it applies one operator less. "ours" is the engine that is chosen on
+    this machine; where that is DALI, "torch" is the other one.
     """
     prepared, work = _with_folder(_VOLUMES)
     config, device, cores = full_grid(), bench.device, len(os.sched_getaffinity(0))
-    prepare(write_studies(work / "studies", 4), work / "prepared", config)
-    manifest = load_manifest(work / "prepared")
-    paths = [manifest.folder / case.files["image/t2w"].path for case in manifest.cases]
     strengths, shape, spacing = config.augmentation, tuple(config.data.dim), tuple(config.data.spacing)
+    paths = _write_volumes(work, 4, shape)
     order = [paths[n % len(paths)] for n in range(_VOLUMES)]
     loader = _monai_loader(order, strengths, spacing, workers=cores)
-    engine = make_engine("auto", strengths, device, shape)  # type: ignore[arg-type]
+    chosen = make_engine("auto", strengths, device, shape)
+    engines = {"ours": chosen}
+    if chosen.name == "dali":
+        engines = {"torch": make_engine("torch", strengths, device, shape), "ours": chosen}
 
     def request(n: int) -> VolumeRequest:
         drawn = draw_augmentation(
@@ -137,7 +142,7 @@ def augment_case(bench: Workbench) -> PreparedCase:
         )
         return VolumeRequest(order[n], shape, (0, 0, 0), shape, spacing, drawn)  # type: ignore[arg-type]
 
-    def ours() -> None:
+    def ours(engine: AugmentationEngine) -> None:
         for batch in engine.stream(order, lambda n: [request(2 * n), request(2 * n + 1)], _VOLUMES // 2):
             assert batch.shape == (2, 1, *shape)
         if device.type == "cuda":
@@ -148,10 +153,26 @@ def augment_case(bench: Workbench) -> PreparedCase:
             assert batch["t2w"].shape == (2, 1, *shape)
             batch["t2w"].to(device)
 
-    prepared.implementations = {"monai": _implementation(monai, _VOLUMES), "ours": _implementation(ours, _VOLUMES)}
+    prepared.implementations = {"monai": _implementation(monai, _VOLUMES)}
+    for name, engine in engines.items():
+        prepared.implementations[name] = _implementation(partial(ours, engine), _VOLUMES)
+    prepared.notes = [f'"ours" is {chosen.name}']
     prepared.check = lambda: {"largest difference from MONAI's warp": _warp_difference(order[0])}
     prepared.required_speedup = 10.0 if device.type == "cuda" else 2.0
     return prepared
+
+
+def _write_volumes(folder: Path, count: int, shape: Sequence[int]) -> list[Path]:
+    """Write phantoms, interpolated to `shape`, as `prepare` would, but without SimpleITK, which a GPU machine may lack."""
+    write_phantoms(folder / "studies", num_studies=count)
+    paths = []
+    for file in sorted((folder / "studies").glob("*/t2w.nii.gz")):
+        scan = torch.from_numpy(read_volume(file).array.astype(np.float32))
+        values = F.interpolate(scan[None, None], tuple(shape), mode="trilinear")[0, 0]
+        paths.append(folder / "images" / file.parent.name / "t2w.npy")
+        paths[-1].parent.mkdir(parents=True)
+        np.save(paths[-1], (values / values.max()).numpy())
+    return paths
 
 
 def _monai_loader(order: list[Path], strengths: AugmentationConfig, spacing: Any, *, workers: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import tempfile
 import time
@@ -19,11 +20,15 @@ from cases.memory import peak
 from ccella_fast.config import Config
 from ccella_fast.evaluation.collecting import FeatureTable
 from ccella_fast.evaluation.features import radiomics, random_networks, taps
+from ccella_fast.evaluation.features.cache import FeatureCache, voxel_digest
 from ccella_fast.evaluation.features.extractor import load_extractor
 from ccella_fast.evaluation.features.medicalnet import ARCHITECTURE, MedicalNet
-from ccella_fast.evaluation.features.preprocessing import Window, gaussian
+from ccella_fast.evaluation.features.preprocessing import Window, gaussian, mean_of_slices
 from ccella_fast.evaluation.features.radimagenet import RadImageNet
-from ccella_fast.evaluation.metrics import FEATURE_METRICS, Draws, Sets, feature_rows
+from ccella_fast.evaluation.metrics import FEATURE_METRICS, Draws, Sets, feature_rows, memorisation_rows
+from ccella_fast.evaluation.prompted import condition_rows, own_study_row
+from ccella_fast.evaluation.results import Row
+from ccella_fast.evaluation.slices import slice_rows
 from ccella_fast.evaluation.volumes import Volume
 from fixtures import Workbench
 
@@ -322,10 +327,12 @@ class _Bar(NamedTuple):
     Attributes:
         timed: volumes in each set whose metrics are timed, with `draws` random splits.
         large: volumes in each set whose memory is measured; it does not depend on the number of splits.
+        slices: of a volume, in the space whose rows are slices.
     """
 
     timed: int = 1000
     large: int = 2000
+    slices: int = 256
     dimensions: int = 2048
     draws: int = 100
     seconds: float = 60.0
@@ -336,18 +343,30 @@ BAR = _Bar()
 
 
 def metrics_case(bench: Workbench) -> PreparedCase:
-    """Seconds of each metric of one feature space on features in memory, and the peak memory of all metrics for larger sets."""
+    """Seconds of each metric of one feature space on cached features, and the peak memory for larger sets.
+
+    Memorisation and condition include what `evaluate` derives from the same features: the own study of a prompt, and the class.
+    The Fréchet distance of slices is timed in a space of its own, from files.
+    """
     prepared = PreparedCase(shapes=BAR._asdict())
-    sets, total = _feature_sets(BAR.timed), 0.0
-    for metric in FEATURE_METRICS:
-        bench.on_progress(f"{metric} of {BAR.timed} + {BAR.timed} volumes")
-        start = time.perf_counter()
-        rows = list(feature_rows(sets, "space", {metric}, Draws(BAR.draws, 0), {}))
-        seconds = time.perf_counter() - start
-        assert rows and all(np.isfinite(row.value) for row in rows)  # type: ignore[arg-type]
-        prepared.facts.append((metric, seconds, "s"))
+    sets, draws, total = _feature_sets(BAR.timed), Draws(BAR.draws, 0), 0.0
+    parts: dict[str, Callable[[], list[Row]]] = {
+        metric: functools.partial(lambda metric: list(feature_rows(sets, "space", {metric}, draws, {})), metric)
+        for metric in FEATURE_METRICS
+    }
+    parts["memorisation"] = lambda: memorisation_rows(sets, "space", draws, {})[0] + own_study_row(sets, "space", {})
+    parts["condition"] = lambda: condition_rows(sets, {"space": {}}, None, draws)
+    for name, rows_of in parts.items():
+        bench.on_progress(f"{name} of {BAR.timed} + {BAR.timed} volumes")
+        seconds = _seconds(rows_of)
+        prepared.facts.append((name, seconds, "s"))
         total += seconds
     prepared.facts.append((f"all, {_verdict(total, BAR.seconds, 's')}", total, "s"))
+    with tempfile.TemporaryDirectory(prefix="ccella-bench-") as folder:
+        store, extractor = _kept_slices(Path(folder), sets)
+        bench.on_progress(f"fd_slices of {BAR.timed} + {BAR.timed} volumes")
+        seconds = _seconds(lambda: slice_rows(sets, extractor, store, draws, {}))
+    prepared.facts.append((f"fd_slices, {_verdict(seconds, BAR.seconds, 's')}", seconds, "s"))
     large = _feature_sets(BAR.large)
     bench.on_progress(f"memory for {BAR.large} + {BAR.large} volumes")
     few = Draws(2, 0)
@@ -358,22 +377,63 @@ def metrics_case(bench: Workbench) -> PreparedCase:
     return prepared
 
 
+def _seconds(rows_of: Callable[[], list[Row]]) -> float:
+    start = time.perf_counter()
+    rows = rows_of()
+    seconds = time.perf_counter() - start
+    assert rows and all(np.isfinite(row.value) for row in rows)  # type: ignore[arg-type]
+    return seconds
+
+
 def _verdict(found: float, most: float, unit: str) -> str:
     return f"limit of {most:g} {unit} {'kept' if found <= most else 'EXCEEDED'}"
 
 
 def _feature_sets(count: int) -> Sets:
-    """A real and a synthetic set whose features are correlated, as those of networks are."""
+    """A training, a real and a synthetic set whose features are correlated, as those of networks are."""
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((64, BAR.dimensions)) / 4
 
     def table(name: str, shift: float) -> FeatureTable:
         rows = rng.standard_normal((count, 64)) @ mix + rng.standard_normal((count, BAR.dimensions)) + shift
-        none = [None] * count
+        ids, prompts = [f"{name}-{row}" for row in range(count)], [f"train-{row}" for row in range(count)]
+        classes, digests = [("neg", "pos")[row % 2] for row in range(count)], [b""] * count
         spaces = {"space": rows.astype(np.float32)}
-        return FeatureTable(name, "t2w", [""] * count, none, none, none, [b""] * count, np.ones((count, 3)), spaces)
+        return FeatureTable(
+            name, "t2w", ids, [None] * count, classes, prompts, digests, np.ones((count, 3)), spaces
+        )  # fmt: skip
 
-    return Sets(table("real", 0.0), table("synthetic", 0.1))
+    return Sets(table("real", 0.0), table("synthetic", 0.1), table("train", 0.0))
+
+
+class _Slices:
+    """The features of slices in one direction, as a stand-in for a network."""
+
+    sequences = None
+    identity: dict[str, object] = {"extractor": "slices"}
+
+    def __init__(self) -> None:
+        self.spaces = {"slices-axial": BAR.dimensions}
+        self._rng = np.random.default_rng(0)
+
+    def slices(self, volume: Volume) -> dict[str, np.ndarray]:
+        rows = self._rng.standard_normal((BAR.slices, BAR.dimensions), np.float32)
+        return {space: rows * np.linspace(1, 1e-3, BAR.dimensions, dtype=np.float32) for space in self.spaces}
+
+    def __call__(self, volume: Volume) -> dict[str, np.ndarray]:
+        return mean_of_slices(self.slices(volume))
+
+
+def _kept_slices(folder: Path, sets: Sets) -> tuple[FeatureCache, _Slices]:
+    """The slices of 32 volumes in files; every volume of the two sets is made one of these."""
+    store, extractor = FeatureCache(folder), _Slices()
+    for kind, table in enumerate((sets.real, sets.synthetic)):
+        known = [Volume(np.full((1, 1, 1), 16 * kind + k, np.float32), (1.0, 1.0, 1.0), f"{k}") for k in range(16)]
+        digests = [voxel_digest(volume) for volume in known]
+        for volume in known:
+            store.features(extractor, volume)
+        table.digests[:] = [digests[row % len(known)] for row in range(len(table))]
+    return store, extractor
 
 
 CASES = [

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import SimpleITK as sitk
 
 from ccella_fast.evaluation.statistics import share_interval
 
@@ -78,6 +77,8 @@ def measure_gland(mask: np.ndarray, spacing: Sequence[float]) -> Gland:
     voxel_cc = math.prod(spacing) / 1000
     occupied = [np.flatnonzero(mask.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
     x, y, z = (float((inside[-1] - inside[0] + 1) * step) for inside, step in zip(occupied, spacing, strict=True))
+    import SimpleITK as sitk
+
     image = sitk.GetImageFromArray(mask.astype(np.uint8))
     parts = np.bincount(sitk.GetArrayFromImage(sitk.ConnectedComponent(image)).ravel())[1:]
     holes = int(sitk.GetArrayFromImage(sitk.BinaryFillhole(image)).astype(bool).sum()) - count

@@ -111,12 +111,12 @@ def _triangle(centred: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Context manager in which PyTorch computes on one thread."""
+def one_thread() -> Iterator[int]:
+    """Context manager in which PyTorch computes on one thread; it gives the number of threads outside."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)
 

@@ -7,7 +7,7 @@ space. `statistics.compare_with_floor` draws the rows; here is what is drawn fro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -187,7 +187,12 @@ def _compare(
 
 
 def autoencoder_limit(
-    statistic: Statistic | None, n_real: int, compared: Any, patients: Sequence[str | None] | None, draws: Draws
+    statistic: Statistic | None,
+    n_real: int,
+    compared: Any,
+    patients: Sequence[str | None] | None,
+    draws: Draws,
+    map_calls: Callable[..., Iterable[Any]] = map,
 ) -> Any:
     """The mean distance of a half of the real set to the reconstructions of the other half, at the n of the floor.
 
@@ -197,6 +202,7 @@ def autoencoder_limit(
         compared: the comparison with synthetic volumes, whose n is used.
         patients: of the real rows.
         draws: as of the comparison.
+        map_calls: as of the comparison.
 
     Returns:
         The limit of each statistic that was compared: a number, or None if there is no limit.
@@ -205,10 +211,8 @@ def autoencoder_limit(
     if statistic is None or first.floor is None:
         return tuple(None for _ in _fields(compared)) if _is_several(compared) else None
     groups, rng = group_numbers(patients, n_real), np.random.default_rng(draws.seed)
-    values = []
-    for _ in range(min(draws.number, _LIMIT_DRAWS)):
-        a, b = disjoint_rows(groups, (first.m, first.m), rng)
-        values.append(statistic(a, n_real + b))
+    halves = [disjoint_rows(groups, (first.m, first.m), rng) for _ in range(min(draws.number, _LIMIT_DRAWS))]
+    values = list(map_calls(statistic, [a for a, _ in halves], [n_real + b for _, b in halves]))
     means = np.array(values, float).reshape(len(values), -1).mean(0)
     return tuple(map(float, means)) if _is_several(compared) else float(means[0])
 
@@ -384,22 +388,23 @@ def compared_row(
     details: dict[str, Any],
 ) -> Row:
     """The row of a metric that was compared with its floor; common: the fields that rows of the same sets share."""
-    interval = comparison.ci95
-    if interval is not None and metric in _SHARES | _NOT_NEGATIVE:  # half-samples do not know these bounds
-        highest = 1.0 if metric in _SHARES else np.inf
-        interval = float(np.clip(interval[0], 0, highest)), float(np.clip(interval[1], 0, highest))
-    more = {
-        "m": comparison.m,
-        "draws": comparison.draws,
-        "floor_ci95": comparison.floor_ci95,
-        "ratio_ci95": comparison.ratio_ci95,
-    }
+    interval, of_floor = (_possible(metric, each) for each in (comparison.ci95, comparison.floor_ci95))
+    counts = {"m": comparison.m, "draws": comparison.draws}
+    more = {**counts, "floor_ci95": of_floor, "ratio_ci95": comparison.ratio_ci95}
     return Row(
         metric, value=comparison.value, value_equal_n=comparison.value_equal_n, ci95=interval,
         floor=comparison.floor, ratio=comparison.ratio, limit_autoencoder=limit, better=better,
         guards=tuple(dict.fromkeys([*words, *comparison.guards])), details={**details, **more},
         seconds=round(seconds, 3), **common,
     )  # fmt: skip
+
+
+def _possible(metric: str, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The part of an interval that the metric can reach, which draws do not know."""
+    if interval is None or metric not in _SHARES | _NOT_NEGATIVE:
+        return interval
+    highest = 1.0 if metric in _SHARES else np.inf
+    return float(np.clip(interval[0], 0, highest)), float(np.clip(interval[1], 0, highest))
 
 
 def anatomy_rows(sets: Sets) -> list[Row]:

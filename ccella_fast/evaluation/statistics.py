@@ -7,13 +7,14 @@ set is. No draw contains a volume twice: duplicates, as in the ordinary bootstra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ccella_fast.errors import DataError
 
+_Z = 1.959964  # 97.5 % quantile of the normal distribution
 _ROUNDING = 1e-6  # relative to a feature's largest value: a smaller spread is the rounding of float32
 
 
@@ -186,18 +187,20 @@ def compare_with_floor(
     least: int = 2,
     draws: int = 100,
     seed: int = 0,
+    map_calls: Callable[..., Iterable[Any]] = map,
 ) -> Any:
     """A metric with its floor at equal n and its interval, all by draws without replacement.
 
     In draw k the real set is split at random, never within a patient, into A and B of m = min(n_real // 2, n_synthetic)
     volumes, and S is m synthetic volumes: D(A, S) and D(A, B) have the same n on both sides.
 
-    The interval comes from half-samples of both sets. For a statistic that is linear to first order, the deviation of a random
-    half from the mean of all halves has the variance of the full statistic: the m of n rows of a half have the variance
-    V/m (1 - m/n), and m = n/2 makes this V/n. So no scaling is needed (Politis, Romano and Wolf 1999, chapter 2; half-sampling:
-    McCarthy 1969). For degenerate statistics, such as the MMD of two equal distributions, the interval is too wide by a factor
-    of up to the square root of three, never too narrow. It is an interval of the expectation at this n, bias included. That of
-    the ratio combines the deviations of the value in the same half-samples with those of the floor within the real half.
+    The interval comes from half-samples of both sets, which A and S are if both sets have 2m volumes. For a statistic that is
+    linear to first order, the deviation of a random half from the mean of all halves has the variance of the full statistic:
+    the m of n rows of a half have the variance V/m (1 - m/n), and m = n/2 makes this V/n. So no scaling is needed (Politis,
+    Romano and Wolf 1999, chapter 2; half-sampling: McCarthy 1969). For degenerate statistics, such as the MMD of two equal
+    distributions, the interval is too wide by a factor of up to the square root of three, never too narrow. It is an interval
+    of the expectation at this n, bias included. That of the ratio combines the deviations of the value in the same half-samples
+    with those of the floor within the real half.
 
     Args:
         statistic: D(rows_a, rows_b) on rows of the stacked features, real ones first: a float or a NamedTuple of floats.
@@ -208,28 +211,34 @@ def compare_with_floor(
         least: smallest number of volumes in a set that the statistic can use.
         draws: number of draws.
         seed: of the draws.
+        map_calls: calls the statistic for all draws, as the built-in `map`; that of an executor calls it in several threads.
 
     Returns:
         A `Comparison`, or the statistic's NamedTuple with a `Comparison` in each field.
     """
     rng = np.random.default_rng(seed)
     real, synthetic = group_numbers(patients, n_real), group_numbers(synthetic_groups, n_synthetic)
-    whole = statistic(np.arange(n_real), n_real + np.arange(n_synthetic))
     m, h_real, h_synthetic = min(largest_half(real), n_synthetic), n_real // 2, n_synthetic // 2
-    drawn: dict[str, list[Any]] = {"value": [], "floor": [], "half": [], "floor in half": []}
+    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"value": [], "floor": [], "half": [], "floor in half": []}
+    are_halves = (m, m) == (h_real, h_synthetic)
     for _ in range(draws):
         if m >= least:
             a, b = disjoint_rows(real, (m, m), rng)
             (s,) = disjoint_rows(synthetic, (m,), rng)
-            drawn["value"].append(statistic(a, n_real + s))
-            drawn["floor"].append(statistic(a, b))
+            pairs["value"].append((a, n_real + s))
+            pairs["floor"].append((a, b))
         if min(h_real, h_synthetic) >= least:
-            (r,), (s,) = disjoint_rows(real, (h_real,), rng), disjoint_rows(synthetic, (h_synthetic,), rng)
-            drawn["half"].append(statistic(r, n_real + s))
+            r = a if are_halves else disjoint_rows(real, (h_real,), rng)[0]
+            if not are_halves:
+                pairs["half"].append((r, n_real + disjoint_rows(synthetic, (h_synthetic,), rng)[0]))
             of_r = np.unique(real[r], return_inverse=True)[1]
             if (q := largest_half(of_r)) >= least:
                 a, b = disjoint_rows(of_r, (q, q), rng)
-                drawn["floor in half"].append(statistic(r[a], r[b]))
+                pairs["floor in half"].append((r[a], r[b]))
+    everything = (np.arange(n_real), n_real + np.arange(n_synthetic))
+    whole, *found = map_calls(statistic, *zip(everything, *(pair for of in pairs.values() for pair in of), strict=True))
+    drawn = {name: [found.pop(0) for _ in of] for name, of in pairs.items()}
+    drawn["half"] = drawn["value"] if are_halves else drawn["half"]
     fields = np.atleast_1d(np.array(whole, dtype=float))
     columns = {name: np.array(found, float).reshape(len(found), len(fields)) for name, found in drawn.items()}
     results = [
@@ -264,13 +273,23 @@ def _around(estimate: float, deviations: np.ndarray) -> tuple[float, float]:
 
 
 def _central(values: np.ndarray) -> tuple[float, float]:
-    """The quantiles around the central 95 %: of n values, the k-th smallest is the k / (n + 1) quantile."""
-    low, high = np.quantile(values, (0.025, 0.975), method="weibull")
-    return float(low), float(high)
+    """The central 95 %: quantiles, or with fewer than 39 values, all of which are inside, those of Student's distribution.
+
+    Of n values, the k-th smallest is the k / (n + 1) quantile.
+    """
+    n = len(values)
+    if n >= 39 or n < 3:
+        low, high = np.quantile(values, (0.025, 0.975), method="weibull")
+        return float(low), float(high)
+    # Quantile of Student's distribution from the normal one (Abramowitz and Stegun 1964, 26.7.5), within 1 % from n = 6 on.
+    z, f = _Z, n - 1
+    t = z + (z**3 + z) / (4 * f) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
+    half, mean = t * float(values.std(ddof=1)) * (1 + 1 / n) ** 0.5, float(values.mean())
+    return mean - half, mean + half
 
 
 def share_interval(count: int, n: int) -> tuple[float, float]:
     """95 % interval of a share of n volumes (Wilson 1927), which is never empty, also for a count of 0 or n."""
-    z, share = 1.959964, count / n
+    z, share = _Z, count / n
     centre, width = share + z * z / (2 * n), z * float(np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)))
     return max(0.0, (centre - width) / (1 + z * z / n)), min(1.0, (centre + width) / (1 + z * z / n))

@@ -47,9 +47,10 @@ def test_other_preprocessing_is_noticed(tiny: Workbench, monkeypatch: pytest.Mon
     ("limits", "words"), [({}, "kept"), ({"seconds": 0.0, "gigabytes": -1.0}, "EXCEEDED")], ids=["kept", "exceeded"]
 )
 def test_metrics_are_judged_by_their_limits(monkeypatch: pytest.MonkeyPatch, limits, words):
-    small = cases.evaluation.BAR._replace(timed=12, large=14, dimensions=9, draws=3, **limits)
+    small = cases.evaluation.BAR._replace(timed=12, large=14, slices=5, dimensions=9, draws=3, **limits)
     monkeypatch.setattr(cases.evaluation, "BAR", small)
     facts = {what: (value, unit) for what, value, unit in cases.evaluation.metrics_case(Workbench(CPU, Config())).facts}
-    assert [*facts][:5] == ["fd", "kid", "mmd", "prdc", "c2st"]
-    assert sum(value for value, _ in [*facts.values()][:5]) == pytest.approx([*facts.values()][5][0])
-    assert [what.split()[-1] for what in [*facts][5:]] == [words, words]
+    assert [*facts][:7] == ["fd", "kid", "mmd", "prdc", "c2st", "memorisation", "condition"]
+    assert sum(value for value, _ in [*facts.values()][:7]) == pytest.approx([*facts.values()][7][0])
+    assert [what.split()[0] for what in [*facts][7:]] == ["all,", "fd_slices,", "peak"]
+    assert [what.split()[-1] for what in [*facts][7:]] == [words] * 3

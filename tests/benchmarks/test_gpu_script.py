@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 import gpu
 import registry
@@ -24,6 +28,20 @@ def test_the_rehearsal_runs_every_phase(tmp_path):
     assert {"eager", "ours"} <= {*kernel["sides"]} and {"apex", "Liger"} <= {*kernel["missing"]}
     assert "tests/gpu/test_model.py" in (tmp_path / "out" / "tests.log").read_text()
     assert "candidates" in (tmp_path / "out" / "tuning.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "command", ["benchmarks/run.py --list", "-m pytest -q --collect-only -m gpu tests/gpu tests/kernels"]
+)
+def test_a_bare_machine_with_the_wheels_has_every_package_that_is_imported(tmp_path, command):
+    """Of what other extras install, `make gpu` imports nothing, except in tests that are then skipped."""
+    lacking = ["SimpleITK", "diffusers", "highdicom", "pydicom", "scipy", "skimage", "xformers"]
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({lacking}))")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    run = functools.partial(subprocess.run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = run([sys.executable, *command.split()])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert run([sys.executable, "-c", "import SimpleITK"]).returncode == 1  # negative control
 
 
 def test_a_phase_that_hangs_is_stopped_with_its_workers(tmp_path, capsys):

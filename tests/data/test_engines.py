@@ -11,32 +11,16 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from ccella_fast.config import AugmentationConfig
 from ccella_fast.data.augmentation.engine import AugmentationEngine
 from ccella_fast.data.augmentation.engine_choice import make_engine
-from ccella_fast.data.augmentation.parameters import IDENTITY, Augmentation, draw_augmentation
+from ccella_fast.data.augmentation.parameters import IDENTITY, Augmentation
 from ccella_fast.data.augmentation.requests import VolumeRequest
 from ccella_fast.data.augmentation.torch_engine import TorchEngine, blur
 from ccella_fast.data.manifest import load_manifest
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import ConfigError, DataError
+from engine_fixtures import CPU, GEOMETRY, IMAGE, OPERATORS, SHAPE, SPACING, drawn_request, stream, strengths
 from study_fixtures import config, write_nifti
-
-CPU = torch.device("cpu")
-SHAPE, SPACING = (96, 96, 32), (1.0, 1.0, 2.25)
-IMAGE = AugmentationConfig.model_validate({"preset": "image"})
-GEOMETRY = {name: getattr(IMAGE, name) for name in ("rotation", "translation", "zoom", "crop", "flip")}
-# Operator: strengths, and the largest and mean difference allowed between the engines for images in [0, 1].
-OPERATORS = {
-    "geometry": (GEOMETRY, 2e-3, 2e-5),  # the position of a voxel is rounded to about 1e-4 voxel
-    "flip": ({"flip": 1.0}, 5e-5, 1e-6),
-    "blur": ({"blur": IMAGE.blur}, 2e-6, 2e-7),
-    "field": ({"bias": IMAGE.bias, "brightness": IMAGE.brightness}, 2e-6, 2e-7),
-    "gamma": ({"gamma": IMAGE.gamma}, 1e-6, 1e-7),
-    "contrast": ({"contrast": IMAGE.contrast}, 1e-6, 1e-7),
-    "noise": ({"noise": IMAGE.noise}, 1e-6, 1e-7),
-    "all": (IMAGE.model_dump(exclude={"preset"}), 2e-3, 2e-5),
-}
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +37,6 @@ def engine(request: pytest.FixtureRequest, require) -> str:
     if request.param == "dali":
         require("nvidia.dali")
     return request.param
-
-
-def strengths(**changes) -> AugmentationConfig:
-    return AugmentationConfig.model_validate({"preset": "none", **changes})
-
-
-def drawn_request(path: Path, settings: AugmentationConfig) -> VolumeRequest:
-    view = draw_augmentation(settings, seed=2, case_id=path.parent.name, epoch=3, shape=SHAPE, spacing=SPACING)
-    return VolumeRequest(path, SHAPE, (0, 0, 0), SHAPE, SPACING, view)
-
-
-def stream(choice: str, settings: AugmentationConfig, requests: list[VolumeRequest], batch: int = 1) -> torch.Tensor:
-    """The volumes of all requests, from the engine `choice`."""
-    engine = make_engine(choice, settings, CPU, requests[0].size)
-    batches = engine.stream(
-        [request.path for request in requests], lambda n: requests[n * batch : (n + 1) * batch], len(requests) // batch
-    )
-    return torch.cat([part.clone() for part in batches])
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -144,27 +110,41 @@ def test_blur_is_in_mm_of_the_augmented_volume(patients: list[Path], engine: str
     assert (soft[0, 0] - truth).abs().max() < 1e-4 < 0.01 < (soft[0, 0] - wrong).abs().max()
 
 
-def test_gpu_volumes_are_bound_to_the_stream_that_uses_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, require):
-    """Otherwise DALI would overwrite memory that torch has released but that pending kernels still read."""
-    require("nvidia.dali")
-    from ccella_fast.data.augmentation.dali_engine import DaliEngine
+def test_gpu_volumes_are_copied_in_the_stream_that_uses_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, require):
+    """DALI reuses its own memory as soon as torch releases it, even if queued kernels still read it."""
+    tensors = require("nvidia.dali.tensors")
+    from ccella_fast.data.augmentation import dali_engine
+
+    values = np.arange(64, dtype=np.float32).reshape(1, 4, 4, 4)
+    streams, copies, contexts = [], [], []
+
+    class Stream(str):
+        def query(self) -> None:  # as every call of CUDA, gives the thread a context
+            contexts.append(str(self))
 
     class Pipeline:
-        streams: list[object] = []
-
         def build(self) -> None: ...
 
         def run(self, stream: object = None) -> tuple[object]:
-            self.streams.append(stream)
-            return (SimpleNamespace(as_tensor=lambda: torch.zeros(1, 4, 4, 4)),)
+            streams.append(stream)
+            return (SimpleNamespace(as_tensor=lambda: tensors.TensorCPU(values)),)
 
-    engine = DaliEngine(strengths(), CPU, (4, 4, 4))
+    def copy(source, target: torch.Tensor, cuda_stream: object) -> torch.Tensor:
+        copies.append(cuda_stream)
+        return target.copy_(torch.from_dlpack(source))
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, device: empty(shape))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(f"stream of {device}"))
+    monkeypatch.setattr(dali_engine, "feed_ndarray", copy)
+    engine = dali_engine.DaliEngine(strengths(), CPU, (4, 4, 4))
     monkeypatch.setattr(engine, "_pipeline", lambda *_, **__: Pipeline())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    for device in ("cpu", "cuda:1"):
+    for device, own in (("cpu", False), ("cuda:1", True)):
         engine.device = torch.device(device)
-        list(engine.stream([tmp_path], lambda n: [], 1))
-    assert Pipeline.streams == [None, "stream of cuda:1"]
+        (volumes,) = engine.stream([tmp_path], lambda n: [], 1)
+        np.testing.assert_array_equal(volumes.numpy(), values[:, None])
+        assert (volumes.data_ptr() != values.ctypes.data) == own
+    assert streams == [None, "stream of cuda:1"] and contexts == copies == ["stream of cuda:1"]
 
 
 def test_window_is_read_at_its_corner(patients: list[Path], engine: str):

@@ -218,6 +218,17 @@ def test_arguments_of_the_function_are_checked():
             evaluate(**(given | wrong))
 
 
+def test_intervals_end_where_the_metric_does():
+    """With 3 draws, the interval of Student's distribution is wider than any metric's range."""
+    result = evaluate(real=some_volumes(14, 0), synthetic=some_volumes(14, 100), features=["random"], draws=3)
+    bounds = {"fd": np.inf, "density": np.inf, "precision": 1.0, "recall": 1.0, "coverage": 1.0}
+    for metric, highest in bounds.items():
+        row = result[metric, "random"]
+        for low, high in (row.ci95, row.details["floor_ci95"]):
+            assert 0 <= low <= high <= highest, metric
+    assert result["kid", "random"].ci95[0] < 0  # negative control: an unbiased distance may be negative
+
+
 def test_clipped_neighbours_and_the_extrapolation_have_rows():
     """Half of the synthetic volumes are good. The extrapolation needs at least two volumes per feature."""
     real, good = some_volumes(40, 0), some_volumes(20, 100)

@@ -11,6 +11,7 @@ from ccella_fast.errors import DataError
 from ccella_fast.evaluation import slices as slices_of
 from ccella_fast.evaluation.features.cache import FeatureCache, voxel_digest
 from ccella_fast.evaluation.features.preprocessing import mean_of_slices
+from ccella_fast.evaluation.frechet import frechet_distance
 from ccella_fast.evaluation.run import evaluate
 from evaluation_fixtures import some_volumes
 
@@ -83,14 +84,15 @@ def test_slices_are_rows_and_volumes_are_drawn(tmp_path, monkeypatch, blocks):
             assert min(halves) * (1 - 1e-4) <= row.floor <= max(halves) * (1 + 1e-4)
         else:
             assert row.floor == pytest.approx(np.mean(halves), abs=4 * np.std(halves) / np.sqrt(row.details["draws"]))
-        assert row.details["draws"] == 20 and row.value_equal_n > row.floor and row.limit_autoencoder > row.floor
+        assert row.details["draws"] == 12 and row.value_equal_n > row.floor and row.limit_autoencoder > row.floor
         means = result["fd", space].value  # negative control: a volume is a row of the other metric
         assert means != pytest.approx(row.value, rel=0.1)
     for name in ("value", "value_equal_n", "floor", "limit_autoencoder"):
         expected = np.mean([getattr(rows[space], name) for space in Slices.spaces])
         assert getattr(rows["fake"], name) == pytest.approx(expected, rel=1e-9)
     mean = rows["fake"]
-    assert mean.ratio == pytest.approx(mean.value_equal_n / mean.floor) and mean.ci95[0] < mean.value < mean.ci95[1]
+    assert blocks or mean.ratio == pytest.approx(mean.value_equal_n / mean.floor)  # four blocks have too few halves
+    assert mean.ci95[0] < mean.value < mean.ci95[1]
     assert "fd_slices" not in {row.metric for row in evaluate(synthetic=synthetic, **given).rows}  # needs a folder
 
 
@@ -119,7 +121,7 @@ def test_blocks_change_the_draws_and_not_the_value(tmp_path, monkeypatch):
     blocks = evaluate(cache=tmp_path, **given)
     assert extractor.calls == 21  # nothing is computed twice
     for space in (*Slices.spaces, "fake"):
-        assert blocks["fd_slices", space].value == pytest.approx(single["fd_slices", space].value, rel=1e-9)
+        assert blocks["fd_slices", space].value == pytest.approx(single["fd_slices", space].value, rel=1e-5)
 
 
 @pytest.mark.parametrize("constant", [False, True])
@@ -133,9 +135,26 @@ def test_products_give_what_rows_give(constant):
     origin = np.ones(6)
     for blocks in ([0, 1, 2], [0, 0, 1], [1, 0, 1]):
         units = [slices_of._units(each, np.array(blocks), origin) for each in parts]
-        assert (units[0][0].rows is None) == (blocks != [0, 1, 2])
+        assert any(unit.rows is None for unit in units[0]) == (blocks != [0, 1, 2])
         assert slices_of._distance(*units) == pytest.approx(frechet(*sets), rel=1e-9)
     assert slices_of._distance(units[0], units[0]) == 0
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_distance_of_many_features_is_that_of_singular_values(joined):
+    """float32 products and roots of eigenvalues, where the variances of the features span nine orders of magnitude."""
+    random = np.random.default_rng(0)
+    scale = np.logspace(0, -4.5, 64)
+    sets = [
+        (random.standard_normal((9000, 64)) @ random.standard_normal((64, 64)) * scale + 3).astype(np.float32)
+        for _ in range(2)
+    ]
+    blocks, origin = np.zeros(3, int) if joined else np.arange(3), sets[0][:9].mean(0)
+    distance = slices_of._distance(*(slices_of._units(np.split(x, 3), blocks, origin) for x in sets))
+    truth = frechet_distance(*sets)
+    traces = sum(np.trace(np.cov(x.T, dtype=np.float64)) for x in sets)
+    assert abs(distance - truth) < 1e-6 * traces
+    assert truth > 1e-2 * traces  # so that the bound says something
 
 
 def test_a_missing_or_damaged_entry_is_named(tmp_path):
@@ -143,10 +162,13 @@ def test_a_missing_or_damaged_entry_is_named(tmp_path):
     digest = voxel_digest(volume)
     with pytest.raises(DataError, match="missing or damaged"):
         store.slices(extractor, "fake-axial", digest, volume.spacing)
+    with pytest.raises(DataError, match="missing or damaged"):
+        store.count_slices(extractor, "fake-axial", digest, volume.spacing)
     vector = store.features(extractor, volume)
     kept = store.slices(extractor, "fake-axial", digest, volume.spacing)
     np.testing.assert_allclose(kept, features(volume.array, "fake-axial"), rtol=1e-5)
     np.testing.assert_allclose(vector["fake-axial"], kept.mean(0), rtol=1e-5)
+    assert store.count_slices(extractor, "fake-axial", digest, volume.spacing) == len(kept)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     with pytest.raises(DataError, match=file.name):

@@ -12,6 +12,7 @@ from ccella_fast.evaluation.frechet import FrechetDistances, frechet_distance
 from ccella_fast.evaluation.mmd import polynomial_kernel, unbiased_mmd
 from ccella_fast.evaluation.neighbours import precision_recall_of_rows, squared_distances
 from ccella_fast.evaluation.statistics import (
+    _central,
     compare_with_floor,
     disjoint_rows,
     feature_matrix,
@@ -203,6 +204,42 @@ def test_intervals_cover_the_expectation(n, m, d, tail):
 
     of_value, of_ratio, width = coverage(real, lambda c, rng: rng.normal(0.3, 1.2, (c, d)), n, m)
     assert of_value >= 0.93 and of_ratio >= 0.93 and 0.9 < width < 1.7
+
+
+@pytest.mark.parametrize(("n", "t"), [(6, 2.5706), (12, 2.2010), (20, 2.0930), (38, 2.0262)])
+def test_of_few_draws_the_interval_is_wider_than_their_range(n, t):
+    """With the quantiles t of Student's distribution (n - 1 degrees of freedom), 19 of 20 new values are inside."""
+    rng, hits, within_range = np.random.default_rng(n), [], []
+    for _ in range(400):
+        values, new = rng.normal(3, 2, n), rng.normal(3, 2)
+        low, high = _central(values)
+        assert high - low == pytest.approx(2 * t * values.std(ddof=1) * np.sqrt(1 + 1 / n), rel=0.01)
+        assert high + low == pytest.approx(2 * values.mean())
+        hits.append(low <= new <= high)
+        within_range.append(values.min() <= new <= values.max())
+    assert np.mean(hits) > 0.92
+    assert n > 20 or np.mean(within_range) < 0.92  # negative control: the smallest and the largest draw
+
+
+def test_halves_of_both_sets_are_drawn_once():
+    """With as many synthetic as real volumes, the draws of the value are the half-samples, and each pair is asked for once."""
+    x, calls = normal(40, 1, 1)[:, 0], []
+
+    def statistic(a, b):
+        calls.append((tuple(a), tuple(b)))
+        return float(x[a].mean() - x[b].mean())
+
+    found = compare_with_floor(statistic, 20, 20, draws=50)
+    assert len(calls) == len(set(calls)) == 1 + 3 * 50
+    low, high = found.ci95
+    assert (high - low) / (2 * 1.96) == pytest.approx(
+        np.sqrt(x[:20].var(ddof=1) / 20 + x[20:].var(ddof=1) / 20), rel=0.35
+    )
+    calls.clear()
+    compare_with_floor(
+        statistic, 20, 16, draws=50
+    )  # negative control: halves of 10 and of 8 volumes differ from draws of 10
+    assert len(calls) == 1 + 4 * 50
 
 
 def test_the_interval_of_the_ratio_contains_the_error_of_the_floor():

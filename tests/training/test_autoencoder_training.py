@@ -25,8 +25,9 @@ from ccella_fast.training.autoencoder.evaluation import evaluate
 from ccella_fast.training.autoencoder.loop import learning_rate
 from ccella_fast.training.autoencoder.patches import patch_requests, read_images
 from ccella_fast.training.autoencoder.run import train_vae
+from training_fixtures import IMAGE_GRID as GRID
+from training_fixtures import write_images
 
-GRID = (16, 16, 8)
 SETTINGS: dict[str, Any] = {
     "autoencoder.num_channels": [8, 8],
     "autoencoder.num_res_blocks": [1, 1],
@@ -37,31 +38,6 @@ SETTINGS: dict[str, Any] = {
     "vae_training.max_train_steps": 80,
     "vae_training.lr": 5e-3,
 }
-
-
-def write_images(folder: Path, *, shift: float = 0.0, test: int = 1, train: int = 3) -> Path:
-    """A prepared folder with images only: in each, a bright ellipsoid at another position, on a linear gradient."""
-    cases = []
-    axes = np.meshgrid(*[np.arange(size) / size for size in GRID], indexing="ij")
-    for number in range(train + test):
-        distance = sum((axis - (0.35 + 0.1 * number + shift)) ** 2 for axis in axes)
-        image = (0.2 + 0.3 * axes[0] + 0.5 * (distance < 0.06)).clip(0, 1).astype(np.float32)
-        file = folder / "images" / f"case{number}" / "t2w.npy"
-        file.parent.mkdir(parents=True)
-        np.save(file, image)
-        entry = {"path": file.relative_to(folder).as_posix(), "sha256": sha256(file), "bytes": file.stat().st_size}
-        cases.append({
-            "id": f"case{number}", "split": "train" if number < train else "test", "dataset": None, "spacing": [1.5, 1.5, 3.0],
-            "pirads": None, "text_isnull": 1, "affine": np.eye(4).tolist(), "window": {"t2w": [0.0, 1.0]},
-            "files": {"image/t2w": entry},
-        })  # fmt: skip
-    write_json(folder / "manifest.json", {
-        "format": "ccella_fast.prepared", "version": 1,
-        "data": {"sequences": ["t2w"], "spacing": [1.5, 1.5, 3.0], "dim": list(GRID), "dataset": None},
-        "text": None, "vae": None, "scale_factor": None, "intensity_scale": {"t2w": 700.0}, "truncated_reports": [],
-        "cases": cases,
-    })  # fmt: skip
-    return folder
 
 
 @pytest.fixture(scope="module")

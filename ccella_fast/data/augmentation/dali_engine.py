@@ -1,7 +1,7 @@
 """Volumes with NVIDIA DALI: one pipeline definition, on a GPU or (`device_id=None`) on a CPU.
 
-DALI's threads read from each `.npy` file only the box that is needed. On a GPU all later operators run there, and torch uses
-the result without a copy. Operators that the configuration does not enable are not part of the pipeline.
+DALI's threads read from each `.npy` file only the box that is needed. On a GPU all later operators run there. Operators that
+the configuration does not enable are not part of the pipeline.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from nvidia import dali
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
 from ccella_fast.config import AugmentationConfig
@@ -36,6 +37,8 @@ class DaliEngine:
     name = "dali"
 
     def __init__(self, config: AugmentationConfig, device: torch.device, size: Sequence[int]):
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.config, self.device, self.size = config, device, list(size)
         table = standard_normals(math.prod(size)) if config.noise else None
         self._normals = None if table is None else torch.tensor(table, device=device)
@@ -51,23 +54,32 @@ class DaliEngine:
         def requests_clamped(n: int) -> list[VolumeRequest]:
             return requests(min(n, count - 1))  # DALI prefetches a few batches beyond the last one
 
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(
+                self.device
+            ).query()  # DALI needs a CUDA context, which a new thread does not have
         try:
             pipeline = self._pipeline(list(map(str, paths)), requests_clamped, batch_size=batch_size)
             pipeline.build()
             for current in range(count):  # noqa: B007
-                (out,) = pipeline.run(self._stream())
-                yield torch.from_dlpack(out.as_tensor()).view(batch_size, 1, *self.size)
+                yield self._next(pipeline).view(batch_size, 1, *self.size)
         except RuntimeError as error:
             in_flight = range(current, min(current + _PREFETCHED_BATCHES + 1, count))
             raise diagnose_engine_error([request for n in in_flight for request in requests(n)], error) from None
 
-    def _stream(self) -> torch.cuda.Stream | None:
-        """The CUDA stream that uses the volumes, to which DALI binds their memory.
+    def _next(self, pipeline: Any) -> Tensor:
+        """The pipeline's next batch, (B, *size).
 
-        Memory that torch releases is then written again only after the kernels that still read it; otherwise DALI would reuse
-        it at once.
+        On a GPU it is copied into torch's memory in torch's current stream. DALI's own memory returns to DALI when torch
+        releases it, even if kernels are queued that still read it; with the copy, DALI's stream waits for the copy alone.
         """
-        return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        if self.device.type == "cpu":
+            (volumes,) = pipeline.run()
+            return torch.from_dlpack(volumes.as_tensor())
+        stream = torch.cuda.current_stream(self.device)
+        (volumes,) = pipeline.run(stream)
+        source = volumes.as_tensor()
+        return feed_ndarray(source, torch.empty(source.shape(), device=self.device), cuda_stream=stream)
 
     def _parameters(self, requests: list[VolumeRequest]) -> list[Any]:
         """The pipeline's small inputs, each a list over the batch, in the order in which `graph` takes them."""
@@ -106,7 +118,7 @@ class DaliEngine:
         @pipeline_def(
             batch_size=batch_size,
             num_threads=threads_per_process(),
-            device_id=(self.device.index or 0) if on_gpu else None,  # type: ignore[arg-type]
+            device_id=self.device.index if on_gpu else None,  # type: ignore[arg-type]
             prefetch_queue_depth=_PREFETCHED_BATCHES if on_gpu else 1,
         )
         def graph() -> Any:

@@ -69,9 +69,17 @@ class FeatureCache:
         path = self._path(cache_key(extractor.identity, digest, spacing))
         found = _read(path, extractor.spaces)
         if found is None:
-            why = f"the kept features '{space}' of a volume are missing or damaged"
-            raise DataError(why, path=path, fix="run the command again; all its processes need the same folder")
+            raise _unreadable(path, space)
         return found[space]
+
+    def count_slices(self, extractor: SliceExtractor, space: str, digest: bytes, spacing: Sequence[float]) -> int:
+        """The number of rows that `slices` will return, from the head of the file."""
+        path = self._path(cache_key(extractor.identity, digest, spacing))
+        try:
+            with safe_open(path, "numpy") as file:
+                return file.get_slice(space).get_shape()[0]
+        except (OSError, SafetensorError):
+            raise _unreadable(path, space) from None
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -89,6 +97,11 @@ def cache_key(identity: dict[str, object], digest: bytes, spacing: Sequence[floa
     """SHA-256 of the identity of an extractor and of the digest and spacing of a volume."""
     content = {"identity": identity, "voxels": digest.hex(), "spacing": [float(size) for size in spacing]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _unreadable(path: Path, space: str) -> DataError:
+    why = f"the kept features '{space}' of a volume are missing or damaged"
+    return DataError(why, path=path, fix="run the command again; all its processes need the same folder")
 
 
 def _read(path: Path, spaces: dict[str, int]) -> dict[str, np.ndarray] | None:
