@@ -164,7 +164,7 @@ def _unsupported_gpu_reason(device: torch.device) -> str | None:
     return None if major >= 8 else f"the GPU is sm_{major}{minor}, and Triton compiles for sm_80 and newer"
 
 
-def chained_products_reason(device: torch.device) -> str | None:
+def chained_products_unsupported_reason(device: torch.device) -> str | None:
     """Why a kernel that adds several products of a loop to one accumulator is not used on this GPU, None if it may be.
 
     For tcgen05, the tensor cores of sm_100 and sm_103, Triton to 3.8 gives each product an accumulator of its own and may read
@@ -179,7 +179,7 @@ def chained_products_reason(device: torch.device) -> str | None:
 
 # The effect of torch.compiler.assume_constant_result without its import of torch._dynamo, which takes a second per command.
 _unsupported_gpu_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
-chained_products_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+chained_products_unsupported_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def xformers_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:

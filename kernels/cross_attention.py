@@ -50,7 +50,7 @@ from ccella_fast.kernels.attention import (
 )
 from ccella_fast.kernels.backend import (
     BackendSupport,
-    chained_products_reason,
+    chained_products_unsupported_reason,
     choose,
     compute_dtype,
     jit,
@@ -336,7 +336,7 @@ cross_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _triton_unsupported_reason(device: torch.device, dtype: torch.dtype, channels: int, head_width: int) -> str | None:
-    reason = triton_unsupported_reason(device, dtype) or chained_products_reason(device)
+    reason = triton_unsupported_reason(device, dtype) or chained_products_unsupported_reason(device)
     if reason is not None:
         return reason
     if channels > MAX_CHANNELS or channels % 16:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ class Decoder:
     ):
         self._autoencoder, self._channels, self._scale = autoencoder, list(channels), list(scale_factor)
         self._stream = stream
+        self._has_decoded = False
 
     @property
     def overlaps(self) -> bool:
@@ -105,8 +107,10 @@ class Decoder:
         needed = self._autoencoder.decoder.plan(shape, latent.device).bytes
         with out_of_memory("decoding a volume", needed, fix=_LESS):
             for part, factor in zip(latent.split(self._channels), self._scale, strict=True):
-                with fastest_convolutions():
+                # A search runs every convolution several times, which a single volume does not repay.
+                with fastest_convolutions() if self._has_decoded else nullcontext():
                     image = self._autoencoder.decode((part[None] / factor).to(dtype))[0, 0].float()
+                self._has_decoded = True
                 finite = finite & image.isfinite().all()
                 images.append(image.clamp(0, 1))
         return latent, finite, torch.stack(images)
