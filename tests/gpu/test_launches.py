@@ -52,5 +52,5 @@ def test_launches_are_those_of_the_model(monkeypatch):
     print(f"{len(names)} kernels, {counts.launches} counted")
     found = {op: sum(name.startswith(start) for name in names) for op, start in KERNELS.items()}
     assert found == {op: counts.launches_by_op[f"ccella_fast::{op}"] for op in KERNELS}
-    # Libraries launch more for some operations, such as the sum of a product whose inner axis is divided.
-    assert counts.launches <= len(names) <= 1.25 * counts.launches
+    # Libraries may add a bias within a product, or divide a product and sum its parts.
+    assert 0.9 * counts.launches <= len(names) <= 1.25 * counts.launches
