@@ -50,6 +50,8 @@ KERNELS = (
 XFORMERS = importlib.util.find_spec("xformers") is not None  # found, not imported
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # name of a library op -> the function that launches its kernels
+
 # backend -> the reason why it is unsupported, None if it is supported; in order of preference
 BackendSupport = Mapping[str, str | None]
 
@@ -210,6 +212,7 @@ def library_op(
             with torch.cuda.device_of(first):
                 return launcher(first, *rest)
 
+        LAUNCHERS[f"ccella_fast::{name}"] = launcher
         schema = torch.library.infer_schema(launcher, mutates_args=mutates_args)
         options: Any = {"mutates_args": mutates_args, "schema": schema}
         return torch.library.custom_op(f"ccella_fast::{name}", on_device_of_first, **options)

@@ -118,6 +118,11 @@ def launch_config(kernel: str, key: str, device: torch.device) -> LaunchConfig:
     if (kernel, key) in _OVERRIDES:
         return _OVERRIDES[kernel, key]
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return launch_config_of_chip(kernel, key, chip)
+
+
+def launch_config_of_chip(kernel: str, key: str, chip: str | None) -> LaunchConfig:
+    """The configuration measured on `chip`, the device name that CUDA reports; else, or where `chip` is None, the default."""
     measured = _measured(chip).get(kernel, {}).get(key) if chip else None
     return LaunchConfig(**measured) if measured else DEFAULT_LAUNCH_CONFIGS[kernel][key]
 
