@@ -36,7 +36,7 @@ def cases() -> list[CompileCase]:
     for chip in (None, *CHIPS):
         for calls in model_calls(chip).values():
             for launch in (launch for call in calls for launch in call.launches):
-                case = compile_case_of(launch, listed)
+                case = _as_expected(case_of(launch), launch, listed)
                 if chip is not None:
                     case = case._replace(name=f"{case.name} measured", archs=(CHIPS[chip],))
                 key = specialization(case)
@@ -46,15 +46,21 @@ def cases() -> list[CompileCase]:
     return listed + [case for group in groups.values() for case in _named(group)]
 
 
-def compile_case_of(launch: Launch, listed: list[CompileCase]) -> CompileCase:
-    """The case of a launch, named by its configuration; what it is expected to use is that of the module's case."""
+def case_of(launch: Launch) -> CompileCase:
+    """The case of a launch, named by its configuration."""
     config = launch.config._replace(num_warps=launch.arguments["num_warps"], num_stages=launch.arguments["num_stages"])
-    case = launched_case(f"{launch.kernel} {launch.key}", launch.function, launch.arguments, config)
+    return launched_case(f"{launch.kernel} {launch.key}", launch.function, launch.arguments, config)
+
+
+def _as_expected(case: CompileCase, launch: Launch, listed: list[CompileCase]) -> CompileCase:
+    """The case with the instructions and architectures that the module expects of its configuration."""
     default = DEFAULT_LAUNCH_CONFIGS[launch.kernel][launch.key]
-    like = next(case for case in listed if case.config is default)
+    like = next(each for each in listed if each.config is default)
+    short_runs = launch.key.startswith("whole") and case.constants["CPG"] < 8  # fewer than 16 adjacent bytes in a group
     return case._replace(
-        wide_loads=like.wide_loads, async_loads=like.async_loads, tensor_cores=like.tensor_cores, archs=like.archs
-    )
+        wide_loads=like.wide_loads and not short_runs, async_loads=like.async_loads, tensor_cores=like.tensor_cores,
+        archs=like.archs,
+    )  # fmt: skip
 
 
 def specialization(case: CompileCase) -> Any:
