@@ -191,12 +191,13 @@ def regressions(current: Iterable[CompileResult], committed: Column, register_sl
         if (row.name, row.arch) not in committed:
             found.append(f"{title}: not in the table")
             continue
-        found += [f"{title}: {problem}" for problem in row.problems]
         before = dict(zip(FIGURES, committed[row.name, row.arch], strict=True))
         if row.registers > before["registers"] + register_slack:
             found.append(f"{title}: {row.registers} registers, before {before['registers']}")
         if row.shared_bytes > before["shared_bytes"]:
             found.append(f"{title}: {row.shared_bytes} bytes of shared memory, before {before['shared_bytes']}")
+        if row.spilled_bytes > before["spilled_bytes"]:
+            found.append(f"{title}: {row.spilled_bytes} bytes spilled, before {before['spilled_bytes']}")
         for count in ("tensor_cores", "wide_loads", "async_loads"):
             if before[count] and not getattr(row, count):
                 found.append(f"{title}: no {count}, before {before[count]}")

@@ -260,7 +260,7 @@ def descriptors_unsupported_reason(device: torch.device, dtype: torch.dtype) -> 
         return "fp32 products are computed without tensor cores"
     if torch.version.hip is not None:
         return "the GPU is not NVIDIA's"
-    if interpreted() or device.type != "cuda":
+    if interpreted() or device.type != "cuda" or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
     # sm_120 has descriptors as well, but not the shared memory of these tiles.
