@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -28,14 +29,23 @@ REFRESH = "python benchmarks/aot_table.py --table kernels/aot.csv"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""  # the model is recorded on meta tensors, as on a machine without a GPU
 
+# Releases of ptxas allocate registers differently: what spills 8 to 16 bytes, or 40 in the last case of 3.7.1, by release and
+# architecture. None of these is on sm_80, or on sm_90 with the Triton of torch 2.11.
+KNOWN_SPILLS = {
+    ("3.6.0", 100): {"cross_attention output", "conv3d descriptors wide"},
+    ("3.7.1", 90): {"group_norm_silu whole 8192 C=512"},
+    ("3.7.1", 100): {"upsample_trilinear forward first", "cross_attention heads c512 bf16 d128"},
+    ("3.9.0", 90): {
+        "group_norm_silu sums last", "group_norm_silu parameter gradients measured", "cross_attention heads c512 bf16 d128",
+    },
+    ("3.9.0", 100): {
+        "group_norm_silu sums last", "cross_attention heads c512 bf16 d128", "conv3d descriptors wide", "upsample_conv3d 16bit",
+    },
+}  # fmt: skip
+
 
 def results(column):
     return [CompileResult(*key, *figures, []) for key, figures in column.items()]
-
-
-def spills(column):
-    """Bytes of the cases that spill, by case and architecture."""
-    return {f"{row.name} sm_{row.arch}": row.spilled_bytes for row in results(column) if row.spilled_bytes}
 
 
 def column_of(release, table):
@@ -59,14 +69,21 @@ def test_launches_of_the_model_compile_no_worse_than_the_table(tmp_path):
     assert list(current) == list(committed), f"the rows of kernels/aot.csv have changed; renew it with: {REFRESH}"
     assert not regressions(results(current), committed), f"if this is meant, renew kernels/aot.csv with: {REFRESH}"
     problems = [line for line in done.stdout.splitlines()[1:] if not line.endswith("  -")]
-    assert len(problems) == len(spills(current)) and all("spills" in line for line in problems), problems
+    spilling = [row for row in results(current) if row.spilled_bytes]
+    assert len(problems) == len(spilling) and all("spills" in line for line in problems), problems
     assert done.returncode == bool(problems)
 
 
 def test_no_launch_of_the_model_spills():
     """In the releases of the table, except for what is listed."""
+    found = defaultdict(set)
     for release, column in read_table(TABLE).items():
-        assert spills(column) == KNOWN_SPILLS.get(release, {}), release
+        for row in results(column):
+            if row.spilled_bytes:
+                known = [name for name in KNOWN_SPILLS[release, row.arch] if row.name.startswith(name)]
+                assert known and row.spilled_bytes <= 40, (release, row)
+                found[release, row.arch].update(known)
+    assert found == KNOWN_SPILLS
 
 
 def test_columns_have_the_same_rows_and_instructions():
