@@ -2,15 +2,15 @@
 
     python benchmarks/aot_table.py --table kernels/aot.csv
 
-adds or replaces the column of the installed Triton. For another release, install it in an environment of its own; only Triton
-and numpy need to be new, PyTorch may come from an existing one:
+adds or replaces the column of the installed Triton. Another release is installed in an environment of its own, which needs numpy,
+Triton and whatever else an existing environment has:
 
     python -m venv other && other/bin/pip install --no-deps triton==3.6.0 numpy
-    echo $(python -c "import torch, os; print(os.path.dirname(torch.__path__[0]))") > other/lib/python3.11/site-packages/torch.pth
+    python -c "import site; print(site.getsitepackages()[0])" > $(echo other/lib/python3.*/site-packages)/existing.pth
     PYTHONPATH=$PWD other/bin/python benchmarks/aot_table.py --table kernels/aot.csv
 
-The model is recorded in sampling (batch 1), in training (batch 8) and in a decode, with the default configurations for every architecture, and with those
-measured on a chip for that chip's. Each launch is compiled exactly as Triton specializes it.
+The model is recorded in sampling (batch 1), in training (batch 8) and in a decode, with the default configurations for every
+architecture, and with those measured on a chip for the chip's own. Each launch is compiled as Triton specializes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ def cases() -> list[CompileCase]:
     """The cases of the kernel modules, then those of the model's launches that are not among them."""
     listed = all_cases()
     known = {specialization(case) for case in listed}
-    new: dict[Any, CompileCase] = {}
     groups: dict[str, list[CompileCase]] = defaultdict(list)
     for chip in (None, *CHIPS):
         for calls in model_calls(chip).values():

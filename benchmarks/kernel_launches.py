@@ -50,9 +50,7 @@ class Launch(NamedTuple):
 
 
 @contextmanager
-def recording(
-    choose: Callable[..., LaunchConfig] | None = None, *, launching: bool = True
-) -> Iterator[list[Launch]]:
+def recording(choose: Callable[..., LaunchConfig] | None = None, *, launching: bool = True) -> Iterator[list[Launch]]:
     """The launches of our kernels in a `with` block.
 
     Args:

@@ -29,7 +29,12 @@ ROOT = Path(__file__).resolve().parent
 FILE = ROOT / "PREDICTIONS.md"
 CHIP = "NVIDIA H100 80GB HBM3"
 MULTIPROCESSORS = 132
-REGISTERS, SHARED, THREADS, PROGRAMS = 65536, 228 * 1024, 2048, 32  # of a multiprocessor, CUDA programming guide, table 27
+REGISTERS, SHARED, THREADS, PROGRAMS = (
+    65536,
+    228 * 1024,
+    2048,
+    32,
+)  # of a multiprocessor, CUDA programming guide, table 27
 GAP = 2e-6  # seconds from one launch of a CUDA graph to the next, an assumption
 
 INTRODUCTION = """# Predicted times of the kernels
@@ -64,7 +69,10 @@ def footprint(launch: Launch, registers: int, shared: int) -> Footprint:
     """The programs of a launch, and in how many waves they run."""
     warps = launch.arguments["num_warps"]
     resident = min(
-        REGISTERS // (32 * warps * 8 * math.ceil(registers / 8)), SHARED // (shared + 1024), THREADS // (32 * warps), PROGRAMS
+        REGISTERS // (32 * warps * 8 * math.ceil(registers / 8)),
+        SHARED // (shared + 1024),
+        THREADS // (32 * warps),
+        PROGRAMS,
     )
     programs = math.prod(launch.grid)
     return Footprint(programs, registers, shared, programs / (MULTIPROCESSORS * resident))
@@ -79,16 +87,14 @@ def predict(bytes_moved: int, flops: int, programs: int, launches: int, rates: d
 
 def measured(call: OpCall, records: Iterable[dict[str, Any]]) -> float | None:
     """The seconds of the case in the newest record that has the same kernel with inputs of the same shapes."""
-    backward = call.op.endswith("_backward")
-    mine = [list(argument.shape) for argument in call.arguments if isinstance(argument, Tensor)][backward:]
+    mine, backward = _without_weights(_shapes(call)), call.op.endswith("_backward")
     for record in sorted(records, key=lambda record: record["date"], reverse=True):
         for case in record["cases"]:
             kernel = max((name for name in KERNELS if case["name"].startswith(name)), key=len, default="")
             if case["status"] != "ok" or kernel + "_backward" * ("_backward" in case["name"]) != call.op:
                 continue
             theirs = _without_weights(case["shapes"]["inputs"])
-            given = _without_weights(mine)
-            if (given[: len(theirs)] if backward else given) == theirs:  # a backward pass has saved tensors as well
+            if (mine[: len(theirs)] if backward else mine) == theirs:  # a backward pass has saved tensors as well
                 sides = case["sides"]
                 return sides.get("ours, Triton", sides["ours"])["seconds"]["median"]
     return None
@@ -119,8 +125,9 @@ def page() -> str:
         distinct = {_key(call): call for call in calls}
         rows = [_row(call, counted[key], column, names, rates, records) for key, call in distinct.items()]
         rows.sort(key=lambda row: -row[0])
-        lines += [f"## {step[0].upper()}{step[1:]}", "", f"{len(calls)} calls, {sum(row[0] for row in rows) * 1e3:.2f} ms predicted."]
-        lines += ["", _HEAD, "|---|---|" + "---:|" * 11, *(row[1] for row in rows), ""]
+        total = sum(seconds for seconds, _ in rows)
+        lines += [f"## {step[0].upper()}{step[1:]}", "", f"{len(calls)} calls, {total * 1e3:.2f} ms predicted."]
+        lines += ["", _HEAD, "|---|---|" + "---:|" * 11, *(line for _, line in rows), ""]
     return "\n".join(lines)
 
 
@@ -135,33 +142,32 @@ def _key(call: OpCall) -> tuple[str, str]:
 
 
 def _inputs(call: OpCall) -> str:
-    """The shapes that distinguish calls: of the volume or the tokens, of a weight, and the per-channel inputs that are there."""
+    """The distinct shapes of the inputs, which tell calls of an op apart."""
+    return ", ".join(dict.fromkeys("x".join(map(str, shape)) for shape in _shapes(call)))
+
+
+def _shapes(call: OpCall) -> list[list[int]]:
+    """The shapes of the tensors that a call is given, in a backward pass without the gradient."""
     tensors = [argument for argument in call.arguments if isinstance(argument, Tensor)]
-    backward = call.op.endswith("_backward")
-    shapes = ["x".join(map(str, tensor.shape)) for tensor in tensors[backward:]]
-    return ", ".join(shape for shape, count in Counter(shapes).items())
+    return [list(tensor.shape) for tensor in tensors[call.op.endswith("_backward") :]]
 
 
 def _row(
     call: OpCall, calls: int, column: Column, names: dict[Any, str], rates: dict[str, Any], records: list[dict[str, Any]]
 ) -> tuple[float, str]:  # fmt: skip
     """The predicted seconds of all calls, and the line of the table."""
-    footprints = []
+    prints = []
     for launch in call.launches:
         name = names[aot_table.specialization(aot_table.case_of(launch))]
         figures = dict(zip(FIGURES, column[name, 90], strict=True))
-        footprints.append(footprint(launch, figures["registers"], figures["shared_bytes"]))
-    roofline, predicted = predict(
-        call.counts.bytes, call.counts.flops, footprints[0].programs, len(footprints), rates
-    )
+        prints.append(footprint(launch, figures["registers"], figures["shared_bytes"]))
+    roofline, predicted = predict(call.counts.bytes, call.counts.flops, prints[0].programs, len(prints), rates)
     seconds = measured(call, records)
     compared = ["", ""] if seconds is None else [f"{seconds * 1e6:.1f}", f"{seconds / predicted:.2f}"]
     cells = [
         f"`{call.op}`", _inputs(call), calls, f"{call.counts.bytes / 1e6:.1f}", f"{call.counts.flops / 1e9:.1f}",
-        *(" + ".join(form(each) for each in footprints) for form in (
-            lambda each: str(each.programs), lambda each: f"{each.waves:.2f}", lambda each: str(each.registers),
-            lambda each: f"{each.shared / 1024:.0f}",
-        )),
+        " + ".join(str(each.programs) for each in prints), " + ".join(f"{each.waves:.2f}" for each in prints),
+        " + ".join(str(each.registers) for each in prints), " + ".join(f"{each.shared / 1024:.0f}" for each in prints),
         f"{predicted * 1e6:.1f}", f"{roofline / predicted:.0%}", *compared,
     ]  # fmt: skip
     return calls * predicted, "| " + " | ".join(map(str, cells)) + " |"

@@ -32,7 +32,9 @@ from ccella_fast.kernels.tuning import LaunchConfig
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide, table 27
 # Instructions of PTX, which ptxas translates one by one.
 TENSOR_CORES = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"  # Ampere, Hopper, Blackwell
-ASYNC_LOADS = r"\bcp\.async\.bulk\.tensor\S*\.global\b|\bcp\.async\.c[ag]\S* [^,]+, [^,]+, (?:0x10|16)\b"  # TMA; 16 bytes
+ASYNC_LOADS = (
+    r"\bcp\.async\.bulk\.tensor\S*\.global\b|\bcp\.async\.c[ag]\S* [^,]+, [^,]+, (?:0x10|16)\b"  # TMA; 16 bytes
+)
 WIDE_LOADS = r"\bld\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu]32|v4\.[bfu]64)\b"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # Triton's names
 
@@ -153,7 +155,7 @@ def _inspect(case: CompileCase, arch: int, built: Any) -> CompileResult:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(built.asm["cubin"])
         cubin.flush()
-        command = [cuobjdump, "--dump-resource-usage", cubin.name]
+        command = [str(cuobjdump), "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"\bREG:(\d+)", usage), re.search(r"\bSTACK:(\d+)", usage)
     assert registers is not None and stack is not None, "the output format of cuobjdump has changed"
@@ -240,7 +242,9 @@ def main(cases: Iterable[CompileCase] | None = None) -> int:
     )
     parser.add_argument("--case", default="", help="compile only the cases whose name contains this text")
     parser.add_argument(
-        "--table", type=Path, help="a file like kernels/aot.csv, in which the column of this Triton is added or replaced"
+        "--table",
+        type=Path,
+        help="a file like kernels/aot.csv, in which the column of this Triton is added or replaced",
     )
     arguments = parser.parse_args()
     if triton is None or interpreted():

@@ -35,7 +35,7 @@ class LaunchConfig(NamedTuple):
         return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# kernel -> key -> configuration. Chosen by arithmetic and from the report of ptxas (kernels/aot.json), not by timing.
+# kernel -> key -> configuration. Chosen by arithmetic and from the report of ptxas (kernels/aot.csv), not by timing.
 DEFAULT_LAUNCH_CONFIGS: dict[str, dict[str, LaunchConfig]] = {
     "attention": {
         "forward d32": LaunchConfig({"BLOCK_N": 128, "BLOCK_L": 64}, num_warps=8, num_stages=3),

@@ -159,7 +159,9 @@ def test_measured_configurations_are_compiled_for_their_chip():
             for key, measured in table.items():
                 config = LaunchConfig(**measured)
                 assert config.constants.keys() == DEFAULT_LAUNCH_CONFIGS[kernel][key].constants.keys()
-                mine = [archs for name, of, archs in compiled if of == tuple(config) and name.startswith(f"{kernel} {key}")]
+                mine = [
+                    archs for name, of, archs in compiled if of == tuple(config) and name.startswith(f"{kernel} {key}")
+                ]
                 assert mine and all(90 in archs for archs in mine), (file, key)
 
 
