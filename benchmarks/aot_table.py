@@ -2,8 +2,8 @@
 
     python benchmarks/aot_table.py --table kernels/aot.csv
 
-adds or replaces the column of the installed Triton. Another release is installed in an environment of its own, which needs numpy,
-Triton and whatever else an existing environment has:
+adds or replaces the column of the installed Triton. Another release is installed in an environment of its own, which takes
+all other packages from an existing one:
 
     python -m venv other && other/bin/pip install --no-deps triton==3.6.0 numpy
     python -c "import site; print(site.getsitepackages()[0])" > $(echo other/lib/python3.*/site-packages)/existing.pth

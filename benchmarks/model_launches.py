@@ -1,7 +1,7 @@
 """The launches of our Triton kernels in the default model, recorded on meta tensors: without a GPU, in seconds.
 
-The steps of `op_counts.py` run with every kernel on Triton. A library op on meta tensors only computes the shapes of its results.
-Here its launcher is called as well, on the same meta tensors, and what it would launch is recorded.
+The steps of `op_counts.py` run with every kernel on Triton. A library op on meta tensors only computes the shapes of its
+results. Here its launcher is called as well, on the same meta tensors, and what it would launch is recorded.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def results(column):
 
 def column_of(release, table):
     if release not in table:
-        pytest.fail(f"kernels/aot.csv has no column for Triton {release}; add it with: {REFRESH}")
+        pytest.fail(f"kernels/aot.csv has no column for Triton {release}; add it with: {REFRESH}", pytrace=False)
     return table[release]
 
 
