@@ -91,7 +91,7 @@ def measured(call: OpCall, records: Iterable[dict[str, Any]]) -> float | None:
     for record in sorted(records, key=lambda record: record["date"], reverse=True):
         for case in record["cases"]:
             kernel = max((name for name in KERNELS if case["name"].startswith(name)), key=len, default="")
-            if case["status"] != "ok" or kernel + "_backward" * ("_backward" in case["name"]) != call.op:
+            if case["status"] != "ok" or kernel + "_backward" * ("_backward" in case["name"]) != call.op.rstrip("_"):
                 continue
             theirs = _without_weights(case["shapes"]["inputs"])
             if (mine[: len(theirs)] if backward else mine) == theirs:  # a backward pass has saved tensors as well
@@ -111,7 +111,9 @@ def page() -> str:
     records = [results.read(file) for file in sorted((ROOT / "results" / folder).glob("*.json"))]
     newest = max(records, key=lambda record: record["date"])
     triton = newest["environment"]["packages"]["triton"]
-    column = read_table(ROOT.parent / "kernels" / "aot.csv")[triton]
+    columns = read_table(ROOT.parent / "kernels" / "aot.csv")
+    assert triton in columns, f"kernels/aot.csv has no column for Triton {triton}, with which {CHIP} was measured"
+    column = columns[triton]
     names = {aot_table.specialization(case): case.name for case in aot_table.cases()}
     rates = newest["rates"]
     lines = [

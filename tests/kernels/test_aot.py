@@ -29,8 +29,8 @@ REFRESH = "python benchmarks/aot_table.py --table kernels/aot.csv"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""  # the model is recorded on meta tensors, as on a machine without a GPU
 
-# Releases of ptxas allocate registers differently: what spills 8 to 16 bytes, or 40 in the last case of 3.7.1, by release and
-# architecture. None of these is on sm_80, or on sm_90 with the Triton of torch 2.11.
+# Releases of ptxas allocate registers differently: what spills, by release and architecture. Of the model's launches these are
+# one to four registers, stored once and loaded once or twice; heads of width 128 spill up to ten.
 KNOWN_SPILLS = {
     ("3.6.0", 100): {"cross_attention output", "conv3d descriptors wide"},
     ("3.7.1", 90): {"group_norm_silu whole 8192 C=512"},
