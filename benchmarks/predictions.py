@@ -161,6 +161,7 @@ def _row(
     prints = []
     for launch in call.launches:
         name = names[aot_table.specialization(aot_table.case_of(launch))]
+        assert (name, 90) in column, f"kernels/aot.csv has no row {name!r}: run benchmarks/aot_table.py"
         figures = dict(zip(FIGURES, column[name, 90], strict=True))
         prints.append(footprint(launch, figures["registers"], figures["shared_bytes"]))
     roofline, predicted = predict(call.counts.bytes, call.counts.flops, prints[0].programs, len(prints), rates)

@@ -223,7 +223,7 @@ def write_table(file: Path, columns: Mapping[str, Column]) -> None:
     temporary = file.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8", newline="") as lines:
         table = csv.writer(lines, lineterminator="\n")
-        table.writerow(["case", "arch", *releases])
+        table.writerow(["case", f"arch: {' '.join(FIGURES)}", *releases])
         for key in keys:
             table.writerow([*key, *(" ".join(map(str, columns[release].get(key, ()))) for release in releases)])
     os.replace(temporary, file)

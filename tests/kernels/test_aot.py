@@ -228,4 +228,4 @@ def test_the_table_keeps_the_other_columns_and_rows(tmp_path):
     columns = {"3.10.0": {("a", 80): numbers, ("b, c", 90): numbers}, "3.9.0": {("a", 80): numbers}}
     write_table(file, columns)
     assert read_table(file) == columns
-    assert file.read_text().splitlines()[0] == "case,arch,3.9.0,3.10.0"
+    assert file.read_text().splitlines()[0] == f"case,arch: {' '.join(FIGURES)},3.9.0,3.10.0"
