@@ -83,4 +83,7 @@ def model_calls(chip: str | None = None) -> dict[str, list[OpCall]]:
             "training step, batch 8": op_counts.training_step(config, model, mode, torch.bfloat16, TRAINING_BATCH)[1],
             "decode": op_counts.decode(config),
         }
-        return {name: calls_of(step, chip) for name, step in steps.items()}
+        calls = {name: calls_of(step, chip) for name, step in steps.items()}
+        single = calls_of(op_counts.training_step(config, model, mode, torch.bfloat16)[1], chip)
+    # The benchmark cases of single kernels are at batch 1, in the backward pass too.
+    return calls | {"backward pass, batch 1": [call for call in single if call.op.endswith("_backward")]}
