@@ -119,7 +119,7 @@ $(VENV)/installed: setup.py
 
 $(VENV)/installed-test: $(VENV)/installed
 	# Requirements of lavlab-taps that pip names as missing are not needed: only a file of it is read.
-	# kernels/aot.json holds for the Triton of torch 2.13, which torch's CPU build does not require.
+	# kernels/aot.csv has a column for the Triton of torch 2.13, which torch's CPU build does not require.
 	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5,test]" $(if $(filter cpu,$(EXTRA)),triton==3.7.1)
 	touch $@
 

@@ -28,39 +28,66 @@ _REPLAYS = 15
 
 
 class Launch(NamedTuple):
-    """A launch of a Triton kernel that can be repeated, and the configuration that it was made with."""
+    """A launch of a Triton kernel, with the configuration that it was made with.
+
+    Attributes:
+        kernel: Name of the kernel in the tables of configurations.
+        key: Of the configuration.
+        config: The configuration.
+        function: The Triton function.
+        grid: Its programs along each axis.
+        arguments: All arguments by name.
+        repeat: Launches it again.
+    """
 
     kernel: str
     key: str
+    config: LaunchConfig
+    function: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
     repeat: Callable[[], Any]
 
 
-def record_launches(call: Call) -> list[Launch]:
-    """The launches of our kernels in a call, which is run once."""
+@contextmanager
+def recording(choose: Callable[..., LaunchConfig] | None = None, *, launching: bool = True) -> Iterator[list[Launch]]:
+    """The launches of our kernels in a `with` block.
+
+    Args:
+        choose: Used in place of `tuning.launch_config`.
+        launching: Whether the kernels also run; they cannot on meta tensors.
+    """
     from triton.runtime.jit import KernelInterface
 
     launches: list[Launch] = []
-    asked: list[tuple[str, str]] = []  # every launcher asks for a configuration just before it launches
-    plain_config, plain_launch = tuning.launch_config, KernelInterface.__getitem__
+    asked: list[tuple[str, str, LaunchConfig]] = []  # every launcher asks for a configuration just before it launches
+    plain, configure = KernelInterface.__getitem__, choose or tuning.launch_config
 
     def launch_config(kernel: str, key: str, device: torch.device) -> LaunchConfig:
-        asked.append((kernel, key))
-        return plain_config(kernel, key, device)
+        asked.append((kernel, key, configure(kernel, key, device)))
+        return asked[-1][-1]
 
-    def recording(function: Any, grid: Any) -> Callable[..., Any]:
+    def record(function: Any, grid: Any) -> Callable[..., Any]:
         def launch(*args: Any, **kwargs: Any) -> Any:
-            repeat = functools.partial(plain_launch(function, grid), *args, **kwargs)
-            launches.append(Launch(*asked[-1], repeat))
-            return repeat()
+            arguments = dict(zip(function.arg_names, args, strict=False)) | kwargs
+            repeat = functools.partial(plain(function, grid), *args, **kwargs)
+            launches.append(Launch(*asked[-1], function, tuple(grid), arguments, repeat))
+            return repeat() if launching else None
 
         return launch
 
     with _replaced_launch_config(launch_config):
-        KernelInterface.__getitem__ = recording
+        KernelInterface.__getitem__ = record
         try:
-            call()
+            yield launches
         finally:
-            KernelInterface.__getitem__ = plain_launch
+            KernelInterface.__getitem__ = plain
+
+
+def record_launches(call: Call) -> list[Launch]:
+    """The launches of our kernels in a call, which is run once."""
+    with recording() as launches:
+        call()
     return launches
 
 

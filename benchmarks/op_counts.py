@@ -28,7 +28,7 @@ from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.models.autoencoder.tiling import run_plan
 from ccella_fast.models.autoencoder.tiling_plan import GPU_SLAB_BYTES, make_tiling_plan
 from ccella_fast.storage import write_json
-from op_counter import Counts, FlashAttention, HalfAutocast, backend, count, saved_bytes
+from op_counter import FlashAttention, HalfAutocast, backend, count, saved_bytes
 
 FILE = Path(__file__).resolve().parent / "counts.json"
 
@@ -44,11 +44,11 @@ def counted(config: Config | None = None) -> dict[str, dict[str, dict[str, int]]
         if hasattr(module, "use_flash_attention"):
             module.use_flash_attention = True  # MONAI refuses to enable it without a GPU
     with backend("triton,attention=sdpa"):  # the preferences on a GPU
-        preferred = _denoising(config, ours, FlashAttention(), torch.bfloat16).summary()
+        preferred = count(denoising_step(config, ours, FlashAttention(), torch.bfloat16)).summary()
     with backend("triton"):
         denoising = {
-            "reference": _denoising(config, plain, HalfAutocast(), torch.float32).summary(),
-            "ours": _denoising(config, ours, FlashAttention(), torch.bfloat16).summary(),
+            "reference": count(denoising_step(config, plain, HalfAutocast(), torch.float32)).summary(),
+            "ours": count(denoising_step(config, ours, FlashAttention(), torch.bfloat16)).summary(),
             "ours, PyTorch's attention": preferred,
         }
     with backend("triton,conv3d=reference"):  # cuDNN's convolutions in training, for which those of meta tensors stand
@@ -58,47 +58,55 @@ def counted(config: Config | None = None) -> dict[str, dict[str, dict[str, int]]
                 "reference": _training(config, plain, HalfAutocast(), torch.float32),
                 "ours": _training(config, ours, FlashAttention(), torch.bfloat16),
             },
-            "decode": {"ours": _decoding(config).summary()},
+            "decode": {"ours": count(decode(config)).summary()},
         }
 
 
-def _inputs(config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _inputs(config: Config, dtype: torch.dtype, batch: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     with torch.device("meta"):
-        x = torch.empty(1, sum(config.model.latent_channels), *config.check_grid(), dtype=dtype)
-        text = torch.empty(1, config.text.max_length, config.model.input_dim, dtype=dtype)
-        return x, torch.zeros(1), {"spacing": torch.zeros(1, 3), "text": text}
+        x = torch.empty(batch, sum(config.model.latent_channels), *config.check_grid(), dtype=dtype)
+        text = torch.empty(batch, config.text.max_length, config.model.input_dim, dtype=dtype)
+        return x, torch.zeros(batch), {"spacing": torch.zeros(batch, 3), "text": text}
 
 
-def _denoising(config: Config, model: Any, mode: Any, dtype: torch.dtype) -> Counts:
-    """The reference runs its adapter at every step; ours is precomputed, and in channels_last_3d."""
-    x, timesteps, conditions = _inputs(config, dtype)
+def denoising_step(config: Config, model: Any, mode: Any, dtype: torch.dtype, batch: int = 1) -> Callable[[], Any]:
+    """A step of the loop. The reference runs its adapter at every step; ours is precomputed, and in channels_last_3d."""
+    x, timesteps, conditions = _inputs(config, dtype, batch)
     if not isinstance(model, reference.ReferenceModel):
         model, x = copy.deepcopy(model), x.contiguous(memory_format=torch.channels_last_3d)
         model.to(memory_format=torch.channels_last_3d)
+
+    @torch.no_grad()
+    def step() -> None:
+        with mode:
+            if isinstance(model, reference.ReferenceModel):
+                model(x, timesteps, **conditions)
+            else:
+                model.denoise(x, conditioning)
+
     with torch.no_grad(), mode:
-        if isinstance(model, reference.ReferenceModel):
-            run: Callable[[], Any] = lambda: model(x, timesteps, **conditions)  # noqa: E731
-        else:
-            conditioning = model.condition(timesteps, **conditions)
-            run = lambda: model.denoise(x, conditioning)  # noqa: E731
-        run()  # work done once for the whole loop: casting, stacking and summing weights
-        return count(run)
+        conditioning = None if isinstance(model, reference.ReferenceModel) else model.condition(timesteps, **conditions)
+    step()  # work done once for the whole loop: casting, stacking and summing weights
+    return step
+
+
+def training_step(
+    config: Config, model: Any, mode: Any, dtype: torch.dtype, batch: int = 1
+) -> tuple[Callable[[], Tensor], Callable[[], Any]]:
+    """The forward pass alone, and both passes."""
+    x, timesteps, conditions = _inputs(config, dtype, batch)
+
+    def forward() -> Tensor:
+        with mode:
+            return F.l1_loss(model(x, timesteps, **conditions)[0].float(), x.float())
+
+    return forward, lambda: forward().backward()
 
 
 def _training(config: Config, model: Any, mode: Any, dtype: torch.dtype) -> dict[str, int]:
     """Count the forward and backward passes."""
-    x, timesteps, conditions = _inputs(config, dtype)
-
-    def forward() -> Tensor:
-        return F.l1_loss(model(x, timesteps, **conditions)[0].float(), x.float())
-
-    def step() -> None:
-        with mode:
-            loss = forward()
-        loss.backward()
-
-    with mode:
-        kept = saved_bytes(forward)
+    forward, step = training_step(config, model, mode, dtype)
+    kept = saved_bytes(forward)
     if isinstance(mode, HalfAutocast):
         mode.weights.clear()  # in training they are cast again at every step
     facts = count(step).summary()
@@ -107,14 +115,15 @@ def _training(config: Config, model: Any, mode: Any, dtype: torch.dtype) -> dict
     return {**facts, "saved_bytes": kept}
 
 
-def _decoding(config: Config) -> Counts:
-    """Count the decode of one volume in bf16."""
+def decode(config: Config) -> Callable[[], Any]:
+    """The decode of one volume in bf16 and channels_last_3d, as on a GPU."""
     with torch.device("meta"):
-        vae = Autoencoder(config.autoencoder).bfloat16().requires_grad_(False)
+        vae = Autoencoder(config.autoencoder).bfloat16().to(memory_format=torch.channels_last_3d).requires_grad_(False)
         z = torch.empty(1, config.autoencoder.latent_channels, *config.check_grid(), dtype=torch.bfloat16)
+    z = z.contiguous(memory_format=torch.channels_last_3d)
     convs = vae.decoder.tiled_convs()
     plan = make_tiling_plan(convs, tuple(z.shape[1:]), z.element_size(), 2**36, slab_bytes=GPU_SLAB_BYTES)
-    return count(lambda: run_plan(convs, plan, vae.post_quant_conv(z)))
+    return lambda: run_plan(convs, plan, vae.post_quant_conv(z))
 
 
 def table(counts: dict[str, Any]) -> str:

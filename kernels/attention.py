@@ -415,7 +415,10 @@ def attention_compile_case(
     }  # fmt: skip
     strides = tuple(argument for argument in signature if argument.startswith("stride"))
     title = f"{name} {step} {element} d{head_width}"
-    return CompileCase(title, kernel, signature, config, taken, strides, tensor_cores=dtype != torch.float32)
+    return CompileCase(
+        title, kernel, signature, config, taken, strides, wide_loads=True, async_loads=config.num_stages > 1,
+        tensor_cores=dtype != torch.float32,
+    )  # fmt: skip
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:

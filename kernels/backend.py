@@ -50,6 +50,8 @@ KERNELS = (
 XFORMERS = importlib.util.find_spec("xformers") is not None  # found, not imported
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # name of a library op -> the function that launches its kernels
+
 # backend -> the reason why it is unsupported, None if it is supported; in order of preference
 BackendSupport = Mapping[str, str | None]
 
@@ -190,30 +192,27 @@ def xformers_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str
         return f"the tensors are on {device.type}, not on a GPU"
     if dtype not in TRITON_DTYPES:
         return f"it does not support {str(dtype).removeprefix('torch.')}"
-    return _missing_xformers_operator_reason()
+    return _unloadable_xformers_reason()
 
 
 @functools.cache
-def _missing_xformers_operator_reason() -> str | None:
-    """Why xformers has no attention with this PyTorch, None if it has one.
+def _unloadable_xformers_reason() -> str | None:
+    """Why the compiled part of xformers does not load, None if it does; xformers itself only logs a warning.
 
-    Its attention calls operators of PyTorch or of flash-attn. Its own compiled part has other kernels; where that does not
-    load, xformers only logs a warning.
+    Without it, xformers refuses every tensor on a GPU, though its attention would call operators of PyTorch: so the wheel for
+    CUDA 12 does with PyTorch for CUDA 13.
     """
     logger = logging.getLogger("xformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        operators = importlib.import_module("xformers.ops.fmha")
-        found = any(module.FwOp.is_available() for module in (operators.flash, operators.cutlass))
-    except ImportError:  # raised where an operator of PyTorch has other arguments than xformers expects
-        found = False
+        loads = importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception is None
     finally:
         logger.setLevel(level)
-    return None if found else f"its attention does not load with PyTorch {torch.__version__}"
+    return None if loads else f"its compiled part does not load with PyTorch {torch.__version__}"
 
 
-_missing_xformers_operator_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_unloadable_xformers_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def library_op(
@@ -231,6 +230,7 @@ def library_op(
             with torch.cuda.device_of(first):
                 return launcher(first, *rest)
 
+        LAUNCHERS[f"ccella_fast::{name}"] = launcher
         schema = torch.library.infer_schema(launcher, mutates_args=mutates_args)
         options: Any = {"mutates_args": mutates_args, "schema": schema}
         return torch.library.custom_op(f"ccella_fast::{name}", on_device_of_first, **options)

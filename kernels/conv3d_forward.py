@@ -260,7 +260,7 @@ def descriptors_unsupported_reason(device: torch.device, dtype: torch.dtype) -> 
         return "fp32 products are computed without tensor cores"
     if torch.version.hip is not None:
         return "the GPU is not NVIDIA's"
-    if interpreted() or not torch.cuda.is_available():
+    if interpreted() or device.type != "cuda" or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
     # sm_120 has descriptors as well, but not the shared memory of these tiles.
@@ -351,7 +351,7 @@ def aot_cases() -> list[CompileCase]:
             CompileCase(
                 f"conv3d descriptors {key} c{C} bf16", _conv3d_descriptors_fwd_kernel,
                 signature | _added_and_output("bf16", split) | sizes, config, _without(split) | constants, ("O",),
-                wide_loads=True, tensor_cores=True, first_arch=90,
+                wide_loads=True, async_loads=True, tensor_cores=True, archs=(90, 100),
             )
         )  # fmt: skip
     for dtype, C, halo, split in (("bf16", 64, 0, 1), ("bf16", 64, 1, 1), ("bf16", 512, 0, 3), ("fp32", 64, 0, 1)):
@@ -362,7 +362,7 @@ def aot_cases() -> list[CompileCase]:
                 f"conv3d pointers c{C} {dtype}{' halo' * halo}", _conv3d_pointers_fwd_kernel,
                 signature | _added_and_output(dtype, split) | sizes, configs[key],
                 _without(split) | {"C": C, "HALO": halo, "SPLIT": split}, ("O",),
-                wide_loads=True, tensor_cores=dtype != "fp32",
+                wide_loads=True, async_loads=True, tensor_cores=dtype != "fp32",
             )
         )  # fmt: skip
     signature = {"parts_ptr": "*fp32"} | _added_and_output("bf16", 1)

@@ -166,7 +166,7 @@ def layout_compile_case(
     known = {**launch_grid(x, 32, config).constants, **constants}
     taken = {name: value for name, value in known.items() if name in function.arg_names}
     divisible = ("S", "voxels_per_program", "voxels_per_part")
-    return CompileCase(title, function, signature, config, taken, divisible, wide_loads=True)
+    return CompileCase(title, function, signature, config, taken, divisible, wide_loads=True, async_loads=True)
 
 
 def sizes_and_layout(x: Tensor) -> tuple[int, int, int, bool]:

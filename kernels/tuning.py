@@ -35,7 +35,7 @@ class LaunchConfig(NamedTuple):
         return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# kernel -> key -> configuration. Chosen by arithmetic and from the report of ptxas (kernels/aot.json), not by timing.
+# kernel -> key -> configuration. Chosen by arithmetic and from the report of ptxas (kernels/aot.csv), not by timing.
 DEFAULT_LAUNCH_CONFIGS: dict[str, dict[str, LaunchConfig]] = {
     "attention": {
         "forward d32": LaunchConfig({"BLOCK_N": 128, "BLOCK_L": 64}, num_warps=8, num_stages=3),
@@ -119,6 +119,11 @@ def launch_config(kernel: str, key: str, device: torch.device) -> LaunchConfig:
     if (kernel, key) in _OVERRIDES:
         return _OVERRIDES[kernel, key]
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return launch_config_of_chip(kernel, key, chip)
+
+
+def launch_config_of_chip(kernel: str, key: str, chip: str | None) -> LaunchConfig:
+    """The configuration measured on `chip`, the device name that CUDA reports; else, or where `chip` is None, the default."""
     measured = _measured(chip).get(kernel, {}).get(key) if chip else None
     return LaunchConfig(**measured) if measured else DEFAULT_LAUNCH_CONFIGS[kernel][key]
 

@@ -291,6 +291,7 @@ def _aot_case(key: str, dtype: str) -> CompileCase:
         {"HAS_BIAS": True, "C": 128},
         divisible=("O",),
         wide_loads=True,
+        async_loads=True,
         tensor_cores=dtype != "fp32",
     )
 
