@@ -60,6 +60,7 @@ from ccella_fast.kernels.backend import (
     triton_unsupported_reason,
     xformers_unsupported_reason,
 )
+from ccella_fast.kernels.layout import multiprocessor_count
 
 MAX_CHANNELS = 512  # a block of tokens stays in registers; with more channels they spill
 MAX_HEAD_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
@@ -200,11 +201,11 @@ def _heads_key(channels: int, head_width: int, dtype: torch.dtype) -> str:
 
 
 def _heads_per_program(heads: int, blocks: int, device: torch.device) -> int:
-    """The most heads per program with which every multiprocessor still has two programs, all with equally many heads.
+    """The most heads per program, equally many in all, with which every multiprocessor still has two programs.
 
-    Each additional head saves one normalization of the same tokens.
+    In the interpreter one program takes all heads. Each additional head saves one normalization of the same tokens.
     """
-    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    programs = 1 if device.type == "cpu" else 2 * multiprocessor_count(device)
     most = max(1, min(heads, heads * blocks // programs))
     return max(each for each in range(1, most + 1) if heads % each == 0)
 
