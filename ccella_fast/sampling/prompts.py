@@ -87,7 +87,7 @@ class Prompts:
         texts = [self._reports.features_of(row) for row, _, _ in distinct]
         classes = [[float(name == each) for each in CLASS_NAMES] for _, _, name in distinct]
         return PromptRows(
-            text=torch.cat([text for text in texts if text is not None]).to(device) if self._reports.rows else None,
+            text=torch.cat([text.to(device) for text in texts if text is not None]) if self._reports.rows else None,
             spacing=torch.tensor([spacing for _, spacing, _ in distinct], device=device) * SPACING_SCALE,
             pirads=None if self._classes[0] is None else torch.tensor(classes, device=device) * CLASS_SCALE,
             override_class=self._volumes.override_class,

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,16 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.sampling.request import Request
 
 logger = logging.getLogger("ccella_fast")
+_KEPT_BYTES = 64 << 20  # of given features that are kept, where they are, to be recognized in the next request
 _UNKNOWN_SHARE = 0.05  # of the tokens of a report, from which on a warning is due
+
+
+class _Given(NamedTuple):
+    """Features that a request gave, a copy of them if they are kept, and in the form that the model takes."""
+
+    original: Tensor
+    features: Tensor
+    identities: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +34,7 @@ class PromptFeatures:
     """The text features of a request.
 
     Attributes:
-        features: (U, L, E) fp32 on the CPU, the distinct reports; None without reports.
+        features: (U, L, E) fp32, the distinct reports; None without reports.
         rows: the row in `features` of each report of the request; empty without reports.
         identities: what distinguishes the rows: the text, or a hash of given features.
         null: (1, L, E), the null report; None without guidance.
@@ -59,6 +68,7 @@ class TextFeatureCache:
     def __init__(self, config: Config, encoder: Any, *, checks_length: bool):
         self._config, self._encoder, self._checks_length = config, encoder, checks_length
         self._encoded: dict[tuple[str, bool], Tensor] = {}  # by (report, encoded alone)
+        self._given: _Given | None = None
 
     def features_for(self, request: Request, *, guided: bool) -> PromptFeatures:
         """The text features of a request; if `guided`, with those of the null report.
@@ -68,10 +78,9 @@ class TextFeatureCache:
                 report.
         """
         if request.text is not None:
-            features = self._check_features(request.text, "text")
-            identities = tuple(hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in features)
-            null = self._null_features_like(features, request) if guided else None
-            return PromptFeatures(features, tuple(range(len(features))), identities, null)
+            given = self._given_features(request.text)
+            null = self._null_features_like(given.features, request) if guided else None
+            return PromptFeatures(given.features, tuple(range(len(given.features))), given.identities, null)
         if request.reports is None:
             if guided:
                 why = f"guidance needs a report, and {self._config.model.variant} does not take one"
@@ -89,6 +98,30 @@ class TextFeatureCache:
         features = self._encode(distinct, encoder, alone=request.batch_invariant, numbers=reports)
         rows = tuple(distinct.index(report) for report in reports)
         return PromptFeatures(features, rows, distinct, null, encoder.identity)
+
+    def _given_features(self, text: Any) -> _Given:
+        """Features that a request gives, checked and hashed.
+
+        They are compared with those of the last request first. Equal ones, as in a loop over seeds, cost no copy to the host.
+        """
+        original, last = torch.as_tensor(text), self._given
+        comparable = last is not None and (original.device, original.dtype) == (
+            last.original.device,
+            last.original.dtype,
+        )
+        if last is not None and comparable and torch.equal(original, last.original):
+            return last
+        self._given = None
+        kept = original.nbytes <= _KEPT_BYTES
+        if kept:
+            original = original.clone()  # the caller may change its own
+        features = self._check_features(original, "text")
+        on_host = features.cpu()
+        identities = tuple(hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in on_host)
+        if not kept:
+            return _Given(original, on_host, identities)
+        self._given = _Given(original, features, identities)
+        return self._given
 
     def _null_features(self, request: Request, encoder: Any) -> Tensor:
         if request.null_text is None:
@@ -125,7 +158,7 @@ class TextFeatureCache:
         missing = [report for report in reports if (report, alone) not in self._encoded]
         for batch in [[report] for report in missing] if alone else [missing] if missing else []:
             encoding = encoder.encode(batch)
-            features = self._check_features(encoding.features, "text.encoder")
+            features = self._check_features(encoding.features, "text.encoder").cpu()
             self._encoded |= {(report, alone): row[None] for report, row in zip(batch, features, strict=True)}
             for position, report in enumerate(batch):
                 self._warn_of_losses(encoding, position, list(numbers or reports).index(report) + 1)
@@ -145,12 +178,12 @@ class TextFeatureCache:
             logger.warning(why, 100 * unknown[position], number, self._config.text.encoder)
 
     def _check_features(self, text: Any, field: str) -> Tensor:
-        """Text features as fp32 (n, L, E) on the CPU.
+        """Text features as fp32 (n, L, E).
 
         Raises:
             ConfigError: they are not finite, or do not have the form that the model was trained with.
         """
-        features = torch.as_tensor(text).float().cpu()
+        features = torch.as_tensor(text).float()
         features = features[None] if features.ndim == 2 else features
         width, length = self._config.model.input_dim, self._config.text.max_length
         fix = "use the encoder that the model was trained with"
