@@ -34,7 +34,8 @@ NUMERICS := $(addprefix tests/, \
             $(addprefix kernels/test_, attention.py cross_attention.py geglu.py group_norm_silu.py residual_shift.py conv3d.py upsample_conv3d.py upsample_trilinear.py) \
             sampling/test_fast_sampler.py::test_bfloat16_is_close_to_float32)
 
-GPU_PACKAGES := pydantic pydantic_core annotated-types typing_extensions typing-inspection hjson monai nibabel
+GPU_PACKAGES := pydantic pydantic_core annotated-types typing_extensions typing-inspection hjson monai nibabel xformers
+LIGER := liger_kernel==0.8.5  # only compared with in the benchmarks, and only on a GPU: not in this environment
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 
@@ -94,12 +95,12 @@ gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "this machine has no CUDA device")'
 	$(PYTHON) benchmarks/gpu.py --minutes $(GPU_MINUTES)
 
-# What a machine with PyTorch for CUDA and pytest lacks, for Python 3.12, in the versions of this environment: 11 MB.
+# What a machine with PyTorch for CUDA and pytest lacks, for Python 3.12, in the versions of this environment: 15 MB.
 gpu-wheels: $(VENV)/installed-test
 	rm -rf build/wheels
 	python -m pip download --quiet --no-deps --dest build/wheels --only-binary=:all: --python-version 3.12 \
 	  $(addprefix --platform manylinux_2_,28_x86_64 17_x86_64) --platform manylinux2014_x86_64 \
-	  $$(python -m pip freeze | grep -E "^($(subst $(SPACE),|,$(GPU_PACKAGES)))==")
+	  $(LIGER) $$(python -m pip freeze | grep -E "^($(subst $(SPACE),|,$(GPU_PACKAGES)))==")
 	python -m pip wheel --quiet --no-deps --wheel-dir build/wheels $$(python -m pip freeze | grep ^deepspeed==)
 
 clean:

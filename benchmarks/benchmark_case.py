@@ -60,12 +60,14 @@ class Implementation:
         run: The timed call. Its inputs are ready; it may mark the parts of its time on the stopwatch.
         output: Computes the output that is compared with the truth; None if there is none to compare.
         calls: Units of work in one run, for instance the steps of a chain. Times are reported per unit.
+        peer: It belongs to another library. If its result is wrong, it has no speedup, and the case is still right.
     """
 
     precision: str
     run: Callable[[Stopwatch], Any]
     output: Callable[[], Tensor] | None = None
     calls: int = 1
+    peer: bool = False
 
 
 @dataclass

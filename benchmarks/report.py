@@ -15,7 +15,7 @@ from typing import Any
 import op_counts
 from ccella_fast.storage import atomic_path
 from registry import HEADLINES
-from results import seconds
+from results import seconds, times_faster
 from timer import slope
 
 TEMPLATE = Path(__file__).resolve().parent / "report.html.j2"
@@ -55,9 +55,9 @@ def _absent(record: dict[str, Any]) -> list[str]:
 
 
 def _cells(case: dict[str, Any], name: str, timed: dict[str, Any]) -> list[str]:
-    facts, roofline, faster = timed["seconds"], timed.get("floor"), case["speedups"].get(name)
+    facts, roofline = timed["seconds"], timed.get("floor")
     quartiles = f"{seconds(facts['q1'])} to {seconds(facts['q3'])}" if facts["n"] > 1 else ""
-    cells = [timed["precision"], seconds(facts["median"]), quartiles, f"{faster['median']:.2f}x" if faster else ""]
+    cells = [timed["precision"], seconds(facts["median"]), quartiles, times_faster(case, name)]
     return [*cells, seconds(roofline["seconds"]), f"{timed['of_limit']:.0%}"] if roofline else [*cells, "", ""]
 
 

@@ -206,11 +206,17 @@ def _machine(file: Path, record: dict[str, Any]) -> list[str]:
 def table_rows(case: dict[str, Any]) -> Iterable[str]:
     """A Markdown row per implementation."""
     for name, timed in case["sides"].items():
-        faster, roofline = case["speedups"].get(name), timed.get("floor")
-        cells = [case["name"], name, timed["precision"], seconds(timed["seconds"]["median"])]
-        cells.append(f"{faster['median']:.2f}x" if faster else "")
+        roofline = timed.get("floor")
+        cells = [case["name"], name, timed["precision"], seconds(timed["seconds"]["median"]), times_faster(case, name)]
         cells += [seconds(roofline["seconds"]), f"{timed['of_limit']:.0%}"] if roofline else ["", ""]
         yield f"| {' | '.join(cells)} |"
+
+
+def times_faster(case: dict[str, Any], name: str) -> str:
+    """The speedup of an implementation over the baseline, or "wrong" if its result is; empty where there is none."""
+    if case["sides"][name].get("passed") is False:
+        return "wrong"
+    return f"{case['speedups'][name]['median']:.2f}x" if name in case["speedups"] else ""
 
 
 def seconds(value: float) -> str:

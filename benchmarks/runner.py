@@ -13,7 +13,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,8 @@ class BenchmarkRun:
             self.reduced.append(
                 f"{case.name}: rounds timed {rounds}, otherwise at least {timer.LEAST_ROUNDS}: time is short"
             )
-        judge(row, *_failed_check(prepared, row))
+        peers = {name for name, implementation in prepared.implementations.items() if implementation.peer}
+        judge(row, *_failed_check(prepared, row), peers=peers)
         _judge_requirement(row, prepared.required_speedup)
         if row["status"] == "ok" and (traces is not None or (case.profile and rounds >= timer.LEAST_ROUNDS)):
             for name, implementation in prepared.implementations.items():
@@ -300,17 +301,22 @@ def _failed_check(prepared: PreparedCase, row: dict[str, Any]) -> list[str]:
     return []
 
 
-def judge(row: dict[str, Any], *complaints: str) -> None:
-    """Add the speedups over the first implementation; none at all if a result is wrong."""
+def judge(row: dict[str, Any], *complaints: str, peers: Collection[str] = ()) -> None:
+    """Add the speedups over the first implementation; none at all if a result is wrong, unless it is that of a peer."""
     timed = row["sides"]
-    wrong = [name for name, facts in timed.items() if facts.get("passed") is False]
-    why = [*(f"{name} differs from the truth by {_error(timed[name])}" for name in wrong), *complaints]
+    wrong = {
+        name: f"{name} differs from the truth by {_error(facts)}"
+        for name, facts in timed.items() if facts.get("passed") is False
+    }  # fmt: skip
+    row["notes"] = [*row["notes"], *(text for name, text in wrong.items() if name in peers)]
+    why = [*(text for name, text in wrong.items() if name not in peers), *complaints]
     if why:
         row |= {"status": "wrong", "why": "; ".join(why), "speedups": {}}
         return
     baseline = next(iter(timed), None)
     for name in list(timed)[1:]:
-        row["speedups"][name] = timer.ratio(timed[baseline]["rounds"], timed[name]["rounds"])
+        if name not in wrong:
+            row["speedups"][name] = timer.ratio(timed[baseline]["rounds"], timed[name]["rounds"])
 
 
 def _judge_requirement(row: dict[str, Any], required: float | None) -> None:

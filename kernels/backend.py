@@ -164,8 +164,22 @@ def _unsupported_gpu_reason(device: torch.device) -> str | None:
     return None if major >= 8 else f"the GPU is sm_{major}{minor}, and Triton compiles for sm_80 and newer"
 
 
+def chained_products_reason(device: torch.device) -> str | None:
+    """Why a kernel that adds several products of a loop to one accumulator is not used on this GPU, None if it may be.
+
+    For tcgen05, the tensor cores of sm_100 and sm_103, Triton to 3.8 gives each product an accumulator of its own and may read
+    it too early (triton-lang/triton#10821). The code of 3.9 has one accumulator.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] != 10:
+        return None
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+        return None
+    return f"Triton {triton.__version__} may miscompile it for this GPU; Triton 3.9 does not"
+
+
 # The effect of torch.compiler.assume_constant_result without its import of torch._dynamo, which takes a second per command.
 _unsupported_gpu_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+chained_products_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def xformers_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -176,23 +190,30 @@ def xformers_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str
         return f"the tensors are on {device.type}, not on a GPU"
     if dtype not in TRITON_DTYPES:
         return f"it does not support {str(dtype).removeprefix('torch.')}"
-    return _unloadable_xformers_reason()
+    return _missing_xformers_operator_reason()
 
 
 @functools.cache
-def _unloadable_xformers_reason() -> str | None:
-    """Why the compiled part of xformers does not load, None if it does; xformers itself only logs a warning."""
+def _missing_xformers_operator_reason() -> str | None:
+    """Why xformers has no attention with this PyTorch, None if it has one.
+
+    Its attention calls operators of PyTorch or of flash-attn. Its own compiled part has other kernels; where that does not
+    load, xformers only logs a warning.
+    """
     logger = logging.getLogger("xformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        loads = importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception is None
+        operators = importlib.import_module("xformers.ops.fmha")
+        found = any(module.FwOp.is_available() for module in (operators.flash, operators.cutlass))
+    except ImportError:  # raised where an operator of PyTorch has other arguments than xformers expects
+        found = False
     finally:
         logger.setLevel(level)
-    return None if loads else f"its compiled part does not load with PyTorch {torch.__version__}"
+    return None if found else f"its attention does not load with PyTorch {torch.__version__}"
 
 
-_unloadable_xformers_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_missing_xformers_operator_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def library_op(

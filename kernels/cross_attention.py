@@ -2,15 +2,17 @@
 
     h = LayerNorm(x);  q = h w_q^T;  o = softmax(q k^T / sqrt(K)) v for every head;  y = x + o w_out^T + b_out
 
-Shapes: x, h, y (B, N, C); context_k, context_v (B or 1, M, L, K), with the heads already split, and batch 1 if all samples
-share them; w_q, w_out (C, C); ln_weight, ln_bias, b_out (C,). B batch, N voxels as tokens, C = M K channels, M heads, K head
-width, L context tokens (the 256 latents of the report). Keys and values are inputs because a sampler computes them once.
+With `added`, the output of the block before it, x + added takes the place of x: the sum is part of the launches that read it.
+
+Shapes: x, added, h, y (B, N, C); context_k, context_v (B or 1, M, L, K), with the heads already split, and batch 1 if all
+samples share them; w_q, w_out (C, C); ln_weight, ln_bias, b_out (C,). B batch, N voxels as tokens, C = M K channels, M heads,
+K head width, L context tokens (the 256 latents of the report). Keys and values are inputs because a sampler computes them once.
 
 Fused into two launches. The first normalizes a block of tokens once, keeps it in registers, and computes query projection and
 attention for one head after the other; the second is the output projection with bias and residual in its epilogue. h, q and
 the scores are never written to memory. Plain PyTorch: 5 to 6 launches and 11 passes over a (B, N, C) tensor; here 2 launches
-and 5 passes (x, o | o, x, y). With few tokens the first launch divides the heads among more programs, which then repeat the
-normalization.
+and 5 passes (x, o | o, x, y). `added` makes that 7 instead of 14. With few tokens the first launch divides the heads among more
+programs, which then repeat the normalization.
 
 Only the arguments are saved for the backward pass. It recomputes h, q and o, and consists of the backward kernels of attention
 and plain matrix products.
@@ -48,6 +50,7 @@ from ccella_fast.kernels.attention import (
 )
 from ccella_fast.kernels.backend import (
     BackendSupport,
+    chained_products_reason,
     choose,
     compute_dtype,
     jit,
@@ -74,9 +77,11 @@ def cross_attention_reference(
     b_out: Tensor,
     num_heads: int,
     eps: float = 1e-5,
+    added: Tensor | None = None,
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attention_reference,
 ) -> Tensor:
     """The plain PyTorch implementation; `attend` computes its attention."""
+    x = x if added is None else x + added
     h = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps)
     q = split_heads(F.linear(h, w_q), num_heads)
     o = attend(q, context_k.expand(x.shape[0], -1, -1, -1), context_v.expand(x.shape[0], -1, -1, -1))
@@ -90,15 +95,22 @@ def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
 
 @jit
 def _layer_norm_rows(
-    p_x, weight_ptr, bias_ptr, stride, rows_left, eps, like_ptr,
+    p_x, added_ptr, o_added, weight_ptr, bias_ptr, stride, stride_added, rows_left, eps, like_ptr,
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm of BLOCK_N tokens as a tuple of (BLOCK_N, BLOCK_C) blocks in the element type of the pointer `like_ptr`."""
+    """LayerNorm of BLOCK_N tokens as a tuple of (BLOCK_N, BLOCK_C) blocks in the element type of the pointer `like_ptr`.
+
+    What is added to the tokens is at `added_ptr + o_added`, unless added_ptr is None.
+    """
     o_c = tl.arange(0, BLOCK_C)
     b_xs = ()
     b_total = tl.zeros([BLOCK_N], tl.float32)
     for i_c in tl.static_range(0, C, BLOCK_C):
         b_x = load_rows(p_x + i_c, stride, rows_left, BLOCK_C, BLOCK_N, BLOCK_C, True)
+        if added_ptr is not None:
+            p_added = added_ptr + o_added + i_c
+            b_added = load_rows(p_added, stride_added, rows_left, BLOCK_C, BLOCK_N, BLOCK_C, True)
+            b_x = (b_x.to(tl.float32) + b_added.to(tl.float32)).to(b_x.dtype)
         b_xs = b_xs + (b_x,)  # type: ignore[assignment]
         b_total += tl.sum(b_x.to(tl.float32), 1)
     b_mean = b_total / C
@@ -118,8 +130,8 @@ def _layer_norm_rows(
 
 @jit(do_not_specialize=["heads_per_program"])
 def _cross_attention_fwd_heads_kernel(
-    x_ptr, ln_weight_ptr, ln_bias_ptr, w_q_ptr, k_ptr, v_ptr, o_ptr, M, N, L, heads_per_program, scale, eps,
-    stride_xb, stride_xn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
+    x_ptr, added_ptr, ln_weight_ptr, ln_bias_ptr, w_q_ptr, k_ptr, v_ptr, o_ptr, M, N, L, heads_per_program, scale, eps,
+    stride_xb, stride_xn, stride_addedb, stride_addedn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
     C: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
@@ -128,9 +140,9 @@ def _cross_attention_fwd_heads_kernel(
     first_head = tl.program_id(1) * heads_per_program
     i_b = tl.program_id(2).to(tl.int64)
     rows_left = N - i_n
-    p_x = x_ptr + (i_b * stride_xb + i_n * stride_xn)
     b_hs = _layer_norm_rows(
-        p_x, ln_weight_ptr, ln_bias_ptr, stride_xn, rows_left, eps, w_q_ptr, C, BLOCK_N, BLOCK_C
+        x_ptr + (i_b * stride_xb + i_n * stride_xn), added_ptr, i_b * stride_addedb + i_n * stride_addedn, ln_weight_ptr,
+        ln_bias_ptr, stride_xn, stride_addedn, rows_left, eps, w_q_ptr, C, BLOCK_N, BLOCK_C,
     )  # fmt: skip
     p_k = k_ptr + i_b * stride_kb
     p_v = v_ptr + i_b * stride_vb
@@ -150,10 +162,10 @@ def _cross_attention_fwd_heads_kernel(
 
 @jit
 def _cross_attention_fwd_output_kernel(
-    o_ptr, w_out_ptr, b_out_ptr, x_ptr, y_ptr, N, stride_xb, stride_xn,
+    o_ptr, w_out_ptr, b_out_ptr, x_ptr, added_ptr, y_ptr, N, stride_xb, stride_xn, stride_addedb, stride_addedn,
     C: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = x + o w_out^T + b_out for one block of tokens and BLOCK_O channels."""
+    """y = x (+ added) + o w_out^T + b_out for one block of tokens and BLOCK_O channels."""
     i_n = tl.program_id(0).to(tl.int64) * BLOCK_N
     i_o = tl.program_id(1) * BLOCK_O
     i_b = tl.program_id(2).to(tl.int64)
@@ -173,6 +185,9 @@ def _cross_attention_fwd_output_kernel(
     b_bias = tl.load(b_out_ptr + o_c, mask=o_c < C, other=0.0).to(tl.float32)
     p_x = x_ptr + i_b * stride_xb + i_n * stride_xn + o_n * stride_xn + o_c
     b_x = tl.load(p_x, mask=m_y, other=0.0).to(tl.float32)
+    if added_ptr is not None:
+        p_added = added_ptr + i_b * stride_addedb + i_n * stride_addedn + o_n * stride_addedn + o_c
+        b_x += tl.load(p_added, mask=m_y, other=0.0).to(tl.float32)
     p_y = y_ptr + (i_b * N + i_n) * C + o_n * C + o_c
     tl.store(p_y, (b_x + b_acc + b_bias).to(y_ptr.dtype.element_ty), mask=m_y)
 
@@ -185,12 +200,13 @@ def _heads_key(channels: int, head_width: int, dtype: torch.dtype) -> str:
 
 
 def _heads_per_program(heads: int, blocks: int, device: torch.device) -> int:
-    """The most heads per program with which every multiprocessor still has two programs.
+    """The most heads per program with which every multiprocessor still has two programs, all with equally many heads.
 
     Each additional head saves one normalization of the same tokens.
     """
     programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(heads, heads * blocks // programs))
+    most = max(1, min(heads, heads * blocks // programs))
+    return max(each for each in range(1, most + 1) if heads % each == 0)
 
 
 @library_op("cross_attention")
@@ -205,9 +221,12 @@ def cross_attention_op(
     b_out: Tensor,
     num_heads: int,
     eps: float,
+    added: Tensor | None,
 ) -> Tensor:
     """y. context_k and context_v must have the batch size of x and the dtype of w_q and w_out."""
     x, k, v = rows_contiguous(x), rows_contiguous(context_k), rows_contiguous(context_v)
+    added = None if added is None else rows_contiguous(added)
+    added_strides = (0, 0) if added is None else added.stride()[:2]
     w_q, w_out, ln_weight, ln_bias, b_out = (t.contiguous() for t in (w_q, w_out, ln_weight, ln_bias, b_out))
     batch, tokens, channels = x.shape
     width = channels // num_heads
@@ -218,13 +237,13 @@ def cross_attention_op(
     blocks = triton.cdiv(tokens, config.constants["BLOCK_N"])
     heads = _heads_per_program(num_heads, blocks * batch, x.device)
     _cross_attention_fwd_heads_kernel[blocks, triton.cdiv(num_heads, heads), batch](
-        x, ln_weight, ln_bias, w_q, k, v, o, num_heads, tokens, k.shape[2], heads, width**-0.5, eps,
-        *x.stride()[:2], *k.stride()[:3], *v.stride()[:3], **constants, **_launch_arguments(config, channels),
+        x, added, ln_weight, ln_bias, w_q, k, v, o, num_heads, tokens, k.shape[2], heads, width**-0.5, eps,
+        *x.stride()[:2], *added_strides, *k.stride()[:3], *v.stride()[:3], **constants, **_launch_arguments(config, channels),
     )  # fmt: skip
     config = tuning.launch_config("cross_attention", "output" + " fp32" * (w_q.dtype == torch.float32), x.device)
     blocks = triton.cdiv(tokens, config.constants["BLOCK_N"])
     _cross_attention_fwd_output_kernel[blocks, triton.cdiv(channels, config.constants["BLOCK_O"]), batch](
-        o, w_out, b_out, x, y, tokens, *x.stride()[:2], C=channels, PRECISION=constants["PRECISION"],
+        o, w_out, b_out, x, added, y, tokens, *x.stride()[:2], *added_strides, C=channels, PRECISION=constants["PRECISION"],
         **_launch_arguments(config, channels),
     )  # fmt: skip
     return y
@@ -247,6 +266,7 @@ def _cross_attention_fake(
     b_out: Tensor,
     num_heads: int,
     eps: float,
+    added: Tensor | None,
 ) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -264,11 +284,12 @@ def cross_attention_backward_op(
     b_out: Tensor,
     num_heads: int,
     eps: float,
+    added: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of the eight tensors after `dy`, in their order and dtypes."""
+    """Gradients of the eight tensors after `dy`, in their order and dtypes; that of `added` is that of x."""
     channels = x.shape[-1:]
     wide = torch.promote_types(x.dtype, ln_weight.dtype)
-    tensors = (x.to(wide), ln_weight.to(wide), ln_bias.to(wide))
+    tensors = ((x if added is None else x + added).to(wide), ln_weight.to(wide), ln_bias.to(wide))
     h, mean, rstd = torch.native_layer_norm(tensors[0], channels, *tensors[1:], eps)
     h = h.to(w_q.dtype)
     q = split_heads(F.linear(h, w_q), num_heads)
@@ -301,19 +322,21 @@ def _cross_attention_backward_fake(dy: Tensor, x: Tensor, k: Tensor, v: Tensor, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.num_heads, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.num_heads, ctx.eps, added = inputs
+    ctx.save_for_backward(*tensors, added)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return (*cross_attention_backward_op(dy, *ctx.saved_tensors, ctx.num_heads, ctx.eps), None, None)
+    *tensors, added = ctx.saved_tensors
+    gradients = cross_attention_backward_op(dy, *tensors, ctx.num_heads, ctx.eps, added)
+    return (*gradients, None, None, None if added is None else gradients[0].to(added.dtype))
 
 
 cross_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _triton_unsupported_reason(device: torch.device, dtype: torch.dtype, channels: int, head_width: int) -> str | None:
-    reason = triton_unsupported_reason(device, dtype)
+    reason = triton_unsupported_reason(device, dtype) or chained_products_reason(device)
     if reason is not None:
         return reason
     if channels > MAX_CHANNELS or channels % 16:
@@ -385,6 +408,7 @@ def cross_attention(
     b_out: Tensor,
     num_heads: int,
     eps: float = 1e-5,
+    added: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute the cross-attention block with its residual.
@@ -400,11 +424,12 @@ def cross_attention(
         b_out: (C,).
         num_heads: M.
         eps: Added to the variance of the layer norm.
+        added: (B, N, C), which is added to x first; None for nothing.
         backend: "triton", or "sdpa", "xformers" or "reference" for the plain block with that attention; None for the first
             supported one.
 
     Returns:
-        (B, N, C) in the dtype of `x`.
+        (B, N, C) in the dtype of `x`, or that of x + added.
 
     Raises:
         ValueError: The shapes do not match.
@@ -420,11 +445,16 @@ def cross_attention(
         )
     if context_k.shape[0] not in (1, batch):
         raise ValueError(f"the batch size of context_k must be 1 or that of x ({batch}), got {context_k.shape[0]}")
+    if added is not None:
+        if added.shape != x.shape:
+            raise ValueError(f"added must have the shape of x, {tuple(x.shape)}, got {tuple(added.shape)}")
+        x = x.to(torch.promote_types(x.dtype, added.dtype))
     dtype = compute_dtype(x)
     chosen = choose("cross_attention", backend_support(x.device, dtype, channels=channels, head_width=width), backend)
     if chosen == "triton":
         k, v = (tensor.expand(batch, -1, -1, -1).to(dtype) for tensor in (context_k, context_v))
-        return cross_attention_op(x, k, v, ln_weight, ln_bias, w_q.to(dtype), w_out.to(dtype), b_out, num_heads, eps)
+        matrices = w_q.to(dtype), w_out.to(dtype)
+        return cross_attention_op(x, k, v, ln_weight, ln_bias, *matrices, b_out, num_heads, eps, added)
     return cross_attention_reference(
         x,
         context_k,
@@ -436,5 +466,6 @@ def cross_attention(
         b_out=b_out,
         num_heads=num_heads,
         eps=eps,
+        added=added,
         attend=IMPLEMENTATIONS[chosen],
     )

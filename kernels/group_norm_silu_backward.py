@@ -20,6 +20,7 @@ from ccella_fast.kernels.layout import (
     layout_compile_case,
     layout_key,
     load_channel_parameters,
+    next_power_of_two,
     program_coords,
     sizes_and_layout,
     sum_over_groups,
@@ -121,7 +122,9 @@ def _group_norm_silu_bwd_dx_kernel(
     b_center = tl.load(mean_ptr + i_b * G + o_c // CPG, mask=m_c, other=0.0) - b_shift
     b_rstd = tl.load(rstd_ptr + i_b * G + o_c // CPG, mask=m_c, other=0.0)
 
-    for first in tl.range(start, end, BLOCK_S, num_stages=STAGES):
+    tiles = tl.cdiv(end - start, BLOCK_S)
+    for i_tile in tl.range(0, tiles, num_stages=STAGES):
+        first = start + (tiles - 1 - i_tile) * BLOCK_S  # backwards, as in the forward pass
         m_tile = (first + o_s < end)[:, None] & m_c[None, :]
         o_origin = tile_origin(i_b, first, S, C, LAST)
         b_x = tl.load(x_ptr + o_origin + o_tile, mask=m_tile, other=0.0).to(tl.float32)
@@ -192,12 +195,12 @@ def backward_op(
     grid = launch_grid(x, G, config)
     _group_norm_silu_bwd_dx_kernel[(grid.programs,)](
         x, dy, dx, *inputs, group_sums, S, grid.voxels_per_program, grid.programs_per_sample, parts,
-        BLOCK_P=MAX_PARTS, SILU=silu, **grid.constants, **config.launch(),
+        BLOCK_P=next_power_of_two(parts), SILU=silu, **grid.constants, **config.launch(),
     )  # fmt: skip
     config = launch_config("group_norm_silu", "parameter gradients", x.device)
     _group_norm_silu_bwd_parameters_kernel[(-(-C // config.constants["BLOCK_C"]),)](
         channel_sums, group_sums, weight, rstd, dweight, dbias, None if shift is None else dshift, B, S, parts,
-        C=C, CPG=C // G, BLOCK_P=MAX_PARTS, **config.launch(),
+        C=C, CPG=C // G, BLOCK_P=next_power_of_two(parts), **config.launch(),
     )  # fmt: skip
     return dx, dweight, dbias, dshift
 

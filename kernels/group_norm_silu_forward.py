@@ -135,7 +135,9 @@ def _group_norm_silu_fwd_apply_kernel(
     b_center -= b_shift
     b_scale *= b_weight
 
-    for first in tl.range(start, end, BLOCK_S, num_stages=STAGES):
+    tiles = tl.cdiv(end - start, BLOCK_S)
+    for i_tile in tl.range(0, tiles, num_stages=STAGES):
+        first = start + (tiles - 1 - i_tile) * BLOCK_S  # backwards: the last tiles are in the L2 cache
         m_tile = (first + o_s < end)[:, None] & m_c[None, :]
         o_origin = tile_origin(i_b, first, S, C, LAST)
         b_x = tl.load(x_ptr + o_origin + o_tile, mask=m_tile, other=0.0).to(tl.float32)
@@ -245,7 +247,7 @@ def _launch_apply(
     _group_norm_silu_fwd_apply_kernel[(grid.programs,)](
         x, y, weight, bias, shift, mean, rstd, part_mean, part_m2,
         sizes_and_layout(x)[2], grid.voxels_per_program, grid.programs_per_sample, voxels_per_part, count, eps,
-        BLOCK_P=MAX_PARTS, SILU=silu, **grid.constants, **config.launch(),
+        BLOCK_P=next_power_of_two(count), SILU=silu, **grid.constants, **config.launch(),
     )  # fmt: skip
 
 

@@ -183,7 +183,7 @@ def next_power_of_two(n: int) -> int:
 def program_coords(programs_per_sample, channel_blocks, REVERSED: tl.constexpr):
     """(sample as int64, channel block, part of the voxels) of this program in a flat grid.
 
-    REVERSED starts with the last program, whose data the previous launch has left in the L2 cache.
+    REVERSED starts with the last program: where not all run at once, the previous launch has left its data in the L2 cache.
     """
     i_program = tl.program_id(0)
     if REVERSED:

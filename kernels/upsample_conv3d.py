@@ -137,8 +137,8 @@ def _upsample_conv3d_fwd_kernel(
     X,
     Y,
     Z,
-    C,
     O,  # noqa: E741
+    C: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -156,22 +156,22 @@ def _upsample_conv3d_fwd_kernel(
     m_m, m_n = o_m < voxels, o_n < O
     o_z, o_y, o_x, o_b = o_m % Z, (o_m // Z) % Y, (o_m // (Z * Y)) % X, o_m // (Z * Y * X)
 
+    K_BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    p_x = x_ptr + (o_m.to(tl.int64) * C)[:, None] + o_k[None, :]
+    p_weight = weight_ptr + o_k[:, None] * O + o_n[None, :]
     b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i_tap in range(8):
+    for i_step in range(8 * K_BLOCKS):  # a single loop, so that loads are pipelined from tap to tap
+        i_tap, i_k = i_step // K_BLOCKS, i_step % K_BLOCKS * BLOCK_K
         i_dx, i_dy, i_dz = i_tap // 4 + i_p - 1, (i_tap // 2) % 2 + i_q - 1, i_tap % 2 + i_r - 1
-        o_sx, o_sy, o_sz = o_x + i_dx, o_y + i_dy, o_z + i_dz
-        m_source = m_m & (o_sx >= 0) & (o_sx < X) & (o_sy >= 0) & (o_sy < Y) & (o_sz >= 0) & (o_sz < Z)
-        o_source = (((o_b * X + o_sx) * Y + o_sy) * Z + o_sz).to(tl.int64) * C
-        p_weight = weight_ptr + (i_phase * 8 + i_tap).to(tl.int64) * C * O
-        for i_k in range(0, C, BLOCK_K):
-            m_k = i_k + o_k < C
-            b_x = tl.load(
-                x_ptr + o_source[:, None] + (i_k + o_k)[None, :], mask=m_source[:, None] & m_k[None, :], other=0.0
-            )
-            b_weight = tl.load(
-                p_weight + (i_k + o_k)[:, None] * O + o_n[None, :], mask=m_k[:, None] & m_n[None, :], other=0.0
-            )
-            b_acc += tl.dot(b_x, b_weight, input_precision="ieee")
+        m_source = m_m & (o_x + i_dx >= 0) & (o_x + i_dx < X) & (o_y + i_dy >= 0) & (o_y + i_dy < Y)
+        m_x, m_weight = (m_source & (o_z + i_dz >= 0) & (o_z + i_dz < Z))[:, None], m_n[None, :]
+        if C % BLOCK_K:
+            m_x, m_weight = m_x & (i_k + o_k < C)[None, :], m_weight & (i_k + o_k < C)[:, None]
+        o_source = ((i_dx * Y + i_dy) * Z + i_dz).to(tl.int64) * C + i_k  # relative to the voxel itself
+        o_tap = ((i_phase * 8 + i_tap).to(tl.int64) * C + i_k) * O
+        b_x = tl.load(p_x + o_source, mask=m_x, other=0.0)
+        b_weight = tl.load(p_weight + o_tap, mask=m_weight, other=0.0)
+        b_acc = tl.dot(b_x, b_weight, b_acc, input_precision="ieee")
     if HAS_BIAS:
         b_acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     o_out = ((o_b * 2 * X + 2 * o_x + i_p) * 2 * Y + 2 * o_y + i_q).to(tl.int64) * 2 * Z + 2 * o_z + i_r
@@ -195,7 +195,7 @@ def _upsample_conv3d_op(x: Tensor, weight: Tensor, bias: Tensor | None, phases: 
     grid = (triton.cdiv(voxels, blocks["BLOCK_M"]), triton.cdiv(outputs, blocks["BLOCK_N"]), 8)
     kernel_bias = kernel_weight if bias is None else bias.contiguous()  # without a bias, any pointer: it is not read
     _upsample_conv3d_fwd_kernel[grid](
-        x, kernel_weight, kernel_bias, y, voxels, X, Y, Z, C, outputs, HAS_BIAS=bias is not None, **config.launch()
+        x, kernel_weight, kernel_bias, y, voxels, X, Y, Z, outputs, C=C, HAS_BIAS=bias is not None, **config.launch()
     )
     return y
 
@@ -282,14 +282,14 @@ def aot_cases() -> list[CompileCase]:
 
 def _aot_case(key: str, dtype: str) -> CompileCase:
     pointers = {name: f"*{dtype}" for name in ("x_ptr", "weight_ptr", "bias_ptr", "y_ptr")}
-    sizes = dict.fromkeys(("voxels", "X", "Y", "Z", "C", "O"), "i32")
+    sizes = dict.fromkeys(("voxels", "X", "Y", "Z", "O"), "i32")
     return CompileCase(
         f"upsample_conv3d {key} {dtype}",
         _upsample_conv3d_fwd_kernel,
         pointers | sizes,
         DEFAULT_LAUNCH_CONFIGS["upsample_conv3d"][key],
-        {"HAS_BIAS": True},
-        divisible=("C", "O"),
+        {"HAS_BIAS": True, "C": 128},
+        divisible=("O",),
         wide_loads=True,
         tensor_cores=dtype != "fp32",
     )

@@ -1,8 +1,9 @@
 """Each kernel by itself, forward and backward: eager PyTorch, torch.compile, other installed libraries, and ours.
 
 Shapes are those of the model: the width and the grid of one of its levels. On a GPU the inputs are rotated through more memory
-than the L2 cache holds, and passes are replayed from a CUDA graph, so that no implementation is charged for launches from
-Python. Outputs and gradients are compared with float64: ours may have twice the error of the eager path of the same dtype.
+than the L2 cache holds, unless they are small: such a case has a note. Passes are replayed from a CUDA graph, so that no
+implementation is charged for launches from Python. Outputs and gradients are compared with float64: ours may have twice the
+error of the eager path of the same dtype.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from benchmark_case import BenchmarkCase, Implementation, PreparedCase, Roofline
 from ccella_fast.kernels.attention import attention, attention_reference
+from ccella_fast.kernels.backend import triton_unsupported_reason, xformers_unsupported_reason
 from ccella_fast.kernels.conv3d import conv3d, conv3d_reference, kernel_layout
 from ccella_fast.kernels.cross_attention import cross_attention, cross_attention_reference
 from ccella_fast.kernels.group_norm_silu import group_norm_silu
@@ -61,11 +63,12 @@ def group_norm_silu_case(
         roofline = Roofline(0, 2 * size, _precision(dtype), "x read once, y written once")
     others: dict[str, Callable[[], Function]] = {
         "apex": lambda: _unsuitable("apex", "its GroupNorm takes 4-D tensors of 128 and more channels only"),
-        "Liger": lambda: _unsuitable("liger_kernel", "its GroupNorm has neither SiLU nor channels-last"),
+        "Liger": lambda: _liger_group_norm_silu(bench, groups, eps),
+        "plain Triton": lambda: _plain_group_norm_silu(bench, groups, eps, backward),
     }
     return _prepare(
         bench, make, backward=backward, gradients=4, eager=eager, ours={"ours": ours}, truth=eager, roofline=roofline,
-        others=others,
+        others=others, channels_first=("Liger", "plain Triton"),
     )  # fmt: skip
 
 
@@ -213,6 +216,7 @@ def _prepare(
     truth: Function,
     roofline: Roofline,
     others: Mapping[str, Callable[[], Function]] | None = None,
+    channels_first: Collection[str] = (),
 ) -> PreparedCase:
     """One kernel at one size.
 
@@ -226,12 +230,14 @@ def _prepare(
         truth: Computes the truth from float64 inputs.
         roofline: Of the pass that is timed.
         others: Functions that load the implementations of other libraries, by name; ImportError says why one cannot run here.
+        channels_first: Those of them that take contiguous tensors only: they get such inputs, and are not charged for copies.
     """
     first = make(0)
     moved = sum(tensor.numel() * tensor.element_size() for tensor in first)
-    copies = min(_CALLS, max(1, math.ceil(_ROTATION / moved))) if bench.device.type == "cuda" else 1
+    copies, notes = _rotation(moved) if bench.device.type == "cuda" else (1, [])
     inputs = [first, *(make(index) for index in range(1, copies))]
-    prepared = PreparedCase(shapes={"inputs": [list(tensor.shape) for tensor in first]}, twice_baseline_error=True)
+    shapes = {"inputs": [list(tensor.shape) for tensor in first]}
+    prepared = PreparedCase(shapes=shapes, notes=notes, twice_baseline_error=True)
     functions = {"eager": eager}
     if bench.device.type == "cuda":
         functions["torch.compile"] = torch.compile(eager, mode="max-autotune-no-cudagraphs", dynamic=False)
@@ -245,13 +251,23 @@ def _prepare(
     functions |= ours
     timed_pass = _backward if backward else _forward
     for name, call in functions.items():
-        run, calls = timed_pass(bench, call, inputs, gradients)
-        output = functools.partial(_result, call, first, gradients, backward)
-        prepared.implementations[name] = Implementation(_precision(first[0].dtype), run, output, calls)
+        given = [[t.contiguous() for t in tensors] for tensors in inputs] if name in channels_first else inputs
+        run, calls = timed_pass(bench, call, given, gradients)
+        output = functools.partial(_result, call, given[0], gradients, backward)
+        peer = name in (others or {})
+        prepared.implementations[name] = Implementation(_precision(first[0].dtype), run, output, calls, peer=peer)
         prepared.rooflines[name] = roofline
     doubles = [tensor.double() for tensor in first]
     prepared.truth = functools.partial(_result, truth, doubles, gradients, backward)
     return prepared
+
+
+def _rotation(moved: int) -> tuple[int, list[str]]:
+    """How many inputs of `moved` bytes the calls of a CUDA graph take in turn, and a note where those are too small."""
+    copies = min(_CALLS, max(1, math.ceil(_ROTATION / moved)))
+    if copies * moved >= _ROTATION:
+        return copies, []
+    return copies, [f"the inputs of all calls, {copies * moved / 2**20:.0f} MiB, may stay in the L2 cache of the GPU"]
 
 
 def _by_backend(bench: Workbench, kernel: Function) -> dict[str, Function]:
@@ -328,7 +344,7 @@ def _captured(body: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[
     with torch.cuda.graph(graph, stream=stream):
         body()
     torch.cuda.current_stream().wait_stream(stream)
-    return lambda stopwatch: graph.replay()
+    return lambda stopwatch, kept=body: graph.replay()  # type: ignore[misc]  # the graph reads the body's tensors
 
 
 def _best_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -343,7 +359,9 @@ def _best_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _xformers_attention(bench: Workbench) -> Function:
-    _require("xformers", bench)
+    reason = xformers_unsupported_reason(bench.device, _dtype(bench))
+    if reason is not None:
+        raise ImportError(reason)
     return functools.partial(attention, backend="xformers")
 
 
@@ -352,6 +370,27 @@ def _flash_attention(bench: Workbench) -> Function:
     from flash_attn import flash_attn_func
 
     return lambda q, k, v: flash_attn_func(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+
+
+def _liger_group_norm_silu(bench: Workbench, groups: int, eps: float) -> Function:
+    """Liger's GroupNorm, which has neither shift nor SiLU: PyTorch computes these before and after it."""
+    _require("liger_kernel", bench)
+    from liger_kernel.ops import LigerGroupNormFunction
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor) -> Tensor:
+        shifted = x + shift[:, :, None, None, None]
+        return F.silu(LigerGroupNormFunction.apply(shifted, weight, bias, x.shape[1], groups, eps))
+
+    return run
+
+
+def _plain_group_norm_silu(bench: Workbench, groups: int, eps: float, backward: bool) -> Function:
+    reason = triton_unsupported_reason(bench.device, _dtype(bench))
+    if backward or reason is not None:
+        raise ImportError(reason or "its backward pass is not written out")
+    from plain_group_norm_silu import plain_group_norm_silu
+
+    return lambda x, weight, bias, shift: plain_group_norm_silu(x, groups, weight, bias, eps, shift=shift)
 
 
 def _require(package: str, bench: Workbench) -> None:

@@ -228,8 +228,8 @@ class CrossAttention(nn.Module):
         """Context (B, L, E) -> keys and values, (B, M, L, K) each."""
         return to_heads(self.to_k(context), self.head_width), to_heads(self.to_v(context), self.head_width)
 
-    def forward(self, tokens: Tensor, norm: nn.LayerNorm, keys: Tensor, values: Tensor) -> Tensor:
-        """Return tokens + out_proj(attention(norm(tokens))): (B, N, C) -> (B, N, C)."""
+    def forward(self, tokens: Tensor, added: Tensor, norm: nn.LayerNorm, keys: Tensor, values: Tensor) -> Tensor:
+        """Return sum + out_proj(attention(norm(sum))), sum = tokens + added: (B, N, C) -> (B, N, C)."""
         return cross_attention(
             tokens,
             keys,
@@ -241,6 +241,7 @@ class CrossAttention(nn.Module):
             b_out=self.out_proj.bias,
             num_heads=keys.shape[1],
             eps=norm.eps,
+            added=added,
         )
 
 
@@ -271,8 +272,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """tokens (B, N, C), keys and values (B, M, L, K) -> (B, N, C)."""
-        tokens = tokens + self.attn1(self.norm1(tokens))
-        tokens = self.attn2(tokens, self.norm2, keys, values)
+        tokens = self.attn2(tokens, self.attn1(self.norm1(tokens)), self.norm2, keys, values)
         return tokens + self.ff(self.norm3(tokens))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.sampling.memory import out_of_memory
+from ccella_fast.sampling.optimizations import fastest_convolutions
 
 # Volumes are decoded one at a time, so a smaller batch helps only where the next batch is denoised meanwhile, on a GPU.
 _LESS = "end other programs, or use dtype bfloat16, another device or, on a GPU, a smaller batch_size"
@@ -104,7 +105,8 @@ class Decoder:
         needed = self._autoencoder.decoder.plan(shape, latent.device).bytes
         with out_of_memory("decoding a volume", needed, fix=_LESS):
             for part, factor in zip(latent.split(self._channels), self._scale, strict=True):
-                image = self._autoencoder.decode((part[None] / factor).to(dtype))[0, 0].float()
+                with fastest_convolutions():
+                    image = self._autoencoder.decode((part[None] / factor).to(dtype))[0, 0].float()
                 finite = finite & image.isfinite().all()
                 images.append(image.clamp(0, 1))
         return latent, finite, torch.stack(images)

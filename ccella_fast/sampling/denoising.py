@@ -26,7 +26,7 @@ from ccella_fast.models.unet3d import UNet3d
 from ccella_fast.sampling.conditioning import Conditioner, ConditioningCache, UncachedConditioning
 from ccella_fast.sampling.cuda_graph import CudaGraphCapture, StepGraphs
 from ccella_fast.sampling.guidance import Guidance, Reuse, StepKind, step_kinds
-from ccella_fast.sampling.optimizations import Optimizations
+from ccella_fast.sampling.optimizations import Optimizations, fastest_convolutions
 from ccella_fast.sampling.prompts import PromptRows
 from ccella_fast.sampling.request import Request
 
@@ -168,9 +168,7 @@ class DenoisingLoop:
         else:
             self._trajectory = self._scheduler_trajectory(x_T, seeds)
         self._conditioner.set_prompts(prompts)
-        cudnn = torch.backends.cudnn
-        flags = {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
-        with torch.no_grad(), cudnn.flags(**flags, benchmark=True):
+        with torch.no_grad(), fastest_convolutions():
             latents = run_trajectory(self._trajectory, self._step, description=description, progress=progress)
         return Denoised(latents.contiguous(), self._conditioner.class_logits)
 

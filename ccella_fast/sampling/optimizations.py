@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -69,6 +71,15 @@ def check_backends(device: torch.device, dtype: torch.dtype) -> None:
     except BackendError as bad:
         fix = f"unset {ENVIRONMENT}, or request another backend (`ccella-fast env` lists what runs here)"
         raise ConfigError(str(bad), field=ENVIRONMENT, fix=fix) from None
+
+
+@contextlib.contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """Context manager in which cuDNN tries its algorithms on the first convolution of each shape; its other flags stay."""
+    cudnn = torch.backends.cudnn
+    flags = {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
+    with cudnn.flags(**flags, benchmark=True):
+        yield
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import SimpleNamespace
 
@@ -103,14 +104,38 @@ def test_torch_compile_evaluates_the_gpu_check_without_tracing_it(monkeypatch):
     assert "sm_75" in compiled(torch.ones(1))[1]
 
 
-def test_xformers_whose_compiled_part_does_not_load_is_unsupported(monkeypatch):
-    library = SimpleNamespace(_cpp_library_load_exception=None)
-    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(_cpp_lib=library))
-    monkeypatch.setitem(sys.modules, "xformers._cpp_lib", library)
+def xformers_reason(monkeypatch, operators):
+    """The reason on a GPU with this module as `xformers.ops.fmha`; None stands for one that raises ImportError."""
     monkeypatch.setattr(backend, "XFORMERS", True)
-    for failure, words in ((None, None), (OSError("libcudart.so.12"), "does not load with PyTorch")):
-        library._cpp_library_load_exception = failure
-        backend._unloadable_xformers_reason.cache_clear()
-        reason = backend.xformers_unsupported_reason(torch.device("cuda"), torch.bfloat16)
-        assert reason is None if words is None else words in reason
-    backend._unloadable_xformers_reason.cache_clear()
+    monkeypatch.setitem(sys.modules, "xformers.ops.fmha", operators)
+    backend._missing_xformers_operator_reason.cache_clear()
+    try:
+        return backend.xformers_unsupported_reason(torch.device("cuda"), torch.bfloat16)
+    finally:
+        backend._missing_xformers_operator_reason.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("flash", "cutlass", "supported"),
+    [(True, True, True), (False, True, True), (True, False, True), (False, False, False)],
+)
+def test_xformers_is_supported_if_one_of_its_operators_is(monkeypatch, flash, cutlass, supported):
+    modules = {
+        name: SimpleNamespace(FwOp=SimpleNamespace(is_available=lambda available=available: available))
+        for name, available in (("flash", flash), ("cutlass", cutlass))
+    }
+    reason = xformers_reason(monkeypatch, SimpleNamespace(**modules))
+    assert reason is None if supported else "its attention does not load with PyTorch" in reason
+
+
+def test_xformers_that_does_not_know_this_pytorch_is_unsupported(monkeypatch):
+    assert "its attention does not load with PyTorch" in xformers_reason(monkeypatch, None)
+
+
+def test_attention_of_xformers_does_not_need_its_compiled_part(require):
+    """It is built for CUDA 12 and does not load with PyTorch for CUDA 13 or for a CPU; PyTorch's own operators are called."""
+    require("xformers")
+    if importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception is None:
+        pytest.skip("the compiled part of xformers loads here")
+    backend._missing_xformers_operator_reason.cache_clear()
+    assert backend.xformers_unsupported_reason(torch.device("cuda"), torch.bfloat16) is None

@@ -19,9 +19,9 @@ from kernel_fixtures import draw, flag_params, repair_interpreter
 repair_interpreter()
 
 
-def _cross_attention(x, k, v, ln_weight, ln_bias, w_q, w_out, b_out):
+def _cross_attention(x, k, v, ln_weight, ln_bias, w_q, w_out, b_out, added=None):
     parameters = {"ln_weight": ln_weight, "ln_bias": ln_bias, "w_q": w_q, "w_out": w_out, "b_out": b_out}
-    return cross_attention(x, k, v, **parameters, num_heads=2, backend="triton")
+    return cross_attention(x, k, v, **parameters, num_heads=2, added=added, backend="triton")
 
 
 # The kernel as a function of tensors, and their shapes.
@@ -38,6 +38,10 @@ KERNELS = {
     "cross_attention": (
         _cross_attention,
         [(1, 20, 32), (1, 2, 8, 16), (1, 2, 8, 16), (32,), (32,), (32, 32), (32, 32), (32,)],
+    ),
+    "cross_attention with added": (
+        _cross_attention,
+        [(1, 20, 32), (1, 2, 8, 16), (1, 2, 8, 16), (32,), (32,), (32, 32), (32, 32), (32,), (1, 20, 32)],
     ),
     "geglu": (lambda h: geglu(h, backend="triton"), [(3, 32)]),
     "residual_shift": (

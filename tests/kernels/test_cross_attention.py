@@ -42,7 +42,9 @@ def parameters(ln_weight, ln_bias, w_q, w_out, b_out):
 
 
 def fused(heads, backend="triton"):
-    return lambda x, k, v, *rest: cross_attention(x, k, v, **parameters(*rest), num_heads=heads, backend=backend)
+    return lambda x, k, v, *rest, added=None: cross_attention(
+        x, k, v, **parameters(*rest), num_heads=heads, added=added, backend=backend
+    )
 
 
 def plain(heads):
@@ -51,8 +53,8 @@ def plain(heads):
     def attend(q, k, v):
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
 
-    return lambda x, k, v, *rest: cross_attention_reference(
-        x, k, v, **parameters(*rest), num_heads=heads, attend=attend
+    return lambda x, k, v, *rest, added=None: cross_attention_reference(
+        x, k, v, **parameters(*rest), num_heads=heads, added=added, attend=attend
     )
 
 
@@ -114,6 +116,42 @@ def test_layouts():
     check_fused(fused(2), plain(2), sliced, names=NAMES)
 
 
+def with_added(function):
+    """A block whose last argument is added to the first: as its `added`, or before it."""
+    return lambda *tensors: function(*tensors[:-1], added=tensors[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_added(dtype):
+    """The sum before the block is part of its launches, with the gradient of both terms."""
+    added = draw(2, 37, 96, seed=8, dtype=dtype)
+    tensors = [*block(2, 37, 3, 19, 32, dtype), added.mT.contiguous().mT]
+    check_fused(
+        with_added(fused(3)), with_added(plain(3)), tensors, names=[*NAMES, "dadded"], roundings=ROUNDINGS[dtype]
+    )
+    sliced = [*tensors[:-1], draw(2, 37, 192, seed=8, dtype=dtype)[..., 96:]]
+    expected = fused(3)(sliced[0] + sliced[-1], *sliced[1:-1])
+    torch.testing.assert_close(with_added(fused(3))(*sliced), expected, rtol=0.02, atol=0.02)
+    with pytest.raises(AssertionError, match="y: error"):  # negative control
+        check_fused(lambda *t: fused(3)(*t[:-1]) + 0 * t[-1], with_added(plain(3)), tensors, names=[*NAMES, "dadded"])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_added_to_the_plain_block(backend):
+    *tensors, added = [*block(2, 5, 3, 7, 4, torch.float64), draw(2, 5, 12, seed=8)]
+    found = with_added(fused(3, backend))(*tensors, added)
+    torch.testing.assert_close(found, explicit_arithmetic(3, tensors[0] + added, *tensors[1:]))
+    with pytest.raises(ValueError, match=r"added must have the shape of x, \(2, 5, 12\), got \(2, 4, 12\)"):
+        with_added(fused(3, backend))(*tensors, added[:, :4])
+
+
+def test_added_of_a_wider_dtype_keeps_its_precision():
+    *tensors, added = [*block(1, 9, 2, 7, 32, torch.bfloat16), draw(1, 9, 64, seed=8, dtype=torch.float32)]
+    found = with_added(fused(2))(*tensors, added)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, fused(2)(tensors[0] + added, *tensors[1:]))
+
+
 def test_statistics_far_from_zero():
     """Mean 1000, standard deviation 1: in fp32, E[x^2] - E[x]^2 would be noise."""
     tensors = block(1, 20, 4, 19, 32, torch.float32)
@@ -133,6 +171,9 @@ def test_heads_per_program(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"multi_processor_count": 100}))
     gpu = torch.device("cuda")
     assert [module._heads_per_program(8, blocks, gpu) for blocks in (1, 25, 50, 120, 200, 5000)] == [1, 1, 2, 4, 8, 8]
+    # Seven heads would leave one for another program, which repeats the normalization for it alone.
+    assert [module._heads_per_program(8, blocks, gpu) for blocks in (75, 175)] == [2, 4]
+    assert module._heads_per_program(6, 180, gpu) == 3
 
 
 def test_only_arguments_are_saved():
@@ -182,11 +223,14 @@ def test_autocast():
 
 def test_library_ops():
     tensors = [t.requires_grad_() for t in block(1, 9, 2, 7, 32, torch.float32)]
-    torch.library.opcheck(cross_attention_op, (*tensors, 2, 1e-5))
+    added = draw(1, 9, 64, seed=8, dtype=torch.float32).requires_grad_()
+    for more in (None, added):
+        torch.library.opcheck(cross_attention_op, (*tensors, 2, 1e-5, more))
     tensors = [t.detach() for t in tensors]
     tensors[5] = tensors[5].T  # gradients and parameters may have other layouts than the results
     dy = tensors[0].mT.contiguous().mT
-    torch.library.opcheck(cross_attention_backward_op, (dy, *tensors, 2, 1e-5))
+    for more in (None, added.detach()):
+        torch.library.opcheck(cross_attention_backward_op, (dy, *tensors, 2, 1e-5, more))
 
 
 def test_compile_sees_one_node():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -58,6 +62,12 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(backend, dtype):
     check_fused(on(backend), upsample_conv3d_reference, tensors, names=NAMES)
     with pytest.raises(AssertionError, match="y: error"):
         check_fused(lambda x, w, b: on(backend)(x, w.flip(3), b), upsample_conv3d_reference, tensors, names=NAMES)
+
+
+def test_taps_and_channels_are_one_loop():
+    """Triton pipelines loads within the innermost loop only: a loop over channels would wait for memory at every tap."""
+    source = ast.parse(textwrap.dedent(inspect.getsource(upsample._upsample_conv3d_fwd_kernel.fn)))
+    assert sum(isinstance(node, (ast.For, ast.While)) for node in ast.walk(source)) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

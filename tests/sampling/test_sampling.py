@@ -19,6 +19,7 @@ from ccella_fast.config import make_config
 from ccella_fast.diffusion.noise import generator
 from ccella_fast.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
+from ccella_fast.models.unet3d import UNet3d
 from ccella_fast.report import figures
 from ccella_fast.sampling import FastSampler, command, pretrained
 from ccella_fast.sampling.command import sample_to_folder
@@ -73,6 +74,22 @@ def test_the_whole_path_equals_diffusers_and_direct_calls(checkpoint):
     with pytest.raises(AssertionError):  # negative control: another spacing
         other = sampler(text=text, seeds=[11], num_inference_steps=28, spacing=[9, 9, 9])
         np.testing.assert_allclose(other.volumes[0, 0], image, atol=2e-3)
+
+
+def test_cudnn_searches_for_algorithms_in_the_loop_and_in_the_decoder(checkpoint, monkeypatch):
+    """Shapes stay the same from step to step and from volume to volume, so that the search pays. It ends with them."""
+    sampler = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype="float32", text_encoder=FakeEncoder())
+    seen = []
+
+    def observe(owner, name):
+        plain = getattr(owner, name)
+        note = lambda: seen.append((name, torch.backends.cudnn.benchmark))  # noqa: E731
+        monkeypatch.setattr(owner, name, lambda *arguments: note() or plain(*arguments))
+
+    observe(UNet3d, "denoise")
+    observe(Autoencoder, "decode")
+    sampler(reports=["abc"], seeds=[1], num_inference_steps=2)
+    assert seen == [("denoise", True), ("denoise", True), ("decode", True)] and not torch.backends.cudnn.benchmark
 
 
 def test_a_volume_does_not_depend_on_its_batch(checkpoint, tmp_path):
