@@ -67,6 +67,18 @@ def jit(function: Callable[..., Any] | None = None, *, do_not_specialize: Sequen
     return function if triton is None else triton.jit(function, do_not_specialize=list(do_not_specialize))
 
 
+@jit
+def wait_for_previous_kernel(PDL: tl.constexpr):  # noqa: N803
+    """The first statement of every kernel: nothing may be read or written before it.
+
+    With programmatic dependent launch (`tuning.LaunchConfig`), a program may start while the kernel before it is running. It
+    then waits until that one has ended, and lets the next kernel start.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 class BackendError(ValueError):
     """A requested backend does not exist or is unsupported here."""
 

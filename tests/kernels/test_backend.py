@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 from ccella_fast.kernels import backend
 from ccella_fast.kernels.backend import BackendError, choose, explain, explain_choice
+from ccella_fast.kernels.tuning import launch_config
 
 SUPPORT = {"triton": "the tensors are on cpu, not on a GPU", "sdpa": None, "reference": None}
 
@@ -114,3 +118,26 @@ def test_xformers_whose_compiled_part_does_not_load_is_unsupported(monkeypatch):
         reason = backend.xformers_unsupported_reason(torch.device("cuda"), torch.bfloat16)
         assert reason is None if words is None else words in reason
     backend._unloadable_xformers_reason.cache_clear()
+
+
+def test_every_kernel_waits_for_the_previous_one_first():
+    """A kernel that is launched early would otherwise read what the one before it has not written yet."""
+    kernels = []
+    for file in Path(backend.__file__).parent.glob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and re.fullmatch(r"_\w+_kernel", node.name):
+                statements = node.body[ast.get_docstring(node) is not None :]
+                assert ast.unparse(statements[0]) == "wait_for_previous_kernel(PDL)", f"{file.name}: {node.name}"
+                kernels.append(node.name)
+    assert len(kernels) == 20  # PDL is an argument of every launch, so no kernel is without it
+
+
+@pytest.mark.parametrize(("capability", "early"), [((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), True)])
+def test_kernels_are_launched_early_from_sm_90_on(monkeypatch, capability, early):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "unknown chip")
+    launch = launch_config("geglu", "forward", torch.device("cuda")).launch()
+    assert (launch["launch_pdl"], launch["PDL"]) == (early, early)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not launch_config("geglu", "forward", torch.device("cuda")).pdl
+    assert not launch_config("geglu", "forward", torch.device("cpu")).pdl
