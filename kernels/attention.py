@@ -40,6 +40,7 @@ from ccella_fast.kernels.backend import (
     tl,
     triton,
     triton_unsupported_reason,
+    wait_for_previous_kernel,
     xformers_unsupported_reason,
 )
 
@@ -123,8 +124,10 @@ def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, M, N, L, scale,
     stride_qb, stride_qm, stride_qn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
     K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one block of queries."""
+    wait_for_previous_kernel(PDL)
     i_n = tl.program_id(0).to(tl.int64) * BLOCK_N
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // M, i_bh % M
@@ -146,8 +149,10 @@ def _attention_bwd_dq_kernel(
     stride_qb, stride_qm, stride_qn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
     stride_ob, stride_om, stride_on, stride_dob, stride_dom, stride_don,
     K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries, and delta for the other kernel."""
+    wait_for_previous_kernel(PDL)
     i_n = tl.program_id(0).to(tl.int64) * BLOCK_N
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // M, i_bh % M
@@ -188,8 +193,10 @@ def _attention_bwd_dkdv_kernel(
     stride_qb, stride_qm, stride_qn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
     stride_dob, stride_dom, stride_don,
     K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys. Scores are transposed, (BLOCK_L, BLOCK_N), so that p^T and ds^T are left operands."""
+    wait_for_previous_kernel(PDL)
     i_l = tl.program_id(0).to(tl.int64) * BLOCK_L
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // M, i_bh % M

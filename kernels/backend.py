@@ -67,6 +67,18 @@ def jit(function: Callable[..., Any] | None = None, *, do_not_specialize: Sequen
     return function if triton is None else triton.jit(function, do_not_specialize=list(do_not_specialize))
 
 
+@jit
+def wait_for_previous_kernel(PDL: tl.constexpr):  # noqa: N803
+    """The first statement of every kernel: nothing may be read or written before it.
+
+    With programmatic dependent launch (`tuning.LaunchConfig`), a program may start while the kernel before it is running. It
+    then waits until that one has ended, and lets the next kernel start.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 class BackendError(ValueError):
     """A requested backend does not exist or is unsupported here."""
 
@@ -190,30 +202,27 @@ def xformers_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str
         return f"the tensors are on {device.type}, not on a GPU"
     if dtype not in TRITON_DTYPES:
         return f"it does not support {str(dtype).removeprefix('torch.')}"
-    return _missing_xformers_operator_reason()
+    return _unloadable_xformers_reason()
 
 
 @functools.cache
-def _missing_xformers_operator_reason() -> str | None:
-    """Why xformers has no attention with this PyTorch, None if it has one.
+def _unloadable_xformers_reason() -> str | None:
+    """Why the compiled part of xformers does not load, None if it does; xformers itself only logs a warning.
 
-    Its attention calls operators of PyTorch or of flash-attn. Its own compiled part has other kernels; where that does not
-    load, xformers only logs a warning.
+    Without it, xformers refuses every tensor on a GPU, though its attention would call operators of PyTorch: so the wheel for
+    CUDA 12 does with PyTorch for CUDA 13.
     """
     logger = logging.getLogger("xformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        operators = importlib.import_module("xformers.ops.fmha")
-        found = any(module.FwOp.is_available() for module in (operators.flash, operators.cutlass))
-    except ImportError:  # raised where an operator of PyTorch has other arguments than xformers expects
-        found = False
+        loads = importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception is None
     finally:
         logger.setLevel(level)
-    return None if found else f"its attention does not load with PyTorch {torch.__version__}"
+    return None if loads else f"its compiled part does not load with PyTorch {torch.__version__}"
 
 
-_missing_xformers_operator_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_unloadable_xformers_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def library_op(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ccella_fast.kernels.aot import CompileCase
-from ccella_fast.kernels.backend import interpreted, jit, tl, triton
+from ccella_fast.kernels.backend import interpreted, jit, tl, triton, wait_for_previous_kernel
 from ccella_fast.kernels.layout import multiprocessor_count
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig, launch_config
 
@@ -71,8 +71,10 @@ def _conv3d_descriptors_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y, or the sum over part of the taps, for BLOCK_X x BLOCK_Y lines along Z and BLOCK_N output channels."""
+    wait_for_previous_kernel(PDL)
     i_program, i_part = tl.program_id(0), tl.program_id(1)
     n_blocks, y_blocks, x_blocks = tl.cdiv(O, BLOCK_N), tl.cdiv(Y, BLOCK_Y), tl.cdiv(X, BLOCK_X)
     i_tile, i_n = i_program // n_blocks, i_program % n_blocks * BLOCK_N
@@ -123,8 +125,10 @@ def _conv3d_pointers_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y, or the sum over part of the taps, for BLOCK_M - 2 HALO consecutive voxels and BLOCK_N output channels."""
+    wait_for_previous_kernel(PDL)
     i_program, i_part = tl.program_id(0), tl.program_id(1)
     n_blocks = tl.cdiv(O, BLOCK_N)
     o_i, o_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
@@ -176,8 +180,10 @@ def _conv3d_sum_kernel(
     O,  # noqa: E741
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y from the sums over parts of the taps, added in the order of the taps."""
+    wait_for_previous_kernel(PDL)
     o_e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < elements
     b_y = tl.load(parts_ptr + o_e, mask=m_e, other=0.0)

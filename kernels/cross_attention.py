@@ -58,6 +58,7 @@ from ccella_fast.kernels.backend import (
     tl,
     triton,
     triton_unsupported_reason,
+    wait_for_previous_kernel,
     xformers_unsupported_reason,
 )
 
@@ -133,9 +134,10 @@ def _cross_attention_fwd_heads_kernel(
     x_ptr, added_ptr, ln_weight_ptr, ln_bias_ptr, w_q_ptr, k_ptr, v_ptr, o_ptr, M, N, L, heads_per_program, scale, eps,
     stride_xb, stride_xn, stride_addedb, stride_addedn, stride_kb, stride_km, stride_kl, stride_vb, stride_vm, stride_vl,
     C: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """o of one block of tokens and some heads: layer norm once, then query projection and attention of each head."""
+    wait_for_previous_kernel(PDL)
     i_n = tl.program_id(0).to(tl.int64) * BLOCK_N
     first_head = tl.program_id(1) * heads_per_program
     i_b = tl.program_id(2).to(tl.int64)
@@ -164,8 +166,10 @@ def _cross_attention_fwd_heads_kernel(
 def _cross_attention_fwd_output_kernel(
     o_ptr, w_out_ptr, b_out_ptr, x_ptr, added_ptr, y_ptr, N, stride_xb, stride_xn, stride_addedb, stride_addedn,
     C: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y = x (+ added) + o w_out^T + b_out for one block of tokens and BLOCK_O channels."""
+    wait_for_previous_kernel(PDL)
     i_n = tl.program_id(0).to(tl.int64) * BLOCK_N
     i_o = tl.program_id(1) * BLOCK_O
     i_b = tl.program_id(2).to(tl.int64)

@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccella_fast.kernels.aot import CompileCase
-from ccella_fast.kernels.backend import BackendSupport, choose, jit, library_op, tl, triton_on_a_gpu
+from ccella_fast.kernels.backend import (
+    BackendSupport,
+    choose,
+    jit,
+    library_op,
+    tl,
+    triton_on_a_gpu,
+    wait_for_previous_kernel,
+)
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 
 
@@ -43,7 +51,8 @@ def _normal_cdf(b_g):
 
 
 @jit(do_not_specialize=["rows"])
-def _geglu_fwd_kernel(h_ptr, y_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def _geglu_fwd_kernel(h_ptr, y_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr):
+    wait_for_previous_kernel(PDL)
     o_r, o_c, m_tile = _tile_indices(rows, C, BLOCK_R, BLOCK_C)
     b_value = tl.load(h_ptr + o_r * 2 * C + o_c, mask=m_tile, other=0.0).to(tl.float32)
     b_gate = tl.load(h_ptr + o_r * 2 * C + C + o_c, mask=m_tile, other=0.0).to(tl.float32)
@@ -52,7 +61,8 @@ def _geglu_fwd_kernel(h_ptr, y_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.
 
 
 @jit(do_not_specialize=["rows"])
-def _geglu_bwd_kernel(dy_ptr, h_ptr, dh_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def _geglu_bwd_kernel(dy_ptr, h_ptr, dh_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr):
+    wait_for_previous_kernel(PDL)
     o_r, o_c, m_tile = _tile_indices(rows, C, BLOCK_R, BLOCK_C)
     b_value = tl.load(h_ptr + o_r * 2 * C + o_c, mask=m_tile, other=0.0).to(tl.float32)
     b_gate = tl.load(h_ptr + o_r * 2 * C + C + o_c, mask=m_tile, other=0.0).to(tl.float32)

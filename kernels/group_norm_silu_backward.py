@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ccella_fast.kernels.aot import CompileCase
-from ccella_fast.kernels.backend import jit, library_op, tl
+from ccella_fast.kernels.backend import jit, library_op, tl, wait_for_previous_kernel
 from ccella_fast.kernels.layout import (
     MAX_PARTS,
     broadcast_to_channels,
@@ -46,13 +46,14 @@ def _group_norm_silu_bwd_sums_kernel(
     x_ptr, dy_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, channel_ptr, group_ptr,
     S, voxels_per_program, programs_per_sample,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums over each part of the voxels.
 
     Written are the sums of dz, dz h^ (and h^, if there is a shift) as (B, P, 3, C), and those of weight dz and weight dz h^ as
     (B, P, 2, G).
     """
+    wait_for_previous_kernel(PDL)
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
     G: tl.constexpr = C // CPG
     i_b, i_block, i_part = program_coords(programs_per_sample, C // (GROUPS * CPG), False)
@@ -99,9 +100,10 @@ def _group_norm_silu_bwd_dx_kernel(
     x_ptr, dy_ptr, dx_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, group_ptr,
     S, voxels_per_program, programs_per_sample, parts,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dx, from the sums of `_group_norm_silu_bwd_sums_kernel`."""
+    wait_for_previous_kernel(PDL)
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
     G: tl.constexpr = C // CPG
     i_b, i_block, i_part = program_coords(programs_per_sample, C // (GROUPS * CPG), True)
@@ -138,9 +140,10 @@ def _group_norm_silu_bwd_dx_kernel(
 @jit(do_not_specialize=["B", "parts"])
 def _group_norm_silu_bwd_parameters_kernel(
     channel_ptr, group_ptr, weight_ptr, rstd_ptr, dweight_ptr, dbias_ptr, dshift_ptr, B, S, parts,
-    C: tl.constexpr, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    C: tl.constexpr, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dweight, dbias (C,) and, if there is a shift, dshift (B, C), from the sums of `_group_norm_silu_bwd_sums_kernel`."""
+    wait_for_previous_kernel(PDL)
     G: tl.constexpr = C // CPG
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C

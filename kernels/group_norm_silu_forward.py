@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ccella_fast.kernels.aot import CompileCase
-from ccella_fast.kernels.backend import jit, library_op, tl
+from ccella_fast.kernels.backend import jit, library_op, tl, wait_for_previous_kernel
 from ccella_fast.kernels.group_norm_silu_backward import backward_op
 from ccella_fast.kernels.layout import (
     MAX_PARTS,
@@ -37,9 +37,10 @@ WHOLE_TILES = (2048, 8192, 16384)  # tile sizes, in elements, for a group that f
 def _group_norm_silu_fwd_statistics_kernel(
     x_ptr, shift_ptr, mean_ptr, m2_ptr, S, voxels_per_program, programs_per_sample,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    LAST: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    LAST: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations (B, P, G) of each part of the voxels."""
+    wait_for_previous_kernel(PDL)
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
     i_b, i_block, i_part = program_coords(programs_per_sample, C // (GROUPS * CPG), False)
     o_lane, o_c, m_c = channel_lanes(i_block, CPG, GROUPS, BLOCK_C)
@@ -106,9 +107,10 @@ def _group_norm_silu_fwd_apply_kernel(
     x_ptr, y_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, part_mean_ptr, part_m2_ptr,
     S, voxels_per_program, programs_per_sample, voxels_per_part, parts, eps,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y from mean and rstd (B, G): both are read, or, where there are partial statistics, merged from them and written."""
+    wait_for_previous_kernel(PDL)
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
     G: tl.constexpr = C // CPG
     i_b, i_block, i_part = program_coords(programs_per_sample, C // (GROUPS * CPG), True)
@@ -151,9 +153,10 @@ def _group_norm_silu_fwd_apply_kernel(
 def _group_norm_silu_fwd_whole_kernel(
     x_ptr, y_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, S, eps,
     C: tl.constexpr, CPG: tl.constexpr, BLOCK_C: tl.constexpr, LAST: tl.constexpr, SILU: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y, mean and rstd of one group of one sample that fits in a tile: x is read once, the statistics take two passes."""
+    wait_for_previous_kernel(PDL)
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
     G: tl.constexpr = C // CPG
     i_b = (tl.program_id(0) // G).to(tl.int64)

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from ccella_fast.kernels.aot import CompileCase
-from ccella_fast.kernels.backend import BackendSupport, choose, jit, library_op, tl, triton_unsupported_reason
+from ccella_fast.kernels.backend import (
+    BackendSupport,
+    choose,
+    jit,
+    library_op,
+    tl,
+    triton_unsupported_reason,
+    wait_for_previous_kernel,
+)
 from ccella_fast.kernels.layout import (
     channel_lanes,
     contiguous_or_none,
@@ -50,9 +58,10 @@ def residual_shift_reference(h: Tensor, residual: Tensor, shift: Tensor | None =
 def _residual_shift_fwd_kernel(
     h_ptr, residual_ptr, shift_ptr, y_ptr, stride_shift_b, S, voxels_per_program, programs_per_sample,
     C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, LAST: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y of one part of the voxels of a sample. stride_shift_b: C, or 0 where all samples share one shift."""
+    wait_for_previous_kernel(PDL)
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
     i_b, i_block, i_part = program_coords(programs_per_sample, C // (GROUPS * CPG), False)
     _, o_c, m_c = channel_lanes(i_block, CPG, GROUPS, BLOCK_C)

@@ -24,15 +24,19 @@ class LaunchConfig(NamedTuple):
         constants: The kernel's block sizes by parameter name.
         num_warps: Warps per program.
         num_stages: Software-pipelining stages of the loops.
+        pdl: Programmatic dependent launch: the kernel is launched, but waits, while the one before it is running, which hides
+            most of the time between the two. `launch_config` sets it where the GPU is sm_90 or newer.
     """
 
     constants: dict[str, int]
     num_warps: int = 4
     num_stages: int = 2
+    pdl: bool = False
 
     def launch(self) -> dict[str, int]:
         """The configuration as keyword arguments of a launch."""
-        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "launch_pdl": self.pdl}
+        return {**self.constants, **options, "PDL": self.pdl}
 
 
 # kernel -> key -> configuration. Chosen by arithmetic and from the report of ptxas (kernels/aot.json), not by timing.
@@ -115,11 +119,13 @@ _OVERRIDES: dict[tuple[str, str], LaunchConfig] = {}  # set by `override_launch_
 
 def launch_config(kernel: str, key: str, device: torch.device) -> LaunchConfig:
     """The configuration of `kernel` for `key` on `device`: overridden, measured or default, in this order."""
-    if (kernel, key) in _OVERRIDES:
-        return _OVERRIDES[kernel, key]
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    measured = _measured(chip).get(kernel, {}).get(key) if chip else None
-    return LaunchConfig(**measured) if measured else DEFAULT_LAUNCH_CONFIGS[kernel][key]
+    config = _OVERRIDES.get((kernel, key), DEFAULT_LAUNCH_CONFIGS[kernel][key])
+    if device.type != "cuda":
+        return config
+    measured = _measured(torch.cuda.get_device_name(device)).get(kernel, {}).get(key)
+    if measured and (kernel, key) not in _OVERRIDES:
+        config = LaunchConfig(**measured)
+    return config._replace(pdl=torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 def tuned_file(chip: str) -> Path:

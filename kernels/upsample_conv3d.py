@@ -36,6 +36,7 @@ from ccella_fast.kernels.backend import (
     tl,
     triton,
     triton_unsupported_reason,
+    wait_for_previous_kernel,
 )
 from ccella_fast.kernels.derived_weight import DerivedWeight
 from ccella_fast.kernels.layout import check_conv3d_shapes
@@ -143,11 +144,13 @@ def _upsample_conv3d_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y for BLOCK_M voxels of the small grid and BLOCK_N output channels of one phase.
 
     This is a matrix product over the taps and input channels.
     """
+    wait_for_previous_kernel(PDL)
     i_phase = tl.program_id(2)
     i_p, i_q, i_r = i_phase // 4, (i_phase // 2) % 2, i_phase % 2
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -26,7 +26,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccella_fast.kernels.aot import CompileCase
-from ccella_fast.kernels.backend import BackendSupport, choose, jit, library_op, tl, triton_on_a_gpu
+from ccella_fast.kernels.backend import (
+    BackendSupport,
+    choose,
+    jit,
+    library_op,
+    tl,
+    triton_on_a_gpu,
+    wait_for_previous_kernel,
+)
 from ccella_fast.kernels.layout import is_channels_last, layout_key, next_power_of_two, to_supported_layout
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 
@@ -89,9 +97,11 @@ def _store_plane(p_y, o_x, o_y, o_z, Y, Z, m_plane, b_x, b_other, C: tl.constexp
 
 @jit(do_not_specialize=["X", "lo", "planes"])
 def _upsample_trilinear_fwd_kernel(
-    x_ptr, y_ptr, X, Y, Z, lo, planes, C: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr
+    x_ptr, y_ptr, X, Y, Z, lo, planes, C: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Planes lo to lo + planes - 1 of the result, from the planes of x at half their indices."""
+    wait_for_previous_kernel(PDL)
     end = (lo + planes + 1) // 2 * Y * Z
     i_b, o_x, o_y, o_z, o_c, m_tile = _voxels(lo // 2 * Y * Z, end, Y, Z, C, TILE // BLOCK_C, BLOCK_C)
     p_x, p_y = x_ptr + i_b * X * Y * Z * C + o_c, y_ptr + i_b * planes * Y * Z * 4 * C + o_c
@@ -115,9 +125,11 @@ def _gradient_tap(j, o_x, X):
 
 @jit(do_not_specialize=["X", "lo", "planes"])
 def _upsample_trilinear_bwd_kernel(
-    dy_ptr, dx_ptr, X, Y, Z, lo, planes, C: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr
+    dy_ptr, dx_ptr, X, Y, Z, lo, planes, C: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """dx from the gradient of planes lo to lo + planes - 1 of the result."""
+    wait_for_previous_kernel(PDL)
     BLOCK_S: tl.constexpr = TILE // BLOCK_C
     i_b, o_x, o_y, o_z, o_c, m_tile = _voxels(0, X * Y * Z, Y, Z, C, BLOCK_S, BLOCK_C)
     p_dy = dy_ptr + i_b * planes * Y * Z * 4 * C + o_c

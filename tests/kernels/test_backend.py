@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import ast
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from ccella_fast.kernels import backend
 from ccella_fast.kernels.backend import BackendError, choose, explain, explain_choice
+from ccella_fast.kernels.tuning import launch_config
 
 SUPPORT = {"triton": "the tensors are on cpu, not on a GPU", "sdpa": None, "reference": None}
 
@@ -104,38 +107,37 @@ def test_torch_compile_evaluates_the_gpu_check_without_tracing_it(monkeypatch):
     assert "sm_75" in compiled(torch.ones(1))[1]
 
 
-def xformers_reason(monkeypatch, operators):
-    """The reason on a GPU with this module as `xformers.ops.fmha`; None stands for one that raises ImportError."""
+def test_xformers_whose_compiled_part_does_not_load_is_unsupported(monkeypatch):
+    library = SimpleNamespace(_cpp_library_load_exception=None)
+    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(_cpp_lib=library))
+    monkeypatch.setitem(sys.modules, "xformers._cpp_lib", library)
     monkeypatch.setattr(backend, "XFORMERS", True)
-    monkeypatch.setitem(sys.modules, "xformers.ops.fmha", operators)
-    backend._missing_xformers_operator_reason.cache_clear()
-    try:
-        return backend.xformers_unsupported_reason(torch.device("cuda"), torch.bfloat16)
-    finally:
-        backend._missing_xformers_operator_reason.cache_clear()
+    for failure, words in ((None, None), (OSError("libcudart.so.12"), "does not load with PyTorch")):
+        library._cpp_library_load_exception = failure
+        backend._unloadable_xformers_reason.cache_clear()
+        reason = backend.xformers_unsupported_reason(torch.device("cuda"), torch.bfloat16)
+        assert reason is None if words is None else words in reason
+    backend._unloadable_xformers_reason.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("flash", "cutlass", "supported"),
-    [(True, True, True), (False, True, True), (True, False, True), (False, False, False)],
-)
-def test_xformers_is_supported_if_one_of_its_operators_is(monkeypatch, flash, cutlass, supported):
-    modules = {
-        name: SimpleNamespace(FwOp=SimpleNamespace(is_available=lambda available=available: available))
-        for name, available in (("flash", flash), ("cutlass", cutlass))
-    }
-    reason = xformers_reason(monkeypatch, SimpleNamespace(**modules))
-    assert reason is None if supported else "its attention does not load with PyTorch" in reason
+def test_every_kernel_waits_for_the_previous_one_first():
+    """A kernel that is launched early would otherwise read what the one before it has not written yet."""
+    kernels = []
+    for file in Path(backend.__file__).parent.glob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and re.fullmatch(r"_\w+_kernel", node.name):
+                statements = node.body[ast.get_docstring(node) is not None :]
+                assert ast.unparse(statements[0]) == "wait_for_previous_kernel(PDL)", f"{file.name}: {node.name}"
+                kernels.append(node.name)
+    assert len(kernels) == 20  # PDL is an argument of every launch, so no kernel is without it
 
 
-def test_xformers_that_does_not_know_this_pytorch_is_unsupported(monkeypatch):
-    assert "its attention does not load with PyTorch" in xformers_reason(monkeypatch, None)
-
-
-def test_attention_of_xformers_does_not_need_its_compiled_part(require):
-    """It is built for CUDA 12 and does not load with PyTorch for CUDA 13 or for a CPU; PyTorch's own operators are called."""
-    require("xformers")
-    if importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception is None:
-        pytest.skip("the compiled part of xformers loads here")
-    backend._missing_xformers_operator_reason.cache_clear()
-    assert backend.xformers_unsupported_reason(torch.device("cuda"), torch.bfloat16) is None
+@pytest.mark.parametrize(("capability", "early"), [((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), True)])
+def test_kernels_are_launched_early_from_sm_90_on(monkeypatch, capability, early):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "unknown chip")
+    launch = launch_config("geglu", "forward", torch.device("cuda")).launch()
+    assert (launch["launch_pdl"], launch["PDL"]) == (early, early)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not launch_config("geglu", "forward", torch.device("cuda")).pdl
+    assert not launch_config("geglu", "forward", torch.device("cpu")).pdl
