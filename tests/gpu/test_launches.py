@@ -13,6 +13,7 @@ from ccella_fast.config import Config
 from ccella_fast.kernels.backend import ENVIRONMENT
 from ccella_fast.kernels.layout import multiprocessor_count
 from ccella_fast.models import build_model
+from op_counter import count
 
 pytestmark = pytest.mark.gpu
 KERNELS = {  # library op: the beginning of the names of its kernels
@@ -51,7 +52,7 @@ def test_launches_are_those_of_the_model(monkeypatch):
         pytest.skip("the profiler sees no kernels here")
     with torch.device("meta"):
         meta = build_model(config).bfloat16()
-    counts = op_counts._denoising(config, meta, op_counts.FlashAttention(), torch.bfloat16)
+    counts = count(op_counts.denoising_step(config, meta, op_counts.FlashAttention(), torch.bfloat16))
     print(f"{len(names)} kernels, {counts.launches} counted")
     found = {op: sum(name.startswith(start) for name in names) for op, start in KERNELS.items()}
     assert found == {op: counts.launches_by_op[f"ccella_fast::{op}"] for op in KERNELS}
