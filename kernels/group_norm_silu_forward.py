@@ -31,7 +31,7 @@ from ccella_fast.kernels.layout import (
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 
 WHOLE_TILES = (2048, 8192, 16384, 32768)  # tile sizes, in elements, for a group that fits in one program
-MAX_WHOLE_TILE_FP32 = 16384  # a larger one spills registers
+MAX_WHOLE_TILE = 16384  # in fp32, and of groups that are no multiples of 8 channels: a larger one spills registers
 
 
 @jit(do_not_specialize=["programs_per_sample"])
@@ -208,8 +208,9 @@ def _(x, num_groups, weight, bias, eps, silu, shift):
 
 def whole_tile(x: Tensor, num_groups: int) -> int | None:
     """The tile that holds a whole group of x (B, C, *spatial), so that one launch is enough; None if there is none."""
-    elements = next_power_of_two(x.shape[1] // num_groups) * x.shape[2:].numel()
-    if x.dtype == torch.float32 and elements > MAX_WHOLE_TILE_FP32:
+    channels = x.shape[1] // num_groups
+    elements = next_power_of_two(channels) * x.shape[2:].numel()
+    if elements > MAX_WHOLE_TILE and (x.dtype == torch.float32 or channels % 8):
         return None
     return next((size for size in WHOLE_TILES if elements <= size), None)
 
