@@ -68,8 +68,12 @@ def specialization(case: CompileCase) -> Any:
     constants = {**case.constants, **case.config.constants}.items()
     used = set(case.kernel.arg_names)
     facts = [{(name, str(value)) for name, value in pairs if name in used} for pairs in (signature, constants)]
-    divisible = used.intersection(case.divisible) - case.constants.keys()
-    return case.kernel.__name__, *map(frozenset, facts), frozenset(divisible), case.config[1:]
+    return (
+        case.kernel.__name__,
+        *map(frozenset, facts),
+        frozenset(case.specialized - case.constants.keys()),
+        case.config[1:],
+    )
 
 
 def _named(group: list[CompileCase]) -> list[CompileCase]:
@@ -94,7 +98,7 @@ def _facts(case: CompileCase) -> dict[str, str]:
             facts[name] = f"no {short}"
         elif value is not case:
             facts[name] = f"{name}={value}"
-        elif name in case.divisible:
+        elif name in case.specialized:
             facts[name] = f"16|{name}"
         else:
             kind = case.signature[name]

@@ -66,6 +66,11 @@ class CompileCase(NamedTuple):
     tensor_cores: bool = False
     archs: tuple[int, ...] = tuple(SHARED_LIMIT)
 
+    @property
+    def specialized(self) -> set[str]:
+        """The parameters of `divisible` that Triton knows as such: not those that the kernel says not to specialize."""
+        return {each.name for each in self.kernel.params if each.name in self.divisible and not each.do_not_specialize}
+
 
 class CompileResult(NamedTuple):
     """Resources of a compiled case, and its problems (empty if there are none).
@@ -108,7 +113,7 @@ def compile_case(case: CompileCase, arch: int) -> CompileResult:
     constants = {**case.constants, **config.constants}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else case.signature[name] for name in names}
-    aligned = [name for name in names if signature[name].startswith("*") or name in case.divisible]
+    aligned = [name for name in names if signature[name].startswith("*") or name in case.specialized]
     source = ASTSource(
         fn=kernel,
         signature=signature,
