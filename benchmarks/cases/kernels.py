@@ -102,7 +102,7 @@ def attention_case(bench: Workbench, *, backward: bool = False, batch: int = 1, 
 
 
 def cross_attention_case(bench: Workbench, *, backward: bool = False, batch: int = 1) -> PreparedCase:
-    """Cross-attention block of the first level that attends: LayerNorm, queries, attention, output projection, residual."""
+    """Cross-attention block of the first level that attends: sum, LayerNorm, queries, attention, projection, residual."""
     config, dtype = bench.config.model, _dtype(bench)
     level = config.attention_levels.index(True)
     width, head = config.num_channels[level], config.num_head_channels[level]
@@ -115,32 +115,42 @@ def cross_attention_case(bench: Workbench, *, backward: bool = False, batch: int
             *[(width,)] * 2,
             *[(width, width)] * 2,
             (width,),
+            (batch, tokens, width),
         ]
         parts = [bench.random(*size, seed=10 * index + part) for part, size in enumerate(sizes)]
-        scale = [1, 1, 1, 1, 1, width**-0.5, width**-0.5, 1]
+        scale = [1, 1, 1, 1, 1, width**-0.5, width**-0.5, 1, 1]
         return [(tensor * factor).to(dtype) for tensor, factor in zip(parts, scale, strict=True)]
 
     def call(function: Function, **settings: Any) -> Function:
         def run(
-            x: Tensor, k: Tensor, v: Tensor, ln_w: Tensor, ln_b: Tensor, w_q: Tensor, w_o: Tensor, b_o: Tensor
+            x: Tensor,
+            k: Tensor,
+            v: Tensor,
+            ln_w: Tensor,
+            ln_b: Tensor,
+            w_q: Tensor,
+            w_o: Tensor,
+            b_o: Tensor,
+            added: Tensor,
         ) -> Tensor:
             return function(
-                x, k, v, ln_weight=ln_w, ln_bias=ln_b, w_q=w_q, w_out=w_o, b_out=b_o, num_heads=heads, **settings
+                x, k, v, ln_weight=ln_w, ln_bias=ln_b, w_q=w_q, w_out=w_o, b_out=b_o, num_heads=heads, added=added,
+                **settings,
             )  # fmt: skip
 
         return run
 
     rows = batch * tokens
     flops = 4 * rows * width**2 + 4 * rows * keys * width
-    size = (2 * rows * width + 2 * batch * keys * width + 2 * width**2) * dtype.itemsize
+    size = (3 * rows * width + 2 * batch * keys * width + 2 * width**2) * dtype.itemsize
     if backward:
         why = "2.5 times the products of the forward pass; everything and its gradient once"
         roofline = Roofline(5 * flops / 2, 2 * size, _precision(dtype), why)
     else:
-        why = "two projections, attention to the text latents; x in, y out, keys, values, weights"
+        why = "two projections, attention to the text latents; x and what is added in, y out, keys, values, weights"
         roofline = Roofline(flops, size, _precision(dtype), why)
     return _prepare(
-        bench, make, backward=backward, gradients=8, eager=call(cross_attention_reference, attend=_best_sdpa),
+        bench, make, backward=backward, gradients=9, eager=call(cross_attention_reference, attend=_best_sdpa),
         ours={"ours": call(cross_attention)}, truth=call(cross_attention_reference), roofline=roofline,
         others={"xformers": lambda: call(cross_attention_reference, attend=_xformers_attention(bench))},
     )  # fmt: skip

@@ -32,14 +32,14 @@ ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""  # the model is recorded on meta tensor
 # Releases of ptxas allocate registers differently: what spills, by release and architecture. Of the model's launches these are
 # one to four registers, stored once and loaded once or twice; heads of width 128 spill up to ten.
 KNOWN_SPILLS = {
-    ("3.6.0", 100): {"cross_attention output", "conv3d descriptors wide"},
+    ("3.6.0", 100): {"conv3d descriptors wide"},
     ("3.7.1", 90): {"group_norm_silu whole 8192 C=512"},
     ("3.7.1", 100): {"upsample_trilinear forward first", "cross_attention heads c512 bf16 d128"},
     ("3.9.0", 90): {
         "group_norm_silu sums last", "group_norm_silu parameter gradients measured", "cross_attention heads c512 bf16 d128",
     },
     ("3.9.0", 100): {
-        "group_norm_silu sums last", "cross_attention heads c512 bf16 d128", "conv3d descriptors wide", "upsample_conv3d 16bit",
+        "group_norm_silu sums last", "cross_attention heads c512 bf16 d128", "conv3d descriptors wide",
     },
 }  # fmt: skip
 
