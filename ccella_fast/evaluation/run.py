@@ -152,17 +152,15 @@ def evaluate(
         for each in extractors:
             if "fd" in wanted and store is not None and isinstance(each, SliceExtractor) and serves(each, sequence):
                 rows += slice_rows(of_sequence, each, store, Draws(draws, seed), about[next(iter(each.spaces))])
-        shared = set(of_sequence.real.digests) & set(of_sequence.synthetic.digests)
+        digests = of_sequence.real.digests
+        words = ["shared_volumes"] if set(digests) & set(of_sequence.synthetic.digests) else []
+        words += ["repeated_volumes"] if len(set(digests)) < len(digests) else []
         if "msssim" in wanted and isinstance(real, Sequence) and isinstance(synthetic, Sequence):
             pair = (_of_sequence(real, sequence), _of_sequence(synthetic, sequence))
             rows += diversity_row(
                 *pair, of_sequence, shape=grid.shape, seed=seed, cache=cache, processes=processes, progress=progress
             )
-        if shared:
-            rows = [
-                replace(row, guards=(*row.guards, "shared_volumes")) if row.sequence == sequence else row
-                for row in rows
-            ]
+        rows = [replace(row, guards=(*row.guards, *words)) if row.sequence == sequence else row for row in rows]
     from ccella_fast.environment import describe_environment
 
     return Evaluation(rows, per_case, protocol, describe_environment())

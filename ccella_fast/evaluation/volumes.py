@@ -133,8 +133,8 @@ def check_array(array: np.ndarray, *, path: object, field: str | None = None) ->
         field: what else to name.
     """
     fix = "generate or prepare this volume again, or remove it"
-    if array.ndim != 3 or min(array.shape) < 2:
-        why = f"a volume must have three axes of at least 2 voxels, got the shape {array.shape}"
+    if array.ndim != 3 or min(array.shape) < 3:
+        why = f"a volume must have three axes of at least 3 voxels, got the shape {array.shape}"
         raise DataError(why, path=path, field=field, fix=fix)
     low, high = float(array.min()), float(array.max())  # NaN if any voxel is
     if not np.isfinite([low, high]).all():

@@ -24,6 +24,7 @@ _GUARDS = {
     "no_floor": "There are too few real volumes to compare them with one another, so nothing says what a good value is.",
     "standardised_by_itself": "Features are standardised by the compared real volumes, because no training set was given.",
     "shared_volumes": "Some generated volumes are equal to real ones, voxel for voxel, so distances are too small.",
+    "repeated_volumes": "Some real volumes are equal to each other, voxel for voxel, so floors are too low.",
     "one_volume": "A set has one volume only: nothing can be computed from it.",
     "few": "A set has fewer than 20 volumes: the interval is rough.",
     "few_held_out": "There are fewer than 99 held-out volumes, so the 1st percentile is their smallest distance.",

@@ -14,7 +14,7 @@ from ccella_fast.evaluation import run
 from ccella_fast.evaluation.anatomy import GlandFeatures
 from ccella_fast.evaluation.frechet import frechet_distance
 from ccella_fast.evaluation.run import evaluate
-from ccella_fast.evaluation.volumes import Source, VolumeSet
+from ccella_fast.evaluation.volumes import Source, Volume, VolumeSet
 from evaluation_fixtures import (
     SPACING,
     CountingExtractor,
@@ -40,6 +40,29 @@ def test_synthetic_volumes_that_are_real_ones_are_marked():
     copied = evaluate(synthetic=[*some_volumes(3, 50), real[1]], **given)
     assert all("shared_volumes" in row.guards for row in copied.rows)
     assert not any("shared_volumes" in row.guards for row in evaluate(synthetic=some_volumes(4, 50), **given).rows)
+
+
+def test_real_volumes_that_are_equal_are_marked():
+    real, synthetic = some_volumes(6, 0), some_volumes(4, 50)
+    given = {"features": [CountingExtractor()], "metrics": ["fd"], "draws": 4}
+    repeated = evaluate(real=[*real, real[2]._replace(id="again")], synthetic=synthetic, **given)
+    assert all("repeated_volumes" in row.guards for row in repeated.rows)
+    twice_generated = evaluate(
+        real=real, synthetic=[*synthetic, synthetic[0]._replace(id="again")], **given
+    )  # a finding
+    assert not any("repeated_volumes" in row.guards for row in twice_generated.rows)
+
+
+@pytest.mark.parametrize("shape", [(20, 16, 2), (1, 16, 12)])
+def test_volumes_that_are_slices_are_named_before_any_feature(shape):
+    rng, extractor = np.random.default_rng(0), CountingExtractor()
+    volumes = [Volume(rng.random(shape, np.float32), (1.0, 1.0, 3.0), f"s{k}") for k in range(4)]
+    with pytest.raises(DataError, match="three axes of at least 3 voxels, got the shape"):
+        evaluate(real=volumes, synthetic=volumes, features=[extractor], draws=4)
+    assert extractor.calls == 0
+    thin = [v._replace(array=rng.random((16, 12, 3), np.float32)) for v in volumes]
+    rows = evaluate(real=thin, synthetic=thin[::-1], features=["random"], draws=4).rows  # 3 are enough for every metric
+    assert {"fd", "spectrum", "msssim"} <= {row.metric for row in rows}
 
 
 def test_copies_of_training_volumes_are_found_by_number():
