@@ -14,6 +14,7 @@ exact noise of unit Gaussian data.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -215,15 +216,13 @@ def conditioned(model: Any, prompt: Prompt, device: str) -> DenoiserFn:
     if variant.text:
         assert prompt.text is not None
         rows["text"] = prompt.text.float().to(device)
-        adapter, cache = getattr(model.ella.forward, "uncached", model.ella.forward), {}
+        adapter, cache = functools.partial(type(model.ella).forward, model.ella), {}
 
         def cached_adapter(text: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
             for t in set(timesteps.tolist()) - cache.keys():
                 cache[t] = adapter(text[:1], torch.tensor([t], device=text.device))
             contexts, heads = zip(*(cache[t] for t in timesteps.tolist()), strict=True)
             return torch.cat(contexts), None if heads[0] is None else torch.cat(heads)
-
-        cached_adapter.uncached = adapter  # type: ignore[attr-defined]
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         if variant.text:
