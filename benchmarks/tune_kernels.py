@@ -47,6 +47,7 @@ PIPELINED = (
     "upsample_conv3d",
     "conv3d",
 )  # loops with tl.dot; the others ignore the stages
+SWITCHES = ("TRANSPOSED",)  # constants that are 0 or 1
 COMPILING = 0.6  # most of the time limit that compilation may take
 
 Measure = Callable[[Sequence[Callable[[], Any]]], float]  # `time_in_graph`, or what a test uses instead
@@ -61,17 +62,21 @@ class Tuned(NamedTuple):
 
 
 def candidates(kernel: str, shipped: LaunchConfig) -> list[LaunchConfig]:
-    """The shipped configuration, then its neighbors: one factor changed, then two, those first that keep the work per warp."""
+    """The shipped configuration, then its neighbors: one factor changed, then two, those first that keep the work per warp.
+
+    Each is there with both values of a switch.
+    """
     blocks = tuple(shipped.constants.items())
-    factors = [sorted({size, _halved(size), 2 * size}) for _, size in blocks]
+    sizes = [name not in SWITCHES for name in shipped.constants] + [True, True]  # also warps and stages
+    factors = [[0, 1] if name in SWITCHES else sorted({size, _halved(size), 2 * size}) for name, size in blocks]
     factors.append(sorted({shipped.num_warps, max(1, shipped.num_warps // 2), min(16, 2 * shipped.num_warps)}))
     stages = shipped.num_stages
     factors.append(sorted({stages, max(1, stages - 1), stages + 1}) if kernel in PIPELINED else [stages])
     base = (*shipped.constants.values(), shipped.num_warps, stages)
 
     def rank(values: tuple[int, ...]) -> tuple[int, float]:
-        changed = sum(a != b for a, b in zip(values, base, strict=True))
-        work, before = (math.prod(each[:-2]) / each[-2] for each in (values, base))
+        changed = sum(a != b for a, b, size in zip(values, base, sizes, strict=True) if size)
+        work, before = (math.prod(max(1, size) for size in each[:-2]) / each[-2] for each in (values, base))
         return changed, abs(math.log2(work / before))
 
     near = sorted((values for values in itertools.product(*factors) if rank(values)[0] <= 2), key=rank)

@@ -17,13 +17,18 @@ SPLITS = (1, 3, 9)  # into how many parts the 9 taps along X and Y may be divide
 
 
 @jit
-def _sum_along_z(b_before, b_middle, b_after, o_z, Z, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """b_before of the row above + b_middle + b_after of the row below, within lines along Z."""
-    o_i = tl.arange(0, BLOCK_M)
-    o_above = tl.broadcast_to(tl.maximum(o_i - 1, 0)[:, None], [BLOCK_M, BLOCK_N])
-    o_below = tl.broadcast_to(tl.minimum(o_i + 1, BLOCK_M - 1)[:, None], [BLOCK_M, BLOCK_N])
-    b_y = b_middle + tl.where((o_z > 0)[:, None], tl.gather(b_before, o_above, 0), 0.0)
-    return b_y + tl.where((o_z < Z - 1)[:, None], tl.gather(b_after, o_below, 0), 0.0)
+def _sum_along_z(b_before, b_middle, b_after, o_z, Z, AXIS: tl.constexpr):
+    """b_before of the previous voxel + b_middle + b_after of the next one, within lines along Z; AXIS is that of the voxels."""
+    o_i = tl.arange(0, b_middle.shape[AXIS])
+    o_previous = tl.broadcast_to(tl.expand_dims(tl.maximum(o_i - 1, 0), 1 - AXIS), b_middle.shape)
+    o_next = tl.broadcast_to(tl.expand_dims(tl.minimum(o_i + 1, b_middle.shape[AXIS] - 1), 1 - AXIS), b_middle.shape)
+    b_y = b_middle + tl.where(tl.expand_dims(o_z > 0, 1 - AXIS), tl.gather(b_before, o_previous, AXIS), 0.0)
+    return b_y + tl.where(tl.expand_dims(o_z < Z - 1, 1 - AXIS), tl.gather(b_after, o_next, AXIS), 0.0)
+
+
+@jit
+def _add_product(b_sum, b_x, b_weight, TRANSPOSED: tl.constexpr):
+    return tl.dot(tl.trans(b_weight), tl.trans(b_x), b_sum) if TRANSPOSED else tl.dot(b_x, b_weight, b_sum)
 
 
 @jit
@@ -71,8 +76,13 @@ def _conv3d_descriptors_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
-    """y, or the sum over part of the taps, for BLOCK_X x BLOCK_Y lines along Z and BLOCK_N output channels."""
+    """y, or the sum over part of the taps, for BLOCK_X x BLOCK_Y lines along Z and BLOCK_N output channels.
+
+    TRANSPOSED: the products are computed as weight^T x^T. A product of the tensor cores then has 64 output channels and up to
+    256 voxels instead of 64 voxels and BLOCK_N channels, and so reads less shared memory per operation if BLOCK_N is small.
+    """
     i_program, i_part = tl.program_id(0), tl.program_id(1)
     n_blocks, y_blocks, x_blocks = tl.cdiv(O, BLOCK_N), tl.cdiv(Y, BLOCK_Y), tl.cdiv(X, BLOCK_X)
     i_tile, i_n = i_program // n_blocks, i_program % n_blocks * BLOCK_N
@@ -82,9 +92,15 @@ def _conv3d_descriptors_fwd_kernel(
     K_BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     TAPS: tl.constexpr = 9 // SPLIT
     o_n = i_n + tl.arange(0, BLOCK_N)
-    b_before = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    b_middle = _bias_and_shift(bias_ptr, shift_ptr, i_b + tl.arange(0, 1), o_n, O, BLOCK_M, BLOCK_N)
-    b_after = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    o_b = i_b + tl.arange(0, 1)
+    if TRANSPOSED:
+        b_before = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        b_middle = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        b_after = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        b_before = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        b_after = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        b_middle = _bias_and_shift(bias_ptr, shift_ptr, o_b, o_n, O, BLOCK_M, BLOCK_N)
     for i_step in range(TAPS * K_BLOCKS):
         i_tap, i_k = i_part * TAPS + i_step // K_BLOCKS, i_step % K_BLOCKS * BLOCK_K
         i_sx, i_sy = i_x + i_tap // 3 - 1, i_y + i_tap % 3 - 1
@@ -92,13 +108,20 @@ def _conv3d_descriptors_fwd_kernel(
             b_x = x_desc.load([i_b, i_sx, i_sy * Z, i_k]).reshape(BLOCK_M, BLOCK_K)
         else:
             b_x = x_desc.load([i_b, i_sx, i_sy, 0, i_k]).reshape(BLOCK_M, BLOCK_K)
-        b_before = tl.dot(b_x, weight_desc.load([3 * i_tap, i_k, i_n]).reshape(BLOCK_K, BLOCK_N), b_before)
-        b_middle = tl.dot(b_x, weight_desc.load([3 * i_tap + 1, i_k, i_n]).reshape(BLOCK_K, BLOCK_N), b_middle)
-        b_after = tl.dot(b_x, weight_desc.load([3 * i_tap + 2, i_k, i_n]).reshape(BLOCK_K, BLOCK_N), b_after)
+        b_first = weight_desc.load([3 * i_tap, i_k, i_n]).reshape(BLOCK_K, BLOCK_N)
+        b_second = weight_desc.load([3 * i_tap + 1, i_k, i_n]).reshape(BLOCK_K, BLOCK_N)
+        b_third = weight_desc.load([3 * i_tap + 2, i_k, i_n]).reshape(BLOCK_K, BLOCK_N)
+        b_before = _add_product(b_before, b_x, b_first, TRANSPOSED)
+        b_middle = _add_product(b_middle, b_x, b_second, TRANSPOSED)
+        b_after = _add_product(b_after, b_x, b_third, TRANSPOSED)
 
     # A tile is part of one plane, or several whole planes: in both cases its voxels are adjacent in memory.
     o_i = tl.arange(0, BLOCK_M)
-    b_y = _sum_along_z(b_before, b_middle, b_after, o_i % Z, Z, BLOCK_M, BLOCK_N)
+    if TRANSPOSED:
+        b_y = tl.trans(_sum_along_z(b_before, b_middle, b_after, o_i % Z, Z, 1))
+        b_y += _bias_and_shift(bias_ptr, shift_ptr, o_b, o_n, O, BLOCK_M, BLOCK_N)
+    else:
+        b_y = _sum_along_z(b_before, b_middle, b_after, o_i % Z, Z, 0)
     i_row = ((i_b * X + i_x) * Y + i_y) * Z
     m_row = o_i < ((Y - i_y) * Z if BLOCK_X == 1 else (X - i_x) * (BLOCK_Y * Z))
     _store(b_y, residual_ptr, y_ptr, i_part, voxels, i_row, o_i, m_row, o_n, O)
@@ -159,7 +182,7 @@ def _conv3d_pointers_fwd_kernel(
         b_middle = tl.dot(b_x, b_second, b_middle, input_precision="ieee")
         b_after = tl.dot(b_x, b_third, b_after, input_precision="ieee")
 
-    b_y = _sum_along_z(b_before, b_middle, b_after, o_z, Z, BLOCK_M, BLOCK_N)
+    b_y = _sum_along_z(b_before, b_middle, b_after, o_z, Z, 0)
     m_row = m_m & (o_i >= HALO) & (o_i < BLOCK_M - HALO)
     _store(b_y, residual_ptr, y_ptr, i_part, voxels, i_row, o_i, m_row, o_n, O)
 

@@ -101,9 +101,15 @@ DEFAULT_LAUNCH_CONFIGS: dict[str, dict[str, LaunchConfig]] = {
     # Those with descriptors were the fastest of their kind on an NVIDIA H200 at the sizes of the default model; the others were
     # not measured, and need at most 64 KiB of shared memory, so that they run on every GPU.
     "conv3d": {
-        "descriptors narrow": LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=2),
-        "descriptors wide": LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3),
-        "descriptors small": LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3),
+        "descriptors narrow": LaunchConfig(
+            {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "TRANSPOSED": 0}, num_warps=8, num_stages=2
+        ),
+        "descriptors wide": LaunchConfig(
+            {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "TRANSPOSED": 0}, num_warps=8, num_stages=3
+        ),
+        "descriptors small": LaunchConfig(
+            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "TRANSPOSED": 0}, num_warps=4, num_stages=3
+        ),
         "pointers 16bit": LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=4),
         "pointers fp32": LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, num_warps=4, num_stages=2),
         "sum": LaunchConfig({"BLOCK": 1024}, num_warps=4),

@@ -62,7 +62,7 @@ def small_tiles(monkeypatch):
     """Tiles of 16 voxels, 16 output channels and 16 input channels."""
     table = DEFAULT_LAUNCH_CONFIGS["conv3d"]
     for key, config in table.items():
-        sizes = dict.fromkeys(config.constants, 16)
+        sizes = {name: 16 if name.startswith("BLOCK") else value for name, value in config.constants.items()}
         monkeypatch.setitem(table, key, config._replace(constants=sizes))
 
 
@@ -77,9 +77,9 @@ _sum_along_z = forward._sum_along_z
 
 
 @jit
-def _sum_across_lines(b_before, b_middle, b_after, o_z, Z, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _sum_across_lines(b_before, b_middle, b_after, o_z, Z, AXIS: tl.constexpr):
     """A wrong `_sum_along_z`: no voxel is the first or the last one of its line."""
-    return _sum_along_z(b_before, b_middle, b_after, 0 * o_z + 1, 3, BLOCK_M, BLOCK_N)
+    return _sum_along_z(b_before, b_middle, b_after, 0 * o_z + 1, 3, AXIS)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cudnn"])
@@ -125,9 +125,15 @@ def test_several_tiles(grid, split, dtype, small_tiles, tilings):
 @pytest.mark.parametrize(
     ("grid", "box"), [((3, 3, 8), (1, 2)), ((3, 2, 4), (2, 2)), ((2, 5, 2), None), ((1, 2, 16), (1, 1))], ids=str
 )
-def test_descriptors(grid, box, split, dtype, small_tiles, tilings):
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_descriptors(grid, box, split, dtype, transposed, small_tiles, tilings, monkeypatch):
     """Tiles of part of a plane and of several planes, whose last ones and last blocks of channels are partial."""
+    table = DEFAULT_LAUNCH_CONFIGS["conv3d"]
+    for key in [key for key in table if key.startswith("descriptors")]:
+        constants = table[key].constants | {"TRANSPOSED": transposed}
+        monkeypatch.setitem(table, key, table[key]._replace(constants=constants))
     check(case(2, 24, 24, grid, dtype))
+    assert all(tiling.config.constants.get("TRANSPOSED", transposed) == transposed for tiling in tilings)
     assert [(tiling.box, tiling.split) for tiling in tilings] == [(box, split)] * 2  # y and dx
 
 
