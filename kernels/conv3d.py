@@ -8,10 +8,10 @@ moves two of the three fp32 sums along Z at the end: 9 reads of x instead of 27.
 that what is moved in at their ends is zero.
 
 There are two forms of the kernel. One reads x and the weight through tensor descriptors: the copy engine of sm_90 and newer
-fills in the zeros of the padding, and the operands go to the tensor cores without passing through registers. The other
-computes addresses and masks; it also serves grids whose lines do not divide a tile, by tiles that overlap by two voxels. Small
-grids have few programs: there the 9 taps are divided among 3 or 9 programs, whose fp32 sums a second kernel adds in fixed
-order. So equal inputs always have equal results.
+fills in the zeros of the padding, and the operands go to the tensor cores without passing through registers. Its products may
+be transposed, which is a choice of the launch configuration. The other computes addresses and masks; it also serves grids whose
+lines do not divide a tile, by tiles that overlap by two voxels. Small grids have few programs: there the 9 taps are divided
+among 3 or 9 programs, whose fp32 sums a second kernel adds in fixed order. So equal inputs always have equal results.
 
 Shapes: x (B, C, X, Y, Z), weight (O, C, 3, 3, 3), bias (O,), shift (B, O), residual (B, O, X, Y, Z) -> (B, O, X, Y, Z).
 Memory traffic for n = B X Y Z voxels in bf16, in bytes: 2nC read and 2nO written, 2nO read with a residual; plain PyTorch reads
