@@ -255,8 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Tune the selected kernels, or list their candidates."""
-    # conv3d would take most of the time, and the model uses it by name only.
-    kernels = [arguments.kernel] if arguments.kernel else sorted({*DEFAULT_LAUNCH_CONFIGS} - {"conv3d"})
+    kernels = [arguments.kernel] if arguments.kernel else sorted(DEFAULT_LAUNCH_CONFIGS)
     if arguments.dry_run:
         for kernel in kernels:
             for key, shipped in DEFAULT_LAUNCH_CONFIGS[kernel].items():
