@@ -177,8 +177,13 @@ def _units(volumes: _Reader, blocks: np.ndarray, origin: np.ndarray) -> list[_Un
                 kept.append(_sum(waiting, keep_rows=False))
                 waiting = []
         single = not kept and len(waiting) == 1
-        units.append(waiting[0] if single else _sum([*kept, *waiting], keep_rows=False))
+        units.append(waiting[0] if single else _sum([*kept, *waiting], keep_rows=_are_few([*kept, *waiting])))
     return units
+
+
+def _are_few(units: Sequence[_Unit]) -> bool:
+    """Whether there are no more slices than features. The eigenvalues of their products that are zero are not in float32."""
+    return sum(unit.size for unit in units) <= len(units[0].total) and all(unit.rows is not None for unit in units)
 
 
 def _unit(rows: np.ndarray) -> _Unit:
@@ -201,10 +206,14 @@ def _sum(units: Sequence[_Unit], *, keep_rows: bool) -> _Unit:
 
 
 def _products(rows: np.ndarray) -> np.ndarray:
-    """The sum of the products of the features of all rows, (d, d) in float64."""
-    products = np.zeros((rows.shape[1], rows.shape[1]))
+    """The sum of the products of the features of all rows, (d, d) in float64.
+
+    The rows are centred first, since float32 would lose their spread if the first volume, the origin, is unlike the others.
+    """
+    mean = rows.mean(0, dtype=np.float64)
+    products = len(rows) * np.outer(mean, mean)
     for start in range(0, len(rows), _PRODUCT_ROWS):
-        part = rows[start : start + _PRODUCT_ROWS]
+        part = rows[start : start + _PRODUCT_ROWS] - mean.astype(np.float32)
         products += part.T @ part
     return products
 
@@ -213,8 +222,7 @@ def _distance(a: Sequence[_Unit], b: Sequence[_Unit]) -> float:
     """The Fréchet distance between the slices of two lists of units."""
     roots, means, traces = [], [], []
     for units in (a, b):
-        few = sum(unit.size for unit in units) < len(units[0].total) and all(unit.rows is not None for unit in units)
-        whole = _sum(units, keep_rows=few)
+        whole = _sum(units, keep_rows=_are_few(units))
         means.append(whole.total / whole.size)
         roots.append(_root(whole, means[-1]) / (whole.size - 1) ** 0.5)
         traces.append(float(roots[-1].square().sum()))
@@ -224,7 +232,7 @@ def _distance(a: Sequence[_Unit], b: Sequence[_Unit]) -> float:
     between = float(np.square(means[0] - means[1]).sum())
     shared = torch.linalg.eigvalsh(cross @ cross.T).clamp(min=0).sqrt().sum()
     distance = between + sum(traces) - 2 * float(shared)
-    return distance if distance > _ROUNDING * sum(traces) else 0.0
+    return 0.0 if distance <= _ROUNDING * sum(traces) else distance  # NaN, as of a set of one slice, stays NaN
 
 
 def _root(unit: _Unit, mean: np.ndarray) -> Tensor:

@@ -302,6 +302,7 @@ class FastSampler:
             previous = volumes
         yield from previous
 
+    @torch.inference_mode(False)  # a loop is used again, and outside of this mode its buffers could not be written
     def _denoise(self, checked: CheckedRequest, batch: list[int], description: str) -> tuple[Tensor, Tensor | None]:
         """The latents (B, C, X, Y, Z) and the class probabilities (B, classes) of the volumes of a batch."""
         settings, shape = checked.loop_settings, checked.latent_shape

@@ -104,7 +104,7 @@ class TextFeatureCache:
 
         They are compared with those of the last request first. Equal ones, as in a loop over seeds, cost no copy to the host.
         """
-        original, last = torch.as_tensor(text), self._given
+        original, last = _as_tensor(text, "text"), self._given
         comparable = last is not None and (original.device, original.dtype) == (
             last.original.device,
             last.original.dtype,
@@ -116,17 +116,18 @@ class TextFeatureCache:
         if kept:
             original = original.clone()  # the caller may change its own
         features = self._check_features(original, "text")
-        on_host = features.cpu()
-        identities = tuple(hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in on_host)
+        on_host = features.to("cpu", copy=not kept)
+        # + 0.0 turns -0.0, which is equal to 0.0, into it: equal features have one hash.
+        identities = tuple(hashlib.sha256((row + 0.0).numpy().tobytes()).hexdigest() for row in on_host)
         if not kept:
             return _Given(original, on_host, identities)
-        self._given = _Given(original, features, identities)
-        return self._given
+        given = self._given = _Given(original, features, identities)
+        return given
 
     def _null_features(self, request: Request, encoder: Any) -> Tensor:
         if request.null_text is None:
             return self._encode([""], encoder, alone=True)
-        null = self._check_features(request.null_text, "null_text")
+        null = self._check_features(request.null_text, "null_text").clone()  # the caller may change its own
         if len(null) != 1:
             why = f"null_text must hold the features of one report, got {len(null)}"
             raise ConfigError(why, field="null_text", fix="give features of shape (1, L, E)")
@@ -181,9 +182,9 @@ class TextFeatureCache:
         """Text features as fp32 (n, L, E).
 
         Raises:
-            ConfigError: they are not finite, or do not have the form that the model was trained with.
+            ConfigError: they are no array of numbers, not finite, or do not have the form that the model was trained with.
         """
-        features = torch.as_tensor(text).float()
+        features = _as_tensor(text, field).float()
         features = features[None] if features.ndim == 2 else features
         width, length = self._config.model.input_dim, self._config.text.max_length
         fix = "use the encoder that the model was trained with"
@@ -199,6 +200,19 @@ class TextFeatureCache:
         if not bool(features.isfinite().all()):
             raise ConfigError("the text features are not finite", field=field, fix="encode in fp32 or bf16")
         return features
+
+
+def _as_tensor(text: Any, field: str) -> Tensor:
+    """Text features as a tensor without a gradient, which shares their memory where it can."""
+    try:
+        features = torch.as_tensor(text).detach()
+    except (TypeError, ValueError, RuntimeError):
+        features = None
+    if features is None or features.layout != torch.strided or features.is_complex():
+        why = f"text features must be a dense tensor or array of real numbers, got a {type(text).__name__}"
+        fix = "stack several reports in one tensor (torch.stack), or give a contiguous float32 array"
+        raise ConfigError(why, field=field, fix=fix)
+    return features
 
 
 def _warn_of_languages(reports: Sequence[str]) -> None:
