@@ -4,8 +4,9 @@ So the reference of CCELLA and MAISI compare volumes, with RadImageNet, in each 
 of a volume are not independent of each other: draws for the floor and the interval take the slices of whole volumes, and never
 separate those of one patient.
 
-The rows of one volume after the other are read from the cache. Up to 32,768 rows of a set are in memory at a time. Of more, the
-volumes are gathered in blocks, of which only the sums of products are, and which are drawn as a whole.
+The rows of one volume after the other are read from the cache. Up to 32,768 rows of a set are in memory at a time. If a set has
+more in one of the directions, the volumes are gathered in blocks, the same in all directions, of which only the sums of
+products are, and which are drawn as a whole.
 
 With 2,048 features, a distance is work for a second. So it takes the singular values of `frechet.py` as the roots of the
 eigenvalues of a product, a third of the time, and forms the products of the rows in float32, a few thousand rows at a time that
@@ -17,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,7 +70,11 @@ def slice_rows(
         about: weights_sha256 and preprocessing of the features.
     """
     few = Draws(min(draws.number, _DRAWS), draws.seed)
-    found = [_direction(sets, extractor, space, store, few, about) for space in extractor.spaces]
+    tables = [sets.real, sets.synthetic, *([] if sets.reconstructed is None else [sets.reconstructed])]
+    read = {space: [_Reader(table, extractor, space, store) for table in tables] for space in extractor.spaces}
+    most = max(each.slices for of_space in read.values() for each in of_space[:2])
+    together = 1 if most <= _ROWS else -(-max(map(len, tables)) // _BLOCKS)
+    found = [_direction(sets, read[space], space, together, extractor, few, about) for space in extractor.spaces]
     start = time.perf_counter()
     # All directions have the same draws in the same order, so that the means of their values are the values of the mean.
     means = np.mean([each.values for each in found], axis=0).tolist()
@@ -102,15 +108,18 @@ class _Direction(NamedTuple):
 
 
 def _direction(
-    sets: Sets, extractor: SliceExtractor, space: str, store: FeatureCache, draws: Draws, about: dict[str, Any]
+    sets: Sets,
+    read: list[_Reader],
+    space: str,
+    together: int,
+    extractor: SliceExtractor,
+    draws: Draws,
+    about: dict[str, Any],
 ) -> _Direction:
     start = time.perf_counter()
-    given = [sets.real, sets.synthetic, *([] if sets.reconstructed is None else [sets.reconstructed])]
-    read = [_Reader(table, extractor, space, store) for table in given]
-    slices = [each.slices() for each in read[:2]]
-    together = 1 if max(slices) <= _ROWS else -(-max(len(table) for table in given) // _BLOCKS)
+    slices = [each.slices for each in read[:2]]
     rng = np.random.default_rng(draws.seed)
-    blocks = [_blocks(table, together, rng) for table in given[:2]]
+    blocks = [_blocks(table, together, rng) for table in (sets.real, sets.synthetic)]
     origin = read[0][0].mean(0)
     real, synthetic = (_units(each, of, origin) for each, of in zip(read[:2], blocks, strict=True))
     patients = sets.real.patients if together == 1 else None
@@ -152,6 +161,7 @@ class _Reader:
         table = self._table
         return self._store.slices(self._extractor, self._space, table.digests[volume], table.spacings[volume])
 
+    @cached_property
     def slices(self) -> int:
         """The number of all slices."""
         keys = zip(self._table.digests, self._table.spacings, strict=True)

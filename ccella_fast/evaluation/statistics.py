@@ -156,7 +156,8 @@ class Comparison(NamedTuple):
         floor: mean over the same draws between this half and the other half of the real set; None if there is none.
         floor_ci95: the central 95 % of the floor's draws: single real sets of this size are this far apart.
         ratio: `value_equal_n` / `floor`; None if the floor is zero within its spread, as for unbiased distances.
-        ratio_ci95: interval of the ratio; None for fewer than 8 volumes in the real set.
+        ratio_ci95: interval of the ratio; None for fewer than 8 volumes in the real set, or if a half was drawn that cannot be
+            split in turn, since most of its volumes are of one patient.
         m: volumes in each set of a draw.
         draws: number of draws.
         guards: `no_floor` if a half has fewer than the required volumes.
@@ -260,7 +261,7 @@ def _comparison(value: float, drawn: dict[str, np.ndarray], m: int) -> Compariso
     # The floor of an unbiased distance is zero: what is left is the draws' spread, and a multiple of it has no meaning.
     if level > floor.std():
         ratio = equal_n / level
-        if len(floor_in_half) and floor_in_half.mean() > 0:
+        if 0 < len(floor_in_half) == len(halves) and floor_in_half.mean() > 0:
             of_floor = floor_in_half / floor_in_half.mean() - 1
             ratio_ci95 = _around(ratio, of_value / level - ratio * of_floor)
     return Comparison(value, ci95, equal_n, level, (low, high), ratio, ratio_ci95, m, len(floor), [])
@@ -278,7 +279,7 @@ def _central(values: np.ndarray) -> tuple[float, float]:
     Of n values, the k-th smallest is the k / (n + 1) quantile.
     """
     n = len(values)
-    if n >= 39 or n < 3:
+    if n >= 39 or n < 2:
         low, high = np.quantile(values, (0.025, 0.975), method="weibull")
         return float(low), float(high)
     # Quantile of Student's distribution from the normal one (Abramowitz and Stegun 1964, 26.7.5), within 1 % from n = 6 on.

@@ -173,3 +173,43 @@ def test_a_missing_or_damaged_entry_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     with pytest.raises(DataError, match=file.name):
         store.slices(extractor, "fake-axial", digest, volume.spacing)
+
+
+def test_all_directions_are_drawn_in_the_same_blocks(tmp_path, monkeypatch):
+    """Of 12 volumes, the 96 axial slices would fit in memory and the 192 sagittal ones not."""
+    real, synthetic = some_volumes(12, 0), some_volumes(12, 100, smooth=2)
+    monkeypatch.setattr(slices_of, "_ROWS", 100)
+    monkeypatch.setattr(slices_of, "_BLOCKS", 4)
+    found = evaluate(real=real, synthetic=synthetic, features=[Slices()], metrics=["fd"], draws=4, cache=tmp_path)
+    rows = [found["fd_slices", space] for space in Slices.spaces]
+    assert [row.details["volumes_drawn_together"] for row in rows] == [3, 3, 3]
+    for name in ("value", "value_equal_n", "floor"):
+        expected = np.mean([getattr(row, name) for row in rows])
+        assert getattr(found["fd_slices", "fake"], name) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("slices", [(60, 62), (64, 64), (80, 80)])
+def test_few_slices_in_blocks_are_as_exact_as_rows(slices):
+    """No more slices than features: in float32, products of them would be off by 1e-4 of the traces."""
+    random = np.random.default_rng(0)
+    sets = [random.standard_normal((n, 128)).astype(np.float32) for n in (2000, sum(slices))]
+    volumes = [np.split(sets[0], 10), np.split(sets[1], np.cumsum([slices[0] // 2, slices[0] // 2, slices[1] // 2]))]
+    units = [slices_of._units(of_set, np.arange(len(of_set)) // 2, np.zeros(128, np.float32)) for of_set in volumes]
+    traces = sum(np.trace(np.cov(x.T, dtype=np.float64)) for x in sets)
+    assert slices_of._distance(*units) == pytest.approx(frechet_distance(*sets), abs=1e-6 * traces)
+
+
+def test_the_first_volume_may_be_unlike_the_others():
+    """Its mean is the zero of all products, which are sums in float32."""
+    random = np.random.default_rng(0)
+    sets = [random.standard_normal((4000, 16)).astype(np.float32) + shift for shift in (100, 100.05)]
+    origin = np.zeros(16, np.float32)
+    units = [slices_of._units(np.split(x, 200), np.arange(200), origin) for x in sets]
+    traces = sum(np.trace(np.cov(x.T, dtype=np.float64)) for x in sets)
+    assert slices_of._distance(*units) == pytest.approx(frechet_distance(*sets), abs=1e-6 * traces)
+
+
+def test_the_distance_to_a_single_slice_is_no_number():
+    units = [slices_of._unit(np.random.default_rng(n).standard_normal((n, 3)).astype(np.float32)) for n in (5, 1)]
+    with np.errstate(all="ignore"):
+        assert np.isnan(slices_of._distance(units[:1], units[1:]))

@@ -277,3 +277,15 @@ def test_share_interval_contains_exactly_the_shares_that_the_count_does_not_cont
     shares = np.linspace(0.0005, 0.9995, 1000)
     inside = abs(count / n - shares) <= 1.959964 * np.sqrt(shares * (1 - shares) / n)
     assert (inside == ((shares >= low) & (shares <= high))).all()
+
+
+@pytest.mark.parametrize("draws", [38, 40])
+def test_a_patient_with_most_volumes_costs_only_the_interval_of_the_ratio(draws):
+    """In some halves no two groups are left that could be compared."""
+    x = np.random.default_rng(0).normal(size=24)
+    patients = ["one"] * 15 + [None] * 5
+    found = compare_with_floor(lambda a, b: abs(x[a].mean() - x[b].mean()), 20, 4, patients=patients, draws=draws)
+    assert found.m == 3 and found.ratio is not None and found.ci95[0] < found.value < found.ci95[1]
+    assert found.ratio_ci95 is None
+    known = compare_with_floor(lambda a, b: abs(x[a].mean() - x[b].mean()), 20, 4, draws=draws)
+    assert known.ratio_ci95[0] < known.ratio < known.ratio_ci95[1]
