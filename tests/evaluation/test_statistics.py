@@ -221,6 +221,15 @@ def test_of_few_draws_the_interval_is_wider_than_their_range(n, t):
     assert n > 20 or np.mean(within_range) < 0.92  # negative control: the smallest and the largest draw
 
 
+@pytest.mark.parametrize(("n", "least"), [(2, 0.87), (3, 0.92)])
+def test_two_draws_are_no_interval(n, least):
+    """Two draws contain a third of all others, three a half."""
+    rng = np.random.default_rng(n)
+    values = rng.normal(3, 2, (4000, n + 1))
+    intervals = [_central(row[:n]) for row in values]
+    assert least < np.mean([low <= row[n] <= high for (low, high), row in zip(intervals, values, strict=True)]) < 0.97
+
+
 def test_halves_of_both_sets_are_drawn_once():
     """With as many synthetic as real volumes, the draws of the value are the half-samples, and each pair is asked for once."""
     x, calls = normal(40, 1, 1)[:, 0], []
