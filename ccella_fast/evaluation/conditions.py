@@ -220,7 +220,10 @@ class CrossFit(NamedTuple):
 def cross_fit(
     real: np.ndarray, known: Sequence[Label], patients: Sequence[Hashable] | None, folds: int, rng: np.random.Generator
 ) -> CrossFit | None:
-    """Fit a probe for each fold of real volumes; None if there is nothing to tell apart or only one patient."""
+    """Fit a probe for each fold of real volumes.
+
+    None if there is nothing to tell apart, or if there is at most one volume of patients other than those of a fold.
+    """
     rows = np.array([i for i, value in enumerate(known) if value is not None], int)
     labels = [known[i] for i in rows]
     groups = group_numbers(patients, len(real))[rows]
@@ -229,6 +232,8 @@ def cross_fit(
         return None
     classes = _classes(labels)
     fold_of = grouped_folds(np.unique(groups, return_inverse=True)[1], number, rng)
+    if len(rows) - np.bincount(fold_of).max() < 2:
+        return None
     probes, readings = [], np.empty((len(rows), max(1, len(classes))))
     for fold in range(number):
         others = rows[fold_of != fold]

@@ -112,8 +112,15 @@ def test_what_cannot_be_read_or_compared_has_no_value():
     ):
         nothing = condition_agreement("class", real, labels, synthetic, asked)
         assert nothing.value is None and nothing.normalized is None and "one_class" in nothing.guards
-    one_patient = condition_agreement("class", real, known["class"], synthetic, prompts["class"], patients=["a"] * 40)
-    assert one_patient.value is None
+    for patients in (["a"] * 40, ["a"] * 39 + ["b"]):  # no probe, or one of a single volume, for those of "a"
+        assert (
+            condition_agreement("class", real, known["class"], synthetic, prompts["class"], patients=patients).value
+            is None
+        )
+    two = condition_agreement(
+        "class", real, known["class"], synthetic, prompts["class"], patients=["a"] * 20 + ["b"] * 20
+    )
+    assert two.value is not None
     with pytest.raises(DataError, match="9 values for 10 volumes"):
         condition_agreement("class", real, known["class"], synthetic, prompts["class"][:9])
     with pytest.raises(DataError, match="40 features per volume|39 features per volume"):
