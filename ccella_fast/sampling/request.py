@@ -189,7 +189,11 @@ class Request:
         if self.text is not None:
             if self.reports is not None:
                 raise ConfigError("both reports and text are given", field="text", fix="give one of them")
-            return list(range(len(self.text) if np.ndim(self.text) > 2 else 1))
+            try:
+                several = np.ndim(self.text) > 2
+            except (TypeError, ValueError, RuntimeError):  # a list that is no array, which `TextFeatureCache` names
+                several = True
+            return list(range(len(self.text) if several else 1))
         reports = self.reports
         if reports is None:
             return None

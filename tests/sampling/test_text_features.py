@@ -111,7 +111,16 @@ def test_threads_get_their_own_features(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize(
     "wrong",
-    [[text(3)[0], text(5)[0]], text(3).to_sparse(), text(3).to(torch.complex64), np.ones((1, 6, 16))[:, ::-1], "x"],
+    [
+        [text(3)[0], text(5)[0]],
+        [text(3)[0], text(5)[0, :5]],  # reports of different lengths
+        [text(3)[0].requires_grad_()],
+        [[[1.0, 2.0]], [[1.0]]],
+        text(3).to_sparse(),
+        text(3).to(torch.complex64),
+        np.ones((1, 6, 16))[:, ::-1],
+        "x",
+    ],
 )
 def test_what_is_no_array_of_numbers_is_an_error(checkpoint, wrong):
     with pytest.raises(ConfigError, match="dense tensor or array of real numbers"):
