@@ -31,7 +31,7 @@ from ccella_fast.kernels.layout import (
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 
 WHOLE_TILES = (2048, 8192, 16384, 32768)  # tile sizes, in elements, for a group that fits in one program
-MAX_WHOLE_TILE = 16384  # in fp32, and of groups that are no multiples of 8 channels: a larger one spills registers
+MAX_WHOLE_TILE = 16384  # in fp32, and if the channels of a group are not a multiple of 8; larger tiles spill registers
 
 
 @jit(do_not_specialize=["programs_per_sample"])

@@ -192,7 +192,7 @@ def _units(volumes: _Reader, blocks: np.ndarray, origin: np.ndarray) -> list[_Un
 
 
 def _are_few(units: Sequence[_Unit]) -> bool:
-    """Whether there are no more slices than features. The eigenvalues of their products that are zero are not in float32."""
+    """Whether there are at most as many slices as features. Rounding would lift the zero eigenvalues of their products."""
     return sum(unit.size for unit in units) <= len(units[0].total) and all(unit.rows is not None for unit in units)
 
 

@@ -191,7 +191,7 @@ class Request:
                 raise ConfigError("both reports and text are given", field="text", fix="give one of them")
             try:
                 several = np.ndim(self.text) > 2
-            except (TypeError, ValueError, RuntimeError):  # a list that is no array, which `TextFeatureCache` names
+            except (TypeError, ValueError, RuntimeError):  # a list that is not an array; `TextFeatureCache` reports it
                 several = True
             return list(range(len(self.text) if several else 1))
         reports = self.reports

@@ -182,7 +182,7 @@ class TextFeatureCache:
         """Text features as fp32 (n, L, E).
 
         Raises:
-            ConfigError: they are no array of numbers, not finite, or do not have the form that the model was trained with.
+            ConfigError: they are not an array of numbers, not finite, or of another form than in training.
         """
         features = _as_tensor(text, field).float()
         features = features[None] if features.ndim == 2 else features

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ccella_fast.config import Config
 from ccella_fast.kernels.backend import ENVIRONMENT
 from ccella_fast.models import build_model
+from kernel_fixtures import without_zeros
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("model")]  # one process computes the truth, once
 GRID = (32, 32, 16)  # half of the default latent in each direction, because of the truth in float64
@@ -19,14 +20,9 @@ GRID = (32, 32, 16)  # half of the default latent in each direction, because of 
 
 @pytest.fixture(scope="module")
 def model():
-    """No parameter is zero, since zeros would hide mistakes in the layers before them."""
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = build_model(Config())
-        for parameter in model.parameters():
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.02)
-    return model
+        return without_zeros(build_model(Config()), std=0.02)
 
 
 def noise_and_gradients(model, dtype):

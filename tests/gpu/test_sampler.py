@@ -10,6 +10,7 @@ from ccella_fast.config import Config
 from ccella_fast.models import build_model
 from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.sampling import Optimizations
+from kernel_fixtures import without_zeros
 from sampling_fixtures import FakeEncoder, write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -52,9 +53,8 @@ def test_the_default_model_at_its_full_size():
     torch.manual_seed(0)
     with torch.device("cuda"):
         model, autoencoder = build_model(config), Autoencoder(config.autoencoder)
-    for parameter in [*model.parameters(), *autoencoder.parameters()]:
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
+    for network in (model, autoencoder):
+        without_zeros(network, std=0.02)
     features = torch.randn(
         2, config.text.max_length, config.model.input_dim, generator=torch.Generator().manual_seed(2)
     )

@@ -16,7 +16,7 @@ from ccella_fast.config import Config
 from ccella_fast.kernels.layout import is_channels_last
 from ccella_fast.models import blocks, build_model, few_channels, unet3d
 from ccella_fast.models import channels_last as layout
-from kernel_fixtures import channels_last, check_fused, draw, dtype_params
+from kernel_fixtures import channels_last, check_fused, draw, dtype_params, without_zeros
 
 LAST = torch.channels_last_3d
 
@@ -71,11 +71,7 @@ def test_every_convolution_of_a_training_step_reads_channels_last(variant):
 def tiny(variant):
     config = Config.model_validate({"model": {**TINY, "variant": variant}})
     torch.manual_seed(0)
-    model = build_model(config).double()
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return config, model
+    return config, without_zeros(build_model(config).double(), std=0.1)
 
 
 def noise_and_gradients(model, config):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ccella_fast.models.blocks import BiaslessConv3d, ResidualConv3d, conv3d
 from ccella_fast.models.thin_grids import on_three_voxels
+from kernel_fixtures import without_zeros
 
 KINDS = {
     "plain": lambda: conv3d(16, 16, 3),
@@ -57,11 +58,7 @@ def test_every_gradient_of_a_network_on_a_thin_grid_is_close_to_float64(grid):
 
     torch.manual_seed(0)
     widths = {"num_channels": [16, 16, 32], "attention_levels": [False, False, True], "num_head_channels": [0, 0, 16]}
-    model = build_model("MAISI", norm_num_groups=8, **widths)
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.bfloat16()
+    model = without_zeros(build_model("MAISI", norm_num_groups=8, **widths), std=0.1).bfloat16()
     x, g = torch.randn(2, 4, *grid).bfloat16(), torch.randn(2, 4, *grid).bfloat16()
 
     def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:

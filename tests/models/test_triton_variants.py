@@ -15,7 +15,7 @@ import torch
 from ccella_fast.kernels.backend import ENVIRONMENT, KERNELS
 from ccella_fast.models import build_model
 from ccella_fast.variants import VARIANTS
-from kernel_fixtures import repair_interpreter
+from kernel_fixtures import repair_interpreter, without_zeros
 from op_counter import count
 
 repair_interpreter()
@@ -29,13 +29,8 @@ IN_EVERY_RUN = ("CCELLA", "RADMAISI")
 
 
 def variant_model(name):
-    """No parameter is zero, since zeros would hide mistakes in the layers before them."""
     torch.manual_seed(0)
-    model = build_model(name, **SIZES).double()
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    return without_zeros(build_model(name, **SIZES).double(), std=0.1)
 
 
 def results(model, dtype):
