@@ -51,7 +51,7 @@ _KNOWN_KEYS = {  # of the sections in which DeepSpeed ignores unknown keys
     "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
     "optimizer": _OPTIMIZER,
 }  # fmt: skip
-_ADAM_EPS = 1e-8
+ADAM_EPS = 1e-8
 
 
 def merge_deepspeed_config(
@@ -211,9 +211,9 @@ def _optimizer(values: dict[str, Any], path: object) -> dict[str, Any]:
         fix = 'use {"type": "AdamW"} or remove the section'
         raise ConfigError(f"the optimizer '{name}' is not supported", path=path, field="optimizer.type", fix=fix)
     _check_keys(params, _OPTIMIZER_PARAMS, "optimizer.params", path)
-    if params.get("eps", _ADAM_EPS) not in ("auto", _ADAM_EPS):
-        why = f"eps must be {_ADAM_EPS}, got {params['eps']!r:.40}"
-        raise ConfigError(why, path=path, field="optimizer.params.eps", fix=f"remove it, or use {_ADAM_EPS}")
+    if params.get("eps", ADAM_EPS) not in ("auto", ADAM_EPS):
+        why = f"eps must be {ADAM_EPS}, got {params['eps']!r:.40}"
+        raise ConfigError(why, path=path, field="optimizer.params.eps", fix=f"remove it, or use {ADAM_EPS}")
     names = {"lr": "training.lr", "betas": "training.adam_betas", "weight_decay": "training.weight_decay"}
     return {names[key]: value for key, value in params.items() if key in names and value != "auto"}
 
@@ -236,15 +236,15 @@ def _engine_values(
     """The values that follow from the configuration, and defaults where the file (`passed`) has none."""
     training = config.training
     micro, steps, bf16 = training.batch_size, training.gradient_accumulation_steps, training.precision == "bf16"
-    # Sums of bf16 gradients lose small contributions. ZeRO can accumulate in fp32; stage 0 does not have a buffer for it.
+    # Sums of bf16 gradients lose small contributions. Our optimizer at stage 0 always accumulates in fp32.
     accumulation = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and training.zero_stage else {}
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
         "train_batch_size": micro * steps * world_size,
-        # At stage 0 in fp32, the optimizer clips the gradients itself (engine.NonFiniteSkippingAdamW).
-        "gradient_clipping": training.max_grad_norm if bf16 or training.zero_stage else 0.0,
-        "bf16": {"enabled": bf16},
+        # At stage 0 the optimizer clips the gradients and keeps the bf16 weights itself (training/flat_adamw.py).
+        "gradient_clipping": training.max_grad_norm if training.zero_stage else 0.0,
+        "bf16": {"enabled": bf16 and training.zero_stage > 0},
         "zero_optimization": {**zero, "stage": training.zero_stage},
         "steps_per_print": passed.get("steps_per_print"),
         "tensorboard": passed.get("tensorboard")
