@@ -17,7 +17,8 @@ from ccella_fast.models import build_model
 from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.training import distributed
 from ccella_fast.training.activation_memory import activation_bytes
-from ccella_fast.training.run import RunPlan, flatten, make_run_plan
+from ccella_fast.training.resume import flatten
+from ccella_fast.training.run import RunPlan, make_run_plan
 
 _FP32 = 4
 

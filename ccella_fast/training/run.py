@@ -11,32 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ccella_fast.checkpoint import newest_checkpoint, read_state, step_folder, verify_checkpoint
+from ccella_fast.checkpoint import read_state, step_folder
 from ccella_fast.config import Config, load_config
 from ccella_fast.data.augmentation.parameters import check_conditioning
 from ccella_fast.data.checking.findings import check_allowed_names
 from ccella_fast.data.checking.overview import check_before_training
 from ccella_fast.data.manifest import Manifest, load_manifest
-from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError, Stopped
-from ccella_fast.folder_kinds import check_folder, check_output, wrong_folder
+from ccella_fast.errors import CcellaError, ConfigError, DataError, DiskError, Stopped
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.foreign_errors import translate
 from ccella_fast.processes import HostCollectives, raise_together
 from ccella_fast.quantities import counted
 from ccella_fast.storage import disk_error, remove_partial_files, sha256, write_json
 from ccella_fast.training.deepspeed_config import merge_deepspeed_config
+from ccella_fast.training.resume import check_unchanged, find_start
 
 if TYPE_CHECKING:
     from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset
     from ccella_fast.training.batches import BatchStream
 
 logger = logging.getLogger("ccella_fast")
-LATEST = "latest"
-# Settings that may differ between a run and its continuation; all others influence the result.
-_MAY_CHANGE = {
-    "name", "vae_training", "sampling", "paths", "data.engine", "training.activation_checkpointing",
-    "training.checkpointing_steps", "training.checkpoints_total_limit", "training.logging_steps",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,7 @@ def train(
         plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, start=start, allow=allow)
         if start is not None:
             state = read_state(start)
-            check_unchanged(plan, start, state)
+            check_unchanged(plan.config, plan.facts, start, state)
             if state["step"] >= plan.total_steps:
                 logger.info("%s is complete (%s), nothing to do", run, counted(plan.total_steps, "step"))
                 return 0
@@ -186,54 +180,6 @@ def count_steps(config: Config, prepared: Manifest, world_size: int) -> int:
     return math.ceil(
         training.n_epochs * cases / (training.batch_size * training.gradient_accumulation_steps * world_size)
     )
-
-
-def find_start(run: Path, resume: str | None) -> Path | None:
-    """The step folder to resume from, or None to start a new run. Raises ConfigError, CheckpointError."""
-    check_output(run, "a run", field="--output_dir")
-    if resume is None:
-        if (run / "checkpoints").exists() or (run / "config.json").exists():
-            fix = "add --resume, or choose another --output_dir"
-            raise ConfigError("this folder already contains a run", path=run, fix=fix)
-        return None
-    if resume == LATEST:
-        found = newest_checkpoint(run)
-        if found:
-            logger.info("resuming from %s", found)
-        else:
-            logger.info("nothing to resume in %s, starting a new run", run)
-        return found
-    folder = Path(resume)
-    check_folder(folder, "checkpoint", error=CheckpointError, field="--resume")
-    if not folder.exists():
-        raise wrong_folder(folder, "checkpoint", error=CheckpointError, field="--resume")
-    if not (folder / "manifest.json").is_file():
-        raise CheckpointError(
-            "this folder contains no checkpoint", path=folder, fix="give a step folder, or --resume alone"
-        )
-    verify_checkpoint(folder)
-    if folder.resolve().parent.parent != run.resolve():
-        why = f"a run is resumed in its own folder, but --output_dir is {run}"
-        raise ConfigError(why, path=folder, field="--resume", fix=f"use --output_dir {folder.parent.parent}")
-    return folder
-
-
-def check_unchanged(plan: RunPlan, start: Path, state: dict[str, Any]) -> None:
-    """Raise ConfigError, naming the first key, if a setting or fact that influences the result has changed.
-
-    start: the step folder to resume from. state: its training_state.json.
-    """
-    before, now = (flatten(values.dump()) for values in (load_config(start / "config.json"), plan.config))
-    before |= {key: state.get(key) for key in plan.facts}
-    now |= plan.facts
-    for key, value in now.items():
-        if before.get(key) != value and not any(key == free or key.startswith(free + ".") for free in _MAY_CHANGE):
-            raise ConfigError(
-                f"{key} is {value!r:.80}; this run was started with {before.get(key)!r:.80}",
-                path=start,
-                field=key,
-                fix="restore the value, or start a new run in another --output_dir",
-            )
 
 
 def _train(plan: RunPlan, refusal: CcellaError | None) -> int:
@@ -385,14 +331,3 @@ def _initialize_run_folder(plan: RunPlan, step: int) -> None:
     remove_partial_files(plan.run)
     write_json(plan.run / "config.json", plan.config.dump())
     write_status(plan.run, "running", step=step, total_steps=plan.total_steps)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
