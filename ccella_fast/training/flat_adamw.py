@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from ccella_fast.kernels.adamw import AdamWStep, adamw_
 from ccella_fast.models.wide_linear import WideLinear
 
 BUCKET = 2**25  # elements
+STATES = ("masters", "exp_avg", "exp_avg_sq")
 _ALIGNMENT = 128  # elements: kernels read 16 bytes at a time, and the cache lines of a GPU have 128 bytes
 _WIDTH = 1024  # elements of which the squares are added before their sums are: fp32 sums of millions would be inexact
 
@@ -115,6 +117,18 @@ class FlatAdamW(torch.optim.Optimizer):
         if self._computed is not self.masters:
             self._computed.copy_(self.masters)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates, the learning rate, the master weights and the moments."""
+        return {"steps": self.steps, "lr": self.param_groups[0]["lr"], **{name: getattr(self, name) for name in STATES}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.steps, self.param_groups[0]["lr"] = state["steps"], state["lr"]
+        for name in STATES:
+            getattr(self, name).copy_(state[name])
+        self.copy_masters()
+
     def _lay_out(self, parameters: list[nn.Parameter], start: int) -> int:
         """Assign parts from `start` to the parameters. Returns the end."""
         for parameter in parameters:
@@ -186,9 +200,9 @@ class FlatAdamW(torch.optim.Optimizer):
         for side in zip(*pairs, strict=True):  # the layers have the same shape, and are gathered together
             local = torch.stack(side).reshape(len(self._wide), -1, side[0].shape[-1])
             if _world_size() > 1:
-                every = local.new_empty(_world_size(), *local.shape)
+                every = local.new_empty(_world_size() * local.shape[0], *local.shape[1:])
                 dist.all_gather_into_tensor(every, local)
-                local = every.transpose(0, 1).reshape(len(self._wide), -1, side[0].shape[-1])
+                local = every.unflatten(0, (_world_size(), -1)).transpose(0, 1).flatten(1, 2)
             sides.append(local)
         for layer in self._wide:
             layer.factors = []
