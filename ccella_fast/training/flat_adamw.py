@@ -27,7 +27,7 @@ from ccella_fast.kernels.adamw import AdamWStep, adamw_
 from ccella_fast.models.wide_linear import WideLinear
 
 BUCKET = 2**25  # elements
-STATES = ("masters", "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 _ALIGNMENT = 128  # elements: kernels read 16 bytes at a time, and the cache lines of a GPU have 128 bytes
 _WIDTH = 1024  # elements of which the squares are added before their sums are: fp32 sums of millions would be inexact
 
@@ -56,6 +56,7 @@ class FlatAdamW(torch.optim.Optimizer):
         exp_avg: first moments, fp32.
         exp_avg_sq: second moments, fp32.
         average: moving average of the weights, fp32, which `step` updates with the decay that `average_decay` returns; or None.
+        gradients: of all parameters but the wide layers' weights, fp32; complete after `finish_sums`.
         is_last_micro_step: returns whether the gradients are complete after this backward pass; set by `build_engine`.
     """
 
@@ -93,7 +94,7 @@ class FlatAdamW(torch.optim.Optimizer):
         device = parameters[0].device
         self.masters, self.exp_avg, self.exp_avg_sq = (torch.zeros(end, device=device) for _ in range(3))
         self._computed = self.masters if dtype == torch.float32 else torch.zeros(end, dtype=dtype, device=device)
-        self._gradients = torch.zeros(dense_end, device=device)
+        self.gradients = torch.zeros(dense_end, device=device)
         # On a CPU the product of factors is formed in memory. Kept, since the system takes longer to provide such memory.
         largest = max((weight.numel() for weight in wide), default=0)
         self._workspace = torch.empty(largest) if device.type == "cpu" else None
@@ -110,7 +111,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
     def views(self, flat: Tensor) -> dict[nn.Parameter, Tensor]:
         """The part of each parameter in a flat buffer, with its shape and memory format."""
-        return {parameter: self._view(flat, parameter) for parameter in self._ranges}
+        return {parameter: self.view(flat, parameter) for parameter in self._ranges}
 
     def copy_masters(self) -> None:
         """Copy the master weights to the weights that the model computes with."""
@@ -119,13 +120,13 @@ class FlatAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The number of updates, the learning rate, the master weights and the moments."""
-        return {"steps": self.steps, "lr": self.param_groups[0]["lr"], **{name: getattr(self, name) for name in STATES}}
+        return {"steps": self.steps, "lr": self.param_groups[0]["lr"], **{name: getattr(self, name) for name in ("masters", *MOMENTS)}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.steps, self.param_groups[0]["lr"] = state["steps"], state["lr"]
-        for name in STATES:
+        for name in ("masters", *MOMENTS):
             getattr(self, name).copy_(state[name])
         self.copy_masters()
 
@@ -136,20 +137,21 @@ class FlatAdamW(torch.optim.Optimizer):
             start = _round_up(start + parameter.numel(), _ALIGNMENT)
         return _round_up(start, _WIDTH)
 
-    def _view(self, flat: Tensor, parameter: nn.Parameter) -> Tensor:
+    def view(self, flat: Tensor, parameter: nn.Parameter) -> Tensor:
+        """The part of the parameter in a flat buffer, with its shape and memory format."""
         return flat[self._ranges[parameter]].as_strided(parameter.shape, parameter.stride())
 
     def _make_buckets(self, dense: list[nn.Parameter], size: int) -> list[_Bucket]:
         """Divide the gradients into buckets of at least `size` elements, but the last, and add a hook to each parameter."""
         buckets: list[_Bucket] = []
         members: list[nn.Parameter] = []
-        ends = [self._ranges[parameter].start for parameter in dense[1:]] + [len(self._gradients)]
+        ends = [self._ranges[parameter].start for parameter in dense[1:]] + [len(self.gradients)]
         for parameter, end in zip(dense, ends, strict=True):
             members.append(parameter)
             start = self._ranges[members[0]].start
             if end - start >= size or parameter is dense[-1]:
-                views = {member: self._view(self._gradients, member) for member in members}
-                buckets.append(_Bucket(self._gradients[start:end], views))
+                views = {member: self.view(self.gradients, member) for member in members}
+                buckets.append(_Bucket(self.gradients[start:end], views))
                 members = []
         for bucket in buckets:
             for parameter in bucket.views:
@@ -172,8 +174,8 @@ class FlatAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Sum, clip and update, unless the norm of the gradients is not finite."""
-        self._finish_sums()
-        factors = self._gather_factors()
+        self.finish_sums()
+        factors = self.gather_factors()
         world_size = _world_size()
         norm = float(self._norm(factors)) / world_size
         self._global_grad_norm, self.overflow = norm, not math.isfinite(norm)
@@ -181,7 +183,7 @@ class FlatAdamW(torch.optim.Optimizer):
             clip = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0
             self._update(factors, clip / world_size)
 
-    def _finish_sums(self) -> None:
+    def finish_sums(self) -> None:
         """Take and sum the gradients that the hooks have left, and wait for all sums."""
         for bucket in self._buckets:
             bucket.take_gradients()
@@ -191,7 +193,7 @@ class FlatAdamW(torch.optim.Optimizer):
             bucket.finish_sum()
         self._started = 0
 
-    def _gather_factors(self) -> tuple[Tensor, Tensor] | None:
+    def gather_factors(self) -> tuple[Tensor, Tensor] | None:
         """dy (layers, rows, O) and x (layers, rows, I) of all micro-steps and processes; None without wide layers in the loss."""
         pairs = [pair for layer in self._wide for pair in layer.factors or ()]
         if not pairs:
@@ -210,7 +212,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
     def _norm(self, factors: tuple[Tensor, Tensor] | None) -> Tensor:
         """The norm of the summed gradients."""
-        square = torch.linalg.vector_norm(self._gradients.view(-1, _WIDTH), dim=1).square().sum()
+        square = torch.linalg.vector_norm(self.gradients.view(-1, _WIDTH), dim=1).square().sum()
         if factors is not None:
             dy, x = (side.float() for side in factors)
             square = square + ((dy @ dy.mT) * (x @ x.mT)).sum()
@@ -223,7 +225,7 @@ class FlatAdamW(torch.optim.Optimizer):
         step = AdamWStep(
             group["lr"], *group["betas"], group["eps"], group["weight_decay"], self.steps, scale, self.average_decay()
         )
-        self._update_part(slice(0, len(self._gradients)), self._gradients, step)
+        self._update_part(slice(0, len(self.gradients)), self.gradients, step)
         for number, layer in enumerate(self._wide):
             part = self._ranges[layer.weight]
             if factors is None:
