@@ -127,7 +127,7 @@ def _lock_run_folder(run: Path, held: contextlib.ExitStack) -> CcellaError | Non
 
     One of several ranks returns its refusal for `_train`, where all ranks can raise it: alone, the others would wait for it.
     """
-    if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) != "0":
+    if os.environ.get("RANK", "0") != "0":
         return None
     try:
         held.enter_context(lock_folder(run, "train.py"))
