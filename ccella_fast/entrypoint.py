@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import ccella_fast
+from ccella_fast import launchers
 from ccella_fast.errors import CcellaError, ConfigError, Stopped, did_you_mean, nearest
 from ccella_fast.foreign_errors import translate
 
@@ -29,6 +30,18 @@ _PATIENCE = (
 EXIT_CODES = """exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss,
 130/143 stopped by a signal, 141 closed pipe"""
 LESS_MEMORY = "end other programs, use a machine with more memory, or process less at a time"
+
+
+def adopt_launcher() -> None:
+    """Set the variables of torchrun from those of another launcher, such as srun; exit if they are not usable.
+
+    Call it first: they decide also which process prints messages.
+    """
+    try:
+        launchers.adopt_launcher()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def is_local_rank_zero() -> bool:

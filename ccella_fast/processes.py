@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ccella_fast import errors
 from ccella_fast.errors import CcellaError, ConfigError, did_you_mean
 from ccella_fast.folder_lock import lock_folder
+from ccella_fast.launchers import adopt_launcher
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -78,7 +79,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 class DistributedContext:
-    """The processes started by torchrun, each with one GPU; a single process without torchrun.
+    """The processes started by torchrun or another launcher, each with one GPU; a single process without one.
 
     Attributes:
         rank: of this process.
@@ -86,6 +87,7 @@ class DistributedContext:
     """
 
     def __init__(self) -> None:
+        adopt_launcher()
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.world_size > 1 and not dist.is_initialized():
             # Long, because a rank waits for the last volumes of the others; torchrun stops all ranks if one fails.

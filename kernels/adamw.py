@@ -5,11 +5,11 @@
     w = (1 - lr * decay) w - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
     average = d average + (1 - d) w         copy = w, rounded to 16 bits
 
-The gradient of N weights is a tensor (N,), or the pair (dy (R, O), x (R, I)) of the factors of dy^T x, a matrix of O x I = N
+The gradient of N weights is a tensor (N,), or the pair (dy (R, M), x (R, K)) of the factors of dy^T x, a matrix of M x K = N
 elements that is not written to memory.
 
 Memory traffic for N weights with average and copy: 38 N bytes, or 34 N with factors; PyTorch's fused AdamW, `lerp_` and `copy_`
-46 N, and with factors 54 N. Arithmetic is in fp32.
+46 N, and with factors 50 N. Arithmetic is in fp32.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _update(
         tl.store(copy_ptr + o, b_w.to(copy_ptr.dtype.element_ty), mask=mask)
 
 
-@jit(do_not_specialize=["N"])
+@jit
 def _adamw_kernel(
     gradient_ptr, weights_ptr, exp_avg_ptr, exp_avg_sq_ptr, average_ptr, copy_ptr, N, scale, beta1, one_less_beta1, beta2,
     one_less_beta2, kept, step_size, inverse_root, eps, one_less_average, BLOCK: tl.constexpr,
@@ -126,24 +126,24 @@ def _adamw_kernel(
 
 @jit(do_not_specialize=["R"])
 def _adamw_factors_kernel(
-    dy_ptr, x_ptr, weights_ptr, exp_avg_ptr, exp_avg_sq_ptr, average_ptr, copy_ptr, R, O, I, scale, beta1, one_less_beta1,
-    beta2, one_less_beta2, kept, step_size, inverse_root, eps, one_less_average, BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
+    dy_ptr, x_ptr, weights_ptr, exp_avg_ptr, exp_avg_sq_ptr, average_ptr, copy_ptr, R, M, K, scale, beta1, one_less_beta1,
+    beta2, one_less_beta2, kept, step_size, inverse_root, eps, one_less_average, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the weight (O, I), whose gradient is the product of the columns of dy (R, O) and x (R, I)."""
-    o_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    o_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    m_o, m_i = o_o < O, o_i < I
-    b_g = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    """A tile of the weight (M, K), whose gradient is the product of the columns of dy (R, M) and x (R, K)."""
+    o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_m, m_k = o_m < M, o_k < K
+    b_g = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for first in tl.range(0, R, BLOCK_R):
         o_r = first + tl.arange(0, BLOCK_R)
         m_r = o_r < R
-        b_dy = tl.load(dy_ptr + o_r[None, :] * O + o_o[:, None], mask=m_r[None, :] & m_o[:, None], other=0.0)
-        b_x = tl.load(x_ptr + o_r[:, None] * I + o_i[None, :], mask=m_r[:, None] & m_i[None, :], other=0.0)
+        b_dy = tl.load(dy_ptr + o_r[None, :] * M + o_m[:, None], mask=m_r[None, :] & m_m[:, None], other=0.0)
+        b_x = tl.load(x_ptr + o_r[:, None] * K + o_k[None, :], mask=m_r[:, None] & m_k[None, :], other=0.0)
         b_g += tl.dot(b_dy, b_x, input_precision="ieee")
-    o = o_o[:, None].to(tl.int64) * I + o_i[None, :]
+    o = o_m[:, None].to(tl.int64) * K + o_k[None, :]
     _update(
-        b_g, o, m_o[:, None] & m_i[None, :], weights_ptr, exp_avg_ptr, exp_avg_sq_ptr, average_ptr, copy_ptr, scale, beta1,
+        b_g, o, m_m[:, None] & m_k[None, :], weights_ptr, exp_avg_ptr, exp_avg_sq_ptr, average_ptr, copy_ptr, scale, beta1,
         one_less_beta1, beta2, one_less_beta2, kept, step_size, inverse_root, eps, one_less_average,
     )  # fmt: skip
 
@@ -181,11 +181,11 @@ def _adamw_factors_op(
     average: Tensor | None,
     copy: Tensor | None,
 ) -> None:
-    (R, O), I = dy.shape, x.shape[1]  # noqa: E741
+    (R, M), K = dy.shape, x.shape[1]
     config = launch_config("adamw", "factors fp32" if dy.dtype == torch.float32 else "factors 16bit", weights.device)
-    grid = -(-I // config.constants["BLOCK_I"]), -(-O // config.constants["BLOCK_O"])
+    grid = -(-K // config.constants["BLOCK_K"]), -(-M // config.constants["BLOCK_M"])
     _adamw_factors_kernel[grid](
-        dy, x, weights, exp_avg, exp_avg_sq, average, copy, R, O, I, *numbers, **config.launch()
+        dy, x, weights, exp_avg, exp_avg_sq, average, copy, R, M, K, *numbers, **config.launch()
     )
 
 
@@ -212,12 +212,12 @@ def aot_cases() -> list[CompileCase]:
          "one_less_average"), "fp32",
     )  # fmt: skip
     common, configs = {**states, "copy_ptr": "*bf16", **scalars}, DEFAULT_LAUNCH_CONFIGS["adamw"]
-    dense = {**common, "gradient_ptr": "*fp32", "N": "i64"}
-    factors = {**common, "dy_ptr": "*bf16", "x_ptr": "*bf16", "R": "i32", "O": "i32", "I": "i32"}
+    dense = {**common, "gradient_ptr": "*fp32", "N": "i32"}
+    factors = {**common, "dy_ptr": "*bf16", "x_ptr": "*bf16", "R": "i32", "M": "i32", "K": "i32"}
     return [
-        CompileCase("adamw dense", _adamw_kernel, dense, configs["dense"], wide_loads=True),
+        CompileCase("adamw dense", _adamw_kernel, dense, configs["dense"], divisible=("N",), wide_loads=True),
         CompileCase(
-            "adamw factors bf16", _adamw_factors_kernel, factors, configs["factors 16bit"], divisible=("O", "I"),
+            "adamw factors bf16", _adamw_factors_kernel, factors, configs["factors 16bit"], divisible=("M", "K"),
             wide_loads=True, tensor_cores=True,
         ),
     ]  # fmt: skip
@@ -241,7 +241,7 @@ def adamw_(
         weights: (N,), fp32, contiguous, as all tensors.
         exp_avg: (N,), fp32, the first moment m.
         exp_avg_sq: (N,), fp32, the second moment v.
-        gradient: (N,), fp32, or the factors (dy (R, O), x (R, I)) with O * I = N, of one floating dtype.
+        gradient: (N,), fp32, or the factors (dy (R, M), x (R, K)) with M * K = N, of one floating dtype.
         step: The numbers of the step.
         average: (N,), fp32, the moving average of the weights.
         copy: (N,), to which the new weights are copied, in its dtype.
@@ -278,6 +278,6 @@ def _check(
         dy, x = gradient
         sizes = f"dy {tuple(dy.shape)} and x {tuple(x.shape)}"
         if dy.ndim != 2 or x.ndim != 2 or len(dy) != len(x) or dy.shape[1] * x.shape[1] != weights.numel():
-            raise ValueError(f"{sizes} are not the factors (R, O) and (R, I) of {weights.numel()} weights")
+            raise ValueError(f"{sizes} are not the factors (R, M) and (R, K) of {weights.numel()} weights")
         if dy.dtype != x.dtype or not dy.is_contiguous() or not x.is_contiguous():
             raise ValueError(f"{sizes} must be contiguous and have one dtype, got {dy.dtype} and {x.dtype}")

@@ -236,7 +236,8 @@ def _reference(engine: Any, precision: str) -> reference.ReferenceModel:
     model = reference.shared_with(engine.module)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.detach()))  # the engine's own pass their gradients to its optimizer
+            # Parameters of its own: those of the engine pass their gradients to the engine's optimizer.
+            setattr(module, name, nn.Parameter(parameter.detach()))
     return model
 
 

@@ -18,6 +18,7 @@ from ccella_fast.models.blocks import Checkpointed, zero_module
 from ccella_fast.models.embeddings import sinusoidal
 from ccella_fast.models.wide_linear import WideLinear
 
+
 class ClassHead(nn.Module):
     """A two-layer perceptron on all latents together."""
 

@@ -43,7 +43,7 @@ class _KeepFactors(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, None]:
         x, weight = ctx.saved_tensors
         ctx.factors.append((dy, x))
         return dy @ weight, None, dy.sum(0), None

@@ -1,7 +1,7 @@
 """The processes of a run: initialization, collectives in host memory, signals.
 
-The launchers `deepspeed` and `torchrun` set the same five environment variables; plain `python` is a world of one process. This
-module must be imported before DeepSpeed, which chooses its accelerator on import.
+The launchers set the same five environment variables (see `launchers`); plain `python` is a world of one process. This module
+must be imported before DeepSpeed, which chooses its accelerator on import.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ccella_fast.errors import CcellaError
+from ccella_fast.errors import CcellaError, ConfigError
+from ccella_fast.launchers import adopt_launcher
 
 logger = logging.getLogger("ccella_fast")
 _TIMEOUT = timedelta(minutes=30)
@@ -32,9 +33,11 @@ def uses_gpu() -> bool:
 
 def initialize_processes() -> torch.device:
     """Join the process group, with NCCL on GPUs and gloo on CPUs. Returns the device of this process."""
-    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:  # plain `python`: one process
+    adopt_launcher()
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # plain `python`, or one process of a launcher
         single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-        os.environ.update({name: str(value) for name, value in single.items()})
+        for name, value in single.items():
+            os.environ.setdefault(name, str(value))
     gpu = uses_gpu()
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -48,11 +51,16 @@ def initialize_processes() -> torch.device:
         # and hangs if a killed build has left its lock. It only accelerates gloo, and DeepSpeed omits every op that this
         # private table of compatible ops does not contain: so replace the table with an empty one.
         vars(deepspeed.ops)["__compatible_ops__"] = {}
+    if gpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        why = f"process {os.environ['LOCAL_RANK']} of this machine sees {torch.cuda.device_count()} GPUs"
+        fix = "start as many processes as there are GPUs; under srun let each see all of them, with --gpu-bind=none"
+        raise ConfigError(why, field="LOCAL_RANK", fix=fix)
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", timeout=_TIMEOUT, verbose=False)
     if not gpu:
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    index = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 @contextmanager

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ccella_fast.training.engine import full_weights, master_weights, set_master_weights
+from ccella_fast.training.engine import master_weights
 from ccella_fast.training.flat_adamw import FlatAdamW
+from ccella_fast.training.full_tensors import full_tensors, set_full_tensors
 
 
 class Ema:
@@ -49,15 +50,15 @@ class Ema:
         self.updates += 1
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and average of every parameter, on every process. All processes must iterate to the end."""
+        """Yield name and average of every parameter, as `full_tensors` does. All processes must iterate to the end."""
         with self._swapped():
-            yield from full_weights(self.engine)
+            yield from full_tensors(self.engine, "weights")
 
     @torch.no_grad()
     def restore(self, values: dict[str, Tensor], updates: int) -> None:
         """Restore averages from whole parameters, as yielded by `full_weights`. All processes must call it."""
         with self._swapped():
-            set_master_weights(self.engine, values)
+            set_full_tensors(self.engine, "weights", values)
         self.updates = updates
 
     @contextmanager

@@ -1,14 +1,13 @@
-"""The DeepSpeed engine (model, AdamW, learning rate, activation checkpointing) and its fp32 master weights.
+"""The DeepSpeed engine: model, AdamW, learning rate, activation checkpointing; and its fp32 master weights.
 
 DeepSpeed keeps the master weights in different attributes for each ZeRO stage and precision. In all cases, `master_weights`
-returns the shards of this process, and `full_weights` whole parameters.
+returns what this process updates, and `full_tensors` whole parameters.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -103,44 +102,6 @@ def master_weights(engine: Any) -> list[Tensor]:
         if hasattr(optimizer, name):  # ZeRO 3; ZeRO 1 and 2; ZeRO 1 in bf16
             return [shard.data for shard in getattr(optimizer, name)]
     raise TypeError(f"the master weights of {type(optimizer).__name__} are not known")
-
-
-def full_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and fp32 value of every parameter, on every process. All processes must iterate to the end."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    masters = _stage_0_masters(engine)
-    for name, parameter in engine.module.named_parameters():
-        yield name, masters[parameter] if masters else safe_get_full_fp32_param(parameter)
-
-
-def set_master_weights(engine: Any, values: dict[str, Tensor]) -> None:
-    """Copy whole fp32 parameters to the master weights, without changing the weights that the model computes with.
-
-    At stage 0 in fp32, the model computes with the master weights themselves.
-
-    values: by parameter name, on any device.
-    """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    masters = _stage_0_masters(engine)
-    for name, parameter in engine.module.named_parameters():
-        value = values[name].to(engine.device)
-        if masters:
-            masters[parameter].copy_(value)
-        elif engine.zero_optimization_stage() == 3:
-            # `ds_tensor` is this process's part of DeepSpeed's flat parameter; parts have equal sizes, the last one is padded.
-            part = parameter.ds_tensor.numel()
-            padded = nn.functional.pad(value.flatten(), (0, part * engine.world_size - value.numel()))
-            safe_set_local_fp32_param(parameter, padded.narrow(0, part * engine.global_rank, part))
-        else:
-            safe_set_full_fp32_param(parameter, value)
-
-
-def _stage_0_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
-    """Map from each parameter to its fp32 master weight at stage 0; empty with ZeRO, which shards them."""
-    optimizer = engine.optimizer
-    return optimizer.views(optimizer.masters) if isinstance(optimizer, FlatAdamW) else {}
 
 
 def checkpoint_function(section: dict[str, Any] | None) -> Any:

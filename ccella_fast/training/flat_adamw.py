@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -84,7 +84,7 @@ class FlatAdamW(torch.optim.Optimizer):
         self.is_last_micro_step: Callable[[], bool] = lambda: True
         layers = [layer for layer in model.modules() if isinstance(layer, WideLinear)]
         self._wide = [layer for layer in layers if 2 * rows <= min(layer.weight.shape)]
-        wide = [layer.weight for layer in self._wide]
+        self._wide_weights = wide = [cast(nn.Parameter, layer.weight) for layer in self._wide]
         # The backward pass computes the gradients of the last layers first.
         dense = [parameter for parameter in reversed(parameters) if all(parameter is not weight for weight in wide)]
         self._ranges: dict[nn.Parameter, slice] = {}
@@ -117,18 +117,6 @@ class FlatAdamW(torch.optim.Optimizer):
         """Copy the master weights to the weights that the model computes with."""
         if self._computed is not self.masters:
             self._computed.copy_(self.masters)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of updates, the learning rate, the master weights and the moments."""
-        return {"steps": self.steps, "lr": self.param_groups[0]["lr"], **{name: getattr(self, name) for name in ("masters", *MOMENTS)}}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.steps, self.param_groups[0]["lr"] = state["steps"], state["lr"]
-        for name in ("masters", *MOMENTS):
-            getattr(self, name).copy_(state[name])
-        self.copy_masters()
 
     def _lay_out(self, parameters: list[nn.Parameter], start: int) -> int:
         """Assign parts from `start` to the parameters. Returns the end."""
@@ -194,7 +182,10 @@ class FlatAdamW(torch.optim.Optimizer):
         self._started = 0
 
     def gather_factors(self) -> tuple[Tensor, Tensor] | None:
-        """dy (layers, rows, O) and x (layers, rows, I) of all micro-steps and processes; None without wide layers in the loss."""
+        """dy (layers, rows, O) and x (layers, rows, I), with the rows of all micro-steps and processes.
+
+        None if no wide layer enters the loss.
+        """
         pairs = [pair for layer in self._wide for pair in layer.factors or ()]
         if not pairs:
             return None
@@ -222,17 +213,15 @@ class FlatAdamW(torch.optim.Optimizer):
         """Update all weights with the gradients times `scale`."""
         self.steps += 1
         group = self.param_groups[0]
-        step = AdamWStep(
-            group["lr"], *group["betas"], group["eps"], group["weight_decay"], self.steps, scale, self.average_decay()
-        )
+        (beta1, beta2), decay = group["betas"], group["weight_decay"]
+        step = AdamWStep(group["lr"], beta1, beta2, group["eps"], decay, self.steps, scale, self.average_decay())
         self._update_part(slice(0, len(self.gradients)), self.gradients, step)
-        for number, layer in enumerate(self._wide):
-            part = self._ranges[layer.weight]
+        for number, weight in enumerate(self._wide_weights):
             if factors is None:
-                zeros = [layer.weight.new_zeros(1, size) for size in layer.weight.shape]
-                self._update_part(part, (zeros[0], zeros[1]), step)
+                of_layer = weight.new_zeros(1, weight.shape[0]), weight.new_zeros(1, weight.shape[1])
             else:
-                self._update_part(part, (factors[0][number], factors[1][number]), step)
+                of_layer = factors[0][number], factors[1][number]
+            self._update_part(self._ranges[weight], of_layer, step)
 
     def _update_part(self, part: slice, gradient: Tensor | tuple[Tensor, Tensor], step: AdamWStep) -> None:
         adamw_(
@@ -271,15 +260,15 @@ class _Bucket:
 
         A parameter that does not enter the loss has no gradient, which counts as zero, as with ZeRO.
         """
-        found = [parameter for parameter in self.views if parameter.grad is not None]
-        if found and self.complete:
+        pairs = [(view, parameter.grad) for parameter, view in self.views.items() if parameter.grad is not None]
+        if pairs and self.complete:
             raise RuntimeError("a parameter got a gradient twice in one backward pass; its first one has been summed")
-        views, gradients = [self.views[parameter] for parameter in found], [parameter.grad for parameter in found]
-        if self._empty and len(found) < len(self.views):
+        if self._empty and len(pairs) < len(self.views):
             self.flat.zero_()
-        if found:
+        if pairs:
+            views, gradients = map(list, zip(*pairs, strict=True))
             (torch._foreach_copy_ if self._empty else torch._foreach_add_)(views, gradients)
-        for parameter in found:
+        for parameter in self.views:
             parameter.grad = None
         self.missing, self._empty = set(self.views), False
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from ccella_fast.errors import NonFiniteError
 from ccella_fast.losses import class_loss, noise_loss
 from ccella_fast.processes import HostCollectives
 from ccella_fast.training.batches import BatchStream, MicroBatch
+from ccella_fast.training.checkpointing import CheckpointWriter
 from ccella_fast.training.distributed import SignalHandler
 from ccella_fast.training.ema import Ema
 from ccella_fast.training.telemetry import Progress, Telemetry
@@ -71,7 +71,7 @@ def train_loop(
     *,
     state: LoopState,
     total_steps: int,
-    save: Callable[[LoopState], None],
+    checkpoints: CheckpointWriter,
     signals: SignalHandler,
     collectives: HostCollectives,
     telemetry: Telemetry | None,
@@ -85,7 +85,7 @@ def train_loop(
         ema: the moving average of the weights, updated after each finite step.
         state: where to start.
         total_steps: T, the length of the run in optimizer steps.
-        save: writes a checkpoint; called at the configured interval, after the last step and after a signal.
+        checkpoints: writes a checkpoint at the configured interval, after the last step and after a signal.
         signals: records SIGTERM and SIGINT.
         collectives: used for decisions that all processes must take alike.
         telemetry: None on all processes but rank 0.
@@ -95,6 +95,7 @@ def train_loop(
 
     Raises:
         NonFiniteError: `MAX_NONFINITE_STEPS` consecutive steps were not finite.
+        DiskError: a checkpoint could not be written.
     """
     training, schedule, weight = config.training, Schedule.from_config(config.scheduler), config.class_loss_weight
     first, nonfinite_steps = state
@@ -130,10 +131,13 @@ def train_loop(
             telemetry.bar.update()
 
         signal = collectives.max(signals.signal)
-        if done % training.checkpointing_steps == 0 or done == total_steps or signal:
-            save(LoopState(done, nonfinite_steps))
+        checkpoints.publish_if_written()
         if signal:
+            checkpoints.save_after_signal(done, nonfinite_steps, signal)
             return done, signal
+        if done % training.checkpointing_steps == 0 or done == total_steps:
+            checkpoints.save(done, nonfinite_steps)
+    checkpoints.finish()
     return total_steps, 0
 
 

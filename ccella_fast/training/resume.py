@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,22 @@ from ccella_fast.checkpoint import newest_checkpoint, verify_checkpoint
 from ccella_fast.config import Config, load_config
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.folder_kinds import check_folder, check_output, wrong_folder
+from ccella_fast.storage import read_json
 
 logger = logging.getLogger("ccella_fast")
 LATEST = "latest"
+_RESTORE = "restore the value, or start a new run in another --output_dir"
+# The layout of a run: it decides how the work is shared, and may change as long as the global batch stays the same.
+_LAYOUT = (
+    "training.batch_size",
+    "training.gradient_accumulation_steps",
+    "world_size",
+    "training.zero_stage",
+    "training.precision",
+)
 # Settings that may differ between a run and its continuation; all others influence the result.
 _MAY_CHANGE = {
+    *_LAYOUT,
     "name", "vae_training", "sampling", "paths", "data.engine", "training.activation_checkpointing",
     "training.checkpointing_steps", "training.checkpoints_total_limit", "training.logging_steps",
 }  # fmt: skip
@@ -53,6 +65,9 @@ def find_start(run: Path, resume: str | None) -> Path | None:
 def check_unchanged(config: Config, facts: dict[str, Any], start: Path, state: dict[str, Any]) -> None:
     """Raise ConfigError, naming the first key, if a setting or fact that influences the result has changed.
 
+    The layout may change: a checkpoint contains whole tensors, and the data is drawn for the global batch. What changes then is
+    the rounding.
+
     Args:
         config: of the run that continues.
         facts: its entries in training_state.json, see `RunPlan.facts`.
@@ -68,8 +83,35 @@ def check_unchanged(config: Config, facts: dict[str, Any], start: Path, state: d
                 f"{key} is {value!r:.80}; this run was started with {before.get(key)!r:.80}",
                 path=start,
                 field=key,
-                fix="restore the value, or start a new run in another --output_dir",
+                fix=_RESTORE,
             )
+    batches = [_global_batch(values) for values in (before, now)]
+    if batches[0] != batches[1]:
+        sizes = [" x ".join(str(values[key]) for key in _LAYOUT[:3]) for values in (before, now)]
+        raise ConfigError(
+            f"training.batch_size x gradient_accumulation_steps x processes is {sizes[1]} = {batches[1]}; this run was "
+            f"started with {sizes[0]} = {batches[0]}",
+            path=start,
+            field="training.batch_size",
+            fix=f"choose the first two so that the product is {batches[0]} again",
+        )
+    changed = [key for key in _LAYOUT if before[key] != now[key]]
+    sharded = before["training.zero_stage"] > 0 and read_json(start / "manifest.json")["version"] == 1
+    if changed and sharded:
+        raise ConfigError(
+            f"{changed[0]} is {now[changed[0]]!r}, but this checkpoint of an earlier version can only be resumed with "
+            f"{before[changed[0]]!r}",
+            path=start,
+            field=changed[0],
+            fix=_RESTORE,
+        )
+    if changed:
+        changes = ", ".join(f"{key} was {before[key]} and is {now[key]}" for key in changed)
+        logger.info("%s; the global batch is still %d", changes, batches[0])
+
+
+def _global_batch(values: dict[str, Any]) -> int:
+    return math.prod(values[key] for key in _LAYOUT[:3])
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ccella_fast.data.augmentation.parameters import check_conditioning
 from ccella_fast.data.checking.findings import check_allowed_names
 from ccella_fast.data.checking.overview import check_before_training
 from ccella_fast.data.manifest import Manifest, load_manifest
-from ccella_fast.errors import CcellaError, ConfigError, DataError, DiskError, Stopped
+from ccella_fast.errors import CcellaError, ConfigError, DataError, DiskError, NonFiniteError, Stopped
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.foreign_errors import translate
 from ccella_fast.processes import HostCollectives, raise_together
@@ -127,7 +127,7 @@ def _lock_run_folder(run: Path, held: contextlib.ExitStack) -> CcellaError | Non
 
     One of several ranks returns its refusal for `_train`, where all ranks can raise it: alone, the others would wait for it.
     """
-    if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) != "0":
+    if os.environ.get("RANK", "0") != "0":
         return None
     try:
         held.enter_context(lock_folder(run, "train.py"))
@@ -266,23 +266,24 @@ def _build_and_train(plan: RunPlan, device: Any, last_saved: dict[str, int]) -> 
     vae = plan.data / "vae" if (plan.data / "vae").is_dir() else None
     stream, trained_on = _make_stream(plan, dataset, device), dataset.trained_on()
 
-    def save(now: LoopState) -> None:
-        progress = {
-            "step": now.step, "ema_updates": ema.updates if ema else 0, "bad_in_a_row": now.nonfinite_steps,
-            "trained_on": trained_on,
-        }  # fmt: skip
-        checkpointing.save_checkpoint(plan.run, now.step, engine, ema, config, plan.facts | progress, vae, collectives)
-        last_saved["step"] = now.step
-
+    checkpoints = checkpointing.CheckpointWriter(
+        plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on}, vae, collectives, saved_step=first_step
+    )
     log: Any = contextlib.nullcontext()
     if main:
         log = Telemetry(plan.run, engine, first_step, plan.total_steps, stream.global_batch)
-    with distributed.SignalHandler() as signals, log as telemetry:
-        done, number = train_loop(
-            engine, stream, config, ema, state=LoopState(first_step, nonfinite_steps), total_steps=plan.total_steps,
-            save=save, signals=signals, collectives=collectives, telemetry=telemetry,
-        )  # fmt: skip
-    if number:
+    try:
+        with distributed.SignalHandler() as signals, log as telemetry:
+            done, number = train_loop(
+                engine, stream, config, ema, state=LoopState(first_step, nonfinite_steps), total_steps=plan.total_steps,
+                checkpoints=checkpoints, signals=signals, collectives=collectives, telemetry=telemetry,
+            )  # fmt: skip
+    except NonFiniteError:  # on all processes
+        checkpoints.finish()
+        raise
+    finally:
+        last_saved["step"] = checkpoints.saved_step
+    if number and checkpoints.saved_step == done:
         logger.warning("stopped by signal %d after step %d; saved as %s", number, done, step_folder(plan.run, done))
     return 128 + number if number else 0
 

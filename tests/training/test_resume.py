@@ -54,7 +54,6 @@ def test_a_finished_run_is_left_unchanged(uninterrupted, data):
     [
         ("training.lr", 1e-4),
         ("training.max_train_steps", 30),
-        ("training.zero_stage", 1),
         ("training.batch_size", 2),
         ("training.seed", 1),
         ("model.num_latents", 8),
