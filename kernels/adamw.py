@@ -213,12 +213,15 @@ def aot_cases() -> list[CompileCase]:
     )  # fmt: skip
     common, configs = {**states, "copy_ptr": "*bf16", **scalars}, DEFAULT_LAUNCH_CONFIGS["adamw"]
     dense = {**common, "gradient_ptr": "*fp32", "N": "i32"}
-    factors = {**common, "dy_ptr": "*bf16", "x_ptr": "*bf16", "R": "i32", "M": "i32", "K": "i32"}
+    factors = {**common, "R": "i32", "M": "i32", "K": "i32"}
     return [
         CompileCase("adamw dense", _adamw_kernel, dense, configs["dense"], divisible=("N",), wide_loads=True),
-        CompileCase(
-            "adamw factors bf16", _adamw_factors_kernel, factors, configs["factors 16bit"], divisible=("M", "K"),
-            wide_loads=True, tensor_cores=True,
+        *(
+            CompileCase(
+                f"adamw factors {name}", _adamw_factors_kernel, {**factors, "dy_ptr": f"*{name}", "x_ptr": f"*{name}"},
+                configs[key], divisible=("M", "K"), wide_loads=True, tensor_cores=name == "bf16",
+            )
+            for name, key in (("bf16", "factors 16bit"), ("fp32", "factors fp32"))
         ),
     ]  # fmt: skip
 
