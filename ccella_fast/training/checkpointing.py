@@ -107,6 +107,7 @@ class CheckpointWriter:
         self._shapes = {name: full_shape(parameter) for name, parameter in sorted_parameters(engine)}
         self._elements = sum(shape.numel() for shape in self._shapes.values())
         self._copies: dict[str, HostCopy] = {}  # this process's files
+        self._has_logged_why = False  # training waits for each checkpoint
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
         self._seconds = 0.0  # that the last checkpoint took on the slowest process
@@ -233,10 +234,11 @@ class CheckpointWriter:
             total[name] += size
         short = [(total[name], free) for name, _, free in everywhere if total[name] > _MEMORY_SHARE * free]
         if short:
-            if dist.get_rank() == 0:
+            if dist.get_rank() == 0 and not self._has_logged_why:
                 sizes = [format_bytes(size) for size in short[0]]
-                why = "training waits until this checkpoint is written: a copy of it needs %s of memory, of which %s are free"
+                why = "training waits while checkpoints are written: a copy of them needs %s of memory, of which %s are free"
                 logger.info(why, *sizes)
+            self._has_logged_why = True
             return False
         if own:
             pinned = self._engine.device.type == "cuda"
