@@ -100,7 +100,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data, monkeypa
 
 def test_without_memory_for_a_copy_training_waits(tmp_path, data, monkeypatch, undisturbed, caplog):
     caplog.set_level("INFO", logger="ccella_fast")
-    monkeypatch.setattr(checkpointing, "free_memory", lambda: 4 * 2**20)
+    monkeypatch.setattr(checkpointing, "free_memory", lambda: 8 * 2**20)
     seen = []
 
     def watched(path, chunks):
@@ -110,7 +110,7 @@ def test_without_memory_for_a_copy_training_waits(tmp_path, data, monkeypatch, u
     monkeypatch.setattr(checkpointing, "write_hashed", watched)
     assert train_here(tmp_path / "run", data, **SETTINGS) == 0
     assert all(seen) and len(seen) == 3 * 6
-    assert caplog.text.count("a copy of them needs 4.32 MiB of memory, of which 4.00 MiB are free") == 1
+    assert caplog.text.count("a copy of it needs 4.32 MiB of memory, but only 8.00 MiB are free") == 1
     for step in (2, 4, 6):
         assert contents(tmp_path / "run", step) == contents(undisturbed, step)
 
