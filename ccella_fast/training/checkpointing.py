@@ -16,7 +16,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from importlib import metadata
 from itertools import chain
@@ -142,7 +142,7 @@ class CheckpointWriter:
         Raises:
             DiskError: on all processes, if one of them could not write.
         """
-        if self._pending and all(self._collectives.all_gather(self._pending.hashes.done())):
+        if self._pending and self._all_have_written(self._pending, wait_for=0.0):
             self.finish()
 
     def finish(self) -> None:
@@ -150,6 +150,8 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is None:
             return
+        while not self._all_have_written(pending, wait_for=1.0):
+            pass  # in turns, because a collective that waits for a slow disk could exceed its timeout
         failure, hashes = None, {}
         try:
             hashes = pending.hashes.result()
@@ -173,6 +175,11 @@ class CheckpointWriter:
             failure = error
         self._raise_if_any_rank_failed(failure, pending.folder)
         self.saved_step = pending.step
+
+    def _all_have_written(self, pending: _Pending, *, wait_for: float) -> bool:
+        """Whether all processes have written, or failed to, after at most `wait_for` seconds."""
+        done, _ = wait([pending.hashes], timeout=wait_for)
+        return all(self._collectives.all_gather(bool(done)))
 
     def save_after_signal(self, step: int, nonfinite_steps: int, number: int) -> None:
         """Save and publish after signal `number`, unless that would take longer than the process has.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ STEPS = 7
 def build(folder: Path, precision: str, zero: dict[str, Any], monkeypatch) -> Any:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    device = distributed.initialize_processes()
+    device = distributed.initialize_processes(timedelta(minutes=5))
     values = {key: value for key, value in CONFIG.items() if key != "name"}
     config = make_config({**values, "training.precision": precision, "training.weight_decay": 0.1})
     file = folder / "ds.json"
