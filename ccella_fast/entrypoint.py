@@ -161,7 +161,7 @@ def run_command(work: Callable[[], int], *, debug: bool, if_out_of_memory: str =
     except Exception as error:
         if debug:
             raise
-        message = error if isinstance(error, CcellaError) else _foreign(error, if_out_of_memory)
+        message = _message(error, if_out_of_memory)
         if is_local_rank_zero():
             print(message, file=sys.stderr)
             return message.exit_code
@@ -192,7 +192,21 @@ def _stop_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _foreign(error: Exception, if_out_of_memory: str) -> CcellaError:
+def ending_of(error: BaseException) -> tuple[int, str | None]:
+    """The exit code with which `run_command` answers an error or a signal, and the reason; None for a signal."""
+    if isinstance(error, KeyboardInterrupt):
+        return error.exit_code if isinstance(error, Stopped) else 128 + signal.SIGINT, None
+    if isinstance(error, BrokenPipeError):
+        return 141, "the reader of the output has closed the pipe"
+    if isinstance(error, Exception):
+        message = _message(error, LESS_MEMORY)
+        return message.exit_code, message.why
+    return 1, type(error).__name__
+
+
+def _message(error: Exception, if_out_of_memory: str) -> CcellaError:
+    if isinstance(error, CcellaError):
+        return error
     # Of a bug only the type: the message of a library may quote its input, for example a report.
     return translate(error, remedies=if_out_of_memory) or CcellaError(
         f"internal: {type(error).__name__}", fix="run the command again with --debug and report the traceback"

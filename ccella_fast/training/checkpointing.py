@@ -16,7 +16,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from importlib import metadata
 from itertools import chain
@@ -62,7 +62,7 @@ _FILES: dict[Kind, str] = {
 }
 _EMA = "ema.safetensors"
 _FIX = "use another checkpoint"
-_MEMORY_SHARE = 0.9  # of the free memory that the copies may use
+_MEMORY_SHARE = 0.5  # of the memory that is free before the first step; on a CPU, activations need the rest
 
 
 class _Pending(NamedTuple):
@@ -106,7 +106,7 @@ class CheckpointWriter:
         self._facts, self._vae, self._collectives, self.saved_step = facts, vae, collectives, saved_step
         self._shapes = {name: full_shape(parameter) for name, parameter in sorted_parameters(engine)}
         self._elements = sum(shape.numel() for shape in self._shapes.values())
-        self._copies: dict[str, HostCopy] = {}  # this process's files
+        self._copies = self._allocate_copies()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
         self._seconds = 0.0  # that the last checkpoint took on the slowest process
@@ -128,9 +128,9 @@ class CheckpointWriter:
             "bad_in_a_row": nonfinite_steps,
         }  # fmt: skip
         documents = {"config.json": self._config.dump(), "training_state.json": self._facts | progress}
-        if self._allocate_copies():
-            self._fill_copies()
-            hashes = self._pool.submit(self._write_copies, folder, documents)
+        if self._copies is not None:
+            self._fill_copies(self._copies)
+            hashes = self._pool.submit(self._write_copies, self._copies, folder, documents)
             self._pending = _Pending(step, folder, begun, hashes)
         else:
             self._pending = _Pending(step, folder, begun, self._write_directly(folder, documents))
@@ -142,7 +142,7 @@ class CheckpointWriter:
         Raises:
             DiskError: on all processes, if one of them could not write.
         """
-        if self._pending and all(self._collectives.all_gather(self._pending.hashes.done())):
+        if self._pending and self._all_have_written(self._pending, wait_for=0.0):
             self.finish()
 
     def finish(self) -> None:
@@ -150,6 +150,8 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is None:
             return
+        while not self._all_have_written(pending, wait_for=1.0):
+            pass  # in turns, because a collective that waits for a slow disk could exceed its timeout
         failure, hashes = None, {}
         try:
             hashes = pending.hashes.result()
@@ -173,6 +175,11 @@ class CheckpointWriter:
             failure = error
         self._raise_if_any_rank_failed(failure, pending.folder)
         self.saved_step = pending.step
+
+    def _all_have_written(self, pending: _Pending, *, wait_for: float) -> bool:
+        """Whether all processes have written, or failed to, after at most `wait_for` seconds."""
+        done, _ = wait([pending.hashes], timeout=wait_for)
+        return all(self._collectives.all_gather(bool(done)))
 
     def save_after_signal(self, step: int, nonfinite_steps: int, number: int) -> None:
         """Save and publish after signal `number`, unless that would take longer than the process has.
@@ -221,42 +228,36 @@ class CheckpointWriter:
         for number, (name, read) in enumerate(sources.items()):
             yield name, number % dist.get_world_size() == dist.get_rank(), read
 
-    def _allocate_copies(self) -> bool:
-        """Allocate host memory for this process's files, unless that of the machine does not suffice on some process."""
-        if self._copies:
-            return True
+    def _allocate_copies(self) -> dict[str, HostCopy] | None:
+        """Allocate host memory for this process's files; None on all processes if that of a machine does not suffice."""
         own = [name for name, mine, _ in self._files() if mine]
-        machine, needed = socket.gethostname(), 4 * self._elements * len(own)
-        everywhere = self._collectives.all_gather([machine, needed, free_memory()])
-        total = Counter[str]()
-        for name, size, _ in everywhere:
-            total[name] += size
-        short = [(total[name], free) for name, _, free in everywhere if total[name] > _MEMORY_SHARE * free]
-        if short:
-            if dist.get_rank() == 0:
-                sizes = [format_bytes(size) for size in short[0]]
-                why = "training waits until this checkpoint is written: a copy of it needs %s of memory, of which %s are free"
-                logger.info(why, *sizes)
-            return False
-        if own:
+        machines = self._collectives.all_gather([socket.gethostname(), 4 * self._elements * len(own), free_memory()])
+        needed = Counter[str]()
+        for machine, size, _ in machines:
+            needed[machine] += size
+        short = [(needed[machine], free) for machine, _, free in machines if needed[machine] > _MEMORY_SHARE * free]
+        if not short:
             pinned = self._engine.device.type == "cuda"
-            self._copies = {name: HostCopy(self._elements, pinned=pinned) for name in own}
-        return True
+            return {name: HostCopy(self._elements, pinned=pinned) for name in own}
+        if dist.get_rank() == 0:
+            why = "training waits while a checkpoint is written: a copy of it needs %s of memory, but only %s are free"
+            logger.info(why, *map(format_bytes, short[0]))
+        return None
 
-    def _fill_copies(self) -> None:
+    def _fill_copies(self, copies: dict[str, HostCopy]) -> None:
         for name, mine, read in self._files():
             tensors = (tensor for _, tensor in read())
             if mine:
-                self._copies[name].fill(tensors)
+                copies[name].fill(tensors)
             else:
                 _read_to_the_end(tensors)
         if self._engine.device.type == "cuda":
             torch.cuda.current_stream(self._engine.device).synchronize()
 
-    def _write_copies(self, folder: Path, documents: dict[str, Any]) -> dict[str, str]:
+    def _write_copies(self, copies: dict[str, HostCopy], folder: Path, documents: dict[str, Any]) -> dict[str, str]:
         """Write this process's share, in a thread. Returns the SHA-256 of each file."""
         begin = header(self._shapes)
-        hashes = {name: write_hashed(folder / name, [begin, *copy.chunks()]) for name, copy in self._copies.items()}
+        hashes = {name: write_hashed(folder / name, [begin, *copy.chunks()]) for name, copy in copies.items()}
         return hashes | self._write_documents(folder, documents)
 
     def _write_directly(self, folder: Path, documents: dict[str, Any]) -> Future[dict[str, str]]:

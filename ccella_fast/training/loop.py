@@ -16,8 +16,8 @@ from ccella_fast.losses import class_loss, noise_loss
 from ccella_fast.processes import HostCollectives
 from ccella_fast.training.batches import BatchStream, MicroBatch
 from ccella_fast.training.checkpointing import CheckpointWriter
-from ccella_fast.training.distributed import SignalHandler
 from ccella_fast.training.ema import Ema
+from ccella_fast.training.signals import SignalHandler
 from ccella_fast.training.telemetry import Progress, Telemetry
 
 logger = logging.getLogger("ccella_fast")
@@ -86,7 +86,7 @@ def train_loop(
         state: where to start.
         total_steps: T, the length of the run in optimizer steps.
         checkpoints: writes a checkpoint at the configured interval, after the last step and after a signal.
-        signals: records SIGTERM and SIGINT.
+        signals: records SIGTERM, SIGINT and SIGUSR1.
         collectives: used for decisions that all processes must take alike.
         telemetry: None on all processes but rank 0.
 

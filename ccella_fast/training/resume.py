@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
+import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ccella_fast.checkpoint import newest_checkpoint, verify_checkpoint
+import ccella_fast
+from ccella_fast.checkpoint import newest_checkpoint, step_folders, verify_checkpoint
 from ccella_fast.config import Config, load_config
-from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.environment import code_digest
+from ccella_fast.errors import CcellaError, CheckpointError, ConfigError
 from ccella_fast.folder_kinds import check_folder, check_output, wrong_folder
-from ccella_fast.storage import read_json
+from ccella_fast.folder_lock import LOCK
+from ccella_fast.processes import HostCollectives
+from ccella_fast.storage import read_json, sha256
+from ccella_fast.training.run_status import read_status
 
 logger = logging.getLogger("ccella_fast")
 LATEST = "latest"
 _RESTORE = "restore the value, or start a new run in another --output_dir"
+# Seconds after which a file that one machine has written is seen by the others; NFS may keep old names.
+_VISIBLE_WITHIN = 30.0
 # The layout of a run: it decides how the work is shared, and may change as long as the global batch stays the same.
 _LAYOUT = (
     "training.batch_size",
@@ -29,14 +39,19 @@ _MAY_CHANGE = {
     *_LAYOUT,
     "name", "vae_training", "sampling", "paths", "data.engine", "training.activation_checkpointing",
     "training.checkpointing_steps", "training.checkpoints_total_limit", "training.logging_steps",
+    "training.collective_timeout",
 }  # fmt: skip
 
 
 def find_start(run: Path, resume: str | None) -> Path | None:
-    """The step folder to resume from, or None to start a new run. Raises ConfigError, CheckpointError."""
+    """The step folder to resume from, or None to start a new run. Raises ConfigError, CheckpointError.
+
+    A run that ended before its first checkpoint may be started again without `resume`, for example with a smaller batch.
+    """
     check_output(run, "a run", field="--output_dir")
     if resume is None:
-        if (run / "checkpoints").exists() or (run / "config.json").exists():
+        ended = read_status(run).get("state") in ("failed", "terminated")
+        if step_folders(run) or ((run / "config.json").exists() and not ended):
             fix = "add --resume, or choose another --output_dir"
             raise ConfigError("this folder already contains a run", path=run, fix=fix)
         return None
@@ -60,6 +75,79 @@ def find_start(run: Path, resume: str | None) -> Path | None:
         why = f"a run is resumed in its own folder, but --output_dir is {run}"
         raise ConfigError(why, path=folder, field="--resume", fix=f"use --output_dir {folder.parent.parent}")
     return folder
+
+
+def agree_on_start(run: Path, resume: str | None, collectives: HostCollectives) -> Path | None:
+    """The step folder to resume from, which rank 0 chooses and verifies, or None. Other processes must see the same files.
+
+    Rank 0 must hold the lock of the folder `run`.
+
+    Raises:
+        CcellaError: on all processes.
+    """
+    main = collectives.rank == 0
+    start = collectives.from_rank_zero(collectives.together(lambda: find_start(run, resume) if main else None))
+    files = [run / LOCK] + ([] if start is None else [start / "manifest.json"])  # the lock names process and host
+    expected = collectives.from_rank_zero([_digest(file) for file in files] if main else [])
+
+    def compare() -> None:
+        for file, digest in zip(files, expected, strict=True):
+            deadline = time.monotonic() + _VISIBLE_WITHIN
+            while (found := _digest(file)) != digest and time.monotonic() < deadline:
+                time.sleep(0.2)
+            if found != digest:
+                raise _other_files(file, collectives.rank, found, digest)
+
+    collectives.together(compare)
+    return start
+
+
+def _digest(file: Path) -> str | None:
+    try:
+        return sha256(file)
+    except OSError:
+        return None
+
+
+def _other_files(file: Path, rank: int, found: str | None, digest: str | None) -> CcellaError:
+    """The error of a process that does not see what rank 0 sees. found, digest: its SHA-256 and that on rank 0."""
+    what = "no such file" if found is None else f"a file with the SHA-256 {found}"
+    why = f"process {rank} on {socket.gethostname()} sees {what}, where process 0 sees one with {digest}"
+    if file.name == LOCK:
+        fix = "use an --output_dir on a disk that all machines share"
+        return ConfigError(why, path=file, field="--output_dir", fix=fix)
+    fix = "check the disk of that machine, then run the same command again"
+    return CheckpointError(why, path=file, field="--resume", fix=fix)
+
+
+def check_agreement(
+    config: Config, engine_values: dict[str, Any], facts: dict[str, Any], collectives: HostCollectives
+) -> None:
+    """Raise ConfigError on all processes, naming the first difference, unless all have the settings and the code of rank 0.
+
+    Args:
+        config: the configuration; names and paths may differ.
+        engine_values: for DeepSpeed.
+        facts: what else must be equal, such as the hash of the data and the step.
+        collectives: of all processes.
+    """
+    values = flatten(config.dump()) | {f"DeepSpeed's {key}": value for key, value in flatten(engine_values).items()}
+    versions = {f"version of {name}": metadata.version(name) for name in ("torch", "deepspeed")}
+    values |= facts | versions | {"ccella_fast": ccella_fast.__version__, "code of ccella_fast": code_digest()}
+    mine = {key: value for key, value in values.items() if key.partition(".")[0] not in ("name", "paths")}
+    theirs = collectives.from_rank_zero(mine)
+
+    def compare() -> None:
+        for key in mine | theirs:
+            if mine.get(key) != theirs.get(key):
+                who = f"on process {collectives.rank} ({socket.gethostname()})"
+                why = f"{key} is {mine.get(key)!r:.80} {who}, but {theirs.get(key)!r:.80} on process 0"
+                fix = "give all processes the same command, files and packages"
+                if key == "training.precision":
+                    fix = "the CPUs differ: set training.precision to fp32 or bf16"
+                raise ConfigError(why, field=key, fix=fix)
+
+    collectives.together(compare)
 
 
 def check_unchanged(config: Config, facts: dict[str, Any], start: Path, state: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK = 2**26  # elements of 4 bytes; a power of two, to which PyTorch rounds pinned memory
+_CHUNK = 2**26  # elements of 4 bytes that are allocated together; a power of two, to which PyTorch rounds pinned memory
+_PIECE = 2**20  # elements that are written at a time
 
 
 class HostCopy:
@@ -27,7 +28,8 @@ class HostCopy:
 
     def __init__(self, elements: int, *, pinned: bool):
         sizes = [min(_CHUNK, elements - start) for start in range(0, elements, _CHUNK)]
-        self._chunks = [torch.empty(size, dtype=torch.float32, pin_memory=pinned) for size in sizes]
+        # Written once, because the system provides memory only then, which would take as long as filling it several times.
+        self._chunks = [torch.empty(size, dtype=torch.float32, pin_memory=pinned).zero_() for size in sizes]
 
     @torch.no_grad()
     def fill(self, tensors: Iterable[Tensor]) -> None:
@@ -42,8 +44,8 @@ class HostCopy:
                 position, flat = position + len(part), flat[len(part) :]
 
     def chunks(self) -> Iterator[Any]:
-        """Yield the content as bytes-like objects."""
-        return map(_raw, self._chunks)
+        """Yield the content as bytes-like objects, each small enough to stay in the cache while it is written and hashed."""
+        return (_raw(part) for chunk in self._chunks for part in chunk.split(_PIECE))
 
 
 def header(shapes: Mapping[str, Sequence[int]]) -> bytes:

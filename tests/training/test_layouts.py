@@ -123,7 +123,7 @@ def test_another_global_batch_is_refused(unbroken, data, batch_size, accumulatio
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("counts", [(1, 2, 1), (2, 4, 1)], ids=["1-2-1", "2-4-1"])
 def test_sixty_steps_on_changing_numbers_of_processes_equal_one(tmp_path, data, counts):
-    long = {**ALONE, "max_train_steps": 60, "checkpointing_steps": 20}
+    long = {**ALONE, "max_train_steps": 60, "checkpointing_steps": 20, "lr": 5e-4}
     train_here(tmp_path / "unbroken", data, **long)
     before = {f"zero{stage}": None for stage in range(4)}
     for part, count in enumerate(counts):
