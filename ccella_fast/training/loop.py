@@ -18,6 +18,7 @@ from ccella_fast.processes import HostCollectives
 from ccella_fast.training.batches import BatchStream, MicroBatch
 from ccella_fast.training.ema import Ema
 from ccella_fast.training.signals import SignalHandler
+from ccella_fast.training.stalls import StallWatch
 from ccella_fast.training.telemetry import Progress, Telemetry
 
 logger = logging.getLogger("ccella_fast")
@@ -73,6 +74,7 @@ def train_loop(
     total_steps: int,
     save: Callable[[LoopState], None],
     signals: SignalHandler,
+    stalls: StallWatch,
     collectives: HostCollectives,
     telemetry: Telemetry | None,
 ) -> tuple[int, int]:
@@ -87,6 +89,7 @@ def train_loop(
         total_steps: T, the length of the run in optimizer steps.
         save: writes a checkpoint; called at the configured interval, after the last step and after a signal.
         signals: records SIGTERM, SIGINT and SIGUSR1.
+        stalls: is told of each finished step.
         collectives: used for decisions that all processes must take alike.
         telemetry: None on all processes but rank 0.
 
@@ -130,6 +133,7 @@ def train_loop(
             telemetry.bar.update()
 
         signal = collectives.max(signals.signal)
+        stalls.finished(done)
         if done % training.checkpointing_steps == 0 or done == total_steps or signal:
             save(LoopState(done, nonfinite_steps))
         if signal:

@@ -116,7 +116,8 @@ def train(
     """
     from ccella_fast.training import distributed
 
-    timeout = 3 * timedelta(minutes=config.training.collective_timeout)
+    # StallWatch can name a process, so it must come first: the collectives wait longer.
+    timeout = 3 * timedelta(minutes=config.training.collective_timeout) + timedelta(minutes=1)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several:  # first, so that they can agree on what follows; a single process reports mistakes faster without
         distributed.initialize_processes(timeout)
@@ -229,6 +230,7 @@ def _train(
     from ccella_fast.training.ema import Ema
     from ccella_fast.training.engine import build_engine
     from ccella_fast.training.loop import LoopState, train_loop
+    from ccella_fast.training.stalls import StallWatch
     from ccella_fast.training.telemetry import Telemetry
 
     config, training, first_step, main = plan.config, plan.config.training, status.step, collectives.rank == 0
@@ -262,17 +264,22 @@ def _train(
             "step": now.step, "ema_updates": ema.updates if ema else 0, "bad_in_a_row": now.nonfinite_steps,
             "trained_on": trained_on,
         }  # fmt: skip
-        checkpointing.save_checkpoint(plan.run, now.step, engine, ema, config, plan.facts | progress, vae, collectives)
+        with stalls.paused():
+            checkpointing.save_checkpoint(
+                plan.run, now.step, engine, ema, config, plan.facts | progress, vae, collectives
+            )
         status.step = now.step
 
     log: Any = contextlib.nullcontext()
     if main:
         log = Telemetry(plan.run, engine, first_step, plan.total_steps, stream.global_batch)
     signals.record()
-    with record, log as telemetry:
+    stalls = StallWatch(timedelta(minutes=training.collective_timeout), status, collectives)
+    with record, log as telemetry, stalls:
         done, number = train_loop(
             engine, stream, config, ema, state=LoopState(first_step, state.get("bad_in_a_row", 0)),
-            total_steps=plan.total_steps, save=save, signals=signals, collectives=collectives, telemetry=telemetry,
+            total_steps=plan.total_steps, save=save, signals=signals, stalls=stalls, collectives=collectives,
+            telemetry=telemetry,
         )  # fmt: skip
     if number:
         logger.warning("stopped by signal %d after step %d; saved as %s", number, done, step_folder(plan.run, done))
