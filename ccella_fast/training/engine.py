@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ logger = logging.getLogger("ccella_fast")
 
 
 class NonFiniteSkippingAdamW(torch.optim.AdamW):
-    """AdamW that clips the global gradient norm, and skips the step if that norm is not finite.
+    """AdamW that clips the global gradient norm (`max_norm`; 0: not), and skips the step if that norm is not finite.
 
     DeepSpeed's optimizer wrappers for ZeRO and bf16 do both, and report the outcome in `overflow` and `_global_grad_norm`. At
     stage 0 in fp32 there is no wrapper; this class takes its place, with the same attributes.
@@ -35,7 +36,7 @@ class NonFiniteSkippingAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Clip the gradients and update, unless their norm is not finite."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_norm or math.inf)
         self._global_grad_norm = float(norm)
         self.overflow = not bool(norm.isfinite())
         if not self.overflow:
