@@ -58,13 +58,16 @@ class Key:
     fix: str = "remove it"
 
 
-def _of_type(kind: type, words: str) -> Kind:
-    def read(value: Any) -> Any:
-        if type(value) is not kind:
-            raise ValueError
-        return value
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError
+    return value
 
-    return Kind(words, read)
+
+def _text(value: Any) -> str:
+    if type(value) is not str or not value.strip():
+        raise ValueError
+    return value
 
 
 def _whole(least: int) -> Kind:
@@ -106,9 +109,9 @@ def _list_of(each: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
     return read
 
 
-_FLAG, _TEXT = _of_type(bool, "true or false"), _of_type(str, "text")
+_FLAG, _TEXT = Kind("true or false", _flag), Kind("text that is not empty", _text)
 _COUNT, _SIZE, _NUMBER = _whole(1), _whole(0), Kind("a number", _number)
-_NUMBERS, _TEXTS = Kind("a list of numbers", _list_of(_number)), Kind("a list of texts", _list_of(_TEXT.read))
+_NUMBERS, _TEXTS = Kind("a list of numbers", _list_of(_number)), Kind("a list of texts", _list_of(_text))
 _ANY = Kind("a value", lambda value: value)
 
 

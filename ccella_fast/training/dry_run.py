@@ -132,7 +132,9 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
         memory["activations_reason"]
         or f"{format_bytes(memory['activations'])} kept for the backward pass of a micro-batch"
     )
-    clipped = f"gradients clipped to {run['gradient_clipping']:g}" if run["gradient_clipping"] else "gradients not clipped"
+    clipped = (
+        f"gradients clipped to {run['gradient_clipping']:g}" if run["gradient_clipping"] else "gradients not clipped"
+    )
     counts = lambda numbers: ", ".join(f"{number} {name}" for name, number in numbers.items())  # noqa: E731
     batch = counted(run["batch"], "study", "studies")
     mm, grid = " x ".join(f"{size:g}" for size in data["spacing"]), " x ".join(map(str, data["dim"]))
