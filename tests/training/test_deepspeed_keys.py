@@ -30,7 +30,7 @@ VALUES: dict[str, Any] = {
     "train_batch_size": 4, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2, "gradient_clipping": 1e-9,
     "optimizer.type": "adam", "optimizer.params.lr": 0.1, "optimizer.params.betas": [0.5, 0.6],
     "optimizer.params.weight_decay": 0.5, "data_types.grad_accum_dtype": "bf16", f"{ZERO}stage": 1,
-    f"{ZERO}stage3_param_persistence_threshold": 700, f"{ZERO}stage3_model_persistence_threshold": 1500,
+    f"{ZERO}stage3_param_persistence_threshold": 700, f"{ZERO}stage3_model_persistence_threshold": 100,
     f"{ZERO}stage3_max_live_parameters": 0, f"{ZERO}stage3_max_reuse_distance": 0,
     "log_level": "info", "steps_per_print": 1, "flops_profiler.profile_step": 2, "flops_profiler.module_depth": 0,
     "flops_profiler.top_modules": 3, "flops_profiler.output_file": "FOLDER/flops", "flops_profiler.recompute_fwd_factor": 0.5,
@@ -43,7 +43,7 @@ ALONG: dict[str, dict[str, Any]] = {
     "csv_monitor.enabled": {"csv_monitor.output_path": "FOLDER/csv"},
     "csv_monitor.job_name": {"csv_monitor.output_path": "FOLDER/csv"},
     f"{ZERO}stage3_model_persistence_threshold": {f"{ZERO}stage3_param_persistence_threshold": 700},
-    f"{ZERO}stage3_max_live_parameters": {f"{ZERO}stage3_prefetch_bucket_size": 10**6},
+    f"{ZERO}stage3_max_reuse_distance": {f"{ZERO}stage3_prefetch_bucket_size": 0},
 }
 CHECKED_ONLY = ["optimizer.type", "data_types.param_dtype", "bf16.enabled", f"{ZERO}stage"]  # tested by name below
 
