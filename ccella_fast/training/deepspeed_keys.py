@@ -175,7 +175,8 @@ KEYS: dict[str, Key] = {
     "scheduler": Key("the learning rate is always lr (1 - k/T)^2",
                      fix="remove the section; set training.lr and max_train_steps"),
     # Sums of gradients.
-    "communication_data_type": Key("the dtype in which gradients are summed over processes", _one_of("fp32", "bf16")),
+    "communication_data_type": Key("the dtype in which gradients are summed over processes", _one_of("fp32", "bf16"),
+                                   fix="use fp32 or bf16"),
     "prescale_gradients": _fixed(False, _MEAN),
     "gradient_predivide_factor": _fixed(1, _MEAN),
     "gradient_allreduce_op": _fixed("mean", _MEAN),
@@ -239,14 +240,15 @@ KEYS: dict[str, Key] = {
     ]},
     # Offloading.
     "zero_optimization.offload_optimizer.device": Key("cpu: master weights, their gradients and Adam's state are in "
-        "host memory, and the optimizer runs on the CPU", _one_of("none", "cpu"), default="none", where=_SHARDED),
+        "host memory, and the optimizer runs on the CPU", _one_of("none", "cpu"), default="none", where=_SHARDED,
+        fix=f'use "cpu": {_NVME}'),
     "zero_optimization.offload_optimizer.pin_memory": Key("whether that memory is page-locked", _FLAG, default=True,
         where=_SHARDED, needs="zero_optimization.offload_optimizer.device"),
     "zero_optimization.offload_optimizer.ratio": _fixed(1, "the optimizer's state is offloaded as a whole"),
     "zero_optimization.offload_optimizer.super_offload": _fixed(False, "SuperOffload is not supported"),
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": _fixed(0.8, "SuperOffload is not supported"),
     "zero_optimization.offload_param.device": Key("cpu: the shards of the weights are in host memory",
-        _one_of("none", "cpu"), default="none", where=("3",)),
+        _one_of("none", "cpu"), default="none", where=("3",), fix=f'use "cpu": {_NVME}'),
     "zero_optimization.offload_param.pin_memory": Key("whether that memory is page-locked", _FLAG, default=True,
         where=("3",), needs="zero_optimization.offload_param.device"),
     **{f"zero_optimization.{name}": _fixed(value, _NVME) for name, value in {
