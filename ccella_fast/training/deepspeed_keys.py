@@ -360,9 +360,8 @@ def read_keys(values: Mapping[str, Any], path: object) -> Given:
         try:
             given[name] = key.kind.read(value)
         except (ValueError, OverflowError):
-            raise _error(
-                f"{name} must be {key.kind.words}, got {value!r:.40}", name, path, "correct the value"
-            ) from None
+            why = f"{name} must be {key.kind.words}, got {value!r:.40}"
+            raise _error(why, name, path, key.fix if key.fix != Key.fix else "correct the value") from None
     return given
 
 
