@@ -108,10 +108,6 @@ def read_deepspeed_file(path: str | Path) -> Given:
     if type(switch) is bool:
         del values["activation_checkpointing"]
     given = read_keys(values, path)
-    optimizer = given.get("optimizer.type", "AdamW")
-    if optimizer.lower() not in ("adam", "adamw"):
-        fix = 'use {"type": "AdamW"} or remove the section'
-        raise ConfigError(f"the optimizer '{optimizer}' is not supported", path=path, field="optimizer.type", fix=fix)
     return {**given, "activation_checkpointing": switch} if type(switch) is bool else given
 
 

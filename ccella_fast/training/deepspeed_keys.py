@@ -100,6 +100,12 @@ def _one_of(*names: str) -> Kind:
     return Kind("one of " + ", ".join(f'"{name}"' for name in names), read)
 
 
+def _adam(value: Any) -> str:
+    if _text(value).lower() not in ("adam", "adamw"):
+        raise ValueError
+    return value
+
+
 def _list_of(each: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
     def read(value: Any) -> list[Any]:
         if type(value) is not list:
@@ -161,7 +167,8 @@ KEYS: dict[str, Key] = {
     "data_types.param_dtype": Key("checked to be the precision of the run", _one_of("fp32", "bf16")),
     "data_types.buffer_dtype": Key("the network's buffers keep their dtype"),
     "data_types.keep_in_fp32_modules": Key("the network's buffers keep their dtype"),
-    "optimizer.type": Key("checked to be Adam or AdamW; both are AdamW", _TEXT),
+    "optimizer.type": Key("both are AdamW", Kind("Adam or AdamW", _adam),
+                          fix='use {"type": "AdamW"} or remove the section'),
     "optimizer.legacy_fusion": _fixed(False, "the optimizer is AdamW"),
     "optimizer.params.lr": Key("training.lr", _NUMBER),
     "optimizer.params.betas": Key("training.adam_betas", _NUMBERS),

@@ -136,7 +136,7 @@ def test_missing_batch_sizes_are_computed(file, micro, steps, tmp_path):
             "train_micro_batch_size_per_gpu must be a whole number of at least 1, got 0",
         ),
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),
-        ({"optimizer": {"type": "Lamb"}}, "'Lamb' is not supported"),
+        ({"optimizer": {"type": "Lamb"}}, "must be Adam or AdamW, got 'Lamb'"),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode must be true"),
         ({"scheduler": {"type": "WarmupLR"}}, "always lr (1 - k/T)^2"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "NVMe"),

@@ -266,7 +266,7 @@ def _is(kind: Kind, value: Any) -> bool:
     if type(value) is str and not value.strip():
         return False
     unquoted = type(value) is float and not abs(value) < 1e999  # Infinity and NaN are text in HJSON
-    return (type(value) is str or unquoted) and "text" in words
+    return (type(value) is str or unquoted) and words == "text that is not empty"
 
 
 @pytest.mark.parametrize("name", [name for name in KEYS if len(name.rpartition(".")[2]) > 3])
