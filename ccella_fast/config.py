@@ -286,7 +286,8 @@ class TrainingConfig(Section):
     max_train_steps: Positive | None = None  #: optimizer steps; null: ``n_epochs`` over the training set
     weight_decay: Annotated[float, Field(ge=0)] = 0.01  #: AdamW's, on all parameters
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)  #: AdamW's decay rates of both moments
-    max_grad_norm: PositiveFloat = 1.0  #: the gradient's global norm is clipped to this
+    #: the gradient's global norm is clipped to this; 0: not clipped
+    max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     #: weight of the class loss; null: the variant's
     text_class_pred_weight: Annotated[float, Field(ge=0)] | None = None
     ema_decay: Fraction = 0.9999  #: decay of the moving average of the weights; 0: no average

@@ -19,6 +19,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinxarg.ext",
     "configuration_keys",
+    "deepspeed_keys",
     "docstrings",
     "mathml",
 ]

@@ -133,6 +133,9 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
         memory["activations_reason"]
         or f"{format_bytes(memory['activations'])} kept for the backward pass of a micro-batch"
     )
+    clipped = (
+        f"gradients clipped to {run['gradient_clipping']:g}" if run["gradient_clipping"] else "gradients not clipped"
+    )
     counts = lambda numbers: ", ".join(f"{number} {name}" for name, number in numbers.items())  # noqa: E731
     batch = counted(run["batch"], "study", "studies")
     mm, grid = " x ".join(f"{size:g}" for size in data["spacing"]), " x ".join(map(str, data["dim"]))
@@ -148,8 +151,8 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
         ("", ""),
         ("model", f"{facts['variant']}, {facts['parameters']:,} parameters"),
         ("length", f"{counted(run['steps'], 'step')} of {batch}, epochs: {run['epochs']:g}"),
-        ("training", f"{counted(run['processes'], 'process', 'processes')}, {run['precision']}, ZeRO {run['zero_stage']}, "
-                     f"gradients clipped to {run['gradient_clipping']:g}"),
+        ("training", f"{counted(run['processes'], 'process', 'processes')}, {run['precision']}, "
+                     f"ZeRO {run['zero_stage']}, {clipped}"),
         ("", ""),
         ("memory per process", f"{format_bytes(states)} for weights, gradients, optimizer and averages"),
         *((f"  {name}", format_bytes(size)) for name, size in memory.items() if not name.startswith("activations")),

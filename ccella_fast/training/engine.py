@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ccella_fast.config import Config
 from ccella_fast.models import build_model
-from ccella_fast.training.deepspeed_config import ADAM_EPS, validate_with_deepspeed
+from ccella_fast.training.deepspeed_config import validate_with_deepspeed
 from ccella_fast.training.flat_adamw import BUCKET, FlatAdamW
 
 logger = logging.getLogger("ccella_fast")
@@ -69,7 +69,6 @@ def _make_optimizer(model: nn.Module, config: Config, deepspeed_values: dict[str
     settings: dict[str, Any] = {
         "lr": training.lr,
         "betas": training.adam_betas,
-        "eps": ADAM_EPS,
         "weight_decay": training.weight_decay,
     }
     if training.zero_stage > 0:

@@ -40,7 +40,6 @@ class FlatAdamW(torch.optim.Optimizer):
         dtype: bf16 or fp32, in which the model is to compute.
         lr: learning rate.
         betas: decay of the moments.
-        eps: added to the denominator.
         weight_decay: decoupled decay.
         max_norm: the norm to which gradients are clipped; 0 for no clipping.
         rows: samples of a step over all processes, the rank of a gradient's factors. Where it is not well below the rank of the
@@ -48,6 +47,7 @@ class FlatAdamW(torch.optim.Optimizer):
         sum_dtype: in which gradients are summed over the processes.
         bucket: elements that are summed together.
         overlap: sum buckets while the backward pass runs, not after it.
+        eps: added to the denominator.
 
     Attributes:
         steps: number of updates; skipped steps do not count.
@@ -67,13 +67,13 @@ class FlatAdamW(torch.optim.Optimizer):
         dtype: torch.dtype,
         lr: float,
         betas: tuple[float, float],
-        eps: float,
         weight_decay: float,
         max_norm: float,
         rows: int,
         sum_dtype: torch.dtype,
         bucket: int = BUCKET,
         overlap: bool = True,
+        eps: float = 1e-8,
     ):
         parameters = list(model.parameters())
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})

@@ -57,6 +57,8 @@ class Telemetry:
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
+        if not any(error):
+            print_collectives()
 
     def log(self, progress: Progress) -> None:
         """Write one step to metrics.jsonl and TensorBoard, with rates since the step that was logged before."""
@@ -77,6 +79,14 @@ class Telemetry:
         self.bar.set_postfix(
             loss=f"{progress.loss:.4f}", lr=f"{progress.lr:.2e}", samples_s=f"{rate:.2f}", refresh=False
         )
+
+
+def print_collectives() -> None:
+    """Print what DeepSpeed's `comms_logger` has measured on this process, if it is enabled."""
+    from deepspeed.comm.comm import comms_logger  # `deepspeed.comm.log_summary` would wait for the other processes
+
+    if comms_logger.enabled:
+        comms_logger.log_all()
 
 
 def _open_gpu(device: Any) -> Gpu | None:

@@ -89,7 +89,11 @@ SETTINGS = {
     "DeepSpeed key": (f"{TRAIN} --deepspeed {{ds_typo}}", 2, ["{ds_typo}", "did you mean 'gradient_clipping'?"]),
     "DeepSpeed fp16": (f"{TRAIN} --deepspeed {{ds_fp16}}", 2, ["{ds_fp16}", "fp16", "bf16"]),
     "batch sizes": (f"{TRAIN} --deepspeed {{ds_triad}}", 2, ["{ds_triad}", "train_batch_size 7", "= 4"]),
-    "value in the DeepSpeed file": (f"{TRAIN} --deepspeed {{ds_value}}", 2, ["{ds_value}", "max_grad_norm", "got -1"]),
+    "value in the DeepSpeed file": (
+        f"{TRAIN} --deepspeed {{ds_value}}",
+        2,
+        ["{ds_value}", "gradient_clipping", "got -1"],
+    ),
 }
 FOLDERS = {
     "prepared folder as a checkpoint": ("sample --checkpoint {prepared} --out x", 4, ["a prepared folder", "{run}"]),

@@ -10,9 +10,6 @@ import pytest
 from ccella_fast.config import make_config
 from ccella_fast.errors import ConfigError
 from ccella_fast.training.deepspeed_config import (
-    MERGED_KEYS,
-    PASSED_KEYS,
-    UNSUPPORTED_KEYS,
     merge_deepspeed_config,
     read_deepspeed_file,
     validate_with_deepspeed,
@@ -50,51 +47,11 @@ def test_shipped_files_are_short_and_valid_for_deepspeed(file, tmp_path):
     assert values["zero_optimization"]["stage"] == config.training.zero_stage
 
 
-@pytest.mark.parametrize("key", sorted(PASSED_KEYS | MERGED_KEYS))
-def test_every_misspelled_top_level_key_raises(key, tmp_path):
-    typo = key[:-3] + key[-2] + key[-3] + key[-1] if key[-2] != key[-3] else key[:-1]
-    message = error_message(tmp_path, {typo: {}})
-    assert "unknown key" in message and f"did you mean '{key}'?" in message
-
-
-@pytest.mark.parametrize("key", sorted(UNSUPPORTED_KEYS))
-def test_unsupported_keys_raise_an_error_that_names_them(key, tmp_path):
-    assert key in error_message(tmp_path, {key: {}})
-
-
-def test_every_top_level_key_of_deepspeed_is_listed():
-    """The keys are read from DeepSpeed's sources, so that keys of new versions are detected."""
-    import inspect
-    import re
-
-    from deepspeed.runtime import config as module
-    from deepspeed.runtime import constants
-
-    source = inspect.getsource(module)
-    names = re.findall(r"get_scalar_param\(\s*param_dict,\s*(\w+)", source)
-    found = {getattr(constants, name, None) for name in names} | set(module._REMOVED_TOP_LEVEL_CONFIG_KEYS)
-    assert len(found) > 20
-    assert found - {None} <= PASSED_KEYS | MERGED_KEYS | UNSUPPORTED_KEYS
-
-
-@pytest.mark.parametrize(
-    ("section", "key"),
-    [
-        ("activation_checkpointing", "partition_activation"),
-        ("optimizer", "parms"),
-        ("bf16", "enable"),
-        ("data_types", "grad_acum_dtype"),
-        ("checkpoint", "tag_validaton"),
-    ],
-)
-def test_misspelled_keys_in_sections_raise(section, key, tmp_path):
-    assert "did you mean" in error_message(tmp_path, {section: {key: True}})
-
-
 def test_an_error_of_deepspeed_becomes_one_message(tmp_path):
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    _, values = merged(tmp_path, {"zero_optimization": {"stage": 2, "overlap_com": True}}, world_size=1)
+    _, values = merged(tmp_path, {"zero_optimization": {"stage": 2}}, world_size=1)
+    values["zero_optimization"]["overlap_com"] = True
     with pytest.raises(ConfigError, match="overlap_com") as caught:
         validate_with_deepspeed(values, DeepSpeedConfig, tmp_path / "ds.json")
     assert len(str(caught.value).splitlines()) <= 5
@@ -179,14 +136,14 @@ def test_missing_batch_sizes_are_computed(file, micro, steps, tmp_path):
             "train_micro_batch_size_per_gpu must be a whole number of at least 1, got 0",
         ),
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),
-        ({"optimizer": {"type": "Lamb"}}, "'Lamb' is not supported"),
-        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "not supported"),
-        ({"scheduler": {"type": "WarmupLR"}}, "WarmupLR"),
+        ({"optimizer": {"type": "Lamb"}}, "must be Adam or AdamW, got 'Lamb'"),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode must be true"),
+        ({"scheduler": {"type": "WarmupLR"}}, "always lr (1 - k/T)^2"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "NVMe"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "JSON object"),
         ({"optimizer": {"type": "AdamW", "params": [1e-4]}}, "JSON object"),
         ({"zero_optimization": {"stage": 4}}, "from 0 to 3"),
-        ({"gradient_clipping": -1}, "greater than 0"),
+        ({"gradient_clipping": -1}, "at least 0"),
         ('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}', "appears twice"),
         ('{"zero_optimization": {', "line 1"),
         ("[]", "one JSON object"),
@@ -206,7 +163,7 @@ def test_comments_and_trailing_commas_are_read(tmp_path):
     file.write_text(
         '{\n  // why\n  "zero_optimization": {"stage": 1,},  # here\n  /* and there */ "dump_state": true,\n}'
     )
-    assert read_deepspeed_file(file)["zero_optimization"] == {"stage": 1}
+    assert read_deepspeed_file(file) == {"zero_optimization.stage": 1, "dump_state": True}
 
 
 def test_a_missing_file_raises(tmp_path):

@@ -67,6 +67,16 @@ def test_a_run_with_zero_or_in_bf16_equals_a_plain_loop(tmp_path, data, stage, p
     check_unusual(tmp_path / "run", data, precision, stage=stage)
 
 
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp32"), (0, "bf16"), (1, "bf16")], ids=stage_id)
+def test_gradients_are_not_clipped_at_norm_0(tmp_path, data, stage, precision):
+    """As `gradient_clipping: 0` of a DeepSpeed file."""
+    changed = {**UNUSUAL, "max_grad_norm": 0.0}
+    train_here(tmp_path / "run", data, **changed, **EVERY_STEP, zero_stage=stage, precision=precision)
+    check_equal(tmp_path / "run", plain_training(data, **changed, precision=precision), precision=precision)
+    clipped = plain_training(data, **UNUSUAL, precision=precision)
+    assert difference(tmp_path / "run", clipped, at=[4])["model"] > 1e-2
+
+
 @pytest.mark.parametrize("setting", OTHERWISE)
 def test_each_setting_has_an_effect(unusual, data, setting):
     value, number = OTHERWISE[setting]
