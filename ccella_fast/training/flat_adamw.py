@@ -82,8 +82,7 @@ class FlatAdamW(torch.optim.Optimizer):
         self.average: Tensor | None = None
         self.average_decay: Callable[[], float] = lambda: 0.0
         self.is_last_micro_step: Callable[[], bool] = lambda: True
-        layers = [layer for layer in model.modules() if isinstance(layer, WideLinear)]
-        self._wide = [layer for layer in layers if 2 * rows <= min(layer.weight.shape)]
+        self._wide = _factored_layers(model, rows)
         self._wide_weights = wide = [cast(nn.Parameter, layer.weight) for layer in self._wide]
         # The backward pass computes the gradients of the last layers first.
         dense = [parameter for parameter in reversed(parameters) if all(parameter is not weight for weight in wide)]
@@ -295,6 +294,16 @@ class _Bucket:
             if rounded is not self.flat:
                 self.flat.copy_(rounded)
         self._sum, self.complete, self._empty = None, False, True
+
+
+def factored_weights(model: nn.Module, rows: int) -> int:
+    """The number of weights without a gradient in memory, in steps of `rows` samples over all processes."""
+    return sum(layer.weight.numel() for layer in _factored_layers(model, rows))
+
+
+def _factored_layers(model: nn.Module, rows: int) -> list[WideLinear]:
+    layers = [layer for layer in model.modules() if isinstance(layer, WideLinear)]
+    return [layer for layer in layers if 2 * rows <= min(layer.weight.shape)]
 
 
 def _world_size() -> int:

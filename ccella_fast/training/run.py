@@ -199,9 +199,7 @@ def count_steps(config: Config, prepared: Manifest, world_size: int) -> int:
         return training.max_train_steps
     tag = config.data.dataset
     cases = sum(case.split == "train" and tag in (None, case.dataset) for case in prepared.cases)
-    return math.ceil(
-        training.n_epochs * cases / (training.batch_size * training.gradient_accumulation_steps * world_size)
-    )
+    return math.ceil(training.n_epochs * cases / training.global_batch(world_size))
 
 
 def _train(
