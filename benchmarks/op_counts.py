@@ -126,7 +126,7 @@ def reference_optimizer_step(model: torch.nn.Module) -> Callable[[], Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
 
     def step() -> None:
-        parameters = [parameter for parameter in model.parameters()]
+        parameters = list(model.parameters())
         torch._foreach_mul_([parameter.grad for parameter in parameters], 2.0**-16)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
