@@ -299,7 +299,7 @@ class TrainingConfig(Section):
     logging_steps: Positive = 1  #: optimizer steps between two reads of the loss from the device
     seed: Seed = 0  #: data order, noise and initial weights follow from it
     #: minutes without a step after which a process stops waiting for the others; before the first step three times as long
-    collective_timeout: PositiveFloat = 10.0
+    collective_timeout: Annotated[float, Field(gt=0, le=10080)] = 10.0
 
 
 class SamplingConfig(Section):

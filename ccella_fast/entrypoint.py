@@ -28,7 +28,7 @@ _PATIENCE = (
     2.0  # seconds that other ranks wait: a launcher kills all processes when one ends, and rank 0 prints the error
 )
 EXIT_CODES = """exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss,
-130/143 stopped by a signal, 141 closed pipe"""
+7 a process did not arrive, 130/138/143 stopped by a signal, 141 closed pipe"""
 LESS_MEMORY = "end other programs, use a machine with more memory, or process less at a time"
 
 

@@ -202,6 +202,7 @@ def checkpoint(bench: Workbench) -> PreparedCase:
     from ccella_fast.checkpoint import read_state, step_folder
     from ccella_fast.processes import HostCollectives
     from ccella_fast.training import checkpointing
+    from ccella_fast.training.run_status import RunStatus
 
     bench.release()
     size = bench.parameters * 20
@@ -218,7 +219,8 @@ def checkpoint(bench: Workbench) -> PreparedCase:
     for parameter in engine.module.parameters():
         parameter.grad = None
     run = Path(folder.name) / "run"
-    writer = checkpointing.CheckpointWriter(run, engine, None, config, {}, None, HostCollectives())
+    status = RunStatus(run, writes=False)
+    writer = checkpointing.CheckpointWriter(run, engine, None, config, {}, None, status, HostCollectives())
 
     def baseline(stopwatch: Stopwatch) -> None:
         path = Path(folder.name) / "reference.pt"

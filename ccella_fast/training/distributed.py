@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import ccella_fast
-from ccella_fast.errors import CcellaError, ConfigError
+from ccella_fast.errors import CcellaError, ConfigError, StalledError
 from ccella_fast.foreign_errors import is_out_of_memory
 from ccella_fast.launchers import adopt_launcher
 
@@ -69,11 +69,14 @@ def initialize_processes(timeout: timedelta) -> torch.device:
 
 @contextmanager
 def translate_peer_failure() -> Iterator[None]:
-    """Raise CcellaError in place of the broken connection that a process sees when another one has ended."""
+    """Raise CcellaError in place of what a process sees in a collective when another one has ended or is stuck."""
     try:
         yield
     except RuntimeError as error:
         alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if not alone and "Timed out waiting" in str(error):  # gloo
+            fix = "see which of the processes is missing, then run the same command again"
+            raise StalledError("another process of this run did not arrive in time", fix=fix) from None
         if alone or "by peer" not in str(error):  # gloo: "Connection closed by peer"
             raise
         raise CcellaError("another process of this run has ended", fix="see that process's own message") from None

@@ -18,6 +18,7 @@ from ccella_fast.training.batches import BatchStream, MicroBatch
 from ccella_fast.training.checkpointing import CheckpointWriter
 from ccella_fast.training.ema import Ema
 from ccella_fast.training.signals import SignalHandler
+from ccella_fast.training.stalls import StallWatch
 from ccella_fast.training.telemetry import Progress, Telemetry
 
 logger = logging.getLogger("ccella_fast")
@@ -73,6 +74,7 @@ def train_loop(
     total_steps: int,
     checkpoints: CheckpointWriter,
     signals: SignalHandler,
+    stalls: StallWatch,
     collectives: HostCollectives,
     telemetry: Telemetry | None,
 ) -> tuple[int, int]:
@@ -87,6 +89,7 @@ def train_loop(
         total_steps: T, the length of the run in optimizer steps.
         checkpoints: writes a checkpoint at the configured interval, after the last step and after a signal.
         signals: records SIGTERM, SIGINT and SIGUSR1.
+        stalls: is told of each finished step.
         collectives: used for decisions that all processes must take alike.
         telemetry: None on all processes but rank 0.
 
@@ -131,13 +134,16 @@ def train_loop(
             telemetry.bar.update()
 
         signal = collectives.max(signals.signal)
-        checkpoints.publish_if_written()
-        if signal:
-            checkpoints.save_after_signal(done, nonfinite_steps, signal)
-            return done, signal
-        if done % training.checkpointing_steps == 0 or done == total_steps:
-            checkpoints.save(done, nonfinite_steps)
-    checkpoints.finish()
+        stalls.finished(done)
+        with stalls.paused():
+            checkpoints.publish_if_written()
+            if signal:
+                checkpoints.save_after_signal(done, nonfinite_steps, signal)
+                return done, signal
+            if done % training.checkpointing_steps == 0 or done == total_steps:
+                checkpoints.save(done, nonfinite_steps)
+    with stalls.paused():
+        checkpoints.finish()
     return total_steps, 0
 
 

@@ -116,7 +116,8 @@ def train(
     """
     from ccella_fast.training import distributed
 
-    timeout = 3 * timedelta(minutes=config.training.collective_timeout)
+    # StallWatch can name a process, so it must come first: the collectives wait longer.
+    timeout = 3 * timedelta(minutes=config.training.collective_timeout) + timedelta(minutes=1)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several:  # first, so that they can agree on what follows; a single process reports mistakes faster without
         distributed.initialize_processes(timeout)
@@ -229,6 +230,7 @@ def _train(
     from ccella_fast.training.ema import Ema
     from ccella_fast.training.engine import build_engine
     from ccella_fast.training.loop import LoopState, train_loop
+    from ccella_fast.training.stalls import StallWatch
     from ccella_fast.training.telemetry import Telemetry
 
     config, training, first_step, main = plan.config, plan.config.training, status.step, collectives.rank == 0
@@ -258,25 +260,24 @@ def _train(
     stream, trained_on = _make_stream(plan, dataset, device), dataset.trained_on()
 
     checkpoints = checkpointing.CheckpointWriter(
-        plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on}, vae, collectives, saved_step=first_step
+        plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on}, vae, status, collectives
     )
     log: Any = contextlib.nullcontext()
     if main:
         log = Telemetry(plan.run, engine, first_step, plan.total_steps, stream.global_batch)
     signals.record()
+    stalls = StallWatch(timedelta(minutes=training.collective_timeout), status, collectives)
     try:
-        with record, log as telemetry:
+        with record, log as telemetry, stalls:
             done, number = train_loop(
                 engine, stream, config, ema, state=LoopState(first_step, state.get("bad_in_a_row", 0)),
-                total_steps=plan.total_steps, checkpoints=checkpoints, signals=signals, collectives=collectives,
-                telemetry=telemetry,
+                total_steps=plan.total_steps, checkpoints=checkpoints, signals=signals, stalls=stalls,
+                collectives=collectives, telemetry=telemetry,
             )  # fmt: skip
     except NonFiniteError:  # on all processes
         checkpoints.finish()
         raise
-    finally:
-        status.step = checkpoints.saved_step
-    if number and checkpoints.saved_step == done:
+    if number and status.step == done:
         logger.warning("stopped by signal %d after step %d; saved as %s", number, done, step_folder(plan.run, done))
     return 128 + number if number else 0
 

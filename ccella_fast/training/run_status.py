@@ -44,20 +44,27 @@ class RunStatus:
     def begin(self) -> None:
         """Record that the run is running; from here on, every ending is recorded."""
         self.has_begun = True
-        self._write("running", None, None)
+        if self._writes:
+            self._write("running", None, None)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if not self.has_begun and (error is None or isinstance(error, ConfigError) or self._is_new):
             return
-        code, why = (self.exit_code, None) if error is None else ending_of(error)
-        stopped = error is None or isinstance(error, KeyboardInterrupt)
+        if error is not None:
+            self.record(error, writes=self._writes)
+        elif self._writes:
+            self._write("finished" if self.exit_code == 0 else "terminated", self.exit_code, None)
+
+    def record(self, error: BaseException, *, writes: bool = True) -> None:
+        """Record the error or the signal that ends the run. writes: False on a process that leaves this to another one."""
+        code, why = ending_of(error)
         with contextlib.suppress(DiskError):  # a full disk must not hide what ended the run
-            self._write("finished" if code == 0 else "terminated" if stopped else "failed", code, why)
+            if writes:
+                self._write("terminated" if isinstance(error, KeyboardInterrupt) else "failed", code, why)
 
     def _write(self, state: str, exit_code: int | None, why: str | None) -> None:
         facts = {"state": state, "step": self.step, "total_steps": self.total_steps, "exit_code": exit_code, "why": why}
-        if self._writes:
-            write_json(self.run / NAME, facts)
+        write_json(self.run / NAME, facts)
 
 
 def read_status(run: Path) -> dict[str, Any]:

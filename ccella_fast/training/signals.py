@@ -55,10 +55,11 @@ def _launchers() -> list[int]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return [parent]
     # Only DeepSpeed's launch.py sets LOCAL_SIZE.
-    return [parent, _parent_of(parent)] if "LOCAL_SIZE" in os.environ else []
+    return [parent, parent_of(parent)] if "LOCAL_SIZE" in os.environ else []
 
 
-def _parent_of(process: int) -> int:
+def parent_of(process: int) -> int:
+    """The id of the parent of a process; 0 if there is no such process."""
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             return int(file.read().rpartition(")")[2].split()[1])

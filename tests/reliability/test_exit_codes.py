@@ -15,7 +15,15 @@ import torch
 
 from ccella_fast import cli
 from ccella_fast.entrypoint import run_command
-from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError, NonFiniteError
+from ccella_fast.errors import (
+    CcellaError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DiskError,
+    NonFiniteError,
+    StalledError,
+)
 from ccella_fast.storage import write_json
 from study_fixtures import config, write_studies
 from training_fixtures import write_prepared
@@ -78,6 +86,7 @@ EVENTS: list[tuple[Callable[[], int], int]] = [
     (lambda: 0, 0), (lambda: 3, 3), (interrupted, 130), (terminated, 143), (raising(ZeroDivisionError()), 1),
     (raising(CcellaError("a bug")), 1), (raising(ConfigError("w")), 2), (raising(DataError("w")), 3),
     (raising(CheckpointError("w")), 4), (raising(DiskError("w")), 5), (raising(NonFiniteError("w")), 6),
+    (raising(StalledError("w")), 7),
     (raising(MemoryError()), 2), (raising(torch.OutOfMemoryError("CUDA out of memory")), 2),
     (raising(ModuleNotFoundError("No module named 'pydicom'", name="pydicom")), 2),
     (raising(OSError(errno.ENOSPC, "No space left on device")), 5), (raising(OSError(errno.EDQUOT, "Quota", "f")), 5),
