@@ -258,7 +258,7 @@ def _train(
     stream, trained_on = _make_stream(plan, dataset, device), dataset.trained_on()
 
     checkpoints = checkpointing.CheckpointWriter(
-        plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on}, vae, collectives, saved_step=first_step
+        plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on}, vae, status, collectives
     )
     log: Any = contextlib.nullcontext()
     if main:
@@ -275,9 +275,7 @@ def _train(
     except NonFiniteError:  # on all processes
         checkpoints.finish()
         raise
-    finally:
-        status.step = checkpoints.saved_step
-    if number and checkpoints.saved_step == done:
+    if number and status.step == done:
         logger.warning("stopped by signal %d after step %d; saved as %s", number, done, step_folder(plan.run, done))
     return 128 + number if number else 0
 
