@@ -17,11 +17,12 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.storage import write_json
 from plain_training import UNUSUAL, difference, plain_training
-from training_fixtures import CONFIG, ROOT, environment, losses, train_here, weights
+from training_fixtures import CONFIG, ROOT, environment, losses, train_here, weights, write_prepared
 
 SETTINGS = {**UNUSUAL, "batch_size": 1}
 TWICE = {"checkpointing_steps": 2}  # gathering weights takes longer than a step
 ZERO2_BF16 = {**SETTINGS, "zero_stage": 2, "precision": "bf16"}
+LONG = {"max_train_steps": 12, "checkpointing_steps": 12}  # some epochs of the studies with one that is not finite
 # With ZeRO 2 each process writes its own shard, so the disk can be full for one process alone. "signal" ends after two of four
 # steps.
 JOBS: dict[str, dict[str, Any]] = {
@@ -31,6 +32,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "zero2-bf16": {"set": {**ZERO2_BF16, **TWICE}},
     "signal": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "fault": "signal", "code": 143},
     "resumed": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "continues": "signal"},
+    "quarantine": {"set": {**LONG, "batch_size": 1}, "nan": True},
     "locked": {"set": {**SETTINGS}, "code": 2},
     "disk": {
         "set": {"batch_size": 1, "max_train_steps": 1, "checkpointing_steps": 1, "zero_stage": 2}, "fault": "disk", "code": 5
@@ -52,7 +54,7 @@ def launch(folder: Path, data: Path, jobs: dict[str, dict[str, Any]]) -> None:
     values = [
         {
             "config": str(folder / "config.json"),
-            "data": str(data),
+            "data": str(folder / "nan" if job.get("nan") else data),
             "run": str(folder / name),
             "set": [f"training.{key}={json.dumps(value)}" for key, value in job["set"].items()],
             "fault": job.get("fault"),
@@ -74,6 +76,7 @@ def launch(folder: Path, data: Path, jobs: dict[str, dict[str, Any]]) -> None:
 def launched(tmp_path_factory, data):
     """The folder with the runs of JOBS."""
     folder = tmp_path_factory.mktemp("launched")
+    write_prepared(folder / "nan", nan_in="case1")
     with lock_folder(folder / "locked", "another command"):
         launch(folder, data, JOBS)
     return folder
@@ -134,6 +137,17 @@ def test_two_resumed_processes_equal_an_uninterrupted_run(launched):
     for name in ("model", "ema"):
         found, expected = weights(resumed, 4, name), weights(uninterrupted, 4, name)
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_two_processes_leave_out_the_study_that_one_leaves_out(launched, tmp_path):
+    train_here(tmp_path / "one", launched / "nan", **LONG, batch_size=2)
+    two, one = launched / "quarantine", tmp_path / "one"
+    states = [
+        json.loads((run / "checkpoints" / "step-00000012" / "training_state.json").read_text()) for run in (one, two)
+    ]
+    assert states[0]["quarantine"] == states[1]["quarantine"] and states[0]["quarantine"]["left_out"].keys() == {"1"}
+    assert losses(two) == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in losses(one)]
+    assert len(losses(one)) == 9
 
 
 def test_another_number_of_processes_raises(launched, data, tmp_path):
