@@ -203,6 +203,7 @@ def checkpoint(bench: Workbench) -> PreparedCase:
     from ccella_fast.processes import HostCollectives
     from ccella_fast.training import checkpointing
     from ccella_fast.training.flat_adamw import MOMENTS
+    from ccella_fast.training.quarantine import Quarantine
     from ccella_fast.training.run_status import RunStatus
 
     bench.release()
@@ -216,7 +217,9 @@ def checkpoint(bench: Workbench) -> PreparedCase:
     engine.optimizer.step()
     run = Path(folder.name) / "run"
     status = RunStatus(run, writes=False)
-    writer = checkpointing.CheckpointWriter(run, engine, None, config, {}, None, status, HostCollectives())
+    writer = checkpointing.CheckpointWriter(
+        run, engine, None, config, {}, None, Quarantine([], {}), status, HostCollectives()
+    )
 
     def baseline(stopwatch: Stopwatch) -> None:
         path = Path(folder.name) / "reference.pt"

@@ -50,6 +50,7 @@ from ccella_fast.training.full_tensors import (
     set_model_weights,
     sorted_parameters,
 )
+from ccella_fast.training.quarantine import Quarantine
 from ccella_fast.training.run_status import RunStatus
 from ccella_fast.training.tensor_files import HostCopy, header, raw_tensors
 
@@ -85,6 +86,7 @@ class CheckpointWriter:
         config: the configuration.
         facts: entries of training_state.json that stay the same.
         vae: folder of the autoencoder to copy into each checkpoint.
+        quarantine: the studies that are left out.
         status: its `step` is set to that of each checkpoint that is published.
         collectives: used to share failures and decisions.
     """
@@ -97,11 +99,13 @@ class CheckpointWriter:
         config: Config,
         facts: dict[str, Any],
         vae: Path | None,
+        quarantine: Quarantine,
         status: RunStatus,
         collectives: HostCollectives,
     ):
         self._run, self._engine, self._ema, self._config = run, engine, ema, config
-        self._facts, self._vae, self._status, self._collectives = facts, vae, status, collectives
+        self._facts, self._vae, self._quarantine = facts, vae, quarantine
+        self._status, self._collectives = status, collectives
         self._shapes = {name: full_shape(parameter) for name, parameter in sorted_parameters(engine)}
         self._elements = sum(shape.numel() for shape in self._shapes.values())
         self._copies = self._allocate_copies()
@@ -123,7 +127,7 @@ class CheckpointWriter:
         begun, folder = time.monotonic(), self._create_partial_folder(step)
         progress = {
             "step": step, "adam_steps": adam_steps(self._engine), "ema_updates": self._ema.updates if self._ema else 0,
-            "bad_in_a_row": nonfinite_steps,
+            "bad_in_a_row": nonfinite_steps, "quarantine": self._quarantine.state(),
         }  # fmt: skip
         documents = {"config.json": self._config.dump(), "training_state.json": self._facts | progress}
         if self._copies is not None:

@@ -24,7 +24,8 @@ MUST_MATCH = {
     "scale_factor": [0.98],
     "intensity_scale": {"t2w": 713.0},
 }
-RESTORED = {"step", "adam_steps", "ema_updates", "bad_in_a_row", "trained_on", "world_size"}
+# What else a checkpoint has; `quarantine`: test_quarantine.py.
+RESTORED = {"step", "adam_steps", "ema_updates", "bad_in_a_row", "trained_on", "world_size", "quarantine"}
 
 
 @pytest.fixture(scope="module")
