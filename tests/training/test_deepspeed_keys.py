@@ -97,6 +97,8 @@ def with_and_without(name: str, place: str, precision: str) -> tuple[dict[str, A
         without.pop(name, None)
     if name == "csv_monitor.enabled":
         return {**without, name: True}, setting(place, precision)
+    if name == f"{ZERO}overlap_comm":
+        return {**without, name: place not in ("0", "3")}, without  # its default depends on the stage
     return {**without, name: other_value(name, precision)}, without
 
 
