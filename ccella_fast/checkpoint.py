@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ccella_fast.config import Config, load_config, make_config
@@ -20,7 +22,8 @@ from ccella_fast.folder_lock import lock_folder
 from ccella_fast.storage import publish_folder, read_json, safe_join, sha256, write_json
 
 logger = logging.getLogger("ccella_fast")
-FORMAT, VERSION = "ccella_fast.checkpoint", 1
+FORMAT, VERSION = "ccella_fast.checkpoint", 2
+_READABLE = (1, 2)  # version 1 has the optimizer's state as DeepSpeed's shards instead of whole tensors
 _FIX = "use another checkpoint, or train again"
 
 
@@ -142,12 +145,14 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def write_manifest(folder: Path, **facts: Any) -> None:
-    """Write manifest.json with `facts` and the SHA-256 and size of every file in `folder`."""
+def write_manifest(folder: Path, hashes: Mapping[str, str] = MappingProxyType({}), **facts: Any) -> None:
+    """Write manifest.json with `facts` and the SHA-256 and size of every file in `folder`.
+
+    hashes: those that are known already, by relative path; these files are not read.
+    """
+    paths = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
     files = {
-        file.relative_to(folder).as_posix(): {"sha256": sha256(file), "bytes": file.stat().st_size}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        name: {"sha256": hashes.get(name) or sha256(file), "bytes": file.stat().st_size} for name, file in paths.items()
     }
     write_json(folder / "manifest.json", {"format": FORMAT, "version": VERSION, **facts, "files": files})
 
@@ -161,8 +166,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     manifest = read_json(path, error=CheckpointError)
     try:
-        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
-            raise CheckpointError(f"this is not a {FORMAT} of version {VERSION}", path=path, fix=_FIX)
+        if manifest["format"] != FORMAT or manifest["version"] not in _READABLE:
+            raise CheckpointError(f"this is not a {FORMAT} of version 1 or {VERSION}", path=path, fix=_FIX)
         for name, entry in manifest["files"].items():
             file = safe_join(folder, name)
             if not file.is_file():

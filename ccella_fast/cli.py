@@ -24,6 +24,7 @@ On several GPUs, train with a launcher: deepspeed ccella_fast/train.py --help"""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
+    entrypoint.adopt_launcher()
     arguments = _parser().parse_args(argv)
     return entrypoint.run_command(
         lambda: arguments.run(arguments) or 0, debug=arguments.debug, if_out_of_memory=arguments.if_out_of_memory

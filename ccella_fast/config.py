@@ -299,6 +299,8 @@ class TrainingConfig(Section):
     checkpoints_total_limit: Annotated[int, Field(ge=2)] = 2  #: checkpoints that are kept; older ones are removed
     logging_steps: Positive = 1  #: optimizer steps between two reads of the loss from the device
     seed: Seed = 0  #: data order, noise and initial weights follow from it
+    #: minutes without a step after which a process stops waiting for the others; before the first step three times as long
+    collective_timeout: Annotated[float, Field(gt=0, le=10080)] = 10.0
 
 
 class SamplingConfig(Section):

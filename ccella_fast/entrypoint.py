@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import ccella_fast
+from ccella_fast import launchers
 from ccella_fast.errors import CcellaError, ConfigError, Stopped, did_you_mean, nearest
 from ccella_fast.foreign_errors import translate
 
@@ -27,8 +28,20 @@ _PATIENCE = (
     2.0  # seconds that other ranks wait: a launcher kills all processes when one ends, and rank 0 prints the error
 )
 EXIT_CODES = """exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss,
-130/143 stopped by a signal, 141 closed pipe"""
+7 a process did not arrive, 130/138/143 stopped by a signal, 141 closed pipe"""
 LESS_MEMORY = "end other programs, use a machine with more memory, or process less at a time"
+
+
+def adopt_launcher() -> None:
+    """Set the variables of torchrun from those of another launcher, such as srun; exit if they are not usable.
+
+    Call it first: they decide also which process prints messages.
+    """
+    try:
+        launchers.adopt_launcher()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def is_local_rank_zero() -> bool:
@@ -148,7 +161,7 @@ def run_command(work: Callable[[], int], *, debug: bool, if_out_of_memory: str =
     except Exception as error:
         if debug:
             raise
-        message = error if isinstance(error, CcellaError) else _foreign(error, if_out_of_memory)
+        message = _message(error, if_out_of_memory)
         if is_local_rank_zero():
             print(message, file=sys.stderr)
             return message.exit_code
@@ -179,7 +192,21 @@ def _stop_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _foreign(error: Exception, if_out_of_memory: str) -> CcellaError:
+def ending_of(error: BaseException) -> tuple[int, str | None]:
+    """The exit code with which `run_command` answers an error or a signal, and the reason; None for a signal."""
+    if isinstance(error, KeyboardInterrupt):
+        return error.exit_code if isinstance(error, Stopped) else 128 + signal.SIGINT, None
+    if isinstance(error, BrokenPipeError):
+        return 141, "the reader of the output has closed the pipe"
+    if isinstance(error, Exception):
+        message = _message(error, LESS_MEMORY)
+        return message.exit_code, message.why
+    return 1, type(error).__name__
+
+
+def _message(error: Exception, if_out_of_memory: str) -> CcellaError:
+    if isinstance(error, CcellaError):
+        return error
     # Of a bug only the type: the message of a library may quote its input, for example a report.
     return translate(error, remedies=if_out_of_memory) or CcellaError(
         f"internal: {type(error).__name__}", fix="run the command again with --debug and report the traceback"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import ccella_fast
 from ccella_fast import hardware
+from ccella_fast.storage import sha256
 
 PACKAGES = [
     "torch", "deepspeed", "triton", "xformers", "monai", "transformers", "nvidia-dali-cuda130", "numpy", "nvidia-ml-py",
@@ -28,6 +31,18 @@ _TRAPS = {
     "another release, bf16 or fp32",
     "old": "cuDNN {} lacks fast half-precision 3D convolutions (fixed in 9.15, pytorch#166122): use a newer PyTorch build",
 }
+
+
+def code_digest() -> str:
+    """The SHA-256 of the names and contents of the package's files of Python code."""
+    digest, root = hashlib.sha256(), Path(ccella_fast.__file__).parent
+    files = {
+        *root.rglob("*.py"),
+        *(root / "kernels").rglob("*.py"),
+    }  # a link in a checkout, which the first does not follow
+    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in files):
+        digest.update(f"{name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def describe_environment() -> dict[str, Any]:

@@ -81,6 +81,12 @@ class NonFiniteError(CcellaError):
     exit_code = 6
 
 
+class StalledError(CcellaError):
+    """A process of a run that the others have waited for in vain."""
+
+    exit_code = 7
+
+
 class Stopped(KeyboardInterrupt):
     """A signal has ended a command; what is done can be continued.
 

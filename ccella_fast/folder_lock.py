@@ -20,6 +20,7 @@ from pathlib import Path
 from ccella_fast.errors import ConfigError
 from ccella_fast.storage import disk_error
 
+LOCK = ".lock"
 logger = logging.getLogger("ccella_fast")
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # some network file systems have no locks
 _ATTEMPTS = 1000  # to create a folder that others remove at the same time; takes some milliseconds
@@ -27,7 +28,7 @@ _MAX_BYTES = 4096  # of the description of a holder
 
 
 @contextmanager
-def lock_folder(folder: str | Path, command: str, *, name: str = ".lock") -> Iterator[None]:
+def lock_folder(folder: str | Path, command: str, *, name: str = LOCK) -> Iterator[None]:
     """Hold the lock of `folder`, which is created if needed, until the end of the block.
 
     Folders that were created for the lock are removed again if nothing has been written to them.

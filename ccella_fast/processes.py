@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,16 +16,29 @@ import torch.distributed as dist
 from ccella_fast import errors
 from ccella_fast.errors import CcellaError, ConfigError, did_you_mean
 from ccella_fast.folder_lock import lock_folder
+from ccella_fast.launchers import adopt_launcher
 
 _TIMEOUT = timedelta(minutes=30)
+T = TypeVar("T")
 
 
 class HostCollectives:
-    """Collectives of small host values, over gloo, so that no process waits for its GPU."""
+    """Collectives of small host values, over gloo, so that no process waits for its GPU.
 
-    def __init__(self) -> None:
-        single = dist.get_world_size() == 1
-        self._group = None if single else dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    Without a process group they are those of a single process.
+
+    Args:
+        timeout: how long a process waits for the others.
+
+    Attributes:
+        rank: of this process.
+        world_size: the number of processes.
+    """
+
+    def __init__(self, timeout: timedelta = _TIMEOUT) -> None:
+        grouped = dist.is_initialized()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+        self._group = None if self.world_size == 1 else dist.new_group(backend="gloo", timeout=timeout)
 
     def max(self, value: int) -> int:
         """The largest `value` of any process."""
@@ -39,17 +52,39 @@ class HostCollectives:
         """The `value` of each process, in rank order. Values must be plain Python values."""
         if self._group is None:
             return [value]
-        values: list = [None] * dist.get_world_size()
+        values: list = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def from_rank_zero(self, value: T) -> T:
+        """The `value` of rank 0, a plain Python value."""
+        if self._group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self._group)
+        return values[0]
 
-def raise_together(error: CcellaError | None) -> None:
-    """Raise the error of the first process that has one, on all processes."""
+    def together(self, work: Callable[[], T]) -> T:
+        """The result of `work` on this process. If it raises a CcellaError on one of them, that is raised on all."""
+        if self._group is None:
+            return work()
+        refusal = result = None
+        try:
+            result = work()
+        except CcellaError as error:
+            refusal = error
+        raise_together(refusal, self)
+        return result  # type: ignore[return-value]
+
+
+def raise_together(error: CcellaError | None, collectives: HostCollectives | None = None) -> None:
+    """Raise the error of the first process that has one, on all processes. Those of other processes than rank 0 are named."""
     mine = None if error is None else [type(error).__name__, error.why, error.path, error.field, error.fix]
-    for given in HostCollectives().all_gather(mine):
+    collectives = collectives or HostCollectives()
+    for rank, given in enumerate(collectives.all_gather(mine)):
         if given is not None:
             kind, why, path, field, fix = given
+            why += f" (process {rank})" if rank and f"process {rank}" not in why else ""
             raise getattr(errors, kind)(why, path=path, field=field, fix=fix)
 
 
@@ -78,7 +113,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 class DistributedContext:
-    """The processes started by torchrun, each with one GPU; a single process without torchrun.
+    """The processes started by torchrun or another launcher, each with one GPU; a single process without one.
 
     Attributes:
         rank: of this process.
@@ -86,6 +121,7 @@ class DistributedContext:
     """
 
     def __init__(self) -> None:
+        adopt_launcher()
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.world_size > 1 and not dist.is_initialized():
             # Long, because a rank waits for the last volumes of the others; torchrun stops all ranks if one fails.

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from ccella_fast.errors import CcellaError, DataError, DiskError
 
 _TEMPORARY = ".partial-"
+_CHUNK = 2**24  # bytes read at a time
 
 
 @contextmanager
@@ -76,6 +78,36 @@ def publish_folder(temporary: Path, path: Path) -> None:
     _fsync(temporary)  # after chmod, so that the mode is flushed too
     os.rename(temporary, path)
     _fsync(path.parent)
+
+
+def write_hashed(path: str | Path, chunks: Iterable[Any]) -> str:
+    """Write a new file, fsync it, and return its SHA-256, which a second thread computes while the first one writes.
+
+    It is not atomic: for files in a folder that `publish_folder` renames later.
+
+    Args:
+        path: the file.
+        chunks: bytes-like objects, of some MB each for speed.
+
+    Raises:
+        OSError: as `open` and `write`.
+    """
+    digest = hashlib.sha256()
+    with open(path, "xb") as file, ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
+        for chunk in chunks:
+            hashing = pool.submit(digest.update, chunk)  # both release Python's lock
+            file.write(chunk)
+            hashing.result()  # before the next chunk, which may come in the same memory
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def read_chunks(path: str | Path) -> Iterator[bytes]:
+    """Yield a file's content in chunks for `write_hashed`."""
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
 
 
 def check_writable(folder: str | Path, field: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ccella_fast import entrypoint
 from ccella_fast.errors import ConfigError
+from ccella_fast.launchers import check_not_one_of_many
 
 if TYPE_CHECKING:
     from ccella_fast.config import PathsConfig
@@ -37,6 +38,7 @@ _INSTEAD = {
 
 def main() -> int:
     """Parse the arguments, train, report an error in one message, and return the exit code."""
+    entrypoint.adopt_launcher()
     arguments = _parser().parse_args()
     work = functools.partial(run, arguments)
     return entrypoint.run_command(work, debug=arguments.debug, if_out_of_memory=IF_OUT_OF_MEMORY)
@@ -46,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, or describe the run if it is a dry run. Returns the exit code."""
     from ccella_fast.config import load_config
 
+    check_not_one_of_many()
     three = [arguments.env_config, arguments.model_config, arguments.model_def]
     if (None in three) if arguments.config is None else any(three):
         fix = "give --config FILE alone, or all of --env_config, --model_config and --model_def"

@@ -46,6 +46,7 @@ KERNELS = (
     "geglu",
     "residual_shift",
     "upsample_trilinear",
+    "adamw",
 )
 XFORMERS = importlib.util.find_spec("xformers") is not None  # found, not imported
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

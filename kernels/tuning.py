@@ -114,6 +114,12 @@ DEFAULT_LAUNCH_CONFIGS: dict[str, dict[str, LaunchConfig]] = {
         "pointers fp32": LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, num_warps=4, num_stages=2),
         "sum": LaunchConfig({"BLOCK": 1024}, num_warps=4),
     },
+    # Each thread updates four weights at a time, of which it reads 20 bytes each.
+    "adamw": {
+        "dense": LaunchConfig({"BLOCK": 1024}, num_warps=4),
+        "factors 16bit": LaunchConfig({"BLOCK_M": 16, "BLOCK_K": 128, "BLOCK_R": 16}, num_warps=4),
+        "factors fp32": LaunchConfig({"BLOCK_M": 16, "BLOCK_K": 128, "BLOCK_R": 16}, num_warps=4),
+    },
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import statistics
@@ -23,6 +24,7 @@ from ccella_fast.config import Config, load_config, make_config
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.hardware import free_memory
 from ccella_fast.storage import write_json
+from ccella_fast.training.flat_adamw import MOMENTS, FlatAdamW
 from fixtures import Workbench
 from op_counter import FlashAttention, backend, count
 from synthetic_dataset import write_prepared
@@ -71,7 +73,7 @@ def training_step(bench: Workbench, precision: str | None = None, *, compiled: b
     step_class = compiled_baseline.CompiledTrainingStep if compiled else reference.ReferenceTrainingStep
     body = step_class(baseline_model, config.scheduler, weight=config.class_loss_weight)
     if precision == "fp32":  # both share their moments, as they share their weights, which halves the memory
-        _share_state(body.optimizer, engine.optimizer)
+        _share_state(body.optimizer, baseline_model, engine.optimizer)
     steps = stream.steps(0, _MOST_STEPS, background=bench.device.type == "cuda")
 
     def run_reference(stopwatch: Stopwatch) -> None:
@@ -132,13 +134,19 @@ class _Gradients:
 
         loss = joint_loss(self.engine.module, self.samples, self.schedule, self.weight).total
         loss.backward()
-        return self._take(self.engine.module, 1.0)
+        optimizer, parameters = self.engine.optimizer, dict(self.engine.module.named_parameters())
+        optimizer.finish_sums()
+        optimizer.gather_factors()
+        return self._scaled([optimizer.view(optimizer.gradients, parameters[name]).flatten() for name in _COMPARED])
 
     def _take(self, module: nn.Module, factor: float) -> Tensor:
         parameters = dict(module.named_parameters())
         found = [parameters[name].grad.detach().float().flatten() * factor for name in _COMPARED]
         for parameter in module.parameters():
             parameter.grad = None
+        return self._scaled(found)
+
+    def _scaled(self, found: list[Tensor]) -> Tensor:
         if not self.scales:  # the truth comes first
             self.scales = [float(gradient.abs().max()) for gradient in found]
         return torch.cat([gradient / scale for gradient, scale in zip(found, self.scales, strict=True)])
@@ -159,8 +167,9 @@ def build_engine(bench: Workbench, config: Config, folder: Path) -> Any:
     with open(os.devnull, "w") as null, redirect_stdout(null):
         engine = engines.build_engine(config, values, total_steps=100_000, device=bench.device, path=None)
     bench.fill_zeros(engine.module)
-    if hasattr(engine.optimizer, "refresh_fp32_params"):
-        engine.optimizer.refresh_fp32_params()
+    with torch.no_grad():
+        for parameter, master in engine.optimizer.views(engine.optimizer.masters).items():
+            master.copy_(parameter)
     return engine
 
 
@@ -221,19 +230,22 @@ def batch_stream(config: Config, data: Path, device: torch.device) -> Any:
 
 
 def _reference(engine: Any, precision: str) -> reference.ReferenceModel:
-    """The reference on the engine's own weights if they are fp32, on an fp32 copy otherwise."""
-    if precision == "fp32":
-        return reference.shared_with(engine.module)
-    import copy
+    """The reference on the memory of the engine's weights if they are fp32, on an fp32 copy otherwise."""
+    if precision != "fp32":
+        return reference.shared_with(copy.deepcopy(engine.module).float())
+    model = reference.shared_with(engine.module)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            # Parameters of its own: those of the engine pass their gradients to the engine's optimizer.
+            setattr(module, name, nn.Parameter(parameter.detach()))
+    return model
 
-    return reference.shared_with(copy.deepcopy(engine.module).float())
 
-
-def _share_state(baseline: torch.optim.Optimizer, ours: torch.optim.Optimizer) -> None:
-    for group in ours.param_groups:
-        for parameter in group["params"]:
-            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            ours.state[parameter] = baseline.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+def _share_state(baseline: torch.optim.Optimizer, model: nn.Module, ours: FlatAdamW) -> None:
+    moments = {name: {p.data_ptr(): view for p, view in ours.views(getattr(ours, name)).items()} for name in MOMENTS}
+    for parameter in model.parameters():
+        shared = {name: views[parameter.data_ptr()] for name, views in moments.items()}
+        baseline.state[parameter] = {"step": torch.tensor(0.0), **shared}
 
 
 def _collated(items: list[Any]) -> dict[str, Tensor]:
@@ -247,7 +259,7 @@ def _collated(items: list[Any]) -> dict[str, Tensor]:
 
 
 def _bytes_per_parameter(precision: str) -> int:
-    return 20 if precision == "fp32" else 20 + 16
+    return 20 if precision == "fp32" else 18 + 16
 
 
 def scaling_with_ranks(bench: Workbench) -> PreparedCase:

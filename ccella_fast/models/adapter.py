@@ -16,27 +16,7 @@ from ccella_fast.config import ModelConfig
 from ccella_fast.kernels.attention import attention
 from ccella_fast.models.blocks import Checkpointed, zero_module
 from ccella_fast.models.embeddings import sinusoidal
-
-_CHUNK = 16384  # input features per matrix product
-
-
-def _chunked_linear(x: Tensor, linear: nn.Linear) -> Tensor:
-    """Return `linear(x)`, computed in chunks of the input features on a CPU in bf16.
-
-    With AMX, the bf16 matrix product of oneDNN 3.12 terminates the process with a division by zero for some shapes with very
-    many input features, such as 8 rows of 196,608 features. The products of the chunks are added in fp32.
-
-    Args:
-        x: (B, features).
-        linear: with a bias.
-    """
-    is_bf16 = torch.is_autocast_enabled("cpu") or linear.weight.dtype == torch.bfloat16
-    if x.device.type != "cpu" or not is_bf16 or x.shape[1] <= _CHUNK:
-        return linear(x)
-    chunks = zip(x.split(_CHUNK, dim=1), linear.weight.split(_CHUNK, dim=1), strict=True)
-    products = [F.linear(values, weight) for values, weight in chunks]
-    total = torch.stack(products).sum(0, dtype=torch.float32) + linear.bias.float()
-    return total.to(products[0].dtype)
+from ccella_fast.models.wide_linear import WideLinear
 
 
 class ClassHead(nn.Module):
@@ -44,12 +24,12 @@ class ClassHead(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.num_latents * config.cross_attention_dim, config.class_head_dim)
+        self.fc1 = WideLinear(config.num_latents * config.cross_attention_dim, config.class_head_dim)
         self.fc2 = nn.Linear(config.class_head_dim, config.num_classes)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (B, Q, E) -> class logits (B, num_classes)."""
-        return self.fc2(F.relu(_chunked_linear(latents.flatten(1), self.fc1)))
+        return self.fc2(F.relu(self.fc1(latents.flatten(1))))
 
 
 class AdaptiveLayerNorm(nn.Module):

@@ -1,192 +1,373 @@
-"""Write a checkpoint from all processes, and restore one.
+"""Write checkpoints from all processes while training goes on, and restore them.
 
-A failure on any process (usually a full disk) is raised on all of them, and no process is left waiting. The partial folder is
-removed; earlier checkpoints stay.
+A checkpoint contains whole fp32 tensors (`full_tensors`), so a run resumes with any number of processes, ZeRO stage and
+precision. At a save, training waits until the tensors are copied to host memory; then a thread of each process writes its share
+of the files. The first step boundary at which all have finished publishes the checkpoint: rank 0 writes the manifest and
+renames the folder. A failure on any process (usually a full disk) is raised there, on all of them, so that no process is left
+waiting; the partial folder is removed, and earlier checkpoints stay.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Iterator
-from enum import Enum
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 import ccella_fast
 from ccella_fast.checkpoint import publish_checkpoint, step_folder, write_manifest
 from ccella_fast.config import Config
 from ccella_fast.errors import CheckpointError, DiskError
+from ccella_fast.hardware import free_memory
+from ccella_fast.models.weights import first_difference
 from ccella_fast.processes import HostCollectives
-from ccella_fast.storage import write_json
+from ccella_fast.quantities import format_bytes
+from ccella_fast.storage import existing_parent, json_text, read_chunks, read_json, write_hashed
+from ccella_fast.training import old_checkpoints
 from ccella_fast.training.ema import Ema
-from ccella_fast.training.engine import full_weights
+from ccella_fast.training.full_tensors import (
+    Kind,
+    adam_steps,
+    full_shape,
+    full_tensors,
+    set_adam_steps,
+    set_full_tensors,
+    set_model_weights,
+    sorted_parameters,
+)
+from ccella_fast.training.tensor_files import HostCopy, header, raw_tensors
 
-_TAG = "shards"
-# The only classes that DeepSpeed's shards contain besides tensors and plain values.
-_SAFE_CLASSES = [fragment_address, ZeroStageEnum, LossScaler]
-
-
-class SafeShards(TorchCheckpointEngine):
-    """DeepSpeed's checkpoint engine, which reads shards without executing code.
-
-    Attributes:
-        failure: the error of a failed write. It is not raised, because the other processes would wait in the barrier with which
-            DeepSpeed's `save_checkpoint` ends.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.failure: Exception | None = None
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write one shard."""
-        try:
-            torch.save(_without_enums(state_dict), path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            self.failure = error
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one shard. Raises CheckpointError if it is damaged or contains anything but the allowed classes."""
-        with torch.serialization.safe_globals(_SAFE_CLASSES):
-            try:
-                return torch.load(path, map_location=map_location, weights_only=True)
-            except Exception as error:
-                why = f"this shard cannot be read safely: {str(error).splitlines()[0]:.160}"
-                raise CheckpointError(why, path=path, fix="do not trust this file; use another checkpoint") from None
+logger = logging.getLogger("ccella_fast")
+# Launchers end a process 30 seconds after SIGTERM; a checkpoint that takes longer than this is not begun then.
+SECONDS_AFTER_A_SIGNAL = 20
+_FILES: dict[Kind, str] = {
+    "weights": "model.safetensors",
+    "exp_avg": "exp_avg.safetensors",
+    "exp_avg_sq": "exp_avg_sq.safetensors",
+}
+_EMA = "ema.safetensors"
+_FIX = "use another checkpoint"
+_MEMORY_SHARE = 0.5  # of the memory that is free before the first step; on a CPU, activations need the rest
 
 
-def _without_enums(value: Any) -> Any:
-    """Replace enumerations (the ZeRO stage) by their values, to which they are equal. Only containers are copied.
+class _Pending(NamedTuple):
+    """A checkpoint that is being written."""
 
-    Some versions of Python, such as 3.11.2, pickle an enumeration as a call of getattr, which loading must not allow.
-    """
-    if isinstance(value, Enum):
-        return value.value
-    if type(value) is dict:
-        return {key: _without_enums(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_without_enums(item) for item in value)
-    return value
+    step: int
+    folder: Path
+    begun: float  # time.monotonic()
+    hashes: Future[dict[str, str]]  # of this process's files
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    engine: Any,
-    ema: Ema | None,
-    config: Config,
-    state: dict[str, Any],
-    vae: Path | None,
-    collectives: HostCollectives,
-) -> Path:
-    """Write the step folder RUN/checkpoints/step-XXXXXXXX. All processes call it.
+class CheckpointWriter:
+    """Writes the checkpoints of a run. All processes call every method, in the same order.
 
     Args:
         run: the run's folder.
-        step: finished optimizer steps.
         engine: the DeepSpeed engine.
         ema: the moving average, if there is one.
         config: the configuration.
-        state: the content of training_state.json.
-        vae: folder of the autoencoder to copy into the checkpoint.
-        collectives: used to share failures.
+        facts: entries of training_state.json that stay the same.
+        vae: folder of the autoencoder to copy into each checkpoint.
+        collectives: used to share failures and decisions.
+        saved_step: the step of the newest checkpoint so far, 0 if there is none.
 
-    Returns:
-        The step folder.
-
-    Raises:
-        DiskError: on all processes, if one of them could not write.
+    Attributes:
+        saved_step: the step of the newest published checkpoint, 0 if there is none.
     """
-    final = step_folder(run, step)
-    partial = final.with_name(f".partial-{final.name}")
-    main = dist.get_rank() == 0
-    failure: Exception | None = None
-    try:
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    except OSError as error:
-        failure = error
-    _raise_if_any_rank_failed(failure, partial, collectives)
-    engine.checkpoint_engine = shards = SafeShards()  # DeepSpeed's configuration cannot select another class
-    engine.save_checkpoint(str(partial / "deepspeed"), tag=_TAG, save_latest=False)
-    failure = shards.failure
-    failure = _write_weights(full_weights(engine), partial / "model.safetensors", failure)
-    if ema is not None:
-        failure = _write_weights(ema.full_weights(), partial / "ema.safetensors", failure)
-    _raise_if_any_rank_failed(failure, partial, collectives)
-    try:
-        if main:
-            write_json(partial / "config.json", config.dump())
-            write_json(partial / "training_state.json", state)
-            if vae is not None:
-                shutil.copytree(vae, partial / "vae")
-            versions = {name: metadata.version(name) for name in ("torch", "deepspeed")} | {
-                "ccella-fast": ccella_fast.__version__
-            }
-            write_manifest(partial, step=step, world_size=dist.get_world_size(), versions=versions)
-            publish_checkpoint(partial, final, keep=config.training.checkpoints_total_limit)
-    except (OSError, DiskError) as error:
-        failure = error
-    _raise_if_any_rank_failed(failure, partial, collectives)
-    return final
+
+    def __init__(
+        self,
+        run: Path,
+        engine: Any,
+        ema: Ema | None,
+        config: Config,
+        facts: dict[str, Any],
+        vae: Path | None,
+        collectives: HostCollectives,
+        saved_step: int = 0,
+    ):
+        self._run, self._engine, self._ema, self._config = run, engine, ema, config
+        self._facts, self._vae, self._collectives, self.saved_step = facts, vae, collectives, saved_step
+        self._shapes = {name: full_shape(parameter) for name, parameter in sorted_parameters(engine)}
+        self._elements = sum(shape.numel() for shape in self._shapes.values())
+        self._copies = self._allocate_copies()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        self._seconds = 0.0  # that the last checkpoint took on the slowest process
+
+    def save(self, step: int, nonfinite_steps: int) -> None:
+        """Copy the state after `step` finished steps, and begin to write it. Waits for a checkpoint that is being written.
+
+        Args:
+            step: finished optimizer steps, skipped ones included.
+            nonfinite_steps: how many of the last steps were skipped without a finite one in between.
+
+        Raises:
+            DiskError: on all processes, if one of them could not write this or the previous checkpoint.
+        """
+        self.finish()
+        begun, folder = time.monotonic(), self._create_partial_folder(step)
+        progress = {
+            "step": step, "adam_steps": adam_steps(self._engine), "ema_updates": self._ema.updates if self._ema else 0,
+            "bad_in_a_row": nonfinite_steps,
+        }  # fmt: skip
+        documents = {"config.json": self._config.dump(), "training_state.json": self._facts | progress}
+        if self._copies is not None:
+            self._fill_copies(self._copies)
+            hashes = self._pool.submit(self._write_copies, self._copies, folder, documents)
+            self._pending = _Pending(step, folder, begun, hashes)
+        else:
+            self._pending = _Pending(step, folder, begun, self._write_directly(folder, documents))
+            self.finish()
+
+    def publish_if_written(self) -> None:
+        """Publish the checkpoint that is being written, if all processes have finished. For every step boundary.
+
+        Raises:
+            DiskError: on all processes, if one of them could not write.
+        """
+        if self._pending and self._all_have_written(self._pending, wait_for=0.0):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, and publish it. Raises DiskError as `publish_if_written`."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        while not self._all_have_written(pending, wait_for=1.0):
+            pass  # in turns, because a collective that waits for a slow disk could exceed its timeout
+        failure, hashes = None, {}
+        try:
+            hashes = pending.hashes.result()
+        except Exception as error:
+            failure = error
+        self._raise_if_any_rank_failed(failure, pending.folder)
+        seconds = time.monotonic() - pending.begun
+        parts = self._collectives.all_gather([seconds, hashes])
+        self._seconds = max(seconds for seconds, _ in parts)
+        try:
+            if dist.get_rank() == 0:
+                final = step_folder(self._run, pending.step)
+                versions = {name: metadata.version(name) for name in ("torch", "deepspeed")} | {
+                    "ccella-fast": ccella_fast.__version__
+                }
+                known = {name: digest for _, part in parts for name, digest in part.items()}
+                facts = {"step": pending.step, "world_size": dist.get_world_size(), "versions": versions}
+                write_manifest(pending.folder, known, **facts)
+                publish_checkpoint(pending.folder, final, keep=self._config.training.checkpoints_total_limit)
+        except (OSError, DiskError) as error:
+            failure = error
+        self._raise_if_any_rank_failed(failure, pending.folder)
+        self.saved_step = pending.step
+
+    def _all_have_written(self, pending: _Pending, *, wait_for: float) -> bool:
+        """Whether all processes have written, or failed to, after at most `wait_for` seconds."""
+        done, _ = wait([pending.hashes], timeout=wait_for)
+        return all(self._collectives.all_gather(bool(done)))
+
+    def save_after_signal(self, step: int, nonfinite_steps: int, number: int) -> None:
+        """Save and publish after signal `number`, unless that would take longer than the process has.
+
+        The time is that of the last checkpoint. SIGUSR1 is sent by SLURM long enough before the end, so it always saves.
+        """
+        seconds = self._seconds
+        if self._pending:
+            seconds += max(0.0, self._seconds - (time.monotonic() - self._pending.begun))
+        seconds = self._collectives.max(round(seconds))
+        self.finish()
+        goes_back = f"step {self.saved_step}" if self.saved_step else "the beginning"
+        if number != signal.SIGUSR1 and seconds > SECONDS_AFTER_A_SIGNAL:
+            if dist.get_rank() == 0:
+                why = "signal %d: a checkpoint takes %d s, more than the %d s before the launcher ends this process"
+                why += "; step %d is not saved, and --resume goes back to %s"
+                logger.warning(why, number, seconds, SECONDS_AFTER_A_SIGNAL, step, goes_back)
+            return
+        if dist.get_rank() == 0:
+            logger.info(
+                "signal %d: saving step %d; until this is done, --resume goes back to %s", number, step, goes_back
+            )
+        self.save(step, nonfinite_steps)
+        self.finish()
+
+    def _create_partial_folder(self, step: int) -> Path:
+        final = step_folder(self._run, step)
+        folder = final.with_name(f".partial-{final.name}")
+        failure = None
+        try:
+            if dist.get_rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+        except OSError as error:
+            failure = error
+        self._raise_if_any_rank_failed(failure, folder)
+        return folder
+
+    def _files(self) -> Iterator[tuple[str, bool, Callable[[], Iterator[tuple[str, Tensor]]]]]:
+        """Yield for each file its name, whether this process writes it, and how to read its tensors, on all processes."""
+        sources: dict[str, Callable[[], Iterator[tuple[str, Tensor]]]] = {
+            name: partial(full_tensors, self._engine, kind) for kind, name in _FILES.items()
+        }
+        if self._ema is not None:
+            sources[_EMA] = self._ema.full_weights
+        for number, (name, read) in enumerate(sources.items()):
+            yield name, number % dist.get_world_size() == dist.get_rank(), read
+
+    def _allocate_copies(self) -> dict[str, HostCopy] | None:
+        """Allocate host memory for this process's files; None on all processes if that of a machine does not suffice."""
+        own = [name for name, mine, _ in self._files() if mine]
+        machines = self._collectives.all_gather([socket.gethostname(), 4 * self._elements * len(own), free_memory()])
+        needed = Counter[str]()
+        for machine, size, _ in machines:
+            needed[machine] += size
+        short = [(needed[machine], free) for machine, _, free in machines if needed[machine] > _MEMORY_SHARE * free]
+        if not short:
+            pinned = self._engine.device.type == "cuda"
+            return {name: HostCopy(self._elements, pinned=pinned) for name in own}
+        if dist.get_rank() == 0:
+            why = "training waits while a checkpoint is written: a copy of it needs %s of memory, but only %s are free"
+            logger.info(why, *map(format_bytes, short[0]))
+        return None
+
+    def _fill_copies(self, copies: dict[str, HostCopy]) -> None:
+        for name, mine, read in self._files():
+            tensors = (tensor for _, tensor in read())
+            if mine:
+                copies[name].fill(tensors)
+            else:
+                _read_to_the_end(tensors)
+        if self._engine.device.type == "cuda":
+            torch.cuda.current_stream(self._engine.device).synchronize()
+
+    def _write_copies(self, copies: dict[str, HostCopy], folder: Path, documents: dict[str, Any]) -> dict[str, str]:
+        """Write this process's share, in a thread. Returns the SHA-256 of each file."""
+        begin = header(self._shapes)
+        hashes = {name: write_hashed(folder / name, [begin, *copy.chunks()]) for name, copy in copies.items()}
+        return hashes | self._write_documents(folder, documents)
+
+    def _write_directly(self, folder: Path, documents: dict[str, Any]) -> Future[dict[str, str]]:
+        """Write this process's share tensor by tensor, without copies. Returns the finished result of `_write_copies`."""
+        done: Future[dict[str, str]] = Future()
+        hashes: dict[str, str] = {}
+        failure: Exception | None = None
+        for name, mine, read in self._files():
+            tensors = (tensor for _, tensor in read())
+            try:
+                if mine and failure is None:
+                    hashes[name] = write_hashed(folder / name, chain([header(self._shapes)], raw_tensors(tensors)))
+            except Exception as error:
+                failure = error
+            _read_to_the_end(tensors)  # in any case, because the other processes take part
+        try:
+            hashes |= self._write_documents(folder, documents)
+        except Exception as error:
+            failure = failure or error
+        done.set_exception(failure) if failure else done.set_result(hashes)
+        return done
+
+    def _write_documents(self, folder: Path, documents: dict[str, Any]) -> dict[str, str]:
+        """Let rank 0 write the JSON files and copy the autoencoder. Returns the SHA-256 of each file."""
+        if dist.get_rank() != 0:
+            return {}
+        hashes = {name: write_hashed(folder / name, [json_text(value).encode()]) for name, value in documents.items()}
+        if self._vae is not None:
+            for source in filter(Path.is_file, sorted(self._vae.rglob("*"))):
+                name = f"vae/{source.relative_to(self._vae).as_posix()}"
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                hashes[name] = write_hashed(folder / name, read_chunks(source))
+        return hashes
+
+    def _raise_if_any_rank_failed(self, failure: Exception | None, folder: Path) -> None:
+        """Raise DiskError on all processes if one has failed, and remove the partial folder."""
+        reasons = [reason for reason in self._collectives.all_gather(str(failure) if failure else None) if reason]
+        if not reasons:
+            return
+        written = 0
+        if dist.get_rank() == 0:
+            written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(existing_parent(folder)).free
+        raise DiskError(
+            f"this checkpoint could not be written: {reasons[0].splitlines()[0]:.120} ({written} bytes "
+            f"written, {free} bytes free); earlier checkpoints are intact",
+            path=folder.parent,
+            fix="free space, then run the same command with --resume",
+        )
 
 
 def restore_checkpoint(folder: Path, engine: Any, ema: Ema | None, state: dict[str, Any]) -> None:
     """Restore weights, optimizer, learning rate and averages from a verified step folder. All processes call it.
 
-    state: its training_state.json. Raises CheckpointError.
+    Args:
+        folder: the step folder.
+        engine: the DeepSpeed engine.
+        ema: the moving average, if there is one.
+        state: the folder's training_state.json.
+
+    Raises:
+        CheckpointError: a file does not fit the model.
     """
-    engine.checkpoint_engine = SafeShards()
-    loaded, _ = engine.load_checkpoint(str(folder / "deepspeed"), tag=_TAG)
-    if loaded is None:
-        why = "DeepSpeed did not find its shards in this checkpoint"
-        raise CheckpointError(why, path=folder, fix="use another checkpoint")
+    version = read_json(folder / "manifest.json", error=CheckpointError)["version"]
+    if version == 1 and old_checkpoints.has_shards(folder):
+        old_checkpoints.load_shards(folder, engine)
+    else:
+        weights = _load(folder / _FILES["weights"], engine)
+        if version == 1:
+            shapes = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
+            exp_avg, exp_avg_sq, steps = old_checkpoints.read_moments(folder, shapes)
+        else:
+            exp_avg, exp_avg_sq = (_load(folder / _FILES[kind], engine) for kind in ("exp_avg", "exp_avg_sq"))
+            steps = state["adam_steps"]
+        set_full_tensors(engine, "weights", weights)
+        set_model_weights(engine, weights)
+        set_full_tensors(engine, "exp_avg", exp_avg)
+        set_full_tensors(engine, "exp_avg_sq", exp_avg_sq)
+        set_adam_steps(engine, steps)
+        _set_progress(engine, state["step"], skipped=state["step"] - steps)
     if ema is not None:
-        ema.restore(load_file(folder / "ema.safetensors"), state["ema_updates"])
+        ema.restore(_load(folder / _EMA, engine), state["ema_updates"])
 
 
-def _write_weights(weights: Iterator[tuple[str, Tensor]], path: Path, failure: Exception | None) -> Exception | None:
-    """Gather weights on all processes and write them on rank 0, unless writing has failed before. Returns the failure.
-
-    The weights must be gathered to the end in any case, because the other processes take part.
-    """
-    main = dist.get_rank() == 0
-    gathered: dict[str, Tensor] = {}
-    for name, value in weights:
-        if main and failure is None:
-            gathered[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-    if main and failure is None:
-        try:
-            save_file(gathered, path, metadata={"format": "pt"})
-        except Exception as error:  # SafetensorError when writing fails, OSError when opening fails
-            return error
-    return failure
+def _load(path: Path, engine: Any) -> dict[str, Tensor]:
+    """Read a file of whole tensors. Raises CheckpointError if names or shapes are not those of the engine's parameters."""
+    try:
+        values = load_file(path)
+    except (OSError, SafetensorError) as error:
+        why = f"this file cannot be read: {str(error).splitlines()[0]:.160}"
+        raise CheckpointError(why, path=path, fix=_FIX) from None
+    expected = {
+        name: torch.empty(full_shape(parameter), device="meta") for name, parameter in sorted_parameters(engine)
+    }
+    difference = first_difference(expected, values)
+    if difference is not None:
+        raise CheckpointError(f"these tensors do not fit the model: {difference}", path=path, fix=_FIX)
+    return values
 
 
-def _raise_if_any_rank_failed(failure: Exception | None, partial: Path, collectives: HostCollectives) -> None:
-    """Raise DiskError on all processes if one has failed, and remove the partial folder."""
-    reasons = [reason for reason in collectives.all_gather(str(failure) if failure else None) if reason]
-    if not reasons:
-        return
-    bytes_written = 0
-    if dist.get_rank() == 0:
-        bytes_written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-        shutil.rmtree(partial, ignore_errors=True)
-    free = shutil.disk_usage(next(folder for folder in partial.parents if folder.exists())).free
-    raise DiskError(
-        f"this checkpoint could not be written: {reasons[0].splitlines()[0]:.120} ({bytes_written} bytes "
-        f"written, {free} bytes free); earlier checkpoints are intact",
-        path=partial.parent,
-        fix="free space, then run the same command with --resume",
-    )
+def _set_progress(engine: Any, step: int, *, skipped: int) -> None:
+    """Set the learning rate and DeepSpeed's counters to those after `step` steps, of which `skipped` were skipped."""
+    engine.global_steps, engine.skipped_steps = step, skipped
+    engine.global_samples = step * engine.train_batch_size()
+    scheduler = engine.lr_scheduler
+    scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step - 1, "_step_count": step + 1})
+    scheduler.step()  # computes the rate of the next step
+
+
+def _read_to_the_end(tensors: Iterator[Tensor]) -> None:
+    for _ in tensors:
+        pass

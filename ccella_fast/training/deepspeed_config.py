@@ -160,10 +160,11 @@ def _engine_values(config: Config, given: Given, world_size: int, output_dir: Pa
     """The dictionary for `deepspeed.initialize`: what the file has, what follows from the configuration, and defaults."""
     training = config.training
     micro, steps, bf16 = training.batch_size, training.gradient_accumulation_steps, training.precision == "bf16"
+    zero = training.zero_stage > 0
     values = {key: value for key, value in nested(given).items() if key in _PASSED}
     if not given.get("comms_logger.enabled"):
         values.pop("comms_logger", None)  # DeepSpeed enables it if the section exists
-    # Sums of bf16 gradients lose small contributions. ZeRO can accumulate in fp32; stage 0 does not have a buffer for it.
+    # Sums of bf16 gradients lose small contributions. Without ZeRO our own optimizer always adds in fp32.
     sums = given.get("data_types.grad_accum_dtype", "fp32")
     tensorboard = {"enabled": True, "output_path": str(output_dir), "job_name": "tensorboard"}
     return {
@@ -171,10 +172,10 @@ def _engine_values(config: Config, given: Given, world_size: int, output_dir: Pa
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
         "train_batch_size": micro * steps * world_size,
-        # At stage 0 in fp32, the optimizer clips the gradients itself (engine.NonFiniteSkippingAdamW).
-        "gradient_clipping": training.max_grad_norm if bf16 or training.zero_stage else 0.0,
-        "bf16": {"enabled": bf16},
-        **({"data_types": {"grad_accum_dtype": sums}} if bf16 and training.zero_stage else {}),
+        # Without ZeRO our own optimizer clips the gradients and keeps the bf16 weights (training/flat_adamw.py).
+        "gradient_clipping": training.max_grad_norm if zero else 0.0,
+        "bf16": {"enabled": bf16 and zero},
+        **({"data_types": {"grad_accum_dtype": sums}} if bf16 and zero else {}),
         "zero_optimization": {**values.get("zero_optimization", {}), "stage": training.zero_stage},
         "tensorboard": tensorboard | values.get("tensorboard", {}),
         # Use torch's fused AdamW also with offloading to the CPU: DeepSpeed's own would have to be compiled with g++.

@@ -1,28 +1,30 @@
-"""The processes of a run: initialization, collectives in host memory, signals.
+"""The processes of a run: initialization, and what one sees when another has ended.
 
-The launchers `deepspeed` and `torchrun` set the same five environment variables; plain `python` is a world of one process. This
-module must be imported before DeepSpeed, which chooses its accelerator on import.
+The launchers set the same five environment variables (see `launchers`); plain `python` is a world of one process. This module
+must be imported before DeepSpeed, which chooses its accelerator on import.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
-import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from ccella_fast.errors import CcellaError
+import ccella_fast
+from ccella_fast.errors import CcellaError, ConfigError, StalledError
+from ccella_fast.foreign_errors import is_out_of_memory
+from ccella_fast.launchers import adopt_launcher
 
 logger = logging.getLogger("ccella_fast")
-_TIMEOUT = timedelta(minutes=30)
 
 
 def uses_gpu() -> bool:
@@ -30,11 +32,16 @@ def uses_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
-def initialize_processes() -> torch.device:
-    """Join the process group, with NCCL on GPUs and gloo on CPUs. Returns the device of this process."""
-    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:  # plain `python`: one process
+def initialize_processes(timeout: timedelta) -> torch.device:
+    """Join the process group, with NCCL on GPUs and gloo on CPUs, unless this has happened. Returns this process's device.
+
+    timeout: of the collectives.
+    """
+    adopt_launcher()
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # plain `python`, or one process of a launcher
         single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-        os.environ.update({name: str(value) for name, value in single.items()})
+        for name, value in single.items():
+            os.environ.setdefault(name, str(value))
     gpu = uses_gpu()
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -48,71 +55,57 @@ def initialize_processes() -> torch.device:
         # and hangs if a killed build has left its lock. It only accelerates gloo, and DeepSpeed omits every op that this
         # private table of compatible ops does not contain: so replace the table with an empty one.
         vars(deepspeed.ops)["__compatible_ops__"] = {}
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", timeout=_TIMEOUT, verbose=False)
+    if gpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        why = f"process {os.environ['LOCAL_RANK']} of this machine sees {torch.cuda.device_count()} GPUs"
+        fix = "start as many processes as there are GPUs; under srun let each see all of them, with --gpu-bind=none"
+        raise ConfigError(why, field="LOCAL_RANK", fix=fix)
+    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", timeout=timeout, verbose=False)
     if not gpu:
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    index = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 @contextmanager
 def translate_peer_failure() -> Iterator[None]:
-    """Raise CcellaError in place of the broken connection that a process sees when another one has ended."""
+    """Raise CcellaError in place of what a process sees in a collective when another one has ended or is stuck."""
     try:
         yield
     except RuntimeError as error:
-        if dist.get_world_size() == 1 or "by peer" not in str(error):  # gloo: "Connection closed by peer"
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if not alone and "Timed out waiting" in str(error):  # gloo
+            fix = "see which of the processes is missing, then run the same command again"
+            raise StalledError("another process of this run did not arrive in time", fix=fix) from None
+        if alone or "by peer" not in str(error):  # gloo: "Connection closed by peer"
             raise
         raise CcellaError("another process of this run has ended", fix="see that process's own message") from None
 
 
-class SignalHandler:
-    """Context manager that records SIGTERM and SIGINT for the loop to read, and detects that the launcher has ended.
+@contextmanager
+def translate_refusal(path: Path | None) -> Iterator[None]:
+    """Raise ConfigError in place of what DeepSpeed raises for a value that it cannot use.
 
-    SIGTERM to the `deepspeed` command ends only that command; its launcher and the training processes continue as orphans and
-    receive no signal. Under a launcher, a change of the parent processes therefore counts as SIGTERM.
+    path: the user's DeepSpeed file.
     """
-
-    def __init__(self) -> None:
-        self._signal = 0
-        self._ancestors = _launchers()
-
-    def __enter__(self) -> SignalHandler:
-        in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
-        numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
-        self._before = {number: signal.signal(number, self._record) for number in numbers}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @property
-    def signal(self) -> int:
-        """The number of the first signal, or 0."""
-        if not self._signal and self._ancestors != _launchers():
-            self._signal = signal.SIGTERM
-        return self._signal
-
-    def _record(self, number: int, frame: object) -> None:
-        self._signal = self._signal or number
-
-
-def _launchers() -> list[int]:
-    """Ids of the parent processes that launched this one: torchrun, or DeepSpeed's launch.py and the `deepspeed` command."""
-    parent = os.getppid()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return [parent]
-    # Only DeepSpeed's launch.py sets LOCAL_SIZE.
-    return [parent, _parent_of(parent)] if "LOCAL_SIZE" in os.environ else []
-
-
-def _parent_of(process: int) -> int:
     try:
-        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
-            return int(file.read().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
+        yield
+    except (AssertionError, ImportError, KeyError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error) or not _raised_in_deepspeed(error):
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        why = f"DeepSpeed cannot train with this configuration: {first:.200}"
+        raise ConfigError(why, path=path, fix="correct the value; see deepspeed.ai, config-json") from error
+
+
+def _raised_in_deepspeed(error: BaseException) -> bool:
+    """Whether DeepSpeed has raised the error, or what it has called has, except for a function of ours."""
+    import deepspeed
+
+    theirs, ours = Path(deepspeed.__file__).parent, Path(ccella_fast.__file__).parent
+    frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    found = [file for file in frames if file.is_relative_to(theirs) or file.is_relative_to(ours)]
+    return found[-1].is_relative_to(theirs)
 
 
 def _free_port() -> int:

@@ -17,7 +17,8 @@ from ccella_fast.models import build_model
 from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.training import distributed
 from ccella_fast.training.activation_memory import activation_bytes
-from ccella_fast.training.run import RunPlan, flatten, make_run_plan
+from ccella_fast.training.resume import flatten
+from ccella_fast.training.run import RunPlan, make_run_plan
 
 _FP32 = 4
 
@@ -179,10 +180,8 @@ def memory_per_parameter(config: Config, world_size: int) -> dict[str, float]:
 
 
 def checkpoint_bytes_per_parameter(config: Config) -> int:
-    """Disk space of the files of all processes: DeepSpeed's shards, the fp32 weights, and their averages if there are any."""
-    weights, optimizer = _weights_and_optimizer(config)
-    shards = optimizer + (0 if config.training.zero_stage == 3 else weights)  # ZeRO 3 writes only the fp32 weights
-    return shards + _FP32 + (_FP32 if config.training.ema_decay else 0)
+    """Disk space of the fp32 tensors: weights, the two moments of Adam, and averages if there are any."""
+    return _FP32 * (4 if config.training.ema_decay else 3)
 
 
 def _weights_and_optimizer(config: Config) -> tuple[int, int]:

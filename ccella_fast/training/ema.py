@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ccella_fast.training.engine import full_weights, master_weights, set_master_weights
+from ccella_fast.training.engine import master_weights
+from ccella_fast.training.flat_adamw import FlatAdamW
+from ccella_fast.training.full_tensors import full_tensors, set_full_tensors
 
 
 class Ema:
@@ -32,24 +34,31 @@ class Ema:
     def __init__(self, engine: Any, decay: float):
         self.engine, self.decay, self.updates = engine, decay, 0
         self.averages = [weights.clone() for weights in master_weights(engine)]
+        self._by_optimizer = isinstance(engine.optimizer, FlatAdamW)
+        if self._by_optimizer:
+            engine.optimizer.average, engine.optimizer.average_decay = self.averages[0], self.next_decay
+
+    def next_decay(self) -> float:
+        """The decay of the next update."""
+        return min(self.decay, (2 + self.updates) / (11 + self.updates))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Set each average to decay_n * average + (1 - decay_n) * weights."""
+        """Set each average to decay_n * average + (1 - decay_n) * weights, unless the optimizer's step has done it."""
+        if not self._by_optimizer:
+            get_ema_multi_avg_fn(self.next_decay())(self.averages, master_weights(self.engine), self.updates)
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        get_ema_multi_avg_fn(decay)(self.averages, master_weights(self.engine), self.updates)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and average of every parameter, on every process. All processes must iterate to the end."""
+        """Yield name and average of every parameter, as `full_tensors` does. All processes must iterate to the end."""
         with self._swapped():
-            yield from full_weights(self.engine)
+            yield from full_tensors(self.engine, "weights")
 
     @torch.no_grad()
     def restore(self, values: dict[str, Tensor], updates: int) -> None:
         """Restore averages from whole parameters, as yielded by `full_weights`. All processes must call it."""
         with self._swapped():
-            set_master_weights(self.engine, values)
+            set_full_tensors(self.engine, "weights", values)
         self.updates = updates
 
     @contextmanager

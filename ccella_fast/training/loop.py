@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +15,10 @@ from ccella_fast.errors import NonFiniteError
 from ccella_fast.losses import class_loss, noise_loss
 from ccella_fast.processes import HostCollectives
 from ccella_fast.training.batches import BatchStream, MicroBatch
-from ccella_fast.training.distributed import SignalHandler
+from ccella_fast.training.checkpointing import CheckpointWriter
 from ccella_fast.training.ema import Ema
+from ccella_fast.training.signals import SignalHandler
+from ccella_fast.training.stalls import StallWatch
 from ccella_fast.training.telemetry import Progress, Telemetry
 
 logger = logging.getLogger("ccella_fast")
@@ -71,8 +72,9 @@ def train_loop(
     *,
     state: LoopState,
     total_steps: int,
-    save: Callable[[LoopState], None],
+    checkpoints: CheckpointWriter,
     signals: SignalHandler,
+    stalls: StallWatch,
     collectives: HostCollectives,
     telemetry: Telemetry | None,
 ) -> tuple[int, int]:
@@ -85,8 +87,9 @@ def train_loop(
         ema: the moving average of the weights, updated after each finite step.
         state: where to start.
         total_steps: T, the length of the run in optimizer steps.
-        save: writes a checkpoint; called at the configured interval, after the last step and after a signal.
-        signals: records SIGTERM and SIGINT.
+        checkpoints: writes a checkpoint at the configured interval, after the last step and after a signal.
+        signals: records SIGTERM, SIGINT and SIGUSR1.
+        stalls: is told of each finished step.
         collectives: used for decisions that all processes must take alike.
         telemetry: None on all processes but rank 0.
 
@@ -95,6 +98,7 @@ def train_loop(
 
     Raises:
         NonFiniteError: `MAX_NONFINITE_STEPS` consecutive steps were not finite.
+        DiskError: a checkpoint could not be written.
     """
     training, schedule, weight = config.training, Schedule.from_config(config.scheduler), config.class_loss_weight
     first, nonfinite_steps = state
@@ -130,10 +134,16 @@ def train_loop(
             telemetry.bar.update()
 
         signal = collectives.max(signals.signal)
-        if done % training.checkpointing_steps == 0 or done == total_steps or signal:
-            save(LoopState(done, nonfinite_steps))
-        if signal:
-            return done, signal
+        stalls.finished(done)
+        with stalls.paused():
+            checkpoints.publish_if_written()
+            if signal:
+                checkpoints.save_after_signal(done, nonfinite_steps, signal)
+                return done, signal
+            if done % training.checkpointing_steps == 0 or done == total_steps:
+                checkpoints.save(done, nonfinite_steps)
+    with stalls.paused():
+        checkpoints.finish()
     return total_steps, 0
 
 

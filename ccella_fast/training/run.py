@@ -6,37 +6,36 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ccella_fast.checkpoint import newest_checkpoint, read_state, step_folder, verify_checkpoint
+from ccella_fast.checkpoint import read_state, step_folder
 from ccella_fast.config import Config, load_config
 from ccella_fast.data.augmentation.parameters import check_conditioning
 from ccella_fast.data.checking.findings import check_allowed_names
 from ccella_fast.data.checking.overview import check_before_training
 from ccella_fast.data.manifest import Manifest, load_manifest
-from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError, Stopped
-from ccella_fast.folder_kinds import check_folder, check_output, wrong_folder
+from ccella_fast.errors import DataError, NonFiniteError
 from ccella_fast.folder_lock import lock_folder
-from ccella_fast.foreign_errors import translate
-from ccella_fast.processes import HostCollectives, raise_together
+from ccella_fast.processes import HostCollectives
 from ccella_fast.quantities import counted
 from ccella_fast.storage import disk_error, remove_partial_files, sha256, write_json
 from ccella_fast.training.deepspeed_config import merge_deepspeed_config
+from ccella_fast.training.resume import agree_on_start, check_agreement, check_unchanged, flatten
+from ccella_fast.training.run_status import RunStatus
+from ccella_fast.training.signals import SignalHandler
 
 if TYPE_CHECKING:
+    import torch
+
     from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset
     from ccella_fast.training.batches import BatchStream
 
 logger = logging.getLogger("ccella_fast")
-LATEST = "latest"
-# Settings that may differ between a run and its continuation; all others influence the result.
-_MAY_CHANGE = {
-    "name", "vae_training", "sampling", "paths", "data.engine", "training.activation_checkpointing",
-    "training.checkpointing_steps", "training.checkpoints_total_limit", "training.logging_steps",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,33 +114,50 @@ def train(
     Raises:
         CcellaError: with `resume=None`, also if `run` already contains a run.
     """
+    from ccella_fast.training import distributed
+
+    # StallWatch can name a process, so it must come first: the collectives wait longer.
+    timeout = 3 * timedelta(minutes=config.training.collective_timeout) + timedelta(minutes=1)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several:  # first, so that they can agree on what follows; a single process reports mistakes faster without
+        distributed.initialize_processes(timeout)
     with contextlib.ExitStack() as held:
-        refusal = _lock_run_folder(run, held)
-        start = find_start(run, resume)
-        plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, start=start, allow=allow)
+        signals, collectives = held.enter_context(SignalHandler()), HostCollectives(timeout)
+        main = collectives.rank == 0
+        with distributed.translate_peer_failure():
+            collectives.together(lambda: held.enter_context(lock_folder(run, "train.py")) if main else None)
+        status = held.enter_context(RunStatus(run, writes=main))
+        held.enter_context(_leave_no_trace(run, status) if main else contextlib.nullcontext())
+        held.enter_context(distributed.translate_peer_failure())
+        start = agree_on_start(run, resume, collectives)
+        plan = collectives.together(
+            lambda: make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, start=start, allow=allow)
+        )
+        state = {} if start is None else collectives.together(lambda: read_state(start))
+        facts = plan.facts | {f"{key} of the checkpoint": value for key, value in flatten(state).items()}
+        check_agreement(plan.config, plan.engine_values, facts, collectives)
         if start is not None:
-            state = read_state(start)
-            check_unchanged(plan, start, state)
+            collectives.together(lambda: check_unchanged(plan.config, plan.facts, start, state))
             if state["step"] >= plan.total_steps:
                 logger.info("%s is complete (%s), nothing to do", run, counted(plan.total_steps, "step"))
                 return 0
-        return _train(plan, refusal)
+        device = distributed.initialize_processes(timeout)
+        status.step, status.total_steps = state.get("step", 0), plan.total_steps
+        status.exit_code = _train(plan, state, device, status, signals, collectives)
+        return status.exit_code
 
 
-def _lock_run_folder(run: Path, held: contextlib.ExitStack) -> CcellaError | None:
-    """Let rank 0 lock the run's folder until `held` is closed. Other ranks return None, since they write where rank 0 does.
-
-    One of several ranks returns its refusal for `_train`, where all ranks can raise it: alone, the others would wait for it.
-    """
-    if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) != "0":
-        return None
+@contextlib.contextmanager
+def _leave_no_trace(run: Path, status: RunStatus) -> Iterator[None]:
+    """Remove what a start that fails has written to the folder of a new run, for example logs that DeepSpeed opens."""
+    before = set(run.iterdir())
     try:
-        held.enter_context(lock_folder(run, "train.py"))
-    except CcellaError as refusal:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            raise
-        return refusal
-    return None
+        yield
+    except BaseException:
+        if not status.has_begun:
+            for path in set(run.iterdir()) - before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 def auto_precision(start: Path | None) -> Literal["bf16", "fp32"]:
@@ -188,155 +204,82 @@ def count_steps(config: Config, prepared: Manifest, world_size: int) -> int:
     )
 
 
-def find_start(run: Path, resume: str | None) -> Path | None:
-    """The step folder to resume from, or None to start a new run. Raises ConfigError, CheckpointError."""
-    check_output(run, "a run", field="--output_dir")
-    if resume is None:
-        if (run / "checkpoints").exists() or (run / "config.json").exists():
-            fix = "add --resume, or choose another --output_dir"
-            raise ConfigError("this folder already contains a run", path=run, fix=fix)
-        return None
-    if resume == LATEST:
-        found = newest_checkpoint(run)
-        if found:
-            logger.info("resuming from %s", found)
-        else:
-            logger.info("nothing to resume in %s, starting a new run", run)
-        return found
-    folder = Path(resume)
-    check_folder(folder, "checkpoint", error=CheckpointError, field="--resume")
-    if not folder.exists():
-        raise wrong_folder(folder, "checkpoint", error=CheckpointError, field="--resume")
-    if not (folder / "manifest.json").is_file():
-        raise CheckpointError(
-            "this folder contains no checkpoint", path=folder, fix="give a step folder, or --resume alone"
-        )
-    verify_checkpoint(folder)
-    if folder.resolve().parent.parent != run.resolve():
-        why = f"a run is resumed in its own folder, but --output_dir is {run}"
-        raise ConfigError(why, path=folder, field="--resume", fix=f"use --output_dir {folder.parent.parent}")
-    return folder
-
-
-def check_unchanged(plan: RunPlan, start: Path, state: dict[str, Any]) -> None:
-    """Raise ConfigError, naming the first key, if a setting or fact that influences the result has changed.
-
-    start: the step folder to resume from. state: its training_state.json.
-    """
-    before, now = (flatten(values.dump()) for values in (load_config(start / "config.json"), plan.config))
-    before |= {key: state.get(key) for key in plan.facts}
-    now |= plan.facts
-    for key, value in now.items():
-        if before.get(key) != value and not any(key == free or key.startswith(free + ".") for free in _MAY_CHANGE):
-            raise ConfigError(
-                f"{key} is {value!r:.80}; this run was started with {before.get(key)!r:.80}",
-                path=start,
-                field=key,
-                fix="restore the value, or start a new run in another --output_dir",
-            )
-
-
-def _train(plan: RunPlan, refusal: CcellaError | None) -> int:
-    """Train, and record the outcome in run_status.json, also when an error is raised.
-
-    refusal: why this rank may not write to the run's folder; raised on all ranks, before anything is written.
-    """
-    from ccella_fast.training import distributed
-
-    device = distributed.initialize_processes()  # before anything imports DeepSpeed
-
-    import torch.distributed as dist
-
-    from ccella_fast.hardware import warn_of_emulated_bf16
-    from ccella_fast.run_record import write_run_record
-    from ccella_fast.training.telemetry import write_status
-
-    raise_together(refusal)
-    main, precision = dist.get_rank() == 0, plan.config.training.precision
-    if main:
-        logger.info("training in %s on %s", precision, device)
-    if device.type == "cpu" and precision == "bf16":
-        warn_of_emulated_bf16("set training.precision to fp32" + (" in a new run" if plan.start else ""))
-    last_saved = {"step": read_state(plan.start)["step"] if plan.start else 0}
-    ending: dict[str, Any] = {"state": "failed", "exit_code": 1}
-    try:
-        facts = {"world_size": plan.facts["world_size"], "total_steps": plan.total_steps, "precision": precision}
-        record = write_run_record(plan.run, "train", **facts) if main else contextlib.nullcontext()
-        with distributed.translate_peer_failure(), record:
-            code = _build_and_train(plan, device, last_saved)
-        ending = {"state": "terminated" if code else "finished", "exit_code": code}
-        return code
-    except CcellaError as error:
-        ending |= {"exit_code": error.exit_code, "why": error.why}
-        raise
-    except KeyboardInterrupt as stop:  # before the first step; from then on SignalHandler records it
-        ending |= {"state": "terminated", "exit_code": stop.exit_code if isinstance(stop, Stopped) else 130}
-        raise
-    except BaseException as error:
-        known = translate(error, remedies="") if isinstance(error, Exception) else None
-        ending |= {"exit_code": known.exit_code, "why": known.why} if known else {"why": type(error).__name__}
-        raise
-    finally:
-        with contextlib.suppress(DiskError):  # a full disk must not hide what ended the run
-            if main and (plan.run / "config.json").is_file():
-                write_status(plan.run, step=last_saved["step"], total_steps=plan.total_steps, **ending)
-
-
-def _build_and_train(plan: RunPlan, device: Any, last_saved: dict[str, int]) -> int:
+def _train(
+    plan: RunPlan,
+    state: dict[str, Any],
+    device: torch.device,
+    status: RunStatus,
+    signals: SignalHandler,
+    collectives: HostCollectives,
+) -> int:
     """Build dataset, engine and stream, restore the checkpoint, and train. Returns the exit code.
 
-    last_saved: its entry "step" is updated after each checkpoint, for the caller to record when an error is raised.
+    Args:
+        plan: the run.
+        state: training_state.json of the checkpoint to resume from; empty for a new run.
+        device: of this process.
+        status: records the newest checkpoint.
+        signals: end the run after a step.
+        collectives: of all processes.
     """
-    import torch.distributed as dist
-
     from ccella_fast.data.augmentation.engine_choice import check_engine
     from ccella_fast.data.loading.dataset import PreparedDataset
+    from ccella_fast.hardware import warn_of_emulated_bf16
+    from ccella_fast.run_record import write_run_record
     from ccella_fast.training import checkpointing, distributed
     from ccella_fast.training.ema import Ema
     from ccella_fast.training.engine import build_engine
     from ccella_fast.training.loop import LoopState, train_loop
+    from ccella_fast.training.stalls import StallWatch
     from ccella_fast.training.telemetry import Telemetry
 
-    config, training, first_step = plan.config, plan.config.training, last_saved["step"]
-    collectives, main = HostCollectives(), dist.get_rank() == 0
-    if len(set(collectives.all_gather(training.precision))) > 1:
-        why = "this run's CPUs differ: some multiply in bf16, others emulate it"
-        raise ConfigError(why, field="training.precision", fix="set it to fp32 or bf16")
+    config, training, first_step, main = plan.config, plan.config.training, status.step, collectives.rank == 0
+    facts = {"world_size": collectives.world_size, "total_steps": plan.total_steps, "precision": training.precision}
+    record = write_run_record(plan.run, "train", **facts) if main else contextlib.nullcontext()
+    if main:
+        logger.info("training in %s on %s", training.precision, device)
+    if device.type == "cpu" and training.precision == "bf16":
+        warn_of_emulated_bf16("set training.precision to fp32" + (" in a new run" if plan.start else ""))
+    if plan.start and main:
+        status.begin()
     needs: Literal["latents", "images"] = "images" if training.latents == "online" else "latents"
     if needs == "images":
         check_engine(config.data.engine)
-    dataset = PreparedDataset(plan.data, config, "train", needs=needs)
-    if main:
-        _initialize_run_folder(plan, first_step)
-    engine = build_engine(
-        config, plan.engine_values, total_steps=plan.total_steps, device=device, path=plan.deepspeed_file
-    )
+    dataset = collectives.together(lambda: PreparedDataset(plan.data, config, "train", needs=needs))
+    with distributed.translate_refusal(plan.deepspeed_file):
+        engine = build_engine(
+            config, plan.engine_values, total_steps=plan.total_steps, device=device, path=plan.deepspeed_file
+        )
+    if main:  # only now, so that a DeepSpeed file that is refused can be corrected and the command repeated
+        _initialize_run_folder(plan)
+        status.begin()
     ema = Ema(engine, training.ema_decay) if training.ema_decay else None
-    nonfinite_steps = 0
     if plan.start:
-        state = read_state(plan.start)
         checkpointing.restore_checkpoint(plan.start, engine, ema, state)
-        nonfinite_steps = state["bad_in_a_row"]
     vae = plan.data / "vae" if (plan.data / "vae").is_dir() else None
     stream, trained_on = _make_stream(plan, dataset, device), dataset.trained_on()
 
-    def save(now: LoopState) -> None:
-        progress = {
-            "step": now.step, "ema_updates": ema.updates if ema else 0, "bad_in_a_row": now.nonfinite_steps,
-            "trained_on": trained_on,
-        }  # fmt: skip
-        checkpointing.save_checkpoint(plan.run, now.step, engine, ema, config, plan.facts | progress, vae, collectives)
-        last_saved["step"] = now.step
-
+    checkpoints = checkpointing.CheckpointWriter(
+        plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on}, vae, collectives, saved_step=first_step
+    )
     log: Any = contextlib.nullcontext()
     if main:
         log = Telemetry(plan.run, engine, first_step, plan.total_steps, stream.global_batch)
-    with distributed.SignalHandler() as signals, log as telemetry:
-        done, number = train_loop(
-            engine, stream, config, ema, state=LoopState(first_step, nonfinite_steps), total_steps=plan.total_steps,
-            save=save, signals=signals, collectives=collectives, telemetry=telemetry,
-        )  # fmt: skip
-    if number:
+    signals.record()
+    stalls = StallWatch(timedelta(minutes=training.collective_timeout), status, collectives)
+    try:
+        with record, log as telemetry, stalls:
+            done, number = train_loop(
+                engine, stream, config, ema, state=LoopState(first_step, state.get("bad_in_a_row", 0)),
+                total_steps=plan.total_steps, checkpoints=checkpoints, signals=signals, stalls=stalls,
+                collectives=collectives, telemetry=telemetry,
+            )  # fmt: skip
+    except NonFiniteError:  # on all processes
+        checkpoints.finish()
+        raise
+    finally:
+        status.step = checkpoints.saved_step
+    if number and checkpoints.saved_step == done:
         logger.warning("stopped by signal %d after step %d; saved as %s", number, done, step_folder(plan.run, done))
     return 128 + number if number else 0
 
@@ -374,25 +317,11 @@ def _make_stream(plan: RunPlan, dataset: PreparedDataset, device: Any) -> BatchS
     )
 
 
-def _initialize_run_folder(plan: RunPlan, step: int) -> None:
-    """Create the run's folder if needed, remove partial files, write config.json and run_status.json."""
-    from ccella_fast.training.telemetry import write_status
-
+def _initialize_run_folder(plan: RunPlan) -> None:
+    """Create the run's folder if needed, remove partial files, write config.json."""
     try:
         plan.run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, plan.run) from error
     remove_partial_files(plan.run)
     write_json(plan.run / "config.json", plan.config.dump())
-    write_status(plan.run, "running", step=step, total_steps=plan.total_steps)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -1,4 +1,4 @@
-"""Logs of a run: progress bar, metrics.jsonl, TensorBoard through DeepSpeed's monitor, run_status.json.
+"""Logs of a run: progress bar, metrics.jsonl, TensorBoard through DeepSpeed's monitor.
 
 On a GPU, the state of rank 0's device (utilization, clock, memory) is logged too, from NVIDIA's management library (NVML); in
 TensorBoard under Train/GPU/.
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ccella_fast.nvml import Gpu, open_gpu
-from ccella_fast.storage import write_json
 from ccella_fast.training.metrics_log import append_metrics, discard_metrics_after
 
 logger = logging.getLogger("ccella_fast")
@@ -99,20 +98,3 @@ def _open_gpu(device: Any) -> Gpu | None:
         return found
     logger.info("GPU telemetry is not available: %s", found)
     return None
-
-
-def write_status(
-    run: Path, state: str, *, step: int, total_steps: int, exit_code: int | None = None, why: str | None = None
-) -> None:
-    """Write run_status.json, which has the exit code even where a launcher hides it.
-
-    Args:
-        run: the run's folder.
-        state: running, finished, terminated or failed.
-        step: step of the newest checkpoint.
-        total_steps: length of the run.
-        exit_code: of the process; None while running.
-        why: the reason of a failure.
-    """
-    status = {"state": state, "step": step, "total_steps": total_steps, "exit_code": exit_code, "why": why}
-    write_json(run / "run_status.json", status)

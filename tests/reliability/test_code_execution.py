@@ -74,7 +74,7 @@ def _vae_state(folder: Path, hostile: Hostile) -> Callable[[], Any]:
 
 
 def _deepspeed_shard(folder: Path, hostile: Hostile) -> Callable[[], Any]:
-    from ccella_fast.training.checkpointing import SafeShards
+    from ccella_fast.training.old_checkpoints import SafeShards
 
     torch.save({"optimizer_state_dict": hostile}, folder / "zero_pp_rank_0_optim_states.pt")
     return lambda: SafeShards().load(str(folder / "zero_pp_rank_0_optim_states.pt"), "cpu")

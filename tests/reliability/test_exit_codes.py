@@ -15,7 +15,15 @@ import torch
 
 from ccella_fast import cli
 from ccella_fast.entrypoint import run_command
-from ccella_fast.errors import CcellaError, CheckpointError, ConfigError, DataError, DiskError, NonFiniteError
+from ccella_fast.errors import (
+    CcellaError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DiskError,
+    NonFiniteError,
+    StalledError,
+)
 from ccella_fast.storage import write_json
 from study_fixtures import config, write_studies
 from training_fixtures import write_prepared
@@ -78,6 +86,7 @@ EVENTS: list[tuple[Callable[[], int], int]] = [
     (lambda: 0, 0), (lambda: 3, 3), (interrupted, 130), (terminated, 143), (raising(ZeroDivisionError()), 1),
     (raising(CcellaError("a bug")), 1), (raising(ConfigError("w")), 2), (raising(DataError("w")), 3),
     (raising(CheckpointError("w")), 4), (raising(DiskError("w")), 5), (raising(NonFiniteError("w")), 6),
+    (raising(StalledError("w")), 7),
     (raising(MemoryError()), 2), (raising(torch.OutOfMemoryError("CUDA out of memory")), 2),
     (raising(ModuleNotFoundError("No module named 'pydicom'", name="pydicom")), 2),
     (raising(OSError(errno.ENOSPC, "No space left on device")), 5), (raising(OSError(errno.EDQUOT, "Quota", "f")), 5),
@@ -123,5 +132,5 @@ def test_the_table_of_the_documentation_has_every_code():
     rows = re.findall(r"^\| ([\d, ]+) \| .+\|$", page.partition("## Exit codes")[2].partition("\n## ")[0], re.MULTILINE)
     listed = {int(code) for row in rows for code in row.split(",")}
     raised = {error.exit_code for error in (CcellaError, *CcellaError.__subclasses__())}
-    assert listed == raised | {0, 130, 141, 143}
+    assert listed == raised | {0, 130, 138, 141, 143}
     assert {code for _, code in EVENTS} | set(COMMANDS.values()) >= raised | {0, 130, 143}

@@ -102,7 +102,7 @@ def test_auto_and_missing_values_come_from_the_configuration(tmp_path):
     ids=["auto-auto", "auto-fp32", "auto-bf16", "enabled-auto", "disabled-auto"],
 )
 def test_precision_auto_is_resolved_in_configuration_and_file(tmp_path, faster, section, setting, expected):
-    config, values = merged(tmp_path, {"bf16": section}, precision=setting, auto_precision=faster)
+    config, values = merged(tmp_path, {"bf16": section}, precision=setting, auto_precision=faster, zero_stage=1)
     expected = expected or faster
     assert config.training.precision == expected
     assert values["bf16"]["enabled"] == (expected == "bf16")

@@ -13,9 +13,11 @@ from ccella_fast.config import make_config
 from ccella_fast.errors import DataError
 from ccella_fast.losses import noise_loss
 from ccella_fast.models import build_model
+from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.training import telemetry
 from ccella_fast.training.activation_memory import activation_bytes
 from ccella_fast.training.dry_run import checkpoint_bytes_per_parameter, describe_run, memory_per_parameter
+from ccella_fast.training.tensor_files import header
 from training_fixtures import CONFIG, TOKENS, WIDTH, train_here, weights, write_prepared
 
 
@@ -62,6 +64,18 @@ def test_disk_space_of_a_checkpoint_is_that_of_its_files(tmp_path, precision, st
     assert found == pytest.approx(checkpoint_bytes_per_parameter(make_config(settings)), abs=0.1)
 
 
+def test_a_checkpoint_of_the_default_model_has_at_most_9_3_gb():
+    """Weights, averages and two moments in fp32, the headers of four files, and an autoencoder of the default size."""
+    config = make_config({})
+    with torch.device("meta"):
+        model, vae = build_model(config), Autoencoder(config.autoencoder)
+    parameters, in_vae = (sum(parameter.numel() for parameter in each.parameters()) for each in (model, vae))
+    headers = 4 * len(header({name: parameter.shape for name, parameter in model.named_parameters()}))
+    assert checkpoint_bytes_per_parameter(config) == 16
+    total = 16 * parameters + headers + 4 * in_vae
+    assert 9.2e9 < total <= 9.3e9
+
+
 def test_a_dry_run_reports_memory_and_disk_space(tmp_path):
     """Checkpoints include a copy of the autoencoder, and there is one more than is kept while one is written."""
     data = write_prepared(tmp_path / "prepared")
@@ -77,7 +91,7 @@ def test_a_dry_run_reports_memory_and_disk_space(tmp_path):
     parameters = int(re.search(r"([\d,]+) parameters", text)[1].replace(",", ""))
     assert "6 steps" in text
     assert parameters > 30e6
-    memory, disk = (2 + 2 + 8 + 4 + 4) * parameters, (2 + 8 + 4 + 4 + 4) * parameters + 3 * 2**30
+    memory, disk = (2 + 2 + 8 + 4 + 4) * parameters, (4 + 8 + 4) * parameters + 3 * 2**30
     assert re.search(rf"memory per process +{memory / 2**20:.0f} MiB", text)
     assert re.search(rf"disk +{disk / 2**30:.2f} GiB per checkpoint, at most 4 checkpoints", text)
     assert not (tmp_path / "run").exists()

@@ -13,8 +13,16 @@ import pytest
 
 import ccella_fast
 from ccella_fast.errors import CheckpointError, ConfigError
+from ccella_fast.storage import write_json
 from training_fixtures import losses, stage_id, start, train_here, write_config, write_prepared
 
+OFFLOADED = {
+    "offload-2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "offload-3": {
+        "stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"},
+        "stage3_param_persistence_threshold": 0,
+    },
+}  # fmt: skip
 STEPS = {"max_train_steps": 24, "checkpointing_steps": 2, "batch_size": 1}
 
 
@@ -26,14 +34,33 @@ def uninterrupted(tmp_path_factory, data):
 
 
 def fingerprint(folder, step=STEPS["max_train_steps"]):
-    """The losses, and the hashes of weights and averages."""
-    files = [folder / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors" for name in ("model", "ema")]
+    """The losses, and the hashes of weights, averages and moments."""
+    files = sorted((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))
+    assert len(files) == 4
     return losses(folder), [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")], ids=stage_id)
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        *[(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16"), ("offload-2", "fp32")],
+        *[
+            pytest.param(stage, precision, marks=pytest.mark.slow)
+            for stage, precision in [(1, "fp32"), (2, "fp32"), (3, "fp32")]
+            + [("offload-2", "bf16"), ("offload-3", "fp32"), ("offload-3", "bf16")]
+        ],
+    ],
+    ids=stage_id,
+)
 def test_resuming_from_the_middle_gives_the_same_result(tmp_path, data, stage, precision):
-    training = {"zero_stage": stage, "precision": precision, "checkpointing_steps": 2, "max_train_steps": 4}
+    """Equal in every bit: losses, weights, averages and moments. offload-3 shards also small parameters."""
+    training = {
+        "precision": precision,
+        "checkpointing_steps": 2,
+        "max_train_steps": 4,
+        "deepspeed_file": tmp_path / "ds",
+    }
+    write_json(tmp_path / "ds", {"zero_optimization": OFFLOADED.get(stage, {"stage": stage})})
     train_here(tmp_path / "run", data, **training)
     expected = fingerprint(tmp_path / "run", 4)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
@@ -54,7 +81,6 @@ def test_a_finished_run_is_left_unchanged(uninterrupted, data):
     [
         ("training.lr", 1e-4),
         ("training.max_train_steps", 30),
-        ("training.zero_stage", 1),
         ("training.batch_size", 2),
         ("training.seed", 1),
         ("model.num_latents", 8),

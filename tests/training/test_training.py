@@ -134,6 +134,7 @@ def test_prefetching_waits_for_the_cuda_stream_of_the_training(data, monkeypatch
 
 def test_a_connection_that_another_process_closed_is_reported_as_such(monkeypatch):
     broken = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
     with (
         pytest.raises(CcellaError, match="another process of this run has ended"),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,13 @@ import torch
 from ccella_fast.checkpoint import verify_checkpoint
 from ccella_fast.errors import ConfigError
 from ccella_fast.folder_lock import lock_folder
-from ccella_fast.storage import write_json
 from plain_training import UNUSUAL, difference, plain_training
-from training_fixtures import CONFIG, ROOT, environment, losses, train_here, weights
+from training_fixtures import launch_jobs, losses, train_here, weights
 
 SETTINGS = {**UNUSUAL, "batch_size": 1}
 TWICE = {"checkpointing_steps": 2}  # gathering weights takes longer than a step
 ZERO2_BF16 = {**SETTINGS, "zero_stage": 2, "precision": "bf16"}
-# With ZeRO 2 each process writes its own shard, so the disk can be full for one process alone. "signal" ends after two of four
+# Each process writes its share of the files, so the disk can be full for one process alone. "signal" ends after two of four
 # steps.
 JOBS: dict[str, dict[str, Any]] = {
     "zero0-fp32": {"set": {**SETTINGS, **TWICE}},
@@ -46,36 +43,12 @@ TOLERANCE = {
 SLOW = ["zero0-bf16", "zero1-fp32", "zero1-bf16", "zero3-bf16"]
 
 
-def launch(folder: Path, data: Path, jobs: dict[str, dict[str, Any]]) -> None:
-    """Run the jobs in the folders `folder`/NAME and check the exit codes of both processes."""
-    write_json(folder / "config.json", CONFIG)
-    values = [
-        {
-            "config": str(folder / "config.json"),
-            "data": str(data),
-            "run": str(folder / name),
-            "set": [f"training.{key}={json.dumps(value)}" for key, value in job["set"].items()],
-            "fault": job.get("fault"),
-            "continues": str(folder / job["continues"]) if "continues" in job else None,
-        }
-        for name, job in jobs.items()
-    ]
-    write_json(folder / "jobs.json", values)
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(ROOT / "tests" / "fixtures" / "two_ranks.py"), str(folder / "jobs.json")]
-    done = subprocess.run(command, env=environment(), timeout=300, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    codes = [json.loads((folder / f"jobs.json.{rank}").read_text()) for rank in (0, 1)]
-    expected = [job.get("code", 0) for job in jobs.values()]
-    assert codes == [expected, expected]
-
-
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, data):
     """The folder with the runs of JOBS."""
     folder = tmp_path_factory.mktemp("launched")
     with lock_folder(folder / "locked", "another command"):
-        launch(folder, data, JOBS)
+        launch_jobs(folder, data, JOBS)
     return folder
 
 
@@ -110,13 +83,13 @@ def test_two_processes_equal_the_plain_loop_at_other_stages(tmp_path, data, plai
         name: {"set": {**SETTINGS, **TWICE, "zero_stage": stage, "precision": precision}}
         for name, (stage, precision) in settings.items()
     }
-    launch(tmp_path, data, jobs)
+    launch_jobs(tmp_path, data, jobs)
     for name in jobs:
         check_equal_to_the_plain_loop(tmp_path / name, plain)
 
 
 def test_a_locked_folder_stops_both(launched):
-    """Rank 0 alone asks for the lock; that both end with code 2 is checked by `launch`, which would wait for a hanging one."""
+    """Rank 0 alone asks for the lock; `launch_jobs` checks that both end with code 2, and would wait for a hanging one."""
     assert not (launched / "locked").exists()  # the fixture's lock has removed the empty folder
 
 
@@ -136,10 +109,11 @@ def test_two_resumed_processes_equal_an_uninterrupted_run(launched):
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
 
 
-def test_another_number_of_processes_raises(launched, data, tmp_path):
+def test_another_global_batch_raises(launched, data, tmp_path):
     folder = Path(shutil.copytree(launched / "signal", tmp_path / "run"))
-    with pytest.raises(ConfigError, match="world_size is 1; this run was started with 2"):
+    with pytest.raises(ConfigError, match=r"is 1 x 2 x 1 = 2; this run was started with 1 x 2 x 2 = 4") as caught:
         train_here(folder, data, resume="latest", **JOBS["signal"]["set"])
+    assert (caught.value.field, caught.value.exit_code) == ("training.batch_size", 2)
 
 
 def test_no_checkpoint_is_published_if_the_disk_of_one_process_is_full(launched):

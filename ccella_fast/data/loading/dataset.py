@@ -64,7 +64,7 @@ class PreparedDataset:
     """The studies of one split of a prepared folder, for the variant and the grid of `config`.
 
     The constructor compares every file with its SHA-256 in the manifest and every shape with the configuration; afterwards,
-    files are read through memory maps.
+    files are read through memory maps. Of several processes on a machine, each compares the hashes of a part of the studies.
 
     Args:
         folder: the prepared folder.
@@ -101,9 +101,13 @@ class PreparedDataset:
         self._check_flips()
         self._check_encoder()
         self._check_spacing()
-        rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
-        for case in tqdm(self.cases, "checking prepared files", unit="study", mininterval=1, disable=rank != "0"):
-            self._check_study(case)
+        rank, local_rank, local_size = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+        )
+        bar = tqdm(self.cases, "checking prepared files", unit="study", mininterval=1, disable=rank != 0)
+        for number, case in enumerate(bar):
+            self._check_study(case, verify=number % local_size == local_rank % local_size)
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -216,26 +220,34 @@ class PreparedDataset:
             fix = "prepare the data with this configuration"
             raise DataError(why, path=self._manifest_path, field="data.spacing", fix=fix)
 
-    def _check_study(self, case: StudyEntry) -> None:
+    def _check_study(self, case: StudyEntry, *, verify: bool) -> None:
         latent = (self.config.autoencoder.latent_channels, *self.config.check_grid())
         for sequence in self.config.data.sequences:
             if self.needs == "images":
-                self._check_shape(case, f"image/{sequence}", tuple(self.config.data.dim), "data.dim", case.files)
+                self._check_shape(
+                    case, f"image/{sequence}", tuple(self.config.data.dim), "data.dim", case.files, verify
+                )
                 continue
             for files in (case.files, *(copy.files for copy in case.augmented[: self.copies])):
                 for key in (f"latent_mean/{sequence}", f"latent_sigma/{sequence}"):
                     if key in files or key.startswith("latent_mean"):
-                        self._check_shape(case, key, latent, "data.dim and the autoencoder", files)
+                        self._check_shape(case, key, latent, "data.dim and the autoencoder", files, verify)
         if self.variant.text:
             length = self.prepared.text.max_length if self.prepared.text else self.config.text.max_length
             width = self.config.model.input_dim
-            self._check_shape(case, "text", (length, width), "the encoder and model.input_dim", case.files)
+            self._check_shape(case, "text", (length, width), "the encoder and model.input_dim", case.files, verify)
 
     def _check_shape(
-        self, case: StudyEntry, key: str, expected: tuple[int, ...], source: str, files: dict[str, FileEntry]
+        self,
+        case: StudyEntry,
+        key: str,
+        expected: tuple[int, ...],
+        source: str,
+        files: dict[str, FileEntry],
+        verify: bool,
     ) -> None:
-        """Raise unless the file `key` is undamaged and has the shape `expected`, which follows from `source`."""
-        found = self.prepared.array(case, key, verify=True, files=files).shape
+        """Raise unless the file `key` is undamaged (if `verify`) and has the shape `expected`, which follows from `source`."""
+        found = self.prepared.array(case, key, verify=verify, files=files).shape
         if found != expected:
             path, field = self.prepared.folder / files[key].path, f"{case.id}.files.{key}"
             why = f"its shape is {found}, but {source} require {expected}"

@@ -23,8 +23,8 @@ from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.progress import refresh_interval
 from ccella_fast.training.autoencoder.checkpointing import load_state, save_state
 from ccella_fast.training.autoencoder.patches import Image, patch_batches
-from ccella_fast.training.distributed import SignalHandler
 from ccella_fast.training.metrics_log import append_metrics, discard_metrics_after
+from ccella_fast.training.signals import SignalHandler
 
 _READ_EVERY = 10  # steps between two reads of the loss from the device
 
@@ -55,6 +55,7 @@ def train_loop(images: list[Image], out: Path, config: Config, device: torch.dev
         initial=start, total=settings.max_train_steps, mininterval=refresh_interval(),
     )  # fmt: skip
     with SignalHandler() as signals:
+        signals.record()
         for step, patches in zip(bar, patch_batches(images, config, device, start), strict=True):
             rate = learning_rate(settings, step)
             x = patches.to(device, memory_format=torch.channels_last_3d)

@@ -1,0 +1,296 @@
+"""AdamW over flat buffers, for training without ZeRO: everything that follows the backward pass, in few passes over memory.
+
+The fp32 master weights are one buffer, of which every parameter has a part; so are both moments, the moving average, the
+gradients, and in bf16 the weights that the model computes with. A step is
+
+1. while the backward pass runs, gradients are added to their fp32 buffer, and summed over the processes bucket by bucket;
+2. the global norm of the gradients, the one number that is read back to the host: a step that is not finite is skipped;
+3. clipping, AdamW, moving average and bf16 copy in one kernel (`kernels.adamw`).
+
+The weights of `WideLinear` layers, more than half of the default model, have no gradient in memory but its two factors, which
+are gathered from all processes. For the gradient G = sum of dy_b x_b^T over the samples b, the norm follows from two small
+Gram matrices, |G|^2 = sum of (dy_b . dy_c) (x_b . x_c) over b and c, and the kernel forms the product.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ccella_fast.kernels.adamw import AdamWStep, adamw_
+from ccella_fast.models.wide_linear import WideLinear
+
+BUCKET = 2**25  # elements
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_ALIGNMENT = 128  # elements: kernels read 16 bytes at a time, and the cache lines of a GPU have 128 bytes
+_WIDTH = 1024  # elements of which the squares are added before their sums are: fp32 sums of millions would be inexact
+
+
+class FlatAdamW(torch.optim.Optimizer):
+    """AdamW for DeepSpeed's engine at stage 0, with the attributes that the engine and the loop read of DeepSpeed's own.
+
+    Args:
+        model: the model in fp32, whose parameters become views of the flat buffers.
+        dtype: bf16 or fp32, in which the model is to compute.
+        lr: learning rate.
+        betas: decay of the moments.
+        weight_decay: decoupled decay.
+        max_norm: the norm to which gradients are clipped; 0 for no clipping.
+        rows: samples of a step over all processes, the rank of a gradient's factors. Where it is not well below the rank of the
+            weight, factors would save nothing, and are not used.
+        sum_dtype: in which gradients are summed over the processes.
+        bucket: elements that are summed together.
+        overlap: sum buckets while the backward pass runs, not after it.
+        eps: added to the denominator.
+
+    Attributes:
+        steps: number of updates; skipped steps do not count.
+        overflow: whether the last step was skipped because the norm of the gradients was not finite.
+        masters: fp32 weights; in fp32 the memory of the model's own.
+        exp_avg: first moments, fp32.
+        exp_avg_sq: second moments, fp32.
+        average: moving average of the weights, fp32, which `step` updates with the decay that `average_decay` returns; or None.
+        gradients: of all parameters but the wide layers' weights, fp32; complete after `finish_sums`.
+        is_last_micro_step: returns whether the gradients are complete after this backward pass; set by `build_engine`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        max_norm: float,
+        rows: int,
+        sum_dtype: torch.dtype,
+        bucket: int = BUCKET,
+        overlap: bool = True,
+        eps: float = 1e-8,
+    ):
+        parameters = list(model.parameters())
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.max_norm, self.sum_dtype, self.overlap = max_norm, sum_dtype, overlap
+        self.steps, self.overflow, self._global_grad_norm = 0, False, 0.0
+        self.average: Tensor | None = None
+        self.average_decay: Callable[[], float] = lambda: 0.0
+        self.is_last_micro_step: Callable[[], bool] = lambda: True
+        layers = [layer for layer in model.modules() if isinstance(layer, WideLinear)]
+        self._wide = [layer for layer in layers if 2 * rows <= min(layer.weight.shape)]
+        self._wide_weights = wide = [cast(nn.Parameter, layer.weight) for layer in self._wide]
+        # The backward pass computes the gradients of the last layers first.
+        dense = [parameter for parameter in reversed(parameters) if all(parameter is not weight for weight in wide)]
+        self._ranges: dict[nn.Parameter, slice] = {}
+        dense_end = self._lay_out(dense, 0)
+        end = self._lay_out(wide, dense_end)
+
+        device = parameters[0].device
+        self.masters, self.exp_avg, self.exp_avg_sq = (torch.zeros(end, device=device) for _ in range(3))
+        self._computed = self.masters if dtype == torch.float32 else torch.zeros(end, dtype=dtype, device=device)
+        self.gradients = torch.zeros(dense_end, device=device)
+        # On a CPU the product of factors is formed in memory. Kept, since the system takes longer to provide such memory.
+        largest = max((weight.numel() for weight in wide), default=0)
+        self._workspace = torch.empty(largest) if device.type == "cpu" else None
+        with torch.no_grad():
+            for parameter, master in self.views(self.masters).items():
+                master.copy_(parameter.to(dtype))  # as DeepSpeed does, so that a run starts alike with and without ZeRO
+            self.copy_masters()
+            for parameter, computed in self.views(self._computed).items():
+                parameter.data = computed
+        for layer in self._wide:
+            layer.factors = []
+        self._buckets = self._make_buckets(dense, bucket)
+        self._started = 0  # buckets of which the sum has been started in this step
+
+    def views(self, flat: Tensor) -> dict[nn.Parameter, Tensor]:
+        """The part of each parameter in a flat buffer, with its shape and memory format."""
+        return {parameter: self.view(flat, parameter) for parameter in self._ranges}
+
+    def copy_masters(self) -> None:
+        """Copy the master weights to the weights that the model computes with."""
+        if self._computed is not self.masters:
+            self._computed.copy_(self.masters)
+
+    def _lay_out(self, parameters: list[nn.Parameter], start: int) -> int:
+        """Assign parts from `start` to the parameters. Returns the end."""
+        for parameter in parameters:
+            self._ranges[parameter] = slice(start, start + parameter.numel())
+            start = _round_up(start + parameter.numel(), _ALIGNMENT)
+        return _round_up(start, _WIDTH)
+
+    def view(self, flat: Tensor, parameter: nn.Parameter) -> Tensor:
+        """The part of the parameter in a flat buffer, with its shape and memory format."""
+        return flat[self._ranges[parameter]].as_strided(parameter.shape, parameter.stride())
+
+    def _make_buckets(self, dense: list[nn.Parameter], size: int) -> list[_Bucket]:
+        """Divide the gradients into buckets of at least `size` elements, but the last, and add a hook to each parameter."""
+        buckets: list[_Bucket] = []
+        members: list[nn.Parameter] = []
+        ends = [self._ranges[parameter].start for parameter in dense[1:]] + [len(self.gradients)]
+        for parameter, end in zip(dense, ends, strict=True):
+            members.append(parameter)
+            start = self._ranges[members[0]].start
+            if end - start >= size or parameter is dense[-1]:
+                views = {member: self.view(self.gradients, member) for member in members}
+                buckets.append(_Bucket(self.gradients[start:end], views))
+                members = []
+        for bucket in buckets:
+            for parameter in bucket.views:
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, bucket))
+        return buckets
+
+    def _on_gradient(self, bucket: _Bucket, parameter: Tensor) -> None:
+        """Take the gradients of the bucket when the backward pass has computed the last of them."""
+        bucket.missing.discard(parameter)
+        if bucket.missing:
+            return
+        bucket.take_gradients()
+        if self.overlap and self.is_last_micro_step():
+            bucket.complete = True
+            # In the same order on all processes, whatever the order in which buckets become complete.
+            while self._started < len(self._buckets) and self._buckets[self._started].complete:
+                self._buckets[self._started].start_sum(self.sum_dtype)
+                self._started += 1
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Sum, clip and update, unless the norm of the gradients is not finite."""
+        self.finish_sums()
+        factors = self.gather_factors()
+        world_size = _world_size()
+        norm = float(self._norm(factors)) / world_size
+        self._global_grad_norm, self.overflow = norm, not math.isfinite(norm)
+        if not self.overflow:
+            clip = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0
+            self._update(factors, clip / world_size)
+
+    def finish_sums(self) -> None:
+        """Take and sum the gradients that the hooks have left, and wait for all sums."""
+        for bucket in self._buckets:
+            bucket.take_gradients()
+        for bucket in self._buckets[self._started :]:
+            bucket.start_sum(self.sum_dtype)
+        for bucket in self._buckets:
+            bucket.finish_sum()
+        self._started = 0
+
+    def gather_factors(self) -> tuple[Tensor, Tensor] | None:
+        """dy (layers, rows, O) and x (layers, rows, I), with the rows of all micro-steps and processes.
+
+        None if no wide layer enters the loss.
+        """
+        pairs = [pair for layer in self._wide for pair in layer.factors or ()]
+        if not pairs:
+            return None
+        sides = []
+        for side in zip(*pairs, strict=True):  # the layers have the same shape, and are gathered together
+            local = torch.stack(side).reshape(len(self._wide), -1, side[0].shape[-1])
+            if _world_size() > 1:
+                every = local.new_empty(_world_size() * local.shape[0], *local.shape[1:])
+                dist.all_gather_into_tensor(every, local)
+                local = every.unflatten(0, (_world_size(), -1)).transpose(0, 1).flatten(1, 2)
+            sides.append(local)
+        for layer in self._wide:
+            layer.factors = []
+        return sides[0], sides[1]
+
+    def _norm(self, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The norm of the summed gradients."""
+        square = torch.linalg.vector_norm(self.gradients.view(-1, _WIDTH), dim=1).square().sum()
+        if factors is not None:
+            dy, x = (side.float() for side in factors)
+            square = square + ((dy @ dy.mT) * (x @ x.mT)).sum()
+        return square.sqrt()
+
+    def _update(self, factors: tuple[Tensor, Tensor] | None, scale: float) -> None:
+        """Update all weights with the gradients times `scale`."""
+        self.steps += 1
+        group = self.param_groups[0]
+        (beta1, beta2), decay = group["betas"], group["weight_decay"]
+        step = AdamWStep(group["lr"], beta1, beta2, group["eps"], decay, self.steps, scale, self.average_decay())
+        self._update_part(slice(0, len(self.gradients)), self.gradients, step)
+        for number, weight in enumerate(self._wide_weights):
+            if factors is None:
+                of_layer = weight.new_zeros(1, weight.shape[0]), weight.new_zeros(1, weight.shape[1])
+            else:
+                of_layer = factors[0][number], factors[1][number]
+            self._update_part(self._ranges[weight], of_layer, step)
+
+    def _update_part(self, part: slice, gradient: Tensor | tuple[Tensor, Tensor], step: AdamWStep) -> None:
+        adamw_(
+            self.masters[part],
+            self.exp_avg[part],
+            self.exp_avg_sq[part],
+            gradient,
+            step,
+            average=None if self.average is None else self.average[part],
+            copy=None if self._computed is self.masters else self._computed[part],
+            workspace=self._workspace,
+        )
+
+
+class _Bucket:
+    """Gradients that are summed over the processes together.
+
+    Args:
+        flat: their part of the buffer of all gradients, fp32.
+        views: the part of each parameter.
+
+    Attributes:
+        missing: parameters of which the running backward pass has not computed the gradient yet.
+        complete: whether the gradients of all micro-steps have been added.
+    """
+
+    def __init__(self, flat: Tensor, views: dict[nn.Parameter, Tensor]):
+        self.flat, self.views = flat, views
+        self.missing, self.complete = set[Tensor](views), False
+        self._empty = True  # the buffer still has the gradients of the step before
+        self._sum: tuple[Tensor, dist.Work] | None = None
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        """Move the gradients of the parameters to the buffer: add them, or replace those of the step before.
+
+        A parameter that does not enter the loss has no gradient, which counts as zero, as with ZeRO.
+        """
+        pairs = [(view, parameter.grad) for parameter, view in self.views.items() if parameter.grad is not None]
+        if pairs and self.complete:
+            raise RuntimeError("a parameter got a gradient twice in one backward pass; its first one has been summed")
+        if self._empty and len(pairs) < len(self.views):
+            self.flat.zero_()
+        if pairs:
+            views, gradients = map(list, zip(*pairs, strict=True))
+            (torch._foreach_copy_ if self._empty else torch._foreach_add_)(views, gradients)
+        for parameter in self.views:
+            parameter.grad = None
+        self.missing, self._empty = set(self.views), False
+
+    def start_sum(self, dtype: torch.dtype) -> None:
+        """Start to sum the gradients over the processes, in `dtype`."""
+        if _world_size() > 1:
+            rounded = self.flat.to(dtype)  # the buffer itself if it has this dtype
+            self._sum = rounded, dist.all_reduce(rounded, async_op=True)
+
+    def finish_sum(self) -> None:
+        """Wait for the sum, and prepare for the next step."""
+        if self._sum is not None:
+            rounded, work = self._sum
+            work.wait()
+            if rounded is not self.flat:
+                self.flat.copy_(rounded)
+        self._sum, self.complete, self._empty = None, False, True
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,67 @@
+"""Signals during training, and the end of the launcher, which counts as one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+from ccella_fast.errors import Stopped
+
+_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM announces the end of a job with one of your choice
+
+
+class SignalHandler:
+    """Context manager for SIGTERM, SIGINT and SIGUSR1: they raise `Stopped`, or from `record` on are kept for the loop to read.
+
+    SIGTERM to the `deepspeed` command ends only that command; its launcher and the training processes continue as orphans and
+    receive no signal. Under a launcher, a change of the parent processes therefore counts as SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self._signal, self._recorded = 0, False
+        self._ancestors = _launchers()
+
+    def __enter__(self) -> SignalHandler:
+        in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+        self._before = {number: signal.signal(number, self._handle) for number in (_NUMBERS if in_main else ())}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def record(self) -> None:
+        """From now on only record signals: the loop ends after its step, with a checkpoint."""
+        self._recorded = True
+
+    @property
+    def signal(self) -> int:
+        """The number of the first signal, or 0."""
+        if not self._signal and self._ancestors != _launchers():
+            self._signal = signal.SIGTERM
+        return self._signal
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self._recorded:
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+            raise Stopped(number)
+        self._signal = self._signal or number
+
+
+def _launchers() -> list[int]:
+    """Ids of the parent processes that launched this one: torchrun, or DeepSpeed's launch.py and the `deepspeed` command."""
+    parent = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return [parent]
+    # Only DeepSpeed's launch.py sets LOCAL_SIZE.
+    return [parent, parent_of(parent)] if "LOCAL_SIZE" in os.environ else []
+
+
+def parent_of(process: int) -> int:
+    """The id of the parent of a process; 0 if there is no such process."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
