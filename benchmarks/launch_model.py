@@ -99,10 +99,24 @@ def _conv3d(args: Any, out: Any) -> int:
     return 1 + taps_are_divided(x, weight.shape[0]) + (not laid_out) + _copies(volumes, True)
 
 
+def _multi_tensor(args: Any, out: Any) -> int:
+    """Kernels of `_foreach_copy_`: each has parts of 65,536 elements, at most 320 of at most 64 tensors."""
+    kernels, tensors, parts = 0, 0, 0
+    for tensor in args[0]:
+        if tensors == 64:
+            kernels, tensors, parts = kernels + 1, 0, 0
+        tensors, parts = tensors + 1, parts + -(-tensor.numel() // 65_536)
+        if parts > 320:
+            full, parts = divmod(parts, 320)
+            kernels, tensors = kernels + full, 1
+    return kernels + 1
+
+
 _RULES: dict[str, Callable[[Any, Any], int]] = {
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
     "cat": _cat,
+    "_foreach_copy_": _multi_tensor,
     "ccella_fast::group_norm_silu": _group_norm_silu,
     "ccella_fast::group_norm_silu_backward": lambda args, out: 3 + _other_layouts(args[1], args[0]),
     "ccella_fast::residual_shift": lambda args, out: 1 + _other_layouts(*args[:2]),

@@ -78,7 +78,7 @@ class _Counter(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self._allocate(inputs, outputs)
-        written_inputs = [] if outputs else _mutated(func, args)
+        written_inputs = [] if outputs else tree_leaves(_mutated(func, args))
         if name in _ALLOCATIONS or name in _VIEWS_WITHOUT_ALIAS or _is_view(func) or not (outputs or written_inputs):
             self.counts.views += 1
             return out

@@ -1,11 +1,12 @@
-"""Ops, bytes and FLOPs of a denoising step, a training step and a decode of the default model, counted on meta tensors.
+"""Ops, bytes and FLOPs of a denoising step, a training step, its optimizer and a decode of the default model, on meta tensors.
 
     python benchmarks/op_counts.py            prints the table
     python benchmarks/op_counts.py --write    also writes benchmarks/counts.json; a test fails if a count exceeds it
 
 All are at batch 1 and the latent of the default configuration (4 x 64 x 64 x 32), on the 16-bit paths of a GPU: the
-reference under fp16 autocast with its weights already cast, ours with bf16 weights and with our kernels as single ops. The
-optimizer is not counted. The decode is that of a GPU with enough memory for whole volumes.
+reference under fp16 autocast with its weights already cast, ours with bf16 weights and with our kernels as single ops. A
+training step is its forward and backward passes; the optimizer is everything after them, with an average of the weights in
+ours. The decode is that of a GPU with enough memory for whole volumes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.models.autoencoder.tiling import run_plan
 from ccella_fast.models.autoencoder.tiling_plan import GPU_SLAB_BYTES, make_tiling_plan
 from ccella_fast.storage import write_json
+from ccella_fast.training.flat_adamw import FlatAdamW
 from op_counter import FlashAttention, HalfAutocast, backend, count, saved_bytes
 
 FILE = Path(__file__).resolve().parent / "counts.json"
@@ -57,6 +59,10 @@ def counted(config: Config | None = None) -> dict[str, dict[str, dict[str, int]]
             "training step": {
                 "reference": _training(config, plain, HalfAutocast(), torch.float32),
                 "ours": _training(config, ours, FlashAttention(), torch.bfloat16),
+            },
+            "optimizer": {
+                "reference": count(reference_optimizer_step(plain)).summary(),
+                "ours": count(optimizer_step(config)).summary(),
             },
             "decode": {"ours": count(decode(config)).summary()},
         }
@@ -113,6 +119,52 @@ def _training(config: Config, model: Any, mode: Any, dtype: torch.dtype) -> dict
     for parameter in model.parameters():
         parameter.grad = None
     return {**facts, "saved_bytes": kept}
+
+
+def reference_optimizer_step(model: torch.nn.Module) -> Callable[[], Any]:
+    """GradScaler, clipping and default AdamW in fp32, after the first step. Of GradScaler the multiplication is counted."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
+
+    def step() -> None:
+        parameters = list(model.parameters())
+        torch._foreach_mul_([parameter.grad for parameter in parameters], 2.0**-16)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    step()
+    return step
+
+
+def optimizer_step(config: Config, batch: int = 1) -> Callable[[], Any]:
+    """Our optimizer in bf16, from the gradients of the backward pass to the new weights and their average."""
+    with torch.device("meta"):
+        model = build_model(config)
+    optimizer = FlatAdamW(
+        model, dtype=torch.bfloat16, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01, max_norm=1.0, rows=batch,
+        sum_dtype=torch.bfloat16,
+    )  # fmt: skip
+    optimizer.average = torch.empty_like(optimizer.masters)
+    norm_of = optimizer.norm
+
+    def norm(factors: Any) -> Tensor:
+        norm_of(factors)  # is counted; on meta tensors it has no value
+        return torch.ones(())
+
+    optimizer.norm = norm  # type: ignore[method-assign]
+
+    def step() -> None:
+        with torch.device("meta"):
+            for module in model.modules():
+                if getattr(module, "factors", None) is not None:
+                    sizes = module.weight.shape
+                    module.factors = [tuple(torch.empty(batch, size, dtype=torch.bfloat16) for size in sizes)]
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+
+    return step
 
 
 def decode(config: Config) -> Callable[[], Any]:

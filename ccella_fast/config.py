@@ -302,6 +302,10 @@ class TrainingConfig(Section):
     #: minutes without a step after which a process stops waiting for the others; before the first step three times as long
     collective_timeout: Annotated[float, Field(gt=0, le=10080)] = 10.0
 
+    def global_batch(self, processes: int) -> int:
+        """The studies of an optimizer step over all processes."""
+        return self.batch_size * self.gradient_accumulation_steps * processes
+
 
 class SamplingConfig(Section):
     """`ccella-fast sample`. The defaults are the reference's: every timestep, ancestral."""

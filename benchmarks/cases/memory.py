@@ -203,6 +203,7 @@ def checkpoint(bench: Workbench) -> PreparedCase:
     from ccella_fast.processes import HostCollectives
     from ccella_fast.training import checkpointing
     from ccella_fast.training.flat_adamw import MOMENTS
+    from ccella_fast.training.run_status import RunStatus
 
     bench.release()
     size = bench.parameters * 20
@@ -214,7 +215,8 @@ def checkpoint(bench: Workbench) -> PreparedCase:
     engine = build_engine(bench, config, Path(folder.name))
     engine.optimizer.step()
     run = Path(folder.name) / "run"
-    writer = checkpointing.CheckpointWriter(run, engine, None, config, {}, None, HostCollectives())
+    status = RunStatus(run, writes=False)
+    writer = checkpointing.CheckpointWriter(run, engine, None, config, {}, None, status, HostCollectives())
 
     def baseline(stopwatch: Stopwatch) -> None:
         path = Path(folder.name) / "reference.pt"

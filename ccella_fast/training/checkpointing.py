@@ -50,6 +50,7 @@ from ccella_fast.training.full_tensors import (
     set_model_weights,
     sorted_parameters,
 )
+from ccella_fast.training.run_status import RunStatus
 from ccella_fast.training.tensor_files import HostCopy, header, raw_tensors
 
 logger = logging.getLogger("ccella_fast")
@@ -84,11 +85,8 @@ class CheckpointWriter:
         config: the configuration.
         facts: entries of training_state.json that stay the same.
         vae: folder of the autoencoder to copy into each checkpoint.
+        status: its `step` is set to that of each checkpoint that is published.
         collectives: used to share failures and decisions.
-        saved_step: the step of the newest checkpoint so far, 0 if there is none.
-
-    Attributes:
-        saved_step: the step of the newest published checkpoint, 0 if there is none.
     """
 
     def __init__(
@@ -99,11 +97,11 @@ class CheckpointWriter:
         config: Config,
         facts: dict[str, Any],
         vae: Path | None,
+        status: RunStatus,
         collectives: HostCollectives,
-        saved_step: int = 0,
     ):
         self._run, self._engine, self._ema, self._config = run, engine, ema, config
-        self._facts, self._vae, self._collectives, self.saved_step = facts, vae, collectives, saved_step
+        self._facts, self._vae, self._status, self._collectives = facts, vae, status, collectives
         self._shapes = {name: full_shape(parameter) for name, parameter in sorted_parameters(engine)}
         self._elements = sum(shape.numel() for shape in self._shapes.values())
         self._copies = self._allocate_copies()
@@ -174,7 +172,7 @@ class CheckpointWriter:
         except (OSError, DiskError) as error:
             failure = error
         self._raise_if_any_rank_failed(failure, pending.folder)
-        self.saved_step = pending.step
+        self._status.step = pending.step
 
     def _all_have_written(self, pending: _Pending, *, wait_for: float) -> bool:
         """Whether all processes have written, or failed to, after at most `wait_for` seconds."""
@@ -191,7 +189,7 @@ class CheckpointWriter:
             seconds += max(0.0, self._seconds - (time.monotonic() - self._pending.begun))
         seconds = self._collectives.max(round(seconds))
         self.finish()
-        goes_back = f"step {self.saved_step}" if self.saved_step else "the beginning"
+        goes_back = f"step {self._status.step}" if self._status.step else "the beginning"
         if number != signal.SIGUSR1 and seconds > SECONDS_AFTER_A_SIGNAL:
             if dist.get_rank() == 0:
                 why = "signal %d: a checkpoint takes %d s, more than the %d s before the launcher ends this process"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ccella_fast.config import Config
 from ccella_fast.data.loading.dataset import PreparedDataset
@@ -17,6 +18,7 @@ from ccella_fast.models import build_model
 from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.training import distributed
 from ccella_fast.training.activation_memory import activation_bytes
+from ccella_fast.training.flat_adamw import factored_weights
 from ccella_fast.training.resume import flatten
 from ccella_fast.training.run import RunPlan, make_run_plan
 
@@ -56,7 +58,7 @@ def describe_run(
         "parameters": parameters,
         "data": _data_facts(dataset.prepared, len(dataset), dataset.copies),
         "run": _run_facts(plan, len(dataset)),
-        "memory": _memory_facts(plan, parameters, dataset.prepared),
+        "memory": _memory_facts(plan, model, dataset.prepared),
         "disk": _disk_facts(plan, parameters),
     }
     if as_json:
@@ -85,7 +87,7 @@ def _data_facts(prepared: Manifest, selected: int, copies: int) -> dict[str, Any
 
 def _run_facts(plan: RunPlan, studies: int) -> dict[str, Any]:
     training, processes = plan.config.training, plan.facts["world_size"]
-    batch = training.batch_size * training.gradient_accumulation_steps * processes
+    batch = training.global_batch(processes)
     return {
         "steps": plan.total_steps,
         "epochs": round(plan.total_steps * batch / studies, 2),
@@ -97,12 +99,9 @@ def _run_facts(plan: RunPlan, studies: int) -> dict[str, Any]:
     }
 
 
-def _memory_facts(plan: RunPlan, parameters: int, prepared: Manifest) -> dict[str, Any]:
+def _memory_facts(plan: RunPlan, model: nn.Module, prepared: Manifest) -> dict[str, Any]:
     """Bytes per process. `activations` is None, with the reason, if they are not estimated."""
-    each = {
-        name: round(parameters * size)
-        for name, size in memory_per_parameter(plan.config, plan.facts["world_size"]).items()
-    }
+    each = state_bytes(plan.config, plan.facts["world_size"], model)
     if plan.config.training.activation_checkpointing:
         return {**each, "activations": None, "activations_reason": "not estimated with activation checkpointing"}
     tokens = prepared.text.max_length if prepared.text else 1
@@ -165,27 +164,29 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
     return "\n".join(["settings that differ from the defaults", *lines])
 
 
-def memory_per_parameter(config: Config, world_size: int) -> dict[str, float]:
-    """Bytes of one process: ZeRO 1 shards optimizer state and averages, ZeRO 2 also gradients, ZeRO 3 also weights."""
-    training = config.training
-    weights, optimizer = _weights_and_optimizer(config)
-    first, second, third = (world_size if training.zero_stage >= stage else 1 for stage in (1, 2, 3))
-    averages = _FP32 if training.ema_decay else 0
+def state_bytes(config: Config, world_size: int, model: nn.Module) -> dict[str, int]:
+    """Bytes of what one process keeps between two steps.
+
+    ZeRO 1 shards the optimizer's state and the averages, ZeRO 2 also the gradients, ZeRO 3 also the weights. Gradients are
+    added in fp32, at stage 1 in a second buffer that is not sharded. Without ZeRO the wide layers' weights have none
+    (training/flat_adamw.py).
+    """
+    training, bf16 = config.training, config.training.precision == "bf16"
+    stage, parameters = training.zero_stage, sum(parameter.numel() for parameter in model.parameters())
+    first, second, third = (world_size if stage >= least else 1 for least in (1, 2, 3))
+    weights = 2 if bf16 else _FP32
+    masters = _FP32 if bf16 or stage > 0 else 0
+    with_gradient, gradient = parameters, {1: 2 + _FP32}.get(stage, _FP32) if bf16 else _FP32
+    if stage == 0:
+        with_gradient -= factored_weights(model, training.global_batch(world_size))
     return {
-        "weights": weights / third,
-        "gradients": weights / second,
-        "optimizer": optimizer / first,
-        "averages": averages / first,
+        "weights": parameters * weights // third,
+        "gradients": with_gradient * gradient // second,
+        "optimizer": parameters * (masters + 2 * _FP32) // first,
+        "averages": parameters * (_FP32 if training.ema_decay else 0) // first,
     }
 
 
 def checkpoint_bytes_per_parameter(config: Config) -> int:
     """Disk space of the fp32 tensors: weights, the two moments of Adam, and averages if there are any."""
     return _FP32 * (4 if config.training.ema_decay else 3)
-
-
-def _weights_and_optimizer(config: Config) -> tuple[int, int]:
-    """Bytes per parameter of the weights that the model computes with, and of master weights and Adam's two moments."""
-    training = config.training
-    masters = 0 if training.precision == "fp32" and training.zero_stage == 0 else _FP32
-    return (_FP32 if training.precision == "fp32" else 2), masters + 2 * _FP32

@@ -79,7 +79,7 @@ def _make_optimizer(model: nn.Module, config: Config, deepspeed_values: dict[str
         **settings,
         dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
         max_norm=training.max_grad_norm,
-        rows=training.batch_size * training.gradient_accumulation_steps * dist.get_world_size(),
+        rows=training.global_batch(dist.get_world_size()),
         sum_dtype=_SUM_DTYPES[deepspeed_values.get("communication_data_type", training.precision)],
         bucket=int(zero.get("reduce_bucket_size", BUCKET)),
         overlap=zero.get("overlap_comm", True),

@@ -82,8 +82,7 @@ class FlatAdamW(torch.optim.Optimizer):
         self.average: Tensor | None = None
         self.average_decay: Callable[[], float] = lambda: 0.0
         self.is_last_micro_step: Callable[[], bool] = lambda: True
-        layers = [layer for layer in model.modules() if isinstance(layer, WideLinear)]
-        self._wide = [layer for layer in layers if 2 * rows <= min(layer.weight.shape)]
+        self._wide = _factored_layers(model, rows)
         self._wide_weights = wide = [cast(nn.Parameter, layer.weight) for layer in self._wide]
         # The backward pass computes the gradients of the last layers first.
         dense = [parameter for parameter in reversed(parameters) if all(parameter is not weight for weight in wide)]
@@ -107,6 +106,9 @@ class FlatAdamW(torch.optim.Optimizer):
         for layer in self._wide:
             layer.factors = []
         self._buckets = self._make_buckets(dense, bucket)
+        # A bucket with a parameter that is not in the loss is never complete: else autograd would add the gradients of the next
+        # micro-step in the dtype of the model.
+        model.register_forward_pre_hook(lambda *_: self._take_leftovers())
         self._started = 0  # buckets of which the sum has been started in this step
 
     def views(self, flat: Tensor) -> dict[nn.Parameter, Tensor]:
@@ -165,14 +167,20 @@ class FlatAdamW(torch.optim.Optimizer):
         self.finish_sums()
         factors = self.gather_factors()
         world_size = _world_size()
-        norm = float(self._norm(factors)) / world_size
+        norm = float(self.norm(factors)) / world_size
         self._global_grad_norm, self.overflow = norm, not math.isfinite(norm)
         if not self.overflow:
             clip = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0
             self._update(factors, clip / world_size)
 
+    def _take_leftovers(self) -> None:
+        """Take the gradients that the hooks have left."""
+        for bucket in self._buckets:
+            if any(parameter.grad is not None for parameter in bucket.views):
+                bucket.take_gradients()
+
     def finish_sums(self) -> None:
-        """Take and sum the gradients that the hooks have left, and wait for all sums."""
+        """Take and sum what the hooks have left, and wait for all sums."""
         for bucket in self._buckets:
             bucket.take_gradients()
         for bucket in self._buckets[self._started :]:
@@ -201,7 +209,7 @@ class FlatAdamW(torch.optim.Optimizer):
             layer.factors = []
         return sides[0], sides[1]
 
-    def _norm(self, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+    def norm(self, factors: tuple[Tensor, Tensor] | None) -> Tensor:
         """The norm of the summed gradients."""
         square = torch.linalg.vector_norm(self.gradients.view(-1, _WIDTH), dim=1).square().sum()
         if factors is not None:
@@ -286,6 +294,16 @@ class _Bucket:
             if rounded is not self.flat:
                 self.flat.copy_(rounded)
         self._sum, self.complete, self._empty = None, False, True
+
+
+def factored_weights(model: nn.Module, rows: int) -> int:
+    """The number of weights without a gradient in memory, in steps of `rows` samples over all processes."""
+    return sum(layer.weight.numel() for layer in _factored_layers(model, rows))
+
+
+def _factored_layers(model: nn.Module, rows: int) -> list[WideLinear]:
+    layers = [layer for layer in model.modules() if isinstance(layer, WideLinear)]
+    return [layer for layer in layers if 2 * rows <= min(layer.weight.shape)]
 
 
 def _world_size() -> int:

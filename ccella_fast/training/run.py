@@ -199,9 +199,7 @@ def count_steps(config: Config, prepared: Manifest, world_size: int) -> int:
         return training.max_train_steps
     tag = config.data.dataset
     cases = sum(case.split == "train" and tag in (None, case.dataset) for case in prepared.cases)
-    return math.ceil(
-        training.n_epochs * cases / (training.batch_size * training.gradient_accumulation_steps * world_size)
-    )
+    return math.ceil(training.n_epochs * cases / training.global_batch(world_size))
 
 
 def _train(
@@ -260,7 +258,7 @@ def _train(
     stream, trained_on = _make_stream(plan, dataset, device), dataset.trained_on()
 
     checkpoints = checkpointing.CheckpointWriter(
-        plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on}, vae, collectives, saved_step=first_step
+        plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on}, vae, status, collectives
     )
     log: Any = contextlib.nullcontext()
     if main:
@@ -277,9 +275,7 @@ def _train(
     except NonFiniteError:  # on all processes
         checkpoints.finish()
         raise
-    finally:
-        status.step = checkpoints.saved_step
-    if number and checkpoints.saved_step == done:
+    if number and status.step == done:
         logger.warning("stopped by signal %d after step %d; saved as %s", number, done, step_folder(plan.run, done))
     return 128 + number if number else 0
 

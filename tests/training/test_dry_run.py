@@ -16,21 +16,24 @@ from ccella_fast.models import build_model
 from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.training import telemetry
 from ccella_fast.training.activation_memory import activation_bytes
-from ccella_fast.training.dry_run import checkpoint_bytes_per_parameter, describe_run, memory_per_parameter
+from ccella_fast.training.dry_run import checkpoint_bytes_per_parameter, describe_run, state_bytes
+from ccella_fast.training.flat_adamw import FlatAdamW
 from ccella_fast.training.tensor_files import header
 from training_fixtures import CONFIG, TOKENS, WIDTH, train_here, weights, write_prepared
+
+GRADIENTS = 4 * (575_506_474 - 6 * 256 * 196_608) / 575_506_474  # the class heads' first layers have factors
 
 
 @pytest.mark.parametrize(
     ("precision", "stage", "ema", "expected"),
     [
-        ("fp32", 0, 0, 4 + 4 + 8),  # weights, gradients, two moments of Adam
-        ("fp32", 0, 0.999, 4 + 4 + 8 + 4),
-        ("bf16", 0, 0, 2 + 2 + 8 + 4),  # and fp32 master weights
-        ("bf16", 0, 0.999, 2 + 2 + 8 + 4 + 4),
-        ("bf16", 1, 0, 2 + 2 + (8 + 4) / 4),
-        ("bf16", 2, 0, 2 + 2 / 4 + (8 + 4) / 4),
-        ("bf16", 3, 0, (2 + 2 + 8 + 4) / 4),
+        ("fp32", 0, 0, 4 + GRADIENTS + 8),  # weights, gradients, two moments of Adam
+        ("fp32", 0, 0.999, 4 + GRADIENTS + 8 + 4),
+        ("bf16", 0, 0, 2 + GRADIENTS + 8 + 4),  # and fp32 master weights
+        ("bf16", 0, 0.999, 2 + GRADIENTS + 8 + 4 + 4),
+        ("bf16", 1, 0, 2 + 2 + 4 + (8 + 4) / 4),  # DeepSpeed adds bf16 gradients to a second buffer, in fp32
+        ("bf16", 2, 0, 2 + 4 / 4 + (8 + 4) / 4),
+        ("bf16", 3, 0, (2 + 4 + 8 + 4) / 4),
         ("fp32", 3, 0.999, (4 + 4 + 8 + 4 + 4) / 4),  # ZeRO keeps fp32 master weights also in fp32
     ],
     ids=[
@@ -40,7 +43,30 @@ from training_fixtures import CONFIG, TOKENS, WIDTH, train_here, weights, write_
 )  # fmt: skip
 def test_bytes_per_parameter_on_four_processes(precision, stage, ema, expected):
     values = {"training.precision": precision, "training.zero_stage": stage, "training.ema_decay": ema}
-    assert sum(memory_per_parameter(make_config(values), 4).values()) == pytest.approx(expected)
+    with torch.device("meta"):
+        model = build_model(make_config(values))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(state_bytes(make_config(values), 4, model).values()) == pytest.approx(parameters * expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bytes_without_zero_are_those_of_the_optimizer(precision):
+    """Six class heads keep their gradients as factors for up to 128 studies a step."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    sizes = []
+    for batch in (2, 200):
+        config = make_config({"training.precision": precision, "training.batch_size": batch, "training.ema_decay": 0})
+        with torch.device("meta"):
+            model = build_model(config)
+        estimate = state_bytes(config, 1, model)
+        optimizer = FlatAdamW(
+            model, dtype=dtype, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01, max_norm=1, rows=batch, sum_dtype=dtype
+        )
+        buffers = [getattr(optimizer, name) for name in ("masters", "exp_avg", "exp_avg_sq", "gradients")]
+        weights = sum(parameter.nbytes for parameter in model.parameters()) if precision == "bf16" else 0
+        assert sum(estimate.values()) == pytest.approx(weights + sum(buffer.nbytes for buffer in buffers), rel=1e-3)
+        sizes.append(estimate["gradients"])
+    assert sizes[1] > 2 * sizes[0]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +117,8 @@ def test_a_dry_run_reports_memory_and_disk_space(tmp_path):
     parameters = int(re.search(r"([\d,]+) parameters", text)[1].replace(",", ""))
     assert "6 steps" in text
     assert parameters > 30e6
-    memory, disk = (2 + 2 + 8 + 4 + 4) * parameters, (4 + 8 + 4) * parameters + 3 * 2**30
+    wide = 2 * 16 * 4 * 32  # weights of the class heads with factors in place of gradients
+    memory, disk = (2 + 4 + 8 + 4 + 4) * parameters - 4 * wide, (4 + 8 + 4) * parameters + 3 * 2**30
     assert re.search(rf"memory per process +{memory / 2**20:.0f} MiB", text)
     assert re.search(rf"disk +{disk / 2**30:.2f} GiB per checkpoint, at most 4 checkpoints", text)
     assert not (tmp_path / "run").exists()

@@ -46,7 +46,7 @@ def signalled(number: int) -> Callable[..., NoReturn]:
 PLACES = {
     "choose": (resume, "newest_checkpoint"), "build": (engine, "build_engine"),
     "restore": (checkpointing, "restore_checkpoint"), "step": (loop, "joint_loss"), "log": (Telemetry, "log"),
-    "save": (checkpointing, "save_checkpoint"),
+    "save": (checkpointing.CheckpointWriter, "save"),
 }  # fmt: skip
 ENDINGS = [
     ("choose", "Ctrl-C", signalled(signal.SIGINT), 130), ("choose", "memory", raising(MemoryError()), 2),

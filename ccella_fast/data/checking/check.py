@@ -38,7 +38,7 @@ from ccella_fast.errors import ConfigError, DataError
 from ccella_fast.hardware import free_memory
 from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.storage import atomic_path, check_writable, existing_parent, write_json
-from ccella_fast.training.dry_run import checkpoint_bytes_per_parameter, memory_per_parameter
+from ccella_fast.training.dry_run import checkpoint_bytes_per_parameter, state_bytes
 
 
 class Checked(NamedTuple):
@@ -281,19 +281,19 @@ def estimate_needs(
     from ccella_fast.models import build_model
 
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
+        model = build_model(config)
+    parameters, states = sum(p.numel() for p in model.parameters()), sum(state_bytes(config, 1, model).values())
     one, memory = bytes_needed(ImageTask("", {}, config.data, Path())), free_memory()
     disk = shutil.disk_usage(existing_parent(data)).free
     checkpoints = config.training.checkpoints_total_limit + 1
     space = 0 if prepared else bytes_to_prepare(config, studies)
     run = parameters * checkpoint_bytes_per_parameter(config)
     processes = counted(count_workers(max(1, studies), one), "process", "processes")
-    model = parameters * sum(memory_per_parameter(config, 1).values())
     needs = [
         ("preparing: disk", "done" if prepared else f"{format_bytes(space)} for images and text features"),
         ("preparing: memory", f"{format_bytes(one)} per process, {processes} here"),
         ("training: memory",
-         f"{format_bytes(model)} for weights, gradients and optimizer; {parameters:,} parameters, and activations"),
+         f"{format_bytes(states)} for weights, gradients and optimizer; {parameters:,} parameters, and activations"),
         ("training: disk",
          f"{format_bytes(run)} per checkpoint, at most {checkpoints} checkpoints, and the autoencoder in each"),
         ("this machine", f"{format_bytes(memory)} of memory and {format_bytes(disk)} of disk space are free"),
@@ -303,8 +303,8 @@ def estimate_needs(
         needed = format_bytes(space + checkpoints * run)
         why = f"about {needed} of disk space are needed, but {format_bytes(disk)} are free next to the data"
         found.append(Finding("disk_space", "warning", why, "free space, or write to another disk"))
-    if max(one, model) > memory and not torch.cuda.is_available():
-        why = f"about {format_bytes(max(one, model))} of memory are needed, but {format_bytes(memory)} are free"
+    if max(one, states) > memory and not torch.cuda.is_available():
+        why = f"about {format_bytes(max(one, states))} of memory are needed, but {format_bytes(memory)} are free"
         found.append(Finding("memory", "warning", why, "train on a GPU, with ZeRO or a smaller model"))
     return needs, found
 
