@@ -97,7 +97,7 @@ def read_deepspeed_file(path: str | Path) -> Given:
         where = f"line {bad.lineno}, column {bad.colno}"
         raise ConfigError(f"malformed JSON at {where}: {bad.msg}", path=path, fix="correct the file there") from None
     except KeyError as bad:
-        raise ConfigError(f"the key '{bad.args[0]}' appears twice", path=path, fix="keep one of them") from None
+        raise ConfigError(f"the key {bad.args[0]!r:.60} appears twice", path=path, fix="keep one of them") from None
     if not isinstance(values, dict):
         raise ConfigError("a DeepSpeed configuration must be one JSON object", path=path, fix="enclose it in {...}")
     if "bfloat16" in values:  # the name in older releases of DeepSpeed

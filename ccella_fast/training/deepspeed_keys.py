@@ -426,10 +426,11 @@ def _leaves(values: Mapping[str, Any], prefix: str, path: object) -> Iterator[tu
     """Name and value of every key that is not null or "auto", below sections too. Raises ConfigError for unknown names."""
     for key, value in values.items():
         name = prefix + key
-        if name not in KEYS and name not in SECTIONS:
+        if "." in key or (name not in KEYS and name not in SECTIONS):
             known = {other.removeprefix(prefix) for other in KEYS.keys() | SECTIONS if other.startswith(prefix)}
             here = {other for other in known if "." not in other}
-            raise _error(f"unknown key '{key}'", name, path, did_you_mean(key, here))
+            shown = repr(key)[1:-1][:60]  # one line, whatever the file has
+            raise _error(f"unknown key '{shown}'", prefix + shown, path, did_you_mean(shown, here))
         if value is None or value == "auto":
             continue
         if name in KEYS:

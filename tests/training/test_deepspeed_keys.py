@@ -97,6 +97,8 @@ def with_and_without(name: str, place: str, precision: str) -> tuple[dict[str, A
         without.pop(name, None)
     if name == "csv_monitor.enabled":
         return {**without, name: True}, setting(place, precision)
+    if name == f"{ZERO}overlap_comm":
+        return {**without, name: place not in ("0", "3")}, without  # its default depends on the stage
     return {**without, name: other_value(name, precision)}, without
 
 
@@ -275,6 +277,45 @@ def test_a_misspelt_key_is_refused_with_the_right_one(name, tmp_path):
     typo = key[:-3] + key[-2] + key[-3] + key[-1] if key[-2] != key[-3] else key[:-1]
     text = message(tmp_path, nested({f"{section}.{typo}" if section else typo: 1}))
     assert "unknown key" in text and (f"did you mean '{key}'?" in text)
+
+
+@pytest.mark.parametrize("key", ["zero_optimization.stage", "", "a\nb\nc\nd\ne", "x" * 10_000], ids=lambda key: key[:8])
+def test_a_strange_key_is_refused_in_a_short_message(key, tmp_path):
+    assert "unknown key" in message(tmp_path, {key: 1}) and len(message(tmp_path, {key: 1})) < 2000
+    assert "unknown key" in message(tmp_path, {"bf16": {key: 1}})
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_file_for_transformers_needs_two_changes(stage, tmp_path):
+    """The files in the documentation of transformers, for stage 2 and 3."""
+    cpu = {"device": "cpu", "pin_memory": True}
+    sharding = {
+        2: {"allgather_partitions": True, "reduce_scatter": True, "reduce_bucket_size": 2e8},
+        3: {
+            "offload_param": cpu, "sub_group_size": 1e9, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 1e9,
+            "stage3_max_reuse_distance": 1e9, "stage3_gather_16bit_weights_on_model_save": True,
+        },
+    }[stage]  # fmt: skip
+    fp16 = {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
+            "min_loss_scale": 1}  # fmt: skip
+    values = {
+        "fp16": fp16,
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": dict.fromkeys(["lr", "betas", "weight_decay"], "auto")},
+        "zero_optimization": {
+            "stage": stage, "offload_optimizer": cpu, "overlap_comm": True, "contiguous_gradients": True, **sharding,
+        },
+        **dict.fromkeys(["gradient_accumulation_steps", "gradient_clipping", "train_batch_size"], "auto"),
+        "train_micro_batch_size_per_gpu": "auto",
+        "steps_per_print": 2000,
+        "wall_clock_breakdown": False,
+    }  # fmt: skip
+    assert merge(tmp_path, values)[0].training.zero_stage == stage
+    warmup = {"type": "WarmupLR", "params": {"warmup_min_lr": "auto"}}
+    assert "scheduler" in message(tmp_path, {**values, "scheduler": warmup})
+    values["zero_optimization"]["allgather_bucket_size"] = 2e8
+    assert "gathered in one operation" in message(tmp_path, values)
 
 
 @pytest.mark.parametrize("section", sorted(SECTIONS))
