@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from ccella_fast.storage import read_json, write_json
-from training_fixtures import (
+from training_fixtures import (, losses
     ROOT,
     TOKENS,
     TRAIN_SCRIPT,
