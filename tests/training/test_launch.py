@@ -14,13 +14,14 @@ import psutil
 import pytest
 
 from ccella_fast.storage import read_json, write_json
-from training_fixtures import (, losses
+from training_fixtures import (
     ROOT,
     TOKENS,
     TRAIN_SCRIPT,
     WIDTH,
     environment,
     free_port,
+    losses,
     run,
     start,
     write_config,
