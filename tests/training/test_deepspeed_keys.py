@@ -408,6 +408,12 @@ def test_activation_checkpointing_with_a_key_is_switched_on(switch, tmp_path):
     assert merge(tmp_path, {"activation_checkpointing": switch})[0].training.activation_checkpointing is True
 
 
+def test_offloading_replaces_deepspeeds_optimizer_for_stage_1_in_bf16(tmp_path):
+    keys = {f"{ZERO}stage": 1, "bf16.enabled": True, f"{ZERO}reduce_bucket_size": 64}
+    assert "has no effect at ZeRO stage 1 in bf16" in message(tmp_path, nested(keys))
+    merge(tmp_path, nested({**keys, f"{ZERO}offload_optimizer.device": "cpu"}))
+
+
 def test_stages_in_words():
     assert stages(KEYS[f"{ZERO}sub_group_size"]) == "3"
     assert stages(KEYS[f"{ZERO}overlap_comm"]) == "0, 1 in fp32, 2 or 3"
