@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def build_engine(bench: Workbench, config: Config, folder: Path) -> Any:
     from ccella_fast.training import distributed
     from ccella_fast.training.deepspeed_config import merge_deepspeed_config
 
-    distributed.initialize_processes()
+    distributed.initialize_processes(timedelta(minutes=10))
     from ccella_fast.training import engine as engines
 
     config, values = merge_deepspeed_config(

@@ -167,6 +167,8 @@ def _engine_values(config: Config, given: Given, world_size: int, output_dir: Pa
     # Sums of bf16 gradients lose small contributions. Without ZeRO our own optimizer always adds in fp32.
     sums = given.get("data_types.grad_accum_dtype", "fp32")
     tensorboard = {"enabled": True, "output_path": str(output_dir), "job_name": "tensorboard"}
+    if given.get("csv_monitor.enabled"):
+        values["csv_monitor"] = {"output_path": str(output_dir), "job_name": "csv"} | values["csv_monitor"]
     return {
         **values,
         "train_micro_batch_size_per_gpu": micro,

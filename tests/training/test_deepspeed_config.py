@@ -169,3 +169,12 @@ def test_comments_and_trailing_commas_are_read(tmp_path):
 def test_a_missing_file_raises(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         read_deepspeed_file(tmp_path / "absent.json")
+
+
+def test_monitors_write_to_the_run_unless_the_file_says_otherwise(tmp_path):
+    _, values = merged(tmp_path, {"csv_monitor": {"enabled": True}})
+    found = {name: (values[name]["output_path"], values[name]["job_name"]) for name in ("tensorboard", "csv_monitor")}
+    folder = found["tensorboard"][0]
+    assert Path(folder).is_absolute() and found == {"tensorboard": (folder, "tensorboard"), "csv_monitor": (folder, "csv")}
+    _, values = merged(tmp_path, {"csv_monitor": {"enabled": True, "output_path": "other"}})
+    assert (values["csv_monitor"]["output_path"], values["csv_monitor"]["job_name"]) == ("other", "csv")
