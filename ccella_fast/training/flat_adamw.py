@@ -203,7 +203,7 @@ class FlatAdamW(torch.optim.Optimizer):
             if _world_size() > 1:
                 every = local.new_empty(_world_size() * local.shape[0], *local.shape[1:])
                 dist.all_gather_into_tensor(every, local)
-                local = every.unflatten(0, (_world_size(), -1)).transpose(0, 1).flatten(1, 2)
+                local = every.unflatten(0, (_world_size(), -1)).transpose(0, 1).flatten(1, 2).contiguous()
             sides.append(local)
         for layer in self._wide:
             layer.factors = []
