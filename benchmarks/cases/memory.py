@@ -232,7 +232,7 @@ def checkpoint(bench: Workbench) -> PreparedCase:
 
     def ours(stopwatch: Stopwatch) -> None:
         shutil.rmtree(run, ignore_errors=True)
-        writer.save(1, 0)
+        writer.save(1, {})
         stopwatch.mark("copy")
         writer.finish()
         stopwatch.mark("save")

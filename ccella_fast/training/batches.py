@@ -1,4 +1,4 @@
-"""The model's inputs at optimizer step s: a pure function of (seed, s), whatever the number of processes.
+"""The model's inputs at optimizer step s: a pure function of (seed, s, studies left out), whatever the number of processes.
 
 The data is an endless stream: epoch after epoch, each a permutation drawn from (seed, epoch). Step s takes the next global
 batch of the stream; micro-steps and processes take slices of it. All random numbers of a sample (posterior draw, noise,
@@ -20,6 +20,7 @@ from torch import Tensor
 from ccella_fast.data.augmentation.engine import threads_per_process
 from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset, StudyEpoch, TrainingSample, to_device
 from ccella_fast.diffusion.noise import generator
+from ccella_fast.training.quarantine import Quarantine
 
 _CPU = torch.device("cpu")
 
@@ -60,6 +61,7 @@ class BatchStream:
         num_timesteps: T; the timesteps that are drawn are 0 ... T-1.
         source: where latents come from; default: `dataset`, through memory maps.
         device: of the micro-batches.
+        quarantine: the studies that are left out; default: none.
 
     Attributes:
         waited: seconds for which the consumer of `steps` has waited for data.
@@ -78,18 +80,23 @@ class BatchStream:
         num_timesteps: int,
         source: LatentSource | None = None,
         device: torch.device = _CPU,
+        quarantine: Quarantine | None = None,
     ):
         self.dataset, self.seed, self.num_timesteps = dataset, seed, num_timesteps
         self.batch_size, self.accumulation, self.rank, self.world_size = batch_size, accumulation, rank, world_size
         self.global_batch = batch_size * accumulation * world_size
         self.source, self.device = source or dataset, device
         self.scale = scale.view(-1, 1, 1, 1).to(device)
+        self.quarantine = quarantine or Quarantine(dataset.ids, {})
         self.waited = 0.0
 
     def study_at(self, position: int) -> StudyEpoch:
-        """The study at `position` of the stream, and the epoch."""
+        """The study at `position` of the stream, and the epoch. The next one in the order replaces a study that is left out."""
         epoch, offset = divmod(position, len(self.dataset))
-        return StudyEpoch(epoch_order(self.seed, epoch, len(self.dataset))[offset], epoch)
+        order, step = epoch_order(self.seed, epoch, len(self.dataset)), position // self.global_batch
+        while not self.quarantine.uses(order[offset], step):
+            offset = (offset + 1) % len(order)
+        return StudyEpoch(order[offset], epoch)
 
     def epoch(self, step: int) -> int:
         """The epoch in which the global batch of `step` begins."""
@@ -106,10 +113,14 @@ class BatchStream:
         a second computing thread makes OpenMP put the workers of the first to sleep after every operation, which costs far more
         than the few milliseconds that are hidden.
         """
-        numbers = [(step, micro) for step in range(first, last) for micro in range(self.accumulation)]
         with ThreadPoolExecutor(threads_per_process(), thread_name_prefix="noise") as pool:
-            stream = self._prefetch(self._stream(numbers, pool.map)) if background else self._stream(numbers, map)
-            for _ in range(first, last):
+            left_out: int | None = None
+            for step in range(first, last):
+                if left_out != len(self.quarantine.left_out):  # what has been prepared ahead may contain the study
+                    left_out = len(self.quarantine.left_out)
+                    numbers = [(later, micro) for later in range(step, last) for micro in range(self.accumulation)]
+                    stream = self._stream(numbers, pool.map if background else map)
+                    stream = self._prefetch(stream) if background else stream
                 begun = time.perf_counter()
                 micro_batches = [next(stream) for _ in range(self.accumulation)]
                 self.waited += time.perf_counter() - begun

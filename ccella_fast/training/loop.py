@@ -97,7 +97,7 @@ def train_loop(
         The number of finished steps, and the number of the signal that ended the loop or 0.
 
     Raises:
-        NonFiniteError: `MAX_NONFINITE_STEPS` consecutive steps were not finite.
+        NonFiniteError: `MAX_NONFINITE_STEPS` consecutive steps were not finite, or too many studies are left out.
         DiskError: a checkpoint could not be written.
     """
     training, schedule, weight = config.training, Schedule.from_config(config.scheduler), config.class_loss_weight
@@ -119,7 +119,7 @@ def train_loop(
         if engine.optimizer.overflow:  # the gradient norm is not finite, and DeepSpeed has left the weights unchanged
             engine.lr_scheduler.step()
             nonfinite_steps += 1
-            _report_nonfinite_step(done, nonfinite_steps, micro_steps, collectives)
+            stream.quarantine.count(*_report_nonfinite_step(done, nonfinite_steps, micro_steps, collectives), done)
         else:
             nonfinite_steps = 0
             if ema is not None:
@@ -135,13 +135,14 @@ def train_loop(
 
         signal = collectives.max(signals.signal)
         stalls.finished(done)
+        progress = {"bad_in_a_row": nonfinite_steps, "quarantine": stream.quarantine.state()}
         with stalls.paused():
             checkpoints.publish_if_written()
             if signal:
-                checkpoints.save_after_signal(done, nonfinite_steps, signal)
+                checkpoints.save_after_signal(done, progress, signal)
                 return done, signal
             if done % training.checkpointing_steps == 0 or done == total_steps:
-                checkpoints.save(done, nonfinite_steps)
+                checkpoints.save(done, progress)
     with stalls.paused():
         checkpoints.finish()
     return total_steps, 0
@@ -156,10 +157,13 @@ def _mean_losses(losses: list[Losses]) -> list[float]:
 
 def _report_nonfinite_step(
     step: int, consecutive: int, micro_steps: list[tuple[list[str], Losses]], collectives: HostCollectives
-) -> None:
+) -> tuple[set[str], set[str]]:
     """Log the studies of all processes whose predictions are not finite, or all studies if only the gradient is not finite.
 
     micro_steps: ids and losses of each micro-step of this process.
+
+    Returns:
+        The ids of the studies whose predictions are not finite, and of all studies of the step.
     """
     local_ids = [case for ids, _ in micro_steps for case in ids]
     finite = [value for _, losses in micro_steps for value in losses.finite.tolist()]
@@ -173,3 +177,4 @@ def _report_nonfinite_step(
     if consecutive >= MAX_NONFINITE_STEPS:
         fix = "check the latents and the text of these cases, or lower training.lr"
         raise NonFiniteError(f"training stopped at {why}", field="training", fix=fix)
+    return set(nonfinite_ids), set(all_ids)

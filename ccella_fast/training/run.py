@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset
     from ccella_fast.training.batches import BatchStream
+    from ccella_fast.training.quarantine import Quarantine
 
 logger = logging.getLogger("ccella_fast")
 
@@ -230,6 +231,7 @@ def _train(
     from ccella_fast.training.ema import Ema
     from ccella_fast.training.engine import build_engine
     from ccella_fast.training.loop import LoopState, train_loop
+    from ccella_fast.training.quarantine import Quarantine
     from ccella_fast.training.stalls import StallWatch
     from ccella_fast.training.telemetry import Telemetry
 
@@ -257,7 +259,9 @@ def _train(
     if plan.start:
         checkpointing.restore_checkpoint(plan.start, engine, ema, state)
     vae = plan.data / "vae" if (plan.data / "vae").is_dir() else None
-    stream, trained_on = _make_stream(plan, dataset, device), dataset.trained_on()
+    quarantine = Quarantine(dataset.ids, state.get("quarantine", {}))
+    status.quarantined = quarantine.ids  # the list, which may grow
+    stream, trained_on = _make_stream(plan, dataset, device, quarantine), dataset.trained_on()
 
     checkpoints = checkpointing.CheckpointWriter(
         plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on}, vae, status, collectives
@@ -282,7 +286,7 @@ def _train(
     return 128 + number if number else 0
 
 
-def _make_stream(plan: RunPlan, dataset: PreparedDataset, device: Any) -> BatchStream:
+def _make_stream(plan: RunPlan, dataset: PreparedDataset, device: Any, quarantine: Quarantine) -> BatchStream:
     """The micro-batches of this process.
 
     Call it when the engine exists: the device memory that the engine leaves free decides where latents are kept.
@@ -312,6 +316,7 @@ def _make_stream(plan: RunPlan, dataset: PreparedDataset, device: Any) -> BatchS
         num_timesteps=config.scheduler.num_train_timesteps,
         source=source,
         device=device,
+        quarantine=quarantine,
     )
 
 

@@ -28,12 +28,14 @@ class RunStatus:
         step: of the newest checkpoint.
         total_steps: length of the run.
         exit_code: of the process, if no error ends the block.
+        quarantined: ids of the studies that are left out, see `training.quarantine`.
         has_begun: whether endings are recorded.
     """
 
     def __init__(self, run: Path, *, writes: bool):
         self.run, self._writes, self.has_begun = run, writes, False
         self.step, self.total_steps, self.exit_code = 0, 0, 0
+        self.quarantined: list[str] = []
 
     def __enter__(self) -> RunStatus:
         before = read_status(self.run)
@@ -64,6 +66,7 @@ class RunStatus:
 
     def _write(self, state: str, exit_code: int | None, why: str | None) -> None:
         facts = {"state": state, "step": self.step, "total_steps": self.total_steps, "exit_code": exit_code, "why": why}
+        facts["quarantined"] = self.quarantined
         write_json(self.run / NAME, facts)
 
 

@@ -14,11 +14,12 @@ from ccella_fast.checkpoint import verify_checkpoint
 from ccella_fast.errors import ConfigError
 from ccella_fast.folder_lock import lock_folder
 from plain_training import UNUSUAL, difference, plain_training
-from training_fixtures import launch_jobs, losses, train_here, weights
+from training_fixtures import launch_jobs, losses, train_here, weights, write_prepared
 
 SETTINGS = {**UNUSUAL, "batch_size": 1}
 TWICE = {"checkpointing_steps": 2}  # gathering weights takes longer than a step
 ZERO2_BF16 = {**SETTINGS, "zero_stage": 2, "precision": "bf16"}
+LONG = {"max_train_steps": 12, "checkpointing_steps": 12}  # some epochs of the studies with one that is not finite
 # Each process writes its share of the files, so the disk can be full for one process alone. "signal" ends after two of four
 # steps.
 JOBS: dict[str, dict[str, Any]] = {
@@ -28,6 +29,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "zero2-bf16": {"set": {**ZERO2_BF16, **TWICE}},
     "signal": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "fault": "signal", "code": 143},
     "resumed": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "continues": "signal"},
+    "quarantine": {"set": {**LONG, "batch_size": 1}, "nan": True},
     "locked": {"set": {**SETTINGS}, "code": 2},
     "disk": {
         "set": {"batch_size": 1, "max_train_steps": 1, "checkpointing_steps": 1, "zero_stage": 2}, "fault": "disk", "code": 5
@@ -47,6 +49,7 @@ SLOW = ["zero0-bf16", "zero1-fp32", "zero1-bf16", "zero3-bf16"]
 def launched(tmp_path_factory, data):
     """The folder with the runs of JOBS."""
     folder = tmp_path_factory.mktemp("launched")
+    write_prepared(folder / "nan", nan_in="case1")
     with lock_folder(folder / "locked", "another command"):
         launch_jobs(folder, data, JOBS)
     return folder
@@ -107,6 +110,17 @@ def test_two_resumed_processes_equal_an_uninterrupted_run(launched):
     for name in ("model", "ema"):
         found, expected = weights(resumed, 4, name), weights(uninterrupted, 4, name)
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_two_processes_leave_out_the_study_that_one_leaves_out(launched, tmp_path):
+    train_here(tmp_path / "one", launched / "nan", **LONG, batch_size=2)
+    two, one = launched / "quarantine", tmp_path / "one"
+    states = [
+        json.loads((run / "checkpoints" / "step-00000012" / "training_state.json").read_text()) for run in (one, two)
+    ]
+    assert states[0]["quarantine"] == states[1]["quarantine"] and states[0]["quarantine"]["left_out"].keys() == {"1"}
+    assert losses(two) == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in losses(one)]
+    assert len(losses(one)) == 9
 
 
 def test_another_global_batch_raises(launched, data, tmp_path):
