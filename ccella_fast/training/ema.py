@@ -17,6 +17,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ccella_fast.training.engine import master_weights
 from ccella_fast.training.full_tensors import full_tensors, set_full_tensors
 
+_PART = 2**18  # elements
+
 
 class Ema:
     """Exponential moving average of an engine's master weights.
@@ -65,6 +67,8 @@ class Ema:
     @torch.no_grad()
     def _swap(self) -> None:
         for weights, average in zip(master_weights(self.engine), self.averages, strict=True):
-            kept = weights.clone()
-            weights.copy_(average)
-            average.copy_(kept)
+            # In parts that stay in the cache: with ZeRO these are all weights in one tensor.
+            for part, other in zip(weights.view(-1).split(_PART), average.view(-1).split(_PART), strict=True):
+                kept = part.clone()
+                part.copy_(other)
+                other.copy_(kept)
