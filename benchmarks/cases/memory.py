@@ -203,7 +203,6 @@ def checkpoint(bench: Workbench) -> PreparedCase:
     from ccella_fast.processes import HostCollectives
     from ccella_fast.training import checkpointing
     from ccella_fast.training.flat_adamw import MOMENTS
-    from ccella_fast.training.quarantine import Quarantine
     from ccella_fast.training.run_status import RunStatus
 
     bench.release()
@@ -217,9 +216,7 @@ def checkpoint(bench: Workbench) -> PreparedCase:
     engine.optimizer.step()
     run = Path(folder.name) / "run"
     status = RunStatus(run, writes=False)
-    writer = checkpointing.CheckpointWriter(
-        run, engine, None, config, {}, None, Quarantine([], {}), status, HostCollectives()
-    )
+    writer = checkpointing.CheckpointWriter(run, engine, None, config, {}, None, status, HostCollectives())
 
     def baseline(stopwatch: Stopwatch) -> None:
         path = Path(folder.name) / "reference.pt"
@@ -232,7 +229,7 @@ def checkpoint(bench: Workbench) -> PreparedCase:
 
     def ours(stopwatch: Stopwatch) -> None:
         shutil.rmtree(run, ignore_errors=True)
-        writer.save(1, 0)
+        writer.save(1, {})
         stopwatch.mark("copy")
         writer.finish()
         stopwatch.mark("save")

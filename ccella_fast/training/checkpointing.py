@@ -50,7 +50,6 @@ from ccella_fast.training.full_tensors import (
     set_model_weights,
     sorted_parameters,
 )
-from ccella_fast.training.quarantine import Quarantine
 from ccella_fast.training.run_status import RunStatus
 from ccella_fast.training.tensor_files import HostCopy, header, raw_tensors
 
@@ -86,7 +85,6 @@ class CheckpointWriter:
         config: the configuration.
         facts: entries of training_state.json that stay the same.
         vae: folder of the autoencoder to copy into each checkpoint.
-        quarantine: the studies that are left out.
         status: its `step` is set to that of each checkpoint that is published.
         collectives: used to share failures and decisions.
     """
@@ -99,13 +97,11 @@ class CheckpointWriter:
         config: Config,
         facts: dict[str, Any],
         vae: Path | None,
-        quarantine: Quarantine,
         status: RunStatus,
         collectives: HostCollectives,
     ):
         self._run, self._engine, self._ema, self._config = run, engine, ema, config
-        self._facts, self._vae, self._quarantine = facts, vae, quarantine
-        self._status, self._collectives = status, collectives
+        self._facts, self._vae, self._status, self._collectives = facts, vae, status, collectives
         self._shapes = {name: full_shape(parameter) for name, parameter in sorted_parameters(engine)}
         self._elements = sum(shape.numel() for shape in self._shapes.values())
         self._copies = self._allocate_copies()
@@ -113,23 +109,27 @@ class CheckpointWriter:
         self._pending: _Pending | None = None
         self._seconds = 0.0  # that the last checkpoint took on the slowest process
 
-    def save(self, step: int, nonfinite_steps: int) -> None:
+    def save(self, step: int, progress: dict[str, Any]) -> None:
         """Copy the state after `step` finished steps, and begin to write it. Waits for a checkpoint that is being written.
 
         Args:
             step: finished optimizer steps, skipped ones included.
-            nonfinite_steps: how many of the last steps were skipped without a finite one in between.
+            progress: further entries of training_state.json.
 
         Raises:
             DiskError: on all processes, if one of them could not write this or the previous checkpoint.
         """
         self.finish()
         begun, folder = time.monotonic(), self._create_partial_folder(step)
-        progress = {
-            "step": step, "adam_steps": adam_steps(self._engine), "ema_updates": self._ema.updates if self._ema else 0,
-            "bad_in_a_row": nonfinite_steps, "quarantine": self._quarantine.state(),
-        }  # fmt: skip
-        documents = {"config.json": self._config.dump(), "training_state.json": self._facts | progress}
+        counts = {
+            "step": step,
+            "adam_steps": adam_steps(self._engine),
+            "ema_updates": self._ema.updates if self._ema else 0,
+        }
+        documents = {  # as text, because the objects may change while the thread writes
+            "config.json": json_text(self._config.dump()).encode(),
+            "training_state.json": json_text(self._facts | counts | progress).encode(),
+        }
         if self._copies is not None:
             self._fill_copies(self._copies)
             hashes = self._pool.submit(self._write_copies, self._copies, folder, documents)
@@ -183,7 +183,7 @@ class CheckpointWriter:
         done, _ = wait([pending.hashes], timeout=wait_for)
         return all(self._collectives.all_gather(bool(done)))
 
-    def save_after_signal(self, step: int, nonfinite_steps: int, number: int) -> None:
+    def save_after_signal(self, step: int, progress: dict[str, Any], number: int) -> None:
         """Save and publish after signal `number`, unless that would take longer than the process has.
 
         The time is that of the last checkpoint. SIGUSR1 is sent by SLURM long enough before the end, so it always saves.
@@ -204,7 +204,7 @@ class CheckpointWriter:
             logger.info(
                 "signal %d: saving step %d; until this is done, --resume goes back to %s", number, step, goes_back
             )
-        self.save(step, nonfinite_steps)
+        self.save(step, progress)
         self.finish()
 
     def _create_partial_folder(self, step: int) -> Path:
@@ -256,13 +256,13 @@ class CheckpointWriter:
         if self._engine.device.type == "cuda":
             torch.cuda.current_stream(self._engine.device).synchronize()
 
-    def _write_copies(self, copies: dict[str, HostCopy], folder: Path, documents: dict[str, Any]) -> dict[str, str]:
+    def _write_copies(self, copies: dict[str, HostCopy], folder: Path, documents: dict[str, bytes]) -> dict[str, str]:
         """Write this process's share, in a thread. Returns the SHA-256 of each file."""
         begin = header(self._shapes)
         hashes = {name: write_hashed(folder / name, [begin, *copy.chunks()]) for name, copy in copies.items()}
         return hashes | self._write_documents(folder, documents)
 
-    def _write_directly(self, folder: Path, documents: dict[str, Any]) -> Future[dict[str, str]]:
+    def _write_directly(self, folder: Path, documents: dict[str, bytes]) -> Future[dict[str, str]]:
         """Write this process's share tensor by tensor, without copies. Returns the finished result of `_write_copies`."""
         done: Future[dict[str, str]] = Future()
         hashes: dict[str, str] = {}
@@ -282,11 +282,11 @@ class CheckpointWriter:
         done.set_exception(failure) if failure else done.set_result(hashes)
         return done
 
-    def _write_documents(self, folder: Path, documents: dict[str, Any]) -> dict[str, str]:
+    def _write_documents(self, folder: Path, documents: dict[str, bytes]) -> dict[str, str]:
         """Let rank 0 write the JSON files and copy the autoencoder. Returns the SHA-256 of each file."""
         if dist.get_rank() != 0:
             return {}
-        hashes = {name: write_hashed(folder / name, [json_text(value).encode()]) for name, value in documents.items()}
+        hashes = {name: write_hashed(folder / name, [text]) for name, text in documents.items()}
         if self._vae is not None:
             for source in filter(Path.is_file, sorted(self._vae.rglob("*"))):
                 name = f"vae/{source.relative_to(self._vae).as_posix()}"

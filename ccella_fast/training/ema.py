@@ -18,6 +18,8 @@ from ccella_fast.training.engine import master_weights
 from ccella_fast.training.flat_adamw import FlatAdamW
 from ccella_fast.training.full_tensors import full_tensors, set_full_tensors
 
+_PART = 2**18  # elements
+
 
 class Ema:
     """Exponential moving average of an engine's master weights.
@@ -73,6 +75,8 @@ class Ema:
     @torch.no_grad()
     def _swap(self) -> None:
         for weights, average in zip(master_weights(self.engine), self.averages, strict=True):
-            kept = weights.clone()
-            weights.copy_(average)
-            average.copy_(kept)
+            # In parts that stay in the cache: with ZeRO these are all weights in one tensor.
+            for part, other in zip(weights.view(-1).split(_PART), average.view(-1).split(_PART), strict=True):
+                kept = part.clone()
+                part.copy_(other)
+                other.copy_(kept)

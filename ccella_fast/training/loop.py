@@ -135,13 +135,14 @@ def train_loop(
 
         signal = collectives.max(signals.signal)
         stalls.finished(done)
+        progress = {"bad_in_a_row": nonfinite_steps, "quarantine": stream.quarantine.state()}
         with stalls.paused():
             checkpoints.publish_if_written()
             if signal:
-                checkpoints.save_after_signal(done, nonfinite_steps, signal)
+                checkpoints.save_after_signal(done, progress, signal)
                 return done, signal
             if done % training.checkpointing_steps == 0 or done == total_steps:
-                checkpoints.save(done, nonfinite_steps)
+                checkpoints.save(done, progress)
     with stalls.paused():
         checkpoints.finish()
     return total_steps, 0

@@ -262,7 +262,7 @@ def _train(
     stream, trained_on = _make_stream(plan, dataset, device, quarantine), dataset.trained_on()
 
     checkpoints = checkpointing.CheckpointWriter(
-        plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on}, vae, quarantine, status, collectives
+        plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on}, vae, status, collectives
     )
     log: Any = contextlib.nullcontext()
     if main:

@@ -175,6 +175,9 @@ def test_monitors_write_to_the_run_unless_the_file_says_otherwise(tmp_path):
     _, values = merged(tmp_path, {"csv_monitor": {"enabled": True}})
     found = {name: (values[name]["output_path"], values[name]["job_name"]) for name in ("tensorboard", "csv_monitor")}
     folder = found["tensorboard"][0]
-    assert Path(folder).is_absolute() and found == {"tensorboard": (folder, "tensorboard"), "csv_monitor": (folder, "csv")}
+    assert Path(folder).is_absolute() and found == {
+        "tensorboard": (folder, "tensorboard"),
+        "csv_monitor": (folder, "csv"),
+    }
     _, values = merged(tmp_path, {"csv_monitor": {"enabled": True, "output_path": "other"}})
     assert (values["csv_monitor"]["output_path"], values["csv_monitor"]["job_name"]) == ("other", "csv")

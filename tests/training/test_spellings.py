@@ -90,7 +90,7 @@ def test_one_process(begin, tmp_path, command):
     check_ran(tmp_path / "run", 1)
 
 
-@pytest.mark.parametrize("command", some(TWO, "--module"))
+@pytest.mark.parametrize("command", some(TWO))
 def test_two_processes(begin, tmp_path, command):
     process = begin(command)
     output, _ = process.communicate(timeout=120)
