@@ -169,6 +169,7 @@ def _engine_values(config: Config, given: Given, world_size: int, output_dir: Pa
     tensorboard = {"enabled": True, "output_path": str(output_dir), "job_name": "tensorboard"}
     if given.get("csv_monitor.enabled"):
         values["csv_monitor"] = {"output_path": str(output_dir), "job_name": "csv"} | values["csv_monitor"]
+    log_level = given.get("log_level") or ("info" if prints_at_info(given) else None)
     return {
         **values,
         "train_micro_batch_size_per_gpu": micro,
@@ -184,7 +185,7 @@ def _engine_values(config: Config, given: Given, world_size: int, output_dir: Pa
         "zero_force_ds_cpu_optimizer": False,
         # DeepSpeed's throughput timer would synchronize with the GPU at every step.
         "timers": {"throughput": {"enabled": False} | values.get("timers", {}).get("throughput", {})},
-        "log_level": given.get("log_level") or ("info" if prints_at_info(given) else "warning"),
+        **({"log_level": log_level} if log_level else {}),  # DeepSpeed's own is warning
     }
 
 

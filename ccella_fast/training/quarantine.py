@@ -50,13 +50,14 @@ class Quarantine:
         """Count a skipped step, the `step`-th of the run. A study may be left out from the next one on.
 
         nonfinite: ids of the studies whose predictions are not finite. They are the cause only if other predictions of the same
-        global batch are finite, or if there is no other: else it is the model that is broken.
+        global batch are finite, or if there is no other: else it is the model that is broken. The only study of a training is
+        never left out.
         batch: ids of all studies of the step.
 
         Raises:
             NonFiniteError: too many studies are left out.
         """
-        if nonfinite == batch and len(batch) > 1:
+        if nonfinite == batch and (len(batch) > 1 or len(self._all) == 1):
             return
         found = []
         for case in sorted(nonfinite):
