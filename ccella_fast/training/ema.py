@@ -53,14 +53,20 @@ class Ema:
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and average of every parameter, as `full_tensors` does. All processes must iterate to the end."""
+        if self._by_optimizer:
+            yield from full_tensors(self.engine, "average")
+            return
         with self._swapped():
             yield from full_tensors(self.engine, "weights")
 
     @torch.no_grad()
     def restore(self, values: dict[str, Tensor], updates: int) -> None:
         """Restore averages from whole parameters, as yielded by `full_weights`. All processes must call it."""
-        with self._swapped():
-            set_full_tensors(self.engine, "weights", values)
+        if self._by_optimizer:
+            set_full_tensors(self.engine, "average", values)
+        else:
+            with self._swapped():
+                set_full_tensors(self.engine, "weights", values)
         self.updates = updates
 
     @contextmanager

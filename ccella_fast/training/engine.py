@@ -48,6 +48,10 @@ def build_engine(
         model = build_model(config)
     if training.activation_checkpointing:
         model.set_activation_checkpointing(checkpoint_function(deepspeed_values.get("activation_checkpointing")))
+    if device.type == "cuda":
+        # As the activations: cuDNN would copy other weights at each call.
+        model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        torch.backends.cudnn.benchmark = True
     optimizer = _make_optimizer(model, config, deepspeed_values)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ccella_fast.training.flat_adamw import FlatAdamW
 
-Kind = Literal["weights", "exp_avg", "exp_avg_sq"]
+Kind = Literal["weights", "exp_avg", "exp_avg_sq", "average"]  # the last without ZeRO only, where the optimizer has it
 
 
 def full_tensors(engine: Any, kind: Kind) -> Iterator[tuple[str, Tensor]]:
