@@ -46,7 +46,7 @@ PIPELINED = (
     "cross_attention",
     "upsample_conv3d",
     "conv3d",
-)  # loops with tl.dot; the others ignore the stages
+)  # loops with tl.dot over many tiles; the others ignore the stages
 SWITCHES = ("TRANSPOSED",)  # constants that are 0 or 1
 COMPILING = 0.6  # most of the time limit that compilation may take
 

@@ -239,7 +239,7 @@ def _train(
     if main:
         logger.info("training in %s on %s", training.precision, device)
     if device.type == "cpu" and training.precision == "bf16":
-        warn_of_emulated_bf16("set training.precision to fp32" + (" in a new run" if plan.start else ""))
+        warn_of_emulated_bf16("set training.precision to fp32")
     if plan.start and main:
         status.begin()
     needs: Literal["latents", "images"] = "images" if training.latents == "online" else "latents"

@@ -87,7 +87,8 @@ def test_stages_are_varied_for_the_kernels_with_tl_dot():
     for file in sorted(Path(tuning.__file__).parent.glob("*.py")):
         for kernel in sources:
             sources[kernel] += file.read_text(encoding="utf-8") * file.name.startswith(kernel)
-    assert {kernel for kernel, text in sources.items() if "tl.dot(" in text} == set(tune_kernels.PIPELINED)
+    few = {"adamw"}  # one or few tiles: the rows of a batch
+    assert {kernel for kernel, text in sources.items() if "tl.dot(" in text} == {*tune_kernels.PIPELINED, *few}
     others = {*sources} - {*tune_kernels.PIPELINED}  # their loops have STAGES of their own, or none
     assert all(sources[kernel].count("num_stages=") == sources[kernel].count("num_stages=STAGES") for kernel in others)
 

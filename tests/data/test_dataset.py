@@ -142,10 +142,10 @@ def test_another_spacing_raises(folder: Path):
     [
         ({}, True),
         ({"RANK": "0", "LOCAL_RANK": "0"}, True),
-        ({"LOCAL_RANK": "1"}, False),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, False),
         ({"RANK": "8", "LOCAL_RANK": "0"}, False),
     ],
-    ids=["no-rank", "rank0", "local-rank1", "rank8-local-rank0"],
+    ids=["no-rank", "rank0", "rank1", "rank8-local-rank0"],
 )
 def test_only_rank_0_shows_a_bar(folder: Path, ranks: dict, shown: bool, monkeypatch, capfd):
     for name in ("RANK", "LOCAL_RANK"):

@@ -249,9 +249,11 @@ def test_auto_is_resolved_at_the_start_and_kept_on_another_cpu(
     found = warnings_in(caplog)  # the run stays in bf16 although this CPU emulates it, with a warning
     assert len(found) == (precision == "bf16") and all("float32 is faster" in line for line in found)
 
-    other = {"bf16": "fp32", "fp32": "bf16"}[precision]
-    with pytest.raises(ConfigError, match=f"is '{other}'; this run was started with '{precision}'"):
-        train_here(folder, data, resume="latest", **{**settings, "precision": other})
+    (folder / "checkpoints" / "step-00000002").rename(tmp_path / "removed again")
+    other = {"bf16": "fp32", "fp32": "bf16"}[precision]  # the run goes on in a precision that is asked for
+    train_here(folder, data, resume="latest", **{**settings, "precision": other})
+    assert recorded(folder, 2) == {other}
+    assert (folder / "checkpoints" / "step-00000002" / "model.safetensors").read_bytes() != weights
 
 
 def test_training_in_emulated_bf16_warns_once(tmp_path, data, caplog, fake_bf16_support):
@@ -272,8 +274,13 @@ def test_a_gpu_uses_bf16_on_any_cpu(tmp_path, data, fake_bf16_support, monkeypat
 
 def test_processes_with_different_precisions_are_an_error(tmp_path, data, fake_bf16_support, monkeypatch):
     fake_bf16_support(True)
-    other = {"bf16": ["fp32"]}  # what the other process has; it has no error when the folder is locked
-    gather = lambda self, value: [value, *other.get(value if isinstance(value, str) else "", [value])]  # noqa: E731
-    monkeypatch.setattr(HostCollectives, "all_gather", gather)
-    with pytest.raises(ConfigError, match="CPUs differ"):
+    from_rank_zero = HostCollectives.from_rank_zero
+
+    def of_another_cpu(self, value):
+        value = from_rank_zero(self, value)
+        return {**value, "training.precision": "fp32"} if "training.precision" in value else value
+
+    monkeypatch.setattr(HostCollectives, "from_rank_zero", of_another_cpu)
+    with pytest.raises(ConfigError, match=r"training.precision is 'bf16' on process 0 .* but 'fp32'") as caught:
         train_here(tmp_path / "run", data, precision="auto", max_train_steps=1)
+    assert "the CPUs differ" in caught.value.fix
