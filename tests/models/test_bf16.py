@@ -46,7 +46,12 @@ def fake_bf16_support(monkeypatch):
     """`fake_bf16_support(True)`: from now on, the CPU is reported to multiply bf16."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.delenv("RANK", raising=False)
-    return lambda value: monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: value)
+
+    def fake(value: bool) -> None:
+        hardware.warn_of_emulated_bf16.cache_clear()  # as in a new process
+        monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: value)
+
+    return fake
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +283,7 @@ def test_processes_with_different_precisions_are_an_error(tmp_path, data, fake_b
 
     def of_another_cpu(self, value):
         value = from_rank_zero(self, value)
-        return {**value, "training.precision": "fp32"} if "training.precision" in value else value
+        return {**value, "training.precision": "fp32"} if "training.precision" in (value or ()) else value
 
     monkeypatch.setattr(HostCollectives, "from_rank_zero", of_another_cpu)
     with pytest.raises(ConfigError, match=r"training.precision is 'bf16' on process 0 .* but 'fp32'") as caught:
