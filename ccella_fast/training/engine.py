@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ccella_fast.config import Config
 from ccella_fast.models import build_model
 from ccella_fast.training.deepspeed_config import validate_with_deepspeed
-from ccella_fast.training.flat_adamw import BUCKET, FlatAdamW
+from ccella_fast.training.flat_adamw import FlatAdamW
 
 logger = logging.getLogger("ccella_fast")
 _SUM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -85,7 +85,7 @@ def _make_optimizer(model: nn.Module, config: Config, deepspeed_values: dict[str
         max_norm=training.max_grad_norm,
         rows=training.global_batch(dist.get_world_size()),
         sum_dtype=_SUM_DTYPES[deepspeed_values.get("communication_data_type", training.precision)],
-        bucket=int(zero.get("reduce_bucket_size", BUCKET)),
+        bucket=zero.get("reduce_bucket_size"),
         overlap=zero.get("overlap_comm", True),
     )
 

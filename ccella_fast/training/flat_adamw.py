@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from ccella_fast.kernels.adamw import AdamWStep, adamw_
 from ccella_fast.models.wide_linear import WideLinear
 
-BUCKET = 2**25  # elements
+# Elements of a bucket: on a GPU few launches; on a CPU gradients that are still in its cache, and whose memory is used again.
+_BUCKET, _BUCKET_ON_CPU = 2**25, 2**20
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _ALIGNMENT = 128  # elements: kernels read 16 bytes at a time, and the cache lines of a GPU have 128 bytes
 _WIDTH = 1024  # elements of which the squares are added before their sums are: fp32 sums of millions would be inexact
@@ -45,7 +46,7 @@ class FlatAdamW(torch.optim.Optimizer):
         rows: samples of a step over all processes, the rank of a gradient's factors. Where it is not well below the rank of the
             weight, factors would save nothing, and are not used.
         sum_dtype: in which gradients are summed over the processes.
-        bucket: elements that are summed together.
+        bucket: elements that are summed together; None for a number that suits the device.
         overlap: sum buckets while the backward pass runs, not after it.
         eps: added to the denominator.
 
@@ -71,7 +72,7 @@ class FlatAdamW(torch.optim.Optimizer):
         max_norm: float,
         rows: int,
         sum_dtype: torch.dtype,
-        bucket: int = BUCKET,
+        bucket: int | None = None,
         overlap: bool = True,
         eps: float = 1e-8,
     ):
@@ -105,7 +106,8 @@ class FlatAdamW(torch.optim.Optimizer):
                 parameter.data = computed
         for layer in self._wide:
             layer.factors = []
-        self._buckets = self._make_buckets(dense, bucket)
+        size = bucket or (_BUCKET_ON_CPU if device.type == "cpu" else _BUCKET)
+        self._buckets = self._make_buckets(dense, size)
         # A bucket with a parameter that is not in the loss is never complete: else autograd would add the gradients of the next
         # micro-step in the dtype of the model.
         model.register_forward_pre_hook(lambda *_: self._take_leftovers())
