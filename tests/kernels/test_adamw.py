@@ -139,3 +139,20 @@ def test_what_does_not_fit_is_refused():
     for message, (arguments, options) in refused.items():
         with pytest.raises(ValueError, match=message):
             adamw_(*arguments, step, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2**20,), torch.float32), ((256, 3000), torch.bfloat16), ((256, 3000), torch.float32)],
+    ids=["dense", "factors-bf16", "factors-fp32"],
+)
+def test_three_steps_on_a_gpu(shape, dtype):
+    steps, start = gradients(shape, dtype), draw(torch.Size(shape).numel(), seed=9, dtype=torch.float32)
+    to_gpu = lambda step: tuple(side.cuda() for side in step) if isinstance(step, tuple) else step.cuda()  # noqa: E731
+    found = run(start.cuda(), [to_gpu(step) for step in steps], "triton")
+    assert torch.equal(found["copy"], found["weights"].bfloat16())
+    wrong = errors({name: value.cpu() for name, value in found.items()}, truth(start, steps))
+    assert all(error < 4 * ALLOWED for error in wrong.values()), (
+        wrong
+    )  # square roots and divisions of a GPU are approximate
