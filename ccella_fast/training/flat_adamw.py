@@ -217,7 +217,7 @@ class FlatAdamW(torch.optim.Optimizer):
         if factors is not None:
             dy, x = (side.float() for side in factors)
             square = square + ((dy @ dy.mT) * (x @ x.mT)).sum()
-        return square.sqrt()
+        return square.clamp(min=0.0).sqrt()  # rounding can make a sum that is zero negative; NaN stays NaN
 
     def _update(self, factors: tuple[Tensor, Tensor] | None, scale: float) -> None:
         """Update all weights with the gradients times `scale`."""

@@ -158,6 +158,21 @@ def test_a_step_that_is_not_finite_changes_nothing(where):
     assert not optimizer.overflow and optimizer.masters.isfinite().all()
 
 
+def test_a_norm_of_zero_is_zero():
+    """The products of the factors cancel, and their rounding may be negative."""
+    model = network()
+    optimizer = FlatAdamW(model, dtype=torch.float32, rows=8, **SETTINGS)
+    for layer in model.wide:
+        dy, x = draw(1, 20, dtype=torch.float32), draw(1, 81, dtype=torch.float32)
+        layer.factors = [(torch.cat([dy, -dy / 3, -dy / 3, -dy / 3]), x.expand(4, -1))]
+    optimizer.step()
+    assert 0 <= optimizer._global_grad_norm < 0.1 and not optimizer.overflow
+    negative = (torch.zeros(2, 1, 1), torch.ones(2, 1, 1))
+    optimizer.gradients.fill_(0)
+    assert float(optimizer.norm(negative)) == 0
+    assert optimizer.norm((torch.full((2, 1, 1), torch.nan), torch.ones(2, 1, 1))).isnan()
+
+
 def test_a_gradient_that_comes_after_its_sum_is_an_error():
     """Reentrant checkpointing of a layer that is used twice computes its gradient in two backward passes."""
     model = network()
