@@ -153,14 +153,6 @@ def test_killed_and_resumed_runs_equal_the_uninterrupted_one(tmp_path, data, uni
     assert killed_and_resumed(tmp_path, data, kills=2, seed=1) == fingerprint(uninterrupted)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_runs_killed_twenty_times_equal_the_uninterrupted_one(tmp_path, data, uninterrupted):
-    for seed in range(4):
-        (tmp_path / str(seed)).mkdir()
-        assert killed_and_resumed(tmp_path / str(seed), data, kills=5, seed=seed) == fingerprint(uninterrupted)
-
-
 @pytest.mark.parametrize(
     ("number", "code"),
     [
