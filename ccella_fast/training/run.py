@@ -140,6 +140,10 @@ def train(
         if start is not None:
             collectives.together(lambda: check_unchanged(plan.config, plan.facts, start, state))
             if state["step"] >= plan.total_steps:
+                if main:  # it may have been killed after its last checkpoint
+                    remove_partial_files(run)
+                    status.step, status.total_steps = state["step"], plan.total_steps
+                    status.begin()
                 logger.info("%s is complete (%s), nothing to do", run, counted(plan.total_steps, "step"))
                 return 0
         device = distributed.initialize_processes(timeout)

@@ -41,6 +41,7 @@ class RunStatus:
         before = read_status(self.run)
         self._is_new = not before
         self.step, self.total_steps = before.get("step", 0), before.get("total_steps", 0)
+        self.quarantined = before.get("quarantined", [])
         return self
 
     def begin(self) -> None:

@@ -147,3 +147,18 @@ def test_consecutive_nonfinite_steps_are_counted_across_a_resume(run, data, monk
     else:
         assert train_here(run, data, resume=folder, **SETTINGS) == 0
         assert read_json(run / "checkpoints" / "step-00000003" / "training_state.json")["bad_in_a_row"] == bad + 1
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_ends_when_it_is_resumed(run, data):
+    """Nothing is left to train, but its status says that it is running, and a temporary file is left."""
+    finished = read_json(run / "run_status.json")
+    assert (finished["state"], finished["step"], finished["exit_code"]) == ("finished", 3, 0)
+    write_json(
+        run / "run_status.json", {**finished, "state": "running", "step": 1, "exit_code": None, "quarantined": ["a"]}
+    )
+    (run / ".partial-left.json").write_text("{")
+    before = {file: file.stat().st_mtime_ns for file in (run / "checkpoints").rglob("*")}
+    assert train_here(run, data, resume="latest", **SETTINGS) == 0
+    assert read_json(run / "run_status.json") == {**finished, "quarantined": ["a"]}
+    assert not list(run.rglob(".partial*"))
+    assert {file: file.stat().st_mtime_ns for file in (run / "checkpoints").rglob("*")} == before
