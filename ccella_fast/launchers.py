@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ccella_fast.errors import ConfigError
 
+_BOUNDS = (("LOCAL_RANK", 0, 4095), ("LOCAL_WORLD_SIZE", 1, 4096), ("MASTER_PORT", 1, 65535))
 _REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Steps that are not started by srun: an allocation's shell, the batch script and others have numbers from here on.
 _FIRST_SPECIAL_STEP = 0xFFFFFFFA
@@ -52,7 +53,7 @@ def adopt_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set the variables of torchrun from those of another launcher. Does nothing for torchrun, or without a launcher.
 
     Raises:
-        ConfigError: the variables are incomplete, or those of two launchers contradict each other.
+        ConfigError: the variables are incomplete or no numbers, or those of two launchers contradict each other.
     """
     if "LOCAL_SIZE" in environ:  # DeepSpeed's name
         environ.setdefault("LOCAL_WORLD_SIZE", environ["LOCAL_SIZE"])
@@ -66,6 +67,10 @@ def adopt_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
         environ.setdefault("LOCAL_RANK", str(found.local_rank))
         environ.setdefault("LOCAL_WORLD_SIZE", str(found.local_size))
         _set_address(environ, found)
+    for name, least, most in _BOUNDS:
+        if name in environ and not least <= _number(environ, name) <= most:
+            why = f"{name} is {environ[name]:.40}, not a number from {least} to {most}"
+            raise ConfigError(why, field=name, fix=f"unset {name}, or correct it")
     missing = [name for name in _REQUIRED if name not in environ]
     if environ.get("WORLD_SIZE", "1") != "1" and missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -171,6 +176,6 @@ def first_host(nodes: str) -> str:
 
 def _number(environ: MutableMapping[str, str], name: str) -> int:
     value = environ[name]
-    if not value.isdecimal():
+    if not (value.isascii() and value.isdecimal() and len(value) < 20):
         raise ConfigError(f"{name} is '{value:.40}', not a number", field=name, fix=f"unset {name}")
     return int(value)

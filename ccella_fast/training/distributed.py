@@ -40,8 +40,12 @@ def initialize_processes(timeout: timedelta) -> torch.device:
     adopt_launcher()
     if os.environ.get("WORLD_SIZE", "1") == "1":  # plain `python`, or one process of a launcher
         single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        if "RANK" not in os.environ:  # then a shell may have an address that is left over: a process alone needs none
+            for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+                os.environ.pop(name, None)
         for name, value in single.items():
             os.environ.setdefault(name, str(value))
+    _check_address()
     gpu = uses_gpu()
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -65,6 +69,17 @@ def initialize_processes(timeout: timedelta) -> torch.device:
     index = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def _check_address() -> None:
+    """Raise ConfigError if the host of MASTER_ADDR is not known: torch would ask for it until the time-out."""
+    host = os.environ["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        why = f"the host {host:.80} cannot be found: {error.strerror}"
+        fix = "set it to the name or address of the machine of process 0"
+        raise ConfigError(why, field="MASTER_ADDR", fix=fix) from None
 
 
 @contextmanager

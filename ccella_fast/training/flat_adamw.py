@@ -168,8 +168,10 @@ class FlatAdamW(torch.optim.Optimizer):
         """Sum, clip and update, unless the norm of the gradients is not finite."""
         self.finish_sums()
         factors = self.gather_factors()
-        world_size = _world_size()
-        norm = float(self.norm(factors)) / world_size
+        world_size, total = _world_size(), self.norm(factors)
+        if world_size > 1:
+            dist.broadcast(total, 0)  # unlike CPUs may round it differently, and the weights would drift apart
+        norm = float(total) / world_size
         self._global_grad_norm, self.overflow = norm, not math.isfinite(norm)
         if not self.overflow:
             clip = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0

@@ -103,6 +103,12 @@ def without(given: dict[str, str], name: str) -> dict[str, str]:
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK", "RANK is 2, but WORLD_SIZE is 2"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "MASTER_ADDR", "2 processes were started"),
         (without(TORCHRUN, "LOCAL_RANK"), "LOCAL_RANK", "LOCAL_RANK is not set"),
+        ({**TORCHRUN, "LOCAL_RANK": "abc"}, "LOCAL_RANK", "'abc', not a number"),
+        ({**TORCHRUN, "LOCAL_RANK": ""}, "LOCAL_RANK", "'', not a number"),
+        ({**TORCHRUN, "LOCAL_RANK": "٣"}, "LOCAL_RANK", "not a number"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE", "0, not a number from 1"),
+        ({**TORCHRUN, "MASTER_PORT": "65536"}, "MASTER_PORT", "65536, not a number from 1 to 65535"),
+        ({**TORCHRUN, "MASTER_PORT": "9" * 50}, "MASTER_PORT", "not a number"),
     ],
 )
 def test_incomplete_and_contradicting_variables_are_named(given, field, words):

@@ -19,7 +19,7 @@ from ccella_fast import train as train_script
 from ccella_fast.entrypoint import run_command
 from ccella_fast.errors import ConfigError, DataError, DiskError
 from ccella_fast.storage import read_json, write_json
-from ccella_fast.training import checkpointing, engine, loop, resume
+from ccella_fast.training import checkpointing, distributed, engine, loop, resume
 from ccella_fast.training.telemetry import Telemetry
 from training_fixtures import losses, train_here
 
@@ -202,3 +202,16 @@ def test_without_memory_a_step_ends_with_three_remedies(tmp_path, data, monkeypa
     assert all(remedy in message for remedy in remedies)
     status = json.loads((tmp_path / "run" / "run_status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 2) and "memory" in status["why"]
+
+
+def test_an_address_that_is_left_over_in_a_shell_is_not_used_alone_and_named_with_others(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
+    monkeypatch.setenv("MASTER_PORT", "99999999")
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    with pytest.raises(ConfigError, match="MASTER_PORT"):
+        train_here(tmp_path / "run", data, max_train_steps=1)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert train_here(tmp_path / "run", data, max_train_steps=1) == 0
+    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
+    with pytest.raises(ConfigError, match="no.such.host.invalid cannot be found"):
+        distributed._check_address()

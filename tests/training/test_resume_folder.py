@@ -73,6 +73,15 @@ def test_a_run_is_resumed_from_the_given_folder(run, data, trained):
     assert losses(run) == losses(trained)
 
 
+def test_newer_checkpoints_than_the_given_one_are_named(run, data, caplog):
+    older, newest = (run / "checkpoints" / f"step-0000000{step}" for step in (2, 3))
+    train_here(run, data, resume=str(older), **SETTINGS)
+    assert "step-00000002 is older than step-00000003" in caplog.text
+    caplog.clear()
+    train_here(run, data, resume=str(newest), **SETTINGS)
+    assert "older" not in caplog.text
+
+
 def test_a_folder_of_another_run_raises(run, trained, data):
     with pytest.raises(ConfigError, match="resumed in its own folder"):
         train_here(run, data, resume=str(trained / "checkpoints" / "step-00000002"), **SETTINGS)
