@@ -132,7 +132,7 @@ def _find(environ: MutableMapping[str, str]) -> _Found | None:
 
 
 def _is_srun_task(environ: MutableMapping[str, str]) -> bool:
-    """Whether srun has started this process, or a parent of it. In a shell of salloc and in a batch script it has not."""
+    """Whether srun started this process or one of its parents, unlike a shell of salloc or a batch script."""
     return "SLURM_STEP_ID" in environ and _number(environ, "SLURM_STEP_ID") < _FIRST_SPECIAL_STEP
 
 

@@ -344,7 +344,7 @@ KEYS: dict[str, Key] = {
     **_all(_refused("it is a key of zero_optimization"), "", "zero_quantized_gradients zenflow"),
     "torch_autocast": Key("the precision is that of the weights", fix='use "bf16": {"enabled": true}'),
     "compile": Key("DeepSpeed's compiler is not supported"),
-    "autotuning": Key("trials of DeepSpeed's autotuner cannot be told from runs",
+    "autotuning": Key("trials of DeepSpeed's autotuner cannot be distinguished from runs",
                       fix="remove it, and compare batch sizes with --dry-run"),
 }  # fmt: skip
 SECTIONS = {name.rpartition(".")[0] for name in KEYS if "." in name}

@@ -256,7 +256,7 @@ class _Bucket:
         views: the part of each parameter.
 
     Attributes:
-        missing: parameters of which the running backward pass has not computed the gradient yet.
+        missing: parameters whose gradients the current backward pass has still to compute.
         complete: whether the gradients of all micro-steps have been added.
     """
 

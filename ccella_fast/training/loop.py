@@ -89,7 +89,7 @@ def train_loop(
         total_steps: T, the length of the run in optimizer steps.
         checkpoints: writes a checkpoint at the configured interval, after the last step and after a signal.
         signals: records SIGTERM, SIGINT and SIGUSR1.
-        stalls: is told of each finished step.
+        stalls: is notified after each step.
         collectives: used for decisions that all processes must take alike.
         telemetry: None on all processes but rank 0.
 

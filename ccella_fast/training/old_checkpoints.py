@@ -78,7 +78,7 @@ def read_moments(folder: Path, shapes: Mapping[str, torch.Size]) -> Moments:
     states = optimizer.get("optimizer_state_dict", optimizer)["state"]  # in bf16, within DeepSpeed's own
 
     def whole(kind: str) -> dict[str, Tensor]:
-        # Adam has no state of a parameter that has not had a gradient yet.
+        # Adam creates the state of a parameter with its first gradient.
         found = {
             name: states[index][kind] if index in states else torch.zeros(shape)
             for index, (name, shape) in enumerate(shapes.items())

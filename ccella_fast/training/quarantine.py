@@ -50,7 +50,7 @@ class Quarantine:
         """Count a skipped step, the `step`-th of the run. A study may be left out from the next one on.
 
         nonfinite: ids of the studies whose predictions are not finite. They are the cause only if other predictions of the same
-        global batch are finite, or if there is no other: else it is the model that is broken. The only study of a training is
+        global batch are finite, or if it has no other; otherwise the model is broken. The only study of a training is
         never left out.
         batch: ids of all studies of the step.
 

@@ -59,7 +59,7 @@ def _launchers() -> list[int]:
 
 
 def parent_of(process: int) -> int:
-    """The id of the parent of a process; 0 if there is no such process."""
+    """The process id of the parent, or 0 if the process does not exist."""
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             return int(file.read().rpartition(")")[2].split()[1])

@@ -82,20 +82,20 @@ def some(spellings: dict[str, list[str]], *fast: str) -> list:
     return [pytest.param(spellings[name], marks=mark, id=name) for name, mark in marks.items()]
 
 
-@pytest.mark.parametrize("command", some(ONE))
-def test_one_process(begin, tmp_path, command):
-    process = begin(command)
+def check_trains(process: subprocess.Popen, run: Path, processes: int) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    check_ran(tmp_path / "run", 1)
+    check_ran(run, processes)
+
+
+@pytest.mark.parametrize("command", some(ONE))
+def test_one_process(begin, tmp_path, command):
+    check_trains(begin(command), tmp_path / "run", 1)
 
 
 @pytest.mark.parametrize("command", some(TWO))
 def test_two_processes(begin, tmp_path, command):
-    process = begin(command)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    check_ran(tmp_path / "run", 2)
+    check_trains(begin(command), tmp_path / "run", 2)
 
 
 @pytest.mark.parametrize("command", some(NODES, "--no_ssh"))
