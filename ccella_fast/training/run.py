@@ -26,7 +26,7 @@ from ccella_fast.quantities import counted
 from ccella_fast.storage import disk_error, remove_partial_files, sha256, write_json
 from ccella_fast.training.deepspeed_config import merge_deepspeed_config
 from ccella_fast.training.resume import agree_on_start, check_agreement, check_unchanged, flatten
-from ccella_fast.training.run_status import RunStatus
+from ccella_fast.training.run_status import RunStatus, read_status
 from ccella_fast.training.signals import SignalHandler
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def train(
         if start is not None:
             collectives.together(lambda: check_unchanged(plan.config, plan.facts, start, state))
             if state["step"] >= plan.total_steps:
-                if main:  # it may have been killed after its last checkpoint
+                if main and read_status(run).get("state") != "finished":  # it was killed after its last checkpoint
                     remove_partial_files(run)
                     status.step, status.total_steps = state["step"], plan.total_steps
                     status.begin()
