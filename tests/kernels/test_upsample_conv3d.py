@@ -179,8 +179,7 @@ def test_backend_choice_by_size_and_by_name():
     )
     assert choose("upsample_conv3d", backend_support(*cpu, voxels=MIN_PHASE_VOXELS, phases_given=False)) == "phase"
     assert choose("upsample_conv3d", backend_support(*cpu, voxels=1, phases_given=True)) == "phase"
-    many = {"voxels": 10 * MIN_PHASE_VOXELS, "phases_given": False, "training": True}
-    assert choose("upsample_conv3d", backend_support(*cpu, **many)) == "reference"
+    many = {"voxels": 10 * MIN_PHASE_VOXELS, "phases_given": False}
     gpu = torch.device("cuda")
     assert choose("upsample_conv3d", backend_support(gpu, torch.float32, **many)) == "triton"
     assert choose("upsample_conv3d", backend_support(gpu, torch.float64, **many)) == "phase"
