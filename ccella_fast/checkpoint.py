@@ -8,7 +8,6 @@ its final name, RUN/checkpoints/step-00000400/. A checkpoint is valid if its fil
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,23 +187,24 @@ def read_state(folder: Path) -> dict[str, Any]:
     return read_json(folder / "training_state.json", error=CheckpointError)
 
 
-def publish_checkpoint(partial: Path, final: Path, *, keep: int) -> None:
-    """Rename a complete folder to its final name, then remove all checkpoints but this one and the newest `keep` - 1 others.
+def publish_checkpoint(partial: Path, final: Path, *, keep: int) -> list[Path]:
+    """Rename a complete folder to its final name, then set aside all checkpoints but this one and the newest `keep` - 1 others.
 
     It need not be the newest, because a run can be resumed from an older checkpoint.
+
+    Returns:
+        The folders that were set aside, to be removed by the caller. Their names are those of partial folders, so that a kill
+        during the removal does not leave a partial checkpoint under a valid name.
     """
-    if final.exists():  # a corrupt checkpoint that was skipped
-        _remove(final)
+    replaced = [final] if final.exists() else []  # a corrupt checkpoint that was skipped
+    removed = [_set_aside(folder) for folder in replaced]
     publish_folder(partial, final)
     others = [folder for folder in step_folders(final.parent.parent) if folder != final]
-    for old in others[keep - 1 :]:
-        _remove(old)
+    return removed + [_set_aside(folder) for folder in others[keep - 1 :]]
 
 
-def _remove(folder: Path) -> None:
-    # Renamed first, so that a kill during the removal does not leave a partial checkpoint under a valid name.
-    doomed = folder.rename(folder.with_name(f".partial-old-{folder.name}"))
-    shutil.rmtree(doomed, ignore_errors=True)
+def _set_aside(folder: Path) -> Path:
+    return folder.rename(folder.with_name(f".partial-old-{folder.name}"))
 
 
 def _build(config: Config, state: dict[str, Any], file: Path, device: Any) -> Any:

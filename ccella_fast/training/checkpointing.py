@@ -107,6 +107,7 @@ class CheckpointWriter:
         self._copies = self._allocate_copies()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
+        self._removal: Future[None] | None = None  # of checkpoints that are no longer kept
         self._seconds = 0.0  # that the last checkpoint took on the slowest process
 
     def save(self, step: int, progress: dict[str, Any]) -> None:
@@ -119,7 +120,7 @@ class CheckpointWriter:
         Raises:
             DiskError: on all processes, if one of them could not write this or the previous checkpoint.
         """
-        self.finish()
+        self._publish()
         begun, folder = time.monotonic(), self._create_partial_folder(step)
         counts = {
             "step": step,
@@ -136,7 +137,7 @@ class CheckpointWriter:
             self._pending = _Pending(step, folder, begun, hashes)
         else:
             self._pending = _Pending(step, folder, begun, self._write_directly(folder, documents))
-            self.finish()
+            self._publish()
 
     def publish_if_written(self) -> None:
         """Publish the checkpoint that is being written, if all processes have finished. For every step boundary.
@@ -145,9 +146,19 @@ class CheckpointWriter:
             DiskError: on all processes, if one of them could not write.
         """
         if self._pending and self._all_have_written(self._pending, wait_for=0.0):
-            self.finish()
+            self._publish()
 
     def finish(self) -> None:
+        """Wait for the checkpoint that is being written, publish it, and wait until older ones are removed.
+
+        Raises:
+            DiskError: as `publish_if_written`.
+        """
+        self._publish()
+        if self._removal:
+            self._removal.result()
+
+    def _publish(self) -> None:
         """Wait for the checkpoint that is being written, and publish it. Raises DiskError as `publish_if_written`."""
         pending, self._pending = self._pending, None
         if pending is None:
@@ -172,7 +183,9 @@ class CheckpointWriter:
                 known = {name: digest for _, part in parts for name, digest in part.items()}
                 facts = {"step": pending.step, "world_size": dist.get_world_size(), "versions": versions}
                 write_manifest(pending.folder, known, **facts)
-                publish_checkpoint(pending.folder, final, keep=self._config.training.checkpoints_total_limit)
+                kept = self._config.training.checkpoints_total_limit
+                old = publish_checkpoint(pending.folder, final, keep=kept)
+                self._removal = self._pool.submit(_remove, old)  # by the thread that writes the next one, before that
         except (OSError, DiskError) as error:
             failure = error
         self._raise_if_any_rank_failed(failure, pending.folder)
@@ -310,6 +323,11 @@ class CheckpointWriter:
             path=folder.parent,
             fix="free space, then run the same command with --resume",
         )
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def restore_checkpoint(folder: Path, engine: Any, ema: Ema | None, state: dict[str, Any]) -> None:

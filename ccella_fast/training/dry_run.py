@@ -59,6 +59,7 @@ def describe_run(
         "data": _data_facts(dataset.prepared, len(dataset), dataset.copies),
         "run": _run_facts(plan, len(dataset)),
         "memory": _memory_facts(plan, model, dataset.prepared),
+        "host": {"checkpoint_copy": parameters * checkpoint_bytes_per_parameter(plan.config)},
         "disk": _disk_facts(plan, parameters),
     }
     if as_json:
@@ -156,6 +157,8 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
         ("memory per process", f"{format_bytes(states)} for weights, gradients, optimizer and averages"),
         *((f"  {name}", format_bytes(size)) for name, size in memory.items() if not name.startswith("activations")),
         ("  activations", kept),
+        ("host memory", f"{format_bytes(facts['host']['checkpoint_copy'])} over all processes, for the copy of a checkpoint "
+                        "that is being written"),
         ("disk", f"{format_bytes(disk['checkpoint'])} per checkpoint, "
                  f"at most {counted(disk['most_checkpoints'], 'checkpoint')}"),
     ]  # fmt: skip

@@ -169,9 +169,9 @@ def small(folder, content="weights"):
 
 
 def publish_small(run, number, keep, content="weights"):
-    publish_checkpoint(
-        small(run / "checkpoints" / f".partial-step-{number:08d}", content), step(run, number), keep=keep
-    )
+    partial = small(run / "checkpoints" / f".partial-step-{number:08d}", content)
+    for old in publish_checkpoint(partial, step(run, number), keep=keep):
+        shutil.rmtree(old)
 
 
 @pytest.mark.parametrize(
@@ -219,13 +219,13 @@ def entry(manifest, **changed):
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_as_many_are_kept_as_asked(tmp_path, keep, monkeypatch):
     intact = []
-    remove = checkpoint._remove
+    set_aside = checkpoint._set_aside
 
     def watched(folder):
         intact.append(newest_checkpoint(tmp_path))
-        remove(folder)
+        return set_aside(folder)
 
-    monkeypatch.setattr(checkpoint, "_remove", watched)
+    monkeypatch.setattr(checkpoint, "_set_aside", watched)
     for number in range(1, 6):
         publish_small(tmp_path, number, keep)
     assert step_folders(tmp_path) == [step(tmp_path, number) for number in range(5, 5 - keep, -1)]

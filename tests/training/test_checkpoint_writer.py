@@ -48,6 +48,15 @@ def test_files_equal_those_of_safetensors_and_are_hashed(tmp_path, monkeypatch, 
     assert digests == [hashlib.sha256(expected).hexdigest()] * 2
 
 
+def wait_for_steps(run: Path, steps: int) -> bool:
+    """Wait until the run has made this many steps. Returns False if it does not in half a minute."""
+    for _ in range(3000):
+        if (run / "metrics.jsonl").exists() and len(losses(run)) >= steps:
+            return True
+        threading.Event().wait(0.01)
+    return False
+
+
 class Slow:
     """Stands in for `write_hashed`, and waits before the first file until the run has come to step `until`."""
 
@@ -57,11 +66,8 @@ class Slow:
     def __call__(self, path, chunks):
         if self.first:
             self.first = False
-            for _ in range(3000):
-                if (self.run / "metrics.jsonl").exists() and len(losses(self.run)) >= self.until:
-                    self.waited.set()
-                    break
-                threading.Event().wait(0.01)
+            if wait_for_steps(self.run, self.until):
+                self.waited.set()
         return write_hashed(path, chunks)
 
 
@@ -88,7 +94,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data, monkeypa
 
     def watched(partial, final, **options):
         published.append((final.name, len(losses(tmp_path / "run"))))
-        publish(partial, final, **options)
+        return publish(partial, final, **options)
 
     monkeypatch.setattr(checkpointing, "publish_checkpoint", watched)
     assert train_here(tmp_path / "run", data, **SETTINGS) == 0
@@ -96,6 +102,22 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data, monkeypa
     assert [name for name, _ in published] == [f"step-{step:08d}" for step in (2, 4, 6)] and published[0][1] == 4
     for step in (2, 4, 6):
         assert contents(tmp_path / "run", step) == contents(undisturbed, step)
+
+
+def test_training_goes_on_while_an_old_checkpoint_is_removed(tmp_path, data, monkeypatch):
+    """The removal of step 2 begins when step 6 is published, at the latest after step 8, and ends only after another step."""
+    run, remove, removed = tmp_path / "run", checkpointing._remove, []
+
+    def slow(folders):
+        removed.append([folder.name for folder in folders])
+        if removed[-1] == [".partial-old-step-00000002"]:
+            assert wait_for_steps(run, len(losses(run)) + 1)
+        remove(folders)
+
+    monkeypatch.setattr(checkpointing, "_remove", slow)
+    assert train_here(run, data, **SETTINGS | {"checkpoints_total_limit": 2, "max_train_steps": 10}) == 0
+    assert removed == [[], [], *([f".partial-old-step-{step:08d}"] for step in (2, 4, 6))]
+    assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000010"]
 
 
 def test_without_memory_for_a_copy_training_waits(tmp_path, data, monkeypatch, undisturbed, caplog):

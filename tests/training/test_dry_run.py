@@ -120,6 +120,7 @@ def test_a_dry_run_reports_memory_and_disk_space(tmp_path):
     wide = 2 * 16 * 4 * 32  # weights of the class heads with factors in place of gradients
     memory, disk = (2 + 4 + 8 + 4 + 4) * parameters - 4 * wide, (4 + 8 + 4) * parameters + 3 * 2**30
     assert re.search(rf"memory per process +{memory / 2**20:.0f} MiB", text)
+    assert re.search(rf"host memory +{(4 + 8 + 4) * parameters / 2**20:.0f} MiB over all processes", text)
     assert re.search(rf"disk +{disk / 2**30:.2f} GiB per checkpoint, at most 4 checkpoints", text)
     assert not (tmp_path / "run").exists()
 
