@@ -25,6 +25,7 @@ from ccella_fast.kernels.backend import BackendSupport, choose, jit, library_op,
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 
 Factors = tuple[Tensor, Tensor]
+_PART = 2**20  # elements
 
 
 class AdamWStep(NamedTuple):
@@ -68,25 +69,32 @@ def adamw_reference(
     step: AdamWStep,
     average: Tensor | None = None,
     copy: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> None:
-    """The plain PyTorch implementation: the fused AdamW of torch.optim, then the average and the copy."""
-    if isinstance(gradient, tuple):
-        dy, x = gradient
-        product = weights.new_empty(weights.shape) if workspace is None else workspace[: weights.numel()]
-        torch.mm(dy.float().T, x.float(), out=product.view(dy.shape[1], x.shape[1]))
-        gradient = product
-    before = torch.tensor(float(step.number - 1), device=weights.device)
+    """The plain PyTorch implementation: the product, the fused AdamW of torch.optim, the average and the copy.
+
+    On a CPU this is done in parts, so that these four find the part in the cache, and a product is not written to memory.
+    """
     inverse_scale = None if step.scale == 1 else torch.tensor(1 / step.scale, device=weights.device)
-    torch_adamw(
-        [weights], [gradient], [exp_avg], [exp_avg_sq], [], [before], foreach=False, fused=True, grad_scale=inverse_scale,
-        amsgrad=False, maximize=False, lr=step.lr, beta1=step.beta1, beta2=step.beta2, weight_decay=step.weight_decay,
-        eps=step.eps,
-    )  # fmt: skip
-    if average is not None:
-        average.lerp_(weights, 1 - step.average_decay)
-    if copy is not None:
-        copy.copy_(weights)
+    width = gradient[1].shape[1] if isinstance(gradient, tuple) else 1  # parts have whole rows of a product
+    size = max(1, _PART // width) * width if weights.device.type == "cpu" else weights.numel()
+    for start in range(0, weights.numel(), size):
+        part = slice(start, start + size)
+        if isinstance(gradient, tuple):
+            dy, x = gradient
+            rows = dy[:, start // width : (start + size) // width]
+            of_part = torch.mm(rows.float().T, x.float()).view(-1)
+        else:
+            of_part = gradient[part]
+        before = torch.tensor(float(step.number - 1), device=weights.device)
+        torch_adamw(
+            [weights[part]], [of_part], [exp_avg[part]], [exp_avg_sq[part]], [], [before], foreach=False, fused=True,
+            grad_scale=inverse_scale, amsgrad=False, maximize=False, lr=step.lr, beta1=step.beta1, beta2=step.beta2,
+            weight_decay=step.weight_decay, eps=step.eps,
+        )  # fmt: skip
+        if average is not None:
+            average[part].lerp_(weights[part], 1 - step.average_decay)
+        if copy is not None:
+            copy[part].copy_(weights[part])
 
 
 @jit
@@ -235,7 +243,6 @@ def adamw_(
     *,
     average: Tensor | None = None,
     copy: Tensor | None = None,
-    workspace: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Take one step of AdamW in place.
@@ -248,7 +255,6 @@ def adamw_(
         step: The numbers of the step.
         average: (N,), fp32, the moving average of the weights.
         copy: (N,), to which the new weights are copied, in its dtype.
-        workspace: (at least N,), fp32, in which the reference forms the product of factors, instead of in new memory.
         backend: "triton" or "reference"; None for the first supported one.
 
     Raises:
@@ -258,7 +264,7 @@ def adamw_(
     _check(weights, exp_avg, exp_avg_sq, gradient, average, copy)
     dtype = (gradient[0] if isinstance(gradient, tuple) else gradient).dtype
     if choose("adamw", backend_support(weights.device, dtype), backend) == "reference":
-        adamw_reference(weights, exp_avg, exp_avg_sq, gradient, step, average, copy, workspace)
+        adamw_reference(weights, exp_avg, exp_avg_sq, gradient, step, average, copy)
     elif isinstance(gradient, tuple):
         _adamw_factors_op(weights, exp_avg, exp_avg_sq, *gradient, list(step.arguments()), average, copy)
     else:

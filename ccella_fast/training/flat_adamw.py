@@ -95,9 +95,6 @@ class FlatAdamW(torch.optim.Optimizer):
         self.masters, self.exp_avg, self.exp_avg_sq = (torch.zeros(end, device=device) for _ in range(3))
         self._computed = self.masters if dtype == torch.float32 else torch.zeros(end, dtype=dtype, device=device)
         self.gradients = torch.zeros(dense_end, device=device)
-        # On a CPU the product of factors is formed in memory. Kept, since the system takes longer to provide such memory.
-        largest = max((weight.numel() for weight in wide), default=0)
-        self._workspace = torch.empty(largest) if device.type == "cpu" else None
         with torch.no_grad():
             for parameter, master in self.views(self.masters).items():
                 master.copy_(parameter.to(dtype))  # as DeepSpeed does, so that a run starts alike with and without ZeRO
@@ -244,7 +241,6 @@ class FlatAdamW(torch.optim.Optimizer):
             step,
             average=None if self.average is None else self.average[part],
             copy=None if self._computed is self.masters else self._computed[part],
-            workspace=self._workspace,
         )
 
 

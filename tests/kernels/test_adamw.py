@@ -103,15 +103,16 @@ def test_average_and_copy_may_be_missing(backend):
     assert found["average"] is None and torch.equal(found["weights"], full["weights"])
 
 
-def test_a_workspace_changes_nothing_and_its_end_is_not_touched():
-    start = draw(6 * 8, dtype=torch.float32)
-    (gradient, *_) = gradients((6, 8), torch.float32)
-    results, workspace = [], torch.full((60,), 7.0)
-    for given in (None, workspace):
-        states = [start.clone(), torch.zeros(48), torch.zeros(48)]
-        adamw_(*states, gradient, AdamWStep(**SETTINGS, number=1), workspace=given)
-        results.append(states[0])
-    assert torch.equal(*results) and not torch.equal(results[0], start) and workspace[48:].eq(7).all()
+@pytest.mark.parametrize("part", [1, 7, 26, 60])
+@pytest.mark.parametrize("shape", [(78,), (6, 13)], ids=["dense", "factors"])
+def test_parts_change_nothing(shape, part, monkeypatch):
+    """Parts of one element, of one row, that do not divide the weights, and of two and four rows."""
+    start, steps = draw(78, dtype=torch.float32), gradients(shape, torch.float32)
+    whole = run(start, steps, "reference")
+    monkeypatch.setattr(module, "_PART", part)
+    found = run(start, steps, "reference")
+    assert max(errors(found, truth(start, steps)).values()) <= ALLOWED
+    assert all((found[name] - whole[name]).abs().max() <= ALLOWED * whole[name].abs().max() for name in NAMES[:4])
 
 
 @pytest.mark.parametrize("dtype", dtype_params(torch.float32, torch.bfloat16))
