@@ -4,11 +4,13 @@ Each module that is recognized is assigned another class: a subclass of its own 
 `dropin/replacements.py`. The module objects, their parameters, names, hooks and devices stay the same, so that state dicts,
 optimizers, `.to()`, `copy.deepcopy`, pickling, DDP and `torch.compile` work as before; `undo()` restores the classes. MONAI is
 never imported. A module is recognized by the class that defines its `forward`, so a subclass that inherits `forward` is
-replaced, and a subclass that overrides it is not.
+replaced, and a subclass that overrides it is not. Only what a module's own `forward` does is replaced, never what one of its
+children computes for others.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ccella_fast.dropin import replacements
+from ccella_fast.dropin import fusion, replacements
 from ccella_fast.errors import ConfigError, did_you_mean
 
 KINDS = {
@@ -38,18 +40,17 @@ class Replacement(NamedTuple):
         kind: a key of `KINDS`.
         module: the module.
         mixin: the replacement.
-        exclusive: the replacement changes the input or output of the module, so the module must be used in only one place and
-            must not have hooks.
+        computes: children whose computation the replacement includes.
     """
 
     kind: str
     module: nn.Module
     mixin: type[replacements.ReplacementMixin]
-    exclusive: bool = False
+    computes: tuple[nn.Module, ...] = ()
 
 
-# Groups of replacements that are made together, or the reason why a module is not replaced
-Replacements = Iterator[list[Replacement] | str]
+# Replacements, or the reason why a module is not replaced
+Replacements = Iterator[Replacement | str]
 Rule = Callable[[Any], Replacements]
 
 
@@ -60,22 +61,40 @@ class SpeedUpReport:
     Attributes:
         swapped: for each kind of replacement (`KINDS`), the names of the modules that were replaced.
         refused: for each recognized module that was not replaced, the reason.
+        unknown: the number of modules by class that hold layers of their own and were not recognized.
     """
 
     swapped: dict[str, list[str]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    _originals: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
+    unknown: dict[str, int] = field(default_factory=dict)
+    _originals: list[tuple[nn.Module, type, type]] = field(default_factory=list, repr=False)
+    _is_repeated: bool = field(default=False, repr=False)
 
     def undo(self) -> None:
-        """Restore the original class of every module. The current weights are kept."""
-        for module, original in reversed(self._originals):
-            module.__class__ = original
+        """Restore the original class of every module. The current weights are kept.
+
+        A module whose class has been changed since, for example by FSDP2 or a parametrization, keeps that and computes as its
+        original class does.
+        """
+        for module, original, replaced in reversed(self._originals):
+            if type(module) is replaced:
+                module.__class__ = original
+            else:
+                module._is_undone = True  # type: ignore[assignment]
         self._originals.clear()
 
     def __str__(self) -> str:
         lines = [f"{len(names):>5}  {kind:<16} {KINDS[kind]}" for kind, names in self.swapped.items()]
+        if not lines:
+            known = "more modules than were replaced before" if self._is_repeated else "known modules"
+            lines = [f"this model contains no {known}; nothing was replaced"]
+        elif not self.swapped.keys() - {"group_norm", "metatensor"}:
+            lines.insert(0, "no block of this model is known; only single norms were replaced")
         lines += [f"    -  {name} is not replaced: {why}" for name, why in self.refused.items()]
-        return "\n".join(lines) or "this model contains no known modules"
+        if self.unknown:
+            lines.append("not recognized, by class:")
+            lines += [f"{count:>5}  {name}" for name, count in self.unknown.items()]
+        return "\n".join(lines)
 
 
 def speed_up(model: nn.Module, *, without: Collection[str] = ()) -> SpeedUpReport:
@@ -85,8 +104,11 @@ def speed_up(model: nn.Module, *, without: Collection[str] = ()) -> SpeedUpRepor
     their blocks, and, in any `nn.Sequential`, a GroupNorm before a SiLU or a nearest-neighbor upsampling by 2 before a
     convolution.
 
-    Outputs and gradients agree within the rounding of their dtype. Inputs may be MetaTensors; outputs are plain tensors. Call
-    `speed_up` before `torch.compile`.
+    Outputs and gradients agree within the rounding of their dtype; only where MAISI's autoencoder loses planes, because its
+    number of splits does not divide an axis, the output is that of the unsplit network. Inputs may be MetaTensors; outputs are
+    plain tensors. At each call a replacement computes only where it may and where it pays: a child with a hook, or of
+    another class than the known one, a tensor for which the original is faster on a CPU, derivatives in forward mode and
+    `torch.jit.trace` take the original. Call `speed_up` before `torch.compile`.
 
     Args:
         model: changed in place.
@@ -96,57 +118,94 @@ def speed_up(model: nn.Module, *, without: Collection[str] = ()) -> SpeedUpRepor
         What was replaced, what was not and why, and `undo()`.
 
     Raises:
-        ConfigError: an unknown kind, or a model that is compiled or scripted.
+        ConfigError: an unknown kind, or a model that is compiled or scripted or not a module.
     """
+    if isinstance(without, str):
+        raise ConfigError(
+            f"without must be a list of kinds, got '{without}'", field="without", fix=f"give ['{without}']"
+        )
     for kind in without:
         if kind not in KINDS:
             raise ConfigError(f"there is no kind '{kind}'", field="without", fix=did_you_mean(kind, KINDS))
+    if not isinstance(model, nn.Module):
+        why = f"a torch.nn.Module is needed, got {type(model).__name__}"
+        raise ConfigError(why, field="model", fix="give the network itself")
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
         fix = "call speed_up(model) first, then torch.compile(model)"
         raise ConfigError("this model is already compiled", field="model", fix=fix)
     report = SpeedUpReport()
-    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    replaced: set[int] = set()
-    for name, module in model.named_modules():
-        name = name or type(model).__name__
-        rule = None if id(module) in replaced else _RULES.get(_forward_owner(module))
-        for group in () if rule is None else rule(module):
-            reason = group if isinstance(group, str) else _reason_to_skip(group, uses)
-            if isinstance(group, str) or reason is not None:
+    computed: set[int] = set()  # by a replacement of their container
+    modules = dict(model.named_modules())
+    report._is_repeated = any(isinstance(module, replacements.ReplacementMixin) for module in modules.values())
+    for name, module in modules.items():
+        name, is_replaced = name or type(model).__name__, isinstance(module, replacements.ReplacementMixin)
+        rule = None if id(module) in computed else _RULES.get(_forward_owner(module))
+        found = [] if rule is None else list(rule(module))
+        if any(isinstance(each, Replacement) and each.kind in without for each in found):
+            continue
+        for replacement in found:
+            reason = replacement if isinstance(replacement, str) else _reason_to_skip(replacement)
+            if isinstance(replacement, str) or reason is not None:
                 report.refused[name] = str(reason)
-            elif group[0].kind not in without:
-                report.swapped.setdefault(group[0].kind, []).append(name)
-                for replacement in group:
-                    replaced.add(id(replacement.module))
-                    _swap_class(replacement.module, replacement.mixin, report)
+                continue
+            computed |= {id(child) for child in replacement.computes}
+            if not is_replaced:
+                report.swapped.setdefault(replacement.kind, []).append(name)
+        if not is_replaced and name in itertools.chain(*report.swapped.values()):
+            _swap_class(module, next(each.mixin for each in found if isinstance(each, Replacement)), report)
     known = report.swapped and "metatensor" not in without and not isinstance(model, replacements.ReplacementMixin)
     if known and "monai.data.meta_tensor" in sys.modules:
         report.swapped["metatensor"] = [type(model).__name__]
         _swap_class(model, replacements.MetaTensorUnwrapper, report)
+    report.unknown = _unknown(modules, report)
     return report
 
 
 def _swap_class(module: nn.Module, mixin: type[replacements.ReplacementMixin], report: SpeedUpReport) -> None:
-    report._originals.append((module, type(module)))
-    module.__class__ = replacements.subclass(mixin, type(module))
+    original, replaced = type(module), replacements.subclass(mixin, type(module))
+    report._originals.append((module, original, replaced))
+    module.__class__ = replaced
 
 
 def _forward_owner(module: nn.Module) -> str:
-    """The full name of the class that defines the `forward` of `module`."""
-    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    """The full name of the class that defines the `forward` of `module`, before it was replaced."""
+    classes = type(module).__mro__
+    if isinstance(module, replacements.ReplacementMixin):
+        classes = classes[classes.index(replacements.ReplacementMixin) + 1 :]
+    owner = next(cls for cls in classes if "forward" in vars(cls))
     return f"{owner.__module__}.{owner.__qualname__}"
 
 
-def _reason_to_skip(group: list[Replacement], uses: Counter[int]) -> str | None:
-    for replacement in group:
-        module, class_name = replacement.module, type(replacement.module).__name__
+def _reason_to_skip(replacement: Replacement) -> str | None:
+    for module in (replacement.module, *replacement.computes):
+        class_name = type(module).__name__
         if "forward" in vars(module):
             return f"the forward of its {class_name} has been replaced"
-        if replacement.exclusive and uses[id(module)] > 1:
-            return f"its {class_name} is used in {uses[id(module)]} places"
-        if replacement.exclusive and (module._forward_hooks or module._forward_pre_hooks):
+        if module is not replacement.module and fusion.has_hooks(module):
             return f"its {class_name} has a hook"
     return None
+
+
+_LAYERS = (
+    nn.GroupNorm, nn.LayerNorm, nn.Upsample, nn.MultiheadAttention, nn.modules.batchnorm._NormBase,
+    nn.modules.conv._ConvNd,
+)  # fmt: skip
+
+
+def _unknown(modules: dict[str, nn.Module], report: SpeedUpReport) -> dict[str, int]:
+    """The number of modules by class that call layers, and are neither replaced nor refused with a reason."""
+    counts: Counter[str] = Counter()
+    for name, module in modules.items():
+        unwraps = isinstance(module, replacements.MetaTensorUnwrapper)  # and computes what its class does
+        is_known = (isinstance(module, replacements.ReplacementMixin) and not unwraps) or name in report.refused
+        owner = _forward_owner(module)
+        if not is_known and not owner.startswith("torch.nn.modules") and any(map(_is_plain_layer, module.children())):
+            counts[owner] += 1
+    return dict(counts.most_common())
+
+
+def _is_plain_layer(module: nn.Module) -> bool:
+    return isinstance(module, _LAYERS) and not isinstance(module, replacements.ReplacementMixin)
 
 
 # Rules: the replacements for a module
@@ -154,7 +213,7 @@ def _reason_to_skip(group: list[Replacement], uses: Counter[int]) -> str | None:
 
 def _group_norm(module: nn.GroupNorm) -> Replacements:
     if module.affine:
-        yield [Replacement("group_norm", module, replacements.FusedGroupNorm)]
+        yield Replacement("group_norm", module, replacements.FusedGroupNorm)
     else:
         yield "it does not have a weight and bias"
 
@@ -162,39 +221,14 @@ def _group_norm(module: nn.GroupNorm) -> Replacements:
 def _sequential(module: Any) -> Replacements:
     children = list(module.children())
     for first, second in zip(children, children[1:], strict=False):
-        if type(first) is nn.GroupNorm and type(second) is nn.SiLU and first.affine:
-            yield [
-                Replacement("group_norm_silu", first, replacements.FusedGroupNormSiLU, exclusive=True),
-                Replacement("group_norm_silu", second, replacements.PassThrough, exclusive=True),
-            ]
-        if type(first) is nn.Upsample and first.mode == "nearest":
-            conv = _unwrap_convolution(second)
-            reason = _reason_not_to_fuse(first, conv)
-            yield reason or [
-                Replacement("upsample_conv3d", first, replacements.PassThrough, exclusive=True),
-                Replacement("upsample_conv3d", conv, replacements.FusedUpsampleConv3d, exclusive=True),
-            ]
-
-
-def _unwrap_convolution(module: Any) -> Any:
-    """The only child of a MONAI `Convolution` without norm and activation; otherwise `module`."""
-    children = list(module.children())
-    return children[0] if isinstance(module, nn.Sequential) and len(children) == 1 else module
-
-
-def _reason_not_to_fuse(upsample: nn.Upsample, conv: nn.Module) -> str | None:
-    scale = upsample.scale_factor
-    if type(conv) is nn.Conv2d:
-        return "it is two-dimensional"
-    if type(conv) is not nn.Conv3d:
-        return "the upsampling is not followed by a plain convolution"
-    if upsample.size is not None or scale not in (2, (2, 2, 2)):
-        return f"it upsamples by {scale}, not by 2"
-    if (conv.kernel_size, conv.stride, conv.dilation, conv.groups) != ((3, 3, 3), (1, 1, 1), (1, 1, 1), 1):
-        return "its convolution is not a dense 3x3x3 convolution"
-    if conv.padding not in ((1, 1, 1), "same") or conv.padding_mode != "zeros":
-        return "its convolution is not padded with one zero"
-    return None
+        kind = "upsample_conv3d" if type(first) is nn.Upsample else "group_norm_silu"
+        if fusion.fusion_of(first, second):
+            yield Replacement(kind, module, replacements.FusedSequential, computes=(first, second))
+        elif type(first) is nn.Upsample and first.mode == "nearest":
+            conv = fusion.unwrap_convolution(second)
+            yield fusion.reason_not_to_fuse(first, conv) or "its upsampling has a hook"
+        elif type(first) is nn.GroupNorm and type(second) is nn.SiLU and first.affine:
+            yield "its GroupNorm or SiLU has a hook"
 
 
 def _diffusion_block(module: Any) -> Replacements:
@@ -211,7 +245,7 @@ def _autoencoder_block(module: Any) -> Replacements:
 
 
 def _maisi_block(module: Any) -> Replacements:
-    yield from _block_with_two_norms("unsplit", module, replacements.AutoencoderResBlock)
+    yield from _block_with_two_norms("unsplit", module, replacements.MaisiResBlock)
 
 
 def _block_with_two_norms(kind: str, module: Any, mixin: type[replacements.ReplacementMixin]) -> Replacements:
@@ -219,10 +253,7 @@ def _block_with_two_norms(kind: str, module: Any, mixin: type[replacements.Repla
     if not all(isinstance(norm, nn.GroupNorm) and norm.affine for norm in norms):
         yield "its norms are not GroupNorms with weight and bias"
         return
-    yield [
-        Replacement(kind, module, mixin),
-        *(Replacement(kind, norm, replacements.FusedGroupNormSiLU, exclusive=True) for norm in norms),
-    ]
+    yield Replacement(kind, module, mixin, computes=norms)
 
 
 def _attention(module: Any) -> Replacements:
@@ -232,24 +263,24 @@ def _attention(module: Any) -> Replacements:
         yield "it is causal"
     elif module.rel_positional_embedding is not None:
         yield "it has a relative position embedding"
-    elif module.dropout_rate and module.use_flash_attention:
-        yield "its dropout is also active in evaluation mode (MONAI's flash attention)"
+    elif module.use_flash_attention:
+        yield "it already uses PyTorch's fused attention (use_flash_attention)"
     elif _forward_owner(module).endswith("SABlock"):
-        yield [Replacement("attention", module, replacements.FusedSelfAttention)]
+        yield Replacement("attention", module, replacements.FusedSelfAttention)
     else:
-        yield [Replacement("attention", module, replacements.FusedCrossAttention)]
+        yield Replacement("attention", module, replacements.FusedCrossAttention)
 
 
 def _spatial_transformer(module: Any) -> Replacements:
     if module.spatial_dims == 3:
-        yield [Replacement("attention", module, replacements.FusedSpatialTransformer)]
+        yield Replacement("attention", module, replacements.FusedSpatialTransformer)
     else:
         yield "it is two-dimensional"
 
 
 def _maisi_layer(mixin: type[replacements.ReplacementMixin]) -> Rule:
     def rule(module: Any) -> Replacements:
-        yield [Replacement("unsplit", module, mixin)]
+        yield Replacement("unsplit", module, mixin)
 
     return rule
 
@@ -259,7 +290,7 @@ def _maisi_network(module: Any) -> Replacements:
     known = {"MaisiConvolution", "MaisiResBlock", "MaisiUpsample", "MaisiDownsample", "MaisiGroupNorm3D"}
     transposed = any(getattr(block, "use_convtranspose", False) for block in module.blocks)
     can_tile = set(owners) <= known and not transposed
-    yield [Replacement("unsplit", module, replacements.TiledMaisi if can_tile else replacements.MaisiBlocks)]
+    yield Replacement("unsplit", module, replacements.TiledMaisi if can_tile else replacements.MaisiBlocks)
 
 
 _NETS = "monai.networks.nets."
@@ -277,7 +308,7 @@ _RULES: dict[str, Rule] = {
     _BLOCKS + "crossattention.CrossAttentionBlock": _attention,
     _MAISI + "MaisiResBlock": _maisi_block,
     _MAISI + "MaisiConvolution": _maisi_layer(replacements.MaisiConvolution),
-    _MAISI + "MaisiGroupNorm3D": _maisi_layer(replacements.FusedGroupNorm),
+    _MAISI + "MaisiGroupNorm3D": _maisi_layer(replacements.MaisiGroupNorm),
     _MAISI + "MaisiUpsample": _maisi_layer(replacements.MaisiUpsample),
     _MAISI + "MaisiEncoder": _maisi_network,
     _MAISI + "MaisiDecoder": _maisi_network,

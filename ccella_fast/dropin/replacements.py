@@ -1,7 +1,13 @@
 """Replacements for modules of MONAI: mixins whose `forward` computes the same result with the kernels of this project.
 
-`subclass(mixin, original)` combines a mixin with the original class: `forward` is that of the mixin, everything else is that of
-the original. Instances can be copied, and are pickled as the pair of the two classes.
+`subclass(mixin, original)` combines a mixin with the original class: everything but `forward` is that of the original.
+Instances can be copied, and are pickled as the pair of the two classes. `forward` decides at each call which of both computes:
+
+- A mixin reads the weights of its children instead of calling them. So it computes only while these are plain layers without
+  hooks; the children themselves are never changed, and may be called by others, wrapped or replaced at any time.
+- The original computes where the kernels have no derivative: in forward mode, in transforms of `torch.func`, and in
+  `torch.jit.trace`. A second derivative recomputes the plain operation, see `_with_second_derivative`.
+- On a CPU the original computes where it is the faster of the two.
 """
 
 from __future__ import annotations
@@ -12,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from ccella_fast.kernels.attention import attention
-from ccella_fast.kernels.group_norm_silu import group_norm_silu
-from ccella_fast.kernels.upsample_conv3d import upsample_conv3d
+from ccella_fast.dropin import fusion
+from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
 from ccella_fast.models.autoencoder.tiling import can_tile, run_tiled
 from ccella_fast.models.autoencoder.tiling_plan import TiledConv, find_conv3d, residual_block_convs
 from ccella_fast.models.channels_last import to_tokens, to_volume
@@ -24,6 +30,12 @@ from ccella_fast.models.channels_last import to_tokens, to_volume
 
 class ReplacementMixin(nn.Module):
     """Base class of all replacements. It precedes the original class, so that `super().forward` is that of the original."""
+
+    _is_undone = False  # set by `undo` where the class has been changed by others since
+
+    def suits(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the mixin computes this call."""
+        return True
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         mixin, original = type(self).__bases__
@@ -45,7 +57,28 @@ def _make_subclass(mixin: type[ReplacementMixin], original: type[nn.Module]) -> 
     if mixin is MetaTensorUnwrapper:
         names = (name for name in ("forward", "encode", "decode") if hasattr(original, name))
         members |= {name: _with_plain_arguments(getattr(original, name)) for name in names}
+    else:
+        members["forward"] = _forward_of(mixin, original)
     return type(f"Faster{original.__name__}", (mixin, original), members)
+
+
+def _forward_of(mixin: type[ReplacementMixin], original: type[nn.Module]) -> Any:
+    fused, plain = mixin.forward, original.forward
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        computes = not self._is_undone and _has_derivatives() and self.suits(*args, **kwargs)
+        return (fused if computes else plain)(self, *args, **kwargs)
+
+    return forward
+
+
+def _has_derivatives() -> bool:
+    """Whether the kernels have what the surrounding code needs; torch.compile replaces its own transforms before."""
+    if torch.compiler.is_compiling():
+        return True
+    in_forward_mode = forward_ad._current_level >= 0
+    return not (in_forward_mode or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing())
 
 
 def _new_instance(mixin: type[ReplacementMixin], original: type[nn.Module]) -> nn.Module:
@@ -58,53 +91,48 @@ def _new_instance(mixin: type[ReplacementMixin], original: type[nn.Module]) -> n
 
 
 class FusedGroupNorm(ReplacementMixin):
-    """Replaces `nn.GroupNorm`, and `MaisiGroupNorm3D` of MAISI, which computes one group at a time."""
+    """Replaces `nn.GroupNorm` on a GPU. On a CPU that of PyTorch is as fast."""
 
-    silu = False
     num_groups: int
     weight: Tensor
     bias: Tensor
     eps: float
-    norm_float16 = False
 
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Normalize x + shift: x (B, C, ...), shift (B, C) -> (B, C, ...)."""
-        if x.ndim < 3:
-            return super().forward(x)
-        y = group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu, shift=shift)
-        return y.to(torch.float16) if self.norm_float16 else y
+    def suits(self, input: Tensor) -> bool:
+        """Not on a CPU, and not for (B, C)."""
+        return input.device.type != "cpu" and input.ndim > 2
 
-
-class FusedGroupNormSiLU(FusedGroupNorm):
-    """Replaces a GroupNorm whose SiLU is replaced by `PassThrough` or left out by the surrounding block."""
-
-    silu = True
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, ...) -> (B, C, ...)."""
+        return fusion.norm(self, input, silu=False)
 
 
-class PassThrough(ReplacementMixin):
-    """Replaces a module whose computation has been fused into another one."""
+class FusedSequential(ReplacementMixin):
+    """Replaces a container that calls its children in order: it fuses two of them where `fusion.fusion_of` knows how."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x."""
-        return x
+    _modules: dict[str, Any]
 
+    def suits(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether two children are fused; the original may do more than to call its children."""
+        children = list(self._modules.values())
+        x = args[0] if args else next(iter(kwargs.values()))
+        return any(fusion.fusion_of(first, second, x) for first, second in zip(children, children[1:], strict=False))
 
-class FusedUpsampleConv3d(ReplacementMixin):
-    """Replaces a convolution whose upsampling is replaced by `PassThrough`."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) -> (B, out_channels, 2X, 2Y, 2Z)."""
-        return upsample_conv3d(x, self.weight, self.bias)
+    def forward(self, input: Tensor, *others: Any, **ignored: Any) -> Tensor:
+        """Apply all children to the input. Others are ignored, as by the containers that this replaces."""
+        children = list(self._modules.values())
+        while children:
+            fused = fusion.fusion_of(children[0], children[1], input) if len(children) > 1 else None
+            input = children[0](input) if fused is None else fused(input)
+            children = children[1 if fused is None else 2 :]
+        return input
 
 
 # Residual blocks
 
 
 class DiffusionResBlock(ReplacementMixin):
-    """Replaces `DiffusionUNetResnetBlock`; both norms are replaced by `FusedGroupNormSiLU`."""
+    """Replaces `DiffusionUNetResnetBlock`."""
 
     norm1: nn.Module
     norm2: nn.Module
@@ -116,18 +144,23 @@ class DiffusionResBlock(ReplacementMixin):
     upsample: nn.Module | None
     downsample: nn.Module | None
 
+    def suits(self, x: Tensor, emb: Tensor) -> bool:
+        """Whether the norms and the SiLU are plain layers, and fusing them pays."""
+        plain = type(self.nonlinearity) is nn.SiLU and fusion.is_plain(self.nonlinearity, nn.SiLU)
+        return plain and fusion.norm_and_silu_pay(x) and fusion.is_norm(self.norm1) and fusion.is_norm(self.norm2)
+
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, C, ...), emb (B, E) -> (B, out_channels, ...)."""
-        h = self.norm1(x)
+        h = fusion.norm(self.norm1, x, silu=True)
         resample = self.downsample if self.upsample is None else self.upsample
         if resample is not None:
             x, h = resample(x), resample(h)
-        h = self.norm2(self.conv1(h), shift=self.time_emb_proj(self.nonlinearity(emb)))
+        h = fusion.norm(self.norm2, self.conv1(h), silu=True, shift=self.time_emb_proj(self.nonlinearity(emb)))
         return self.skip_connection(x) + self.conv2(h)
 
 
 class AutoencoderResBlock(ReplacementMixin):
-    """Replaces `AEKLResBlock` and `MaisiResBlock`; both norms are replaced by `FusedGroupNormSiLU`."""
+    """Replaces `AEKLResBlock`."""
 
     norm1: Any
     norm2: Any
@@ -135,16 +168,33 @@ class AutoencoderResBlock(ReplacementMixin):
     conv2: nn.Module
     nin_shortcut: nn.Module
 
+    def suits(self, x: Tensor) -> bool:
+        """Whether the norms are plain layers, and fusing them with the SiLU pays."""
+        return fusion.norm_and_silu_pay(x) and fusion.is_norm(self.norm1) and fusion.is_norm(self.norm2)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) -> (B, out_channels, ...)."""
-        return self.nin_shortcut(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        h = self.conv1(fusion.norm(self.norm1, x, silu=True))
+        return self.nin_shortcut(x) + self.conv2(fusion.norm(self.norm2, h, silu=True))
+
+
+class MaisiResBlock(AutoencoderResBlock):
+    """Replaces `MaisiResBlock`, without cache flushes."""
+
+    def suits(self, x: Tensor) -> bool:
+        """Whether the norms are those of MAISI without hooks."""
+        norms = (self.norm1, self.norm2)
+        return all(
+            type(each).forward.__qualname__ == "MaisiGroupNorm3D.forward" and not fusion.has_hooks(each)
+            for each in norms
+        )
 
 
 # Attention
 
 
 class FusedSelfAttention(ReplacementMixin):
-    """Replaces `SABlock`. With a mask, or while dropout is active, the original `forward` is called."""
+    """Replaces `SABlock`."""
 
     num_heads: int
     dropout_rate: float
@@ -156,22 +206,22 @@ class FusedSelfAttention(ReplacementMixin):
     to_v: nn.Module
     out_proj: nn.Module
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def suits(self, x: Tensor, attn_mask: Tensor | None = None) -> bool:
+        """Without a mask, active dropout, and hooks on the children that are not called."""
+        return attn_mask is None and _skipped_children_do_nothing(self)
+
+    def forward(self, x: Tensor, attn_mask: None = None) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        if attn_mask is not None:
-            return super().forward(x, attn_mask)
-        if self.training and self.dropout_rate:
-            return super().forward(x)
         if self.use_combined_linear:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
             q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
-        y = _multi_head_attention(q, k, v, self.num_heads)
+        y = fusion.multi_head_attention(q, k, v, self.num_heads)
         return self.out_proj(y) if self.include_fc else y
 
 
 class FusedCrossAttention(ReplacementMixin):
-    """Replaces `CrossAttentionBlock`. While dropout is active, the original `forward` is called."""
+    """Replaces `CrossAttentionBlock`."""
 
     num_heads: int
     dropout_rate: float
@@ -180,19 +230,22 @@ class FusedCrossAttention(ReplacementMixin):
     to_v: nn.Module
     out_proj: nn.Module
 
+    def suits(self, x: Tensor, context: Tensor | None = None) -> bool:
+        """Without active dropout, and hooks on the children that are not called."""
+        return _skipped_children_do_nothing(self)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, N, C), context (B, L, E) or None for x itself -> (B, N, C)."""
-        if self.training and self.dropout_rate:
-            return super().forward(x, context)
         if context is None:
             context = x
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.out_proj(_multi_head_attention(q, k, v, self.num_heads))
+        return self.out_proj(fusion.multi_head_attention(q, k, v, self.num_heads))
 
 
-def _multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    q, k, v = (tokens.unflatten(-1, (heads, -1)).transpose(1, 2) for tokens in (q, k, v))
-    return attention(q, k, v).transpose(1, 2).flatten(2)
+def _skipped_children_do_nothing(block: Any) -> bool:
+    """Whether MONAI's dropout and changes of layout, which the kernels do without, would leave the values as they are."""
+    skipped = (block.drop_weights, block.drop_output, block.input_rearrange, block.out_rearrange)
+    return not (block.training and block.dropout_rate) and not any(map(fusion.has_hooks, skipped))
 
 
 class FusedSpatialTransformer(ReplacementMixin):
@@ -212,6 +265,26 @@ class FusedSpatialTransformer(ReplacementMixin):
 
 
 # MAISI's autoencoder
+
+
+class MaisiGroupNorm(ReplacementMixin):
+    """Replaces `MaisiGroupNorm3D`, which computes one group at a time."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) -> (B, C, X, Y, Z)."""
+        return fusion.norm(self, input, silu=False)
+
+
+class _TiledNorm(GroupNormSiLU):
+    """The norm of a block as `run_tiled` needs it, with the weights of `layer`."""
+
+    def __init__(self, layer: Any, *, silu: bool):
+        super().__init__(layer.num_groups, layer.num_channels, layer.eps, silu=silu)
+        self.weight, self.bias, self.norm_float16 = layer.weight, layer.bias, layer.norm_float16
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Normalize x (B, C, X, Y, Z) after adding the shift (B, C)."""
+        return fusion.norm(self, x, silu=self.silu, shift=shift)
 
 
 class MaisiConvolution(ReplacementMixin):
@@ -258,13 +331,15 @@ class TiledMaisi(MaisiBlocks):
         convs: list[TiledConv] = []
         for index, block in enumerate(self.blocks):
             name = str(index)
-            if isinstance(block, AutoencoderResBlock):
-                convs += residual_block_convs(name, block)
-            elif not isinstance(block, FusedGroupNorm):
+            if isinstance(block, MaisiResBlock):
+                norms = [_TiledNorm(layer, silu=True) for layer in (block.norm1, block.norm2)]
+                tiled = residual_block_convs(name, block)
+                convs += [conv._replace(norm=each) for conv, each in zip(tiled, norms, strict=True)]
+            elif not isinstance(block, MaisiGroupNorm):
                 previous: Any = self.blocks[index - 1] if index else None
-                norm: Any = previous if isinstance(previous, FusedGroupNorm) else None
+                tiled_norm = _TiledNorm(previous, silu=False) if isinstance(previous, MaisiGroupNorm) else None
                 resample = "up" if isinstance(block, MaisiUpsample) else "down" if hasattr(block, "pad") else ""
-                convs.append(TiledConv(name, find_conv3d(block), norm, resample))
+                convs.append(TiledConv(name, find_conv3d(block), tiled_norm, resample))
         return convs
 
 
@@ -282,10 +357,14 @@ def _with_plain_arguments(method: Any) -> Any:
     def plain(value: Any) -> Any:
         if isinstance(value, meta_tensor):
             return value.as_subclass(Tensor)
+        if type(value) is dict:
+            return {key: plain(each) for key, each in value.items()}
         return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
     @functools.wraps(method)
-    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._is_undone:
+            return method(self, *args, **kwargs)
         return method(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
     return wrapper

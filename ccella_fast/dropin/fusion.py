@@ -1,0 +1,157 @@
+"""Fused operations with the weights of plain layers of PyTorch, where that is the same and pays.
+
+A plain layer is one whose call does nothing but compute the `forward` of its class: it has no hooks, and is not wrapped. Only
+for those, reading the weights instead of calling the layer changes nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ccella_fast.kernels.attention import attention, attention_reference
+from ccella_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from ccella_fast.kernels.upsample_conv3d import upsample_conv3d, upsample_conv3d_reference
+
+# Elements above which GroupNorm and SiLU together are faster on a CPU than one after the other.
+_LARGE_ON_CPU = 2**17
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """A fused operation whose gradient has a gradient: that of the plain operation, which is computed for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, fused: Callable[..., Tensor], plain: Callable[..., Tensor], *tensors: Tensor | None
+    ) -> Tensor:
+        ctx.fused, ctx.plain = fused, plain
+        ctx.save_for_backward(*tensors)
+        ctx.graph = _with_graph(fused, tensors)
+        return ctx.graph[1].detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        if torch.is_grad_enabled():
+            inputs, y = tensors, ctx.plain(*tensors)
+        else:
+            inputs, y = ctx.graph or _with_graph(ctx.fused, tensors)
+            ctx.graph = None  # its memory is freed; a second backward pass computes it again
+        found = torch.autograd.grad(y, [inputs[index] for index in wanted], dy, create_graph=torch.is_grad_enabled())
+        gradients: list[Tensor | None] = [None] * (2 + len(tensors))
+        for index, gradient in zip(wanted, found, strict=True):
+            gradients[2 + index] = gradient
+        return tuple(gradients)
+
+
+def _with_graph(
+    operation: Callable[..., Tensor], tensors: tuple[Tensor | None, ...]
+) -> tuple[list[Tensor | None], Tensor]:
+    """Copies of the tensors without their history, and the result for these with its own."""
+    inputs = [None if each is None else each.detach().requires_grad_(each.requires_grad) for each in tensors]
+    with torch.enable_grad():
+        return inputs, operation(*inputs)
+
+
+def _with_second_derivative(
+    fused: Callable[..., Tensor], plain: Callable[..., Tensor], *tensors: Tensor | None
+) -> Tensor:
+    """`fused(*tensors)`, of which the second derivative is that of `plain(*tensors)`, the same function."""
+    needs_grad = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+    if torch.compiler.is_compiling() or not needs_grad:
+        return fused(*tensors)
+    return _SecondDerivative.apply(fused, plain, *tensors)
+
+
+def norm(layer: Any, x: Tensor, *, silu: bool, shift: Tensor | None = None) -> Tensor:
+    """SiLU(layer(x + shift)) or layer(x + shift) of a GroupNorm with weight and bias; x (B, C, ...), shift (B, C)."""
+
+    def apply(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, weight, bias, shift: operation(
+            x, layer.num_groups, weight, bias, layer.eps, silu=silu, shift=shift
+        )
+
+    y = _with_second_derivative(
+        apply(group_norm_silu), apply(group_norm_silu_reference), x, layer.weight, layer.bias, shift
+    )
+    return y.to(torch.float16) if getattr(layer, "norm_float16", False) else y
+
+
+def upsampled_convolution(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """conv(nearest-neighbor upsampling of x by 2) of a convolution that `reason_not_to_fuse` accepts."""
+    return _with_second_derivative(upsample_conv3d, upsample_conv3d_reference, x, conv.weight, conv.bias)
+
+
+def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """The attention of q (B, N, C) to k and v (B, L, C) -> (B, N, C)."""
+    q, k, v = (tokens.unflatten(-1, (heads, -1)).transpose(1, 2) for tokens in (q, k, v))
+    return _with_second_derivative(attention, attention_reference, q, k, v).transpose(1, 2).flatten(2)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of `module` does more than its class says."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of `module` would do nothing but compute the `forward` of `kind`, or its replacement."""
+    forward = type(module).forward
+    return getattr(forward, "__wrapped__", forward) is kind.forward and not has_hooks(module)
+
+
+def is_norm(module: Any) -> bool:
+    """Whether `norm` may compute in place of the module."""
+    return isinstance(module, nn.GroupNorm) and module.affine and is_plain(module, nn.GroupNorm)
+
+
+def norm_and_silu_pay(x: Tensor) -> bool:
+    """Whether GroupNorm and SiLU together are faster than PyTorch's one after the other.
+
+    On a CPU that is so for large fp32 tensors without gradients, where the SiLU is computed in place.
+    """
+    if x.device.type != "cpu":
+        return x.ndim > 2
+    computes_in_place = not (torch.is_grad_enabled() and x.requires_grad)
+    return x.dtype == torch.float32 and x.is_contiguous() and computes_in_place and x.numel() >= _LARGE_ON_CPU
+
+
+def fusion_of(first: Any, second: Any, x: Any = None) -> Callable[[Tensor], Tensor] | None:
+    """The function that computes second(first(x)) with one kernel, None if there is none, or if it would not pay for x."""
+    if not (x is None or isinstance(x, Tensor)):
+        return None
+    if is_norm(first) and type(second) is nn.SiLU and is_plain(second, nn.SiLU):
+        return functools.partial(norm, first, silu=True) if x is None or norm_and_silu_pay(x) else None
+    if type(first) is nn.Upsample and is_plain(first, nn.Upsample) and first.mode == "nearest":
+        conv = unwrap_convolution(second)
+        if reason_not_to_fuse(first, conv) is None and (x is None or x.ndim == 5):
+            return functools.partial(upsampled_convolution, conv)
+    return None
+
+
+def unwrap_convolution(module: Any) -> Any:
+    """The only child of a MONAI `Convolution` without norm and activation; otherwise `module`."""
+    children = list(module.children())
+    is_wrapper = isinstance(module, nn.Sequential) and len(children) == 1 and is_plain(module, nn.Sequential)
+    return children[0] if is_wrapper else module
+
+
+def reason_not_to_fuse(upsample: nn.Upsample, conv: nn.Module) -> str | None:
+    """Why an upsampling and the module after it, see `unwrap_convolution`, are not one kernel; None if they may be."""
+    scale = upsample.scale_factor
+    if type(conv) is nn.Conv2d:
+        return "it is two-dimensional"
+    if type(conv) is not nn.Conv3d:
+        return "the upsampling is not followed by a plain convolution"
+    if upsample.size is not None or scale not in (2, (2, 2, 2)):
+        return f"it upsamples by {scale}, not by 2"
+    if (conv.kernel_size, conv.stride, conv.dilation, conv.groups) != ((3, 3, 3), (1, 1, 1), (1, 1, 1), 1):
+        return "its convolution is not a dense 3x3x3 convolution"
+    if conv.padding not in ((1, 1, 1), "same") or conv.padding_mode != "zeros":
+        return "its convolution is not padded with one zero"
+    return None if is_plain(conv, nn.Conv3d) else "its convolution has a hook"
