@@ -51,14 +51,20 @@ class Schedule:
             return cls.from_config(SchedulerConfig())
         if isinstance(source, Schedule):
             return source
-        table = torch.as_tensor(getattr(source, "alphas_cumprod", source)).double().cpu().numpy()
+        what = "a schedule must be a 1-D array of betas or of alphas_cumprod, all strictly between 0 and 1"
+        try:
+            table = torch.as_tensor(getattr(source, "alphas_cumprod", source)).double().cpu().numpy()
+        except (TypeError, ValueError, RuntimeError):
+            why = f"{what}, got {source!r:.40}"
+            raise ConfigError(why, field="schedule", fix="give such an array, or a scheduler that has one") from None
         steps = np.diff(table)
         if table.ndim != 1 or len(table) < 2 or not ((table > 0) & (table < 1)).all():
-            raise ConfigError(
-                "a schedule must be a 1-D array of betas or of alphas_cumprod, all strictly between 0 and 1",
-                field="schedule",
-                fix="give such an array; for zero terminal SNR set the last alphas_cumprod to 2**-24",
-            )
+            fix = "give such an array"
+            if table.ndim == 1 and len(table) > 2 and table[-1] == 0 and (steps < 0).all():
+                fix = (
+                    f"for zero terminal SNR replace the last alphas_cumprod by half of that before, {table[-2] / 2:.2g}"
+                )
+            raise ConfigError(what, field="schedule", fix=fix)
         if (steps >= 0).all():
             return cls(_read_only(table.copy()), _read_only(np.cumprod(1.0 - table)))
         if (steps < 0).all():

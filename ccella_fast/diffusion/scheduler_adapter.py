@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -30,11 +31,11 @@ class SchedulerTrajectory:
         seeds: one per sample, for schedulers whose `step` takes a generator. Without seeds, a stochastic scheduler draws from
             torch's global generator.
         num_inference_steps: denoising steps.
-        prediction: the scheduler's own prediction type is used; a value other than "epsilon" must agree with it.
+        prediction: what the network predicts, which must be the scheduler's own prediction type; None: whatever that is.
 
     Raises:
-        ConfigError: `scheduler` is not a scheduler, its prediction type contradicts `prediction`, or the number of seeds is not
-            the number of samples.
+        ConfigError: `scheduler` is not a scheduler, its prediction type contradicts `prediction`, the number of steps is not a
+            positive integer, or the number of seeds is not the number of samples.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class SchedulerTrajectory:
         seeds: Sequence[int] | None = None,
         *,
         num_inference_steps: int,
-        prediction: str = "epsilon",
+        prediction: str | None = None,
     ):
         _check_scheduler(scheduler, prediction)
+        _check_steps(num_inference_steps)
         self.scheduler = copy.deepcopy(scheduler)
         self.scheduler.set_timesteps(num_inference_steps, device=x_T.device)
         if hasattr(self.scheduler, "set_begin_index"):
@@ -91,15 +93,32 @@ class SchedulerTrajectory:
         return self.x.to(self.dtype)
 
 
-def _check_scheduler(scheduler: Any, prediction: str) -> None:
-    name = type(scheduler).__name__
+def _check_scheduler(scheduler: Any, prediction: str | None) -> None:
+    is_class = isinstance(scheduler, type)
+    name = scheduler.__name__ if is_class else type(scheduler).__name__
+    if is_class and hasattr(scheduler, "set_timesteps"):
+        raise ConfigError(f"{name} is a class, not an object", field="solver", fix=f"use solver={name}(...)")
     if not all(hasattr(scheduler, attribute) for attribute in ("set_timesteps", "step", "config")):
         monai = "; for the noise schedule of a MONAI scheduler, use solver='ddim', schedule=scheduler"
         hint = monai if hasattr(scheduler, "alphas_cumprod") else ""
         fix = f"use one of {', '.join(SOLVERS)}, or a diffusers scheduler{hint}"
         raise ConfigError(f"an object of type {name} is not a solver", field="solver", fix=fix)
-    configured = getattr(scheduler.config, "prediction_type", None)
-    wanted = ALIASES.get(prediction, prediction)
-    if configured is not None and wanted != "epsilon" and ALIASES.get(configured, configured) != wanted:
+    # The schedulers of rectified flows have no such setting: they take a velocity.
+    flow = "velocity" if "FlowMatch" in name else None
+    configured = getattr(scheduler.config, "prediction_type", flow)
+    if None not in (configured, prediction) and _canonical(configured) != _canonical(prediction):
         why = f"the prediction type of this {name} is {configured}, not {prediction}"
-        raise ConfigError(why, field="prediction", fix="set prediction_type in the scheduler's configuration")
+        fix = "use a scheduler for what the network predicts"
+        if flow is None:
+            fix = "set prediction_type in the scheduler's configuration to what the network predicts"
+        raise ConfigError(why, field="prediction", fix=fix)
+
+
+def _check_steps(given: Any) -> None:
+    if not isinstance(given, Integral) or int(given) < 1:
+        why = f"the number of steps must be a positive integer, got {given!r:.40}"
+        raise ConfigError(why, field="num_inference_steps", fix="use 20, for example")
+
+
+def _canonical(prediction: Any) -> str:
+    return str(ALIASES.get(prediction, prediction))

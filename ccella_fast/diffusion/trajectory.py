@@ -16,7 +16,7 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.progress import refresh_interval
 
 DenoiserFn = Callable[[Tensor, Tensor], Tensor]  # x (B, ...), t (B,) -> prediction (B, ...)
-Callback = Callable[[int, float, Tensor, Tensor | None], None]  # evaluation i, t, the new x, the estimated x0
+Callback = Callable[[int, float, Tensor, Tensor | None], object]  # evaluation i, t, the new x, the estimated x0
 
 
 class TrajectoryProtocol(Protocol):
@@ -73,7 +73,10 @@ def run_trajectory(
         trajectory.draw_noise(i)
         advance(i)
         if callback is not None:
-            callback(i, trajectory.timestep(i), trajectory.x, trajectory.x0)
+            returned = callback(i, trajectory.timestep(i), trajectory.x, trajectory.x0)
+            if returned is not None:
+                why = f"the callback returned a {type(returned).__name__}, which would have no effect"
+                raise ConfigError(why, field="callback", fix="change x in place, with x.copy_(...), and return None")
     return trajectory.result()
 
 
@@ -119,7 +122,12 @@ class Trajectory:
             raise ConfigError(f"a stochastic solver needs a seed for each sample, got {got}", field="seeds", fix=fix)
         self._generators = step_generators(seeds if self.plan.stochastic else (), x_T.device)
         self.index.zero_()
-        self._store(x_T.to(self.x.dtype), torch.zeros_like(self.x), tuple(map(torch.zeros_like, self.state)))
+        # A copy, because a denoiser may write to its input; nor may that reach the sample, see `advance`.
+        self._store(
+            x_T.to(self.x.dtype, copy=not self.static),
+            torch.zeros_like(self.x),
+            tuple(map(torch.zeros_like, self.state)),
+        )
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -145,7 +153,7 @@ class Trajectory:
 
         If `static`, the call can be captured in a CUDA graph and replayed.
         """
-        output = evaluate_denoiser(denoiser, self.x.to(self.dtype), self.t)
+        output = evaluate_denoiser(denoiser, self.x.to(self.dtype, copy=not self.static), self.t)
         row = self.rows.index_select(0, self.index)[0]
         self._store(*self.plan.step(self.x, output.to(self.x.dtype), row, self.noise, self.state))
         self.index += 1

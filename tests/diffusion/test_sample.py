@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccella_fast import sample
@@ -114,7 +115,6 @@ def test_the_callback_receives_every_evaluation_and_may_keep_its_tensors():
 
 
 def test_the_schedule_may_be_an_array_or_an_object_with_one():
-    from diffusers import DDIMScheduler
     from monai.networks.schedulers import DDIMScheduler as MonaiScheduler
 
     x_T = torch.randn(1, *SHAPE)
@@ -144,13 +144,78 @@ def test_the_schedule_may_be_an_array_or_an_object_with_one():
         ({"prediction": "epsilom"}, "did you mean 'epsilon'"),
         ({"timestep_spacing": "kerras"}, "did you mean 'karras'"),
         ({"solver": object()}, "object is not a solver"),
+        ({"solver": "DPM++ 2M SDE"}, "did you mean 'dpmpp_2m_sde'"),
+        ({"solver": DDIMScheduler}, "DDIMScheduler is a class"),
+        ({"solver": DDIMScheduler(), "num_inference_steps": 0}, "positive integer, got 0"),
+        ({"solver": DDIMScheduler(), "timestep_spacing": "trailing"}, "timestep_spacing is that of the scheduler object"),
+        ({"solver": DDIMScheduler(), "schedule": [0.1, 0.2]}, "schedule is that of the scheduler object"),
+        ({"solver": FlowMatchEulerDiscreteScheduler(), "prediction": "epsilon"}, "is velocity, not epsilon"),
+        ({"solver": DDIMScheduler(prediction_type="v_prediction"), "prediction": "epsilon"}, "is v_prediction, not epsilon"),
+        ({"seeds": 3}, "a list of integers, one per sample, got int"),
+        ({"solver": "ddpm", "seeds": [torch.Generator()]}, "not random generators"),
+        ({"schedule": "cosine"}, "got 'cosine'"),
+        ({"generator": None}, r"seeds=\[...\]"),
+        ({"callback_on_step_end": None}, "use callback=function"),
+        ({"num_infrence_steps": 3}, "did you mean 'num_inference_steps'"),
     ],
-    ids=["solver", "num_inference_steps", "flow_solver", "velocity", "prediction", "spacing", "object"],
-)
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
 def test_contradictory_arguments_raise_before_any_evaluation(settings, message):
     with pytest.raises(ConfigError, match=message) as caught:
         sample(None, torch.randn(1, 3), **settings)
     assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_a_flow_scheduler_takes_a_velocity():
+    x_T = torch.randn(2, *SHAPE)
+    taken = sample(network, x_T, solver=FlowMatchEulerDiscreteScheduler(), num_inference_steps=5)
+    named = sample(network, x_T, solver=FlowMatchEulerDiscreteScheduler(), num_inference_steps=5, prediction="velocity")
+    assert torch.equal(taken, named)
+    ours = sample(
+        network, x_T, solver="euler_flow", num_inference_steps=5, prediction="velocity", timestep_spacing="linspace"
+    )
+    torch.testing.assert_close(taken, ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_denoiser_and_a_callback_may_write_to_x(solver):
+    """What a denoiser writes to its input changes neither x_T nor the sample; what a callback writes changes the sample."""
+
+    def writes(x, t):
+        output = network(x, t)
+        x[:, 0] = 7.0
+        return output
+
+    x_T = start_noise(SHAPE, [1, 2])
+    settings = {"solver": solver, "prediction": prediction(solver), "seeds": [1, 2], "num_inference_steps": 4}
+    kept, expected = x_T.clone(), sample(network, x_T, **settings)
+    assert torch.equal(sample(writes, x_T, **settings), expected) and torch.equal(x_T, kept)
+
+    def scale(i, t, x, x0):
+        if i == 1:
+            x.mul_(1.01)
+
+    changed = sample(network, x_T, callback=scale, **settings)
+    assert (changed - expected).abs().max() > 1e-3
+    with pytest.raises(ConfigError, match="the callback returned a Tensor"):
+        sample(network, x_T, callback=lambda i, t, x, x0: x, **settings)
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2", "scaled_linear"])
+def test_the_advice_for_zero_terminal_snr_works(beta_schedule):
+    table = (
+        DDIMScheduler(beta_schedule=beta_schedule, rescale_betas_zero_snr=True).alphas_cumprod.double().numpy().copy()
+    )
+    table[-1] = 0.0
+    with pytest.raises(ConfigError, match="half of that before") as caught:
+        sample(network, torch.randn(1, 3), schedule=table, prediction="v")
+    table[-1] = float(caught.value.fix.rpartition(" ")[2])
+    assert sample(network, torch.randn(1, 3), schedule=table, prediction="v").isfinite().all()
+
+
+def test_a_number_without_a_batch_is_refused():
+    with pytest.raises(ConfigError, match="batch dimension"):
+        sample(network, torch.tensor(1.0))
 
 
 def test_an_invalid_network_output_raises():
