@@ -17,6 +17,7 @@ from ccella_fast import errors
 from ccella_fast.errors import CcellaError, ConfigError, did_you_mean
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.launchers import adopt_launcher
+from ccella_fast.rendezvous import rendezvous
 
 _TIMEOUT = timedelta(minutes=30)
 T = TypeVar("T")
@@ -124,8 +125,9 @@ class DistributedContext:
         adopt_launcher()
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.world_size > 1 and not dist.is_initialized():
-            # Long, because a rank waits for the last volumes of the others; torchrun stops all ranks if one fails.
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
+            with rendezvous(_TIMEOUT):
+                # Long, because a rank waits for the last volumes of the others; torchrun stops all ranks if one fails.
+                dist.init_process_group("gloo", timeout=timedelta(days=7))
 
     @classmethod
     def alone(cls) -> DistributedContext:

@@ -42,6 +42,11 @@ class SignalHandler:
             self._signal = signal.SIGTERM
         return self._signal
 
+    def check(self) -> None:
+        """Raise `Stopped` if the launcher has ended, or after a signal that is only recorded."""
+        if self.signal:
+            raise Stopped(self.signal)
+
     def _handle(self, number: int, frame: object) -> None:
         if not self._recorded:
             signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
