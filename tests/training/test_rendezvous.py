@@ -30,6 +30,7 @@ def process(monkeypatch):
         given = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         for name, value in given.items():
             monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(dist, "is_initialized", lambda: False)  # of other tests
         return int(given["MASTER_PORT"])
 
     return among
@@ -54,7 +55,7 @@ def test_process_zero_names_those_that_are_missing(process):
 def test_another_process_names_those_that_are_missing(process):
     port = process(1, 3)
     server = store(port, serves=True)
-    server.set("ccella_fast/arrived/2", "")
+    server.set("ccella_fast/arrived/2", "127.0.0.1")
     assert f"process 0 of 3 did not arrive at 127.0.0.1:{port} " in stalled().why
 
 
@@ -64,18 +65,22 @@ def test_another_process_names_the_address_where_nothing_answers(process):
     assert f"process 0 did not answer at 127.0.0.1:{port} " in error.why and socket.gethostname() in error.fix
 
 
-def test_the_block_is_executed_when_all_have_arrived(process):
-    """Not before: rank 1 is told by rank 0, which has seen all."""
+@pytest.mark.parametrize("chosen", [None, "eth7"])
+def test_the_block_is_executed_when_all_have_arrived(process, monkeypatch, chosen):
+    """Not before: rank 1 is told by rank 0, which has seen all. gloo is to use the network over which they have met."""
     server = store(process(1, 2), serves=True)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     called = []
 
     def check() -> None:
         called.append(server.check(["ccella_fast/arrived/1"]))
         if len(called) == 3:
-            server.set("ccella_fast/all_arrived", "")
+            server.set("ccella_fast/all_arrived", "127.0.0.1")
 
     with rendezvous(timedelta(minutes=1), check):
-        assert called == [True] * 3
+        assert called == [True] * 3 and os.environ["GLOO_SOCKET_IFNAME"] == (chosen or "lo")
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
