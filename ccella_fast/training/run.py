@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from ccella_fast.training.quarantine import Quarantine
 
 logger = logging.getLogger("ccella_fast")
+# Launchers end all processes when one has ended with an error, so the others wait so long for what rank 0 writes last.
+_WRITES_WITHIN = timedelta(seconds=10)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def train(
             distributed.initialize_processes(timeout, signals.check)
         collectives = HostCollectives(timeout)
         main = collectives.rank == 0
+        held.callback(collectives.after_rank_zero, _WRITES_WITHIN)
         with distributed.translate_peer_failure():
             collectives.together(lambda: held.enter_context(lock_folder(run, "train.py")) if main else None)
         status = held.enter_context(RunStatus(run, writes=main))
