@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +18,10 @@ from ccella_fast import errors
 from ccella_fast.errors import CcellaError, ConfigError, did_you_mean
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.launchers import adopt_launcher
+from ccella_fast.rendezvous import rendezvous
 
 _TIMEOUT = timedelta(minutes=30)
+_numbers = itertools.count()  # of groups in this process, which share a store
 T = TypeVar("T")
 
 
@@ -39,6 +42,7 @@ class HostCollectives:
         grouped = dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
         self._group = None if self.world_size == 1 else dist.new_group(backend="gloo", timeout=timeout)
+        self._number = next(_numbers)
 
     def max(self, value: int) -> int:
         """The largest `value` of any process."""
@@ -63,6 +67,17 @@ class HostCollectives:
         values = [value]
         dist.broadcast_object_list(values, group=self._group)
         return values[0]
+
+    def after_rank_zero(self, timeout: timedelta) -> None:
+        """Wait until rank 0, which does not wait itself, calls this too. Not longer than `timeout`: rank 0 may have failed."""
+        if self._group is None:
+            return
+        store, key = dist.distributed_c10d._get_default_store(), f"ccella_fast/after_rank_zero/{self._number}"
+        with suppress(dist.DistError):
+            if self.rank == 0:
+                store.set(key, "")
+            else:
+                store.wait([key], timeout)
 
     def together(self, work: Callable[[], T]) -> T:
         """The result of `work` on this process. If it raises a CcellaError on one of them, that is raised on all."""
@@ -124,8 +139,9 @@ class DistributedContext:
         adopt_launcher()
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.world_size > 1 and not dist.is_initialized():
-            # Long, because a rank waits for the last volumes of the others; torchrun stops all ranks if one fails.
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
+            with rendezvous(_TIMEOUT):
+                # Long, because a rank waits for the last volumes of the others; torchrun stops all ranks if one fails.
+                dist.init_process_group("gloo", timeout=timedelta(days=7))
 
     @classmethod
     def alone(cls) -> DistributedContext:

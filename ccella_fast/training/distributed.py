@@ -11,7 +11,7 @@ import os
 import socket
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ import ccella_fast
 from ccella_fast.errors import CcellaError, ConfigError, StalledError
 from ccella_fast.foreign_errors import is_out_of_memory
 from ccella_fast.launchers import adopt_launcher
+from ccella_fast.rendezvous import rendezvous
 
 logger = logging.getLogger("ccella_fast")
 
@@ -32,10 +33,12 @@ def uses_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
-def initialize_processes(timeout: timedelta) -> torch.device:
+def initialize_processes(timeout: timedelta, check: Callable[[], object] = lambda: None) -> torch.device:
     """Join the process group, with NCCL on GPUs and gloo on CPUs, unless this has happened. Returns this process's device.
 
-    timeout: of the collectives.
+    Args:
+        timeout: of the start and of the collectives.
+        check: is called while this process waits for the others, see `rendezvous`.
     """
     adopt_launcher()
     if os.environ.get("WORLD_SIZE", "1") == "1":  # plain `python`, or one process of a launcher
@@ -63,7 +66,8 @@ def initialize_processes(timeout: timedelta) -> torch.device:
         why = f"process {os.environ['LOCAL_RANK']} of this machine sees {torch.cuda.device_count()} GPUs"
         fix = "start as many processes as there are GPUs; under srun let each see all of them, with --gpu-bind=none"
         raise ConfigError(why, field="LOCAL_RANK", fix=fix)
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", timeout=timeout, verbose=False)
+    with rendezvous(timeout, check):
+        deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", timeout=timeout, verbose=False)
     if not gpu:
         return torch.device("cpu")
     index = int(os.environ["LOCAL_RANK"])

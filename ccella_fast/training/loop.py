@@ -131,7 +131,8 @@ def train_loop(
                     class_term = classes if has_class_loss else None
                     telemetry.log(Progress(done, stream.epoch(done - 1), loss, noise, class_term, lr, grad_norm))
         if telemetry is not None:
-            telemetry.bar.update()
+            with signals.output():
+                telemetry.bar.update()
 
         signal = collectives.max(signals.signal)
         stalls.finished(done)

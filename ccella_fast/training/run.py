@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from ccella_fast.training.quarantine import Quarantine
 
 logger = logging.getLogger("ccella_fast")
+# Launchers end all processes when one has ended with an error, so the others wait so long for what rank 0 writes last.
+_WRITES_WITHIN = timedelta(seconds=10)
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,14 @@ def train(
 
     # StallWatch can name a process, so it must come first: the collectives wait longer.
     timeout = 3 * timedelta(minutes=config.training.collective_timeout) + timedelta(minutes=1)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several:  # first, so that they can agree on what follows; a single process reports mistakes faster without
-        distributed.initialize_processes(timeout)
     with contextlib.ExitStack() as held:
-        signals, collectives = held.enter_context(SignalHandler()), HostCollectives(timeout)
+        signals = held.enter_context(SignalHandler())
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # First, so that they can agree on what follows; a single process reports mistakes faster without.
+            distributed.initialize_processes(timeout, signals.check)
+        collectives = HostCollectives(timeout)
         main = collectives.rank == 0
+        held.callback(collectives.after_rank_zero, _WRITES_WITHIN)
         with distributed.translate_peer_failure():
             collectives.together(lambda: held.enter_context(lock_folder(run, "train.py")) if main else None)
         status = held.enter_context(RunStatus(run, writes=main))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ccella_fast.errors import Stopped
 
@@ -15,7 +17,8 @@ class SignalHandler:
     """Context manager for SIGTERM, SIGINT and SIGUSR1: they raise `Stopped`, or from `record` on are kept for the loop to read.
 
     SIGTERM to the `deepspeed` command ends only that command; its launcher and the training processes continue as orphans and
-    receive no signal. Under a launcher, a change of the parent processes therefore counts as SIGTERM.
+    receive no signal. Under a launcher, a change of the parent processes therefore counts as SIGTERM, and so does output that
+    nobody reads any more: over ssh, the connections end first.
     """
 
     def __init__(self) -> None:
@@ -41,6 +44,21 @@ class SignalHandler:
         if not self._signal and self._ancestors != _launchers():
             self._signal = signal.SIGTERM
         return self._signal
+
+    @contextmanager
+    def output(self) -> Iterator[None]:
+        """Write output in the block."""
+        try:
+            yield
+        except BrokenPipeError:
+            if not self._ancestors:
+                raise
+            self._signal = self._signal or signal.SIGTERM
+
+    def check(self) -> None:
+        """Raise `Stopped` if the launcher has ended, or after a signal that is only recorded."""
+        if self.signal:
+            raise Stopped(self.signal)
 
     def _handle(self, number: int, frame: object) -> None:
         if not self._recorded:

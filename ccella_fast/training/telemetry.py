@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,8 @@ class Telemetry:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bar.close()
+        with suppress(BrokenPipeError):  # what the run has reached does not depend on its last line
+            self.bar.close()
         if not any(error):
             print_collectives()
 

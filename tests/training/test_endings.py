@@ -19,7 +19,7 @@ from ccella_fast import train as train_script
 from ccella_fast.entrypoint import run_command
 from ccella_fast.errors import ConfigError, DataError, DiskError
 from ccella_fast.storage import read_json, write_json
-from ccella_fast.training import checkpointing, distributed, engine, loop, resume
+from ccella_fast.training import checkpointing, distributed, engine, loop, resume, telemetry
 from ccella_fast.training.telemetry import Telemetry
 from training_fixtures import losses, train_here
 
@@ -109,6 +109,19 @@ def test_a_refused_command_does_not_change_the_status(run, data):
         code = run_command(lambda given=given: train_here(run, data, **{**SETTINGS, **given}), debug=False)
         assert code in (2, 4)
         assert code == 4 or (run / "run_status.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("launched", "code"), [(True, 143), (False, 141)])
+def test_output_that_nobody_reads_is_the_end_of_the_launcher(tmp_path, data, monkeypatch, launched, code):
+    """Over ssh, the connection ends before SIGTERM arrives: the step is saved, as after SIGTERM."""
+    if launched:
+        monkeypatch.setenv("LOCAL_SIZE", "1")  # as DeepSpeed's launcher sets it
+    closed = dict.fromkeys(("update", "close"), raising(BrokenPipeError()))
+    monkeypatch.setattr(telemetry, "tqdm", type("Bar", (telemetry.tqdm,), {**closed, "__del__": lambda bar: None}))
+    settings = {**SETTINGS, "checkpointing_steps": 3}
+    assert run_command(lambda: train_here(tmp_path / "run", data, **settings), debug=False) == code
+    status = read_json(tmp_path / "run" / "run_status.json")
+    assert (status["exit_code"], status["step"]) == (code, 1 if launched else 0)
 
 
 @pytest.mark.parametrize("event", [signalled(signal.SIGTERM), raising(RuntimeError("w"))], ids=["SIGTERM", "bug"])
