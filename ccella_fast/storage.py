@@ -187,7 +187,8 @@ def read_json(path: str | Path, *, error: type[CcellaError] = DataError) -> Any:
         digest = value.pop(_DIGEST, None) if isinstance(value, dict) else None
         if digest is not None and digest != _digest(value):
             why = "this file is damaged or was edited: its content is not that of its digest"
-            raise error(why, path=path, fix="restore the file, or write it again with the command that made it")
+            fix = "restore it or run the command that wrote it again; if the change is wanted, remove the key 'digest'"
+            raise error(why, path=path, fix=fix)
         return value
     except FileNotFoundError:
         raise error("this file does not exist", path=path, fix="check the path") from None

@@ -293,6 +293,7 @@ def test_without_memory_at_any_place_nothing_is_lost(tmp_path, data, unbroken, c
 
 
 def test_an_address_that_is_left_over_in_a_shell_is_not_used_alone_and_named_with_others(tmp_path, data, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)  # of a training of another test in this process
     monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
     monkeypatch.setenv("MASTER_PORT", "99999999")
     monkeypatch.setenv("LOCAL_RANK", "7")
