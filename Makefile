@@ -1,9 +1,8 @@
-# make demo [DATA=DIR] [OUT=DIR]   make test   make test-narrow   make soak   make mutants [MINUTES=60] [SEED=0] [FILES=...]   make fuzz [FUZZ_MINUTES=120] [SEED=0]   make lint   make docs   make gpu-wheels   make gpu [GPU_MINUTES=9]   make clean
+# make demo [DATA=DIR] [OUT=DIR]   make test   make test-narrow   make slow   make soak [MINUTES=90] [SEED=0]   make mutants [MINUTES=60] [SEED=0] [FILES=...]   make fuzz [FUZZ_MINUTES=120] [SEED=0]   make lint   make docs   make gpu-wheels   make gpu [GPU_MINUTES=9]   make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
-MINUTES ?= 60
 FUZZ_MINUTES ?= 120
 GPU_MINUTES ?= 9
 SEED ?= 0
@@ -44,7 +43,7 @@ export DS_ACCELERATOR ?= $(if $(filter cpu,$(EXTRA)),cpu,cuda)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-narrow soak mutants fuzz lint docs gpu gpu-wheels clean
+.PHONY: demo test test-narrow slow soak mutants fuzz lint docs gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -67,10 +66,17 @@ test-narrow: $(VENV)/installed-test
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
 	OMP_NUM_THREADS=1 pytest -n 2 $(NUMERICS)
 
-soak: $(VENV)/installed-test
+# Real launchers, all kernels and DeepSpeed keys, runs of `prepare` and `sample` that are killed.
+slow: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 pytest -m slow
 
+# Kills, signals, full disks, flipped bits and faults in random trials; the counts are in out/soak/SEED.json.
+soak: MINUTES ?= 90
+soak: $(VENV)/installed-test
+	MINUTES=$(MINUTES) SEED=$(SEED) OMP_NUM_THREADS=1 pytest -m soak
+
 # Small changes of training, data and storage, in a copy of the tree; lists those that no test notices. Not for CI.
+mutants: MINUTES ?= 60
 mutants: $(VENV)/installed-test
 	CCELLA_TEST_DATA=$${CCELLA_TEST_DATA:-$(abspath ../shared/data)} \
 	  python tests/mutants/run.py --minutes $(MINUTES) --seed $(SEED) $(FILES)

@@ -23,6 +23,7 @@ from ccella_fast.storage import publish_folder, read_json, safe_join, sha256, wr
 logger = logging.getLogger("ccella_fast")
 FORMAT, VERSION = "ccella_fast.checkpoint", 2
 _READABLE = (1, 2)  # version 1 has the optimizer's state as DeepSpeed's shards instead of whole tensors
+_KEYS = {"format", "version", "step", "world_size", "versions", "files"}  # of a manifest
 _FIX = "use another checkpoint, or train again"
 
 
@@ -153,7 +154,7 @@ def write_manifest(folder: Path, hashes: Mapping[str, str] = MappingProxyType({}
     files = {
         name: {"sha256": hashes.get(name) or sha256(file), "bytes": file.stat().st_size} for name, file in paths.items()
     }
-    write_json(folder / "manifest.json", {"format": FORMAT, "version": VERSION, **facts, "files": files})
+    write_json(folder / "manifest.json", {"format": FORMAT, "version": VERSION, **facts, "files": files}, sealed=True)
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -167,6 +168,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     try:
         if manifest["format"] != FORMAT or manifest["version"] not in _READABLE:
             raise CheckpointError(f"this is not a {FORMAT} of version 1 or {VERSION}", path=path, fix=_FIX)
+        if unknown := manifest.keys() - _KEYS:
+            raise CheckpointError(f"this manifest is malformed (the key {min(unknown)!r:.40})", path=path, fix=_FIX)
         for name, entry in manifest["files"].items():
             file = safe_join(folder, name)
             if not file.is_file():

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from ccella_fast.errors import CcellaError, DataError, DiskError
 
 _TEMPORARY = ".partial-"
+_DIGEST = "digest"  # key of a sealed JSON file
 _CHUNK = 2**24  # bytes read at a time
 
 
@@ -128,10 +129,14 @@ def remove_partial_files(folder: str | Path, *, nested: bool = True) -> None:
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON atomically, as UTF-8, with keys in the given order. Raises ValueError for NaN, which JSON does not have."""
+def write_json(path: str | Path, value: Any, *, sealed: bool = False) -> None:
+    """Write JSON atomically, as UTF-8, with keys in the given order. Raises ValueError for NaN, which JSON does not have.
+
+    sealed: add the key "digest", the SHA-256 of the object without it, with which `read_json` notices a changed bit.
+    """
+    text = json_text({**value, _DIGEST: _digest(value)} if sealed else value)
     with atomic_path(path) as temporary:
-        temporary.write_text(json_text(value), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def json_text(value: Any) -> str:
@@ -167,11 +172,24 @@ def damage_named(
         raise DataError(why, path=path, fix=fix) from None
 
 
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json_text(value).encode()).hexdigest()
+
+
 def read_json(path: str | Path, *, error: type[CcellaError] = DataError) -> Any:
-    """Parse a JSON file. Raises `error` with line and column if it is malformed, or if a key appears twice."""
+    """Parse a JSON file. The key of a sealed one is checked and left out, see `write_json`.
+
+    Raises `error` with line and column if it is malformed, or if a key appears twice, and if a sealed file has been changed.
+    """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
+        digest = value.pop(_DIGEST, None) if isinstance(value, dict) else None
+        if digest is not None and digest != _digest(value):
+            why = "this file is damaged or was edited: its content is not that of its digest"
+            fix = "restore it or run the command that wrote it again; if the change is wanted, remove the key 'digest'"
+            raise error(why, path=path, fix=fix)
+        return value
     except FileNotFoundError:
         raise error("this file does not exist", path=path, fix="check the path") from None
     except IsADirectoryError:

@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
+import soak
+
 # Before any kernel module is imported: without a GPU, Triton kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -23,6 +25,16 @@ LONGEST = ("test_demo", "test_benchmarks", "test_two_ranks", "test_aot", "test_l
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker(
+                pytest.mark.timeout(0)
+            )  # each trial has a limit, and together they have the time of `make soak`
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.option.markexpr == "soak":
+        terminalreporter.write("\n".join(["", *soak.lines(), ""]))
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

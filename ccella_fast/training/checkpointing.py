@@ -4,7 +4,7 @@ A checkpoint contains whole fp32 tensors (`full_tensors`), so a run resumes with
 precision. At a save, training waits until the tensors are copied to host memory; then a thread of each process writes its share
 of the files. The first step boundary at which all have finished publishes the checkpoint: rank 0 writes the manifest and
 renames the folder. A failure on any process (usually a full disk) is raised there, on all of them, so that no process is left
-waiting; the partial folder is removed, and earlier checkpoints stay.
+waiting; the partial folder is removed, and earlier checkpoints stay. A state that is not finite is never published.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from torch import Tensor
 import ccella_fast
 from ccella_fast.checkpoint import publish_checkpoint, step_folder, write_manifest
 from ccella_fast.config import Config
-from ccella_fast.errors import CheckpointError, DiskError
+from ccella_fast.errors import CcellaError, CheckpointError, DiskError, NonFiniteError
+from ccella_fast.foreign_errors import is_out_of_memory
 from ccella_fast.hardware import free_memory
 from ccella_fast.models.weights import first_difference
 from ccella_fast.processes import HostCollectives
@@ -108,6 +109,7 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
         self._removal: Future[None] | None = None  # of checkpoints that are no longer kept
+        self._magnitudes: list[Tensor] = []  # of the tensors that are being saved
         self._seconds = 0.0  # that the last checkpoint took on the slowest process
 
     def save(self, step: int, progress: dict[str, Any]) -> None:
@@ -119,6 +121,7 @@ class CheckpointWriter:
 
         Raises:
             DiskError: on all processes, if one of them could not write this or the previous checkpoint.
+            NonFiniteError: on all processes, if a weight, average or moment is not finite.
         """
         self._publish()
         begun, folder = time.monotonic(), self._create_partial_folder(step)
@@ -133,10 +136,13 @@ class CheckpointWriter:
         }
         if self._copies is not None:
             self._fill_copies(self._copies)
+            self._check_finite(step, folder)
             hashes = self._pool.submit(self._write_copies, self._copies, folder, documents)
             self._pending = _Pending(step, folder, begun, hashes)
         else:
-            self._pending = _Pending(step, folder, begun, self._write_directly(folder, documents))
+            hashes = self._write_directly(folder, documents)
+            self._check_finite(step, folder)
+            self._pending = _Pending(step, folder, begun, hashes)
             self._publish()
 
     def publish_if_written(self) -> None:
@@ -261,13 +267,31 @@ class CheckpointWriter:
 
     def _fill_copies(self, copies: dict[str, HostCopy]) -> None:
         for name, mine, read in self._files():
-            tensors = (tensor for _, tensor in read())
+            tensors = self._measured(read())
             if mine:
                 copies[name].fill(tensors)
             else:
                 _read_to_the_end(tensors)
         if self._engine.device.type == "cuda":
             torch.cuda.current_stream(self._engine.device).synchronize()
+
+    def _measured(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Tensor]:
+        """The tensors, of which the largest magnitude is kept for `_check_finite`."""
+        for _, tensor in tensors:
+            if tensor.numel():
+                self._magnitudes.append(torch.linalg.vector_norm(tensor.detach(), torch.inf))
+            yield tensor
+
+    def _check_finite(self, step: int, folder: Path) -> None:
+        """Raise NonFiniteError on all processes unless all tensors that have been read are finite."""
+        is_finite = bool(torch.stack(self._magnitudes).isfinite().all())
+        self._magnitudes.clear()
+        if self._collectives.max(int(not is_finite)):
+            if dist.get_rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            why = f"after step {step} a weight or a moment of Adam is not finite; earlier checkpoints are intact"
+            fix = "run the same command with --resume; if it happens again, lower training.lr"
+            raise NonFiniteError(why, path=folder.parent, field="training", fix=fix)
 
     def _write_copies(self, copies: dict[str, HostCopy], folder: Path, documents: dict[str, bytes]) -> dict[str, str]:
         """Write this process's share, in a thread. Returns the SHA-256 of each file."""
@@ -281,7 +305,7 @@ class CheckpointWriter:
         hashes: dict[str, str] = {}
         failure: Exception | None = None
         for name, mine, read in self._files():
-            tensors = (tensor for _, tensor in read())
+            tensors = self._measured(read())
             try:
                 if mine and failure is None:
                     hashes[name] = write_hashed(folder / name, chain([header(self._shapes)], raw_tensors(tensors)))
@@ -308,17 +332,26 @@ class CheckpointWriter:
         return hashes
 
     def _raise_if_any_rank_failed(self, failure: Exception | None, folder: Path) -> None:
-        """Raise DiskError on all processes if one has failed, and remove the partial folder."""
-        reasons = [reason for reason in self._collectives.all_gather(str(failure) if failure else None) if reason]
-        if not reasons:
+        """Raise on all processes if one has failed, and remove the partial folder. A failed write is a DiskError."""
+        kind = "disk" if isinstance(failure, (OSError, DiskError)) else "bug"
+        if failure is not None and is_out_of_memory(failure):
+            kind = "memory"
+        mine = failure and (kind, str(failure) or type(failure).__name__)
+        failures = [each for each in self._collectives.all_gather(mine) if each]
+        if not failures:
             return
+        kind, reason = failures[0]
         written = 0
         if dist.get_rank() == 0:
             written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             shutil.rmtree(folder, ignore_errors=True)
+        if kind == "memory":
+            raise MemoryError(reason)
+        if kind == "bug":
+            raise failure or CcellaError("another process could not write a checkpoint", fix="see its message")
         free = shutil.disk_usage(existing_parent(folder)).free
         raise DiskError(
-            f"this checkpoint could not be written: {reasons[0].splitlines()[0]:.120} ({written} bytes "
+            f"this checkpoint could not be written: {reason.splitlines()[0]:.120} ({written} bytes "
             f"written, {free} bytes free); earlier checkpoints are intact",
             path=folder.parent,
             fix="free space, then run the same command with --resume",

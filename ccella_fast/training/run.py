@@ -19,7 +19,7 @@ from ccella_fast.data.augmentation.parameters import check_conditioning
 from ccella_fast.data.checking.findings import check_allowed_names
 from ccella_fast.data.checking.overview import check_before_training
 from ccella_fast.data.manifest import Manifest, load_manifest
-from ccella_fast.errors import DataError, NonFiniteError
+from ccella_fast.errors import DataError, DiskError, NonFiniteError
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.processes import HostCollectives
 from ccella_fast.quantities import counted
@@ -284,8 +284,13 @@ def _train(
                 total_steps=plan.total_steps, checkpoints=checkpoints, signals=signals, stalls=stalls,
                 collectives=collectives, telemetry=telemetry,
             )  # fmt: skip
-    except NonFiniteError:  # on all processes
-        checkpoints.finish()
+    except Exception as error:
+        # Of several processes all must publish what has been written, and only this error is raised on all.
+        if collectives.world_size == 1 or isinstance(error, NonFiniteError):
+            with contextlib.suppress(DiskError):  # it must not hide what ended the run
+                checkpoints.finish()
+            if main:
+                remove_partial_files(plan.run)
         raise
     if number and status.step == done:
         logger.warning("stopped by signal %d after step %d; saved as %s", number, done, step_folder(plan.run, done))

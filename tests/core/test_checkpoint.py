@@ -23,9 +23,11 @@ from ccella_fast.checkpoint import (
     verify_checkpoint,
     write_manifest,
 )
-from ccella_fast.errors import CheckpointError, ConfigError, DiskError
+from ccella_fast.data.loading.dataset import PreparedDataset
+from ccella_fast.errors import CheckpointError, ConfigError, DataError, DiskError
 from ccella_fast.storage import read_json, write_json
-from training_fixtures import CONFIG, rewrite_manifest, train_here, weights
+from soak import trials
+from training_fixtures import CONFIG, rewrite_manifest, settings, train_here, weights
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,38 @@ def test_one_flipped_bit_anywhere_is_found_and_named(run):
         content[place] ^= bit
         file.write_bytes(content)
     verify_checkpoint(step(run, 6))
+
+
+@pytest.mark.soak
+def test_a_flipped_bit_in_any_file_is_found_before_use_and_named(run, trained, data, tmp_path, caplog):
+    """Goal R6, of a checkpoint and of prepared studies; the run then continues from the checkpoint before."""
+    prepared = Path(shutil.copytree(data, tmp_path / "prepared"))
+    write_json(prepared / "manifest.json", read_json(prepared / "manifest.json"), sealed=True)  # as `prepare` does
+    for trial in trials("R6"):
+        caplog.clear()
+        with trial:
+            place = trial.random.choice(["checkpoint", "latents", "text", "manifest"])
+            roots = {"checkpoint": step(run, 6), "manifest": prepared / "manifest.json"}
+            root = roots.get(place, prepared / place)
+            file = trial.random.choice(sorted(file for file in [root, *root.rglob("*")] if file.is_file()))
+            content = bytearray(file.read_bytes())
+            content[trial.random.randrange(len(content))] ^= 1 << trial.random.randrange(8)
+            before = file.read_bytes()
+            file.write_bytes(content)
+            trial.counts[place] += 1
+            try:
+                with pytest.raises((CheckpointError, DataError)) as caught:
+                    verify_checkpoint(root) if place == "checkpoint" else PreparedDataset(prepared, settings())
+                assert caught.value.path == str(file)
+                if place == "checkpoint":
+                    assert newest_checkpoint(run) == step(run, 4) and file.name in caplog.text
+                if place == "checkpoint" and trial.number % 5 == 0:
+                    resumed = Path(shutil.copytree(run, tmp_path / str(trial.number) / "model"))
+                    train_here(resumed, data, checkpointing_steps=2, zero_stage=1, resume="latest")
+                    assert verify_checkpoint(step(resumed, 6)) == verify_checkpoint(step(trained, 6))
+                    trial.counts["resumed"] += 1
+            finally:
+                file.write_bytes(before)
 
 
 def test_a_corrupt_newest_checkpoint_is_passed_over_with_a_warning(run, caplog):
@@ -208,6 +242,21 @@ def test_a_wrong_manifest_is_refused_by_name(tmp_path, edit, words, file):
     with pytest.raises(CheckpointError, match=words) as caught:
         verify_checkpoint(folder)
     assert caught.value.path == str(folder / file)
+
+
+def test_a_changed_bit_of_any_byte_of_a_manifest_is_found(tmp_path):
+    """Also where it would be a valid value: a hash, the step, a version, the name of a key."""
+    path = small(tmp_path / "step") / "manifest.json"
+    intact, source = path.read_bytes(), random.Random(5)
+    for place, byte in enumerate(intact):
+        path.write_bytes(intact[:place] + bytes([byte ^ 1 << source.randrange(8)]) + intact[place + 1 :])
+        with pytest.raises(CheckpointError) as caught:
+            verify_checkpoint(path.parent)
+        assert caught.value.path == str(path)
+    path.write_bytes(intact)
+    manifest = verify_checkpoint(path.parent)
+    write_json(path, manifest)  # without a digest, as earlier versions wrote it
+    assert verify_checkpoint(path.parent) == manifest
 
 
 def entry(manifest, **changed):

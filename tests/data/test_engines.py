@@ -191,6 +191,21 @@ def test_missing_or_truncated_file_is_named(tmp_path: Path, engine: str):
         assert caught.value.path == str(tmp_path / "c.npy") and "prepare" in caught.value.fix, str(caught.value)
 
 
+def test_a_file_that_dali_reads_again_beyond_the_last_one_is_named(tmp_path: Path, require):
+    require("nvidia.dali")
+    for name in "abcdef":
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).random((32, 32, 16), np.float32))
+    paths = [tmp_path / f"{name}.npy" for name in "abcdef"]
+    requests = [VolumeRequest(path, (32, 32, 16), (0, 0, 0), (32, 32, 16), SPACING) for path in paths]
+    volumes = make_engine("dali", strengths(), CPU, (32, 32, 16)).stream(paths, lambda n: [requests[n]], 6)
+    for _ in "abc":
+        next(volumes)
+    paths[0].write_bytes(b"no array")
+    with pytest.raises(DataError) as caught:
+        list(volumes)
+    assert caught.value.path == str(paths[0])
+
+
 # ---- choice of the engine ----
 
 

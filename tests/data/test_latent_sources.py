@@ -22,6 +22,7 @@ from ccella_fast.data.manifest import load_manifest
 from ccella_fast.data.preparation.latent_encoder import LatentEncoder
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.errors import ConfigError, DataError
+from ccella_fast.storage import read_json, write_json
 from ccella_fast.training.autoencoder.run import train_vae
 from ccella_fast.training.batches import BatchStream
 from ccella_fast.training.run import train
@@ -158,9 +159,9 @@ def test_augmented_latents_are_verified_like_the_own_latents(prepared: Prepared,
     with pytest.raises(DataError, match="SHA-256") as caught:
         PreparedDataset(out, prepared.settings)
     assert caught.value.path == str(path)
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = read_json(out / "manifest.json")
     del manifest["cases"][0]["augmented"][1]  # one study now has only one copy
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    write_json(out / "manifest.json", manifest)
     assert PreparedDataset(out, prepared.settings).copies == 1
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ccella_fast.data.preparation import worker_pool
 from ccella_fast.data.preparation.images import ImageTask, bytes_needed
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.data.preparation.worker_pool import WorkerPool, count_workers
@@ -67,6 +68,22 @@ def test_a_worker_that_is_killed_between_two_tasks_is_replaced():
             time.sleep(0.01)
         again = [each.result for each in pool.run(refuse, [0, 1], ["a", "b"], bytes_each=1)]
     assert again[0] == again[1] != first[0]
+
+
+def test_a_file_that_a_killed_worker_has_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The worker is killed while it writes the second study, which another one reads again."""
+    begin, left = worker_pool._Worker.begin, tmp_path / "out" / "images" / "case1" / ".partial-abc.npy"
+
+    def begin_and_die(worker, *given):
+        begin(worker, *given)
+        if worker.begun == 5 and not left.exists():  # each study is checked first
+            worker.process.kill()
+            left.parent.mkdir(parents=True, exist_ok=True)
+            left.write_bytes(b"half")
+
+    monkeypatch.setattr(worker_pool._Worker, "begin", begin_and_die)
+    prepare(write_studies(tmp_path / "studies", 3), tmp_path / "out", config(), workers=1)
+    assert not list(tmp_path.rglob(".partial*")) and len(list(tmp_path.rglob("out/images/*/t2w.npy"))) == 3
 
 
 @pytest.mark.parametrize("workers", [1, 2])

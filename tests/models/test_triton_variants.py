@@ -1,7 +1,7 @@
 """Every variant with every kernel on Triton, in its interpreter: predictions and gradients against float64.
 
 The error may be at most twice that of the plain kernels in the same dtype. CCELLA and a variant without a report are part of
-every run, the others of the soak tests.
+every run, the others in `make slow`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from ccella_fast.checkpoint import step_folders, verify_checkpoint
+from ccella_fast.entrypoint import run_command
 from ccella_fast.errors import DiskError, NonFiniteError
 from ccella_fast.storage import read_json, write_hashed
 from ccella_fast.training import checkpointing, loop, tensor_files
@@ -157,6 +158,64 @@ def test_a_failed_write_is_raised_at_a_step_and_leaves_the_earlier_checkpoints(t
     verify_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000002")
     status = read_json(tmp_path / "run" / "run_status.json")
     assert (status["state"], status["exit_code"], status["step"]) == ("failed", 5, 2)
+
+
+@pytest.mark.parametrize("free", ["much", "little"])
+@pytest.mark.parametrize("kind", ["weight", "moment"])
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, data, monkeypatch, undisturbed, kind, free):
+    """Also where no loss depends on it: a class that no study of the batch has, a moment that is not used yet."""
+    joint_loss, calls = loop.joint_loss, []
+
+    def spoiling(engine, *others):
+        calls.append(0)
+        found = joint_loss(engine, *others)
+        if len(calls) == 4:
+            (engine.optimizer.masters if kind == "weight" else engine.optimizer.exp_avg_sq)[0] = torch.inf
+        return found
+
+    monkeypatch.setattr(loop, "joint_loss", spoiling)
+    if free == "little":
+        monkeypatch.setattr(checkpointing, "free_memory", lambda: 0)
+    with pytest.raises(NonFiniteError, match="after step 4 a weight or a moment"):
+        train_here(tmp_path / "run", data, **SETTINGS)
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    status = read_json(tmp_path / "run" / "run_status.json")
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 6, 2)
+    monkeypatch.undo()
+    train_here(tmp_path / "run", data, resume="latest", **SETTINGS)
+    assert contents(tmp_path / "run", 6) == contents(undisturbed, 6)
+
+
+@pytest.mark.parametrize(("error", "code"), [(MemoryError(), 2), (IndexError("w"), 1), (OSError("w"), 5)], ids=repr)
+def test_a_failure_of_the_thread_is_not_called_a_full_disk(tmp_path, data, monkeypatch, error, code):
+    """An error without a text is one, too."""
+    written = []
+
+    def fails(path, chunks):
+        written.append(path.name)
+        if len(written) > 7:
+            raise error
+        return write_hashed(path, chunks)
+
+    monkeypatch.setattr(checkpointing, "write_hashed", fails)
+    assert run_command(lambda: train_here(tmp_path / "run", data, **SETTINGS), debug=False) == code
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert read_json(tmp_path / "run" / "run_status.json")["exit_code"] == code
+
+
+def test_what_is_being_written_is_published_when_an_error_ends_the_training(tmp_path, data, monkeypatch):
+    joint_loss, calls = loop.joint_loss, []
+
+    def fails(*arguments):
+        calls.append(0)
+        return joint_loss(*arguments) if len(calls) < 4 else calls[9]
+
+    monkeypatch.setattr(loop, "joint_loss", fails)
+    monkeypatch.setattr(checkpointing.CheckpointWriter, "publish_if_written", lambda self: None)  # as if written slowly
+    with pytest.raises(IndexError):
+        train_here(tmp_path / "run", data, **SETTINGS)
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert read_json(tmp_path / "run" / "run_status.json")["step"] == 2
 
 
 def signalled(monkeypatch, step: int, number: int) -> None:

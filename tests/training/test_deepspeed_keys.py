@@ -10,6 +10,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from ccella_fast.config import make_config
 from ccella_fast.errors import ConfigError
 from ccella_fast.training.deepspeed_config import merge_deepspeed_config
 from ccella_fast.training.deepspeed_keys import BF16_STAGE_1, KEYS, SECTIONS, WHERE, Key, Kind, nested, stages
+from soak import trials
 from training_fixtures import environment
 
 ZERO = "zero_optimization."
@@ -418,6 +421,31 @@ def test_stages_in_words():
     assert stages(KEYS[f"{ZERO}sub_group_size"]) == "3"
     assert stages(KEYS[f"{ZERO}overlap_comm"]) == "0, 1 in fp32, 2 or 3"
     assert stages(KEYS["comms_logger.enabled"]) == "1, 2 or 3"
+
+
+def misspelled(word: str, random: Random) -> str:
+    """The word with one letter left out, doubled, replaced, or exchanged with the next."""
+    at = random.randrange(len(word))
+    there, after = word[at], word[at + 1 :]
+    others = [after, 2 * there + after, random.choice(ascii_lowercase) + after, after[:1] + there + after[1:]]
+    return word[:at] + random.choice(others)
+
+
+@pytest.mark.soak
+def test_random_misspellings_are_refused_with_the_right_key(tmp_path):
+    """Goal R22, of keys and sections."""
+    for trial in trials("R22"):
+        with trial:
+            name = list(KEYS)[trial.number % len(KEYS)]
+            words = name.split(".")
+            at = trial.random.randrange(len(words))
+            right, known = words[at], {other.split(".")[at] for other in KEYS if other.count(".") >= at}
+            wrong = right
+            while wrong in known or not wrong:
+                wrong = misspelled(right, trial.random)
+            text = message(tmp_path, nested({".".join([*words[:at], wrong, *words[at + 1 :]]): 1}))
+            as_near = {"bf16", "fp16"} if right in ("bf16", "fp16") else {right}
+            assert f"unknown key '{wrong}'" in text and any(f"'{each}'" in text for each in as_near), text
 
 
 # Effects

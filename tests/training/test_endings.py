@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -16,11 +17,15 @@ import pytest
 import torch
 
 from ccella_fast import train as train_script
+from ccella_fast.checkpoint import step_folders, verify_checkpoint
 from ccella_fast.entrypoint import run_command
 from ccella_fast.errors import ConfigError, DataError, DiskError
 from ccella_fast.storage import read_json, write_json
 from ccella_fast.training import checkpointing, distributed, engine, loop, resume, telemetry
+from ccella_fast.training.batches import BatchStream
+from ccella_fast.training.ema import Ema
 from ccella_fast.training.telemetry import Telemetry
+from soak import trials
 from training_fixtures import losses, train_here
 
 SETTINGS = {"max_train_steps": 3, "checkpointing_steps": 1}
@@ -190,21 +195,20 @@ def test_a_bug_of_ours_is_not_blamed_on_deepspeed(tmp_path, data, monkeypatch):
         train_here(tmp_path / "run", data, **SETTINGS)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 7.45 GiB. GPU 0 has a total capacity of 79.11 GiB of which "
-            "3.10 GiB is free. Process 4711 has 76 GiB memory in use."
-        ),
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
-            "allocate 8000000000 bytes. Error code 12 (Cannot allocate memory)"
-        ),
-        MemoryError(),
-    ],
-    ids=["gpu", "cpu", "python"],
-)
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 7.45 GiB. GPU 0 has a total capacity of 79.11 GiB of which "
+        "3.10 GiB is free. Process 4711 has 76 GiB memory in use."
+    ),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 8000000000 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "cpu", "python"])
 def test_without_memory_a_step_ends_with_three_remedies(tmp_path, data, monkeypatch, capsys, error):
     monkeypatch.setattr(loop, "joint_loss", raising(error))
     work = lambda: train_here(tmp_path / "run", data, **SETTINGS)  # noqa: E731
@@ -217,7 +221,92 @@ def test_without_memory_a_step_ends_with_three_remedies(tmp_path, data, monkeypa
     assert (status["state"], status["exit_code"]) == ("failed", 2) and "memory" in status["why"]
 
 
+# Random endings in the middle of a run. "share": one of the files of a checkpoint, which a thread writes.
+LONG = {"max_train_steps": 8, "checkpointing_steps": 2, "checkpoints_total_limit": 9}
+MIDDLE = {
+    "step": (loop, "joint_loss"), "log": (Telemetry, "log"), "data": (BatchStream, "_draw"), "average": (Ema, "update"),
+    "save": (checkpointing.CheckpointWriter, "_fill_copies"), "share": (checkpointing, "write_hashed"),
+    "publish": (checkpointing, "publish_checkpoint"),
+}  # fmt: skip
+CALLS = {"save": 4, "publish": 4, "share": 16}  # more than come before the last step
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def at_call(number: int, function: Callable, event: Callable) -> Callable:
+    """The function, with the event instead of the call of this number."""
+    calls = itertools.count(1)
+    return lambda *given, **named: (event if next(calls) == number else function)(*given, **named)
+
+
+def signalled_before(number: int, function: Callable) -> Callable:
+    """The function, after a signal, which is recorded there."""
+    return lambda *given, **named: (os.kill(os.getpid(), number), function(*given, **named))[1]
+
+
+def interrupt(run: Path, data: Path, patched: pytest.MonkeyPatch, place: str, call: int, event: Callable) -> int:
+    """Train with an event at a call; check what is left. Returns the exit code."""
+    patched.setattr(*MIDDLE[place], at_call(call, getattr(*MIDDLE[place]), event))
+    work = lambda: train_here(run, data, **LONG)  # noqa: E731
+    found = run_command(work, debug=False, if_out_of_memory=train_script.IF_OUT_OF_MEMORY)
+    patched.undo()
+    assert not list(run.rglob(".partial*")) and all(map(verify_checkpoint, step_folders(run)))
+    assert read_json(run / "run_status.json")["exit_code"] == found
+    return found
+
+
+def is_continued(run: Path, data: Path, unbroken: Path) -> bool:
+    assert train_here(run, data, resume="latest", **LONG) == 0
+    last, expected = (verify_checkpoint(step_folders(folder)[0])["files"] for folder in (run, unbroken))
+    return last == expected and losses(run) == losses(unbroken) and read_json(run / "run_status.json")["exit_code"] == 0
+
+
+@pytest.fixture
+def unbroken(tmp_path, data):
+    train_here(tmp_path / "unbroken" / "run", data, **LONG)
+    return tmp_path / "unbroken" / "run"
+
+
+@pytest.mark.soak
+def test_random_endings_are_recorded_and_the_run_continues(tmp_path, data, unbroken):
+    """Goal R24: signals, and errors of all kinds, at a random call of a random place."""
+    errors = [
+        (event, code) for place, _, event, code in ENDINGS if place in ("build", "step", "restore") and code < 128
+    ]
+    for trial in trials("R24"):
+        with trial, pytest.MonkeyPatch.context() as patched:
+            run, place = tmp_path / str(trial.number) / "run", trial.random.choice([*MIDDLE])
+            call, number = trial.random.randrange(1, CALLS.get(place, 8)), trial.random.choice(SIGNALS)
+            (event, code), function = trial.random.choice(errors), getattr(*MIDDLE[place])
+            if place in ("share", "publish"):
+                event, code = raising(OSError(errno.ENOSPC, "full", "f")), 5
+            if is_signal := trial.random.random() < 0.4:
+                event, code = signalled_before(number, function), 128 + number
+            trial.counts[place] += 1
+            found = interrupt(run, data, patched, place, call, event)
+            is_late = is_signal and place in ("share", "publish") and found == 0  # it came after the last step
+            assert found == code or is_late, (place, call)
+            assert is_continued(run, data, unbroken)
+
+
+@pytest.mark.soak
+def test_without_memory_at_any_place_nothing_is_lost(tmp_path, data, unbroken, capfd):
+    """Goal R23."""
+    for trial in trials("R23"):
+        with trial, pytest.MonkeyPatch.context() as patched:
+            run, place = tmp_path / str(trial.number) / "run", trial.random.choice([*MIDDLE])
+            error = trial.random.choice(OUT_OF_MEMORY)
+            call = trial.random.randrange(1, CALLS.get(place, 8))
+            trial.counts[place] += 1
+            capfd.readouterr()
+            assert interrupt(run, data, patched, place, call, raising(error)) == 2, (place, error, call)
+            message = capfd.readouterr().err
+            assert message.count("error:") == 1 and "the memory does not suffice" in message
+            assert "training.batch_size" in message and "Traceback" not in message
+            assert is_continued(run, data, unbroken)
+
+
 def test_an_address_that_is_left_over_in_a_shell_is_not_used_alone_and_named_with_others(tmp_path, data, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)  # of a training of another test in this process
     monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
     monkeypatch.setenv("MASTER_PORT", "99999999")
     monkeypatch.setenv("LOCAL_RANK", "7")

@@ -1,72 +1,86 @@
-"""SIGTERM to each process of a launcher: a checkpoint is saved, all processes end, and the run continues (goal R5)."""
+"""Signals to each process of a launcher: all processes end, and the run continues (goals R2 and R5)."""
 
 from __future__ import annotations
 
-import json
 import signal
-import sys
 import time
-from pathlib import Path
+from contextlib import ExitStack
 
-import psutil
 import pytest
 
-from training_fixtures import free_port, losses, run, start, write_config
+from ccella_fast.checkpoint import step_folders, verify_checkpoint
+from launched_training import LaunchedTraining, launcher
+from soak import trials
+from training_fixtures import losses, run, write_config
 
-BIN = Path(sys.executable).parent
-
-
-def deepspeed(processes: int) -> tuple[str, ...]:
-    return (str(BIN / "deepspeed"), "--master_port", free_port(), "--num_gpus", str(processes))
-
-
-def torchrun(processes: int) -> tuple[str, ...]:
-    return (str(BIN / "torchrun"), "--master-port", free_port(), "--nproc-per-node", str(processes))
-
-
-LONG = {"max_train_steps": 80, "batch_size": 1, "checkpointing_steps": 80}
+SETTINGS = {"max_train_steps": 80, "batch_size": 1, "checkpointing_steps": 20, "zero_stage": 2}
+STEPS = 50  # until the last instant; those that are left take longer than a signal
+UNIX = {"deepspeed": ("0", "1", "child", "command"), "torchrun": ("0", "1", "command")}
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("unbroken")
-    config = write_config(folder / "config.json", **LONG)
-    run("--config", config, "--data", data, "--output_dir", folder / "run", launcher=torchrun(2))
-    return losses(folder / "run")
+def arguments(tmp_path_factory, data):
+    config = write_config(tmp_path_factory.mktemp("config") / "config.json", **SETTINGS)
+    return "--config", config, "--data", data
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [1, 25])
-@pytest.mark.parametrize(
-    ("launcher", "target"),
-    [(deepspeed, "command"), (deepspeed, "child"), (deepspeed, "rank"), (torchrun, "command"), (torchrun, "rank")],
-    ids=lambda value: value if isinstance(value, str) else value.__name__,
-)
-def test_sigterm_anywhere_saves_and_ends_all(tmp_path, data, unbroken, launcher, target, steps):
-    """A signal to `deepspeed` ends only that command: the training processes must detect this (goal R5)."""
-    config, folder = write_config(tmp_path / "config.json", **LONG), tmp_path / "run"
-    arguments = ("--config", config, "--data", data, "--output_dir", folder)
-    process = start(*arguments, launcher=launcher(2))
-    while process.poll() is None and not ((folder / "metrics.jsonl").exists() and len(losses(folder)) >= steps):
-        time.sleep(0.05)
-    command = psutil.Process(process.pid)
-    family = command.children(recursive=True)
-    found = {"command": command}
-    for member in family:
-        found["child"] = member if "deepspeed.launcher.launch" in member.cmdline() else found.get("child", command)
-        found["rank"] = member if member.environ().get("RANK") == "1" else found.get("rank", command)
-    assert len(family) >= 2 and (target == "command") == (found[target] is command)
-    found[target].send_signal(signal.SIGTERM)
-    sent = time.monotonic()
-    while time.monotonic() - sent < 20 and not list(folder.glob("checkpoints/step-*/manifest.json")):
-        time.sleep(0.05)
-    assert list(folder.glob("checkpoints/step-*/manifest.json"))
-    _, alive = psutil.wait_procs(family, timeout=35 - (time.monotonic() - sent))
-    for left in alive:
-        left.kill()
-    process.communicate()
-    assert not alive
-    status = json.loads((folder / "run_status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("terminated", 143)
-    run(*arguments, "--resume", launcher=launcher(2))
-    assert losses(folder) == unbroken
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, arguments):
+    """Losses and the hashes of the last checkpoint."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    run(*arguments, "--output_dir", folder, launcher=launcher("torchrun"))
+    return found_in(folder)
+
+
+def found_in(folder):
+    return losses(folder), verify_checkpoint(step_folders(folder)[0])["files"]
+
+
+def is_continued(folder, arguments, name, unbroken) -> bool:
+    run(*arguments, "--output_dir", folder, "--resume", launcher=launcher(name))
+    return found_in(folder) == unbroken and not list(folder.rglob(".partial*"))
+
+
+@pytest.mark.soak
+def test_a_training_whose_processes_are_killed_continues(tmp_path, arguments, unbroken):
+    """One or both, mostly at an instant of the run, but also before it."""
+    for trial in trials("R2"):
+        with trial, ExitStack() as ends:
+            folder = tmp_path / str(trial.number)
+            training = LaunchedTraining("deepspeed", folder, *arguments)
+            ends.callback(training.end)
+            if trial.random.random() < 0.2:
+                training.wait(lambda: {"0", "1"} <= training.processes().keys())  # noqa: B023
+                time.sleep(trial.random.random() * 6)
+            else:
+                trial.counts["while_saving"] += training.wait_for_an_instant(trial.random, STEPS) == "save"
+            alive = training.processes()
+            for rank in trial.random.choice(["0", "1", "01"]):
+                alive[rank].kill()
+            assert not training.wait_for_all(35)
+            assert all(map(verify_checkpoint, step_folders(folder)))
+            assert is_continued(folder, arguments, "deepspeed", unbroken)
+
+
+@pytest.mark.soak
+def test_a_signal_anywhere_saves_and_ends_all(tmp_path, arguments, unbroken):
+    """A signal to `deepspeed` ends only that command: the training processes must detect this."""
+    places = [(name, target) for name, targets in UNIX.items() for target in targets]
+    for trial in trials("R5"):
+        with trial, ExitStack() as ends:
+            name, target = places[trial.number % len(places)]
+            number = trial.random.choice([signal.SIGTERM, signal.SIGINT])
+            folder = tmp_path / str(trial.number)
+            training = LaunchedTraining(name, folder, *arguments)
+            ends.callback(training.end)
+            kind = training.wait_for_an_instant(trial.random, STEPS)
+            trial.counts[f"{name}_{'rank' if target in '01' else target}"] += 1
+            trial.counts[kind] += 1
+            training.processes()[target].send_signal(number)
+            training.wait(lambda: training.status()["state"] != "running", seconds=20)  # noqa: B023
+            status = training.status()
+            assert (status["state"], status["exit_code"]) in [("terminated", 143), ("terminated", 130)], status
+            assert status["step"] == training.steps  # saved, unless the signal came before the first step
+            assert not training.wait_for_all(35)
+            assert training.status() == status
+            assert is_continued(folder, arguments, name, unbroken)

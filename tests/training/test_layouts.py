@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ccella_fast.errors import ConfigError
 from ccella_fast.storage import read_json, write_json
+from soak import trials
 from training_fixtures import launch_jobs, losses, rewrite_manifest, train_here
 
 # On one process; on two, a batch of half the size.
@@ -119,26 +120,22 @@ def test_another_global_batch_is_refused(unbroken, data, batch_size, accumulatio
         train_here(unbroken, data, resume="latest", **{**ALONE, **changed})
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-@pytest.mark.parametrize("counts", [(1, 2, 1), (2, 4, 1)], ids=["1-2-1", "2-4-1"])
-def test_sixty_steps_on_changing_numbers_of_processes_equal_one(tmp_path, data, counts):
-    long = {**ALONE, "max_train_steps": 60, "checkpointing_steps": 20, "lr": 5e-4}
+@pytest.mark.soak
+def test_sixty_steps_on_changing_layouts_equal_one_process(tmp_path, data):
+    """Goal R3: three numbers of processes and ZeRO stages, which change at random steps."""
+    long = {**ALONE, "max_train_steps": 60, "checkpointing_steps": 5, "checkpoints_total_limit": 99, "lr": 5e-4}
     train_here(tmp_path / "unbroken", data, **long)
-    before = {f"zero{stage}": None for stage in range(4)}
-    for part, count in enumerate(counts):
-        folder, jobs = tmp_path / f"{part}-of-{count}", {}
-        folder.mkdir()
-        for name in before:
-            settings = {**long, "batch_size": 4 // count, "zero_stage": int(name[-1])}
-            jobs[name] = {"set": settings}
-            if part:
-                without_later(
-                    tmp_path / f"{part - 1}-of-{counts[part - 1]}" / name, folder / f"{name}-begun", 20 * part
-                )
-                jobs[name]["continues"] = f"{name}-begun"
-        launch_jobs(folder, data, jobs, processes=count)
-    for name in before:
-        difference = relative_difference(folder / name, tmp_path / "unbroken")
-        print(f"{'-'.join(map(str, counts))} {name}: {difference:.1e}")
-        assert difference < RELATIVE
+    for trial in trials("R3"):
+        with trial:
+            counts = trial.random.choice([(1, 2, 1), (2, 4, 1), (4, 1, 2), (2, 1, 4)])
+            changes = sorted(trial.random.sample(range(5, 60, 5), 2))
+            for part, count in enumerate(counts):
+                folder = tmp_path / str(trial.number) / str(part)
+                folder.mkdir(parents=True)
+                settings = {**long, "batch_size": 4 // count, "zero_stage": trial.random.randrange(4)}
+                job = {"set": settings}
+                if part:
+                    without_later(folder.parent / str(part - 1) / "run", folder / "begun", changes[part - 1])
+                    job["continues"] = "begun"
+                launch_jobs(folder, data, {"run": job}, processes=count)
+            assert relative_difference(folder / "run", tmp_path / "unbroken") < RELATIVE

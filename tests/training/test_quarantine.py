@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ccella_fast.data.loading.dataset import PreparedDataset
 from ccella_fast.errors import NonFiniteError
-from ccella_fast.storage import read_json
+from ccella_fast.storage import read_json, sha256, write_json
 from ccella_fast.training import loop
 from ccella_fast.training.batches import BatchStream, epoch_order
 from ccella_fast.training.quarantine import Quarantine
+from soak import trials
 from training_fixtures import losses, settings, train_here, weights, write_prepared
 
 EVERY = {"max_train_steps": 12, "checkpointing_steps": 1, "checkpoints_total_limit": 20, "batch_size": 2}
@@ -133,3 +138,96 @@ def test_too_many_bad_studies_end_the_run(studies, limit):
         quarantine.count({names[number]}, set(names), 7)
     with pytest.raises(NonFiniteError, match=f"{limit + 1} studies made steps non-finite.*; {limit} may be"):
         quarantine.count({names[limit]}, set(names), 7)
+
+
+# Random values at random places
+
+
+def spoil(folder: Path, kind: str, study: int, value: float, random: Random) -> None:
+    """Set a random element of a study's latent or text to a value that is not finite."""
+    manifest = read_json(folder / "manifest.json")
+    entry = manifest["cases"][study]["files"]["latent_mean/t2w" if kind == "latent" else kind]
+    array = np.load(folder / entry["path"])
+    array.flat[random.randrange(array.size)] = value
+    np.save(folder / entry["path"], array)
+    entry["sha256"] = sha256(folder / entry["path"])
+    write_json(folder / "manifest.json", manifest)
+
+
+def fault(kind: str, step: int, value: float, random: Random):
+    """As `joint_loss`, with a value that is not finite in the loss, the gradient or the weights of one step."""
+    joint_loss, calls, hooks = loop.joint_loss, [], []
+    place = random.randrange(20)
+
+    def spoil_gradient(gradient):
+        hooks.append(None)
+        if gradient is None or len(calls) != step or len(hooks) != place + 1:
+            return gradient
+        spoiled = gradient.clone().flatten()
+        spoiled[random.randrange(len(spoiled))] = value
+        return spoiled.view_as(gradient)
+
+    def faulty(engine, *others):
+        calls.append(None)
+        if len(calls) != step:
+            return joint_loss(engine, *others)
+        parameters = list(engine.module.parameters())
+        if kind == "weight":
+            weight = random.choice(parameters).data.view(-1)
+            weight[random.randrange(len(weight))] = value
+        if kind == "gradient":
+            for parameter in parameters:
+                parameter.register_hook(spoil_gradient)
+        found = joint_loss(engine, *others)
+        return found._replace(total=found.total + value) if kind == "loss" else found
+
+    return faulty
+
+
+def is_finite(run: Path) -> bool:
+    """Whether all tensors of all checkpoints are."""
+    files = list(run.glob("checkpoints/*/*.safetensors"))
+    return bool(files) and all(value.isfinite().all() for file in files for value in load_file(file).values())
+
+
+@pytest.mark.soak
+def test_no_value_that_is_not_finite_gets_into_a_checkpoint(data, tmp_path):
+    """Goal R13: in the loss, the gradient, a latent, a text feature or a weight, at a random step and place."""
+    train_here(tmp_path / "unbroken" / "run", data, **EVERY)
+    unbroken = losses(tmp_path / "unbroken" / "run")
+    for trial in trials("R13"):
+        with trial, pytest.MonkeyPatch.context() as patched:
+            kind = ("loss", "gradient", "latent", "text", "weight")[trial.number % 5]
+            value, step = trial.random.choice([torch.nan, torch.inf, -torch.inf]), trial.random.randrange(2, 12)
+            trial.counts[kind] += 1
+            folder = tmp_path / str(trial.number) / "run"
+            if kind in ("latent", "text"):
+                study = trial.random.randrange(5)
+                spoiled = Path(shutil.copytree(data, folder.parent / "data"))
+                spoil(spoiled, kind, study, value, trial.random)
+                train_here(folder, spoiled, **EVERY)
+                taken, since = order_by_hand(study, 12)
+                assert [done for done, _ in losses(folder)] == [
+                    done for done, used in enumerate(taken, 1) if study not in used
+                ]
+                assert read_json(folder / "run_status.json")["quarantined"] == [f"case{study}"] and since
+            else:
+                patched.setattr(loop, "joint_loss", fault(kind, step, value, trial.random))
+                if kind == "weight":
+                    with pytest.raises(NonFiniteError):
+                        train_here(folder, data, **EVERY)
+                    assert is_finite(folder)
+                    status = read_json(folder / "run_status.json")
+                    assert (status["state"], status["exit_code"]) == ("failed", 6) and status["step"] < step
+                    patched.undo()
+                    train_here(folder, data, **EVERY, resume="latest")
+                    assert losses(folder) == unbroken
+                else:
+                    train_here(folder, data, **EVERY)
+                    assert [done for done, _ in losses(folder)] == [done for done in range(1, 13) if done != step]
+                    assert losses(folder)[: step - 1] == unbroken[: step - 1]
+                    for name in ("model", "ema", "exp_avg", "exp_avg_sq"):
+                        before, after = weights(folder, step - 1, name), weights(folder, step, name)
+                        assert all(torch.equal(before[key], after[key]) for key in before)
+            assert is_finite(folder)
+            shutil.rmtree(folder.parent)

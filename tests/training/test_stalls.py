@@ -2,73 +2,50 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import time
-from pathlib import Path
+from contextlib import ExitStack
+from random import Random
 
-import psutil
 import pytest
 
-from ccella_fast.storage import read_json
-from training_fixtures import free_port, start, write_config
+from launched_training import LaunchedTraining
+from soak import trials
+from training_fixtures import write_config
 
 TIMEOUT = 0.05  # minutes
 
 
-def steps(folder: Path) -> int:
-    file = folder / "metrics.jsonl"
-    return file.read_bytes().count(b"\n") if file.exists() else 0
-
-
-LAUNCHERS = {
-    "torchrun": ("torchrun", "--nproc-per-node", "2", "--master-port"),
-    "deepspeed": ("deepspeed", "--num_gpus", "2", "--master_port"),  # the store is in the process of rank 0
-}
-
-
-@pytest.fixture
-def two(tmp_path, data, request):
-    """A launcher with two training processes by rank, which have made steps; and the run's folder."""
-    config = write_config(
-        tmp_path / "config.json", max_train_steps=10**6, batch_size=1, checkpointing_steps=10**6,
-        collective_timeout=TIMEOUT,
-    )  # fmt: skip
-    folder, (command, *options) = tmp_path / "run", LAUNCHERS[request.param]
-    launcher = (str(Path(sys.executable).parent / command), *options, free_port())
-    process = start("--config", config, "--data", data, "--output_dir", folder, launcher=launcher)
-    while process.poll() is None and steps(folder) < 3:
-        time.sleep(0.05)
-    family = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children(recursive=True)}
-    yield process, folder, family
-    for left in family.values():
-        if left.is_running():
-            left.kill()
-    process.communicate()
-
-
-@pytest.mark.parametrize(
-    ("two", "stuck"),
-    [
-        ("torchrun", "1"),
-        pytest.param("torchrun", "0", marks=pytest.mark.slow),
-        pytest.param("deepspeed", "0", marks=pytest.mark.slow),
-        pytest.param("deepspeed", "1", marks=pytest.mark.slow),
-    ],
-    indirect=["two"],
-)
-def test_a_stopped_process_ends_all_and_is_named(two, stuck):
-    process, folder, family = two
-    ranks = [family["0"], family["1"]]
-    os.kill(family[stuck].pid, signal.SIGSTOP)
-    stopped = time.monotonic()
-    _, alive = psutil.wait_procs(ranks, timeout=60 * TIMEOUT + 10)
-    assert not alive, (time.monotonic() - stopped, read_json(folder / "run_status.json"))
-    output, _ = process.communicate(timeout=40)
-    assert process.returncode != 0
-    status = read_json(folder / "run_status.json")
+def check_that_a_stopped_process_is_named(tmp_path, data, name: str, rank: str, random: Random) -> None:
+    settings = {"max_train_steps": 10**6, "batch_size": 1, "checkpointing_steps": 10**6, "collective_timeout": TIMEOUT}
+    with ExitStack() as ends:
+        config = write_config(tmp_path / "config.json", **settings)
+        training = LaunchedTraining(name, tmp_path / "run", "--config", config, "--data", data)
+        ends.callback(training.end)
+        after = random.randrange(1, 60)
+        training.wait(lambda: training.steps >= after)
+        time.sleep(random.random() / 10)
+        training.processes()[rank].send_signal(signal.SIGSTOP)
+        training.wait(lambda: not {"0", "1"} & training.processes().keys(), seconds=60 * TIMEOUT + 10)
+        assert not training.wait_for_all(40)
+        output, status = training.end(), training.status()
+    assert training.command.returncode != 0
     assert (status["state"], status["exit_code"]) == ("failed", 7)
-    assert status["why"].startswith(f"process {stuck} on ") and "did not arrive within 0.05 minutes" in status["why"]
-    assert abs(int(status["why"].rpartition(" ")[2]) - steps(folder)) <= 1
+    assert status["why"].startswith(f"process {rank} on ") and "did not arrive within 0.05 minutes" in status["why"]
+    assert abs(int(status["why"].rpartition(" ")[2]) - training.steps) <= 1
     assert output.count("did not arrive") == 1
+
+
+def test_a_stopped_process_ends_all_and_is_named(tmp_path, data):
+    check_that_a_stopped_process_is_named(tmp_path, data, "torchrun", "1", Random(0))
+
+
+@pytest.mark.soak
+def test_either_process_of_both_launchers_at_random_steps(tmp_path, data):
+    """DeepSpeed's launcher is the harder one for rank 0: the store is in that process."""
+    places = [(name, rank) for name in ("torchrun", "deepspeed") for rank in "01"]
+    for trial in trials("R17"):
+        with trial:
+            (tmp_path / str(trial.number)).mkdir()
+            place = places[trial.number % len(places)]
+            check_that_a_stopped_process_is_named(tmp_path / str(trial.number), data, *place, trial.random)

@@ -64,8 +64,10 @@ class DaliEngine:
             for current in range(count):  # noqa: B007
                 yield self._next(pipeline).view(batch_size, 1, *self.size)
         except RuntimeError as error:
-            in_flight = range(current, min(current + _PREFETCHED_BATCHES + 1, count))
-            raise diagnose_engine_error([request for n in in_flight for request in requests(n)], error) from None
+            in_flight = range(current, current + _PREFETCHED_BATCHES + 1)  # DALI begins again after the last
+            raise diagnose_engine_error(
+                [request for n in in_flight for request in requests(n % count)], error
+            ) from None
 
     def _next(self, pipeline: Any) -> Tensor:
         """The pipeline's next batch, (B, *size).

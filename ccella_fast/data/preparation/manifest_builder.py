@@ -80,7 +80,7 @@ class ManifestBuilder:
         """Write the manifest and log a summary of it."""
         manifest = self._build()
         Manifest.model_validate(manifest)
-        write_json(self.path, manifest)
+        write_json(self.path, manifest, sealed=True)
         self._log_summary(manifest)
 
     def _build(self) -> dict[str, Any]:

@@ -170,6 +170,7 @@ def _run_stages(out: Path, config: Config, records: StageCache, stages: list[Sta
             _invalidate_manifest(records, stage, todo)
             with _timed(times, stage.name, len(todo)) as seconds:
                 seconds |= stage.run(todo)
+        remove_partial_files(out)  # of workers that were killed, whose studies others have read again
         manifest.write()
 
 
