@@ -84,7 +84,7 @@ def _check(subparsers: argparse._SubParsersAction) -> None:
     add = command.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="FOLDER", help="folder for check.json and check.html (default: nothing is written)")
     add("--workers", type=whole_number(1), metavar="N", help="number of processes that read images")
-    _add_config(command)
+    _add_config(command, "data", "text")
 
 
 def _import(subparsers: argparse._SubParsersAction) -> None:
@@ -134,7 +134,7 @@ def _prepare(subparsers: argparse._SubParsersAction) -> None:
     add = command.add_argument_group("machine").add_argument
     about = "processes that make images (default: as many as cores and memory allow)"
     add("--workers", type=whole_number(1), metavar="N", help=about)
-    _add_config(command)
+    _add_config(command, "data", "text")
 
 
 def _train_vae(subparsers: argparse._SubParsersAction) -> None:
@@ -144,7 +144,7 @@ def _train_vae(subparsers: argparse._SubParsersAction) -> None:
     command = _add(subparsers, "train-vae", commands.run_train_vae, about, example, if_out_of_memory=memory)
     command.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="prepared folder")
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="VAE folder")
-    _add_config(command)
+    _add_config(command, "vae_training", "autoencoder")
 
 
 def _train(subparsers: argparse._SubParsersAction) -> None:
@@ -362,7 +362,16 @@ def _add_studies(command: argparse.ArgumentParser, data: str) -> None:
     add("--b_value", type=_b_value, metavar="S/MM2", help=about)
 
 
-def _add_config(command: argparse.ArgumentParser) -> None:
+def _add_config(command: entrypoint.Parser, *sections: str) -> None:
+    """Add `--config` and `--set`, which is suggested for an option that is named like a setting in `sections`."""
+
+    def instead(option: str) -> str | None:
+        from ccella_fast.config import Config
+        from ccella_fast.config_errors import as_set_option
+
+        return as_set_option(option, Config, sections)
+
+    command.instead = instead
     group = command.add_argument_group("configuration")
     about = "our JSON file, or the reference's env, config and def files (default: built-in defaults)"
     group.add_argument("--config", type=Path, nargs="+", metavar="FILE", help=about)

@@ -291,7 +291,7 @@ class TrainingConfig(Section):
     #: weight of the class loss; null: the variant's
     text_class_pred_weight: Annotated[float, Field(ge=0)] | None = None
     ema_decay: Fraction = 0.9999  #: decay of the moving average of the weights; 0: no average
-    #: auto: bf16 on a GPU and on a CPU that multiplies it, else fp32; resolved when a run starts, a resumed run keeps its own
+    #: auto: bf16 on GPUs and on CPUs with bf16 instructions, else fp32; chosen when a run starts and kept when it is resumed
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0  #: DeepSpeed ZeRO stage
     activation_checkpointing: bool = False  #: recompute activations in the backward pass: less memory, more time

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
@@ -61,6 +61,13 @@ def settings(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
         else:
             yield from settings(section, f"{prefix}{name}.")
+
+
+def as_set_option(option: str, config: type[BaseModel], sections: Collection[str]) -> str | None:
+    """How to give the setting whose name is that of an unknown option. None if none of these sections has such a setting."""
+    name = option.lstrip("-").replace("-", "_")
+    own = [dotted for dotted in settings(config) if dotted in {f"{section}.{name}" for section in sections}]
+    return " or ".join(f"--set {dotted}=VALUE" for dotted in own) or None
 
 
 class _Place(NamedTuple):

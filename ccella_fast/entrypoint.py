@@ -123,10 +123,21 @@ def whole_number(least: int) -> Callable[[str], int]:
     return number
 
 
+class _StderrHandler(logging.StreamHandler):
+    """Writes to stderr, on lines of their own if there is a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (tqdm := sys.modules.get("tqdm")) is None:  # not imported here, so that commands without a bar start at once
+            super().emit(record)
+        else:
+            with tqdm.tqdm.external_write_mode(sys.stderr):
+                super().emit(record)
+
+
 def log_to_stderr() -> None:
     """Write messages of ccella_fast to stderr without a prefix; ranks other than local rank 0 write errors only."""
     logger = logging.getLogger("ccella_fast")
-    handler = logging.StreamHandler()
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if is_local_rank_zero() else logging.ERROR)

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from ccella_fast.errors import CcellaError, ConfigError
+from ccella_fast.errors import CcellaError, ConfigError, nearest
 
 Wanted = Literal["checkpoint", "prepared", "autoencoder", "studies", "export", "results", "volumes"]
 Output = Literal["studies", "prepared data", "an autoencoder", "a run", "samples", "an evaluation"]
@@ -124,6 +124,8 @@ def wrong_folder(
 ) -> CcellaError:
     """The error that says what `path` is and what to give in its place, by name if it is in or next to `path`.
 
+    Of several folders next to `path` that would do, the one with the most similar name is offered, otherwise all are named.
+
     Args:
         path: the folder or file that was given.
         wanted: what is needed.
@@ -143,12 +145,16 @@ def wrong_folder(
         why = f"this is not {_article(wanted)}"
     inside = [] if kind == "samples" else _entries(path)  # a sample's DICOM files look like a study
     around = [*inside, path.parent] if kind == "results" else [path.parent, *inside]
-    near = [*around, *_entries(path.parent)] if path.is_dir() else _entries(path.parent)
-    best = next((other for other in near if other != path and folder_kind(other) in accepted), None)
+    around = [other for other in around if path.is_dir() and folder_kind(other) in accepted]
+    beside = [other for other in _entries(path.parent) if other != path and folder_kind(other) in accepted]
+    similar = nearest(path.name, [other.name for other in beside])
+    offered = around[:1] or ([path.with_name(similar)] if similar else beside)
     if kind == "unsaved run":
         fix = "wait for its first checkpoint (training.checkpointing_steps), or give another run"
-    elif best is not None and wanted != "export":  # nothing tells an export from other studies
-        fix = f"give {best}"
+    elif len(offered) == 1 and wanted != "export":  # nothing tells an export from other studies
+        fix = f"give {offered[0]}"
+    elif offered and wanted != "export":
+        fix += f"; next to it: {', '.join(other.name for other in offered[:3])}" + ", ..." * (len(offered) > 3)
     if kind == "samples" and wanted in ("studies", "export"):
         fix += "; to prepare samples, copy each to FOLDER/CASE/, named by its sequence, and give samples.csv as `prepare --csv`"
     return error(why, path=path, field=field, fix=fix)

@@ -143,10 +143,11 @@ def add_arguments(parser: entrypoint.Parser) -> None:
     about = "continue from the newest checkpoint if there is one, or from this one"
     add("--resume", nargs="?", const="latest", metavar="STEP_FOLDER", help=about)
     add = parser.add_argument_group("configuration").add_argument
-    add("--config", type=Path, metavar="FILE", help="our single configuration file")
-    add("--env_config", type=Path, metavar="FILE", help="the reference's three files instead: env,")
-    add("--model_config", type=Path, metavar="FILE", help="config")
-    add("--model_def", type=Path, metavar="FILE", help="and def")
+    add("--config", type=Path, metavar="FILE", help="the configuration, one JSON file")
+    about = "the reference's {} file; give all three of its files in place of --config"
+    add("--env_config", type=Path, metavar="FILE", help=about.format("env"))
+    add("--model_config", type=Path, metavar="FILE", help=about.format("config"))
+    add("--model_def", type=Path, metavar="FILE", help=about.format("def"))
     about = "length of the run in optimizer steps; fixed once it has started"
     add("--max_train_steps", type=entrypoint.whole_number(1), metavar="N", help=about)
     about = "stored latents, or online: augmented and encoded during training (needs a folder prepared with --vae)"
@@ -170,11 +171,10 @@ def add_arguments(parser: entrypoint.Parser) -> None:
 def _instead(option: str) -> str | None:
     """What to give in place of an option that is a setting here, or that has another name."""
     from ccella_fast.config import Config
-    from ccella_fast.config_errors import settings
+    from ccella_fast.config_errors import as_set_option
 
-    name = option.lstrip("-").replace("-", "_")
-    own = [dotted for dotted in settings(Config) if dotted.rpartition(".")[2] == name]
-    return _INSTEAD.get(name) or (" or ".join(f"--set {dotted}=VALUE" for dotted in own) or None)
+    known = _INSTEAD.get(option.lstrip("-").replace("-", "_"))
+    return known or as_set_option(option, Config, ("model", "scheduler", "data", "augmentation", "training"))
 
 
 if __name__ == "__main__":

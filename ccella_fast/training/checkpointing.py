@@ -196,6 +196,8 @@ class CheckpointWriter:
             failure = error
         self._raise_if_any_rank_failed(failure, pending.folder)
         self._status.step = pending.step
+        if dist.get_rank() == 0:
+            logger.info("step %d: checkpoint saved in %.1f s", pending.step, self._seconds)
 
     def _all_have_written(self, pending: _Pending, *, wait_for: float) -> bool:
         """Whether all processes have written, or failed to, after at most `wait_for` seconds."""

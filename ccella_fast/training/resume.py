@@ -15,7 +15,7 @@ from ccella_fast.checkpoint import newest_checkpoint, step_folders, verify_check
 from ccella_fast.config import Config, load_config
 from ccella_fast.environment import code_digest
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError
-from ccella_fast.folder_kinds import check_folder, check_output, wrong_folder
+from ccella_fast.folder_kinds import check_folder, check_output
 from ccella_fast.folder_lock import LOCK
 from ccella_fast.processes import HostCollectives
 from ccella_fast.storage import read_json, sha256
@@ -63,13 +63,11 @@ def find_start(run: Path, resume: str | None) -> Path | None:
             logger.info("nothing to resume in %s, starting a new run", run)
         return found
     folder = Path(resume)
-    check_folder(folder, "checkpoint", error=CheckpointError, field="--resume")
-    if not folder.exists():
-        raise wrong_folder(folder, "checkpoint", error=CheckpointError, field="--resume")
     if not (folder / "manifest.json").is_file():
-        raise CheckpointError(
-            "this folder contains no checkpoint", path=folder, fix="give a step folder, or --resume alone"
-        )
+        why = "this is not a step folder with a manifest.json" if folder.exists() else "this path does not exist"
+        fix = f"give a step folder of {run / 'checkpoints'}, or --resume alone to continue from the newest"
+        raise CheckpointError(why, path=folder, field="--resume", fix=fix)
+    check_folder(folder, "checkpoint", error=CheckpointError, field="--resume")
     verify_checkpoint(folder)
     if folder.resolve().parent.parent != run.resolve():
         why = f"a run is resumed in its own folder, but --output_dir is {run}"

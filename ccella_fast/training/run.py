@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ccella_fast")
 # Launchers end all processes when one has ended with an error, so the others wait so long for what rank 0 writes last.
 _WRITES_WITHIN = timedelta(seconds=10)
+_ADD_LATENTS = (
+    "train an autoencoder with `ccella-fast train-vae`, then run `ccella-fast prepare` again with --vae FOLDER"
+)
 
 
 @dataclass(frozen=True)
@@ -187,9 +190,7 @@ def check_data(config: Config, data: Path) -> Manifest:
     prepared = load_manifest(data)
     path, fix = data / "manifest.json", "prepare the data with this configuration"
     if prepared.scale_factor is None:
-        raise DataError(
-            "this folder does not contain latents yet", path=path, field="scale_factor", fix="run prepare with --vae"
-        )
+        raise DataError("this folder does not contain latents yet", path=path, field="scale_factor", fix=_ADD_LATENTS)
     if prepared.data.sequences != config.data.sequences:
         why = f"the data was prepared for {prepared.data.sequences}, but {config.data.sequences} is configured"
         raise DataError(why, path=path, field="data.sequences", fix=fix)
@@ -197,7 +198,7 @@ def check_data(config: Config, data: Path) -> Manifest:
         check_conditioning(config)
         if not (data / "vae").is_dir():
             why = "training.latents is 'online', but this folder does not contain an autoencoder"
-            raise DataError(why, path=data / "vae", field="training.latents", fix="run prepare with --vae")
+            raise DataError(why, path=data / "vae", field="training.latents", fix=_ADD_LATENTS)
     return prepared
 
 

@@ -48,7 +48,8 @@ def _what(key: Key) -> str:
 
 
 def _table(title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    yield from (title, "-" * len(title), "", ".. list-table::", "   :header-rows: 1", "")
+    options = ["   :header-rows: 1", "   :widths: 42 18 40", "   :class: deepspeed-keys"]
+    yield from (title, "-" * len(title), "", ".. list-table::", *options, "")
     for row in (head, *rows):
         for cell, mark in zip(row, ["   * - ", *["     - "] * 2], strict=True):
             yield mark + cell

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
+
+from ccella_fast import entrypoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,3 +111,20 @@ def test_processes_beside_the_first_let_it_speak_and_then_tell_what_it_may_not_k
     assert code == 1 and "internal: RuntimeError" in said and "only here" not in said
     killed = second + "time.sleep = lambda seconds: os._exit(9)\n"  # by the launcher, because the first has failed too
     assert ends(killed + "def work(): raise errors.DataError('why')") == (9, "", "")
+
+
+@pytest.mark.parametrize("with_bar", [True, False])
+def test_a_message_has_a_line_of_its_own_beside_a_progress_bar(capsys, with_bar):
+    logger = logging.getLogger("ccella_fast")
+    before = logger.handlers, logger.level
+    try:
+        entrypoint.log_to_stderr()
+        with tqdm(total=2, desc="train", disable=not with_bar) as bar:
+            bar.update()
+            logger.info("step 1: a message")
+    finally:
+        logger.handlers, logger.level = before
+    written = capsys.readouterr().err
+    assert ("train: " in written) == with_bar
+    (line,) = [line for line in written.split("\n") if "a message" in line]
+    assert line.rpartition("\r")[2] == "step 1: a message"  # what a terminal shows

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ccella_fast.folder_kinds import folder_kind
+from ccella_fast.errors import DataError
+from ccella_fast.folder_kinds import folder_kind, wrong_folder
 from ccella_fast.storage import read_json, write_json
 from study_fixtures import tree
 from training_fixtures import CONFIG, write_config, write_prepared
@@ -32,6 +33,13 @@ USAGE = {
     "misspelled flag": ("env --jsn", 2, ["--jsn", "did you mean --json?"]),
     "misspelled option of training": ("train --output_dri x", 2, ["did you mean --output_dir?"]),
     "setting as an option": (f"{TRAIN} --batch_size 4", 2, ["--batch_size", "--set training.batch_size=VALUE"]),
+    "setting of two sections as an option": (f"{TRAIN} --lr 1", 2, ["use --set training.lr=VALUE\n"]),
+    "setting of the autoencoder as an option": (
+        "train-vae --data {prepared} --out {tmp}/x --max_train_steps 9",
+        2,
+        ["use --set vae_training.max_train_steps=VALUE\n"],
+    ),
+    "setting of the data as an option": ("prepare --spacing 1", 2, ["--spacing", "use --set data.spacing=VALUE\n"]),
     "option of diffusers": (f"{TRAIN} --learning_rate 1e-4", 2, ["--learning_rate", "--set training.lr=NUMBER"]),
     "another option of diffusers": (f"{TRAIN} --resume_from_checkpoint latest", 2, ["use --resume"]),
     "no value": ("prepare --data", 2, ["--data", "expected one argument"]),
@@ -133,7 +141,10 @@ FOLDERS = {
     "checkpoint is empty": ("sample --checkpoint {nothing} --vae {vae} --out x", 4, ["{nothing}", "is empty"]),
     "export of a file": ("export --checkpoint {page} --out {tmp}/x", 4, ["{page}", "a run folder", "--checkpoint"]),
     "export over a folder": ("export --checkpoint {run} --out {studies}", 2, ["this is a folder", "{studies}/CCELLA.pt"]),
-    "resume from nothing": (f"{TRAIN} --resume {{tmp}}/none", 4, ["{tmp}/none", "does not exist", "--resume"]),
+    "resume from nothing": (
+        f"{TRAIN} --resume {{tmp}}/none", 4, ["{tmp}/none", "does not exist", "{tmp}/out/checkpoints", "--resume alone"],
+    ),
+    "resume from a run": (f"{TRAIN} --resume {{run}}", 4, ["{run}", "not a step folder", "--resume alone"]),
     "report files in a folder": (f"{SAMPLE} --report_file {{files}}", 3, ["{files}", "a folder", "{files}/*.txt"]),
     "report on nothing": ("report {tmp}/none", 3, ["{tmp}/none", "does not exist"]),
     "report on a file": ("report {latin}", 3, ["{latin}", "not a folder of results"]),
@@ -153,7 +164,8 @@ FOLDERS = {
     "no such studies": ("prepare --data {tmp}/none --out {tmp}/x", 3, ["{tmp}/none"]),
     "not prepared": ("train-vae --data {tmp}/none --out {tmp}/x", 3, ["not prepared", "ccella-fast prepare"]),
     "latents are missing": (
-        "train --config {config} --data {no_latents} --output_dir {tmp}/x", 3, ["scale_factor", "--vae"],
+        "train --config {config} --data {no_latents} --output_dir {tmp}/x", 3,
+        ["does not contain latents", "{no_latents}", "ccella-fast train-vae", "ccella-fast prepare", "--vae"],
     ),
     "dry run on data of another grid": (f"{TRAIN} --dry-run --set data.dim=[64,64,32]", 3, ["{prepared}", "case0"]),
     "dry run with another encoder": (
@@ -307,6 +319,25 @@ def test_what_a_killed_command_leaves_is_not_taken_for_studies(tmp_path):
     assert folder_kind(tmp_path) == "samples"
     (tmp_path / "sample-000_seed3.nii.gz").rename(tmp_path / "t2w.nii.gz")
     assert folder_kind(tmp_path) == "studies"  # control
+
+
+def test_one_folder_next_to_the_wrong_one_is_offered_and_of_several_the_most_similar(tmp_path):
+    def fix(name: str) -> str:
+        return str(wrong_folder(tmp_path / name, "prepared", error=DataError)).rpartition("fix:")[2].strip()
+
+    general = "give the folder that `ccella-fast prepare --out` wrote"
+    assert fix("data") == general
+    names = ["first", "second", "third", "fourth"]
+    for name in names:
+        write_json(tmp_path / name / "manifest.json", {"format": "ccella_fast.prepared"})
+        if name == "first":
+            assert fix("data") == f"give {tmp_path / 'first'}"
+        if name == "third":
+            assert fix("data") == f"{general}; next to it: first, second, third"
+    assert fix("data") == f"{general}; next to it: first, fourth, second, ..."
+    assert fix("secnod") == f"give {tmp_path / 'second'}"
+    (tmp_path / "third" / "images").mkdir()
+    assert fix("third/images") == f"give {tmp_path / 'third'}"
 
 
 def test_words_of_a_report_without_quotes_are_not_printed(call):

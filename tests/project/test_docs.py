@@ -1,10 +1,12 @@
-"""The written documents: relative links and anchors resolve, cited sections exist, README stays short.
+"""The written documents: relative links and anchors resolve, cited sections and messages exist, README stays short.
 
 `make docs` checks the pages below docs/; these are the checks that need no documentation tool, and the files outside docs/."""
 
 from __future__ import annotations
 
+import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,51 @@ def test_a_wrong_citation_is_found() -> None:
     text = "# {0},\n# sections 2.2 and 2.9; {0}, C15; {0}, C99".format("docs/explanation/method.md")
     assert cited_sections(text) == {"2.2", "2.9", "C15", "C99"}
     assert cited_sections(text) - known_sections(METHOD.read_text()) == {"2.9", "C99"}
+
+
+@cache
+def printed_texts() -> list[list[str]]:
+    """The strings of the package and of the Makefile. Each as the texts before, between and after what an f-string inserts."""
+    found = [[(ROOT / "Makefile").read_text()]]
+    for path in python_files():
+        if path.is_relative_to(ROOT / "ccella_fast") or path.is_relative_to(ROOT / "kernels"):
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+            for node in nodes:
+                if isinstance(node, ast.JoinedStr):
+                    texts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                    found.append(re.split("\0+", "".join(map(str, texts))))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                    found.append([node.value])
+    return found
+
+
+def is_printed(message: str, texts: list[list[str]]) -> bool:
+    """Whether a message is one of the texts, or begins like one if it leaves something out, written as `...`."""
+    pieces = [piece for piece in re.split(r"'?\[?\.\.\.]?'?", message) if piece.strip(" ,:;")]
+    return any(
+        all(any(piece.strip("' ") in text for text in parts) for piece in pieces)
+        or (len("".join(parts)) > 10 and re.fullmatch(".+?".join(map(re.escape, parts)), message) is not None)
+        for parts in texts
+    )
+
+
+def test_messages_of_the_page_on_troubleshooting_are_printed() -> None:
+    page = (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^\| `(.*?)`", page.partition("| message of `deepspeed` |")[0], flags=re.MULTILINE)
+    texts = printed_texts()
+    assert len(messages) > 15
+    assert [message for message in messages if not is_printed(message, texts)] == []
+
+
+def test_a_message_that_nothing_prints_is_found() -> None:
+    texts = printed_texts()
+    for message in (
+        "a worker process was killed",
+        "the port ... of the launcher is taken",
+        "this series is coronal, not oblique",
+    ):
+        assert not is_printed(message, texts)
 
 
 def test_readme_is_short() -> None:

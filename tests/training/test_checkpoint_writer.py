@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -79,6 +80,11 @@ def undisturbed(tmp_path_factory, data):
     return run
 
 
+def saved_steps(log: str) -> list[int]:
+    """The steps whose checkpoints are said to be saved."""
+    return [int(step) for step in re.findall(r"step (\d+): checkpoint saved in \d+\.\d s", log)]
+
+
 def contents(run: Path, step: int) -> dict[str, bytes]:
     """The files of a checkpoint with tensors, and its state."""
     folder = run / "checkpoints" / f"step-{step:08d}"
@@ -86,8 +92,9 @@ def contents(run: Path, step: int) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "manifest.json"}
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data, monkeypatch, undisturbed):
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data, monkeypatch, undisturbed, caplog):
     """The file of step 2 is begun only after step 4 and has the values of step 2; the save of step 4 waits for it."""
+    caplog.set_level("INFO", logger="ccella_fast")
     slow = Slow(tmp_path / "run", until=4)
     monkeypatch.setattr(checkpointing, "write_hashed", slow)
     published = []
@@ -101,6 +108,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data, monkeypa
     assert train_here(tmp_path / "run", data, **SETTINGS) == 0
     assert slow.waited.is_set()
     assert [name for name, _ in published] == [f"step-{step:08d}" for step in (2, 4, 6)] and published[0][1] == 4
+    assert saved_steps(caplog.text) == [2, 4, 6]
     for step in (2, 4, 6):
         assert contents(tmp_path / "run", step) == contents(undisturbed, step)
 

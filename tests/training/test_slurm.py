@@ -37,8 +37,8 @@ def job(tmp_path, data):
     (script,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     config = write_config(tmp_path / "config.json", max_train_steps=STEPS, batch_size=1, checkpointing_steps=STEPS)
     places = {
-        "python ccella_fast/train.py": f"{sys.executable} {TRAIN_SCRIPT}", "configs/ccella.json": str(config),
-        "prepared": str(data), "--output_dir model": f"--output_dir {tmp_path / 'model'}",
+        "source .venv/bin/activate\n": "", "python ccella_fast/train.py": f"{sys.executable} {TRAIN_SCRIPT}",
+        "configs/ccella.json": str(config), "prepared": str(data), "--output_dir model": f"--output_dir {tmp_path / 'model'}",
     }  # fmt: skip
     for name, place in places.items():
         assert name in script

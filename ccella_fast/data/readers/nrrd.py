@@ -99,7 +99,7 @@ def _read_header(path: Path) -> tuple[TextHeader, int]:
 
 def _read_geometry(header: TextHeader, sizes: tuple[int, ...]) -> tuple[list[int], np.ndarray]:
     """The three axes of space, and the affine."""
-    space = header.text("space", "|".join(_SPACES), "RAS, LAS or LPS, in letters or words,").lower()
+    space = header.text("space", "|".join(_SPACES), "RAS, LAS or LPS as letters or words").lower()
     pattern = rf"(?:(?:none|{_VECTOR})\s*){{{len(sizes)}}}"
     text = header.text("space directions", pattern, f"{len(sizes)} vectors of 3 numbers").lower()
     vectors = re.findall(rf"none|{_VECTOR}", text)
