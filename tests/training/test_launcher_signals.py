@@ -65,6 +65,9 @@ def test_a_training_whose_processes_are_killed_continues(tmp_path, arguments, un
 @pytest.mark.soak
 def test_a_signal_anywhere_saves_and_ends_all(tmp_path, arguments, unbroken):
     """A signal to `deepspeed` ends only that command: the training processes must detect this."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background ignores it, and so do its children
     places = [(name, target) for name, targets in UNIX.items() for target in targets]
     for trial in trials("R5"):
         with trial, ExitStack() as ends:
