@@ -107,3 +107,13 @@ def test_processes_beside_the_first_let_it_speak_and_then_tell_what_it_may_not_k
     assert code == 1 and "internal: RuntimeError" in said and "only here" not in said
     killed = second + "time.sleep = lambda seconds: os._exit(9)\n"  # by the launcher, because the first has failed too
     assert ends(killed + "def work(): raise errors.DataError('why')") == (9, "", "")
+
+
+def test_a_command_may_write_to_the_working_folder(tmp_path, monkeypatch, capsys):
+    """Then the next command's folder is next to it."""
+    from ccella_fast import cli
+
+    (tmp_path / "studies").mkdir()
+    monkeypatch.chdir(tmp_path / "studies")
+    assert cli.main(["phantom", "--out", ".", "--num_studies", "1"]) == 0
+    assert f"--out {tmp_path / 'prepared'} " in capsys.readouterr().err
