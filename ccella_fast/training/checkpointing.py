@@ -10,6 +10,7 @@ waiting; the partial folder is removed, and earlier checkpoints stay.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -85,7 +86,7 @@ class CheckpointWriter:
         config: the configuration.
         facts: entries of training_state.json that stay the same.
         vae: folder of the autoencoder to copy into each checkpoint.
-        status: its `step` is set to that of each checkpoint that is published.
+        status: records the step of each checkpoint that is published.
         collectives: used to share failures and decisions.
     """
 
@@ -189,7 +190,7 @@ class CheckpointWriter:
         except (OSError, DiskError) as error:
             failure = error
         self._raise_if_any_rank_failed(failure, pending.folder)
-        self._status.step = pending.step
+        self._status.saved(pending.step)
 
     def _all_have_written(self, pending: _Pending, *, wait_for: float) -> bool:
         """Whether all processes have written, or failed to, after at most `wait_for` seconds."""
@@ -309,7 +310,10 @@ class CheckpointWriter:
 
     def _raise_if_any_rank_failed(self, failure: Exception | None, folder: Path) -> None:
         """Raise DiskError on all processes if one has failed, and remove the partial folder."""
-        reasons = [reason for reason in self._collectives.all_gather(str(failure) if failure else None) if reason]
+        reason = str(failure) if failure else None
+        if isinstance(failure, OSError) and failure.errno:
+            reason = os.strerror(failure.errno)  # without the path, which is that of the partial folder
+        reasons = [each for each in self._collectives.all_gather(reason) if each]
         if not reasons:
             return
         written = 0
@@ -321,7 +325,7 @@ class CheckpointWriter:
             f"this checkpoint could not be written: {reasons[0].splitlines()[0]:.120} ({written} bytes "
             f"written, {free} bytes free); earlier checkpoints are intact",
             path=folder.parent,
-            fix="free space, then run the same command with --resume",
+            fix="free space, or make the folder writable, then run the same command with --resume",
         )
 
 
