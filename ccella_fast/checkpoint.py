@@ -8,13 +8,17 @@ its final name, RUN/checkpoints/step-00000400/. A checkpoint is valid if its fil
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ccella_fast.config import Config, load_config, make_config
+from ccella_fast.data.manifest import PositiveFinite
 from ccella_fast.errors import CheckpointError, ConfigError, DataError
 from ccella_fast.folder_kinds import check_folder, wrong_folder
 from ccella_fast.folder_lock import lock_folder
@@ -25,6 +29,29 @@ FORMAT, VERSION = "ccella_fast.checkpoint", 2
 _READABLE = (1, 2)  # version 1 has the optimizer's state as DeepSpeed's shards instead of whole tensors
 _KEYS = {"format", "version", "step", "world_size", "versions", "files"}  # of a manifest
 _FIX = "use another checkpoint, or train again"
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Number = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+
+
+class _Quarantine(BaseModel):
+    """See `training.quarantine`: tables by the number of a study."""
+
+    model_config = ConfigDict(strict=True)
+    strikes: dict[_Number, _Count] = {}
+    left_out: dict[_Number, _Count] = {}
+
+
+class _State(BaseModel):
+    """What is read from training_state.json. Checkpoints of earlier versions and exported models have only some entries."""
+
+    model_config = ConfigDict(strict=True)
+    step: _Count
+    scale_factor: list[PositiveFinite]
+    intensity_scale: dict[str, PositiveFinite]
+    adam_steps: _Count = 0
+    ema_updates: _Count = 0
+    bad_in_a_row: _Count = 0
+    quarantine: _Quarantine = _Quarantine()
 
 
 @dataclass(frozen=True)
@@ -122,9 +149,19 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def step_folders(run: Path) -> list[Path]:
-    """The published checkpoints of a run, newest first, without verification."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted((folder for folder in found if folder.is_dir()), reverse=True)
+    """The published checkpoints of a run, newest first, without verification.
+
+    Raises:
+        CheckpointError: the folder that contains them cannot be read.
+    """
+    folder = run / "checkpoints"
+    if not os.path.lexists(folder):
+        return []
+    try:  # not `glob`, for which a folder that cannot be read is empty: a resumed run would begin again
+        found = [path for path in folder.iterdir() if path.name.startswith("step-") and path.is_dir()]
+    except OSError as error:
+        raise _unreadable(error, folder) from None
+    return sorted(found, reverse=True)
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -139,6 +176,8 @@ def newest_checkpoint(run: Path) -> Path | None:
             verify_checkpoint(folder)
             return folder
         except CheckpointError as error:
+            if not folder.exists():  # a training that goes on has written newer ones and removed it meanwhile
+                return newest_checkpoint(run)
             logger.warning("%s is skipped: %s", error.path or folder, error.why)
     if folders:
         raise CheckpointError("every checkpoint of this run is damaged", path=run / "checkpoints", fix=_FIX)
@@ -176,6 +215,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
                 raise CheckpointError("this file is missing", path=file, fix=_FIX)
             if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
                 raise CheckpointError("this file is damaged (its SHA-256 differs)", path=file, fix=_FIX)
+    except OSError as error:
+        raise _unreadable(error, file) from None
     except DataError as bad:
         raise CheckpointError(
             f"this manifest lists a file outside the checkpoint: {bad.why}", path=path, fix=_FIX
@@ -185,9 +226,26 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _unreadable(error: OSError, path: Path) -> CheckpointError:
+    why = f"this path cannot be read: {os.strerror(error.errno or 0)}"
+    return CheckpointError(why, path=path, fix="check its permissions and the disk")
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read training_state.json: the facts of the run, which a resumed run must share, and its progress."""
-    return read_json(folder / "training_state.json", error=CheckpointError)
+    """Read training_state.json: the facts of the run, which a resumed run must share, and its progress.
+
+    Raises:
+        CheckpointError: it cannot be read, or the value of a known entry is not one that training writes.
+    """
+    path = folder / "training_state.json"
+    state = read_json(path, error=CheckpointError)
+    try:
+        _State.model_validate(state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or None
+        raise CheckpointError(f"this state is not valid: {first['msg']}", path=path, field=field, fix=_FIX) from None
+    return state
 
 
 def publish_checkpoint(partial: Path, final: Path, *, keep: int) -> list[Path]:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import ccella_fast
@@ -148,6 +149,11 @@ def log_next(wrote: object, command: Sequence[object]) -> None:
     logger = logging.getLogger("ccella_fast")
     logger.info("wrote %s", wrote)
     logger.info("next: %s", shlex.join(map(str, command)))
+
+
+def beside(folder: Path, name: str) -> Path:
+    """The path `name` next to `folder`, which may be the working folder, `.`."""
+    return (folder if folder.name else folder.absolute()).with_name(name)
 
 
 def run_command(work: Callable[[], int], *, debug: bool, if_out_of_memory: str = LESS_MEMORY) -> int:

@@ -22,6 +22,7 @@ _NAMES = {
     "run": "a run folder of train.py",
     "step": "a checkpoint",
     "unsaved run": "a run folder of train.py without a checkpoint yet",
+    "steps": "the folder of a run's checkpoints",
     "samples": "a folder of generated samples",
     "evaluation": "the folder of an evaluation",
     "results": "a folder of results",
@@ -83,6 +84,7 @@ def folder_kind(folder: str | Path) -> str | None:
     recognized = {
         "evaluation": "ccella_fast.evaluation" in written_by_evaluate,
         "run": any(folder.glob("checkpoints/step-*")),
+        "steps": any(folder.glob("step-*/manifest.json")),
         "unsaved run": "run_status.json" in names or "checkpoints" in names,
         "unprepared": "cases" in names and (folder / "cases").is_dir(),
         "unfinished autoencoder": "identity" in _read(folder / "training.json"),

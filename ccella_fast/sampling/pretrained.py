@@ -65,7 +65,7 @@ class Provenance(NamedTuple):
         if loaded.path.is_file():
             weights_hash = sha256(loaded.path)
         else:  # load_checkpoint has verified the file against its manifest
-            weights_hash = read_json(loaded.path / "manifest.json")["files"][name]["sha256"]
+            weights_hash = read_json(loaded.path / "manifest.json", error=CheckpointError)["files"][name]["sha256"]
         metadata = {
             "synthetic": True,
             "variant": loaded.variant,
@@ -92,8 +92,8 @@ def peek_config(path: str | Path) -> Config | None:
     None if it cannot be read: `load_checkpoint` then says why. A reference .pt has no configuration apart from its weights.
     """
     folder = Path(path)
-    steps = [] if (folder / "manifest.json").is_file() else step_folders(folder)
     try:
+        steps = [] if (folder / "manifest.json").is_file() else step_folders(folder)
         return load_config((steps[0] if steps else folder) / "config.json")
     except (CcellaError, OSError):
         return None
@@ -102,8 +102,8 @@ def peek_config(path: str | Path) -> Config | None:
 def peek_weights(path: str | Path) -> dict[str, Any]:
     """The sidecar entries about the weights that a checkpoint folder lists, without reading them; empty if it does not say."""
     folder = Path(path)
-    steps = [] if (folder / "manifest.json").is_file() else step_folders(folder)
     try:
+        steps = [] if (folder / "manifest.json").is_file() else step_folders(folder)
         listed = read_json((steps[0] if steps else folder) / "manifest.json")["files"]
         weights = "ema" if _WEIGHT_FILES["ema"] in listed else "raw"
         return {"weights": weights, "weights_sha256": listed[_WEIGHT_FILES[weights]]["sha256"]}

@@ -10,6 +10,7 @@ waiting; the partial folder is removed, and earlier checkpoints stay. A state th
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -86,7 +87,7 @@ class CheckpointWriter:
         config: the configuration.
         facts: entries of training_state.json that stay the same.
         vae: folder of the autoencoder to copy into each checkpoint.
-        status: its `step` is set to that of each checkpoint that is published.
+        status: records the step of each checkpoint that is published.
         collectives: used to share failures and decisions.
     """
 
@@ -195,7 +196,7 @@ class CheckpointWriter:
         except (OSError, DiskError) as error:
             failure = error
         self._raise_if_any_rank_failed(failure, pending.folder)
-        self._status.step = pending.step
+        self._status.saved(pending.step)
         if dist.get_rank() == 0:
             logger.info("step %d: checkpoint saved in %.1f s", pending.step, self._seconds)
 
@@ -338,7 +339,10 @@ class CheckpointWriter:
         kind = "disk" if isinstance(failure, (OSError, DiskError)) else "bug"
         if failure is not None and is_out_of_memory(failure):
             kind = "memory"
-        mine = failure and (kind, str(failure) or type(failure).__name__)
+        reason = str(failure) or type(failure).__name__
+        if isinstance(failure, OSError) and failure.errno:
+            reason = os.strerror(failure.errno)  # without the path, which is that of the partial folder
+        mine = failure and (kind, reason)
         failures = [each for each in self._collectives.all_gather(mine) if each]
         if not failures:
             return
@@ -356,7 +360,7 @@ class CheckpointWriter:
             f"this checkpoint could not be written: {reason.splitlines()[0]:.120} ({written} bytes "
             f"written, {free} bytes free); earlier checkpoints are intact",
             path=folder.parent,
-            fix="free space, then run the same command with --resume",
+            fix="free space, or make the folder writable, then run the same command with --resume",
         )
 
 

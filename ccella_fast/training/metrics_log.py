@@ -21,10 +21,14 @@ def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def discard_metrics_after(path: Path, step: int) -> None:
-    """Remove the lines of steps after `step`, which a resumed run repeats."""
+    """Remove the lines of steps after `step`, which a resumed run repeats. Raises DiskError."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _logged_up_to(line, step)]
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()  # a damaged line is removed too
+    except OSError as error:
+        raise disk_error(error, path) from error
+    kept = [line for line in lines if _logged_up_to(line, step)]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ccella_fast.errors import NonFiniteError
+from ccella_fast.errors import CheckpointError, NonFiniteError
 from ccella_fast.quantities import counted
 
 logger = logging.getLogger("ccella_fast")
@@ -35,6 +35,10 @@ class Quarantine:
         self._all = ids
         self._strikes = {int(study): count for study, count in state.get("strikes", {}).items()}
         self.left_out = {int(study): step for study, step in state.get("left_out", {}).items()}
+        if not len(self.left_out) < len(ids) > max([0, *self.left_out, *self._strikes]):
+            raise CheckpointError(
+                "the quarantine of this checkpoint is not one of these studies", fix="use another checkpoint"
+            )
         self.ids = [ids[study] for study in self.left_out]
 
     def state(self) -> dict[str, Any]:

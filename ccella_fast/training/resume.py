@@ -72,12 +72,13 @@ def find_start(run: Path, resume: str | None) -> Path | None:
     if folder.resolve().parent.parent != run.resolve():
         why = f"a run is resumed in its own folder, but --output_dir is {run}"
         raise ConfigError(why, path=folder, field="--resume", fix=f"use --output_dir {folder.parent.parent}")
-    newer = [other.name for other in step_folders(run) if other.name > folder.name]
+    name = folder.resolve().name  # `folder` may be a link
+    newer = [other.name for other in step_folders(run) if other.name > name]
     if newer:
         why = (
             "%s is older than %s, from which --resume without a folder continues; remove newer ones that are not wanted"
         )
-        logger.warning(why, folder.name, newer[0])
+        logger.warning(why, name, newer[0])
     return folder
 
 

@@ -50,6 +50,13 @@ class RunStatus:
         if self._writes:
             self._write("running", None, None)
 
+    def saved(self, step: int) -> None:
+        """Record that the checkpoint of a step has been published."""
+        self.step = step
+        with contextlib.suppress(DiskError):  # the checkpoint is complete; the next one reports a full disk
+            if self._writes:
+                self._write("running", None, None)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if not self.has_begun and (error is None or isinstance(error, ConfigError) or self._is_new):
             return

@@ -128,3 +128,13 @@ def test_a_message_has_a_line_of_its_own_beside_a_progress_bar(capsys, with_bar)
     assert ("train: " in written) == with_bar
     (line,) = [line for line in written.split("\n") if "a message" in line]
     assert line.rpartition("\r")[2] == "step 1: a message"  # what a terminal shows
+
+
+def test_a_command_may_write_to_the_working_folder(tmp_path, monkeypatch, capsys):
+    """Then the next command's folder is next to it."""
+    from ccella_fast import cli
+
+    (tmp_path / "studies").mkdir()
+    monkeypatch.chdir(tmp_path / "studies")
+    assert cli.main(["phantom", "--out", ".", "--num_studies", "1"]) == 0
+    assert f"--out {tmp_path / 'prepared'} " in capsys.readouterr().err

@@ -193,6 +193,46 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run, data, monkeypatch, wher
     assert train_here(run, data, checkpointing_steps=2, zero_stage=1, resume="latest") == 0
 
 
+def test_a_folder_that_cannot_be_written_is_named_with_its_reason(run, data, monkeypatch):
+    def refused(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(run / "checkpoints" / ".partial-step-00000006"))
+
+    shutil.rmtree(step(run, 6))
+    monkeypatch.setattr("ccella_fast.training.checkpointing.write_hashed", refused)
+    with pytest.raises(DiskError, match=r"could not be written: Permission denied \(") as caught:
+        train_here(run, data, checkpointing_steps=2, zero_stage=1, resume="latest")
+    assert "writable" in caught.value.fix
+
+
+def test_a_file_that_cannot_be_read_is_skipped_like_a_damaged_one(run, monkeypatch):
+    hash_of = checkpoint.sha256
+
+    def failing_disk(path):
+        if path == step(run, 6) / "ema.safetensors":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return hash_of(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", failing_disk)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        verify_checkpoint(step(run, 6))
+    assert newest_checkpoint(run) == step(run, 4)
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_a_newer_one(run, monkeypatch, caplog):
+    """A training that goes on keeps only the newest ones."""
+    hash_of = checkpoint.sha256
+
+    def meanwhile(path):
+        if step(run, 6).exists():
+            step(run, 6).rename(step(run, 8))
+            shutil.rmtree(step(run, 4))
+        return hash_of(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", meanwhile)
+    assert newest_checkpoint(run) == step(run, 8)
+    assert not caplog.text
+
+
 def small(folder, content="weights"):
     """A step folder with right hashes and no training behind it."""
     (folder / "deepspeed").mkdir(parents=True)

@@ -11,6 +11,7 @@ import pytest
 from ccella_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from ccella_fast.storage import read_json, write_json
 from ccella_fast.training import loop
+from ccella_fast.training.checkpointing import CheckpointWriter
 from training_fixtures import losses, rewrite_manifest, train_here, weights
 
 SETTINGS = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 9, "zero_stage": 1}
@@ -79,7 +80,7 @@ def test_newer_checkpoints_than_the_given_one_are_named(run, data, caplog):
     assert "step-00000002 is older than step-00000003" in caplog.text
     caplog.clear()
     train_here(run, data, resume=str(newest), **SETTINGS)
-    assert "older" not in caplog.text
+    assert "is older than" not in caplog.text
 
 
 def test_a_folder_of_another_run_raises(run, trained, data):
@@ -115,6 +116,86 @@ def test_a_state_of_another_run_raises_and_names_the_field(run, data, field):
         train_here(run, data, resume=folder, **SETTINGS)
     assert (caught.value.field, caught.value.path) == (field, folder)
     assert (run / "run_status.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", "two"),
+        ("step", -1),
+        ("adam_steps", None),
+        ("adam_steps", 1.5),
+        ("ema_updates", "2"),
+        ("bad_in_a_row", [0]),
+        ("intensity_scale", {"t2w": 0}),
+        ("quarantine", [1]),
+        ("quarantine.left_out", {"case1": 1}),
+        ("quarantine.strikes", {"1": -1}),
+    ],
+)
+def test_a_value_that_training_does_not_write_is_refused_by_name(run, data, field, value):
+    section, _, key = field.partition(".")
+    folder = changed(run, **{section: {key: value} if key else value})
+    with pytest.raises(CheckpointError, match="this state is not valid") as caught:
+        train_here(run, data, resume=folder, **SETTINGS)
+    assert caught.value.field.startswith(field) and caught.value.path == f"{folder}/training_state.json"
+
+
+@pytest.mark.parametrize("studies", [["99"], ["0", "1", "2", "3", "4"]], ids=["unknown", "all"])
+def test_a_quarantine_of_other_studies_is_refused(run, data, studies):
+    """With all studies left out there would be none to take their place."""
+    tables = {"strikes": dict.fromkeys(studies, 3), "left_out": dict.fromkeys(studies, 1)}
+    with pytest.raises(CheckpointError, match="not one of these studies"):
+        train_here(run, data, resume=changed(run, quarantine=tables), **SETTINGS)
+
+
+def test_a_link_to_a_step_folder_is_that_folder(run, data, caplog):
+    (run / "last").symlink_to(run / "checkpoints" / "step-00000003")
+    assert train_here(run, data, resume=str(run / "last"), **SETTINGS) == 0
+    assert "is older than" not in caplog.text
+
+
+@pytest.mark.parametrize("instead", ["a file", "a link to nothing"])
+def test_checkpoints_that_cannot_be_listed_are_not_a_new_run(run, data, instead):
+    shutil.rmtree(run / "checkpoints")
+    if instead == "a file":
+        (run / "checkpoints").touch()
+    else:
+        (run / "checkpoints").symlink_to(run / "unmounted")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        train_here(run, data, resume="latest", **SETTINGS)
+    assert caught.value.path == str(run / "checkpoints")
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_folder_of_the_checkpoints_is_not_a_run(run, data):
+    with pytest.raises(ConfigError, match="the folder of a run's checkpoints"):
+        train_here(run / "checkpoints", data, resume="latest", **SETTINGS)
+
+
+def test_a_damaged_line_of_the_metrics_does_not_end_a_run(run, data, trained):
+    """Such as a crashed machine leaves: bytes that are not text."""
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(lines[0] + b"\xff\x00\n" + lines[1])
+    assert train_here(run, data, resume=str(run / "checkpoints" / "step-00000002"), **SETTINGS) == 0
+    assert losses(run) == losses(trained)
+
+
+def test_the_status_of_a_running_training_has_the_newest_checkpoint(data, tmp_path, monkeypatch):
+    """It may be killed at any moment, and then writes nothing."""
+    publish, seen = CheckpointWriter._publish, []
+
+    def noted(writer):
+        publish(writer)
+        status = read_json(tmp_path / "run" / "run_status.json")
+        seen.append((status["state"], status["step"], len(list((tmp_path / "run" / "checkpoints").glob("step-*")))))
+
+    monkeypatch.setattr(CheckpointWriter, "_publish", noted)
+    assert train_here(tmp_path / "run", data, **SETTINGS) == 0
+    assert (
+        {("running", step, step) for step in (1, 2, 3)} <= set(seen) <= {("running", step, step) for step in range(4)}
+    )
 
 
 def test_the_step_of_the_state_is_restored(run, data, trained):
