@@ -15,7 +15,7 @@ from training_fixtures import losses, run, write_config
 
 SETTINGS = {"max_train_steps": 80, "batch_size": 1, "checkpointing_steps": 20, "zero_stage": 2}
 STEPS = 50  # until the last instant; those that are left take longer than a signal
-UNIX = {"deepspeed": ("0", "1", "child", "command"), "torchrun": ("0", "1", "command")}
+TARGETS = {"deepspeed": ("0", "1", "child", "command"), "torchrun": ("0", "1", "command")}
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,9 @@ def test_a_training_whose_processes_are_killed_continues(tmp_path, arguments, un
 @pytest.mark.soak
 def test_a_signal_anywhere_saves_and_ends_all(tmp_path, arguments, unbroken):
     """A signal to `deepspeed` ends only that command: the training processes must detect this."""
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a job in the background ignores it, and so do its children
-    places = [(name, target) for name, targets in UNIX.items() for target in targets]
+    # A job in the background ignores it, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    places = [(name, target) for name, targets in TARGETS.items() for target in targets]
     for trial in trials("R5"):
         with trial, ExitStack() as ends:
             name, target = places[trial.number % len(places)]
