@@ -55,7 +55,7 @@ def sample(
         schedule: None for the default scaled-linear schedule; or betas, alphas_cumprod, or an object with an attribute
             alphas_cumprod.
         callback: called as `callback(i, t, x, x0)` after evaluation i, with the timestep t as a number, the new sample x,
-            which it may change in place, and the estimated clean sample x0. It returns None.
+            which it may change in place, and the estimated clean sample x0. A tensor that it returns is an error.
         timestep_spacing: "leading", "trailing", "linspace" or "karras"; None for the solver's default.
         progress: show a progress bar on stderr.
         unknown: raises ConfigError with the right name.

@@ -74,7 +74,7 @@ def run_trajectory(
         advance(i)
         if callback is not None:
             returned = callback(i, trajectory.timestep(i), trajectory.x, trajectory.x0)
-            if returned is not None:
+            if isinstance(returned, (Tensor, dict)):  # as the callbacks of diffusers do
                 why = f"the callback returned a {type(returned).__name__}, which would have no effect"
                 raise ConfigError(why, field="callback", fix="change x in place, with x.copy_(...), and return None")
     return trajectory.result()
