@@ -216,7 +216,8 @@ def checkpoint(bench: Workbench) -> PreparedCase:
     engine.optimizer.step()
     run = Path(folder.name) / "run"
     status = RunStatus(run, writes=False)
-    writer = checkpointing.CheckpointWriter(run, engine, None, config, {}, None, status, HostCollectives())
+    facts: dict[str, Any] = {"scale_factor": [1.0], "intensity_scale": {}}
+    writer = checkpointing.CheckpointWriter(run, engine, None, config, facts, None, status, HostCollectives())
 
     def baseline(stopwatch: Stopwatch) -> None:
         path = Path(folder.name) / "reference.pt"
