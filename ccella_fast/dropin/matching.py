@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ccella_fast.dropin import fusion, replacements
+from ccella_fast.dropin.comparison import Example, Values, compute, describe_difference, in_float64
 from ccella_fast.errors import ConfigError, did_you_mean
 
 KINDS = {
@@ -62,11 +63,15 @@ class SpeedUpReport:
         swapped: for each kind of replacement (`KINDS`), the names of the modules that were replaced.
         refused: for each recognized module that was not replaced, the reason.
         unknown: the number of modules by class that hold layers of their own and were not recognized.
+        plain: with an example: the names of replaced modules that computed as the original, which is as fast or faster there.
+        check: with an example: how far apart the outputs are, as a sentence.
     """
 
     swapped: dict[str, list[str]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
+    plain: list[str] = field(default_factory=list)
+    check: str = ""
     _originals: list[tuple[nn.Module, type, type]] = field(default_factory=list, repr=False)
     _is_repeated: bool = field(default=False, repr=False)
 
@@ -85,19 +90,24 @@ class SpeedUpReport:
 
     def __str__(self) -> str:
         lines = [f"{len(names):>5}  {kind:<16} {KINDS[kind]}" for kind, names in self.swapped.items()]
-        if not lines:
+        if not lines and not self.check:
             known = "more modules than were replaced before" if self._is_repeated else "known modules"
             lines = [f"this model contains no {known}; nothing was replaced"]
         elif not self.swapped.keys() - {"group_norm", "metatensor"}:
             lines.insert(0, "no block of this model is known; only single norms were replaced")
+        lines = [*filter(None, [self.check]), *lines]
         lines += [f"    -  {name} is not replaced: {why}" for name, why in self.refused.items()]
+        if self.plain:
+            lines.append(f"{len(self.plain):>5}  of these compute as before with the example, which is as fast or faster there")
         if self.unknown:
             lines.append("not recognized, by class:")
             lines += [f"{count:>5}  {name}" for name, count in self.unknown.items()]
         return "\n".join(lines)
 
 
-def speed_up(model: nn.Module, *, without: Collection[str] = ()) -> SpeedUpReport:
+def speed_up(
+    model: nn.Module, *, without: Collection[str] = (), example: Example | None = None, gradients: bool = False
+) -> SpeedUpReport:
     """Replace known modules of `model` by fused kernels, in place.
 
     Known are MONAI's DiffusionModelUNet, DiffusionModelUNetMaisi, AutoencoderKL and AutoencoderKlMaisi, any model that contains
@@ -113,12 +123,15 @@ def speed_up(model: nn.Module, *, without: Collection[str] = ()) -> SpeedUpRepor
     Args:
         model: changed in place.
         without: kinds of replacements (`KINDS`) to leave out.
+        example: arguments of the model by position and by name, `(args, kwargs)`. The model computes them before and after; if
+            the outputs differ by more than rounding, everything is undone, and the first line of the report says so.
+        gradients: compare the gradients of the example too, and whether replacements compute as in training.
 
     Returns:
         What was replaced, what was not and why, and `undo()`.
 
     Raises:
-        ConfigError: an unknown kind, or a model that is compiled or scripted or not a module.
+        ConfigError: an unknown kind, a model that is compiled or scripted or not a module, or an example of another form.
     """
     if isinstance(without, str):
         raise ConfigError(
@@ -133,6 +146,34 @@ def speed_up(model: nn.Module, *, without: Collection[str] = ()) -> SpeedUpRepor
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
         fix = "call speed_up(model) first, then torch.compile(model)"
         raise ConfigError("this model is already compiled", field="model", fix=fix)
+    if example is not None and not (
+        isinstance(example, tuple) and len(example) == 2 and isinstance(example[1], Mapping)
+    ):
+        why = "example must be a pair: the arguments by position and a dictionary of those by name"
+        raise ConfigError(why, field="example", fix="write example=((x, timesteps), {})")
+    if example is None:
+        return _replace(model, without)
+    names = {module: name or type(model).__name__ for name, module in model.named_modules()}
+    before = compute(model, example, gradients=gradients)
+    report = _replace(model, without)
+    with replacements.watched() as calls:
+        after = compute(model, example, gradients=gradients)
+    report.plain = [names[module] for module, computes in calls.items() if not computes]
+
+    def truth() -> Values:
+        with replacements.originals():
+            return in_float64(model, example, gradients=gradients)
+
+    is_right, phrase = describe_difference(before, after, truth)
+    report.check = f"with the example, {phrase} from those of the original"
+    if not is_right:
+        report.undo()
+        report.check = f"nothing was replaced: with the example, {phrase} from those of the original"
+        report.swapped, report.plain = {}, []
+    return report
+
+
+def _replace(model: nn.Module, without: Collection[str]) -> SpeedUpReport:
     report = SpeedUpReport()
     computed: set[int] = set()  # by a replacement of their container
     modules = dict(model.named_modules())

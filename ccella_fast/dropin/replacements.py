@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,10 +69,39 @@ def _forward_of(mixin: type[ReplacementMixin], original: type[nn.Module]) -> Any
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        computes = not self._is_undone and _has_derivatives() and self.suits(*args, **kwargs)
+        computes = _replaces and not self._is_undone and _has_derivatives() and self.suits(*args, **kwargs)
+        if _watched is not None:
+            _watched[self] = computes or _watched.get(self, False)
         return (fused if computes else plain)(self, *args, **kwargs)
 
     return forward
+
+
+_replaces = True
+_watched: dict[nn.Module, bool] | None = None
+
+
+@contextmanager
+def originals() -> Iterator[None]:
+    """Let all originals compute in the block."""
+    global _replaces
+    _replaces = False
+    try:
+        yield
+    finally:
+        _replaces = True
+
+
+@contextmanager
+def watched() -> Iterator[dict[nn.Module, bool]]:
+    """Record in the block which replaced modules are called, and whether the replacement has computed at least once."""
+    global _watched
+    found: dict[nn.Module, bool] = {}
+    _watched = found
+    try:
+        yield found
+    finally:
+        _watched = None
 
 
 def _has_derivatives() -> bool:

@@ -350,6 +350,63 @@ def test_on_a_cpu_a_norm_is_fused_only_where_that_pays(change, pays, fused):
     assert fused == ["norm"] * pays
 
 
+# A check with an example
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_example_is_compared_before_and_after(dtype):
+    net, x, t = unet()
+    net.to(dtype)
+    x = x.to(dtype)
+    state = torch.random.get_rng_state()
+    report = speed_up(net, example=((x, t), {}), gradients=dtype == torch.float32)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    first = str(report).splitlines()[0]
+    assert first.startswith("with the example, outputs differ by") and first.endswith("from those of the original")
+    assert ("gradients" in first) == (dtype == torch.float32) and ("in comparison with float64" in first) == (
+        dtype != torch.float32
+    )
+    assert report.swapped and not report.plain
+    named = speed_up(unet()[0], example=((), {"x": unet()[1], "timesteps": t}))
+    assert named.check.startswith("with the example, outputs differ by")
+
+
+@pytest.mark.parametrize(
+    ("operation", "wrong", "gradients"),
+    [
+        ("norm", lambda norm: lambda layer, x, silu, **others: norm(layer, x, silu=False, **others), False),
+        ("multi_head_attention", lambda attend: lambda q, k, v, heads: attend(q, k, 1.001 * v, heads), False),
+        ("multi_head_attention", lambda attend: lambda q, k, v, heads: attend(q, k.detach(), v, heads), True),
+    ],
+)  # fmt: skip
+def test_a_replacement_that_computes_something_else_is_undone(operation, wrong, gradients, monkeypatch):
+    net, x, t = unet()
+    classes, expected = [type(module) for module in net.modules()], net(x, t)
+    monkeypatch.setattr(fusion, operation, wrong(getattr(fusion, operation)))
+    report = speed_up(net, example=((x, t), {}), gradients=gradients)
+    assert str(report).startswith("nothing was replaced: with the example,") and not report.swapped
+    assert [type(module) for module in net.modules()] == classes and torch.equal(net(x, t), expected)
+
+
+def test_random_numbers_and_buffers_of_an_example():
+    """Dropout draws the same numbers before and after, and running statistics stay."""
+    net = nn.Sequential(norm_silu_conv(), nn.Dropout(0.5), nn.BatchNorm3d(16)).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    report = speed_up(net, example=((draw(2, 16, 4, 4, 4),), {}), gradients=True)
+    assert report.swapped and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.usefixtures("as_on_a_cpu")
+def test_the_report_names_what_computes_as_before_with_an_example():
+    report = speed_up(norm_silu_conv(), example=((draw(1, 16, 4, 4, 4),), {}))
+    assert report.plain == ["Sequential"] and "    1  of these compute as before with the example" in str(report)
+
+
+def test_an_example_of_another_form_is_refused():
+    with pytest.raises(ConfigError, match="a pair"):
+        speed_up(norm_silu_conv(), example=draw(1, 16, 4, 4, 4))
+
+
 # The report
 
 

@@ -1,0 +1,135 @@
+"""A model's outputs and gradients for an example, before and after its modules were replaced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Example = tuple[Sequence[Any], Mapping[str, Any]]  # the arguments of the model by position and by name
+_ALLOWED = {"outputs": 1e-5, "gradients": 1e-4}  # in fp32; see `_differences` for the units
+_SMALLEST = 1e-3  # of the largest gradient, below which a gradient is not compared with its own size
+
+
+class Values(NamedTuple):
+    """What a model computes for an example.
+
+    Attributes:
+        outputs: all tensors that it returns.
+        gradients: of a random weighting of the outputs with respect to each parameter; empty if they are not wanted.
+    """
+
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+
+
+def compute(model: nn.Module, example: Example, *, gradients: bool) -> Values:
+    """The values of an example. Random numbers are the same in each call, and buffers are left as they were."""
+    args, kwargs = example
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.set_grad_enabled(gradients):
+            torch.manual_seed(0)
+            outputs = [each for each in _tensors(model(*args, **kwargs)) if each.is_floating_point()]
+            found = _gradients(model, outputs) if gradients else []
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return Values([each.detach().clone() for each in outputs], found)
+
+
+def _gradients(model: nn.Module, outputs: list[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(each.shape, generator=generator).to(each) for each in outputs]
+    total = torch.stack([(each * weight).sum() for each, weight in zip(outputs, weights, strict=True)]).sum()
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    found = torch.autograd.grad(total, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if each is None else each for p, each in zip(parameters, found, strict=True)]
+
+
+def describe_difference(before: Values, after: Values, make_truth: Callable[[], Values]) -> tuple[bool, str]:
+    """Whether `after` is as right as `before`, and by how much they differ, in words.
+
+    In fp32 outputs may differ by 1e-5 of their standard deviation, gradients by 1e-4 of their largest value. Beyond that, and
+    in other dtypes, the error of `after`, as a root mean square over all values, may be twice that of `before`.
+
+    make_truth: computes the values in float64.
+    """
+    differences = _differences(before, after)
+    units = {"outputs": "of their standard deviation", "gradients": "of their largest value"}
+    phrase = " and ".join(f"{name} differ by {value:.1e} {units[name]}" for name, value in differences.items())
+    is_fp32 = all(each.dtype == torch.float32 for each in before.outputs)
+    if is_fp32 and all(value <= _ALLOWED[name] for name, value in differences.items()):
+        return True, phrase
+    truth = make_truth()
+    errors = [_errors(truth, each) for each in (before, after)]
+    is_right = all(errors[1][name] <= 2 * errors[0][name] for name in differences)
+    ratios = ", ".join(f"{errors[1][name] / max(errors[0][name], 1e-300):.2g}" for name in differences)
+    return is_right, f"{phrase} (and have {ratios} times their errors in comparison with float64)"
+
+
+def in_float64(model: nn.Module, example: Example, *, gradients: bool) -> Values:
+    """The values of an example computed by a copy of the model in float64."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.double() if value.is_floating_point() else value
+        if isinstance(value, Mapping):
+            return {key: wide(each) for key, each in value.items()}
+        return type(value)(map(wide, value)) if type(value) in (list, tuple) else value
+
+    args, kwargs = example
+    return compute(copy.deepcopy(model).double(), (wide(tuple(args)), wide(dict(kwargs))), gradients=gradients)
+
+
+def _differences(before: Values, after: Values) -> dict[str, float]:
+    """The largest differences, in the units that `describe_difference` states.
+
+    A gradient below a thousandth of the largest one of the model is compared with that thousandth.
+    """
+    deviations = [max(float(each.double().std(correction=0)), 1e-300) for each in before.outputs]
+    apart = [_largest(a - b) for a, b in _pairs(after.outputs, before.outputs)]
+    outputs = [value / deviation for value, deviation in zip(apart, deviations, strict=True)]
+    found = {"outputs": max(outputs)}
+    if before.gradients:
+        sizes = [_largest(each) for each in before.gradients]
+        smallest = max(_SMALLEST * max(sizes), 1e-300)
+        apart = [_largest(a - b) for a, b in _pairs(after.gradients, before.gradients)]
+        found["gradients"] = max(value / max(size, smallest) for value, size in zip(apart, sizes, strict=True))
+    return found
+
+
+def _errors(truth: Values, found: Values) -> dict[str, float]:
+    def distance(true: list[Tensor], values: list[Tensor]) -> float:
+        squares = [(a.double() - b).square().sum() for a, b in _pairs(values, true)]
+        return float(torch.stack(squares).sum().sqrt())
+
+    return {
+        "outputs": distance(truth.outputs, found.outputs),
+        "gradients": distance(truth.gradients, found.gradients) if truth.gradients else 0.0,
+    }
+
+
+def _largest(tensor: Tensor) -> float:
+    value = float(tensor.abs().max()) if tensor.numel() else 0.0
+    return value if value == value else float("inf")
+
+
+def _pairs(first: list[Tensor], second: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(first, second, strict=True)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
