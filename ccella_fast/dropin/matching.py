@@ -98,7 +98,9 @@ class SpeedUpReport:
         lines = [*filter(None, [self.check]), *lines]
         lines += [f"    -  {name} is not replaced: {why}" for name, why in self.refused.items()]
         if self.plain:
-            lines.append(f"{len(self.plain):>5}  of these compute as before with the example, which is as fast or faster there")
+            lines.append(
+                f"{len(self.plain):>5}  of these compute as before with the example, which is as fast or faster there"
+            )
         if self.unknown:
             lines.append("not recognized, by class:")
             lines += [f"{count:>5}  {name}" for name, count in self.unknown.items()]
