@@ -63,7 +63,7 @@ def test_dry_run_reports_sizes_and_writes_nothing(tmp_path, data):
     [
         (["--set", "training.lrr=1"], 2, "did you mean 'lr'?"),
         (["--deepspeed", "absent.json"], 2, "does not exist"),
-        (["--resume", "absent"], 4, "this path does not exist; a checkpoint or run folder is needed"),
+        (["--resume", "absent"], 4, "give a step folder of "),
         (["--max_train_stepss", "3"], 2, "did you mean --max_train_steps?"),
         (["--data", "absent"], 3, "not prepared"),
     ],
