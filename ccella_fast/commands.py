@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ccella_fast.entrypoint import beside, is_local_rank_zero, log_next
+from ccella_fast.entrypoint import is_local_rank_zero, log_next, sibling
 
 if TYPE_CHECKING:
     from ccella_fast.config import Config
@@ -24,7 +24,7 @@ def run_phantom(arguments: argparse.Namespace) -> None:
     from ccella_fast.data.phantom.phantom import write_phantoms
 
     write_phantoms(arguments.out, num_studies=arguments.num_studies, seed=arguments.seed)
-    prepared = beside(arguments.out, "prepared")
+    prepared = sibling(arguments.out, "prepared")
     command = ["prepare", "--data", arguments.out, "--out", prepared, "--config", "configs/demo.json"]
     log_next(arguments.out, ["ccella-fast", *command])
 
@@ -40,7 +40,7 @@ def run_import(arguments: argparse.Namespace) -> None:
     options = _options(arguments, without=[])
     wrote = import_studies(options.pop("data"), options.pop("out"), **options)
     if arguments.write:
-        prepared = beside(arguments.out, "prepared")
+        prepared = sibling(arguments.out, "prepared")
         command = ["prepare", "--data", arguments.out, "--out", prepared, "--config", "configs/ccella.json"]
         log_next(wrote, ["ccella-fast", *command])
     else:
@@ -63,9 +63,9 @@ def run_prepare(arguments: argparse.Namespace) -> None:
     _check_backends()
     prepare(data, out, config, **options)
     if load_manifest(out).scale_factor is None:
-        command = ["ccella-fast", "train-vae", "--data", out, "--out", beside(out, "vae")]
+        command = ["ccella-fast", "train-vae", "--data", out, "--out", sibling(out, "vae")]
     else:
-        command = ["deepspeed", "ccella_fast/train.py", "--data", out, "--output_dir", beside(out, "model")]
+        command = ["deepspeed", "ccella_fast/train.py", "--data", out, "--output_dir", sibling(out, "model")]
     log_next(out, [*command, *_config_options(arguments)])
 
 

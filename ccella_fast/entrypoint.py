@@ -125,7 +125,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Writes to stderr, on lines of their own if there is a progress bar."""
+    """Writes to stderr, on separate lines while a progress bar is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if (tqdm := sys.modules.get("tqdm")) is None:  # not imported here, so that commands without a bar start at once
@@ -151,8 +151,8 @@ def log_next(wrote: object, command: Sequence[object]) -> None:
     logger.info("next: %s", shlex.join(map(str, command)))
 
 
-def beside(folder: Path, name: str) -> Path:
-    """The path `name` next to `folder`, which may be the working folder, `.`."""
+def sibling(folder: Path, name: str) -> Path:
+    """The path `name` in the parent of `folder`, which may be the working folder, `.`."""
     return (folder if folder.name else folder.absolute()).with_name(name)
 
 

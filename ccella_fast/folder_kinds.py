@@ -148,9 +148,9 @@ def wrong_folder(
     inside = [] if kind == "samples" else _entries(path)  # a sample's DICOM files look like a study
     around = [*inside, path.parent] if kind == "results" else [path.parent, *inside]
     around = [other for other in around if path.is_dir() and folder_kind(other) in accepted]
-    beside = [other for other in _entries(path.parent) if other != path and folder_kind(other) in accepted]
-    similar = nearest(path.name, [other.name for other in beside])
-    offered = around[:1] or ([path.with_name(similar)] if similar else beside)
+    siblings = [other for other in _entries(path.parent) if other != path and folder_kind(other) in accepted]
+    similar = nearest(path.name, [other.name for other in siblings])
+    offered = around[:1] or ([path.with_name(similar)] if similar else siblings)
     if kind == "unsaved run":
         fix = "wait for its first checkpoint (training.checkpointing_steps), or give another run"
     elif len(offered) == 1 and wanted != "export":  # nothing tells an export from other studies

@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     if dist.is_initialized():  # it is not if the run was already complete
         dist.destroy_process_group()
     if code == 0:
-        command = ["sample", "--checkpoint", output, "--out", entrypoint.beside(Path(output), "samples")]
+        command = ["sample", "--checkpoint", output, "--out", entrypoint.sibling(Path(output), "samples")]
         entrypoint.log_next(output, ["ccella-fast", *command])
     return code
 

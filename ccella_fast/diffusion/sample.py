@@ -89,7 +89,7 @@ def sample(
     else:
         for field, value in (("schedule", schedule), ("timestep_spacing", timestep_spacing)):
             if value is not None:
-                why = f"{field} is that of the scheduler object {type(solver).__name__}, and cannot be given beside it"
+                why = f"{field} cannot be combined with the scheduler object {type(solver).__name__}, which has its own"
                 raise ConfigError(why, field=field, fix="set it in the scheduler, or use a solver by name")
         trajectory = SchedulerTrajectory(
             solver, x_T, seeds, num_inference_steps=num_inference_steps, prediction=prediction

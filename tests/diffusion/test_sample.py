@@ -18,6 +18,7 @@ from ccella_fast.diffusion.trajectory import Trajectory, run_trajectory
 from ccella_fast.errors import ConfigError, NonFiniteError
 
 STOCHASTIC = ("ddpm", "dpmpp_2m_sde")
+OWN = "cannot be combined with the scheduler object DDIMScheduler, which has its own"
 SHAPE = (2, 4, 3, 2)
 
 
@@ -147,8 +148,8 @@ def test_the_schedule_may_be_an_array_or_an_object_with_one():
         ({"solver": "DPM++ 2M SDE"}, "did you mean 'dpmpp_2m_sde'"),
         ({"solver": DDIMScheduler}, "DDIMScheduler is a class"),
         ({"solver": DDIMScheduler(), "num_inference_steps": 0}, "positive integer, got 0"),
-        ({"solver": DDIMScheduler(), "timestep_spacing": "trailing"}, "timestep_spacing is that of the scheduler object"),
-        ({"solver": DDIMScheduler(), "schedule": [0.1, 0.2]}, "schedule is that of the scheduler object"),
+        ({"solver": DDIMScheduler(), "timestep_spacing": "trailing"}, "timestep_spacing " + OWN),
+        ({"solver": DDIMScheduler(), "schedule": [0.1, 0.2]}, "schedule " + OWN),
         ({"solver": FlowMatchEulerDiscreteScheduler(), "prediction": "epsilon"}, "is velocity, not epsilon"),
         ({"solver": DDIMScheduler(prediction_type="v_prediction"), "prediction": "epsilon"}, "is v_prediction, not epsilon"),
         ({"seeds": 3}, "a list of integers, one per sample, got int"),

@@ -31,7 +31,7 @@ def get_solver(solver: str | Solver, *, flow: bool | None = None) -> Solver:
     """
     fitting = [name for name, each in SOLVERS.items() if flow in (None, each.flow)]
     if isinstance(solver, str) and solver not in SOLVERS:
-        raise ConfigError(f"there is no solver '{solver:.40}'", field="solver", fix=_similar(solver, fitting))
+        raise ConfigError(f"there is no solver '{solver:.40}'", field="solver", fix=_suggestion(solver, fitting))
     found = SOLVERS[solver]() if isinstance(solver, str) else solver
     if flow not in (None, found.flow):
         solves, trained = ("a rectified flow", "a noise schedule")[:: 1 if found.flow else -1]
@@ -40,6 +40,6 @@ def get_solver(solver: str | Solver, *, flow: bool | None = None) -> Solver:
     return found
 
 
-def _similar(name: str, fitting: list[str]) -> str:
+def _suggestion(name: str, fitting: list[str]) -> str:
     """The hint for a name as diffusers, k-diffusion and user interfaces write it, such as "DPM++ 2M"."""
     return did_you_mean(name.lower().replace("++", "pp_").replace(" ", "_").replace("__", "_").strip("_"), fitting)
