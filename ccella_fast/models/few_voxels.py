@@ -24,7 +24,7 @@ FEW = 64  # voxels of the batch; the columns are 27 copies of them
 
 
 def trains_few_voxels(x: Tensor, weight: Tensor) -> bool:
-    """Whether `conv3d_few_voxels` is to compute the convolution: gradients on a CPU, in the default layout, outside autocast."""
+    """Whether `conv3d_few_voxels` computes this: with gradients on a CPU, in the default layout, without autocast."""
     on_cpu = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     return on_cpu and weight.is_contiguous() and len(x) * math.prod(x.shape[2:]) <= FEW
 
