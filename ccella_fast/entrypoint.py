@@ -104,7 +104,7 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, text: str) -> object:
         if action.type is Path and not text:  # as from an unset variable; Path("") is the working folder
             raise argparse.ArgumentError(action, "the path is empty")
-        return super()._get_value(action, text)  # type: ignore[misc]
+        return super()._get_value(action, text)
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
