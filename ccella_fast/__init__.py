@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ccella_fast.checkpoint import load_checkpoint
     from ccella_fast.config import load_config
+    from ccella_fast.diffusion.clipping import DynamicThreshold
+    from ccella_fast.diffusion.edm import Edm, edm_denoiser
+    from ccella_fast.diffusion.flow import RectifiedFlow
+    from ccella_fast.diffusion.guidance import guided
     from ccella_fast.diffusion.sample import sample
     from ccella_fast.dropin import speed_up
     from ccella_fast.models import build_model
     from ccella_fast.sampling import FastSampler
 
 __version__ = "0.1.0"
-__all__ = ["FastSampler", "build_model", "load_checkpoint", "load_config", "sample", "speed_up"]
+__all__ = [
+    "DynamicThreshold", "Edm", "FastSampler", "RectifiedFlow", "build_model", "edm_denoiser", "guided", "load_checkpoint",
+    "load_config", "sample", "speed_up",
+]  # fmt: skip
 
 # Imported on first use: `ccella-fast --help` must answer before torch is loaded.
 _HOMES = {
@@ -22,6 +29,11 @@ _HOMES = {
     "build_model": "models",
     "load_checkpoint": "checkpoint",
     "load_config": "config",
+    "DynamicThreshold": "diffusion.clipping",
+    "Edm": "diffusion.edm",
+    "RectifiedFlow": "diffusion.flow",
+    "edm_denoiser": "diffusion.edm",
+    "guided": "diffusion.guidance",
     "sample": "diffusion.sample",
     "speed_up": "dropin",
 }

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ccella_fast.diffusion.prediction import DIFFUSION
+from ccella_fast.diffusion.timesteps import (
+    SIGMA_SPACINGS,
+    NoiseLevels,
+    check_spacing,
+    check_steps,
+    given_levels,
+    spaced_sigmas,
+    with_timesteps,
+)
 from ccella_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +40,11 @@ class Schedule:
 
     betas: np.ndarray
     alphas_cumprod: np.ndarray
+
+    kind: ClassVar[str] = "a noise schedule"
+    predictions: ClassVar[tuple[str, ...]] = DIFFUSION
+    prediction: ClassVar[str | None] = "epsilon"
+    timestep_spacing: ClassVar[str | None] = None
 
     @classmethod
     def scaled_linear(
@@ -86,6 +101,78 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.betas)
+
+    @property
+    def sigma_over_signal(self) -> np.ndarray:
+        """sqrt((1 - abar) / abar), the sigma of diffusers and k-diffusion, float64 (T,)."""
+        return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
+
+    def levels(self, num_inference_steps: int, spacing: str, *, includes_last: bool = False) -> NoiseLevels:
+        """N levels, with int64 timesteps. Names and values of the spacings are those of diffusers.
+
+        linspace, leading, trailing   Lin et al. 2024, arXiv 2305.08891, table 2
+        karras, exponential, beta     sigma / signal spaced between the ends of the schedule, see `spaced_sigmas`; the network
+                  receives the nearest timestep ("karras") or the one below, the solver uses the exact level
+
+        Args:
+            num_inference_steps: N, from 1 to the number of training timesteps. With all of them, the first three spacings visit
+                each timestep once.
+            spacing: a `TimestepSpacing`.
+            includes_last: whether linspace and leading end at timestep 0, as for one-step solvers. Multi-step solvers gain
+                nothing from that evaluation, so they use the first N of N + 1 such points.
+
+        Raises:
+            ConfigError: `num_inference_steps` is out of range, or the spacing is unknown.
+        """
+        total = len(self)
+        check_steps(num_inference_steps, total)
+        check_spacing(spacing)
+        if spacing in SIGMA_SPACINGS:
+            known = self.sigma_over_signal
+            sigmas = spaced_sigmas(known[-1], known[0], num_inference_steps, spacing)
+            return self._levels_of_sigmas(sigmas, nearest=spacing == "karras")
+        points = num_inference_steps if includes_last or num_inference_steps == total else num_inference_steps + 1
+        match spacing:
+            case "linspace":
+                ascending = np.linspace(0, total - 1, points) if points > 1 else np.array([total - 1.0])
+            case "leading":
+                ascending = np.arange(points) * float(total // points)
+            case _:  # trailing
+                ascending = np.arange(total, 0, -total / num_inference_steps)[num_inference_steps - 1 :: -1].round() - 1
+        return self._levels_of_timesteps(ascending.round()[::-1][:num_inference_steps].astype(np.int64))
+
+    def levels_at(self, timesteps: Any, sigmas: Any) -> NoiseLevels:
+        """The levels at the caller's timesteps or sigmas (sigma / signal); of both, the network receives the timesteps.
+
+        Raises:
+            ConfigError: a list is not valid.
+        """
+        if sigmas is not None:
+            highest = 1.01 * self.sigma_over_signal[-1]  # published lists are rounded
+            levels = self._levels_of_sigmas(given_levels(sigmas, "sigmas", highest, 0.0, end=0.0), nearest=True)
+            return with_timesteps(levels, timesteps)
+        given = given_levels(timesteps, "timesteps", len(self) - 1.0, 0.0)
+        if (given != given.round()).any():
+            why = f"the timesteps of a noise schedule are integers, got {given[given != given.round()][0]:g}"
+            raise ConfigError(why, field="timesteps", fix="round them, or give sigmas=[...]")
+        return self._levels_of_timesteps(given.astype(np.int64))
+
+    def _levels_of_timesteps(self, timesteps: np.ndarray) -> NoiseLevels:
+        abar = np.append(self.alphas_cumprod[timesteps], 1.0)
+        return NoiseLevels(timesteps, np.sqrt(abar), np.sqrt(1 - abar))
+
+    def _levels_of_sigmas(self, sigmas: np.ndarray, *, nearest: bool) -> NoiseLevels:
+        """The levels at sigma / signal, which need not be levels of the schedule.
+
+        The network receives the nearest timestep in log(sigma / signal), or the one below, as from diffusers' multi-step
+        schedulers.
+        """
+        known = self.sigma_over_signal
+        position = np.interp(np.log(sigmas), np.log(known), np.arange(len(known)))
+        # The ends are whole numbers up to rounding.
+        timesteps = (position.round() if nearest else np.floor(position + 1e-6)).astype(np.int64)
+        signal = np.append(1 / np.sqrt(1 + sigmas**2), 1.0)
+        return NoiseLevels(timesteps, signal, np.append(sigmas, 0.0) * signal)
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (eq. 4), without host synchronization.

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ccella_fast.diffusion.prediction import ALIASES
+from ccella_fast.diffusion.scheduler_defects import check_for_defects
 from ccella_fast.diffusion.solvers import SOLVERS
-from ccella_fast.diffusion.trajectory import DenoiserFn, evaluate_denoiser, step_generators
+from ccella_fast.diffusion.solvers.base import DEFAULT_STEPS, skipped_steps
+from ccella_fast.diffusion.trajectory import DenoiserFn, NoiseLevel, evaluate_denoiser, step_generators
 from ccella_fast.errors import ConfigError
 
 
@@ -30,12 +32,19 @@ class SchedulerTrajectory:
             scaled by scale_model_input.
         seeds: one per sample, for schedulers whose `step` takes a generator. Without seeds, a stochastic scheduler draws from
             torch's global generator.
-        num_inference_steps: denoising steps.
+        num_inference_steps: denoising steps; None: 20, or those of the list.
         prediction: what the network predicts, which must be the scheduler's own prediction type; None: whatever that is.
+        timesteps: for `set_timesteps`.
+        sigmas: for `set_timesteps`.
+        start: a clean sample, noised by the scheduler to the first of the remaining timesteps.
+        strength: the share of the steps that remain.
+
+    Attributes:
+        prediction: the canonical name of the prediction type; None: unknown.
 
     Raises:
-        ConfigError: `scheduler` is not a scheduler, its prediction type contradicts `prediction`, the number of steps is not a
-            positive integer, or the number of seeds is not the number of samples.
+        ConfigError: `scheduler` is not a scheduler, does not take these arguments, or its prediction type contradicts
+            `prediction`; the number of steps is not a positive integer, or the number of seeds is not the number of samples.
     """
 
     def __init__(
@@ -44,20 +53,31 @@ class SchedulerTrajectory:
         x_T: Tensor,
         seeds: Sequence[int] | None = None,
         *,
-        num_inference_steps: int,
+        num_inference_steps: int | None,
         prediction: str | None = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
+        start: Tensor | None = None,
+        strength: float = 1.0,
     ):
-        _check_scheduler(scheduler, prediction)
-        _check_steps(num_inference_steps)
+        self.prediction = _checked_prediction(scheduler, prediction)
         self.scheduler = copy.deepcopy(scheduler)
-        self.scheduler.set_timesteps(num_inference_steps, device=x_T.device)
+        _set_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas, x_T.device)
+        given = timesteps is not None or sigmas is not None
+        check_for_defects(self.scheduler, starts_at_noise=start is None and not given)
+        order = getattr(self.scheduler, "order", 1)
+        count = self.scheduler.num_inference_steps or len(self.scheduler.timesteps)
+        first = order * skipped_steps(strength, count, flow=hasattr(self.scheduler, "scale_noise"))
         if hasattr(self.scheduler, "set_begin_index"):
             # Otherwise the scheduler looks its position up by timestep, and several Karras levels may share a timestep.
-            self.scheduler.set_begin_index(0)
+            self.scheduler.set_begin_index(first)
         self.dtype = x_T.dtype
-        self.x = x_T.float() * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        self.timesteps: Tensor = self.scheduler.timesteps[first:]
+        if start is None:
+            self.x = x_T.float() * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        else:
+            self.x = self._noised(start.to(x_T).float(), x_T.float(), self.timesteps[:1].expand(len(x_T)))
         self.x0: Tensor | None = None
-        self.timesteps: Tensor = self.scheduler.timesteps
         self.index = torch.zeros(1, dtype=torch.int64, device=x_T.device)
         self._step_arguments: dict[str, Any] = {}
         if seeds is not None:
@@ -74,6 +94,13 @@ class SchedulerTrajectory:
     def timestep(self, i: int) -> float:
         """The timestep of evaluation i. Waits for the device."""
         return self.timesteps[i].item()
+
+    def level(self, i: int) -> NoiseLevel:
+        """The noise level of x after evaluation i, as the scheduler noises a sample to it. Waits for the device."""
+        if i + 1 == len(self):
+            return NoiseLevel(1.0, 0.0)
+        t, zero = self.timesteps[i + 1 : i + 2], torch.zeros(1, 1, device=self.x.device)
+        return NoiseLevel(self._noised(zero + 1, zero, t).item(), self._noised(zero, zero + 1, t).item())
 
     def draw_noise(self, i: int) -> None:
         """Nothing to do: the scheduler draws its own noise."""
@@ -92,8 +119,19 @@ class SchedulerTrajectory:
         """The sample in the dtype of x_T."""
         return self.x.to(self.dtype)
 
+    def _noised(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """A clean sample with the noise of timestep t, (B,)."""
+        if hasattr(self.scheduler, "scale_noise"):
+            return self.scheduler.scale_noise(clean, t, noise)
+        if not hasattr(self.scheduler, "add_noise"):
+            name = type(self.scheduler).__name__
+            why = f"{name} cannot add noise, which start and the level of a callback need"
+            raise ConfigError(why, field="solver", fix="use a solver by name")
+        return self.scheduler.add_noise(clean, noise, t)
 
-def _check_scheduler(scheduler: Any, prediction: str | None) -> None:
+
+def _checked_prediction(scheduler: Any, prediction: str | None) -> str | None:
+    """The canonical prediction type of a scheduler; None if it has none. Raises ConfigError."""
     is_class = isinstance(scheduler, type)
     name = scheduler.__name__ if is_class else type(scheduler).__name__
     if is_class and hasattr(scheduler, "set_timesteps"):
@@ -111,13 +149,36 @@ def _check_scheduler(scheduler: Any, prediction: str | None) -> None:
         fix = "use a scheduler for what the network predicts"
         if flow is None:
             fix = "set prediction_type in the scheduler's configuration to what the network predicts"
+        elif prediction == "x0_minus_noise":
+            fix = "use solver='euler_flow' or 'heun_flow', which take either sign"
         raise ConfigError(why, field="prediction", fix=fix)
+    return None if configured is None else _canonical(configured)
 
 
-def _check_steps(given: Any) -> None:
-    if not isinstance(given, Integral) or int(given) < 1:
-        why = f"the number of steps must be a positive integer, got {given!r:.40}"
-        raise ConfigError(why, field="num_inference_steps", fix="use 20, for example")
+def _set_timesteps(scheduler: Any, count: Any, timesteps: Any, sigmas: Any, device: torch.device) -> None:
+    """Call the scheduler's `set_timesteps` with what it takes. Raises ConfigError."""
+    name, lists = type(scheduler).__name__, {"timesteps": timesteps, "sigmas": sigmas}
+    lists = {field: given for field, given in lists.items() if given is not None}
+    for field, given in lists.items():
+        if field not in inspect.signature(scheduler.set_timesteps).parameters:
+            why = f"the scheduler object {name} does not take {field}"
+            raise ConfigError(why, field=field, fix="use a solver by name, or num_inference_steps")
+        if count not in (None, len(given)):
+            why = f"num_inference_steps is {count}, but {field} has {len(given)} entries"
+            raise ConfigError(why, field="num_inference_steps", fix="remove num_inference_steps")
+    if not lists:
+        count = DEFAULT_STEPS if count is None else count
+        if not isinstance(count, Integral) or int(count) < 1:
+            why = f"the number of steps must be a positive integer, got {count!r:.40}"
+            raise ConfigError(why, field="num_inference_steps", fix="use 20, for example")
+    try:
+        if lists:
+            scheduler.set_timesteps(**lists, device=device)
+        else:
+            scheduler.set_timesteps(count, device=device)
+    except (ValueError, TypeError) as error:
+        fix = "use a solver by name, with schedule=RectifiedFlow(shift=...) for a dynamic shift"
+        raise ConfigError(f"{name} refuses these steps: {error}", field="solver", fix=fix) from error
 
 
 def _canonical(prediction: Any) -> str:

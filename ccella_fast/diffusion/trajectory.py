@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from operator import index
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +16,14 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.progress import refresh_interval
 
 DenoiserFn = Callable[[Tensor, Tensor], Tensor]  # x (B, ...), t (B,) -> prediction (B, ...)
-Callback = Callable[[int, float, Tensor, Tensor | None], object]  # evaluation i, t, the new x, the estimated x0
+Callback = Callable[..., object]  # evaluation i, t, the new x, the estimated x0; optionally the level
+
+
+class NoiseLevel(NamedTuple):
+    """The level of a sample x = signal x0 + sigma noise."""
+
+    signal: float
+    sigma: float
 
 
 class TrajectoryProtocol(Protocol):
@@ -33,6 +41,10 @@ class TrajectoryProtocol(Protocol):
 
     def timestep(self, i: int) -> float:
         """The timestep of evaluation i."""
+
+    def level(self, i: int) -> NoiseLevel:
+        """The noise level of x after evaluation i."""
+        ...
 
     def draw_noise(self, i: int) -> None:
         """Draw the noise that evaluation i adds."""
@@ -58,13 +70,14 @@ def run_trajectory(
     Args:
         trajectory: the state, at its start.
         advance: performs evaluation i: calls `trajectory.advance(denoiser)`, or replays a CUDA graph of that call.
-        callback: called after each evaluation.
+        callback: called after each evaluation; with the noise level of x if it has a parameter named `level`.
         description: the label of the progress bar.
         progress: show a progress bar on stderr.
 
     Returns:
         The sample, (B, ...).
     """
+    with_level = callback is not None and "level" in inspect.signature(callback).parameters
     steps: Iterable[int] = range(len(trajectory))
     if progress:
         from tqdm import tqdm  # imported only here, as nothing else of `sample` needs more than torch and NumPy
@@ -74,7 +87,8 @@ def run_trajectory(
         trajectory.draw_noise(i)
         advance(i)
         if callback is not None:
-            returned = callback(i, trajectory.timestep(i), trajectory.x, trajectory.x0)
+            extra: dict[str, Any] = {"level": trajectory.level(i)} if with_level else {}
+            returned = callback(i, trajectory.timestep(i), trajectory.x, trajectory.x0, **extra)
             if isinstance(returned, (Tensor, dict)):  # as the callbacks of diffusers do
                 why = f"the callback returned a {type(returned).__name__}, which would have no effect"
                 raise ConfigError(why, field="callback", fix="change x in place, with x.copy_(...), and return None")
@@ -97,7 +111,15 @@ class Trajectory:
             tensors, and those that a denoiser or a callback has kept are not overwritten.
     """
 
-    def __init__(self, plan: SamplingPlan, x_T: Tensor, seeds: Sequence[int] | None = None, *, static: bool = False):
+    def __init__(
+        self,
+        plan: SamplingPlan,
+        x_T: Tensor,
+        seeds: Sequence[int] | None = None,
+        *,
+        start: Tensor | None = None,
+        static: bool = False,
+    ):
         self.plan, self.static, self.dtype = plan, static, x_T.dtype
         precision = torch.float64 if x_T.dtype == torch.float64 else torch.float32
         self.timesteps = torch.tensor(plan.timesteps, device=x_T.device)
@@ -109,10 +131,15 @@ class Trajectory:
         self.x0 = torch.zeros_like(self.x)
         self.noise = torch.zeros_like(self.x) if plan.stochastic else None
         self.state = tuple(torch.zeros_like(self.x) for _ in plan.memory)
-        self.start(x_T, seeds)
+        self.start(x_T, seeds, start)
 
-    def start(self, x_T: Tensor, seeds: Sequence[int] | None = None) -> None:
+    def start(self, x_T: Tensor, seeds: Sequence[int] | None = None, start: Tensor | None = None) -> None:
         """Restart from another x_T of the same shape, in the same buffers if they are static.
+
+        Args:
+            x_T: standard normal noise (B, ...).
+            seeds: one per sample, for a stochastic plan.
+            start: see `SamplingPlan.first_sample`.
 
         Raises:
             ConfigError: the plan is stochastic and the number of seeds is not the number of samples.
@@ -124,8 +151,9 @@ class Trajectory:
         self._generators = step_generators(seeds if self.plan.stochastic else (), x_T.device)
         self.index.zero_()
         # A copy, because a denoiser may write to its input; nor may that reach the sample, see `advance`.
+        noise = x_T.to(self.x.dtype, copy=not self.static)
         self._store(
-            x_T.to(self.x.dtype, copy=not self.static),
+            self.plan.first_sample(noise, None if start is None else start.to(noise)),
             torch.zeros_like(self.x),
             tuple(map(torch.zeros_like, self.state)),
         )
@@ -141,6 +169,10 @@ class Trajectory:
     def timestep(self, i: int) -> float:
         """The timestep of evaluation i, without a wait for the device."""
         return self.plan.timesteps[i].item()
+
+    def level(self, i: int) -> NoiseLevel:
+        """The noise level of x after evaluation i."""
+        return NoiseLevel(float(self.plan.signal[i + 1]), float(self.plan.sigma[i + 1]))
 
     def draw_noise(self, i: int) -> None:
         """Draw the noise of evaluation i, outside any CUDA graph. Nothing is drawn if this evaluation adds none."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ccella_fast.config import Config
+from ccella_fast.diffusion.guidance import guided_prediction
 from ccella_fast.diffusion.noise import start_noise
 from ccella_fast.diffusion.prediction import ALIASES, DIFFUSION, FLOW
 from ccella_fast.diffusion.schedule import Schedule
@@ -183,9 +184,8 @@ class DenoisingLoop:
         conditioning = self._conditioner.at(self._trajectory.index)  # for the order of the rows, see `PromptRows`
         if not kind.guided:
             return self._evaluate(x, _first_rows(conditioning, len(x)), kind).float()
-        both = self._evaluate(torch.cat([x, x]), conditioning, kind).float()
-        conditional, null = both.chunk(2)
-        return null + self._settings.guidance.scale * (conditional - null)
+        both = self._evaluate(torch.cat([x, x]), conditioning, kind)
+        return guided_prediction(both, self._settings.guidance.scale)
 
     def _evaluate(self, x: Tensor, conditioning: Conditioning, kind: StepKind) -> Tensor:
         """The network's output, from the whole network or from the stored feature."""

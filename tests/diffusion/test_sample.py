@@ -140,7 +140,8 @@ def test_the_schedule_may_be_an_array_or_an_object_with_one():
     [
         ({"solver": "dpmpp2m"}, "did you mean 'dpmpp_2m"),
         ({"num_inference_steps": 1001}, "use 1 to 1000"),
-        ({"solver": "euler_flow"}, "predict velocity or x0, not epsilon"),
+        ({"solver": "euler_flow"}, "the sign differs between projects"),
+        ({"solver": "euler_flow", "prediction": "epsilon"}, "velocity.*not epsilon"),
         ({"prediction": "velocity"}, "predict epsilon or v or x0, not velocity"),
         ({"prediction": "epsilom"}, "did you mean 'epsilon'"),
         ({"timestep_spacing": "kerras"}, "did you mean 'karras'"),

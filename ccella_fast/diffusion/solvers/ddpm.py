@@ -26,12 +26,12 @@ class Ddpm(Solver):
 
     def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
         """The coefficients for given noise levels; see `Solver.table`."""
-        alpha = (signal[:-1] / signal[1:]) ** 2
-        from_x0 = signal[1:] * (1 - alpha) / sigma[:-1] ** 2
-        from_x = np.sqrt(alpha) * sigma[1:] ** 2 / sigma[:-1] ** 2
-        noise = np.sqrt(1 - alpha) * sigma[1:] / sigma[:-1]
+        ratio, added = added_noise(signal, sigma)
+        from_x0 = signal[1:] * added / sigma[:-1] ** 2
+        from_x = ratio * sigma[1:] ** 2 / sigma[:-1] ** 2
+        noise = np.sqrt(added) * sigma[1:] / sigma[:-1]
         columns = {("next", "corrected"): from_x, ("next", "x0"): from_x0, ("next", "noise"): noise}
-        return Tableau(np.arange(len(alpha)), columns)
+        return Tableau(np.arange(len(ratio)), columns)
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,13 @@ class Ddim(Solver):
 
     Args:
         eta: 0 is deterministic; 1 adds as much noise as `Ddpm` over the same timesteps.
+        use_clipped_model_output: what follows from `clip_x0`. False: the noise is that of the network's output, as by default
+            in diffusers and MONAI. True: the noise is computed again from the clipped x0, as in guided-diffusion and
+            denoising-diffusion-pytorch, and in all other solvers.
     """
 
     eta: float = 0.0
+    use_clipped_model_output: bool = False
 
     name, order = "ddim", 1
     timestep_spacing = "linspace"
@@ -53,9 +57,20 @@ class Ddim(Solver):
 
     def table(self, signal: np.ndarray, sigma: np.ndarray) -> Tableau:
         """The coefficients for given noise levels; see `Solver.table`."""
-        noise = self.eta * sigma[1:] / sigma[:-1] * np.sqrt(1 - (signal[:-1] / signal[1:]) ** 2)
+        _, added = added_noise(signal, sigma)
+        noise = self.eta * sigma[1:] / sigma[:-1] * np.sqrt(added)
         from_eps = np.sqrt(sigma[1:] ** 2 - noise**2)
         # eps = (x - signal x0) / sigma
-        from_x, from_x0 = from_eps / sigma[:-1], signal[1:] - from_eps * signal[:-1] / sigma[:-1]
-        columns = {("next", "corrected"): from_x, ("next", "x0"): from_x0, ("next", "noise"): noise}
+        from_x, from_x0 = from_eps / sigma[:-1], -from_eps * signal[:-1] / sigma[:-1]
+        columns = {("next", "corrected"): from_x, ("next", "x0"): signal[1:], ("next", "noise"): noise}
+        if self.use_clipped_model_output:
+            columns["next", "x0"] = signal[1:] + from_x0
+        else:
+            columns["next", "unclipped"] = from_x0
         return Tableau(np.arange(len(noise)), columns)
+
+
+def added_noise(signal: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The forward step from level i + 1 to i: the factor of x, and the variance that is added."""
+    ratio = signal[:-1] / signal[1:]
+    return ratio, sigma[:-1] ** 2 - (ratio * sigma[1:]) ** 2

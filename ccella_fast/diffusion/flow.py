@@ -1,0 +1,136 @@
+"""Rectified flows (Liu et al. 2022, arXiv 2209.03003): x = (1 - sigma) x0 + sigma noise, sigma from 1 to 0."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ccella_fast.diffusion.prediction import FLOW
+from ccella_fast.diffusion.timesteps import (
+    NoiseLevels,
+    check_spacing,
+    check_steps,
+    given_levels,
+    spaced_sigmas,
+    with_timesteps,
+)
+from ccella_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """A rectified flow, and the time that its network receives: noise_at at pure noise, data_at at the data.
+
+    The default is the convention of diffusers and MONAI. `RectifiedFlow(noise_at=1)` is a time from 1 to 0, and
+    `RectifiedFlow(noise_at=0, data_at=1)` one that runs from noise to data, as in torchcfm and MOTFM. The sign of the velocity
+    is independent of it, see `prediction` of {py:func}`ccella_fast.sample`.
+
+    Args:
+        noise_at: the network's time at sigma = 1.
+        data_at: the network's time at sigma = 0.
+        shift: s in sigma' = s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, arXiv 2403.03206, eq. 23), which spends more
+            steps on noisy levels: diffusers' `shift`; exp(mu) for its dynamic shifting; (numel / base_img_size_numel) **
+            (1 / spatial_dim) * transform_scale for MONAI's use_timestep_transform.
+        sigma_min: the last level before 0 for every spacing but "trailing".
+    """
+
+    noise_at: float = 1000.0
+    data_at: float = 0.0
+    shift: float = 1.0
+    sigma_min: float = 0.001
+
+    kind: ClassVar[str] = "a rectified flow"
+    predictions: ClassVar[tuple[str, ...]] = FLOW
+    prediction: ClassVar[str | None] = None  # its sign differs between projects, so there is no default
+    timestep_spacing: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        if self.noise_at == self.data_at:
+            why = f"noise_at and data_at must differ, both are {self.noise_at:g}"
+            raise ConfigError(
+                why, field="noise_at", fix="give the times that the network receives at noise and at data"
+            )
+        if not self.shift > 0:
+            raise ConfigError(f"shift must be positive, got {self.shift:g}", field="shift", fix="use 1 for no shift")
+        if not 0 < self.sigma_min < 1:
+            why = f"sigma_min must be between 0 and 1, got {self.sigma_min:g}"
+            raise ConfigError(why, field="sigma_min", fix="use 1 / num_train_timesteps")
+
+    def levels(self, num_inference_steps: int, spacing: str, *, includes_last: bool = False) -> NoiseLevels:
+        """N levels, for any N.
+
+        trailing  sigma = 1, 1 - 1/N, ..., 1/N, then shifted
+        linspace  N values from 1 to the shifted sigma_min, then shifted. The last level is shifted twice, as in diffusers
+                  (huggingface/diffusers#13243); without a shift it is sigma_min
+        karras, exponential, beta   between the ends of "linspace"
+
+        Raises:
+            ConfigError: the number of steps is not a positive integer, or the spacing is unknown or "leading".
+        """
+        check_steps(num_inference_steps, None)
+        why = "leading timesteps do not include pure noise, where a rectified flow starts"
+        check_spacing(spacing, ("trailing", "linspace", "karras", "exponential", "beta"), why)
+        last = self._shifted(self.sigma_min)
+        match spacing:
+            case "trailing":
+                sigma = self._shifted(np.linspace(1, 1 / num_inference_steps, num_inference_steps))
+            case "linspace":
+                sigma = self._shifted(np.linspace(1, last, num_inference_steps))
+            case _:
+                sigma = spaced_sigmas(1.0, self._shifted(last), num_inference_steps, spacing)
+        return self._levels(sigma)
+
+    def levels_at(self, timesteps: Any, sigmas: Any) -> NoiseLevels:
+        """The levels at the caller's times or sigmas, as given; if both are given, the network receives the timesteps.
+
+        Raises:
+            ConfigError: a list is not valid, or the shift would have no effect.
+        """
+        if self.shift != 1:
+            why = f"timesteps and sigmas are used as given, so the shift of {self.shift:g} would have no effect"
+            raise ConfigError(why, field="shift", fix="shift the values yourself, or give num_inference_steps alone")
+        if sigmas is not None:
+            return with_timesteps(self._levels(given_levels(sigmas, "sigmas", 1.0, 0.0, end=0.0)), timesteps)
+        received = given_levels(timesteps, "timesteps", self.noise_at, self.data_at, end=self.data_at)
+        return self._levels((received - self.data_at) / (self.noise_at - self.data_at))
+
+    def _shifted(self, sigma: Any) -> Any:
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+    def _levels(self, sigma: np.ndarray) -> NoiseLevels:
+        timesteps = self.data_at + (self.noise_at - self.data_at) * sigma
+        sigma = np.append(sigma, 0.0)
+        return NoiseLevels(timesteps, 1 - sigma, sigma)
+
+
+@dataclass(frozen=True)
+class MonaiFlow(RectifiedFlow):
+    """The flow of a MONAI RFlowScheduler, at the timesteps that the scheduler itself chooses.
+
+    Args:
+        scheduler: the RFlowScheduler, which is not modified.
+        size: the spatial size of the samples, for use_timestep_transform.
+    """
+
+    scheduler: Any = None
+    size: Sequence[int] = ()
+
+    prediction: ClassVar[str | None] = "x0_minus_noise"  # the sign of RFlowScheduler.step
+
+    def levels(self, num_inference_steps: int, spacing: str, *, includes_last: bool = False) -> NoiseLevels:
+        """The scheduler's own timesteps. Raises ConfigError."""
+        check_steps(num_inference_steps, self.scheduler.num_train_timesteps)
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(num_inference_steps, input_img_size_numel=prod(self.size))
+        timesteps = scheduler.timesteps.numpy()
+        return self._levels(timesteps.astype(np.float64) / self.noise_at)._replace(timesteps=timesteps)
+
+
+def is_monai_flow(scheduler: Any) -> bool:
+    """Whether an object is MONAI's RFlowScheduler, which is not imported here."""
+    return any(kind.__name__ == "RFlowScheduler" for kind in type(scheduler).__mro__)
