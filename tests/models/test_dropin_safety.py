@@ -12,8 +12,9 @@ from monai.networks.blocks import SABlock
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from ccella_fast.dropin import fusion, replacements
+from ccella_fast.dropin import fusion
 from ccella_fast.dropin.matching import speed_up
+from ccella_fast.dropin.rules import torch_layers
 from ccella_fast.errors import ConfigError
 
 
@@ -28,7 +29,7 @@ def everywhere(request, monkeypatch):
     monkeypatch.setattr(nn.functional, "linear", torch._C._nn.linear)
     if "as_on_a_cpu" not in request.fixturenames:
         monkeypatch.setattr(fusion, "norm_and_silu_pay", lambda x: x.ndim > 2)
-        monkeypatch.setattr(replacements.FusedGroupNorm, "suits", lambda self, input: input.ndim > 2)
+        monkeypatch.setattr(torch_layers.FusedGroupNorm, "suits", lambda self, input: input.ndim > 2)
 
 
 @pytest.fixture
