@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +52,7 @@ class SpeedUpReport:
         swapped: for each kind of replacement (`KINDS`), the names of the modules that were replaced.
         refused: for each recognized module that was not replaced, the reason.
         unknown: the number of modules by class that hold layers of their own and were not recognized.
+        total: the number of all modules of these classes.
         plain: with an example: the names of replaced modules that computed as the original, which is as fast or faster there.
         check: with an example: how far apart the outputs are, as a sentence.
     """
@@ -59,6 +60,7 @@ class SpeedUpReport:
     swapped: dict[str, list[str]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
+    total: dict[str, int] = field(default_factory=dict)
     plain: list[str] = field(default_factory=list)
     check: str = ""
     _originals: list[tuple[nn.Module, type, type]] = field(default_factory=list, repr=False)
@@ -91,8 +93,10 @@ class SpeedUpReport:
                 f"{len(self.plain):>5}  of these compute as before with the example, which is as fast or faster there"
             )
         if self.unknown:
-            lines.append("not recognized, by class:")
-            lines += [f"{count:>5}  {name}" for name, count in self.unknown.items()]
+            lines.append("recognized, of all modules of a class:")
+            lines += [
+                f"{self.total[name] - count:>5} of {self.total[name]}  {name}" for name, count in self.unknown.items()
+            ]
         return "\n".join(lines)
 
 
@@ -192,7 +196,7 @@ def _replace(model: nn.Module, without: Collection[str]) -> SpeedUpReport:
     if known and "monai.data.meta_tensor" in sys.modules:
         report.swapped["metatensor"] = [type(model).__name__]
         _swap_class(model, MetaTensorUnwrapper, report)
-    report.unknown = _unknown(modules, report)
+    _count_unknown(modules, report)
     return report
 
 
@@ -212,24 +216,49 @@ def _reason_to_skip(replacement: Replacement) -> str | None:
     return None
 
 
-_LAYERS = (
-    nn.GroupNorm, nn.LayerNorm, nn.Upsample, nn.MultiheadAttention, nn.modules.batchnorm._NormBase,
-    nn.modules.conv._ConvNd,
-)  # fmt: skip
+_LAYERS = (nn.GroupNorm, nn.LayerNorm, nn.Upsample, nn.MultiheadAttention, nn.modules.batchnorm._NormBase)
 
 
-def _unknown(modules: dict[str, nn.Module], report: SpeedUpReport) -> dict[str, int]:
-    """The number of modules by class that call layers, and are neither replaced nor refused with a reason."""
-    counts: Counter[str] = Counter()
+def _count_unknown(modules: dict[str, nn.Module], report: SpeedUpReport) -> None:
+    """Count by class the modules that are neither replaced nor refused with a reason, and call layers themselves.
+
+    A module that calls only convolutions counts if no block of the model is known: no replacement is for convolutions alone.
+    """
+    unknown: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    blocks = {
+        name for kind, names in report.swapped.items() if kind not in ("group_norm", "metatensor") for name in names
+    }
     for name, module in modules.items():
+        owner = next(cls for cls in original_class(module).__mro__ if "forward" in vars(cls))
+        if owner.__module__.startswith("torch.nn.modules"):
+            continue
+        owner_name = f"{owner.__module__}.{owner.__qualname__}"
+        total[owner_name] += 1
         unwraps = isinstance(module, MetaTensorUnwrapper)  # and computes what its class does
         is_known = (isinstance(module, ReplacementMixin) and not unwraps) or name in report.refused
-        owner = next(cls for cls in original_class(module).__mro__ if "forward" in vars(cls))
-        is_foreign = not owner.__module__.startswith("torch.nn.modules")
-        if not is_known and is_foreign and any(map(_is_plain_layer, module.children())):
-            counts[f"{owner.__module__}.{owner.__qualname__}"] += 1
-    return dict(counts.most_common())
+        has_blocks = any(f"{name}.{child}".lstrip(".") in blocks for child, _ in module.named_children())
+        if not is_known and not has_blocks and _calls_layers(module, owner, convolutions=not blocks):
+            unknown[owner_name] += 1
+    report.unknown = dict(unknown.most_common())
+    report.total = {name: total[name] for name in report.unknown}
 
 
-def _is_plain_layer(module: nn.Module) -> bool:
-    return isinstance(module, _LAYERS) and not isinstance(module, ReplacementMixin)
+def _calls_layers(module: nn.Module, owner: type, *, convolutions: bool) -> bool:
+    name = owner.__name__.lower()
+    kinds = (*_LAYERS, nn.modules.conv._ConvNd) if convolutions or "upsample" in name else _LAYERS
+    children = list(_called(module))
+    is_attention = "attention" in name or "attn" in name
+    is_norm = "norm" in name and any(True for _ in module.parameters(recurse=False))
+    return (
+        is_norm
+        or (is_attention and any(isinstance(each, nn.Linear) for each in children))
+        or any(isinstance(each, kinds) and not isinstance(each, ReplacementMixin) for each in children)
+    )
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """The children of a module, and those of its containers."""
+    for child in module.children():
+        is_container = isinstance(child, nn.Sequential) and not isinstance(child, ReplacementMixin)
+        yield from _called(child) if is_container else (child,)

@@ -160,16 +160,21 @@ class MetaTensorUnwrapper(ReplacementMixin):
     """Replaces a whole model: it converts MetaTensors, which slow down every operation, to plain tensors at the input."""
 
 
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `function` applied to the tensors in it, also those in lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) is dict:
+        return {key: map_tensors(function, each) for key, each in value.items()}
+    return type(value)(map_tensors(function, each) for each in value) if type(value) in (list, tuple) else value
+
+
 def _with_plain_arguments(method: Any) -> Any:
     """`method` with MetaTensors in its arguments converted to plain tensors."""
     meta_tensor = sys.modules["monai.data.meta_tensor"].MetaTensor
 
     def plain(value: Any) -> Any:
-        if isinstance(value, meta_tensor):
-            return value.as_subclass(Tensor)
-        if type(value) is dict:
-            return {key: plain(each) for key, each in value.items()}
-        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+        return map_tensors(lambda each: each.as_subclass(Tensor) if isinstance(each, meta_tensor) else each, value)
 
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:

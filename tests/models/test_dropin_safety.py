@@ -431,10 +431,10 @@ class WithNorm(Foreign):
 def test_the_report_names_what_it_does_not_know():
     lines = str(speed_up(nn.Sequential(Foreign(), Foreign(), nn.Linear(2, 2)))).splitlines()
     assert lines[0] == "this model contains no known modules; nothing was replaced"
-    assert lines[-2:] == ["not recognized, by class:", f"    2  {__name__}.Foreign"]
+    assert lines[-2:] == ["recognized, of all modules of a class:", f"    0 of 2  {__name__}.Foreign"]
     lines = str(speed_up(WithNorm())).splitlines()
     assert lines[0] == "no block of this model is known; only single norms were replaced" and "group_norm" in lines[1]
-    assert lines[-1] == f"    1  {__name__}.Foreign"
+    assert lines[-1] == f"    0 of 1  {__name__}.Foreign"
     known = speed_up(nn.Sequential(norm_silu_conv(), Foreign()))
     assert known.unknown == {f"{__name__}.Foreign": 1} and str(known).splitlines()[0].endswith("one kernel")
     assert not speed_up(norm_silu_conv()).unknown

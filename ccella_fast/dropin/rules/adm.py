@@ -100,7 +100,7 @@ def _block(mixin: type[ReplacementMixin]) -> Rule:
             names = " and ".join(type(each).__name__ for each in layers[:2])
             yield f"its last layers begin with {names}, not with a plain GroupNorm and SiLU"
         else:
-            yield Replacement("group_norm_silu", module, mixin)
+            yield Replacement("group_norm_silu", module, mixin, computes=(module.out_layers, *layers[:2]))
 
     return rule
 

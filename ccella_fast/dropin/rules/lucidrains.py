@@ -39,7 +39,7 @@ class ModulatedBlock(ReplacementMixin):
 
 def _block(module: Any) -> Replacements:
     if is_norm(module.norm) and is_silu(module.act):
-        yield Replacement("group_norm_silu", module, ModulatedBlock)
+        yield Replacement("group_norm_silu", module, ModulatedBlock, computes=(module.norm, module.act))
     else:
         yield f"it has {type(module.norm).__name__} and {type(module.act).__name__}, not a plain GroupNorm and SiLU"
 
