@@ -66,7 +66,7 @@ class _SiLU(nn.Module):
 
 
 _SILU_BY_HELPER = "2cec0758a73ec622"  # return silu(x), with silu(x) = x * torch.sigmoid(x)
-_VOLUME_NORM = "f19896465d7ffca8"  # GroupNorm3D of NVIDIA PhysicsNeMo, see `rules.physicsnemo`
+_VOLUME_NORM = "90d4462ef82f895c"  # GroupNorm3D of NVIDIA PhysicsNeMo, see `rules.physicsnemo`
 
 
 def spellings(owner: type[nn.Module]) -> frozenset[str | None]:

@@ -140,7 +140,7 @@ class _Reader:
         return f".{target.attr}" if isinstance(target, ast.Attribute) else f"[{self.value(target.slice)}]"
 
     def branches(self, node: ast.If) -> bool:
-        self.emit(f"if {self.value(node.test)}")
+        condition = self.emit(f"if {self.value(node.test)}")
         before = dict(self.values)
         first_ends = self.block(node.body)
         first, self.values = self.values, dict(before)
@@ -150,14 +150,14 @@ class _Reader:
         if second_ends:
             self.values = first
         elif not first_ends:
-            self.merge(first)
+            self.merge(condition, first)
         return first_ends and second_ends
 
-    def merge(self, others: dict[str, str]) -> None:
+    def merge(self, condition: str, others: dict[str, str]) -> None:
         for name in dict.fromkeys((*others, *self.values)):
             both = others.get(name, "unset"), self.values.get(name, "unset")
             if both[0] != both[1]:
-                self.values[name] = self.emit(f"either {both[0]} {both[1]}")
+                self.values[name] = _either(condition, *both)
 
     def loop(self, node: ast.While | ast.For) -> None:
         over = self.value(node.iter) if isinstance(node, ast.For) else ""
@@ -275,11 +275,12 @@ class _Reader:
         return self.emit(f"{type(node.op).__name__} {parts}")
 
     def _ifexp(self, node: ast.IfExp) -> str:
-        self.emit(f"if {self.value(node.test)}")
+        condition = self.emit(f"if {self.value(node.test)}")
         first = self.value(node.body)
         self.emit("else")
         second = self.value(node.orelse)
-        return self.emit(f"either {first} {second}")
+        self.emit("end")
+        return _either(condition, first, second)
 
     def _subscript(self, node: ast.Subscript) -> str:
         return self.emit(f"{self.value(node.value)} {self.place(node)}")
@@ -296,6 +297,10 @@ class _Reader:
     def _dict(self, node: ast.Dict) -> str:
         keys = ["**" if key is None else self.value(key) for key in node.keys]
         return self.emit(f"dict {keys} {[self.value(each) for each in node.values]}")
+
+
+def _either(condition: str, first: str, second: str) -> str:
+    return f"({condition} ? {first} : {second})"
 
 
 def _is_documentation(node: ast.stmt) -> bool:

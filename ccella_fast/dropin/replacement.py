@@ -58,7 +58,7 @@ def _make_subclass(mixin: type[ReplacementMixin], original: type[nn.Module]) -> 
         members |= {name: _with_plain_arguments(getattr(original, name)) for name in names}
     else:
         method = next(name for name in mixin.methods if hasattr(original, name))
-        members[method] = _forward_of(mixin, getattr(original, method))
+        members |= {"forward": original.forward, method: _forward_of(mixin, getattr(original, method))}
     return type(f"Faster{original.__name__}", (mixin, original), members)
 
 

@@ -133,8 +133,8 @@ def _attention(mixin: type[ReplacementMixin]) -> Rule:
 
 
 RULES: dict[Any, Rule] = {
-    "bc996685ac451187": _block(EmbeddedResBlock),  # guided_diffusion.unet.ResBlock._forward of OpenAI and med-ddpm
-    "2a96314befec2f69": _block(WaveletResBlock),  # wdm-3d: guided_diffusion.wunet.ResBlock
+    "8a951609d06215b3": _block(EmbeddedResBlock),  # guided_diffusion.unet.ResBlock._forward of OpenAI and med-ddpm
+    "3359dd96d7abeb53": _block(WaveletResBlock),  # wdm-3d: guided_diffusion.wunet.ResBlock
     "5f1ef3329ab02f62": _attention(LegacyQKVAttention),  # guided_diffusion.unet.QKVAttentionLegacy
     "0d1c0d57a37214c8": _attention(QKVAttention),  # guided_diffusion.unet.QKVAttention
 }

@@ -152,9 +152,9 @@ def _block(mixin: type[ReplacementMixin]) -> Rule:
 
 
 RULES: dict[Any, Rule] = {
-    "ec8f59c8353b38d9": _block(ImageResBlock),  # diffusers 0.42: models.resnet.ResnetBlock2D
-    "34e3083f0491201a": _block(FrameResBlock),  # models.resnet.TemporalResnetBlock
+    "53010854f7a87c73": _block(ImageResBlock),  # diffusers 0.42: models.resnet.ResnetBlock2D
+    "6b83881b4ad6e5f7": _block(FrameResBlock),  # models.resnet.TemporalResnetBlock
     # models.autoencoders.autoencoder_kl_hunyuan_video.HunyuanVideoResnetBlockCausal3D
-    "843b48917536b102": _block(CausalResBlock),
-    "2f13ce4881c7723a": _block(CachedResBlock),  # models.autoencoders.autoencoder_kl_cogvideox.CogVideoXResnetBlock3D
+    "eaf0b2425b4d11de": _block(CausalResBlock),
+    "944035eb2d1bd3ac": _block(CachedResBlock),  # models.autoencoders.autoencoder_kl_cogvideox.CogVideoXResnetBlock3D
 }

@@ -72,8 +72,8 @@ def _attention(mixin: type[ReplacementMixin]) -> Rule:
 
 
 RULES: dict[Any, Rule] = {
-    "1ee7295008aa10bf": diffusion_block,  # generative.networks.nets.diffusion_model_unet.ResnetBlock
-    "c20d46d9132509a5": _attention(ContextAttention),  # CrossAttention
-    "0a3bc14a01170816": _attention(VoxelAttention),  # AttentionBlock, also that of autoencoderkl
-    "5f7ef162e75bd7f6": autoencoder_block,  # generative.networks.nets.autoencoderkl.ResBlock
+    "789705b8171ee965": diffusion_block,  # generative.networks.nets.diffusion_model_unet.ResnetBlock
+    "ce67381212e4eb20": _attention(ContextAttention),  # CrossAttention
+    "63b0e7191648255b": _attention(VoxelAttention),  # AttentionBlock, also that of autoencoderkl
+    "d160d4e94f88d689": autoencoder_block,  # generative.networks.nets.autoencoderkl.ResBlock
 }

@@ -73,6 +73,6 @@ def _block(mixin: type[ReplacementMixin]) -> Rule:
 
 
 RULES: dict[Any, Rule] = {
-    "d64638105763096f": _block(LatentResBlock),  # ldm.modules.diffusionmodules.model.ResnetBlock
-    "7907fc9fa0a04f2b": _block(SamePaddingResBlock),  # medicaldiffusion: vq_gan_3d.model.vqgan.ResBlock
+    "92c2de86f409e572": _block(LatentResBlock),  # ldm.modules.diffusionmodules.model.ResnetBlock
+    "af4f179198466d8b": _block(SamePaddingResBlock),  # medicaldiffusion: vq_gan_3d.model.vqgan.ResBlock
 }

@@ -45,6 +45,6 @@ def _block(module: Any) -> Replacements:
 
 
 RULES: dict[Any, Rule] = {
-    "c3e45b08079ad4ae": _block,  # video_diffusion_pytorch.Block; medicaldiffusion: ddpm.diffusion.Block
-    "27b931cb51bac6a9": _block,  # the same without the helper `exists`
+    "30429fdd8da2c3b8": _block,  # video_diffusion_pytorch.Block; medicaldiffusion: ddpm.diffusion.Block
+    "0c08ebfaffd236d5": _block,  # the same without the helper `exists`
 }

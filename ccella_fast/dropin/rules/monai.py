@@ -167,10 +167,10 @@ def spatial_transformer(module: Any) -> Replacements:
 
 
 RULES: dict[Any, Rule] = {
-    "3244a019e7995015": diffusion_block,  # monai.networks.nets.diffusion_model_unet.DiffusionUNetResnetBlock
+    "a0071837dbb04ce8": diffusion_block,  # monai.networks.nets.diffusion_model_unet.DiffusionUNetResnetBlock
     "8e5bece0eb390f4d": torch_layers.sequential,  # WrappedUpsample
-    "68396d34774c7aa9": spatial_transformer,  # SpatialTransformer
+    "2add39aac3aaef93": spatial_transformer,  # SpatialTransformer
     "6e91e448695f1f12": autoencoder_block,  # monai.networks.nets.autoencoderkl.AEKLResBlock
-    "3bb25d0724e12f50": _attention,  # monai.networks.blocks.selfattention.SABlock
-    "5fd1094e9ed2151a": _attention,  # monai.networks.blocks.crossattention.CrossAttentionBlock
+    "f50dbad2854a8e05": _attention,  # monai.networks.blocks.selfattention.SABlock
+    "12ffddab630de3c1": _attention,  # monai.networks.blocks.crossattention.CrossAttentionBlock
 }

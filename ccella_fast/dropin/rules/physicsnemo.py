@@ -109,6 +109,6 @@ def _block(module: Any) -> Replacements:
 
 
 RULES: dict[Any, Rule] = {
-    "f19896465d7ffca8": _norm,  # physicsnemo 2.2: experimental.nn.diffusion_unet_3d_blocks.GroupNorm3D
-    "24043e7fbac208aa": _block,  # UNetBlock3D
+    "90d4462ef82f895c": _norm,  # physicsnemo 2.2: experimental.nn.diffusion_unet_3d_blocks.GroupNorm3D
+    "b1a82e7a6a21bb50": _block,  # UNetBlock3D
 }

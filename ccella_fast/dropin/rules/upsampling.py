@@ -96,8 +96,8 @@ class _Upsampling(nn.Module):
 
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(spellings(_Upsampling), _upsampling),
-    "5a126a5aaf349bf7": _upsampling,  # generative.networks.nets.diffusion_model_unet.Upsample
-    "cfb43dba0c7c5361": _upsampling,  # generative.networks.nets.autoencoderkl.Upsample
-    "0617f65cf123ed71": _upsampling,  # OpenAI's guided-diffusion: guided_diffusion.unet.Upsample
-    "bf336542eb65aae6": _upsampling,  # wdm-3d: guided_diffusion.unet.Upsample
+    "fee7c554bbfd339e": _upsampling,  # generative.networks.nets.diffusion_model_unet.Upsample
+    "e89a97f714afd62f": _upsampling,  # generative.networks.nets.autoencoderkl.Upsample
+    "ef2c4d16fd7f1db0": _upsampling,  # OpenAI's guided-diffusion: guided_diffusion.unet.Upsample
+    "480be91c01d84b51": _upsampling,  # wdm-3d: guided_diffusion.unet.Upsample
 }
