@@ -18,7 +18,7 @@ from ccella_fast.dropin import fusion, layers
 from ccella_fast.dropin.comparison import in_float64
 from ccella_fast.dropin.matching import speed_up
 from ccella_fast.dropin.program import fingerprint
-from ccella_fast.dropin.rules import physicsnemo, rule_of, torch_layers
+from ccella_fast.dropin.rules import adm, physicsnemo, rule_of, torch_layers
 from ccella_fast.errors import ConfigError
 from ccella_fast.kernels import group_norm_silu as norm_kernel
 from kernel_fixtures import check_fused, repair_interpreter
@@ -102,8 +102,10 @@ def everywhere(monkeypatch):
     # Trainings at ZeRO stage 3 in this process leave DeepSpeed's own, which has neither second nor forward derivatives.
     monkeypatch.setattr(nn.functional, "linear", torch._C._nn.linear)
     monkeypatch.setattr(fusion, "norm_and_silu_pay", lambda x: x.ndim > 2)
+    monkeypatch.setattr(fusion, "attention_pays", lambda x, scores: True)
     monkeypatch.setattr(torch_layers.FusedGroupNorm, "suits", lambda self, input: input.ndim > 2)
     monkeypatch.setattr(physicsnemo.VolumeNorm, "suits", lambda self, x: x.ndim == 5)
+    monkeypatch.setattr(adm.QKVAttention, "suits", lambda self, qkv: True)
 
 
 @pytest.fixture
@@ -313,7 +315,7 @@ def test_a_changed_copy_is_not_fused(line_change, tmp_path, fused):
     expected = net(x, time)
     report = speed_up(net)
     assert torch.equal(net(x, time), expected) and "modulated_norm" not in fused
-    assert not any(name == "AdmResBlock" for names in report.swapped.values() for name in names)
+    assert "AdmResBlock" not in report.swapped.get("group_norm_silu", [])
 
 
 class Plain(foreign.GenerativeResnetBlock):

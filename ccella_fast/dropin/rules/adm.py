@@ -73,9 +73,10 @@ class WaveletResBlock(ReplacementMixin):
 
 
 def _can_finish(block: Any, x: Tensor) -> bool:
-    layers = list(block.out_layers)
+    if not fusion.norm_and_silu_pay(x):
+        return False
     whole = block.use_scale_shift_norm or is_plain(block.out_layers, nn.Sequential)  # with hooks it must be called
-    return whole and is_norm(layers[0]) and is_silu(layers[1]) and fusion.norm_and_silu_pay(x)
+    return whole and is_norm(block.out_layers[0]) and is_silu(block.out_layers[1])
 
 
 def _finish(block: Any, h: Tensor, embedding: Tensor) -> Tensor:
@@ -110,6 +111,10 @@ class QKVAttention(ReplacementMixin):
 
     n_heads: int
     _heads_first = False
+
+    def suits(self, qkv: Tensor) -> bool:
+        """On a GPU. On a CPU the channels would have to be transposed, which takes longer than is gained."""
+        return qkv.device.type != "cpu"
 
     def forward(self, qkv: Tensor) -> Tensor:
         """(B, 3C, N) -> (B, C, N)."""

@@ -26,8 +26,8 @@ class _Block(ReplacementMixin):
     conv_shortcut: nn.Module | None
 
     def _is_plain(self, x: Tensor) -> bool:
-        plain = is_norm(self.norm1) and is_norm(self.norm2) and is_silu(self.nonlinearity)
-        return plain and fusion.norm_and_silu_pay(x)
+        pays = fusion.norm_and_silu_pay(x)
+        return pays and is_norm(self.norm1) and is_norm(self.norm2) and is_silu(self.nonlinearity)
 
 
 class ImageResBlock(_Block):
@@ -45,7 +45,7 @@ class ImageResBlock(_Block):
         has_vector = self.time_emb_proj is not None and temb is not None and temb.ndim == 2
         is_modulated = self.time_embedding_norm == "scale_shift"
         known = has_vector or (self.time_emb_proj is None and temb is None and not is_modulated)
-        return known and not args and not kwargs and self._is_plain(input_tensor)
+        return self._is_plain(input_tensor) and known and not args and not kwargs
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
         """input_tensor (B, C, Y, Z), temb (B, E) -> (B, out_channels, Y', Z')."""

@@ -35,8 +35,9 @@ class ContextAttention(_Attention):
     to_out: nn.Module
 
     def suits(self, x: Tensor, context: Tensor | None = None) -> bool:
-        """Unless it is to use xformers."""
-        return not self.use_flash_attention and self._has_usual_scale()
+        """Where it pays, unless it is to use xformers."""
+        scores = x.shape[1] * (x if context is None else context).shape[1]
+        return fusion.attention_pays(x, scores) and not self.use_flash_attention and self._has_usual_scale()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, N, C), context (B, L, E) or None for x itself -> (B, N, C)."""
@@ -50,8 +51,9 @@ class VoxelAttention(_Attention):
     norm: nn.Module
 
     def suits(self, x: Tensor) -> bool:
-        """Unless it is to use xformers."""
-        return not self.use_flash_attention and self._has_usual_scale()
+        """Where it pays, unless it is to use xformers."""
+        scores = x.shape[2:].numel() ** 2
+        return fusion.attention_pays(x, scores) and not self.use_flash_attention and self._has_usual_scale()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) -> (B, C, ...)."""

@@ -31,7 +31,7 @@ class LatentResBlock(ReplacementMixin):
     def suits(self, x: Tensor, temb: Tensor | None = None) -> bool:
         """Whether the norms are plain, and fusing them with the SiLU pays."""
         is_vector = temb is None or temb.ndim == 2
-        return is_vector and is_norm(self.norm1) and is_norm(self.norm2) and fusion.norm_and_silu_pay(x)
+        return fusion.norm_and_silu_pay(x) and is_vector and is_norm(self.norm1) and is_norm(self.norm2)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """x (B, C, ...), temb (B, E) or None -> (B, out_channels, ...)."""
@@ -56,7 +56,7 @@ class SamePaddingResBlock(ReplacementMixin):
 
     def suits(self, x: Tensor) -> bool:
         """Whether the norms are plain, and fusing them with the SiLU pays."""
-        return is_norm(self.norm1) and is_norm(self.norm2) and fusion.norm_and_silu_pay(x)
+        return fusion.norm_and_silu_pay(x) and is_norm(self.norm1) and is_norm(self.norm2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> (B, out_channels, X, Y, Z)."""

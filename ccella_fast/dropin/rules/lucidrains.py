@@ -23,8 +23,10 @@ class ModulatedBlock(ReplacementMixin):
 
     def suits(self, x: Tensor, scale_shift: Any = None) -> bool:
         """Whether the layers are plain, and fusing them pays."""
+        if not fusion.norm_and_silu_pay(x):
+            return False
         per_channel = scale_shift is None or all(each.shape[2:].numel() == 1 for each in scale_shift)
-        return per_channel and is_norm(self.norm) and is_silu(self.act) and fusion.norm_and_silu_pay(x)
+        return per_channel and is_norm(self.norm) and is_silu(self.act)
 
     def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x (B, C, ...), scale and shift (B, out_channels, 1, ...) -> (B, out_channels, ...)."""

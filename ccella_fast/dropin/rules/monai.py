@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ccella_fast.dropin import fusion
@@ -29,9 +30,8 @@ class DiffusionResBlock(ReplacementMixin):
 
     def suits(self, x: Tensor, emb: Tensor) -> bool:
         """Whether the norms and the SiLU are plain layers, and fusing them pays."""
-        return (
-            is_silu(self.nonlinearity) and fusion.norm_and_silu_pay(x) and is_norm(self.norm1) and is_norm(self.norm2)
-        )
+        pays = fusion.norm_and_silu_pay(x)
+        return pays and is_silu(self.nonlinearity) and is_norm(self.norm1) and is_norm(self.norm2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, C, ...), emb (B, E) -> (B, out_channels, ...)."""
@@ -76,8 +76,8 @@ class FusedSelfAttention(ReplacementMixin):
     out_proj: nn.Module
 
     def suits(self, x: Tensor, attn_mask: Tensor | None = None) -> bool:
-        """Without a mask, active dropout, and hooks on the children that are not called."""
-        return attn_mask is None and _skipped_children_do_nothing(self)
+        """Without a mask, active dropout, and hooks on the children that are not called; and where it pays."""
+        return attn_mask is None and _pays(x, x) and _skipped_children_do_nothing(self)
 
     def forward(self, x: Tensor, attn_mask: None = None) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
@@ -100,8 +100,8 @@ class FusedCrossAttention(ReplacementMixin):
     out_proj: nn.Module
 
     def suits(self, x: Tensor, context: Tensor | None = None) -> bool:
-        """Without active dropout, and hooks on the children that are not called."""
-        return _skipped_children_do_nothing(self)
+        """Without active dropout, and hooks on the children that are not called; and where it pays."""
+        return _pays(x, x if context is None else context) and _skipped_children_do_nothing(self)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, N, C), context (B, L, E) or None for x itself -> (B, N, C)."""
@@ -109,6 +109,11 @@ class FusedCrossAttention(ReplacementMixin):
             context = x
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         return self.out_proj(fusion.multi_head_attention(q, k, v, self.num_heads))
+
+
+def _pays(x: Tensor, context: Tensor) -> bool:
+    """Without gradients the kernels are faster at any size: they need no changes of layout."""
+    return not torch.is_grad_enabled() or fusion.attention_pays(x, x.shape[1] * context.shape[1])
 
 
 def _skipped_children_do_nothing(block: Any) -> bool:

@@ -19,6 +19,8 @@ from ccella_fast.dropin import fusion
 from ccella_fast.dropin.layers import computes, has_hooks
 from ccella_fast.dropin.replacement import Replacement, ReplacementMixin, Replacements, Rule
 
+_LARGE_ON_CPU = 2**15  # elements above which one operation with gradients is faster than several
+
 
 class _Layer(NamedTuple):
     """What `fusion.norm` reads from a layer."""
@@ -42,11 +44,13 @@ class VolumeNorm(ReplacementMixin):
     """Replaces `GroupNorm3D`. In evaluation PyTorch's own is faster on a CPU too: it does not store what it subtracts."""
 
     training: bool
+    num_groups: int
 
     def suits(self, x: Tensor) -> bool:
-        """Where the norm is several operations, or on a GPU."""
-        several = x.device.type != "cpu" or not self.training
-        return several and x.ndim == 5 and x.dtype != torch.float64 and x[0].numel() > 1
+        """On a GPU, or where the norm is several operations of a tensor that is not tiny."""
+        several = not self.training and (not torch.is_grad_enabled() or x.numel() >= _LARGE_ON_CPU)
+        pays = x.device.type != "cpu" or several
+        return pays and x.ndim == 5 and x.dtype != torch.float64 and x[0].numel() > self.num_groups
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> (B, C, X, Y, Z)."""
