@@ -1,11 +1,11 @@
-"""`speed_up(model)` replaces modules of MONAI networks by fused kernels, in place and reversibly.
+"""`speed_up(model)` replaces modules of diffusion networks and autoencoders by fused kernels, in place and reversibly.
 
 Each module that is recognized is assigned another class: a subclass of its own class with a faster `forward`, defined in
-`dropin/py`. The module objects, their parameters, names, hooks and devices stay the same, so that state dicts,
+`dropin/rules/`. The module objects, their parameters, names, hooks and devices stay the same, so that state dicts,
 optimizers, `.to()`, `copy.deepcopy`, pickling, DDP and `torch.compile` work as before; `undo()` restores the classes. MONAI is
-never imported. A module is recognized by the class that defines its `forward`, so a subclass that inherits `forward` is
-replaced, and a subclass that overrides it is not. Only what a module's own `forward` does is replaced, never what one of its
-children computes for others.
+never imported. A module is recognized by what its `forward` does, see `program`: a subclass that inherits it is replaced, also
+a copy in another project, and one that changes it is not. Only what a module's own `forward` does is replaced, never what one
+of its children computes for others.
 """
 
 from __future__ import annotations
@@ -105,9 +105,10 @@ def speed_up(
 ) -> SpeedUpReport:
     """Replace known modules of `model` by fused kernels, in place.
 
-    Known are MONAI's DiffusionModelUNet, DiffusionModelUNetMaisi, AutoencoderKL and AutoencoderKlMaisi, any model that contains
-    their blocks, and, in any `nn.Sequential`, a GroupNorm before a SiLU or a nearest-neighbor upsampling by 2 before a
-    convolution.
+    Known are the blocks of MONAI's and GenerativeModels' diffusion U-Nets, ControlNets and autoencoders, of OpenAI's
+    guided-diffusion and networks derived from it, of latent-diffusion, of lucidrains' and diffusers' video networks and of
+    PhysicsNeMo, in any model and in any copy that computes the same; in any `nn.Sequential`, a GroupNorm before a SiLU or a
+    nearest-neighbor upsampling by 2 before a convolution; and `F.interpolate` before a convolution.
 
     Outputs and gradients agree within the rounding of their dtype; only where MAISI's autoencoder loses planes, because its
     number of splits does not divide an axis, the output is that of the unsplit network. Inputs may be MetaTensors; outputs are
