@@ -69,7 +69,12 @@ def _with_second_derivative(
 
 
 def norm(layer: Any, x: Tensor, *, silu: bool, shift: Tensor | None = None) -> Tensor:
-    """SiLU(layer(x + shift)) or layer(x + shift) of a GroupNorm with weight and bias; x (B, C, ...), shift (B, C)."""
+    """SiLU(layer(x + shift)) or layer(x + shift) of a GroupNorm with weight and bias; x (B, C, ...), shift (B, C).
+
+    As in a sum of both, one of them may have a batch of 1.
+    """
+    if shift is not None:
+        x, shift = _same_batch(x, shift)
 
     def apply(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, weight, bias, shift: operation(
@@ -88,6 +93,7 @@ def modulated_norm(layer: Any, x: Tensor, scale: Tensor, offset: Tensor) -> Tens
     The kernel has one weight for each channel. So the samples become groups of channels of one sample, which is a view of x
     where `can_modulate` says so.
     """
+    x, scale = _same_batch(x, scale)
     batch = x.shape[0]
     wide = torch.promote_types(scale.dtype, torch.float32)
     factor = scale.to(wide) + 1
@@ -104,6 +110,14 @@ def modulated_norm(layer: Any, x: Tensor, scale: Tensor, offset: Tensor) -> Tens
         bias.flatten(),
     )
     return y.reshape(x.shape)
+
+
+def _same_batch(x: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, C, ...) and (B, C), if one of them has a batch of 1."""
+    if x.shape[0] == channels.shape[0]:
+        return x, channels
+    batch = max(x.shape[0], channels.shape[0])
+    return x.expand(batch, *x.shape[1:]), channels.expand(batch, -1)
 
 
 def can_modulate(x: Tensor) -> bool:

@@ -433,3 +433,34 @@ def test_an_example_without_floating_point_outputs_is_refused():
 
     with pytest.raises(ConfigError, match="returns no tensor of floating-point numbers"):
         speed_up(Labels(), example=((volume(),), {}))
+
+
+# Odd uses
+
+
+@pytest.mark.parametrize("name", ["generative", "adm", "adm shift", "diffusers", "lucidrains", "nemo"])
+@pytest.mark.parametrize("few", [0, 1])
+def test_one_time_for_several_samples_or_one_sample_for_several_times(name, few, fused):
+    net, inputs, _ = built(name)
+    inputs = [each[:1] if index == few else each for index, each in enumerate(inputs)]
+    expected = net.eval()(*inputs)
+    speed_up(net)
+    torch.testing.assert_close(net(*inputs), expected, rtol=1e-4, atol=1e-5)
+    assert fused
+
+
+def test_a_block_without_its_layers_is_refused_with_the_reason():
+    block = foreign.AdmResBlock(8, 8)
+    block.out_layers = nn.Identity()
+    (reason,) = speed_up(block).refused.values()
+    assert reason.startswith("it computes as a known block, but does not have its layers")
+
+
+@pytest.mark.parametrize(
+    ("cls", "method"), [(foreign.AdmResBlock, "_forward"), (foreign.GenerativeResBlock, "forward")]
+)
+def test_a_class_that_is_patched_later_computes_the_patch(cls, method, monkeypatch):
+    block = cls(8, 8)
+    speed_up(block)
+    monkeypatch.setattr(cls, method, lambda self, *inputs: "patched")
+    assert block(volume(), *[TIME] * (method == "_forward")) == "patched"
