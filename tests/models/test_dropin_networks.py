@@ -35,6 +35,7 @@ def volume(batch=2, channels=8):
 
 
 TIME = draw(2, 8, seed=1)
+UPSAMPLING_PAYS, ATTENTION_PAYS = fusion.upsampling_pays, fusion.attention_pays
 
 
 def frames(block):
@@ -103,6 +104,7 @@ def everywhere(monkeypatch):
     monkeypatch.setattr(nn.functional, "linear", torch._C._nn.linear)
     monkeypatch.setattr(fusion, "norm_and_silu_pay", lambda x: x.ndim > 2)
     monkeypatch.setattr(fusion, "attention_pays", lambda x, scores: True)
+    monkeypatch.setattr(fusion, "upsampling_pays", lambda x: True)
     monkeypatch.setattr(torch_layers.FusedGroupNorm, "suits", lambda self, input: input.ndim > 2)
     monkeypatch.setattr(physicsnemo.VolumeNorm, "suits", lambda self, x: x.ndim == 5)
     monkeypatch.setattr(adm.QKVAttention, "suits", lambda self, qkv: True)
@@ -433,6 +435,39 @@ def test_an_example_without_floating_point_outputs_is_refused():
 
     with pytest.raises(ConfigError, match="returns no tensor of floating-point numbers"):
         speed_up(Labels(), example=((volume(),), {}))
+
+
+# Where the original is faster on a CPU
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "size", "pays"),
+    [
+        (torch.float32, 8, 8, True), (torch.float32, 64, 4, False),
+        (torch.bfloat16, 64, 8, True), (torch.bfloat16, 32, 8, False),
+    ],
+)  # fmt: skip
+def test_on_a_cpu_an_upsampling_is_fused_only_where_that_pays(dtype, channels, size, pays, fused, monkeypatch):
+    monkeypatch.setattr(fusion, "upsampling_pays", UPSAMPLING_PAYS)
+    net, x = foreign.Upsample(channels).to(dtype), draw(1, channels, size, size, size).to(dtype)
+    expected = net(x).float()
+    speed_up(net)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(net(x).float(), expected, **tolerance)
+    assert fused == ["upsampled_convolution"] * pays
+
+
+@pytest.mark.parametrize(
+    ("dtype", "queries", "keys", "pays"),
+    [
+        (torch.float32, 512, 512, True), (torch.float32, 2048, 100, False),
+        (torch.bfloat16, 2048, 2048, True), (torch.bfloat16, 512, 512, False),
+    ],
+)  # fmt: skip
+def test_on_a_cpu_attention_is_fused_only_where_that_pays(dtype, queries, keys, pays):
+    x = torch.empty(1, queries, 8, dtype=dtype)
+    assert ATTENTION_PAYS(x, queries * keys) == pays
+    assert ATTENTION_PAYS(x.to("meta"), 1)
 
 
 # Odd uses
