@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -336,8 +337,6 @@ def test_a_subclass_is_what_its_forward_is():
 
 def test_a_patched_forward_is_not_replaced(monkeypatch):
     """Neither where the class has another one, nor where a wrapper pretends to be it."""
-    import functools
-
     original = foreign.GenerativeResBlock.forward
     block = foreign.GenerativeResBlock(8, 8)
     assert rule_of(block) is not None
