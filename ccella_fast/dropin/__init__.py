@@ -1,4 +1,4 @@
-"""Fused kernels for MONAI networks of other projects: `matching` finds modules, `replacements` defines their replacements."""
+"""Fused kernels for the networks of other projects: `matching` finds modules, `rules` say which are known and replace them."""
 
 from __future__ import annotations
 

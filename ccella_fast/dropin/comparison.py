@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ccella_fast.dropin.layers import computes
+from ccella_fast.dropin.replacement import map_tensors
+from ccella_fast.errors import ConfigError
 
 Example = tuple[Sequence[Any], Mapping[str, Any]]  # the arguments of the model by position and by name
 _ALLOWED = {"outputs": 1e-5, "gradients": 1e-4}  # in fp32; see `_differences` for the units
@@ -35,6 +40,10 @@ def compute(model: nn.Module, example: Example, *, gradients: bool) -> Values:
         with torch.random.fork_rng(devices=list(devices)), torch.set_grad_enabled(gradients):
             torch.manual_seed(0)
             outputs = [each for each in _tensors(model(*args, **kwargs)) if each.is_floating_point()]
+            if not outputs:
+                why = "with the example, the model returns no tensor of floating-point numbers, so nothing can be compared"
+                fix = "give a network that returns its prediction, or leave out example"
+                raise ConfigError(why, field="example", fix=fix)
             found = _gradients(model, outputs) if gradients else []
     finally:
         with torch.no_grad():
@@ -66,7 +75,11 @@ def describe_difference(before: Values, after: Values, make_truth: Callable[[], 
     is_fp32 = all(each.dtype == torch.float32 for each in before.outputs)
     if is_fp32 and all(value <= _ALLOWED[name] for name, value in differences.items()):
         return True, phrase
-    truth = make_truth()
+    try:
+        truth = make_truth()
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        return False, f"{phrase}, which cannot be judged because the model does not compute in float64 ({why}),"
     errors = [_errors(truth, each) for each in (before, after)]
     is_right = all(errors[1][name] <= 2 * errors[0][name] for name in differences)
     ratios = ", ".join(f"{errors[1][name] / max(errors[0][name], 1e-300):.2g}" for name in differences)
@@ -74,17 +87,17 @@ def describe_difference(before: Values, after: Values, make_truth: Callable[[], 
 
 
 def in_float64(model: nn.Module, example: Example, *, gradients: bool) -> Values:
-    """The values of an example computed by a copy of the model in float64."""
+    """The values of an example computed by a copy of the model in float64, also where its norms would cast to fp32."""
 
-    def wide(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.double() if value.is_floating_point() else value
-        if isinstance(value, Mapping):
-            return {key: wide(each) for key, each in value.items()}
-        return type(value)(map(wide, value)) if type(value) in (list, tuple) else value
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor.double() if tensor.is_floating_point() else tensor
 
-    args, kwargs = example
-    return compute(copy.deepcopy(model).double(), (wide(tuple(args)), wide(dict(kwargs))), gradients=gradients)
+    args, kwargs = (map_tensors(wide, each) for each in (tuple(example[0]), dict(example[1])))
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if computes(module) == "norm":
+            module.forward = functools.partial(nn.GroupNorm.forward, module)  # type: ignore[arg-type]
+    return compute(model, (args, kwargs), gradients=gradients)
 
 
 def _differences(before: Values, after: Values) -> dict[str, float]:

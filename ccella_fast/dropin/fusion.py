@@ -1,8 +1,4 @@
-"""Fused operations with the weights of plain layers of PyTorch, where that is the same and pays.
-
-A plain layer is one whose call does nothing but compute the `forward` of its class: it has no hooks, and is not wrapped. Only
-for those, reading the weights instead of calling the layer changes nothing.
-"""
+"""Fused operations with the weights of plain layers, see `layers`, where that is the same and pays."""
 
 from __future__ import annotations
 
@@ -13,12 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ccella_fast.dropin.layers import is_norm, is_plain, is_silu
 from ccella_fast.kernels.attention import attention, attention_reference
 from ccella_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
-from ccella_fast.kernels.upsample_conv3d import upsample_conv3d, upsample_conv3d_reference
+from ccella_fast.kernels.upsample_conv3d import MIN_PHASE_VOXELS, upsample_conv3d, upsample_conv3d_reference
 
 # Elements above which GroupNorm and SiLU together are faster on a CPU than one after the other.
 _LARGE_ON_CPU = 2**17
+# Scores of a head above which attention without the matrix of scores is faster on a CPU, in fp32; in 16 bits 16 times as many.
+_MANY_SCORES_ON_CPU = 2**18
+# Elements above which upsampling and a convolution in 16 bits are faster on a CPU as convolutions of the small grid.
+_LARGE_TO_UPSAMPLE_ON_CPU = 2**15
+NEAREST = ("nearest", "nearest-exact")  # the same for an upsampling by 2
 
 
 class _SecondDerivative(torch.autograd.Function):
@@ -69,7 +71,12 @@ def _with_second_derivative(
 
 
 def norm(layer: Any, x: Tensor, *, silu: bool, shift: Tensor | None = None) -> Tensor:
-    """SiLU(layer(x + shift)) or layer(x + shift) of a GroupNorm with weight and bias; x (B, C, ...), shift (B, C)."""
+    """SiLU(layer(x + shift)) or layer(x + shift) of a GroupNorm with weight and bias; x (B, C, ...), shift (B, C).
+
+    As in a sum of both, one of them may have a batch of 1.
+    """
+    if shift is not None:
+        x, shift = _same_batch(x, shift)
 
     def apply(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, weight, bias, shift: operation(
@@ -82,6 +89,44 @@ def norm(layer: Any, x: Tensor, *, silu: bool, shift: Tensor | None = None) -> T
     return y.to(torch.float16) if getattr(layer, "norm_float16", False) else y
 
 
+def modulated_norm(layer: Any, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """SiLU(layer(x) * (1 + scale) + offset) of a GroupNorm with weight and bias; x (B, C, ...), scale and offset (B, C).
+
+    The kernel has one weight for each channel. So the samples become groups of channels of one sample, which is a view of x
+    where `can_modulate` says so.
+    """
+    x, scale = _same_batch(x, scale)
+    batch = x.shape[0]
+    wide = torch.promote_types(scale.dtype, torch.float32)
+    factor = scale.to(wide) + 1
+    weight, bias = layer.weight * factor, torch.addcmul(offset.to(wide), layer.bias.to(wide), factor)
+
+    def apply(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, weight, bias: operation(x, batch * layer.num_groups, weight, bias, layer.eps)
+
+    y = _with_second_derivative(
+        apply(group_norm_silu),
+        apply(group_norm_silu_reference),
+        x.reshape(1, -1, *x.shape[2:]),
+        weight.flatten(),
+        bias.flatten(),
+    )
+    return y.reshape(x.shape)
+
+
+def _same_batch(x: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, C, ...) and (B, C), if one of them has a batch of 1."""
+    if x.shape[0] == channels.shape[0]:
+        return x, channels
+    batch = max(x.shape[0], channels.shape[0])
+    return x.expand(batch, *x.shape[1:]), channels.expand(batch, -1)
+
+
+def can_modulate(x: Tensor) -> bool:
+    """Whether `modulated_norm` reads x in place."""
+    return x.shape[0] == 1 or x.is_contiguous()
+
+
 def upsampled_convolution(conv: nn.Conv3d, x: Tensor) -> Tensor:
     """conv(nearest-neighbor upsampling of x by 2) of a convolution that `reason_not_to_fuse` accepts."""
     return _with_second_derivative(upsample_conv3d, upsample_conv3d_reference, x, conv.weight, conv.bias)
@@ -90,24 +135,12 @@ def upsampled_convolution(conv: nn.Conv3d, x: Tensor) -> Tensor:
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """The attention of q (B, N, C) to k and v (B, L, C) -> (B, N, C)."""
     q, k, v = (tokens.unflatten(-1, (heads, -1)).transpose(1, 2) for tokens in (q, k, v))
-    return _with_second_derivative(attention, attention_reference, q, k, v).transpose(1, 2).flatten(2)
+    return attention_of_heads(q, k, v).transpose(1, 2).flatten(2)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of `module` does more than its class says."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of `module` would do nothing but compute the `forward` of `kind`, or its replacement."""
-    forward = type(module).forward
-    return getattr(forward, "__wrapped__", forward) is kind.forward and not has_hooks(module)
-
-
-def is_norm(module: Any) -> bool:
-    """Whether `norm` may compute in place of the module."""
-    return isinstance(module, nn.GroupNorm) and module.affine and is_plain(module, nn.GroupNorm)
+def attention_of_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The attention of q (B, M, N, K) to k and v (B, M, L, K) -> (B, M, N, K)."""
+    return _with_second_derivative(attention, attention_reference, q, k, v)
 
 
 def norm_and_silu_pay(x: Tensor) -> bool:
@@ -116,20 +149,34 @@ def norm_and_silu_pay(x: Tensor) -> bool:
     On a CPU that is so for large fp32 tensors without gradients, where the SiLU is computed in place.
     """
     if x.device.type != "cpu":
-        return x.ndim > 2
+        return x.ndim > 2 and x.dtype != torch.float64
     computes_in_place = not (torch.is_grad_enabled() and x.requires_grad)
     return x.dtype == torch.float32 and x.is_contiguous() and computes_in_place and x.numel() >= _LARGE_ON_CPU
+
+
+def attention_pays(x: Tensor, scores: int) -> bool:
+    """Whether attention with so many scores (queries times keys) is faster than with the matrix of scores in memory."""
+    large = _MANY_SCORES_ON_CPU if x.dtype == torch.float32 else 16 * _MANY_SCORES_ON_CPU
+    return x.device.type != "cpu" or scores >= large
+
+
+def upsampling_pays(x: Tensor) -> bool:
+    """Whether a convolution of x upsampled is faster on the small grid."""
+    if x.device.type != "cpu":
+        return True
+    voxels = x.shape[0] * x.shape[2:].numel()
+    return voxels >= MIN_PHASE_VOXELS and (x.dtype == torch.float32 or x.numel() >= _LARGE_TO_UPSAMPLE_ON_CPU)
 
 
 def fusion_of(first: Any, second: Any, x: Any = None) -> Callable[[Tensor], Tensor] | None:
     """The function that computes second(first(x)) with one kernel, None if there is none, or if it would not pay for x."""
     if not (x is None or isinstance(x, Tensor)):
         return None
-    if is_norm(first) and type(second) is nn.SiLU and is_plain(second, nn.SiLU):
+    if is_norm(first) and is_silu(second):
         return functools.partial(norm, first, silu=True) if x is None or norm_and_silu_pay(x) else None
-    if type(first) is nn.Upsample and is_plain(first, nn.Upsample) and first.mode == "nearest":
+    if type(first) is nn.Upsample and is_plain(first, nn.Upsample) and first.mode in NEAREST:
         conv = unwrap_convolution(second)
-        if reason_not_to_fuse(first, conv) is None and (x is None or x.ndim == 5):
+        if reason_not_to_fuse(first, conv) is None and (x is None or (x.ndim == 5 and upsampling_pays(x))):
             return functools.partial(upsampled_convolution, conv)
     return None
 

@@ -16,8 +16,9 @@ from monai.networks import nets
 from torch import nn
 
 import ccella_fast
-from ccella_fast.dropin import fusion, replacements
+from ccella_fast.dropin import fusion
 from ccella_fast.dropin.matching import KINDS, speed_up
+from ccella_fast.dropin.rules import torch_layers
 from ccella_fast.errors import ConfigError
 
 
@@ -127,7 +128,9 @@ def case(request):
 def everywhere(monkeypatch):
     """Replacements compute wherever they may, as on a GPU."""
     monkeypatch.setattr(fusion, "norm_and_silu_pay", lambda x: x.ndim > 2)
-    monkeypatch.setattr(replacements.FusedGroupNorm, "suits", lambda self, input: input.ndim > 2)
+    monkeypatch.setattr(fusion, "attention_pays", lambda x, scores: True)
+    monkeypatch.setattr(fusion, "upsampling_pays", lambda x: True)
+    monkeypatch.setattr(torch_layers.FusedGroupNorm, "suits", lambda self, input: input.ndim > 2)
 
 
 # Values

@@ -12,8 +12,9 @@ from monai.networks.blocks import SABlock
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from ccella_fast.dropin import fusion, replacements
+from ccella_fast.dropin import fusion
 from ccella_fast.dropin.matching import speed_up
+from ccella_fast.dropin.rules import torch_layers
 from ccella_fast.errors import ConfigError
 
 
@@ -28,7 +29,9 @@ def everywhere(request, monkeypatch):
     monkeypatch.setattr(nn.functional, "linear", torch._C._nn.linear)
     if "as_on_a_cpu" not in request.fixturenames:
         monkeypatch.setattr(fusion, "norm_and_silu_pay", lambda x: x.ndim > 2)
-        monkeypatch.setattr(replacements.FusedGroupNorm, "suits", lambda self, input: input.ndim > 2)
+        monkeypatch.setattr(fusion, "attention_pays", lambda x, scores: True)
+        monkeypatch.setattr(fusion, "upsampling_pays", lambda x: True)
+        monkeypatch.setattr(torch_layers.FusedGroupNorm, "suits", lambda self, input: input.ndim > 2)
 
 
 @pytest.fixture
@@ -430,10 +433,10 @@ class WithNorm(Foreign):
 def test_the_report_names_what_it_does_not_know():
     lines = str(speed_up(nn.Sequential(Foreign(), Foreign(), nn.Linear(2, 2)))).splitlines()
     assert lines[0] == "this model contains no known modules; nothing was replaced"
-    assert lines[-2:] == ["not recognized, by class:", f"    2  {__name__}.Foreign"]
+    assert lines[-2:] == ["recognized, of all modules of a class:", f"    0 of 2  {__name__}.Foreign"]
     lines = str(speed_up(WithNorm())).splitlines()
     assert lines[0] == "no block of this model is known; only single norms were replaced" and "group_norm" in lines[1]
-    assert lines[-1] == f"    1  {__name__}.Foreign"
+    assert lines[-1] == f"    0 of 1  {__name__}.Foreign"
     known = speed_up(nn.Sequential(norm_silu_conv(), Foreign()))
     assert known.unknown == {f"{__name__}.Foreign": 1} and str(known).splitlines()[0].endswith("one kernel")
     assert not speed_up(norm_silu_conv()).unknown
