@@ -24,8 +24,8 @@ from ccella_fast.dropin.rules import (
     monai,
     physicsnemo,
     torch_layers,
+    upsampling,
 )
-from ccella_fast.dropin.rules import upsampling as upsampling
 
 RULES: dict[Any, Rule] = {
     **torch_layers.RULES, **upsampling.RULES, **monai.RULES, **maisi.RULES, **generative.RULES, **adm.RULES, **ldm.RULES,
