@@ -39,7 +39,7 @@ def compute(model: nn.Module, example: Example, *, gradients: bool) -> Values:
     try:
         with torch.random.fork_rng(devices=list(devices)), torch.set_grad_enabled(gradients):
             torch.manual_seed(0)
-            outputs = [each for each in _tensors(model(*args, **kwargs)) if each.is_floating_point()]
+            outputs = [each for each in tensors_in(model(*args, **kwargs)) if each.is_floating_point()]
             if not outputs:
                 why = "with the example, the model returns no tensor of floating-point numbers, so nothing can be compared"
                 fix = "give a network that returns its prediction, or leave out example"
@@ -61,8 +61,24 @@ def _gradients(model: nn.Module, outputs: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if each is None else each for p, each in zip(parameters, found, strict=True)]
 
 
-def describe_difference(before: Values, after: Values, make_truth: Callable[[], Values]) -> tuple[bool, str]:
-    """Whether `after` is as right as `before`, and by how much they differ, in words.
+class Agreement(NamedTuple):
+    """How far the values after a change are from those before.
+
+    Attributes:
+        is_right: whether the values after the change are as right as those before.
+        differences: of outputs and gradients, see `compare`.
+        errors: in comparison with float64, the error after the change divided by that before; empty if not needed or not known.
+        phrase: the same in words, the subject of a sentence.
+    """
+
+    is_right: bool
+    differences: dict[str, float]
+    errors: dict[str, float]
+    phrase: str
+
+
+def compare(before: Values, after: Values, make_truth: Callable[[], Values]) -> Agreement:
+    """Compare the values of an example before and after a change.
 
     In fp32 outputs may differ by 1e-5 of their standard deviation, gradients by 1e-4 of their largest value. Beyond that, and
     in other dtypes, the error of `after`, as a root mean square over all values, may be twice that of `before`.
@@ -74,16 +90,19 @@ def describe_difference(before: Values, after: Values, make_truth: Callable[[], 
     phrase = " and ".join(f"{name} differ by {value:.1e} {units[name]}" for name, value in differences.items())
     is_fp32 = all(each.dtype == torch.float32 for each in before.outputs)
     if is_fp32 and all(value <= _ALLOWED[name] for name, value in differences.items()):
-        return True, phrase
+        return Agreement(True, differences, {}, phrase)
     try:
         truth = make_truth()
     except RuntimeError as error:
         why = str(error).splitlines()[0]
-        return False, f"{phrase}, which cannot be judged because the model does not compute in float64 ({why}),"
-    errors = [_errors(truth, each) for each in (before, after)]
-    is_right = all(errors[1][name] <= 2 * errors[0][name] for name in differences)
-    ratios = ", ".join(f"{errors[1][name] / max(errors[0][name], 1e-300):.2g}" for name in differences)
-    return is_right, f"{phrase} (and have {ratios} times their errors in comparison with float64)"
+        phrase = f"{phrase}, which cannot be judged because the model does not compute in float64 ({why}),"
+        return Agreement(False, differences, {}, phrase)
+    old, new = (_errors(truth, each) for each in (before, after))
+    is_right = all(new[name] <= 2 * old[name] for name in differences)
+    errors = {name: new[name] / max(old[name], 1e-300) for name in differences}
+    ratios = ", ".join(f"{value:.2g}" for value in errors.values())
+    phrase = f"{phrase} (and have {ratios} times their errors in comparison with float64)"
+    return Agreement(is_right, differences, errors, phrase)
 
 
 def in_float64(model: nn.Module, example: Example, *, gradients: bool) -> Values:
@@ -101,7 +120,7 @@ def in_float64(model: nn.Module, example: Example, *, gradients: bool) -> Values
 
 
 def _differences(before: Values, after: Values) -> dict[str, float]:
-    """The largest differences, in the units that `describe_difference` states.
+    """The largest differences, in the units that `compare` states.
 
     A gradient below a thousandth of the largest one of the model is compared with that thousandth.
     """
@@ -137,12 +156,13 @@ def _pairs(first: list[Tensor], second: list[Tensor]) -> Iterator[tuple[Tensor, 
     return zip(first, second, strict=True)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returns."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for each in value.values():
-            yield from _tensors(each)
+            yield from tensors_in(each)
     elif isinstance(value, (list, tuple)):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
