@@ -61,7 +61,7 @@ def _gradients(model: nn.Module, outputs: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if each is None else each for p, each in zip(parameters, found, strict=True)]
 
 
-class Agreement(NamedTuple):
+class ValueComparison(NamedTuple):
     """How far the values after a change are from those before.
 
     Attributes:
@@ -77,7 +77,7 @@ class Agreement(NamedTuple):
     phrase: str
 
 
-def compare(before: Values, after: Values, make_truth: Callable[[], Values]) -> Agreement:
+def compare(before: Values, after: Values, make_truth: Callable[[], Values]) -> ValueComparison:
     """Compare the values of an example before and after a change.
 
     In fp32 outputs may differ by 1e-5 of their standard deviation, gradients by 1e-4 of their largest value. Beyond that, and
@@ -90,19 +90,19 @@ def compare(before: Values, after: Values, make_truth: Callable[[], Values]) -> 
     phrase = " and ".join(f"{name} differ by {value:.1e} {units[name]}" for name, value in differences.items())
     is_fp32 = all(each.dtype == torch.float32 for each in before.outputs)
     if is_fp32 and all(value <= _ALLOWED[name] for name, value in differences.items()):
-        return Agreement(True, differences, {}, phrase)
+        return ValueComparison(True, differences, {}, phrase)
     try:
         truth = make_truth()
     except RuntimeError as error:
         why = str(error).splitlines()[0]
         phrase = f"{phrase}, which cannot be judged because the model does not compute in float64 ({why}),"
-        return Agreement(False, differences, {}, phrase)
+        return ValueComparison(False, differences, {}, phrase)
     old, new = (_errors(truth, each) for each in (before, after))
     is_right = all(new[name] <= 2 * old[name] for name in differences)
     errors = {name: new[name] / max(old[name], 1e-300) for name in differences}
     ratios = ", ".join(f"{value:.2g}" for value in errors.values())
     phrase = f"{phrase} (and have {ratios} times their errors in comparison with float64)"
-    return Agreement(is_right, differences, errors, phrase)
+    return ValueComparison(is_right, differences, errors, phrase)
 
 
 def in_float64(model: nn.Module, example: Example, *, gradients: bool) -> Values:
