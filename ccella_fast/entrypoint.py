@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,7 +29,7 @@ _PATIENCE = (
     2.0  # seconds that other ranks wait: a launcher kills all processes when one ends, and rank 0 prints the error
 )
 EXIT_CODES = """exit codes: 0 ok, 1 a bug, 2 usage or configuration, 3 data, 4 checkpoint, 5 disk, 6 non-finite loss,
-7 a process did not arrive, 130/138/143 stopped by a signal, 141 closed pipe"""
+7 a process did not arrive, 129/130/138/143 stopped by a signal, 141 closed pipe"""
 LESS_MEMORY = "end other programs, use a machine with more memory, or process less at a time"
 
 
@@ -101,6 +101,11 @@ class Parser(argparse.ArgumentParser):
         near = nearest(name, options)
         return f"did you mean {near}?" if near else f"there are {', '.join(sorted(options))}"
 
+    def _get_value(self, action: argparse.Action, text: str) -> object:
+        if action.type is Path and not text:  # as from an unset variable; Path("") is the working folder
+            raise argparse.ArgumentError(action, "the path is empty")
+        return super()._get_value(action, text)
+
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
             known = map(str, action.choices)
@@ -131,7 +136,7 @@ class _StderrHandler(logging.StreamHandler):
         if (tqdm := sys.modules.get("tqdm")) is None:  # not imported here, so that commands without a bar start at once
             super().emit(record)
         else:
-            with tqdm.tqdm.external_write_mode(sys.stderr):
+            with suppress(OSError), tqdm.tqdm.external_write_mode(sys.stderr):  # the terminal may have been closed
                 super().emit(record)
 
 
@@ -173,7 +178,8 @@ def run_command(work: Callable[[], int], *, debug: bool, if_out_of_memory: str =
     except KeyboardInterrupt as interrupt:
         stop = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
         if is_local_rank_zero():
-            print(stop, file=sys.stderr)
+            with suppress(OSError):  # the terminal may have been closed
+                print(stop, file=sys.stderr)
         return stop.exit_code
     except Exception as error:
         if debug:

@@ -12,13 +12,9 @@ import re
 
 from ccella_fast import hardware
 from ccella_fast.errors import CcellaError, ConfigError, DataError, DiskError
+from ccella_fast.optional import PACKAGES, install
 from ccella_fast.quantities import format_bytes
 
-# Module -> the extra of this package that installs it.
-_EXTRAS = {
-    "triton": "gpu", "xformers": "gpu", "nvidia": "gpu", "pydicom": "dicom", "highdicom": "dicom", "sentencepiece": "t5",
-    "protobuf": "t5",
-}  # fmt: skip
 _HTTP_CLIENTS = ("requests", "urllib3", "httpx", "httpcore", "huggingface_hub", "aiohttp")
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Unable to allocate|ALLOC_FAILED")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -69,15 +65,11 @@ def _missing_package(error: ImportError) -> ConfigError | None:
     """The package that is not installed; None for any other failed import, which is a bug of ours or of the installation."""
     name = error.name if isinstance(error, ModuleNotFoundError) else None
     if error.name is None:  # a library's own check of what it needs
-        name = next((name for name in _EXTRAS if name in str(error).lower()), None)
+        name = next((name for name in PACKAGES if name in str(error).lower()), None)
     if name is None or name.split(".")[0] == "ccella_fast":
         return None
     top = name.split(".")[0]
-    extra = _EXTRAS.get(top)
-    return ConfigError(
-        f"the package '{top}' is not installed",
-        fix=f"pip install 'ccella-fast[{extra}]'" if extra else f"pip install {top}",
-    )
+    return ConfigError(f"the package '{top}' is not installed", fix=install(top))
 
 
 def _rendezvous(text: str) -> ConfigError:

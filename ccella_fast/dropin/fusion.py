@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from ccella_fast.dropin.layers import is_norm, is_plain, is_silu
 from ccella_fast.kernels.attention import attention, attention_reference
 from ccella_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
-from ccella_fast.kernels.upsample_conv3d import upsample_conv3d, upsample_conv3d_reference
+from ccella_fast.kernels.upsample_conv3d import MIN_PHASE_VOXELS, upsample_conv3d, upsample_conv3d_reference
 
 # Elements above which GroupNorm and SiLU together are faster on a CPU than one after the other.
 _LARGE_ON_CPU = 2**17
 # Scores of a head above which attention without the matrix of scores is faster on a CPU, in fp32; in 16 bits 16 times as many.
 _MANY_SCORES_ON_CPU = 2**18
+# Elements above which upsampling and a convolution in 16 bits are faster on a CPU as convolutions of the small grid.
+_LARGE_TO_UPSAMPLE_ON_CPU = 2**15
 NEAREST = ("nearest", "nearest-exact")  # the same for an upsampling by 2
 
 
@@ -69,7 +71,12 @@ def _with_second_derivative(
 
 
 def norm(layer: Any, x: Tensor, *, silu: bool, shift: Tensor | None = None) -> Tensor:
-    """SiLU(layer(x + shift)) or layer(x + shift) of a GroupNorm with weight and bias; x (B, C, ...), shift (B, C)."""
+    """SiLU(layer(x + shift)) or layer(x + shift) of a GroupNorm with weight and bias; x (B, C, ...), shift (B, C).
+
+    As in a sum of both, one of them may have a batch of 1.
+    """
+    if shift is not None:
+        x, shift = _same_batch(x, shift)
 
     def apply(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, weight, bias, shift: operation(
@@ -88,6 +95,7 @@ def modulated_norm(layer: Any, x: Tensor, scale: Tensor, offset: Tensor) -> Tens
     The kernel has one weight for each channel. So the samples become groups of channels of one sample, which is a view of x
     where `can_modulate` says so.
     """
+    x, scale = _same_batch(x, scale)
     batch = x.shape[0]
     wide = torch.promote_types(scale.dtype, torch.float32)
     factor = scale.to(wide) + 1
@@ -104,6 +112,14 @@ def modulated_norm(layer: Any, x: Tensor, scale: Tensor, offset: Tensor) -> Tens
         bias.flatten(),
     )
     return y.reshape(x.shape)
+
+
+def _same_batch(x: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, C, ...) and (B, C), if one of them has a batch of 1."""
+    if x.shape[0] == channels.shape[0]:
+        return x, channels
+    batch = max(x.shape[0], channels.shape[0])
+    return x.expand(batch, *x.shape[1:]), channels.expand(batch, -1)
 
 
 def can_modulate(x: Tensor) -> bool:
@@ -144,6 +160,14 @@ def attention_pays(x: Tensor, scores: int) -> bool:
     return x.device.type != "cpu" or scores >= large
 
 
+def upsampling_pays(x: Tensor) -> bool:
+    """Whether a convolution of x upsampled is faster on the small grid."""
+    if x.device.type != "cpu":
+        return True
+    voxels = x.shape[0] * x.shape[2:].numel()
+    return voxels >= MIN_PHASE_VOXELS and (x.dtype == torch.float32 or x.numel() >= _LARGE_TO_UPSAMPLE_ON_CPU)
+
+
 def fusion_of(first: Any, second: Any, x: Any = None) -> Callable[[Tensor], Tensor] | None:
     """The function that computes second(first(x)) with one kernel, None if there is none, or if it would not pay for x."""
     if not (x is None or isinstance(x, Tensor)):
@@ -152,7 +176,7 @@ def fusion_of(first: Any, second: Any, x: Any = None) -> Callable[[Tensor], Tens
         return functools.partial(norm, first, silu=True) if x is None or norm_and_silu_pay(x) else None
     if type(first) is nn.Upsample and is_plain(first, nn.Upsample) and first.mode in NEAREST:
         conv = unwrap_convolution(second)
-        if reason_not_to_fuse(first, conv) is None and (x is None or x.ndim == 5):
+        if reason_not_to_fuse(first, conv) is None and (x is None or (x.ndim == 5 and upsampling_pays(x))):
             return functools.partial(upsampled_convolution, conv)
     return None
 

@@ -85,8 +85,10 @@ def _known() -> dict[str | None, str]:
 _COMPUTES: dict[Callable[..., Any], str] = {nn.GroupNorm.forward: "norm", nn.SiLU.forward: "silu"}
 
 
-def computes(module: nn.Module) -> str:
+def computes(module: Any) -> str:
     """What the class of a module computes: "norm", "silu", "volume norm" (that of PhysicsNeMo), or "" for anything else."""
+    if not isinstance(module, nn.Module):
+        return ""
     forward = plain_forward(module)
     if forward not in _COMPUTES and not torch.compiler.is_compiling():
         owner = type(module) if forward is type(module).forward else original_class(module)

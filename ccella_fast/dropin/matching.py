@@ -180,7 +180,7 @@ def _replace(model: nn.Module, without: Collection[str]) -> SpeedUpReport:
         if type(module) not in rules:
             rules[type(module)] = rule_of(module)
         rule = None if id(module) in computed else rules[type(module)]
-        found = [] if rule is None else list(rule(module))
+        found = [] if rule is None else _apply(rule, module)
         if any(isinstance(each, Replacement) and each.kind in without for each in found):
             continue
         for replacement in found:
@@ -199,6 +199,13 @@ def _replace(model: nn.Module, without: Collection[str]) -> SpeedUpReport:
         _swap_class(model, MetaTensorUnwrapper, report)
     _count_unknown(modules, report)
     return report
+
+
+def _apply(rule: Rule, module: nn.Module) -> list[Replacement | str]:
+    try:
+        return list(rule(module))
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
+        return [f"it computes as a known block, but does not have its layers ({error})"]
 
 
 def _swap_class(module: nn.Module, mixin: type[ReplacementMixin], report: SpeedUpReport) -> None:

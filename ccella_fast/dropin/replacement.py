@@ -58,17 +58,32 @@ def _make_subclass(mixin: type[ReplacementMixin], original: type[nn.Module]) -> 
         members |= {name: _with_plain_arguments(getattr(original, name)) for name in names}
     else:
         method = next(name for name in mixin.methods if hasattr(original, name))
-        members |= {"forward": original.forward, method: _forward_of(mixin, getattr(original, method))}
+        members["forward"] = _call_of(original)
+        members[method] = _forward_of(mixin, original, method)
     return type(f"Faster{original.__name__}", (mixin, original), members)
 
 
-def _forward_of(mixin: type[ReplacementMixin], plain: Any) -> Any:
-    fused = mixin.forward
+def _call_of(original: Any) -> Any:
+    """The `forward` of the original class, not that of a mixin which replaces another method."""
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original.forward(self, *args, **kwargs)
+
+    forward.replaced = original.forward  # type: ignore[attr-defined]
+    return forward
+
+
+def _forward_of(mixin: type[ReplacementMixin], original: type[nn.Module], method: str) -> Any:
+    fused, plain = mixin.forward, getattr(original, method)
     # An argument that is given by name may have another name in a copy of the original.
     names = dict(zip(inspect.signature(plain).parameters, inspect.signature(fused).parameters, strict=False))
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        current = getattr(original, method)
+        if current is not plain:  # somebody has changed the class since
+            return current(self, *args, **kwargs)
         named = {names.get(name, name): value for name, value in kwargs.items()}
         computes = _replaces and not self._is_undone and _has_derivatives() and self.suits(*args, **named)
         if _watched is not None:

@@ -28,6 +28,7 @@ from ccella_fast.kernels.group_norm_silu import GroupNormSiLU
 from ccella_fast.kernels.residual_shift import backend_support, residual_shift
 from ccella_fast.models.channels_last import has_tokens, on_gpu, pointwise_conv3d, to_tokens, to_volume
 from ccella_fast.models.few_channels import FEW, conv3d_few_channels
+from ccella_fast.models.few_voxels import conv3d_few_voxels, trains_few_voxels
 from ccella_fast.models.thin_grids import on_three_voxels
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -75,6 +76,8 @@ class Conv3d(nn.Conv3d):
             return conv3d_few_channels(input, weight, bias)
         if self.uses_triton(input):
             return self._triton(input, weight, bias)
+        if trains_few_voxels(input, weight):
+            return conv3d_few_voxels(input, weight, bias)
         return on_three_voxels(lambda x: super(Conv3d, self)._conv_forward(x, weight, bias), input)
 
     def train(self, mode: bool = True) -> Self:

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from ccella_fast.optional import install
+
 _PACKAGE, _BUNDLE = "ipyniivue", "ipyniivue/static/widget.js"
 _ENCODED = re.compile(r"[A-Za-z0-9_.!~*'()%-]{100000,}")  # what encodeURIComponent leaves, and much of it
 _EXPORTS = re.compile(r"export\s*\{[^}]*\bNVImage\b[^}]*\bNiivue\b[^}]*\}")
 _MAX_BYTES = 12e6  # of all embedded volumes
-_INSTALL = 'pip install "ccella-fast[viewer]"'
+_INSTALL = install(_PACKAGE)
 ABSENT = f"Volumes can be looked at slice by slice with the extra “viewer”: {_INSTALL}, then write the page again."
 UNKNOWN = f"The installed ipyniivue does not contain the viewer in a known form: {_INSTALL}, then write the page again."
 

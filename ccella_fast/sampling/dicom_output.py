@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ccella_fast
-from ccella_fast.errors import ConfigError
 
 # Stored values are from 0 to 32767, so that readers that take them for signed ones see the same. The rounding error of an
 # intensity is at most half a step: intensity_scale / 65534.
@@ -40,19 +39,6 @@ class Series(NamedTuple):
     number: int
     volume: np.ndarray
     scale: float
-
-
-def check_pydicom() -> None:
-    """Check that DICOM can be written.
-
-    Raises:
-        ConfigError: pydicom is not installed.
-    """
-    try:
-        import pydicom  # noqa: F401
-    except ImportError:
-        why, fix = "writing DICOM needs pydicom, which is not installed", 'pip install "ccella-fast[dicom]"'
-        raise ConfigError(why, field="--format", fix=fix) from None
 
 
 def write_series(folder: Path, series: Series, spacing: Sequence[float], *, study: str, description: str) -> None:

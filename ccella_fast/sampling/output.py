@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.errors import ConfigError, did_you_mean
+from ccella_fast.optional import require
 from ccella_fast.pirads import CLASS_NAMES
 from ccella_fast.quantities import counted
 from ccella_fast.sampling import dicom_output
@@ -298,7 +299,7 @@ def check_format(name: str) -> None:
         fix = did_you_mean(str(name), get_args(Format))
         raise ConfigError(f"there is no output format '{name!s:.40}'", field="format", fix=fix)
     if name == "dicom":
-        dicom_output.check_pydicom()
+        require("pydicom", "writing DICOM")
 
 
 def sample_name(number: int, seed: int) -> str:
@@ -325,6 +326,7 @@ def nifti_bytes(volume: np.ndarray, spacing: Sequence[float], *, window: tuple[f
         spacing: voxel size in mm, (3,).
         window: the intensities that a viewer shows as black and white (cal_min, cal_max); None: it guesses.
     """
+    require("nibabel", "writing NIfTI files")
     import nibabel
 
     affine = np.diag([*spacing, 1.0])

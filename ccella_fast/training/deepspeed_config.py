@@ -83,7 +83,8 @@ def read_deepspeed_file(path: str | Path) -> Given:
 
     path = Path(path)
     try:
-        values = hjson.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
+        text = path.read_text(encoding="utf-8-sig")
+        values = hjson.loads(text, object_pairs_hook=_unique_keys)
     except FileNotFoundError:
         raise ConfigError("this DeepSpeed file does not exist", path=path, fix="check the path") from None
     except (OSError, UnicodeDecodeError) as bad:
@@ -98,6 +99,8 @@ def read_deepspeed_file(path: str | Path) -> Given:
         raise ConfigError(f"malformed JSON at {where}: {bad.msg}", path=path, fix="correct the file there") from None
     except KeyError as bad:
         raise ConfigError(f"the key {bad.args[0]!r:.60} appears twice", path=path, fix="keep one of them") from None
+    if not text.strip():  # an empty object for Hjson
+        raise ConfigError("this DeepSpeed file is empty", path=path, fix="write {} for DeepSpeed's defaults")
     if not isinstance(values, dict):
         raise ConfigError("a DeepSpeed configuration must be one JSON object", path=path, fix="enclose it in {...}")
     if "bfloat16" in values:  # the name in older releases of DeepSpeed

@@ -145,6 +145,8 @@ class FlatAdamW(torch.optim.Optimizer):
         for bucket in buckets:
             for parameter in bucket.views:
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, bucket))
+                if self._computed is self.masters:  # then gradients have the dtype of their buffer
+                    parameter.gradient_memory = functools.partial(bucket.memory_of, parameter)  # type: ignore[attr-defined]
         return buckets
 
     def _on_gradient(self, bucket: _Bucket, parameter: Tensor) -> None:
@@ -260,6 +262,7 @@ class _Bucket:
         self.flat, self.views = flat, views
         self.missing, self.complete = set[Tensor](views), False
         self._empty = True  # the buffer still has the gradients of the step before
+        self._lent = set[Tensor]()  # parameters of which the backward pass may have written the gradient to the buffer
         self._sum: tuple[Tensor, dist.Work] | None = None
 
     @torch.no_grad()
@@ -268,17 +271,30 @@ class _Bucket:
 
         A parameter that does not enter the loss has no gradient, which counts as zero, as with ZeRO.
         """
-        pairs = [(view, parameter.grad) for parameter, view in self.views.items() if parameter.grad is not None]
-        if pairs and self.complete:
+        given = [(view, parameter.grad) for parameter, view in self.views.items() if parameter.grad is not None]
+        if given and self.complete:
             raise RuntimeError("a parameter got a gradient twice in one backward pass; its first one has been summed")
-        if self._empty and len(pairs) < len(self.views):
-            self.flat.zero_()
+        if self._empty:
+            for parameter, view in self.views.items():
+                if parameter.grad is None:
+                    view.zero_()
+        pairs = [(view, gradient) for view, gradient in given if gradient.data_ptr() != view.data_ptr()]
         if pairs:
             views, gradients = map(list, zip(*pairs, strict=True))
             (torch._foreach_copy_ if self._empty else torch._foreach_add_)(views, gradients)
         for parameter in self.views:
             parameter.grad = None
-        self.missing, self._empty = set(self.views), False
+        self.missing, self._empty, self._lent = set(self.views), False, set()
+
+    def memory_of(self, parameter: Tensor) -> Tensor | None:
+        """The part of the parameter, for a backward pass that computes its gradient there instead of in new memory.
+
+        None if the gradients there are still needed, or if this backward pass has already asked.
+        """
+        if not self._empty or self.complete or parameter in self._lent:
+            return None
+        self._lent.add(parameter)
+        return self.views[cast(nn.Parameter, parameter)]
 
     def start_sum(self, dtype: torch.dtype) -> None:
         """Start to sum the gradients over the processes, in `dtype`."""

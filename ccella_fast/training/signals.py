@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -14,11 +15,11 @@ _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM announces th
 
 
 class SignalHandler:
-    """Context manager for SIGTERM, SIGINT and SIGUSR1: they raise `Stopped`, or from `record` on are kept for the loop to read.
+    """Context manager for SIGTERM, SIGINT, SIGUSR1 and SIGHUP: they raise `Stopped`, or from `record` on the loop reads them.
 
     SIGTERM to the `deepspeed` command ends only that command; its launcher and the training processes continue as orphans and
     receive no signal. Under a launcher, a change of the parent processes therefore counts as SIGTERM, and so does output that
-    nobody reads any more: over ssh, the connections end first.
+    nobody reads any more: over ssh, the connections end first. SIGHUP comes from a terminal that is closed; `nohup` ignores it.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,9 @@ class SignalHandler:
 
     def __enter__(self) -> SignalHandler:
         in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
-        self._before = {number: signal.signal(number, self._handle) for number in (_NUMBERS if in_main else ())}
+        not_ignored = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+        numbers = (*_NUMBERS, signal.SIGHUP) if not_ignored else _NUMBERS
+        self._before = {number: signal.signal(number, self._handle) for number in (numbers if in_main else ())}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -50,8 +53,9 @@ class SignalHandler:
         """Write output in the block."""
         try:
             yield
-        except BrokenPipeError:
-            if not self._ancestors:
+        except OSError as error:
+            terminal_is_closed = error.errno == errno.EIO and self._signal == signal.SIGHUP
+            if not terminal_is_closed and not (isinstance(error, BrokenPipeError) and self._ancestors):
                 raise
             self._signal = self._signal or signal.SIGTERM
 

@@ -57,7 +57,7 @@ class Telemetry:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with suppress(BrokenPipeError):  # what the run has reached does not depend on its last line
+        with suppress(OSError):  # what the run has reached does not depend on its last line
             self.bar.close()
         if not any(error):
             print_collectives()

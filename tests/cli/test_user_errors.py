@@ -92,6 +92,7 @@ SETTINGS = {
     "grid does not divide": (f"{PREPARE} --set data.dim=[250,256,128]", 2, ["data.dim", "224", "256"]),
     "grid of training does not divide": (f"{TRAIN} --set data.dim=[30,32,16]", 2, ["data.dim", "not divisible", "[32"]),
     "no such file": ("prepare --data x --out y --config {tmp}/none.json", 2, ["{tmp}/none.json", "does not exist"]),
+    "an empty path": ("train --data {prepared} --output_dir= --config c", 2, ["--output_dir", "path is empty"]),
     "no configuration": ("train --data {prepared} --output_dir x", 2, ["--config FILE"]),
     "not JSON": ("prepare --data x --out y --config {not_json}", 2, ["{not_json}", "line 1, column 2"]),
     "DeepSpeed key": (f"{TRAIN} --deepspeed {{ds_typo}}", 2, ["{ds_typo}", "did you mean 'gradient_clipping'?"]),

@@ -44,7 +44,7 @@ def shared_port() -> None:
         (lambda: torch.empty(2**60, dtype=torch.uint8), 2, ["1048576 TiB more were requested", "free", "remedy"]),
         (cuda_out_of_memory, 2, ["2.50 GiB more were requested, 1.25 GiB are free", "remedy"]),
         (lambda: importlib.import_module("no_such_package.part"), 2, ["'no_such_package'", "pip install no_such_package"]),
-        (needs_sentencepiece, 2, ["'sentencepiece'", "pip install 'ccella-fast[t5]'"]),
+        (needs_sentencepiece, 2, ["'sentencepiece'", 'pip install "ccella-fast[t5]"']),
         (lambda: socket.create_connection(("127.0.0.1", 9), timeout=1), 2, ["download failed", "text.encoder"]),
         (shared_port, 2, ["port", "in use", "--master_port"]),
         (lambda: b"\xff".decode(), 3, ["not UTF-8"]),

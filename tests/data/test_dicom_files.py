@@ -19,7 +19,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 from ccella_fast.data.readers import dicom_files
 from ccella_fast.data.readers.dicom_files import is_dicom_folder
 from ccella_fast.data.readers.dicom_series import read_dicom_series
-from ccella_fast.errors import DataError
+from ccella_fast.errors import ConfigError, DataError
 from dicom_fixtures import slices, write_index, write_slices
 
 LAST = 5
@@ -300,6 +300,6 @@ def test_without_pydicom_the_error_says_what_to_install(tmp_path: Path, monkeypa
     write_slices(tmp_path)
     monkeypatch.setitem(sys.modules, "pydicom", None)
     monkeypatch.setitem(sys.modules, "pydicom.config", None)
-    with pytest.raises(DataError, match="needs pydicom") as caught:
+    with pytest.raises(ConfigError, match="needs pydicom") as caught:
         read_dicom_series(tmp_path)
     assert caught.value.fix == 'pip install "ccella-fast[dicom]"'

@@ -183,6 +183,13 @@ def test_prepare_takes_the_folder(imported: Imported, tmp_path: Path):
     assert [study.id for study in load_manifest(tmp_path / "prepared").cases] == sorted(rows)
 
 
+def test_into_the_working_folder(imported: Imported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    import_studies(imported.out.parent / "export", Path(), reports=imported.reports, workers=1)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["here", "here.import", "here.private"]
+
+
 def test_a_second_import_changes_nothing(imported: Imported):
     private = imported.out.with_name("studies.private")
     before = {path: path.stat().st_mtime_ns for path in imported.out.rglob("*.nii.gz")}

@@ -129,6 +129,7 @@ def everywhere(monkeypatch):
     """Replacements compute wherever they may, as on a GPU."""
     monkeypatch.setattr(fusion, "norm_and_silu_pay", lambda x: x.ndim > 2)
     monkeypatch.setattr(fusion, "attention_pays", lambda x, scores: True)
+    monkeypatch.setattr(fusion, "upsampling_pays", lambda x: True)
     monkeypatch.setattr(torch_layers.FusedGroupNorm, "suits", lambda self, input: input.ndim > 2)
 
 

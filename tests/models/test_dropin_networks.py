@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def volume(batch=2, channels=8):
 
 
 TIME = draw(2, 8, seed=1)
+UPSAMPLING_PAYS, ATTENTION_PAYS = fusion.upsampling_pays, fusion.attention_pays
 
 
 def frames(block):
@@ -103,6 +105,7 @@ def everywhere(monkeypatch):
     monkeypatch.setattr(nn.functional, "linear", torch._C._nn.linear)
     monkeypatch.setattr(fusion, "norm_and_silu_pay", lambda x: x.ndim > 2)
     monkeypatch.setattr(fusion, "attention_pays", lambda x, scores: True)
+    monkeypatch.setattr(fusion, "upsampling_pays", lambda x: True)
     monkeypatch.setattr(torch_layers.FusedGroupNorm, "suits", lambda self, input: input.ndim > 2)
     monkeypatch.setattr(physicsnemo.VolumeNorm, "suits", lambda self, x: x.ndim == 5)
     monkeypatch.setattr(adm.QKVAttention, "suits", lambda self, qkv: True)
@@ -334,8 +337,6 @@ def test_a_subclass_is_what_its_forward_is():
 
 def test_a_patched_forward_is_not_replaced(monkeypatch):
     """Neither where the class has another one, nor where a wrapper pretends to be it."""
-    import functools
-
     original = foreign.GenerativeResBlock.forward
     block = foreign.GenerativeResBlock(8, 8)
     assert rule_of(block) is not None
@@ -433,3 +434,67 @@ def test_an_example_without_floating_point_outputs_is_refused():
 
     with pytest.raises(ConfigError, match="returns no tensor of floating-point numbers"):
         speed_up(Labels(), example=((volume(),), {}))
+
+
+# Where the original is faster on a CPU
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "size", "pays"),
+    [
+        (torch.float32, 8, 8, True), (torch.float32, 64, 4, False),
+        (torch.bfloat16, 64, 8, True), (torch.bfloat16, 32, 8, False),
+    ],
+)  # fmt: skip
+def test_on_a_cpu_an_upsampling_is_fused_only_where_that_pays(dtype, channels, size, pays, fused, monkeypatch):
+    monkeypatch.setattr(fusion, "upsampling_pays", UPSAMPLING_PAYS)
+    net, x = foreign.Upsample(channels).to(dtype), draw(1, channels, size, size, size).to(dtype)
+    expected = net(x).float()
+    speed_up(net)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(net(x).float(), expected, **tolerance)
+    assert fused == ["upsampled_convolution"] * pays
+
+
+@pytest.mark.parametrize(
+    ("dtype", "queries", "keys", "pays"),
+    [
+        (torch.float32, 512, 512, True), (torch.float32, 2048, 100, False),
+        (torch.bfloat16, 2048, 2048, True), (torch.bfloat16, 512, 512, False),
+    ],
+)  # fmt: skip
+def test_on_a_cpu_attention_is_fused_only_where_that_pays(dtype, queries, keys, pays):
+    x = torch.empty(1, queries, 8, dtype=dtype)
+    assert ATTENTION_PAYS(x, queries * keys) == pays
+    assert ATTENTION_PAYS(x.to("meta"), 1)
+
+
+# Odd uses
+
+
+@pytest.mark.parametrize("name", ["generative", "adm", "adm shift", "diffusers", "lucidrains", "nemo"])
+@pytest.mark.parametrize("few", [0, 1])
+def test_one_time_for_several_samples_or_one_sample_for_several_times(name, few, fused):
+    net, inputs, _ = built(name)
+    inputs = [each[:1] if index == few else each for index, each in enumerate(inputs)]
+    expected = net.eval()(*inputs)
+    speed_up(net)
+    torch.testing.assert_close(net(*inputs), expected, rtol=1e-4, atol=1e-5)
+    assert fused
+
+
+def test_a_block_without_its_layers_is_refused_with_the_reason():
+    block = foreign.AdmResBlock(8, 8)
+    block.out_layers = nn.Identity()
+    (reason,) = speed_up(block).refused.values()
+    assert reason.startswith("it computes as a known block, but does not have its layers")
+
+
+@pytest.mark.parametrize(
+    ("cls", "method"), [(foreign.AdmResBlock, "_forward"), (foreign.GenerativeResBlock, "forward")]
+)
+def test_a_class_that_is_patched_later_computes_the_patch(cls, method, monkeypatch):
+    block = cls(8, 8)
+    speed_up(block)
+    monkeypatch.setattr(cls, method, lambda self, *inputs: "patched")
+    assert block(volume(), *[TIME] * (method == "_forward")) == "patched"

@@ -147,11 +147,12 @@ def test_missing_batch_sizes_are_computed(file, micro, steps, tmp_path):
         ('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}', "appears twice"),
         ('{"zero_optimization": {', "line 1"),
         ("[]", "one JSON object"),
+        (" ", "is empty"),
     ],
     ids=[
         "total-not-divisible", "three-sizes-disagree", "micro-0", "fp16", "optimizer-Lamb", "Adam-L2", "scheduler",
         "offload-nvme", "offload-not-object", "params-not-object", "stage-4", "clipping-negative", "key-twice",
-        "truncated", "list",
+        "truncated", "list", "empty",
     ],
 )  # fmt: skip
 def test_contradictory_and_unsupported_values_raise(file, word, tmp_path):

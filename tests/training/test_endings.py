@@ -57,7 +57,7 @@ ENDINGS = [
     ("choose", "Ctrl-C", signalled(signal.SIGINT), 130), ("choose", "memory", raising(MemoryError()), 2),
     ("build", "Ctrl-C", signalled(signal.SIGINT), 130), ("build", "SIGTERM", signalled(signal.SIGTERM), 143),
     ("build", "SIGUSR1", signalled(signal.SIGUSR1), 138), ("build", "bug", raising(ZeroDivisionError()), 1),
-    ("build", "setting", raising(ConfigError("w")), 2),
+    ("build", "SIGHUP", signalled(signal.SIGHUP), 129), ("build", "setting", raising(ConfigError("w")), 2),
     ("build", "file", raising(FileNotFoundError(errno.ENOENT, "No such file", "f")), 3),
     ("restore", "SIGTERM", signalled(signal.SIGTERM), 143), ("restore", "disk", raising(DiskError("w")), 5),
     ("restore", "memory", raising(torch.OutOfMemoryError("CUDA out of memory")), 2),
@@ -65,6 +65,7 @@ ENDINGS = [
     ("step", "file", raising(PermissionError(errno.EACCES, "Permission denied", "f")), 3),
     ("log", "pipe", raising(BrokenPipeError()), 141), ("save", "disk", raising(OSError(errno.ENOSPC, "full", "f")), 5),
 ]  # fmt: skip
+STOPPED = (129, 130, 138, 143)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +100,8 @@ def test_the_exit_code_is_that_of_run_status(run, data, monkeypatch, place, even
     found = run_command(lambda: train_here(run, data, resume="latest", **SETTINGS), debug=False)
     status = read_json(run / "run_status.json")
     assert found == status["exit_code"] == code
-    assert status["state"] == ("terminated" if code in (130, 138, 143) else "failed")
-    assert (status["step"], status["total_steps"]) == (1, 3) and (status["why"] is None) == (code in (130, 138, 143))
+    assert status["state"] == ("terminated" if code in STOPPED else "failed")
+    assert (status["step"], status["total_steps"]) == (1, 3) and (status["why"] is None) == (code in STOPPED)
     if (place, code) == ("build", 143):  # one goes on for all, which have the same checkpoint
         monkeypatch.undo()
         assert run_command(lambda: train_here(run, data, resume="latest", **SETTINGS), debug=False) == 0
@@ -229,7 +230,7 @@ MIDDLE = {
     "publish": (checkpointing, "publish_checkpoint"),
 }  # fmt: skip
 CALLS = {"save": 4, "publish": 4, "share": 16}  # more than come before the last step
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def at_call(number: int, function: Callable, event: Callable) -> Callable:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ccella_fast.models.blocks import Conv3d
 from ccella_fast.models.wide_linear import WideLinear
 from ccella_fast.training.flat_adamw import FlatAdamW
 from kernel_fixtures import draw
@@ -23,7 +24,7 @@ class Network(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv3d(2, 3, 3, padding=1)
+        self.conv = Conv3d(2, 3, 3, padding=1)
         self.wide = nn.ModuleList(WideLinear(3 * 27, 20) for _ in range(2))
         self.unused = nn.Parameter(torch.ones(5))
 
@@ -171,6 +172,32 @@ def test_a_norm_of_zero_is_zero():
     optimizer.gradients.fill_(0)
     assert float(optimizer.norm(negative)) == 0
     assert optimizer.norm((torch.full((2, 1, 1), torch.nan), torch.ones(2, 1, 1))).isnan()
+
+
+def test_gradients_of_few_voxels_are_computed_in_their_buffer():
+    model = network()
+    optimizer = FlatAdamW(model, dtype=torch.float32, rows=4, **SETTINGS)
+    weight, found = model.conv.weight, []
+    view = optimizer.view(optimizer.gradients, weight)
+    memory = weight.gradient_memory
+    weight.gradient_memory = lambda: found.append(memory()) or found[-1]
+    for part in batches()[:2]:  # two micro-steps
+        model(part).backward()
+    assert [given is not None and given.data_ptr() == view.data_ptr() for given in found] == [True, False]
+
+
+def test_a_weight_that_is_used_twice_in_one_step():
+    """Its second gradient must not overwrite the first one."""
+    model = network()
+    optimizer = FlatAdamW(model, dtype=torch.float32, rows=4, **SETTINGS)
+    exact = copy.deepcopy(model.conv).double()
+    first, second = batches()[:2]
+    (model.conv(first).square().sum() + model.conv(second).square().sum()).backward()
+    optimizer.finish_sums()
+    (exact(first.double()).square().sum() + exact(second.double()).square().sum()).backward()
+    for name, parameter in model.conv.named_parameters():
+        truth = exact.get_parameter(name).grad
+        assert (optimizer.view(optimizer.gradients, parameter) - truth).abs().max() < 1e-5 * truth.abs().max()
 
 
 def test_a_gradient_that_comes_after_its_sum_is_an_error():

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from ccella_fast.checkpoint import step_folders, verify_checkpoint
 from ccella_fast.storage import read_json, write_json
+from ccella_fast.training.signals import SignalHandler
 from training_fixtures import (
     ROOT,
     TOKENS,
@@ -18,6 +25,7 @@ from training_fixtures import (
     WIDTH,
     environment,
     free_port,
+    losses,
     run,
     write_config,
 )
@@ -119,3 +127,38 @@ def test_two_processes_print_one_message(tmp_path, data):
     arguments = ["--config", config, "--data", data, "--output_dir", tmp_path / "run", "--set", "training.seed=-1"]
     output = run(*arguments, launcher=deepspeed(2), code=2)
     assert output.count("error:") == 1
+
+
+def test_a_closed_terminal_saves_the_last_step(tmp_path, data):
+    """It sends SIGHUP, after which every output fails."""
+    config = write_config(tmp_path / "config.json", max_train_steps=100_000, checkpointing_steps=100_000)
+    process, terminal = pty.fork()
+    if process == 0:
+        words = ["--config", config, "--data", data, "--output_dir", tmp_path / "run"]
+        os.execve(sys.executable, [sys.executable, str(TRAIN_SCRIPT), *map(str, words)], environment())
+    os.set_blocking(terminal, False)
+    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < end:
+        with suppress(OSError):
+            os.read(terminal, 65536)  # a full terminal stops the process
+        time.sleep(0.1)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129
+    status, (saved,) = read_json(tmp_path / "run" / "run_status.json"), step_folders(tmp_path / "run")
+    assert (status["state"], status["exit_code"]) == ("terminated", 129)
+    assert verify_checkpoint(saved)["step"] == status["step"] == len(losses(tmp_path / "run")) > 0
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    found = []
+    try:
+        for handler in (signal.SIG_IGN, signal.SIG_DFL):
+            signal.signal(signal.SIGHUP, handler)
+            with SignalHandler() as signals:
+                signals.record()
+                os.kill(os.getpid(), signal.SIGHUP)
+                found.append(signals.signal)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert found == [0, signal.SIGHUP]

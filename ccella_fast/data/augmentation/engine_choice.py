@@ -12,6 +12,7 @@ import torch
 from ccella_fast.config import AugmentationConfig
 from ccella_fast.data.augmentation.engine import AugmentationEngine
 from ccella_fast.errors import ConfigError
+from ccella_fast.optional import install
 
 logger = logging.getLogger("ccella_fast")
 
@@ -24,7 +25,7 @@ def check_engine(choice: str) -> None:
     """
     missing = _why_dali_is_unavailable() if choice == "dali" else None
     if missing:
-        fix = "pip install 'ccella-fast[gpu]', or set data.engine=auto"
+        fix = f"{install('nvidia')}, or set data.engine=auto"
         raise ConfigError(f"DALI cannot be used: {missing}", field="data.engine", fix=fix)
 
 

@@ -35,6 +35,7 @@ from ccella_fast.data.importing.splitting import SPLITS, check_fractions
 from ccella_fast.data.importing.write import StudyTask, is_written, remove_study, task_of, write_study
 from ccella_fast.data.preparation.worker_pool import WorkerPool
 from ccella_fast.data.readers.text_checks import read_text
+from ccella_fast.entrypoint import sibling
 from ccella_fast.errors import ConfigError, DataError
 from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
@@ -138,10 +139,11 @@ def _lock(places: Places) -> Iterator[None]:
 
 
 def _places(data: Path, out: Path, private: str | Path | None) -> Places:
+    name = out.absolute().name
     places = Places(
         out,
-        out.with_name(f"{out.name}.import"),
-        out.with_name(f"{out.name}.private") if private is None else Path(private),
+        sibling(out, f"{name}.import"),
+        sibling(out, f"{name}.private") if private is None else Path(private),
     )
     export = data.resolve()
     for folder, option in ((places.out, "--out"), (places.private, "--private")):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ccella_fast.data.readers.deflated_dicom import MAX_INFLATED, inflate_dicom
 from ccella_fast.data.readers.text_checks import printable
 from ccella_fast.errors import DataError
+from ccella_fast.optional import require
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 #: What programs append to the name of a file that they compress, or that they have not transferred completely.
@@ -69,7 +70,8 @@ def read_dicom_files(folder: Path) -> tuple[list[DicomFile], list[str]]:
     """Parse every image file directly in `folder`, in order of names, and return notes on the other files.
 
     Raises:
-        DataError: For an image that is damaged, cut off, empty or not DICOM; if there is none; if pydicom is not installed.
+        DataError: For an image that is damaged, cut off, empty or not DICOM; if there is none.
+        ConfigError: pydicom is not installed.
     """
     entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
     folders = [entry for entry in entries if entry.is_dir()]
@@ -123,11 +125,9 @@ def value_of(file: DicomFile, keyword: str) -> Any:
 @contextmanager
 def quiet_pydicom() -> Iterator[None]:
     """Read values as they are, without pydicom's warnings, which quote them: they may be the patient's."""
-    try:
-        from pydicom.config import disable_value_validation
-    except ImportError:
-        why, fix = "reading DICOM needs pydicom, which is not installed", 'pip install "ccella-fast[dicom]"'
-        raise DataError(why, fix=fix) from None
+    require("pydicom", "reading DICOM")
+    from pydicom.config import disable_value_validation
+
     with warnings.catch_warnings(), disable_value_validation():
         warnings.simplefilter("ignore")
         yield

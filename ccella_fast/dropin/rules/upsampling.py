@@ -18,8 +18,8 @@ class InterpolatedConvolution(ReplacementMixin):
     conv: Any
 
     def suits(self, x: Tensor, *unused: Any, **also_unused: Any) -> bool:
-        """Whether x is a volume, and the settings are those for which this computes."""
-        return x.ndim == 5 and _reason(self) is None
+        """Whether x is a volume, the settings are those for which this computes, and it pays."""
+        return x.ndim == 5 and fusion.upsampling_pays(x) and _reason(self) is None
 
     def forward(self, x: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
         """(B, C, X, Y, Z) -> (B, out_channels, 2X, 2Y, 2Z)."""

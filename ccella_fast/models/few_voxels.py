@@ -1,0 +1,84 @@
+"""3x3x3 convolutions of few voxels on a CPU: the gradient of the weight as one matrix product.
+
+At the coarsest levels a weight of 512 x 512 x 27 elements meets a few dozen voxels. PyTorch fills new memory for its gradient
+with zeros before adding to it, and in bf16 oneDNN takes up to ten times as long as a matrix product. With the 27 shifted copies
+of x as the rows of a matrix, the gradient is a product over the voxels, which can be written where the optimizer needs it
+(`FlatAdamW`): nothing is copied that is larger than all activations.
+
+Shapes: x (B, C, X, Y, Z), weight (O, C, 3, 3, 3), y and dy (B, O, X, Y, Z).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ccella_fast.models.thin_grids import on_three_voxels
+
+FEW = 64  # voxels of the batch; the columns are 27 copies of them
+
+
+def trains_few_voxels(x: Tensor, weight: Tensor) -> bool:
+    """Whether `conv3d_few_voxels` computes this: with gradients on a CPU, in the default layout, without autocast."""
+    on_cpu = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return on_cpu and weight.is_contiguous() and len(x) * math.prod(x.shape[2:]) <= FEW
+
+
+def conv3d_few_voxels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution with padding 1 and stride 1.
+
+    If the weight has an attribute `gradient_memory`, the backward pass calls it for a tensor in which to compute the weight's
+    gradient, or for None, which stands for new memory.
+    """
+    return _Convolution.apply(x, weight, bias, getattr(weight, "gradient_memory", None))
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gradient_memory: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.gradient_memory = gradient_memory
+        return on_three_voxels(lambda x: F.conv3d(x, weight, bias, padding=1), x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = on_three_voxels(lambda dy: _input_gradient(dy, weight), dy)
+        if ctx.needs_input_grad[1]:
+            given = ctx.gradient_memory() if ctx.gradient_memory is not None else None
+            # Another tensor in the given memory: autograd would copy one that is referred to elsewhere.
+            dweight = torch.empty_like(weight) if given is None else given.detach()
+            torch.mm(dy.transpose(0, 1).flatten(1), _columns(x).T, out=dweight.view(len(weight), -1))
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum((0, 2, 3, 4), dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype)
+        return dx, dweight, dbias, None
+
+
+def _input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    ones, only_dx = [1, 1, 1], [True, False, False]
+    x = dy.new_empty(1).expand(len(dy), weight.shape[1], *dy.shape[2:])  # only its shape matters
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, ones, ones, ones, False, [0, 0, 0], 1, only_dx)[0]
+
+
+def _columns(x: Tensor) -> Tensor:
+    """(B, C, X, Y, Z) -> (27 C, B X Y Z): the zero-padded tensor around each voxel, by channel and tap."""
+    voxels = F.pad(x.movedim(1, -1).flatten(0, -2), (0, 0, 1, 0))  # (1 + B X Y Z, C), the first one is zero
+    neighbours = voxels.index_select(0, _neighbours(len(x), *x.shape[2:]))
+    return neighbours.view(27, -1, x.shape[1]).permute(2, 0, 1).reshape(27 * x.shape[1], -1)
+
+
+@functools.lru_cache(maxsize=8)
+def _neighbours(batch: int, *grid: int) -> Tensor:
+    """(27 B X Y Z): by tap, the number of each voxel's neighbour from 1; 0 outside the grid."""
+    numbers = torch.arange(1, 1 + batch * math.prod(grid)).view(batch, *grid)
+    windows = (
+        F.pad(numbers, (1, 1, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1)
+    )  # (B, X, Y, Z, 3, 3, 3)
+    return windows.permute(4, 5, 6, 0, 1, 2, 3).flatten()
