@@ -46,7 +46,7 @@ def networks(sources: Path | None = None) -> list[Network]:
     return [*_monai(), *_generative(), *_diffusers(), *_lucidrains(), *_physicsnemo(), *_checkouts(sources)]
 
 
-VOLUME = (1, 2, 16, 16, 16)
+VOLUME = (1, 2, 16, 16, 8)
 TIME = torch.tensor([300])
 SIZES = {"num_channels": [32, 64], "attention_levels": [False, True], "num_res_blocks": 1, "num_head_channels": 32}
 
@@ -87,8 +87,9 @@ def _monai() -> list[Network]:
     text = {"with_conditioning": True, "cross_attention_dim": 16, "transformer_num_layers": 1}
     context = {"context": (1, 7, 16)}
     flat = unet | {"spatial_dims": 2}
-    image = (1, 2, 64, 64)
+    image = (1, 2, 48, 48)
     add("DiffusionModelUNet", _from_monai, "DiffusionModelUNet", VOLUME, TIME, **unet)
+    add("DiffusionModelUNet, larger", _from_monai, "DiffusionModelUNet", (1, 2, 24, 24, 16), TIME, **unet)
     add("DiffusionModelUNet, conditioned", _from_monai, "DiffusionModelUNet", VOLUME, TIME, context, **unet, **text)
     add(
         "DiffusionModelUNet, resblock_updown", _from_monai, "DiffusionModelUNet", VOLUME, TIME, context,
@@ -115,7 +116,7 @@ def _monai() -> list[Network]:
         include_spacing_input=True, **maisi, **text,
     )  # fmt: skip
     control = {"conditioning_embedding_num_channels": [16, 16], "conditioning_embedding_in_channels": 1}
-    condition = {"controlnet_cond": (1, 1, 32, 32, 32)}
+    condition = {"controlnet_cond": (1, 1, 32, 32, 16)}
     plain = {name: value for name, value in unet.items() if name != "out_channels"}
     add("ControlNet", _from_monai, "ControlNet", VOLUME, TIME, condition, **plain, **control)
     plain = {name: value for name, value in maisi.items() if name != "out_channels"}
@@ -125,13 +126,13 @@ def _monai() -> list[Network]:
     )  # fmt: skip
     vae = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 3, "channels": [32, 64]}
     vae |= {"num_res_blocks": 1, "attention_levels": [False, True]}
-    scan = (1, 1, 24, 24, 24)
+    scan = (1, 1, 16, 16, 8)
     plain = vae | {"attention_levels": [False, False]}
     plain |= {"with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": False}
     add("AutoencoderKL", _from_monai, "AutoencoderKL", scan, **vae)
     add("AutoencoderKL, no attention", _from_monai, "AutoencoderKL", scan, **plain)
     add("AutoencoderKL, convtranspose", _from_monai, "AutoencoderKL", scan, use_convtranspose=True, **plain)
-    add("AutoencoderKL, 2D", _from_monai, "AutoencoderKL", (1, 1, 64, 64), **vae | {"spatial_dims": 2})
+    add("AutoencoderKL, 2D", _from_monai, "AutoencoderKL", (1, 1, 48, 48), **vae | {"spatial_dims": 2})
     split = {name: value for name, value in vae.items() if name != "channels"} | {"num_channels": [32, 64]}
     split |= {"num_res_blocks": [1, 1], "norm_float16": False, "print_info": False, "save_mem": True}
     for splits in (1, 2):
@@ -150,11 +151,11 @@ def _monai() -> list[Network]:
         "SPADEDiffusionModelUNet",
         VOLUME,
         TIME,
-        (1, 3, 16, 16, 16),
+        (1, 3, 16, 16, 8),
         **unet,
         **spade,
     )
-    add("SPADEAutoencoderKL", _from_monai, "SPADEAutoencoderKL", scan, (1, 3, 24, 24, 24), **vae, **spade)
+    add("SPADEAutoencoderKL", _from_monai, "SPADEAutoencoderKL", scan, (1, 3, 16, 16, 8), **vae, **spade)
     quantizer = {
         "spatial_dims": 3,
         "in_channels": 1,
@@ -190,15 +191,15 @@ def _generative() -> list[Network]:
     add("DiffusionModelUNet", VOLUME, TIME, **unet)
     add("DiffusionModelUNet, conditioned", VOLUME, TIME, context, **unet, **text)
     add("DiffusionModelUNet, resblock_updown", VOLUME, TIME, context, resblock_updown=True, **unet, **text)
-    add("DiffusionModelUNet, 2D", (1, 2, 64, 64), TIME, **unet | {"spatial_dims": 2})
+    add("DiffusionModelUNet, 2D", (1, 2, 48, 48), TIME, **unet | {"spatial_dims": 2})
     control = {name: value for name, value in unet.items() if name != "out_channels"}
     add(
-        "ControlNet", VOLUME, TIME, {"controlnet_cond": (1, 1, 32, 32, 32)},
+        "ControlNet", VOLUME, TIME, {"controlnet_cond": (1, 1, 32, 32, 16)},
         conditioning_embedding_num_channels=[16, 16], conditioning_embedding_in_channels=1, **control,
     )  # fmt: skip
     vae = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 3, "num_channels": [32, 64]}
     vae |= {"num_res_blocks": 1, "attention_levels": [False, True]}
-    add("AutoencoderKL", (1, 1, 24, 24, 24), **vae)
+    add("AutoencoderKL", (1, 1, 16, 16, 8), **vae)
     return found
 
 
@@ -259,7 +260,14 @@ def _lucidrains() -> list[Network]:
     def karras() -> Built:
         from denoising_diffusion_pytorch.karras_unet_3d import KarrasUnet3D
 
-        settings = {"dim": 16, "dim_max": 32, "num_downsamples": 2, "num_blocks_per_stage": 1, "attn_res": (4,)}
+        settings = {
+            "dim": 16,
+            "dim_max": 32,
+            "num_downsamples": 2,
+            "num_blocks_per_stage": 1,
+            "attn_res": (4,),
+            "attn_dim_head": 16,
+        }
         network = KarrasUnet3D(image_size=16, frames=8, channels=2, **settings)
         return network, *_arguments(((1, 2, 8, 16, 16), TIME))
 
@@ -271,14 +279,20 @@ def _lucidrains() -> list[Network]:
 
 
 def _physicsnemo() -> list[Network]:
-    def unet(name: str, **settings: Any) -> Built:
+    sizes = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "dropout": 0.0}
+
+    def flat(name: str) -> Built:
         import physicsnemo.models.diffusion_unets as nets
 
-        sizes = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16]}
-        network = getattr(nets, name)(img_resolution=32, in_channels=2, out_channels=2, **sizes, **settings)
+        network = getattr(nets, name)(img_resolution=32, in_channels=2, out_channels=2, attn_resolutions=[16], **sizes)
         return network, *_arguments(((1, 2, 32, 32), torch.tensor([0.3]), None))
 
-    make = {name: functools.partial(unet, name) for name in ("SongUNet", "DhariwalUNet")}
+    def volume() -> Built:
+        from physicsnemo.experimental.models.diffusion_unets import DiffusionUNet3D
+
+        return DiffusionUNet3D(x_channels=2, num_levels=2, **sizes), *_arguments((VOLUME, torch.tensor([0.3])))
+
+    make = {"DiffusionUNet3D": volume, **{name: functools.partial(flat, name) for name in ("SongUNet", "DhariwalUNet")}}
     return [Network("nvidia-physicsnemo", name, function) for name, function in make.items()]
 
 
@@ -309,7 +323,7 @@ def _checkouts(sources: Path | None) -> list[Network]:
         sys.path.insert(0, str(_checkout(sources, "wdm-3d")))  # its DWT_IDWT
         unet = importlib.import_module(f"{package('wdm-3d', 'guided_diffusion').__name__}.wunet")
         network = unet.WavUNetModel(
-            image_size=16, in_channels=8, model_channels=32, out_channels=8, num_res_blocks=1, attention_resolutions=(),
+            image_size=16, in_channels=8, model_channels=32, out_channels=8, num_res_blocks=2, attention_resolutions=(),
             channel_mult=(1, 2), dims=3, use_freq=True, bottleneck_attention=False,
             resblock_updown=True, resample_2d=False,
         )  # fmt: skip

@@ -115,6 +115,8 @@ def _table_row(row: dict[str, Any]) -> str:
     cells.append(", ".join(_number(bf16["errors"].get(name)) for name in ("outputs", "gradients") if bf16["errors"]))
     if row["status"] == "wrong":
         return f"| {' | '.join(cells)} | **wrong** | | | | |"
+    if not row["ratios"]:
+        return f"| {' | '.join(cells)} | | | | | |"
     cells += [_ratio(row["ratios"][precision]["all"]) for precision in PRECISIONS]
     cells.append(f"{min(ratios['again']['median'] for ratios in row['ratios'].values()):.2f}")
     return f"| {' | '.join(cells)} |"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ccella_fast.dropin.layers import computes
 from ccella_fast.dropin.replacement import map_tensors
@@ -106,17 +107,42 @@ def compare(before: Values, after: Values, make_truth: Callable[[], Values]) -> 
 
 
 def in_float64(model: nn.Module, example: Example, *, gradients: bool) -> Values:
-    """The values of an example computed by a copy of the model in float64, also where its norms would cast to fp32."""
+    """The values of an example computed by a copy of the model in float64, also where its code casts to fp32."""
 
     def wide(tensor: Tensor) -> Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
 
     args, kwargs = (map_tensors(wide, each) for each in (tuple(example[0]), dict(example[1])))
+    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
     model = copy.deepcopy(model).double()
     for module in model.modules():
-        if computes(module) == "norm":
+        if computes(module) == "norm":  # also in the backward pass of an activation checkpoint, which no mode enters
             module.forward = functools.partial(nn.GroupNorm.forward, module)  # type: ignore[arg-type]
-    return compute(model, (args, kwargs), gradients=gradients)
+    with _CastsToFloat64(dtype):
+        return compute(model, (args, kwargs), gradients=gradients)
+
+
+class _CastsToFloat64(TorchFunctionMode):
+    """Replaces casts to other floating-point dtypes by casts to float64; noise is what a model in `dtype` draws."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.randn, torch.rand):
+            return function(*args, **kwargs).double()
+        if function in (torch.randn_like, torch.rand_like):
+            return function(args[0].to(self.dtype), *args[1:], **kwargs).double()
+        if function in (Tensor.float, Tensor.bfloat16, Tensor.half):
+            return args[0].double()
+        return function(*map(_wider, args), **{name: _wider(value) for name, value in kwargs.items()})
+
+
+def _wider(value: Any) -> Any:
+    narrow = isinstance(value, torch.dtype) and value.is_floating_point
+    return torch.float64 if narrow else value
 
 
 def _differences(before: Values, after: Values) -> dict[str, float]:
