@@ -166,7 +166,16 @@ def _monai() -> list[Network]:
     quantizer |= {"num_embeddings": 32, "embedding_dim": 16, "num_res_layers": 1}
     quantizer |= {"downsample_parameters": ((2, 4, 1, 1),) * 2, "upsample_parameters": ((2, 4, 1, 1, 0),) * 2}
     add("VQVAE", _from_monai, "VQVAE", scan, **quantizer)
-    add("SegResNet", _from_monai, "SegResNet", scan, spatial_dims=3, init_filters=16, in_channels=1, out_channels=3)
+    add(
+        "SegResNet",
+        _from_monai,
+        "SegResNet",
+        (1, 1, 32, 32, 16),
+        spatial_dims=3,
+        init_filters=16,
+        in_channels=1,
+        out_channels=3,
+    )
     return found
 
 

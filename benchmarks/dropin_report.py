@@ -39,6 +39,9 @@ own largest value, or of a thousandth of the network's largest gradient if that 
 Beyond that, and always in bf16, the error against float64 may be twice that of the original (rule of two). In bf16 the number
 is that quotient.
 
+On a CPU a replacement computes only where it is faster than the original: "compute" counts those in inference in fp32. Values
+and gradients are compared with all replacements computing, as on a GPU.
+
 A ratio is the time of the original divided by that of the changed network: above 1, `speed_up` makes it faster. It is the
 median of the ratios within rounds in which all versions of a network run in turn. Training is a forward and a backward pass.
 *Again* is the lowest of the ratios of the original to a copy of itself, and shows the noise of the row. A network counts as
@@ -85,12 +88,13 @@ def markdown(record: dict[str, Any]) -> str:
     measured = [row for row in rows if row["status"] not in ("missing", "failed")]
     counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "wrong", "slower")}
     packages = record["environment"]["packages"]
-    kernels = "one thread of " if record["device"] == "cpu" else ""
+    threads = "one thread of " if record["device"] == "cpu" else ""
     lines = [
         INTRODUCTION,
-        f"Of {len(measured)} networks {counts['wrong']} are wrong and {counts['slower']} are slower. Measured on {kernels}"
-        f"{record['machine']} with torch {packages['torch']}, commit {record['commit']}, {record['date'][:10]}. The lowest "
-        f"ratio of an original to itself was {record['lowest_again']:.2f}.", "",
+        f"Of {len(measured)} networks {counts['wrong']} are wrong and {counts['slower']} are slower. Measured on {threads}"
+        f"{record['machine']} with torch",
+        f"{packages['torch']}, commit {record['commit']}, {record['date'][:10]}. The lowest ratio of an original to itself was "
+        f"{record['lowest_again']:.2f}.", "",
         "| project | network | replaced | outputs | gradients | bf16 outputs, gradients "
         "| fp32 | bf16 | fp32 training | bf16 training | again |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -173,7 +177,8 @@ def _title(row: dict[str, Any]) -> str:
 
 
 def _replaced(row: dict[str, Any]) -> str:
-    return ", ".join(f"{count} `{kind}`" for kind, count in row["replaced"].items()) or "nothing"
+    kinds = ", ".join(f"{count} `{kind}`" for kind, count in row["replaced"].items())
+    return f"{kinds}; {row['computing']} compute" if kinds and "computing" in row else kinds or "nothing"
 
 
 def _ratio(facts: dict[str, float]) -> str:

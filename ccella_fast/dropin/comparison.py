@@ -118,21 +118,26 @@ def in_float64(model: nn.Module, example: Example, *, gradients: bool) -> Values
     for module in model.modules():
         if computes(module) == "norm":  # also in the backward pass of an activation checkpoint, which no mode enters
             module.forward = functools.partial(nn.GroupNorm.forward, module)  # type: ignore[arg-type]
-    with _CastsToFloat64(dtype):
-        return compute(model, (args, kwargs), gradients=gradients)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _CastsToFloat64(dtype, default):
+            return compute(model, (args, kwargs), gradients=gradients)
+    finally:
+        torch.set_default_dtype(default)
 
 
 class _CastsToFloat64(TorchFunctionMode):
     """Replaces casts to other floating-point dtypes by casts to float64; noise is what a model in `dtype` draws."""
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype, default: torch.dtype):
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.default = dtype, default
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function in (torch.randn, torch.rand):
-            return function(*args, **kwargs).double()
+            return function(*args, **({"dtype": self.default} | kwargs)).double()
         if function in (torch.randn_like, torch.rand_like):
             return function(args[0].to(self.dtype), *args[1:], **kwargs).double()
         if function in (Tensor.float, Tensor.bfloat16, Tensor.half):

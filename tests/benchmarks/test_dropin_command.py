@@ -12,6 +12,7 @@ from torch import nn
 import dropin
 import dropin_report
 from ccella_fast.dropin import speed_up
+from ccella_fast.storage import read_json
 
 CPU = torch.device("cpu")
 
@@ -131,3 +132,10 @@ def test_networks_that_cannot_be_built_are_named_with_the_reason(error, status):
 def test_wrong_arguments_are_refused(arguments, capsys):
     assert dropin.main(arguments) == 2
     assert "fix:" in capsys.readouterr().err
+
+
+# The committed table
+
+
+def test_the_page_is_generated_from_the_record():
+    assert dropin_report.PAGE.read_text() == dropin_report.markdown(read_json(dropin_report.RECORD))
