@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import types
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import dropin
+import dropin_networks
 import dropin_report
 from ccella_fast.dropin import speed_up
 from ccella_fast.storage import read_json
@@ -139,3 +141,14 @@ def test_wrong_arguments_are_refused(arguments, capsys):
 
 def test_the_page_is_generated_from_the_record():
     assert dropin_report.PAGE.read_text() == dropin_report.markdown(read_json(dropin_report.RECORD))
+
+
+def test_the_record_has_all_networks_of_the_table_and_none_is_wrong():
+    """Their statuses follow from the ratios."""
+    record = read_json(dropin_report.RECORD)
+    names = [(network.project, network.name) for network in dropin_networks.networks()]
+    assert [(row["project"], row["name"]) for row in record["networks"]] == names
+    assert {row["status"] for row in record["networks"]} <= {"ok", "slower"}
+    judged = copy.deepcopy(record)
+    dropin.judge(judged)
+    assert judged == record
