@@ -1,7 +1,8 @@
-# make demo [DATA=DIR] [OUT=DIR]   make test   make test-narrow   make slow   make soak [MINUTES=90] [SEED=0]   make mutants [MINUTES=60] [SEED=0] [FILES=...]   make fuzz [FUZZ_MINUTES=120] [SEED=0]   make lint   make docs   make gpu-wheels   make gpu [GPU_MINUTES=9]   make clean
+# make demo [DATA=DIR] [OUT=DIR]   make test   make test-narrow   make slow   make soak [MINUTES=90] [SEED=0]   make mutants [MINUTES=60] [SEED=0] [FILES=...]   make fuzz [FUZZ_MINUTES=120] [SEED=0]   make lint   make docs   make dropin-table [SOURCES=DIR]   make gpu-wheels   make gpu [GPU_MINUTES=9]   make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DROPIN_VENV := .venv-dropin
 OUT ?= out/demo
 FUZZ_MINUTES ?= 120
 GPU_MINUTES ?= 9
@@ -43,7 +44,7 @@ export DS_ACCELERATOR ?= $(if $(filter cpu,$(EXTRA)),cpu,cuda)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-narrow slow soak mutants fuzz lint docs gpu gpu-wheels clean
+.PHONY: demo test test-narrow slow soak mutants fuzz lint docs dropin-table gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -95,6 +96,10 @@ docs: $(VENV)/installed-docs
 	sphinx-build --quiet --fail-on-warning --keep-going --nitpicky docs out/docs
 	@echo out/docs/index.html
 
+# What speed_up does to networks of other projects: benchmarks/dropin.json and docs/reference/drop-in.md, in ten minutes.
+dropin-table: $(DROPIN_VENV)/installed
+	$(DROPIN_VENV)/bin/python benchmarks/dropin.py --table $(if $(SOURCES),--sources $(SOURCES))
+
 # On a machine with a GPU, PyTorch, Triton and pytest; what else is missing there comes from build/wheels. Results are written to
 # out/gpu as they come. To be committed: measured.json, below benchmarks/results/, and what the tuner writes to kernels/tuned/.
 gpu:
@@ -110,7 +115,7 @@ gpu-wheels: $(VENV)/installed-test
 	python -m pip wheel --quiet --no-deps --wheel-dir build/wheels $$(python -m pip freeze | grep ^deepspeed==)
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) $(DROPIN_VENV) out build *.egg-info
 
 $(VENV)/installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
@@ -127,6 +132,11 @@ $(VENV)/installed-test: $(VENV)/installed
 	# Requirements of lavlab-taps that pip names as missing are not needed: only a file of it is read.
 	# kernels/aot.csv has a column for the Triton of torch 2.13, which torch's CPU build does not require.
 	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),test]" $(if $(filter cpu,$(EXTRA)),triton==3.7.1)
+	touch $@
+
+$(DROPIN_VENV)/installed: setup.py benchmarks/dropin_requirements.txt
+	$(PYTHON) -m venv $(DROPIN_VENV)
+	$(DROPIN_VENV)/bin/python -m pip install --quiet -e . -r benchmarks/dropin_requirements.txt
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed

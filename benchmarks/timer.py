@@ -26,11 +26,11 @@ class Stopwatch:
     """The clock of one timed call.
 
     `stopwatch.mark("forward")` ends one part of the call and begins the next. Marks on a GPU are events in the current stream,
-    so they do not synchronize.
+    so they do not synchronize. On a CPU `clock` is read, which is `time.perf_counter` unless given.
     """
 
-    def __init__(self, device: torch.device):
-        self.device, self.cuda = device, device.type == "cuda"
+    def __init__(self, device: torch.device, clock: Callable[[], float] | None = None):
+        self.device, self.cuda, self.clock = device, device.type == "cuda", clock or time.perf_counter
         self.marks = [("", self._now())]
 
     def mark(self, name: str) -> None:
@@ -50,7 +50,7 @@ class Stopwatch:
 
     def _now(self) -> Any:
         if not self.cuda:
-            return time.perf_counter()
+            return self.clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
@@ -80,6 +80,7 @@ def measure(
     *,
     budget: float,
     most: float = math.inf,
+    clock: Callable[[], float] | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Timing]:
     """Run every implementation once, short ones a second time, then all in turn until the budget is used.
@@ -89,16 +90,17 @@ def measure(
         device: Where they run.
         budget: Seconds for the rounds of all implementations together; `LEAST_ROUNDS` rounds are run even if they take longer.
         most: Seconds for everything, including the first calls: no round begins later, but one is always run.
+        clock: What is read on a CPU, as by `Stopwatch`; `time.process_time` does not count the time of other programs.
         on_progress: Called with a description of what runs next.
     """
     begin, timings = time.perf_counter(), {name: Timing() for name in implementations}
     repeats, round_seconds = {}, 0.0
     for name, run in implementations.items():
         on_progress(f"{name}: first call")
-        timings[name].first = _once(run, device)[0]
+        timings[name].first = _once(run, device, clock=clock)[0]
         second = timings[name].first
         if second < _LONG:
-            second = min(second, _once(run, device)[0])
+            second = min(second, _once(run, device, clock=clock)[0])
         least = _LEAST_SECONDS_CUDA if device.type == "cuda" else _LEAST_SECONDS
         repeats[name] = max(1, min(1000, round(least / max(second, 1e-9))))
         round_seconds += second * repeats[name]
@@ -110,17 +112,22 @@ def measure(
             break
         on_progress(f"round {number + 1} of {rounds}")
         for name, run in implementations.items():
-            whole, parts = _once(run, device, repeats[name])
+            whole, parts = _once(run, device, repeats[name], clock)
             timings[name].rounds.append(whole)
             for part, value in parts.items():
                 timings[name].parts.setdefault(part, []).append(value)
     return timings
 
 
-def _once(run: Callable[[Stopwatch], Any], device: torch.device, repeats: int = 1) -> tuple[float, dict[str, float]]:
+def _once(
+    run: Callable[[Stopwatch], Any],
+    device: torch.device,
+    repeats: int = 1,
+    clock: Callable[[], float] | None = None,
+) -> tuple[float, dict[str, float]]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    stopwatch = Stopwatch(device)
+    stopwatch = Stopwatch(device, clock)
     for _ in range(repeats):
         stopwatch.mark("")  # work after the last mark of the previous call does not belong to this one
         run(stopwatch)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ccella_fast.dropin.comparison import Example, Values, compute, describe_difference, in_float64
+from ccella_fast.dropin.comparison import Example, Values, compare, compute, in_float64
 from ccella_fast.dropin.layers import has_hooks
 from ccella_fast.dropin.replacement import (
     MetaTensorUnwrapper,
@@ -160,11 +160,11 @@ def speed_up(
         with originals():
             return in_float64(model, example, gradients=gradients)
 
-    is_right, phrase = describe_difference(before, after, truth)
-    report.check = f"with the example, {phrase} from those of the original"
-    if not is_right:
+    comparison = compare(before, after, truth)
+    report.check = f"with the example, {comparison.phrase} from those of the original"
+    if not comparison.is_right:
         report.undo()
-        report.check = f"nothing was replaced: with the example, {phrase} from those of the original"
+        report.check = f"nothing was replaced: {report.check}"
         report.swapped, report.plain = {}, []
     return report
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ccella_fast.dropin import fusion
+from ccella_fast.dropin.comparison import in_float64
 from ccella_fast.dropin.matching import speed_up
 from ccella_fast.dropin.rules import torch_layers
 from ccella_fast.errors import ConfigError
@@ -399,6 +400,22 @@ def test_random_numbers_and_buffers_of_an_example():
     before = {name: value.clone() for name, value in net.state_dict().items()}
     report = speed_up(net, example=((draw(2, 16, 4, 4, 4),), {}), gradients=True)
     assert report.swapped and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_float64_is_the_truth_also_of_casts_and_noise():
+    """By hand: a cast to fp32 is one to float64, and noise is that of bf16, which is another than that of float64."""
+
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            wide = x.float() + torch.arange(4, dtype=torch.float32)
+            return super().forward(wide.to(x.dtype)) + torch.randn_like(x)
+
+    net, x = Noisy(4, 4).to(torch.bfloat16), draw(8, 4).to(torch.bfloat16)
+    (found,) = in_float64(net, ((x,), {}), gradients=False).outputs
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        noise = torch.randn(8, 4, dtype=torch.bfloat16)
+    assert torch.equal(found, (x.double() + torch.arange(4)) @ net.weight.double().T + net.bias.double() + noise)
 
 
 @pytest.mark.usefixtures("as_on_a_cpu")
