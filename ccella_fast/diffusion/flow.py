@@ -64,10 +64,9 @@ class RectifiedFlow:
     def levels(self, num_inference_steps: int, spacing: str, *, includes_last: bool = False) -> NoiseLevels:
         """N levels, for any N.
 
-        trailing  sigma = 1, 1 - 1/N, ..., 1/N, then shifted
-        linspace  N values from 1 to the shifted sigma_min, then shifted. The last level is shifted twice, as in diffusers
-                  (huggingface/diffusers#13243); without a shift it is sigma_min
-        karras, exponential, beta   between the ends of "linspace"
+        trailing is sigma = 1, 1 - 1/N, ..., 1/N, then shifted. linspace is N values from 1 to the shifted sigma_min, then
+        shifted: the last level is shifted twice, as in diffusers (huggingface/diffusers#13243), and without a shift it is
+        sigma_min. karras, exponential and beta lie between the ends of linspace.
 
         Raises:
             ConfigError: the number of steps is not a positive integer, or the spacing is unknown or "leading".

@@ -110,9 +110,9 @@ class Schedule:
     def levels(self, num_inference_steps: int, spacing: str, *, includes_last: bool = False) -> NoiseLevels:
         """N levels, with int64 timesteps. Names and values of the spacings are those of diffusers.
 
-        linspace, leading, trailing   Lin et al. 2024, arXiv 2305.08891, table 2
-        karras, exponential, beta     sigma / signal spaced between the ends of the schedule, see `spaced_sigmas`; the network
-                  receives the nearest timestep ("karras") or the one below, the solver uses the exact level
+        linspace, leading and trailing are those of Lin et al. 2024 (arXiv 2305.08891, table 2). karras, exponential and beta
+        space sigma / signal between the ends of the schedule, see `spaced_sigmas`: the network receives the nearest timestep
+        (karras) or the one below, the solver uses the exact level.
 
         Args:
             num_inference_steps: N, from 1 to the number of training timesteps. With all of them, the first three spacings visit
