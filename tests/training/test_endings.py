@@ -68,6 +68,14 @@ ENDINGS = [
 STOPPED = (129, 130, 138, 143)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hangup():
+    """SIGHUP has an effect, also if the tests were started with nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data):
     """A run that has ended after the first of three steps."""

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -134,6 +135,7 @@ def test_a_closed_terminal_saves_the_last_step(tmp_path, data):
     config = write_config(tmp_path / "config.json", max_train_steps=100_000, checkpointing_steps=100_000)
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started with nohup
         words = ["--config", config, "--data", data, "--output_dir", tmp_path / "run"]
         os.execve(sys.executable, [sys.executable, str(TRAIN_SCRIPT), *map(str, words)], environment())
     os.set_blocking(terminal, False)
@@ -143,7 +145,11 @@ def test_a_closed_terminal_saves_the_last_step(tmp_path, data):
             os.read(terminal, 65536)  # a full terminal stops the process
         time.sleep(0.1)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129
+    killer = threading.Timer(60, os.kill, (process, signal.SIGKILL))
+    killer.start()
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    killer.cancel()
+    assert code == 129
     status, (saved,) = read_json(tmp_path / "run" / "run_status.json"), step_folders(tmp_path / "run")
     assert (status["state"], status["exit_code"]) == ("terminated", 129)
     assert verify_checkpoint(saved)["step"] == status["step"] == len(losses(tmp_path / "run")) > 0
