@@ -47,7 +47,7 @@ class DynamicThreshold:
 
     def __call__(self, x0: Tensor) -> Tensor:
         """x0 (B, ...), thresholded."""
-        s = _quantile(x0.abs().flatten(1), self.ratio).clamp(1, self.maximum).view(-1, *[1] * (x0.ndim - 1))
+        s = _quantile(x0.abs().reshape(len(x0), -1), self.ratio).clamp(1, self.maximum).view(-1, *[1] * (x0.ndim - 1))
         return x0.clamp(-s, s) / s
 
 

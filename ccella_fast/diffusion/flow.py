@@ -120,14 +120,41 @@ class MonaiFlow(RectifiedFlow):
     size: Sequence[int] = ()
 
     prediction: ClassVar[str | None] = "x0_minus_noise"  # the sign of RFlowScheduler.step
+    timestep_spacing: ClassVar[str | None] = "of the scheduler"
 
     def levels(self, num_inference_steps: int, spacing: str, *, includes_last: bool = False) -> NoiseLevels:
         """The scheduler's own timesteps. Raises ConfigError."""
-        check_steps(num_inference_steps, self.scheduler.num_train_timesteps)
+        if spacing != self.timestep_spacing:
+            why = f"timestep_spacing='{spacing}' cannot be combined with an RFlowScheduler, which has its own timesteps"
+            raise ConfigError(why, field="timestep_spacing", fix=f"remove it, or use schedule={self._equal_flow()}")
+        total = self.scheduler.num_train_timesteps
+        check_steps(num_inference_steps, None)
+        if num_inference_steps > total:
+            why = f"an RFlowScheduler of {total} timesteps takes at most {total} steps, got {num_inference_steps}"
+            raise ConfigError(
+                why, field="num_inference_steps", fix=f"for more, use schedule={self._equal_flow()}, which has no limit"
+            )
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(num_inference_steps, input_img_size_numel=prod(self.size))
         timesteps = scheduler.timesteps.numpy()
         return self._levels(timesteps.astype(np.float64) / self.noise_at)._replace(timesteps=timesteps)
+
+    def levels_at(self, timesteps: Any, sigmas: Any) -> NoiseLevels:
+        """See `RectifiedFlow.levels_at`. Raises ConfigError."""
+        if self.scheduler.use_timestep_transform:
+            why = "timesteps and sigmas are used as given, so use_timestep_transform would have no effect"
+            raise ConfigError(
+                why, field="schedule", fix="transform the values yourself, and use schedule=RectifiedFlow()"
+            )
+        return super().levels_at(timesteps, sigmas)
+
+    def _equal_flow(self) -> str:
+        """A flow with the same shift, as one would write it."""
+        shift = 1.0
+        if self.scheduler.use_timestep_transform:
+            ratio = prod(self.size) / self.scheduler.base_img_size_numel
+            shift = ratio ** (1 / self.scheduler.spatial_dim) * self.scheduler.transform_scale
+        return f"RectifiedFlow(noise_at={self.noise_at:g}, shift={shift:.6g})"
 
 
 def is_monai_flow(scheduler: Any) -> bool:

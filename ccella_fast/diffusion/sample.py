@@ -118,7 +118,7 @@ def sample(
         solver, schedule = "euler_flow", solver
     if isinstance(solver, (str, Solver)):
         process, solver = _noise_process(schedule, x_T), get_solver(solver)
-        if isinstance(process, MonaiFlow) and type(solver) is EulerFlow:
+        if isinstance(process, MonaiFlow) and type(solver) is EulerFlow and timesteps is None and sigmas is None:
             solver = MonaiEulerFlow(process.scheduler.num_train_timesteps)
         plan = solver.plan(process, timestep_spacing=timestep_spacing, clip_x0=clip_x0, **steps)
         trajectory = Trajectory(plan, x_T, seeds, start=start)

@@ -112,7 +112,8 @@ class Schedule:
 
         linspace, leading and trailing are those of Lin et al. 2024 (arXiv 2305.08891, table 2). karras, exponential and beta
         space sigma / signal between the ends of the schedule, see `spaced_sigmas`: the network receives the nearest timestep
-        (karras) or the one below, the solver uses the exact level.
+        (karras) or the one below, the solver uses the exact level. For exponential and beta, the rounding errors of diffusers'
+        fp32 tables decide whether its first timestep is T - 1 or T - 2; here it is T - 1.
 
         Args:
             num_inference_steps: N, from 1 to the number of training timesteps. With all of them, the first three spacings visit

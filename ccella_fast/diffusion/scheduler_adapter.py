@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ccella_fast.diffusion.prediction import ALIASES
 from ccella_fast.diffusion.scheduler_defects import check_for_defects
 from ccella_fast.diffusion.solvers import SOLVERS
 from ccella_fast.diffusion.solvers.base import DEFAULT_STEPS, skipped_steps
+from ccella_fast.diffusion.timesteps import check_steps, numbers
 from ccella_fast.diffusion.trajectory import DenoiserFn, NoiseLevel, evaluate_denoiser, step_generators
 from ccella_fast.errors import ConfigError
 
@@ -40,7 +40,7 @@ class SchedulerTrajectory:
         strength: the share of the steps that remain.
 
     Attributes:
-        prediction: the canonical name of the prediction type; None: unknown.
+        prediction: the canonical name of the prediction type; None: none of ours.
 
     Raises:
         ConfigError: `scheduler` is not a scheduler, does not take these arguments, or its prediction type contradicts
@@ -63,8 +63,11 @@ class SchedulerTrajectory:
         self.prediction = _checked_prediction(scheduler, prediction)
         self.scheduler = copy.deepcopy(scheduler)
         _set_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas, x_T.device)
-        given = timesteps is not None or sigmas is not None
-        check_for_defects(self.scheduler, starts_at_noise=start is None and not given)
+        check_for_defects(
+            self.scheduler,
+            starts_at_noise=start is None and timesteps is None and sigmas is None,
+            timesteps_alone=timesteps is not None and sigmas is None,
+        )
         order = getattr(self.scheduler, "order", 1)
         count = self.scheduler.num_inference_steps or len(self.scheduler.timesteps)
         first = order * skipped_steps(strength, count, flow=hasattr(self.scheduler, "scale_noise"))
@@ -131,7 +134,7 @@ class SchedulerTrajectory:
 
 
 def _checked_prediction(scheduler: Any, prediction: str | None) -> str | None:
-    """The canonical prediction type of a scheduler; None if it has none. Raises ConfigError."""
+    """The canonical prediction type of a scheduler; None if it has none of ours. Raises ConfigError."""
     is_class = isinstance(scheduler, type)
     name = scheduler.__name__ if is_class else type(scheduler).__name__
     if is_class and hasattr(scheduler, "set_timesteps"):
@@ -152,6 +155,8 @@ def _checked_prediction(scheduler: Any, prediction: str | None) -> str | None:
         elif prediction == "x0_minus_noise":
             fix = "use solver='euler_flow' or 'heun_flow', which take either sign"
         raise ConfigError(why, field="prediction", fix=fix)
+    if "sigma_data" in scheduler.config:  # of EDM: it calls the output of a preconditioned network epsilon
+        return None
     return None if configured is None else _canonical(configured)
 
 
@@ -163,14 +168,13 @@ def _set_timesteps(scheduler: Any, count: Any, timesteps: Any, sigmas: Any, devi
         if field not in inspect.signature(scheduler.set_timesteps).parameters:
             why = f"the scheduler object {name} does not take {field}"
             raise ConfigError(why, field=field, fix="use a solver by name, or num_inference_steps")
-        if count not in (None, len(given)):
-            why = f"num_inference_steps is {count}, but {field} has {len(given)} entries"
+        entries = len(numbers(given, field))
+        if count not in (None, entries):
+            why = f"num_inference_steps is {count}, but {field} has {entries} entries"
             raise ConfigError(why, field="num_inference_steps", fix="remove num_inference_steps")
     if not lists:
         count = DEFAULT_STEPS if count is None else count
-        if not isinstance(count, Integral) or int(count) < 1:
-            why = f"the number of steps must be a positive integer, got {count!r:.40}"
-            raise ConfigError(why, field="num_inference_steps", fix="use 20, for example")
+        check_steps(count, None)
     try:
         if lists:
             scheduler.set_timesteps(**lists, device=device)

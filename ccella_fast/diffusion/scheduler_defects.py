@@ -15,12 +15,13 @@ _FIXED_STRIDE = {
 }  # fmt: skip
 
 
-def check_for_defects(scheduler: Any, *, starts_at_noise: bool) -> None:
+def check_for_defects(scheduler: Any, *, starts_at_noise: bool, timesteps_alone: bool) -> None:
     """Warn of what a scheduler object is known to do wrong, after its `set_timesteps`.
 
     Args:
         scheduler: the object.
         starts_at_noise: whether the first sample is pure noise.
+        timesteps_alone: whether the caller gave timesteps and no sigmas.
 
     Raises:
         ConfigError: a timestep does not exist.
@@ -46,17 +47,23 @@ def check_for_defects(scheduler: Any, *, starts_at_noise: bool) -> None:
         _warn(
             name, why, "set prediction_type to what the network was trained to predict, or rescale_betas_zero_snr=False"
         )
-    _check_stride(name, config, total, times)
+    _check_stride(name, config, total, scheduler.num_inference_steps, times)
+    shift = config.get("shift", 1)
+    if timesteps_alone and shift != 1:
+        why = (
+            f"gives the network these timesteps, but shifts the noise levels by {shift:g} (huggingface/diffusers#14013)"
+        )
+        _warn(name, why, "give sigmas in place of timesteps")
     sigmas = getattr(scheduler, "sigmas", None)
     if "Multistep" in name and isinstance(sigmas, Tensor) and bool((sigmas[1:] == sigmas[:-1]).any()):
         _warn(name, "visits a noise level twice, which gives NaN", "ask for fewer steps, or for another spacing")
 
 
-def _check_stride(name: str, config: Any, total: int, times: list[int]) -> None:
+def _check_stride(name: str, config: Any, total: int, steps: int, times: list[int]) -> None:
     if name not in _FIXED_STRIDE or (name == "PNDMScheduler" and not config.skip_prk_steps):
         return
     visited = sorted(set(times), reverse=True)  # PNDM evaluates the network twice at one of them
-    stride = total // len(visited)
+    stride = total // steps
     for now, following in zip(visited[:-1], visited[1:], strict=True):
         if now - stride != following:
             why = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
+from types import SimpleNamespace
 
 import mpmath
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import ccella_fast
-from ccella_fast import DynamicThreshold, Edm, RectifiedFlow, edm_denoiser, guided, sample
+from ccella_fast import Edm, RectifiedFlow, edm_denoiser, sample
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.solvers import Ddim
 from ccella_fast.diffusion.timesteps import beta_quantiles
@@ -38,10 +38,9 @@ def unit_time(x: Tensor, t: Tensor) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def no_plausibility_check(request, monkeypatch):
-    """These networks do not predict anything; the check has its own tests."""
-    if "plausib" not in request.node.name:
-        monkeypatch.setattr("ccella_fast.diffusion.plausibility.plausible_slopes", lambda *_: None)
+def no_plausibility_check(monkeypatch):
+    """These networks do not predict anything; `test_plausibility.py` tests the check."""
+    monkeypatch.setattr("ccella_fast.diffusion.plausibility.plausible_slopes", lambda *_: None)
 
 
 def assert_equal(found: Tensor, truth: Tensor, other: Tensor | None = None) -> None:
@@ -54,12 +53,17 @@ def assert_equal(found: Tensor, truth: Tensor, other: Tensor | None = None) -> N
 # Rectified flows
 
 
+@pytest.mark.parametrize("discrete", [True, False])
 @pytest.mark.parametrize("transform", [False, True])
 @pytest.mark.parametrize("steps", [3, 10, 30])
-def test_the_loop_of_monai(transform, steps):
+def test_the_loop_of_monai(discrete, transform, steps):
+    """MAISI's own setting is use_discrete_timesteps=False and use_timestep_transform=True: times with fractions."""
     from monai.networks.schedulers import RFlowScheduler
 
-    scheduler = RFlowScheduler(use_timestep_transform=transform, base_img_size_numel=8, spatial_dim=2)
+    scheduler = RFlowScheduler(
+        use_discrete_timesteps=discrete, use_timestep_transform=transform, base_img_size_numel=8, spatial_dim=2,
+        transform_scale=1.4,
+    )  # fmt: skip
     noise = draw(*SHAPE, seed=1)
     scheduler.set_timesteps(steps, input_img_size_numel=16)
     x, times = noise, scheduler.timesteps
@@ -69,12 +73,38 @@ def test_the_loop_of_monai(transform, steps):
     assert_equal(found, x, sample(network, noise, solver=scheduler, num_inference_steps=steps, prediction="velocity"))
     named = sample(network, noise, solver="euler_flow", schedule=scheduler, num_inference_steps=steps)
     assert torch.equal(named, found)
+    plain = {"solver": "euler_flow", "prediction": "x0_minus_noise", "num_inference_steps": steps}
     if transform:
-        plain = sample(
-            network, noise, solver="euler_flow", schedule=RectifiedFlow(), prediction="x0_minus_noise",
-            num_inference_steps=steps,
-        )  # fmt: skip
-        assert (plain - found).abs().max() > 1e-3
+        assert (sample(network, noise, schedule=RectifiedFlow(), **plain) - found).abs().max() > 1e-3
+    shift = 2**0.5 * 1.4 if transform else 1.0
+    without_rounding = sample(network, noise, schedule=RectifiedFlow(shift=shift), **plain)
+    assert (without_rounding - found).abs().max() < 0.1
+
+
+def test_what_a_scheduler_of_monai_would_ignore_is_refused():
+    from monai.networks.schedulers import RFlowScheduler
+
+    noise = draw(*SHAPE, seed=1)
+    scheduler = RFlowScheduler(use_timestep_transform=True, base_img_size_numel=8, spatial_dim=2)
+    for settings, message in [
+        ({"timestep_spacing": "karras"}, r"schedule=RectifiedFlow\(noise_at=1000, shift=1.41421\)"),
+        ({"sigmas": [1.0, 0.5]}, "transform"), ({"timesteps": [1000, 500]}, "transform"),
+        ({"num_inference_steps": 1001}, "takes at most 1000 steps"), ({"num_inference_steps": 0}, "positive integer"),
+    ]:  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            sample(network, noise, solver=scheduler, **settings)
+    found = sample(network, noise, solver=RFlowScheduler(), timesteps=[1000, 555.5])
+    flow = {"solver": "euler_flow", "schedule": RectifiedFlow(), "prediction": "x0_minus_noise"}
+    # MONAI takes no list of the caller, so nothing is truncated as in its own steps.
+    assert torch.equal(found, sample(network, noise, timesteps=[1000, 555.5], **flow))
+
+
+def test_a_flow_has_no_limit_of_steps():
+    settings = {"solver": "euler_flow", "schedule": RectifiedFlow(), "prediction": "velocity"}
+    noise = draw(*SHAPE, seed=1)
+    fine = sample(network, noise, num_inference_steps=4000, **settings)
+    errors = [(sample(network, noise, num_inference_steps=n, **settings) - fine).abs().max() for n in (500, 2000)]
+    assert errors[1] < errors[0] / 4  # of first order
 
 
 @pytest.mark.parametrize("steps", [1, 7, 50])
@@ -251,6 +281,64 @@ def test_the_loops_of_k_diffusion(spacing):
         assert_equal(sample(denoiser, noise, solver=solver, schedule=edm, sigmas=sigmas), truth)
 
 
+def test_the_stochastic_loops_of_k_diffusion():
+    """sample_euler_ancestral and sample_dpmpp_2m_sde (midpoint, eta = 1), written out, with the noise of the seeds."""
+    from ccella_fast.diffusion.noise import generator
+
+    edm, noise, seeds = Edm(sigma_min=0.02, sigma_max=30.0), draw(*SHAPE, seed=7), [3, 4]
+    sources = [generator(seed, "step") for seed in seeds]
+    sigmas = [*sigmas_of("karras", 9), 0.0]
+    ancestral = sde = noise * sigmas[0]
+    previous = None
+    for i, (now, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        added = torch.stack([torch.randn(SHAPE[1:], generator=source) for source in sources]).double()
+        level = torch.full((2,), now, dtype=torch.float64)
+        up = (after**2 * (now**2 - after**2) / now**2) ** 0.5
+        slope = (ancestral - denoiser(ancestral, level)) / now
+        ancestral = ancestral + ((after**2 - up**2) ** 0.5 - now) * slope + up * added
+        clean = denoiser(sde, level)
+        if after == 0:
+            sde = clean
+            break
+        h = math.log(now / after)
+        weight = -math.expm1(-2 * h)
+        sde = after / now * math.exp(-h) * sde + weight * clean + after * weight**0.5 * added
+        if previous is not None:
+            r = math.log(sigmas[i - 1] / now) / h
+            sde = sde + 0.5 * weight / r * (clean - previous)
+        previous = clean
+    settings = {"schedule": edm, "num_inference_steps": 9, "seeds": seeds}
+    assert_equal(sample(denoiser, noise, solver="ddpm", **settings), ancestral, sde)
+    assert_equal(sample(denoiser, noise, solver=Ddim(eta=1.0), timestep_spacing="karras", **settings), ancestral)
+    assert_equal(sample(denoiser, noise, solver="dpmpp_2m_sde", **settings), sde, ancestral)
+
+
+@pytest.mark.parametrize("spacing", ["exponential", "beta"])
+@pytest.mark.parametrize(("solver", "name"), [("dpmpp_2m", "DPMSolverMultistep"), ("unipc", "UniPCMultistep")])
+def test_spacings_of_noise_levels_of_a_schedule(monkeypatch, spacing, solver, name):
+    """diffusers' own lists; beta sigmas need SciPy there, whose quantiles are computed by integration here."""
+    import diffusers
+    from diffusers.schedulers import scheduling_dpmsolver_multistep, scheduling_unipc_multistep
+
+    scipy = SimpleNamespace(stats=SimpleNamespace(beta=SimpleNamespace(ppf=lambda p, a, b: beta_quantile(p))))
+    for module in (scheduling_dpmsolver_multistep, scheduling_unipc_multistep):
+        monkeypatch.setattr(module, "scipy", scipy, raising=False)
+        monkeypatch.setattr(module, "is_scipy_available", lambda: True)
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**SCHEDULE, **{f"use_{spacing}_sigmas": True})
+    scheduler.set_timesteps(12)
+    scheduler.set_begin_index(0)
+    assert scheduler.timesteps[0] == 998  # by the rounding of its fp32 table: the first level is that of 999
+    scheduler.timesteps[0] = 999
+    x = noise = draw(*SHAPE, seed=21)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.expand(2)).float(), t, x.float()).prev_sample.double()
+    settings = {"solver": solver, "num_inference_steps": 12}
+    found = sample(network, noise, timestep_spacing=spacing, **settings)
+    assert (found - x).abs().max() < 1e-4 * x.abs().max()  # it computes in fp32
+    other = sample(network, noise, timestep_spacing="karras", **settings)
+    assert (found - other).abs().max() > 1e-3 * x.abs().max()
+
+
 def test_the_scheduler_of_edm():
     from diffusers import EDMDPMSolverMultistepScheduler
 
@@ -270,243 +358,6 @@ def test_quantiles_of_the_beta_distribution():
     probabilities = np.linspace(0, 1, 12)
     truth = [beta_quantile(p) for p in probabilities]
     np.testing.assert_allclose(beta_quantiles(probabilities, 0.6), truth, atol=1e-10)
-
-
-# Part of a trajectory
-
-
-@pytest.mark.parametrize("strength", [0.25, 0.6, 1.0])
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
-def test_image_to_image_as_in_diffusers(name, strength):
-    """The loop of its image-to-image pipelines."""
-    import diffusers
-
-    flow = name.startswith("Flow")
-    settings = {} if flow else {"timestep_spacing": "leading", **SCHEDULE}
-    settings |= {"clip_sample": False, "set_alpha_to_one": True} if name == "DDIMScheduler" else {}
-    scheduler = getattr(diffusers, name)(**settings)
-    scheduler.set_timesteps(20)
-    clean, noise = draw(*SHAPE, seed=9), draw(*SHAPE, seed=10)
-    first = int(max(20 - 20 * strength, 0)) if flow else max(20 - min(int(20 * strength), 20), 0)
-    timesteps = scheduler.timesteps[first:]
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(first)
-    x = (
-        scheduler.scale_noise(clean, timesteps[:1], noise) if flow else scheduler.add_noise(clean, noise, timesteps[:1])
-    ).double()
-    for t in timesteps:
-        x = scheduler.step(network(x, t.expand(2)), t, x).prev_sample
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = sample(
-            network,
-            noise,
-            solver=getattr(diffusers, name)(**settings),
-            num_inference_steps=20,
-            start=clean,
-            strength=strength,
-        )
-    assert (theirs - x).abs().max() < 2e-4 * x.abs().max()  # the adapter computes in fp32
-    if name != "DPMSolverMultistepScheduler":  # whose leading timesteps differ
-        solver = {
-            "solver": "euler_flow",
-            "prediction": "velocity",
-            "schedule": RectifiedFlow(),
-            "timestep_spacing": "linspace",
-        }
-        solver = solver if flow else {"solver": "ddim", "timestep_spacing": "leading"}
-        ours = sample(network, noise, num_inference_steps=20, start=clean, strength=strength, **solver)
-        assert (ours - x).abs().max() < 1e-4 * x.abs().max()
-        if strength < 1:
-            whole = sample(network, noise, num_inference_steps=20, **solver)
-            assert (ours - whole).abs().max() > 1e-2 * x.abs().max()
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"solver": "ddim"}, {"solver": "dpmpp_2m", "timestep_spacing": "karras"},
-        {"solver": "heun_flow", "schedule": RectifiedFlow(), "prediction": "velocity"}, {"schedule": Edm()},
-    ],
-    ids=["schedule", "karras", "flow", "edm"],
-)  # fmt: skip
-def test_a_known_region_is_noised_to_the_level_of_x(settings):
-    """With an exact denoiser of one clean image, x stays signal * image + sigma * noise, for every process."""
-    image, noise, levels = draw(*SHAPE, seed=11), draw(*SHAPE, seed=12), []
-    is_flow = "solver" in settings and settings["solver"] == "heun_flow"
-
-    def exact(x: Tensor, t: Tensor) -> Tensor:
-        return noise - image if is_flow else image
-
-    def keep(i, t, x, x0, level):
-        torch.testing.assert_close(x, level.signal * image + level.sigma * noise, rtol=1e-9, atol=1e-9)
-        levels.append(level)
-
-    found = sample(exact, noise, start=image, callback=keep, **{"prediction": "x0", **settings})
-    torch.testing.assert_close(found, image)
-    assert levels[-1] == (1.0, 0.0) and len({level.sigma for level in levels}) == 20
-    without_level = []
-    sample(exact, noise, callback=lambda *given: without_level.append(len(given)), **{"prediction": "x0", **settings})
-    assert set(without_level) == {4}
-
-
-# Limits of x0
-
-THRESHOLD = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.0}
-
-
-@pytest.mark.parametrize(
-    ("name", "solver", "theirs", "ours"),
-    [
-        ("DDIMScheduler", "ddim", {"clip_sample": True, "clip_sample_range": 0.8}, 0.8),
-        ("DDIMScheduler", "ddim", {"clip_sample": False, **THRESHOLD}, DynamicThreshold(0.9, 2.0)),
-        ("DPMSolverMultistepScheduler", "dpmpp_2m", THRESHOLD, DynamicThreshold(0.9, 2.0)),
-    ],
-    ids=["clip", "threshold", "threshold-dpm"],
-)  # fmt: skip
-def test_the_limits_of_diffusers(name, solver, theirs, ours):
-    import diffusers
-
-    noise = draw(*SHAPE, seed=13)
-    settings = {"set_alpha_to_one": True} if name == "DDIMScheduler" else {"final_sigmas_type": "zero"}
-    spacing = "leading" if name == "DDIMScheduler" else "linspace"
-    scheduler = getattr(diffusers, name)(timestep_spacing=spacing, **SCHEDULE, **settings, **theirs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        truth = sample(network, noise, solver=scheduler, num_inference_steps=20)
-    common = {"solver": solver, "num_inference_steps": 20, "timestep_spacing": spacing}
-    found = sample(network, noise, clip_x0=ours, **common)
-    assert (found - truth).abs().max() < 3e-4 * truth.abs().max()  # the adapter computes in fp32
-    assert (found - sample(network, noise, **common)).abs().max() > 1e-2
-    if theirs.get("clip_sample"):
-        again = Ddim(use_clipped_model_output=True)
-        assert (sample(network, noise, clip_x0=ours, **{**common, "solver": again}) - found).abs().max() > 1e-3
-
-
-# Guidance
-
-
-def test_both_conditions_are_one_batch():
-    weight, sizes = draw(3, seed=14), []
-
-    def conditional(x: Tensor, t: Tensor, text: Tensor, scale: float = 1.0, *, mask: Tensor | None = None) -> Tensor:
-        sizes.append(len(x))
-        return network(x, t) * scale + text.view(-1, *[1] * (x.ndim - 1)) + (0 if mask is None else mask)
-
-    x, t = draw(*SHAPE, seed=15), torch.tensor([500, 500])
-    one, two = draw(2, seed=16), torch.zeros(2, dtype=torch.float64)
-    expected = conditional(x, t, two) + 3.0 * (conditional(x, t, one) - conditional(x, t, two))
-    sizes.clear()
-    found = [
-        guided(conditional, one, two, 3.0)(x, t),
-        guided(conditional, (one, 1.0), (two, 1.0), 3.0)(x, t),
-        guided(conditional, {"text": one}, {"text": two[:1]}, 3.0)(x, t),
-    ]
-    assert sizes == [4, 4, 4]
-    for each in found:
-        torch.testing.assert_close(each, expected)
-    torch.testing.assert_close(guided(conditional, one, two, 1.0)(x, t), conditional(x, t, one))
-    assert sizes[3:] == [2, 2]
-    for condition, null in [({"a": one}, {"b": two}), (one, (two,)), ((one, 1.0), (two, 2.0)), (one, weight)]:
-        with pytest.raises(ConfigError):
-            guided(conditional, condition, null, 2.0)(x, t)
-
-
-# Schedulers of diffusers with known defects
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "steps", "message"),
-    [
-        ("DDIMScheduler", {"timestep_spacing": "linspace"}, 7, "evaluates the network at"),
-        ("DDIMScheduler", {"timestep_spacing": "leading"}, 334, "begins with pure noise at"),
-        ("EulerDiscreteScheduler", {"timestep_spacing": "leading"}, 15, "begins with pure noise at"),
-        ("DDIMScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 10, "zero terminal SNR"),
-        ("DDIMScheduler", {"timestep_spacing": "trailing"}, 10, None),
-        ("UniPCMultistepScheduler", {}, 20, None),
-        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, 20, None),
-        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, 20, None),
-    ],
-)  # fmt: skip
-def test_known_defects_are_warned_about(name, settings, steps, message):
-    import diffusers
-
-    scheduler = getattr(diffusers, name)(**settings)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        sample(network, draw(*SHAPE, seed=17), solver=scheduler, num_inference_steps=steps)
-    texts = [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
-    assert texts == [] if message is None else any(message in text and "Fix:" in text for text in texts), texts
-
-
-# Plausibility of the first output
-
-DATA = [(0.0, 1.0), (3.0, 0.2), (-1.0, 4.0), (0.5, 1e-3)]  # mean and standard deviation
-PROCESSES = {
-    "schedule": ({}, ("epsilon", "v", "x0")),
-    "flow": ({"solver": "euler_flow", "schedule": RectifiedFlow()}, ("velocity", "x0_minus_noise", "x0")),
-    "edm": ({"schedule": Edm()}, ("x0", "epsilon")),
-}
-
-
-def exact_network(process: str, prediction: str, mean: float, std: float):
-    """The best prediction for normally distributed data."""
-    abar = torch.tensor(Schedule.of().alphas_cumprod)
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        if process == "schedule":
-            signal, sigma = column(abar[t]).sqrt(), (1 - column(abar[t])).sqrt()
-        elif process == "flow":
-            signal, sigma = 1 - column(t) / 1000, column(t) / 1000
-        else:
-            signal, sigma = torch.ones(1, dtype=torch.float64), column(t)
-        x0 = mean + std**2 * signal / (std**2 * signal**2 + sigma**2) * (x - signal * mean)
-        eps = (x - signal * x0) / sigma
-        return {
-            "x0": x0,
-            "epsilon": eps,
-            "v": signal * eps - sigma * x0,
-            "velocity": eps - x0,
-            "x0_minus_noise": x0 - eps,
-        }[prediction]
-
-    return predict
-
-
-@pytest.mark.parametrize("data", DATA, ids=str)
-@pytest.mark.parametrize("process", PROCESSES)
-def test_plausible_outputs_are_not_warned_about_and_others_are(process, data):
-    settings, predictions = PROCESSES[process]
-    noise = draw(2, 1, 16, 16, seed=18)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for prediction in predictions:
-            sample(
-                exact_network(process, prediction, *data),
-                noise,
-                prediction=prediction,
-                num_inference_steps=3,
-                **settings,
-            )
-    wrong = {"epsilon": -1, "velocity": -1, "x0_minus_noise": -1}
-    for prediction in set(predictions) & set(wrong):
-        right = exact_network(process, prediction, *data)
-        if process == "edm":
-            continue  # at the first level, 80 times the data, the sign of the noise is all that D gives
-        with pytest.warns(UserWarning, match="does not look like"):
-            sample(
-                lambda x, t, right=right: -right(x, t), noise, prediction=prediction, num_inference_steps=3, **settings
-            )
-
-
-def test_plausibility_of_a_time_that_runs_backwards():
-    """A network that expects 0 at the noise gets 1000 there, where it sees data: the slope is that of no noise."""
-    flow = exact_network("flow", "velocity", 0.0, 1.0)
-    with pytest.warns(UserWarning, match="does not look like"):
-        sample(
-            lambda x, t: flow(x, 1000 - t + 1e-3), draw(2, 1, 16, 16, seed=19), solver="euler_flow", schedule=RectifiedFlow(),
-            prediction="velocity", num_inference_steps=3,
-        )  # fmt: skip
 
 
 def test_the_names_are_public():
