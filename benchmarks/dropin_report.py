@@ -167,7 +167,7 @@ def _sources() -> Iterator[str]:
     lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if "==" in line]
     yield from ["## Versions", "", ", ".join(f"`{pin}`" for pin in pins) + ".", ""]
-    yield "`--sources DIR` names a folder with checkouts of projects that are no packages:"
+    yield "`--sources DIR` names a folder with checkouts of projects that cannot be installed:"
     yield from ["", "| folder | repository | commit |", "|---|---|---|"]
     yield from (f"| `{name}` | {repository} | `{commit}` |" for name, (repository, commit) in CHECKOUTS.items())
 

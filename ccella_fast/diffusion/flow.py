@@ -46,7 +46,7 @@ class RectifiedFlow:
 
     kind: ClassVar[str] = "a rectified flow"
     predictions: ClassVar[tuple[str, ...]] = FLOW
-    prediction: ClassVar[str | None] = None  # its sign differs between projects, so there is no default
+    prediction: ClassVar[str | None] = None  # must be given: the sign differs between projects
     timestep_spacing: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:

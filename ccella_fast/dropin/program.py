@@ -28,7 +28,7 @@ class _UnknownError(Exception):
 
 
 def fingerprint(owner: type, method: str = "forward") -> str | None:
-    """Sixteen digits that stand for what `method` of the class does; None if that cannot be told."""
+    """Sixteen digits that stand for what `method` of the class does; None if its source cannot be read."""
     try:
         function = inspect.getattr_static(owner, method)
         program = _Reader(owner, function, ()).program()

@@ -14,10 +14,7 @@ from ccella_fast.dropin.layers import is_norm, is_plain, is_silu
 from ccella_fast.dropin.replacement import Replacement, ReplacementMixin, Replacements, Rule
 
 
-class EmbeddedResBlock(ReplacementMixin):
-    """Replaces what `ResBlock` computes inside of its activation checkpoint."""
-
-    methods = ("_forward", "forward")
+class _ResBlock(ReplacementMixin):
     updown: bool
     use_scale_shift_norm: bool
     in_layers: Any
@@ -26,6 +23,12 @@ class EmbeddedResBlock(ReplacementMixin):
     h_upd: nn.Module
     x_upd: nn.Module
     skip_connection: nn.Module
+
+
+class EmbeddedResBlock(_ResBlock):
+    """Replaces what `ResBlock` computes inside of its activation checkpoint."""
+
+    methods = ("_forward", "forward")
 
     def suits(self, x: Tensor, emb: Tensor) -> bool:
         """Whether the last layers are plain, and fusing the first two of them pays."""
@@ -43,18 +46,10 @@ class EmbeddedResBlock(ReplacementMixin):
         return self.skip_connection(x) + _finish(self, h, self.emb_layers(emb).type(h.dtype))
 
 
-class WaveletResBlock(ReplacementMixin):
+class WaveletResBlock(_ResBlock):
     """Replaces the `ResBlock` of wdm-3d, which also passes on the wavelet coefficients that a skip connection needs."""
 
     up: bool
-    updown: bool
-    use_scale_shift_norm: bool
-    in_layers: Any
-    out_layers: Any
-    emb_layers: nn.Module
-    h_upd: nn.Module
-    x_upd: nn.Module
-    skip_connection: nn.Module
 
     def suits(self, x: Any, temb: Tensor) -> bool:
         """Whether the last layers are plain, and fusing the first two of them pays."""
