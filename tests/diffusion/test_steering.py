@@ -11,19 +11,8 @@ from torch import Tensor
 from ccella_fast import DynamicThreshold, Edm, RectifiedFlow, guided, sample
 from ccella_fast.diffusion.solvers import Ddim
 from ccella_fast.errors import ConfigError
+from diffusion_fixtures import SCHEDULE, SHAPE, network
 from kernel_fixtures import draw
-
-SHAPE = (2, 3, 4, 4)
-SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
-
-
-def column(t: Tensor) -> Tensor:
-    return t.double().view(-1, *[1] * (len(SHAPE) - 1))
-
-
-def network(x: Tensor, t: Tensor) -> Tensor:
-    """Depends on x and t in a nonlinear way, so that any other coefficient or time gives another trajectory."""
-    return 0.7 * torch.sin(1.5 * x + column(t) / 500) + 0.3 * x
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from ccella_fast.dropin.program import fingerprint
 from ccella_fast.dropin.rules import adm, physicsnemo, rule_of, torch_layers
 from ccella_fast.errors import ConfigError
 from ccella_fast.kernels import group_norm_silu as norm_kernel
-from kernel_fixtures import check_fused, repair_interpreter
+from kernel_fixtures import check_fused, record_calls, repair_interpreter
 
 repair_interpreter()
 
@@ -114,16 +114,7 @@ def everywhere(monkeypatch):
 @pytest.fixture
 def fused(monkeypatch):
     """The names of the fused operations that are computed, in order."""
-    calls = []
-    for name in ("norm", "modulated_norm", "upsampled_convolution", "attention_of_heads"):
-        operation = getattr(fusion, name)
-
-        def watched(*args, _name=name, _operation=operation, **kwargs):
-            calls.append(_name)
-            return _operation(*args, **kwargs)
-
-        monkeypatch.setattr(fusion, name, watched)
-    return calls
+    return record_calls(monkeypatch, fusion, "norm", "modulated_norm", "upsampled_convolution", "attention_of_heads")
 
 
 def built(name):

@@ -17,6 +17,7 @@ from ccella_fast.dropin.comparison import in_float64
 from ccella_fast.dropin.matching import speed_up
 from ccella_fast.dropin.rules import torch_layers
 from ccella_fast.errors import ConfigError
+from kernel_fixtures import record_calls
 
 
 def draw(*shape, seed=0):
@@ -43,16 +44,7 @@ def as_on_a_cpu():
 @pytest.fixture
 def fused(monkeypatch):
     """The names of the fused operations that are computed, in order."""
-    calls = []
-    for name in ("norm", "upsampled_convolution", "multi_head_attention"):
-        operation = getattr(fusion, name)
-
-        def watched(*args, _name=name, _operation=operation, **kwargs):
-            calls.append(_name)
-            return _operation(*args, **kwargs)
-
-        monkeypatch.setattr(fusion, name, watched)
-    return calls
+    return record_calls(monkeypatch, fusion, "norm", "upsampled_convolution", "multi_head_attention")
 
 
 def unet():

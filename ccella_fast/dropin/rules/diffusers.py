@@ -1,6 +1,6 @@
 """diffusers: residual blocks of video U-Nets (UNet3DConditionModel, SVD) and video autoencoders (HunyuanVideo, CogVideoX).
 
-Temporal convolutions are containers, see `torch_layers`. Wan's autoencoder does not use GroupNorm, so there is no kernel for it.
+Temporal convolutions are containers, see `torch_layers`. Wan's autoencoder has no GroupNorm, so there is no kernel for it.
 """
 
 from __future__ import annotations
