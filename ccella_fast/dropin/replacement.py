@@ -9,6 +9,8 @@ Instances can be copied, and are pickled as the pair of the two classes. `forwar
   `torch.jit.trace`. A second derivative recomputes the plain operation, see `fusion`.
 - On a CPU the original computes where it is the faster of the two.
 
+`torch.jit.script` compiles the originals: it cannot compile a choice that depends on the call.
+
 The mixins are defined with the rules that choose them, in `dropin/rules/`.
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -39,6 +42,17 @@ class ReplacementMixin(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         mixin, original = type(self).__bases__
         return _new_instance, (mixin, original), self.__getstate__()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """The original with the same tensors, which `torch.jit.script` compiles and puts in the place of this module."""
+        warnings.warn(
+            "torch.jit.script compiles the original modules, and puts them into the network instead of the replacements; "
+            "call speed_up again to replace them again",
+            stacklevel=2,
+        )
+        plain = object.__new__(original_class(self))
+        plain.__dict__ = {**self.__dict__, "_modules": dict(self._modules)}
+        return plain
 
 
 def subclass(mixin: type[ReplacementMixin], original: type[nn.Module]) -> type[nn.Module]:

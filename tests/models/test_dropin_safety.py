@@ -201,6 +201,23 @@ def test_a_traced_network_is_the_original():
     torch.testing.assert_close(torch.jit.trace(net, (x, t))(x, t), expected)
 
 
+def test_a_scripted_network_is_the_original():
+    net = nets.SegResNet(3, 8, 1, 1, blocks_down=(1, 1), blocks_up=(1,)).eval()
+    x = draw(1, 1, 8, 8, 8)
+    expected, classes = net(x), [type(module) for module in net.modules()]
+    replaced = speed_up(net).swapped
+    assert replaced["group_norm"]
+    with pytest.warns(UserWarning, match="call speed_up again"):
+        scripted = torch.jit.script(net)
+    assert torch.equal(scripted(x), expected)
+    assert not any("Faster" in module.original_name for module in scripted.modules())
+    assert [type(module) for module in net.modules()][1:] == classes[1:]  # the network itself still unwraps MetaTensors
+    assert torch.equal(net(x), expected)
+    again = speed_up(net).swapped
+    assert again == {kind: names for kind, names in replaced.items() if kind != "metatensor"}
+    torch.testing.assert_close(net(x), expected)
+
+
 # What happens after speed_up
 
 
