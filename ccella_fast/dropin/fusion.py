@@ -148,21 +148,23 @@ def norm_and_silu_pay(x: Tensor) -> bool:
 
     On a CPU that is so for large fp32 tensors without gradients, where the SiLU is computed in place.
     """
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return x.ndim > 2 and x.dtype != torch.float64
+    if x.dtype != torch.float32 or x.numel() < _LARGE_ON_CPU:
+        return False
     computes_in_place = not (torch.is_grad_enabled() and x.requires_grad)
-    return x.dtype == torch.float32 and x.is_contiguous() and computes_in_place and x.numel() >= _LARGE_ON_CPU
+    return computes_in_place and x.is_contiguous()
 
 
 def attention_pays(x: Tensor, scores: int) -> bool:
     """Whether attention with so many scores (queries times keys) is faster than with the matrix of scores in memory."""
     large = _MANY_SCORES_ON_CPU if x.dtype == torch.float32 else 16 * _MANY_SCORES_ON_CPU
-    return x.device.type != "cpu" or scores >= large
+    return not x.is_cpu or scores >= large
 
 
 def upsampling_pays(x: Tensor) -> bool:
     """Whether a convolution of x upsampled is faster on the small grid."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return True
     voxels = x.shape[0] * x.shape[2:].numel()
     return voxels >= MIN_PHASE_VOXELS and (x.dtype == torch.float32 or x.numel() >= _LARGE_TO_UPSAMPLE_ON_CPU)
@@ -172,9 +174,10 @@ def fusion_of(first: Any, second: Any, x: Any = None) -> Callable[[Tensor], Tens
     """The function that computes second(first(x)) with one kernel, None if there is none, or if it would not pay for x."""
     if not (x is None or isinstance(x, Tensor)):
         return None
-    # Whether it pays is asked first: it takes less time than whether the layers are plain.
-    if (x is None or norm_and_silu_pay(x)) and is_norm(first) and is_silu(second):
-        return functools.partial(norm, first, silu=True)
+    # The cheapest question first: on a CPU the answer is often no, and is asked at each call.
+    if isinstance(first, nn.GroupNorm):
+        pays = x is None or norm_and_silu_pay(x)
+        return functools.partial(norm, first, silu=True) if pays and is_norm(first) and is_silu(second) else None
     if type(first) is not nn.Upsample or not (x is None or (x.ndim == 5 and upsampling_pays(x))):
         return None
     if is_plain(first, nn.Upsample) and first.mode in NEAREST:

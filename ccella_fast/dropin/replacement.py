@@ -98,7 +98,7 @@ def _forward_of(mixin: type[ReplacementMixin], original: type[nn.Module], method
         current = getattr(original, method)
         if current is not plain:  # somebody has changed the class since
             return current(self, *args, **kwargs)
-        named = {names.get(name, name): value for name, value in kwargs.items()}
+        named = {names.get(name, name): value for name, value in kwargs.items()} if kwargs else kwargs
         computes = _replaces and not self._is_undone and _has_derivatives() and self.suits(*args, **named)
         if _watched is not None:
             _watched[self] = computes or _watched.get(self, False)

@@ -109,7 +109,7 @@ class QKVAttention(ReplacementMixin):
 
     def suits(self, qkv: Tensor) -> bool:
         """On a GPU. On a CPU the channels would have to be transposed, which takes longer than is gained."""
-        return qkv.device.type != "cpu"
+        return not qkv.is_cpu
 
     def forward(self, qkv: Tensor) -> Tensor:
         """(B, 3C, N) -> (B, C, N)."""

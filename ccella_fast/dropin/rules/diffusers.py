@@ -42,10 +42,11 @@ class ImageResBlock(_Block):
 
     def suits(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> bool:
         """Whether the layers are plain, fusing them pays, and the embedding is a vector if it scales and shifts."""
-        has_vector = self.time_emb_proj is not None and temb is not None and temb.ndim == 2
-        is_modulated = self.time_embedding_norm == "scale_shift"
-        known = has_vector or (self.time_emb_proj is None and temb is None and not is_modulated)
-        return self._is_plain(input_tensor) and known and not args and not kwargs
+        if args or kwargs or not self._is_plain(input_tensor):
+            return False
+        if self.time_emb_proj is None:
+            return temb is None and self.time_embedding_norm != "scale_shift"
+        return temb is not None and temb.ndim == 2
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
         """input_tensor (B, C, Y, Z), temb (B, E) -> (B, out_channels, Y', Z')."""

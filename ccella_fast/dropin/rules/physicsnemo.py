@@ -49,7 +49,7 @@ class VolumeNorm(ReplacementMixin):
     def suits(self, x: Tensor) -> bool:
         """On a GPU, or where the norm is several operations of a tensor that is not tiny."""
         several = not self.training and (not torch.is_grad_enabled() or x.numel() >= _LARGE_ON_CPU)
-        pays = x.device.type != "cpu" or several
+        pays = not x.is_cpu or several
         return pays and x.ndim == 5 and x.dtype != torch.float64 and x[0].numel() > self.num_groups
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ class ConditionedResBlock(ReplacementMixin):
 
     def suits(self, x: Tensor, emb: Tensor) -> bool:
         """Whether the norms are plain, and fusing them with the SiLU pays."""
-        plain = self.act is F.silu and _are_norms(self)
-        return plain and emb.ndim == 2 and fusion.norm_and_silu_pay(x)
+        pays = fusion.norm_and_silu_pay(x)
+        return pays and emb.ndim == 2 and self.act is F.silu and _are_norms(self)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, C, X, Y, Z), emb (B, E) -> (B, out_channels, X', Y', Z')."""

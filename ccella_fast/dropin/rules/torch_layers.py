@@ -22,7 +22,7 @@ class FusedGroupNorm(ReplacementMixin):
 
     def suits(self, input: Tensor) -> bool:
         """Not on a CPU, in float64, which some cast to fp32, and for (B, C)."""
-        return input.device.type != "cpu" and input.ndim > 2 and input.dtype != torch.float64
+        return not input.is_cpu and input.ndim > 2 and input.dtype != torch.float64
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, ...) -> (B, C, ...)."""
