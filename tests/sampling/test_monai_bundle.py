@@ -18,6 +18,7 @@ from ccella_fast import load_checkpoint
 from ccella_fast.checkpoint import write_manifest
 from ccella_fast.errors import CheckpointError, ConfigError, DiskError
 from ccella_fast.models import build_model
+from ccella_fast.pirads import CLASSES
 from ccella_fast.sampling.command import sample_to_folder
 from ccella_fast.sampling.monai_bundle import export_monai_bundle
 from ccella_fast.storage import read_json, write_json
@@ -142,7 +143,13 @@ def test_the_metadata_have_the_required_fields_and_say_what_is_known(bundle, che
     assert torch.__version__.startswith(metadata["pytorch_version"]) and "+" not in metadata["pytorch_version"]
     assert metadata["authors"] == metadata["copyright"] == "not stated"
     assert "Not for clinical use" in metadata["intended_use"]
-    assert "Not for clinical use" in (bundle / "docs" / "README.md").read_text()
+    readme = (bundle / "docs" / "README.md").read_text()
+    assert "Not for clinical use" in readme and load_checkpoint(checkpoint).config.text.encoder in readme
+    formats = metadata["network_data_format"]
+    assert formats["inputs"]["timesteps"]["value_range"] == [0, 999]
+    assert formats["inputs"]["spacing"]["channel_def"]["2"] == "voxel size in mm along S times 100"
+    assert formats["outputs"]["class_logits"]["channel_def"] == {"0": "PI-RADS 1 and 2", "1": "PI-RADS 3 to 5"}
+    assert (CLASSES["2"], CLASSES["3"]) == ([1, 0], [0, 1])
     assert "NVIDIA" in (bundle / "LICENSE").read_text()
 
 
