@@ -60,6 +60,7 @@ setup(
             # As torch 2.11 to 2.15 require it. For kernels in its interpreter and ahead-of-time compilation; no GPU needed.
             "triton>=3.6,<3.10",
             "xformers>=0.0.35",
+            "jsonschema>=4.21",  # MONAI verifies the metadata of a bundle with it
             "dcm2niix>=1.0.20240202",  # independent truth for DICOM series
             "setuptools>=77",  # a test builds the wheel
             "ruff==0.17.6",

@@ -125,9 +125,7 @@ def export_reference(path: str | Path, out: str | Path, *, weights: str | None =
     from ccella_fast.reference_checkpoint import write_reference
 
     out = Path(out)
-    if Path(path).is_file():
-        why = "this is a file; a run folder or a step folder is exported"
-        raise CheckpointError(why, path=path, field="--checkpoint", fix="use a reference's .pt file as it is")
+    check_exportable(path)
     if out.is_dir():
         raise ConfigError("this is a folder", path=out, field="--out", fix=f"give a file, such as {out / 'CCELLA.pt'}")
     if out.exists():
@@ -141,6 +139,13 @@ def export_reference(path: str | Path, out: str | Path, *, weights: str | None =
             num_train_timesteps=loaded.config.scheduler.num_train_timesteps,
             config=loaded.config.model,
         )
+
+
+def check_exportable(path: str | Path) -> None:
+    """Raise CheckpointError if `path` is a file, such as one that has been exported. For use before long work."""
+    if Path(path).is_file():
+        why = "this is a file; a run folder or a step folder is exported"
+        raise CheckpointError(why, path=path, field="--checkpoint", fix="use a reference's .pt file as it is")
 
 
 def step_folder(run: Path, step: int) -> Path:

@@ -287,13 +287,15 @@ def _report(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _export(subparsers: argparse._SubParsersAction) -> None:
-    about = "Write a checkpoint as one .pt file in the reference's format."
+    about = "Write a checkpoint as one .pt file in the reference's format, or as a MONAI bundle."
     command = _add(
         subparsers, "export", commands.run_export, about, "ccella-fast export --checkpoint out/model --out CCELLA.pt"
     )
     add = command.add_argument
     add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="run folder or step folder")
-    add("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    add("--out", type=Path, required=True, metavar="PATH", help="file to write; for a bundle, the folder")
+    about = "reference: a .pt file (default); monai-bundle: a folder that monai.bundle loads and runs"
+    add("--format", choices=["reference", "monai-bundle"], default="reference", help=about)
     about = "averaged or raw weights (default ema)"
     add("--weights", choices=["ema", "raw"], default="ema", help=about)
 

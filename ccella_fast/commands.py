@@ -152,7 +152,13 @@ def run_report(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    """Write a checkpoint in the form of the reference."""
+    """Write a checkpoint in the form of the reference, or as a MONAI bundle."""
+    if arguments.format == "monai-bundle":
+        from ccella_fast.sampling.monai_bundle import export_monai_bundle
+
+        export_monai_bundle(arguments.checkpoint, arguments.out, weights=arguments.weights)
+        log_next(arguments.out, ["ccella-fast", "sample", "--checkpoint", arguments.out / "models", "--out", "samples"])
+        return
     from ccella_fast.checkpoint import export_reference, step_folders
     from ccella_fast.config import make_config
     from ccella_fast.sampling.pretrained import peek_config

@@ -60,6 +60,10 @@ ROWS = {
     ),
     "resume for more steps": (f"{RESUME} 8", 2, ["max_train_steps is 8", "with 1"]),
     "no averaged weights": ("export --checkpoint {no_vae} --out {tmp}/x.pt", 4, ["averaged", "--weights raw"]),
+    "bundle without an autoencoder": (
+        "export --format monai-bundle --checkpoint {no_vae} --weights raw --out {tmp}/out", 4,
+        ["{no_vae}", "no autoencoder", "prepare --vae"],
+    ),
     "prepare with another spacing": (
         "prepare --config {small} --data {studies} --out {images} --workers 1 --set data.spacing=[2,2,3]", 2,
         ["data.spacing was [1.5, 1.5, 3.0], now [2.0, 2.0, 3.0]", "image of 3 studies", "--overwrite"],
@@ -92,8 +96,13 @@ WRITERS = {
     "import, written": "import --data {studies} --out {tmp}/held --write",
     "import with the same key": "import --data {studies} --out {tmp}/other --private {tmp}/held/key",
     "export": "export --checkpoint {checkpoint} --out {tmp}/held/model.pt",
+    "export of a bundle": "export --format monai-bundle --checkpoint {checkpoint} --out {tmp}/held/bundle",
 }
-LOCKS = {"import with the same key": ".key.lock", "export": ".model.pt.lock"}  # others lock .lock
+LOCKS = {
+    "import with the same key": ".key.lock",
+    "export": ".model.pt.lock",
+    "export of a bundle": ".bundle.lock",
+}  # others lock .lock
 
 
 @pytest.fixture(scope="module")

@@ -142,6 +142,10 @@ FOLDERS = {
     "checkpoint is empty": ("sample --checkpoint {nothing} --vae {vae} --out x", 4, ["{nothing}", "is empty"]),
     "export of a file": ("export --checkpoint {page} --out {tmp}/x", 4, ["{page}", "a run folder", "--checkpoint"]),
     "export over a folder": ("export --checkpoint {run} --out {studies}", 2, ["this is a folder", "{studies}/CCELLA.pt"]),
+    "bundle over a folder": (
+        "export --format monai-bundle --checkpoint {run} --out {studies}", 2, ["{studies}", "folder already exists", "--out"],
+    ),
+    "misspelled format": ("export --format monai --checkpoint {run} --out {tmp}/x", 2, ["'monai'", "monai-bundle"]),
     "resume from nothing": (
         f"{TRAIN} --resume {{tmp}}/none", 4, ["{tmp}/none", "does not exist", "{tmp}/out/checkpoints", "--resume alone"],
     ),

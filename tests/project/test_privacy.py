@@ -72,12 +72,13 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Iterator[Journey]:
-    """check, prepare (text, latents, augmented latents, previews), train-vae, train, sample, report: all in this process."""
+    """check, prepare (text, latents, augmented latents, previews), train-vae, train, sample, export, report, in one process."""
     from matplotlib.text import Text
 
     from ccella_fast.data.checking.check import check
     from ccella_fast.data.checking.findings import STOPPING
     from ccella_fast.sampling.command import sample_to_folder
+    from ccella_fast.sampling.monai_bundle import export_monai_bundle
     from ccella_fast.training.autoencoder.run import train_vae
     from ccella_fast.training.run import train
 
@@ -110,6 +111,7 @@ def journey(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Iterator
         sample_to_folder(
             out / "model", out / "samples", reports=[REPORT, ""], num_samples=1, seed=0, guidance_scale=2.0
         )
+        export_monai_bundle(out / "model", out / "bundle")
         write_report(out)
         check(out / "prepared", settings, out=out / "check" / "prepared")
         yield Journey(folder, records, drawn)
@@ -126,7 +128,7 @@ def test_the_journey_reached_every_stage(journey: Journey):
     """Else silence would say nothing."""
     out = journey.folder / "out"
     for pattern in ("prepared/text/*.npy", "prepared/latents/*/augmented1*", "prepared/preview/*.png", "vae/*.safetensors",
-                    "samples/*.nii.gz", "samples/montage.png",
+                    "samples/*.nii.gz", "samples/montage.png", "bundle/models/model.pt",
                     "check/*/check.html", "report.html", "model/**/*.safetensors"):  # fmt: skip
         assert list(out.glob(pattern)), pattern
     texts = {

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+import monai.bundle
 import nibabel
 import pytest
 import torch
 
+from ccella_fast import cli, load_checkpoint
 from evaluation_fixtures import draw, write_prepared
 from sampling_fixtures import write_checkpoint
 from study_fixtures import write_bert
@@ -56,6 +59,21 @@ def test_the_blocks_about_other_projects_run(folder):
     assert names["x_0"].shape == (2, 1, 32, 32, 8) and bool(torch.isfinite(names["x_0"]).all())
     assert names["output"].noise.shape == names["x"].shape
     assert "group_norm_silu" in str(names["report"])
+
+
+@pytest.mark.filterwarnings("ignore:parsing config_file")
+def test_the_commands_and_the_block_about_monai_bundles_run(folder):
+    page = (ROOT / "docs/how-to/monai-bundle.md").read_text().replace("\\\n", " ")
+    export, run = (shlex.split(line) for line in re.findall(r"^    (\S.*)", page, flags=re.MULTILINE))
+    assert (
+        export[0] == "ccella-fast" and cli.main([*export[1:], "--weights", "raw"]) == 0
+    )  # the tiny one has no average
+    network = run_blocks(python_blocks(page))["network"]
+    assert torch.equal(network.ella.connector.latents, load_checkpoint("model").model.ella.connector.latents)
+    assert run[:4] == ["python", "-m", "monai.bundle", "run"]
+    options = {name.removeprefix("--"): value for name, value in zip(run[4::2], run[5::2], strict=True)}
+    monai.bundle.run(**{**options, "seed": int(options["seed"])}, device="cpu")  # the command line converts numbers
+    assert nibabel.load("ccella-bundle/samples/sample-000_seed3.nii.gz").shape == (16, 12, 8)
 
 
 def test_a_block_that_does_not_run_is_an_error(folder):
