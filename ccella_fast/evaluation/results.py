@@ -74,12 +74,14 @@ class Evaluation:
         per_case: facts about single volumes, which are numbered by their position in their set.
         protocol: everything that the numbers depend on besides the volumes.
         environment: the machine and the versions.
+        generator: which weights generated the synthetic volumes, and with which settings, as far as their folder says it.
     """
 
     rows: list[Row]
     per_case: list[dict[str, Any]]
     protocol: dict[str, Any]
     environment: dict[str, Any] = field(default_factory=dict)
+    generator: dict[str, Any] = field(default_factory=dict)
 
     @property
     def protocol_sha256(self) -> str:
@@ -101,6 +103,7 @@ class Evaluation:
             "protocol_sha256": self.protocol_sha256,
             "rows": [plain_values(asdict(row)) for row in self.rows],
             "per_case": plain_values(self.per_case),
+            "generator": self.generator,
             "environment": self.environment,
         }
 
