@@ -175,6 +175,29 @@ def _grid_and_encoder(config: Config) -> tuple[object, ...]:
     return config.data.spacing, config.data.dim, config.text.encoder, config.text.max_length
 
 
+def run_push(arguments: argparse.Namespace) -> None:
+    """Share a model on the Hugging Face hub."""
+    from ccella_fast.sampling.hub import Upload
+
+    options = _options(arguments, without=["checkpoint", "repo", "vae", "weights"])
+    upload = Upload.check(arguments.repo, **options)
+    from ccella_fast.sampling.sampler import FastSampler
+
+    sampler = FastSampler.from_checkpoint(
+        arguments.checkpoint, device="cpu", dtype="float32", vae=arguments.vae, weights=arguments.weights
+    )
+    wrote = upload.run(sampler.parts())
+    if upload.out is None:
+        print(wrote)
+        return
+    print("\n".join(str(path.relative_to(wrote)) for path in sorted(upload.out.rglob("*")) if path.is_file()))
+    if None in upload.licenses:
+        about = "README.md says that a license is not stated: give --license and --vae_license before you share %s"
+        logging.getLogger("ccella_fast").warning(about, wrote)
+    else:
+        log_next(wrote, ["hf", "upload", upload.repo_id, wrote, *(["--private"] if upload.private else [])])
+
+
 def run_env(arguments: argparse.Namespace) -> None:
     """Print what this machine is."""
     import json
