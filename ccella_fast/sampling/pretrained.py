@@ -17,6 +17,7 @@ from ccella_fast.config import REMOVED_SETTINGS, Config, load_config, make_confi
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError
 from ccella_fast.models import DiffusionModel
 from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder, weights_file
+from ccella_fast.optional import require
 from ccella_fast.sampling.output import volume_digest
 from ccella_fast.storage import atomic_folder, read_json, sha256, write_json
 
@@ -178,6 +179,7 @@ def local_folder(path: str | Path) -> Path:
     """
     if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         return Path(path)
+    require("huggingface_hub", "a download from the hub")
     from huggingface_hub import snapshot_download
 
     try:

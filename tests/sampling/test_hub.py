@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import struct
 from pathlib import Path
@@ -32,8 +33,11 @@ LICENSED = {"license": "cc-by-nc-4.0", "vae_license": "cc-by-nc-4.0"}
 REQUEST = {"reports": ["abc"], "seeds": [3], "num_inference_steps": 3}
 
 
+CLIENT = huggingface_hub.HfApi
+
+
 class Hub:
-    """Stands in for `HfApi`: keeps the files of repositories, and lists the calls."""
+    """Stands in for `HfApi`, and takes what that takes: keeps the files of repositories, and lists the calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -42,28 +46,30 @@ class Hub:
         self.answers: dict[str, int] = {}  # name of a call -> HTTP status with which it fails
 
     def __call__(self, **options: object) -> Hub:
+        inspect.signature(CLIENT).bind(**options)
         return self
 
-    def called(self, name: str) -> None:
+    def called(self, name: str, *given: object, **options: object) -> None:
         self.calls.append(name)
+        inspect.signature(getattr(CLIENT if hasattr(CLIENT, name) else ModelCard, name)).bind(None, *given, **options)
         if name in self.answers:
             answer: Any = SimpleNamespace(status_code=self.answers[name], headers={}, request=None)
             raise HfHubHTTPError("the hub says no", response=answer)
 
     def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> str:
-        self.called("create_repo")
+        self.called("create_repo", repo_id, private=private, exist_ok=exist_ok)
         assert exist_ok
         self.files.setdefault(repo_id, {".gitattributes": b""})
         self.private.setdefault(repo_id, bool(private))
         return f"https://huggingface.co/{repo_id}"
 
     def model_info(self, repo_id: str) -> SimpleNamespace:
-        self.called("model_info")
+        self.called("model_info", repo_id)
         siblings = [SimpleNamespace(rfilename=name) for name in self.files[repo_id]]
         return SimpleNamespace(siblings=siblings, private=self.private[repo_id])
 
     def create_commit(self, repo_id: str, operations: list, *, commit_message: str) -> None:
-        self.called("create_commit")
+        self.called("create_commit", repo_id, operations, commit_message=commit_message)
         for operation in operations:
             if isinstance(operation, CommitOperationAdd):
                 self.files[repo_id][operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
@@ -255,6 +261,9 @@ def test_what_a_checkpoint_does_not_say_is_said(tmp_path):
     data, text = card_of((out / "README.md").read_text())
     assert "license" not in data and data["pipeline_tag"] == "unconditional-image-generation"
     assert text.count("**not stated**") == 2 and "does not say how many studies" in text and "not averaged" in text
+    assert push(checkpoint, "--license", "mit", "--out", tmp_path / "half") == 0
+    half, table = card_of((tmp_path / "half" / "README.md").read_text())
+    assert "license" not in half and table.count("**not stated**") == 1 and "| mit |" in table
     assert "Class head" not in text and "encoder," not in text and "| Inputs | the voxel size |" in text
 
 
@@ -341,8 +350,9 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def places(checkpoint, tmp_path):
+@pytest.fixture(scope="module")
+def places(checkpoint, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("places")
     sha = sha256(checkpoint / "ema.safetensors")[:12]
     export_reference(checkpoint, tmp_path / "CCELLA.pt")
     return {
