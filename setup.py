@@ -7,6 +7,7 @@ COMMANDS = [
     "deepspeed>=0.19.8,<0.20",  # before, its bf16 optimizer does not say whether a step overflowed
     "monai>=1.6.1,<1.7",
     "transformers>=5.17,<6",
+    "huggingface_hub>=1.31,<3",  # as transformers requires it; to share models
     "hjson>=3.1",  # DeepSpeed files may have comments
     "nibabel>=5.4,<6",
     "SimpleITK>=2.5.4,<3",  # compressed DICOM pixels, resampling

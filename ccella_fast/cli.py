@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _evaluate(subparsers)
     _report(subparsers)
     _export(subparsers)
+    _push(subparsers)
     _env(subparsers)
     return parser
 
@@ -298,6 +299,33 @@ def _export(subparsers: argparse._SubParsersAction) -> None:
     add("--format", choices=["reference", "monai-bundle"], default="reference", help=about)
     about = "averaged or raw weights (default ema)"
     add("--weights", choices=["ema", "raw"], default="ema", help=about)
+    about = "name of the text encoder on the hub, for a bundle of a model that was trained with a folder"
+    add("--text_encoder", metavar="NAME", help=about)
+
+
+def _push(subparsers: argparse._SubParsersAction) -> None:
+    example = (
+        "ccella-fast push --checkpoint model --repo my-group/prostate --license cc-by-nc-4.0 --vae_license nvidia.txt"
+    )
+    about = "Share a model on the Hugging Face hub, with a model card: data, licenses, evaluation, intended use."
+    command = _add(subparsers, "push", commands.run_push, about, example)
+    add = command.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="run folder or step folder")
+    add("--repo", required=True, metavar="OWNER/NAME", help="repository on the hub, created if it does not exist")
+    add("--private", action="store_true", help="only the owner can see the repository")
+    about = "write the files to a new folder to look at them, and upload nothing"
+    add("--out", type=Path, metavar="FOLDER", help=about)
+    add = command.add_argument_group("weights").add_argument
+    add("--weights", choices=["ema", "raw"], help="averaged or raw weights (default: averaged, if there are any)")
+    add("--vae", type=Path, metavar="PATH", help="VAE, if the checkpoint does not contain one")
+    about = "name of the text encoder on the hub, if the model was trained with a folder"
+    add("--text_encoder", metavar="NAME", help=about)
+    add = command.add_argument_group("model card").add_argument
+    about = "license of the diffusion model: an identifier such as cc-by-nc-4.0, or a file with the text"
+    add("--license", metavar="ID", help=about)
+    add("--vae_license", metavar="ID", help="license of the autoencoder, as --license")
+    about = "what `ccella-fast evaluate` wrote for samples of these weights"
+    add("--evaluation", type=Path, metavar="FOLDER", help=about)
 
 
 def _env(subparsers: argparse._SubParsersAction) -> None:

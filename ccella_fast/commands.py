@@ -156,9 +156,15 @@ def run_export(arguments: argparse.Namespace) -> None:
     if arguments.format == "monai-bundle":
         from ccella_fast.sampling.monai_bundle import export_monai_bundle
 
-        export_monai_bundle(arguments.checkpoint, arguments.out, weights=arguments.weights)
+        encoder = arguments.text_encoder
+        export_monai_bundle(arguments.checkpoint, arguments.out, weights=arguments.weights, text_encoder=encoder)
         log_next(arguments.out, ["ccella-fast", "sample", "--checkpoint", arguments.out / "models", "--out", "samples"])
         return
+    if arguments.text_encoder is not None:
+        from ccella_fast.errors import ConfigError
+
+        why = "a .pt file in the reference's format has no text encoder"
+        raise ConfigError(why, field="--text_encoder", fix="leave it out, or give --format monai-bundle")
     from ccella_fast.checkpoint import export_reference, step_folders
     from ccella_fast.config import make_config
     from ccella_fast.sampling.pretrained import peek_config
@@ -179,6 +185,29 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 def _grid_and_encoder(config: Config) -> tuple[object, ...]:
     return config.data.spacing, config.data.dim, config.text.encoder, config.text.max_length
+
+
+def run_push(arguments: argparse.Namespace) -> None:
+    """Share a model on the Hugging Face hub."""
+    from ccella_fast.sampling.hub import Upload
+
+    options = _options(arguments, without=["checkpoint", "repo", "vae", "weights"])
+    upload = Upload.check(arguments.repo, **options)
+    from ccella_fast.sampling.sampler import FastSampler
+
+    sampler = FastSampler.from_checkpoint(
+        arguments.checkpoint, device="cpu", dtype="float32", vae=arguments.vae, weights=arguments.weights
+    )
+    wrote = upload.run(sampler.parts())
+    if upload.out is None:
+        print(wrote)
+        return
+    print("\n".join(str(path.relative_to(wrote)) for path in sorted(upload.out.rglob("*")) if path.is_file()))
+    if None in upload.licenses:
+        about = "README.md says that a license is not stated: give --license and --vae_license before you share %s"
+        logging.getLogger("ccella_fast").warning(about, wrote)
+    else:
+        log_next(wrote, ["hf", "upload", upload.repo_id, wrote, *(["--private"] if upload.private else [])])
 
 
 def run_env(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,8 @@ from ccella_fast.errors import ConfigError
 
 _EXTRAS = {
     "commands": (
-        "SimpleITK", "deepspeed", "hjson", "jinja2", "matplotlib", "monai", "nibabel", "pynvml", "tensorboard", "transformers",
+        "SimpleITK", "deepspeed", "hjson", "huggingface_hub", "jinja2", "matplotlib", "monai", "nibabel", "pynvml",
+        "tensorboard", "transformers",
     ),
     "gpu": ("nvidia", "triton", "xformers"),
     "dicom": ("highdicom", "pydicom"),

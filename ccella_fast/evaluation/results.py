@@ -13,6 +13,9 @@ from ccella_fast.storage import json_text, write_json
 SCHEMA = 1
 FORMAT = {"format": "ccella_fast.evaluation", "version": 1}
 METRICS, PROTOCOL, SENSITIVITY = "metrics.json", "protocol.json", "sensitivity.json"
+COLUMNS = (
+    "metric", "features", "sequence", "value", "at equal n", "95 % interval", "floor", "ratio", "limit", "n", "guards",
+)  # fmt: skip
 Better = Literal["lower", "higher", "floor"]  # "floor": as near as possible to the value of real volumes
 
 
@@ -74,12 +77,14 @@ class Evaluation:
         per_case: facts about single volumes, which are numbered by their position in their set.
         protocol: everything that the numbers depend on besides the volumes.
         environment: the machine and the versions.
+        generator: which weights generated the synthetic volumes, and with which settings, as far as their folder says it.
     """
 
     rows: list[Row]
     per_case: list[dict[str, Any]]
     protocol: dict[str, Any]
     environment: dict[str, Any] = field(default_factory=dict)
+    generator: dict[str, Any] = field(default_factory=dict)
 
     @property
     def protocol_sha256(self) -> str:
@@ -101,6 +106,7 @@ class Evaluation:
             "protocol_sha256": self.protocol_sha256,
             "rows": [plain_values(asdict(row)) for row in self.rows],
             "per_case": plain_values(self.per_case),
+            "generator": self.generator,
             "environment": self.environment,
         }
 
@@ -114,27 +120,15 @@ class Evaluation:
 
     def table(self) -> str:
         """The rows as text, aligned in columns."""
-        names = [
-            "metric",
-            "features",
-            "sequence",
-            "value",
-            "at equal n",
-            "95 % interval",
-            "floor",
-            "ratio",
-            "limit",
-            "n",
-            "guards",
-        ]
-        lines = [names, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
+        lines = [list(COLUMNS), *(cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         )
 
 
-def _cells(row: Row) -> list[str]:
+def cells(row: Any) -> list[str]:
+    """A `Row`, or a stored row with the same attributes, as text for each of COLUMNS."""
     interval = "" if row.ci95 is None else f"{_shown(row.ci95[0])} to {_shown(row.ci95[1])}"
     counts = f"{row.n_real} + {row.n_synthetic}"
     numbers = [_shown(value) for value in (row.value, row.value_equal_n)]

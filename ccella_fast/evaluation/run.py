@@ -163,7 +163,7 @@ def evaluate(
         rows = [replace(row, guards=(*row.guards, *words)) if row.sequence == sequence else row for row in rows]
     from ccella_fast.environment import describe_environment
 
-    return Evaluation(rows, per_case, protocol, describe_environment())
+    return Evaluation(rows, per_case, protocol, describe_environment(), getattr(synthetic, "generator", None) or {})
 
 
 def default_features() -> list[str]:

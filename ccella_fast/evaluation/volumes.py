@@ -28,6 +28,8 @@ logger = logging.getLogger("ccella_fast")
 TABLE = "volumes.csv"  # optional, in a folder of NIfTI files
 _COLUMNS = ("file", "sequence", "pirads", "patient")
 _NIFTI = (".nii", ".nii.gz")
+# Entries of a sample's sidecar that say which model generated it, and how.
+_GENERATOR = ("step", "weights", "weights_sha256", "vae_sha256", "solver", "num_inference_steps", "guidance_scale")
 
 
 class Volume(NamedTuple):
@@ -79,13 +81,20 @@ class VolumeSet(Sequence[Volume]):
         path: the folder, for messages.
         scaling: how intensities are brought to [0, 1].
         manifest: of a prepared folder.
+        generator: of a folder of samples, the entries of _GENERATOR that all of them share.
     """
 
     def __init__(
-        self, name: str, sources: Sequence[Source], path: Path, scaling: str, manifest: Manifest | None = None
+        self,
+        name: str,
+        sources: Sequence[Source],
+        path: Path,
+        scaling: str,
+        manifest: Manifest | None = None,
+        generator: dict[str, Any] | None = None,
     ):
         self.name, self.path, self.scaling, self.manifest = name, path, scaling, manifest
-        self.sources = list(sources)
+        self.sources, self.generator = list(sources), generator
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -121,7 +130,7 @@ class VolumeSet(Sequence[Volume]):
         return self._with([source for source in self.sources if source.sequence in sequences])
 
     def _with(self, sources: Sequence[Source]) -> VolumeSet:
-        return VolumeSet(self.name, sources, self.path, self.scaling, self.manifest)
+        return VolumeSet(self.name, sources, self.path, self.scaling, self.manifest, self.generator)
 
 
 def check_array(array: np.ndarray, *, path: object, field: str | None = None) -> None:
@@ -216,7 +225,7 @@ def _read_prepared(manifest: Manifest, case: StudyEntry, sequence: str) -> tuple
 
 def _samples(path: Path) -> VolumeSet:
     """The volumes that the sidecars of a sample folder list; those of a run that has not ended are left out."""
-    sources = []
+    sources, generators = [], []
     for sidecar_path in sorted(path.glob("sample-*.json")):
         sidecar = read_json(sidecar_path)
         with damage_named(sidecar_path, writer="`ccella-fast sample`", fix="generate this volume again"):
@@ -227,11 +236,18 @@ def _samples(path: Path) -> VolumeSet:
             scales = {sequence: float(sidecar["intensity_scale"][sequence]) for sequence in files}
             spacing = [float(length) for length in sidecar["spacing"]]
             pirads, prompt = _class_of_sample(sidecar), sidecar.get("report_id")
+            generators.append({name: sidecar.get(name) for name in _GENERATOR})
         for sequence, file in files.items():
             if file.exists():
                 read = partial(_read_sample, file, scales[sequence], spacing)
                 sources.append(Source(sidecar_path.stem, file, read, sequence=sequence, pirads=pirads, prompt=prompt))
-    return VolumeSet(path.resolve().name, sources, path, "divided by intensity_scale")
+    first = generators[0] if generators else {}
+    generator = {
+        name: value
+        for name, value in first.items()
+        if value is not None and all(other[name] == value for other in generators)
+    }
+    return VolumeSet(path.resolve().name, sources, path, "divided by intensity_scale", generator=generator)
 
 
 def _class_of_sample(sidecar: dict[str, Any]) -> str | None:

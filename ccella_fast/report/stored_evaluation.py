@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from ccella_fast.data.example_volumes import StoredExample, read_examples
@@ -108,6 +110,7 @@ class StoredEvaluation(NamedTuple):
         examples: volumes that were kept.
         phantom: whether the real volumes are phantoms.
         environment: the machine.
+        generator: which weights generated the volumes, and with which settings; empty if it is not known.
     """
 
     rows: list[MetricRow]
@@ -118,6 +121,7 @@ class StoredEvaluation(NamedTuple):
     examples: list[StoredExample]
     phantom: bool
     environment: dict[str, Any]
+    generator: Mapping[str, Any] = MappingProxyType({})
 
     def named(self, *metrics: str) -> list[MetricRow]:
         """The rows of these metrics, the most trusted feature space first."""
@@ -141,6 +145,7 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
         rows = [_row(entry) for entry in content["rows"]]
         cases = [_case(entry) for entry in content["per_case"]]
         digest, environment = str(content["protocol_sha256"]), dict(content.get("environment", {}))
+        generator = dict(content.get("generator", {}))  # earlier releases did not write it
     with damage_named(folder / SENSITIVITY, **WRITTEN_BY):
         gates = [_gate(entry) for entry in sensitivity["gates"]]
     with damage_named(folder / PROTOCOL, **WRITTEN_BY):
@@ -148,7 +153,9 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
     failed = {gate["space"] for gate in gates if not gate["passed"]}
     rows = [row._replace(guards=(*row.guards, "gate")) if row.features in failed else row for row in rows]
     examples = read_examples(folder / EXAMPLES)
-    return StoredEvaluation(rows, cases, protocol, digest, gates, examples.volumes, examples.phantom, environment)
+    return StoredEvaluation(
+        rows, cases, protocol, digest, gates, examples.volumes, examples.phantom, environment, generator
+    )
 
 
 def _optional(path: Path, otherwise: Any) -> Any:

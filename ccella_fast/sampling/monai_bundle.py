@@ -20,7 +20,7 @@ from ccella_fast.checkpoint import Checkpoint, check_exportable
 from ccella_fast.config import Config, PathsConfig
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.folder_lock import lock_folder
-from ccella_fast.sampling.pretrained import load_pretrained, save_pretrained_files
+from ccella_fast.sampling.pretrained import SamplerParts, load_pretrained, save_pretrained_files
 from ccella_fast.storage import atomic_folder, write_json
 from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
 
@@ -70,13 +70,16 @@ https://www.apache.org/licenses/LICENSE-2.0
 """
 
 
-def export_monai_bundle(path: str | Path, out: str | Path, *, weights: str | None = None) -> None:
+def export_monai_bundle(
+    path: str | Path, out: str | Path, *, weights: str | None = None, text_encoder: str | None = None
+) -> None:
     """Write a checkpoint as a MONAI bundle.
 
     Args:
         path: a run folder (its newest valid step) or a step folder.
         out: the folder, which must not exist.
         weights: "ema", "raw", or None for the averaged weights if there are any.
+        text_encoder: replaces the encoder of the configuration, which others do not have if it is a folder of this machine.
 
     Raises:
         ConfigError: `out` exists, or another export is writing it.
@@ -89,12 +92,14 @@ def export_monai_bundle(path: str | Path, out: str | Path, *, weights: str | Non
         fix = "choose another name, or remove it"
         raise ConfigError(f"this {what} already exists", path=out, field="--out", fix=fix)
     with lock_folder(out.parent, "ccella-fast export", name=f".{out.name}.lock"):
-        loaded, autoencoder, _ = load_pretrained(path, vae=None, weights=weights)
+        loaded, autoencoder, origin = load_pretrained(path, vae=None, weights=weights)
         if autoencoder is None:
             why = "this checkpoint has no autoencoder, without which a bundle generates no volumes"
             fix = "train on a folder prepared with `ccella-fast prepare --vae`, or export the reference's format"
             raise CheckpointError(why, path=loaded.path, fix=fix)
-        config = loaded.config.model_copy(update={"paths": PathsConfig()})  # those of this machine are not passed on
+        encoder = loaded.config.text.model_copy(update={"encoder": text_encoder or loaded.config.text.encoder})
+        # The paths of this machine are not passed on.
+        config = loaded.config.model_copy(update={"paths": PathsConfig(), "text": encoder})
         state = {
             "step": loaded.step,
             "scale_factor": loaded.scale_factor,
@@ -104,12 +109,12 @@ def export_monai_bundle(path: str | Path, out: str | Path, *, weights: str | Non
         metadata = _metadata(loaded)
         with atomic_folder(out) as partial:
             models = partial / "models"
-            save_pretrained_files(models, config=config, model=loaded.model, autoencoder=autoencoder, state=state)
+            save_pretrained_files(models, SamplerParts(config, loaded.model, autoencoder, state, origin))
             torch.save(load_file(models / "model.safetensors"), models / "model.pt")
             write_json(partial / "configs" / "metadata.json", metadata)
             write_json(partial / "configs" / "inference.json", _inference(config))
             (partial / "docs").mkdir()
-            (partial / "docs" / "README.md").write_text(_readme(loaded, metadata), encoding="utf-8")
+            (partial / "docs" / "README.md").write_text(_readme(loaded, config, metadata), encoding="utf-8")
             (partial / "LICENSE").write_text(_LICENSE, encoding="utf-8")
 
 
@@ -236,8 +241,8 @@ def _weights(loaded: Checkpoint) -> str:
     return f"{'averaged' if loaded.weights == 'ema' else 'raw'} weights of step {loaded.step}"
 
 
-def _readme(loaded: Checkpoint, metadata: dict[str, Any]) -> str:
-    encoder = loaded.config.text.encoder if loaded.config.model.traits.text else None
+def _readme(loaded: Checkpoint, config: Config, metadata: dict[str, Any]) -> str:
+    encoder = config.text.encoder if config.model.traits.text else None
     return _README.format(
         name=metadata["name"],
         description=metadata["description"],

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ccella_fast.checkpoint import Checkpoint, load_checkpoint, step_folders, write_manifest
@@ -16,6 +17,7 @@ from ccella_fast.config import REMOVED_SETTINGS, Config, load_config, make_confi
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError
 from ccella_fast.models import DiffusionModel
 from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder, weights_file
+from ccella_fast.optional import require
 from ccella_fast.sampling.output import volume_digest
 from ccella_fast.storage import atomic_folder, read_json, sha256, write_json
 
@@ -78,6 +80,16 @@ class Provenance(NamedTuple):
         return cls(metadata, loaded.path, loaded.weights, loaded.trained_on)
 
 
+class SamplerParts(NamedTuple):
+    """What `save_pretrained` writes of a sampler. state: the content of training_state.json."""
+
+    config: Config
+    model: DiffusionModel
+    autoencoder: Autoencoder | None
+    state: dict[str, Any]
+    origin: Provenance
+
+
 class LoadedSampler(NamedTuple):
     """The parts of a sampler, on the CPU; `autoencoder` is None if there is none."""
 
@@ -131,9 +143,14 @@ def load_pretrained(path: str | Path | Checkpoint, *, vae: str | Path | None, we
 
 
 def save_pretrained_files(
-    folder: Path, *, config: Config, model: DiffusionModel, autoencoder: Autoencoder | None, state: dict[str, Any]
+    folder: Path, parts: SamplerParts, documents: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Write the folder that `load_pretrained` reads, atomically. state: the content of training_state.json.
+    """Write the folder that `load_pretrained` reads, atomically.
+
+    Args:
+        folder: the folder, which must not exist.
+        parts: what is written.
+        documents: name -> text of files for people. The manifest does not list them: they may be edited.
 
     Raises:
         ConfigError: the folder exists.
@@ -142,14 +159,16 @@ def save_pretrained_files(
 
     if folder.exists():
         raise ConfigError("this folder already exists", path=folder, field="folder", fix="choose another name")
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in parts.model.state_dict().items()}
     with atomic_folder(folder) as partial:
-        write_json(partial / "config.json", config.dump())
+        write_json(partial / "config.json", parts.config.dump())
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        write_json(partial / "training_state.json", state)
-        if autoencoder is not None:
-            save_autoencoder(autoencoder, partial / "vae")
-        write_manifest(partial, step=state["step"])
+        write_json(partial / "training_state.json", parts.state)
+        if parts.autoencoder is not None:
+            save_autoencoder(parts.autoencoder, partial / "vae")
+        write_manifest(partial, step=parts.state["step"])
+        for name, text in documents.items():
+            (partial / name).write_text(text, encoding="utf-8")
 
 
 def local_folder(path: str | Path) -> Path:
@@ -160,6 +179,7 @@ def local_folder(path: str | Path) -> Path:
     """
     if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         return Path(path)
+    require("huggingface_hub", "a download from the hub")
     from huggingface_hub import snapshot_download
 
     try:

@@ -214,15 +214,61 @@ class FastSampler:
         Raises:
             ConfigError: the folder exists.
         """
+        pretrained.save_pretrained_files(Path(folder), self.parts())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | Path | None = None,
+        vae_license: str | Path | None = None,
+        evaluation: str | Path | None = None,
+        text_encoder: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+        out: str | Path | None = None,
+    ) -> str:
+        """Upload the folder of `save_pretrained` with a model card to the Hugging Face hub, in one commit.
+
+        Everything is checked before the first request. The sampler must come from a checkpoint folder; its weights are shared
+        in its dtype, so load it with dtype="float32". The configuration is shared without its paths. An earlier upload of the
+        repository is replaced, and stays in its history.
+
+        Args:
+            repo_id: OWNER/NAME; the repository is created if it does not exist.
+            license: of the diffusion model: an identifier of the hub such as "cc-by-nc-4.0", or a file with the text.
+            vae_license: of the autoencoder.
+            evaluation: the folder that `ccella-fast evaluate` wrote for samples of this model.
+            text_encoder: the name of the encoder on the hub, if the model was trained with a folder of this machine.
+            private: whether only the owner can see the repository.
+            token: default: that of `hf auth login` or HF_TOKEN.
+            out: a new folder to write to instead: nothing is uploaded, and licenses may be missing.
+
+        Returns:
+            The address of the repository, or the folder.
+
+        Raises:
+            ConfigError: an argument is missing or wrong, the evaluation is of another model, or the hub refuses.
+            CheckpointError: there is no autoencoder, or the sampler does not come from a checkpoint folder.
+            DataError: the evaluation is missing or damaged.
+        """
+        from ccella_fast.sampling.hub import Upload  # needs more than sampling does
+
+        upload = Upload.check(
+            repo_id, license=license, vae_license=vae_license, evaluation=evaluation, text_encoder=text_encoder,
+            private=private, token=token, out=out,
+        )  # fmt: skip
+        return upload.run(self.parts())
+
+    def parts(self) -> pretrained.SamplerParts:
+        """What is saved and shared of the sampler."""
         state = {
             "step": self.origin.metadata.get("step", 0),
             "scale_factor": self.scale_factor,
             "intensity_scale": self.intensity_scale,
             "trained_on": self.origin.trained_on,
         }
-        pretrained.save_pretrained_files(
-            Path(folder), config=self.config, model=self.model, autoencoder=self.autoencoder, state=state
-        )
+        return pretrained.SamplerParts(self.config, self.model, self.autoencoder, state, self.origin)
 
     @deprecated_arguments(num_steps="num_inference_steps")
     def __call__(self, **arguments: Any) -> Result:

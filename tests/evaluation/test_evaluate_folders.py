@@ -236,7 +236,9 @@ def call(*arguments) -> int:
 def test_the_files_hold_the_schema_and_no_text(folders, tmp_path):
     run_folders(folders, tmp_path / "out")
     found = written(tmp_path / "out")
-    assert list(found) == ["schema", "protocol_sha256", "rows", "per_case", "environment"] and found["schema"] == 1
+    names = ["schema", "protocol_sha256", "rows", "per_case", "generator", "environment"]
+    assert list(found) == names and found["schema"] == 1
+    assert found["generator"] == {"solver": "ddim", "num_inference_steps": 5, "weights_sha256": "0" * 64}
     assert found["protocol_sha256"] == sha256(tmp_path / "out" / "protocol.json")
     names = {
         "metric", "features", "weights_sha256", "preprocessing", "set", "reference", "value", "ci95", "floor", "ratio",

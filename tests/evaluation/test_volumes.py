@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import nibabel
@@ -10,6 +11,7 @@ import pytest
 
 from ccella_fast.errors import CcellaError, ConfigError, DataError
 from ccella_fast.evaluation.volumes import open_volumes
+from ccella_fast.storage import write_json
 from evaluation_fixtures import SHAPE, SPACING, draw, write_nifti, write_prepared, write_samples
 
 
@@ -67,6 +69,19 @@ def test_samples_are_read_from_nifti_and_from_dicom_alike(tmp_path):
 )
 def test_the_class_of_a_sample_is_the_one_asked_for_or_else_predicted(tmp_path, facts, expected):
     assert opened(write_samples(tmp_path / "samples", [draw(0), draw(1)], **facts))[0].pirads == expected
+
+
+def test_the_generator_is_what_all_sidecars_agree_on(tmp_path):
+    folder = write_samples(tmp_path / "samples", [draw(k) for k in range(3)])
+    volumes = open_volumes(folder, field="--synthetic")
+    assert volumes.generator == {"solver": "ddim", "num_inference_steps": 5, "weights_sha256": "0" * 64}
+    assert volumes.of_sequence("t2w")[:2].generator == volumes.generator
+    sidecar = folder / "sample-002_seed2.json"
+    for changed in ({"weights_sha256": "1" * 64}, {"weights_sha256": None}):
+        write_json(sidecar, json.loads(sidecar.read_text()) | changed)
+        assert open_volumes(folder, field="--synthetic").generator == {"solver": "ddim", "num_inference_steps": 5}
+    write_nifti(tmp_path / "other" / "case1.nii.gz", 1000 * draw(0))
+    assert not open_volumes(tmp_path / "other", field="--synthetic").generator
 
 
 def test_a_sample_that_is_not_written_yet_is_left_out(tmp_path):

@@ -186,6 +186,7 @@ def test_hugging_face_kernels_package_wins_over_our_folder(tmp_path):
         ["evaluate"],
         ["report"],
         ["export"],
+        ["push"],
         ["env"],
     ],
 )

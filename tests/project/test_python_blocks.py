@@ -54,6 +54,13 @@ def test_the_blocks_of_a_page_run(folder, page):
         assert names["x_0"].shape == names["noise"].shape and bool(torch.isfinite(names["x_0"]).all())
 
 
+def test_the_block_about_sharing_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "model")
+    run_blocks(python_blocks((ROOT / "docs/how-to/share.md").read_text()))
+    assert (tmp_path / "shared" / "model.safetensors").is_file() and (tmp_path / "shared" / "README.md").is_file()
+
+
 def test_the_blocks_about_other_projects_run(folder):
     names = run_blocks(python_blocks((ROOT / "docs/how-to/other-projects.md").read_text()))
     assert names["x_0"].shape == (2, 1, 32, 32, 8) and bool(torch.isfinite(names["x_0"]).all())

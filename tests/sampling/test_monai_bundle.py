@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from canary_fixtures import contents, spellings
 from ccella_fast import load_checkpoint
 from ccella_fast.checkpoint import write_manifest
+from ccella_fast.cli import main
 from ccella_fast.errors import CheckpointError, ConfigError, DiskError
 from ccella_fast.models import build_model
 from ccella_fast.pirads import CLASSES
@@ -236,6 +237,17 @@ def test_what_exists_is_kept_and_a_full_disk_leaves_nothing(bundle, checkpoint, 
     with pytest.raises(DiskError, match="disk is full"):
         export_monai_bundle(checkpoint, tmp_path / "new" / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_name_of_the_encoder_replaces_the_folder_of_this_machine(checkpoint, tmp_path, capsys):
+    command = ["export", "--checkpoint", str(checkpoint), "--text_encoder", "google/flan-t5-small"]
+    assert main([*command, "--format", "monai-bundle", "--out", str(tmp_path / "bundle")]) == 0
+    folder = load_checkpoint(checkpoint).config.text.encoder
+    assert read_json(tmp_path / "bundle/models/config.json")["text"]["encoder"] == "google/flan-t5-small"
+    written = [path for path in (tmp_path / "bundle").rglob("*") if path.suffix in (".json", ".md")]
+    assert len(written) > 5 and not any(folder in path.read_text() for path in written)
+    assert main([*command, "--out", str(tmp_path / "CCELLA.pt")]) == 2
+    assert "--text_encoder" in capsys.readouterr().err and not (tmp_path / "CCELLA.pt").exists()
 
 
 def test_a_checkpoint_without_an_autoencoder_and_a_file_are_refused(tmp_path):
