@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ccella_fast.kernels import tuning
+from ccella_fast.kernels.backend import load_triton
 from ccella_fast.kernels.tuning import LaunchConfig
 from kernel_workloads import Call
 
@@ -59,6 +60,7 @@ def recording(choose: Callable[..., LaunchConfig] | None = None, *, launching: b
     """
     from triton.runtime.jit import KernelInterface
 
+    load_triton()
     launches: list[Launch] = []
     asked: list[tuple[str, str, LaunchConfig]] = []  # every launcher asks for a configuration just before it launches
     plain, configure = KernelInterface.__getitem__, choose or tuning.launch_config

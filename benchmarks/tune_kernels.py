@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 from ccella_fast import entrypoint
 from ccella_fast.errors import ConfigError
 from ccella_fast.kernels import tuning
-from ccella_fast.kernels.backend import triton
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig
 from ccella_fast.storage import atomic_path
 from kernel_launches import launches_of, record_launches, time_in_graph

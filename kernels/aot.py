@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ccella_fast.kernels.backend import KERNELS, interpreted, triton
+from ccella_fast.kernels.backend import KERNELS, TRITON, interpreted, load_triton
 from ccella_fast.kernels.tuning import LaunchConfig
+from ccella_fast.optional import install
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide, table 27
 # Instructions of PTX, which ptxas translates one by one.
@@ -100,12 +101,14 @@ Column = dict[tuple[str, int], tuple[int, ...]]  # of the table: case and archit
 
 def all_cases() -> list[CompileCase]:
     """The cases of all kernel modules, in the order of `KERNELS`."""
+    load_triton()
     modules = [importlib.import_module(f"ccella_fast.kernels.{name}") for name in KERNELS]
     return [case for module in modules for case in module.aot_cases()]
 
 
 def compile_case(case: CompileCase, arch: int) -> CompileResult:
     """Compile a case for the compute capability `arch` (80, 90 or 100); errors of Triton are passed on."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -156,6 +159,8 @@ def launched_case(name: str, kernel: Any, arguments: Mapping[str, Any], config: 
 
 
 def _inspect(case: CompileCase, arch: int, built: Any) -> CompileResult:
+    import triton
+
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(built.asm["cubin"])
@@ -252,10 +257,10 @@ def main(cases: Iterable[CompileCase] | None = None) -> int:
         help="a file like kernels/aot.csv, in which the column of this Triton is added or replaced",
     )
     arguments = parser.parse_args()
-    if triton is None or interpreted():
+    if not TRITON or interpreted():
         reason, fix = "TRITON_INTERPRET is set, so that kernels are not compiled", "unset TRITON_INTERPRET"
-        if triton is None:
-            reason, fix = "Triton is not installed", "pip install triton"
+        if not TRITON:
+            reason, fix = "Triton is not installed", install("triton")
         print(f"error: {reason}\n  fix:   {fix}", file=sys.stderr)
         return 2
     rows: list[CompileResult] = []
@@ -270,6 +275,8 @@ def main(cases: Iterable[CompileCase] | None = None) -> int:
             print(line(row.name, f"sm_{arch}", *row.figures, "; ".join(row.problems) or "-"), flush=True)
     if arguments.table is not None:
         columns = read_table(arguments.table) if arguments.table.is_file() else {}
+        import triton
+
         whole = not arguments.case and arguments.arch == archs  # then rows of former cases are dropped
         kept = {} if whole else columns.get(triton.__version__, {})
         columns[triton.__version__] = {**kept, **{(row.name, row.arch): row.figures for row in rows}}

@@ -34,18 +34,16 @@ from ccella_fast.kernels.backend import (
     BackendSupport,
     choose,
     compute_dtype,
-    constexpr,
     jit,
     library_op,
     tl,
-    triton,
     triton_unsupported_reason,
     xformers_unsupported_reason,
 )
+from ccella_fast.kernels.layout import next_power_of_two
 
 MAX_HEAD_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}  # wider heads spill registers
 MAX_ROW_STRIDE = 2**23  # times the 256 rows of the largest block: 2^31
-LOG2_E = constexpr(1.4426950408889634)  # the softmax is computed in base 2
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -53,6 +51,12 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(wide) @ k.to(wide).mT * q.shape[-1] ** -0.5
     return (scores.softmax(dim=-1) @ v.to(wide)).to(q.dtype)
+
+
+@jit
+def in_base_two(scale):
+    """The factor of scores whose softmax is computed in base 2."""
+    return scale * 1.4426950408889634  # log2(e)
 
 
 @jit
@@ -133,7 +137,7 @@ def _attention_fwd_kernel(
     )
     b_o, b_lse = attend_keys(
         b_q, k_ptr + i_b * stride_kb + i_h * stride_km, v_ptr + i_b * stride_vb + i_h * stride_vm, stride_kl, stride_vl,
-        L, scale * LOG2_E, K, BLOCK_N, BLOCK_L, BLOCK_K, PRECISION,
+        L, in_base_two(scale), K, BLOCK_N, BLOCK_L, BLOCK_K, PRECISION,
     )  # fmt: skip
     store_rows(o_ptr + ((i_b * N + i_n) * M + i_h) * K, M * K, N - i_n, b_o, K, BLOCK_N, BLOCK_K)
     o_n = tl.arange(0, BLOCK_N)
@@ -164,7 +168,7 @@ def _attention_bwd_dq_kernel(
     b_q = load_rows(p_q, stride_qn, rows_left, K, BLOCK_N, BLOCK_K, True)
     p_k = k_ptr + (i_b * stride_kb + i_h * stride_km)
     p_v = v_ptr + (i_b * stride_vb + i_h * stride_vm)
-    c = scale * LOG2_E
+    c = in_base_two(scale)
     b_dq = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for i_l in range(0, L, BLOCK_L):
         b_k = load_rows(p_k, stride_kl, L - i_l, K, BLOCK_L, BLOCK_K, True)
@@ -202,7 +206,7 @@ def _attention_bwd_dkdv_kernel(
     p_do = do_ptr + (i_b * stride_dob + i_h * stride_dom)
     p_lse = lse_ptr + i_bh * N
     p_delta = delta_ptr + i_bh * N
-    c = scale * LOG2_E
+    c = in_base_two(scale)
     b_dk = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
     b_dv = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
     # Queries beyond N add nothing: their q and do are zero. Keys beyond L only affect rows that are not stored.
@@ -232,14 +236,14 @@ def head_constants(head_width: int, dtype: torch.dtype) -> dict[str, Any]:
     """
     return {
         "K": head_width,
-        "BLOCK_K": max(16, triton.next_power_of_2(head_width)),
+        "BLOCK_K": max(16, next_power_of_two(head_width)),
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
 
 
 def tuning_key(step: str, head_width: int, dtype: torch.dtype) -> str:
     """The key of the launch configuration of one step, such as "forward d32" or "dq fp32"."""
-    width = max(32, triton.next_power_of_2(head_width))
+    width = max(32, next_power_of_two(head_width))
     return f"{step} fp32" if dtype == torch.float32 else f"{step} d{width}"
 
 
@@ -264,7 +268,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, queries, width = q.shape
     o, lse = attention_fake(q, k, v)
     config = tuning.launch_config("attention", tuning_key("forward", width, q.dtype), q.device)
-    grid = (triton.cdiv(queries, config.constants["BLOCK_N"]), batch * heads)
+    grid = (-(-queries // config.constants["BLOCK_N"]), batch * heads)
     _attention_fwd_kernel[grid](
         q, k, v, o, lse, heads, queries, k.shape[2], width**-0.5,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **head_constants(width, q.dtype), **config.launch(),
@@ -292,12 +296,12 @@ def attention_backward_op(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     constants = head_constants(width, q.dtype)
     config = tuning.launch_config("attention", tuning_key("dq", width, q.dtype), q.device)
-    _attention_bwd_dq_kernel[triton.cdiv(queries, config.constants["BLOCK_N"]), batch * heads](
+    _attention_bwd_dq_kernel[-(-queries // config.constants["BLOCK_N"]), batch * heads](
         q, k, v, o, do, lse, delta, dq, *sizes, *strides, *o.stride()[:3], *do.stride()[:3],
         **constants, **config.launch(),
     )  # fmt: skip
     config = tuning.launch_config("attention", tuning_key("dkdv", width, q.dtype), q.device)
-    _attention_bwd_dkdv_kernel[triton.cdiv(keys, config.constants["BLOCK_L"]), batch * heads](
+    _attention_bwd_dkdv_kernel[-(-keys // config.constants["BLOCK_L"]), batch * heads](
         q, k, v, do, lse, delta, dk, dv, *sizes, *strides, *do.stride()[:3], **constants, **config.launch()
     )
     return dq, dk, dv

@@ -19,21 +19,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-
-try:  # Triton is optional: the kernel modules must be importable without it
-    import triton
-    import triton.language as tl
-
-    constexpr: Callable[..., Any] = tl.constexpr
-except ImportError:
-    triton = tl = None
-    constexpr = lambda unchanged: unchanged  # noqa: E731
 
 ENVIRONMENT = "CCELLA_FAST_BACKEND"
 BACKENDS = ("triton", "xformers", "sdpa", "phase", "cudnn", "reference")
@@ -48,17 +41,25 @@ KERNELS = (
     "upsample_trilinear",
     "adamw",
 )
-XFORMERS = importlib.util.find_spec("xformers") is not None  # found, not imported
+TRITON, XFORMERS = (
+    importlib.util.find_spec(name) is not None for name in ("triton", "xformers")
+)  # found, not imported
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {}  # name of a library op -> the function that launches its kernels
+
+# Set by `load_triton`, here and in every module with kernels.
+triton: Any = None
+tl: Any = None
+_UNDECORATED: dict[Callable[..., Any], dict[str, Any]] = {}  # function -> arguments of `triton.jit`
+_LOADING = threading.Lock()
 
 # backend -> the reason why it is unsupported, None if it is supported; in order of preference
 BackendSupport = Mapping[str, str | None]
 
 
 def jit(function: Callable[..., Any] | None = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
-    """Decorator `triton.jit`, which leaves the function unchanged where Triton is absent.
+    """Decorator `triton.jit`, which is applied when Triton is loaded: until then it leaves the function unchanged.
 
     Args:
         function: The kernel.
@@ -67,7 +68,32 @@ def jit(function: Callable[..., Any] | None = None, *, do_not_specialize: Sequen
     """
     if function is None:
         return functools.partial(jit, do_not_specialize=do_not_specialize)
-    return function if triton is None else triton.jit(function, do_not_specialize=list(do_not_specialize))
+    options = {"do_not_specialize": list(do_not_specialize)}
+    if triton is not None:
+        return triton.jit(function, **options)
+    _UNDECORATED[function] = options
+    return function
+
+
+def load_triton() -> None:
+    """Import Triton and decorate the kernels with it: before the first launch, because the import takes half a second.
+
+    The modules with kernels are then as if Triton had been imported first.
+    """
+    global triton, tl
+    with _LOADING:
+        if triton is not None:
+            return
+        package, language = importlib.import_module("triton"), importlib.import_module("triton.language")
+        kernels = {function: package.jit(function, **options) for function, options in _UNDECORATED.items()}
+        for function in kernels:
+            module = function.__globals__  # has the names that the kernel uses, some of them from other modules
+            for name, value in list(module.items()):
+                if inspect.isfunction(value) and value in kernels:
+                    module[name] = kernels[value]
+            module["tl"] = language
+        _UNDECORATED.clear()
+        triton, tl = package, language
 
 
 class BackendError(ValueError):
@@ -140,7 +166,7 @@ def triton_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str |
 
     Meta tensors are supported, so that the operations of a GPU can be counted without one.
     """
-    if triton is None:
+    if not TRITON:
         return "triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"{str(dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16"
@@ -160,11 +186,17 @@ def triton_on_a_gpu(device: torch.device, dtype: torch.dtype) -> BackendSupport:
 
 
 def _unsupported_gpu_reason(device: torch.device) -> str | None:
-    """Why Triton does not compile for this GPU, None if it does."""
+    """Why Triton cannot be imported or does not compile for this GPU, None if it does."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"the GPU is sm_{major}{minor}, and Triton compiles for sm_80 and newer"
+    if major < 8:
+        return f"the GPU is sm_{major}{minor}, and Triton compiles for sm_80 and newer"
+    try:
+        load_triton()
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return None
 
 
 def chained_products_unsupported_reason(device: torch.device) -> str | None:
@@ -175,6 +207,7 @@ def chained_products_unsupported_reason(device: torch.device) -> str | None:
     """
     if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] != 10:
         return None
+    load_triton()
     if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
         return None
     return f"Triton {triton.__version__} may miscompile it for this GPU; Triton 3.9 does not"
@@ -228,6 +261,7 @@ def library_op(
     def register(launcher: Callable[..., Any]) -> torch.library.CustomOpDef:
         @functools.wraps(launcher)
         def on_device_of_first(first: torch.Tensor, *rest: Any) -> Any:
+            load_triton()
             with torch.cuda.device_of(first):
                 return launcher(first, *rest)
 

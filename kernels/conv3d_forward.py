@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ccella_fast.kernels.aot import CompileCase
-from ccella_fast.kernels.backend import interpreted, jit, tl, triton
+from ccella_fast.kernels.backend import interpreted, jit, tl
 from ccella_fast.kernels.layout import multiprocessor_count
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig, launch_config
 
@@ -327,7 +327,7 @@ def launch(
         )
     if parts is not None:
         config = launch_config("conv3d", "sum", x.device)
-        blocks = triton.cdiv(y.numel(), config.constants["BLOCK"])
+        blocks = -(-y.numel() // config.constants["BLOCK"])
         _conv3d_sum_kernel[(blocks,)](
             parts, *added, y, y.numel(), y[0].numel(), outputs, SPLIT=split, **config.launch()
         )

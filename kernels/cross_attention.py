@@ -35,7 +35,6 @@ from ccella_fast.kernels import tuning
 from ccella_fast.kernels.aot import CompileCase
 from ccella_fast.kernels.attention import (
     IMPLEMENTATIONS,
-    LOG2_E,
     attend_keys,
     attention_backward_fake,
     attention_backward_op,
@@ -44,6 +43,7 @@ from ccella_fast.kernels.attention import (
     attention_reference,
     head_constants,
     head_width_unsupported_reason,
+    in_base_two,
     load_rows,
     rows_contiguous,
     store_rows,
@@ -56,11 +56,10 @@ from ccella_fast.kernels.backend import (
     jit,
     library_op,
     tl,
-    triton,
     triton_unsupported_reason,
     xformers_unsupported_reason,
 )
-from ccella_fast.kernels.layout import multiprocessor_count
+from ccella_fast.kernels.layout import multiprocessor_count, next_power_of_two
 
 MAX_CHANNELS = 512  # a block of tokens stays in registers; with more channels they spill
 MAX_HEAD_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
@@ -156,7 +155,7 @@ def _cross_attention_fwd_heads_kernel(
             b_q = tl.dot(b_hs[i], tl.trans(b_w), b_q, input_precision=PRECISION)
         b_o, _ = attend_keys(
             b_q.to(w_q_ptr.dtype.element_ty), p_k + i_h * stride_km, p_v + i_h * stride_vm, stride_kl, stride_vl, L,
-            scale * LOG2_E, K, BLOCK_N, BLOCK_L, BLOCK_K, PRECISION,
+            in_base_two(scale), K, BLOCK_N, BLOCK_L, BLOCK_K, PRECISION,
         )  # fmt: skip
         store_rows(p_o + i_h * K, C, rows_left, b_o, K, BLOCK_N, BLOCK_K)
 
@@ -196,7 +195,7 @@ def _cross_attention_fwd_output_kernel(
 def _heads_key(channels: int, head_width: int, dtype: torch.dtype) -> str:
     if dtype == torch.float32:
         return "heads fp32"
-    width = max(32, triton.next_power_of_2(head_width))
+    width = max(32, next_power_of_two(head_width))
     return f"heads d{width} c{256 if width == 32 and channels <= 256 else 512}"
 
 
@@ -235,15 +234,15 @@ def cross_attention_op(
     y = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
     constants = {"C": channels, **head_constants(width, w_q.dtype)}
     config = tuning.launch_config("cross_attention", _heads_key(channels, width, w_q.dtype), x.device)
-    blocks = triton.cdiv(tokens, config.constants["BLOCK_N"])
+    blocks = -(-tokens // config.constants["BLOCK_N"])
     heads = _heads_per_program(num_heads, blocks * batch, x.device)
-    _cross_attention_fwd_heads_kernel[blocks, triton.cdiv(num_heads, heads), batch](
+    _cross_attention_fwd_heads_kernel[blocks, -(-num_heads // heads), batch](
         x, added, ln_weight, ln_bias, w_q, k, v, o, num_heads, tokens, k.shape[2], heads, width**-0.5, eps,
         *x.stride()[:2], *added_strides, *k.stride()[:3], *v.stride()[:3], **constants, **_launch_arguments(config, channels),
     )  # fmt: skip
     config = tuning.launch_config("cross_attention", "output" + " fp32" * (w_q.dtype == torch.float32), x.device)
-    blocks = triton.cdiv(tokens, config.constants["BLOCK_N"])
-    _cross_attention_fwd_output_kernel[blocks, triton.cdiv(channels, config.constants["BLOCK_O"]), batch](
+    blocks = -(-tokens // config.constants["BLOCK_N"])
+    _cross_attention_fwd_output_kernel[blocks, -(-channels // config.constants["BLOCK_O"]), batch](
         o, w_out, b_out, x, added, y, tokens, *x.stride()[:2], *added_strides, C=channels, PRECISION=constants["PRECISION"],
         **_launch_arguments(config, channels),
     )  # fmt: skip

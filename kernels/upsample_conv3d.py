@@ -34,7 +34,6 @@ from ccella_fast.kernels.backend import (
     jit,
     library_op,
     tl,
-    triton,
     triton_unsupported_reason,
 )
 from ccella_fast.kernels.derived_weight import DerivedWeight
@@ -192,7 +191,7 @@ def _upsample_conv3d_op(x: Tensor, weight: Tensor, bias: Tensor | None, phases: 
     key = "fp32" if x.dtype == torch.float32 else "16bit" if outputs >= 128 else "narrow"
     config = launch_config("upsample_conv3d", key, x.device)
     blocks = config.constants
-    grid = (triton.cdiv(voxels, blocks["BLOCK_M"]), triton.cdiv(outputs, blocks["BLOCK_N"]), 8)
+    grid = (-(-voxels // blocks["BLOCK_M"]), -(-outputs // blocks["BLOCK_N"]), 8)
     kernel_bias = kernel_weight if bias is None else bias.contiguous()  # without a bias, any pointer: it is not read
     _upsample_conv3d_fwd_kernel[grid](
         x, kernel_weight, kernel_bias, y, voxels, X, Y, Z, outputs, C=C, HAS_BIAS=bias is not None, **config.launch()

@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import triton
 
 from ccella_fast.kernels.aot import (
     FIGURES,
@@ -20,7 +21,6 @@ from ccella_fast.kernels.aot import (
     regressions,
     write_table,
 )
-from ccella_fast.kernels.backend import triton
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS, LaunchConfig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -74,9 +74,21 @@ def test_explains_every_kernel_on_this_machine(monkeypatch):
 
 def test_triton_does_not_support_gpus_older_than_sm_80(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "load_triton", lambda: None)
     for capability, reason in (((7, 5), "the GPU is sm_75"), ((8, 0), "None"), ((12, 0), "None")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert reason in str(backend.triton_unsupported_reason(torch.device("cuda"), torch.float16))
+
+
+def test_a_triton_that_cannot_be_imported_is_not_used_and_the_reason_is_given(monkeypatch):
+    def load():
+        raise ImportError("libtriton.so: undefined symbol")
+
+    monkeypatch.setattr(backend, "load_triton", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    reason = backend.triton_unsupported_reason(torch.device("cuda"), torch.bfloat16)
+    assert reason == "triton cannot be imported: libtriton.so: undefined symbol"
 
 
 def test_triton_supports_meta_tensors_but_not_float64(monkeypatch):
@@ -84,7 +96,7 @@ def test_triton_supports_meta_tensors_but_not_float64(monkeypatch):
     assert backend.triton_unsupported_reason(torch.device("meta"), torch.bfloat16) is None
     assert backend.triton_unsupported_reason(torch.device("cpu"), torch.bfloat16) is not None
     assert "float64" in str(backend.triton_unsupported_reason(torch.device("cuda"), torch.float64))
-    monkeypatch.setattr(backend, "triton", None)
+    monkeypatch.setattr(backend, "TRITON", False)
     assert backend.triton_unsupported_reason(torch.device("cuda"), torch.bfloat16) == "triton is not installed"
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
 from torch.nn import functional as F
 
 from ccella_fast.kernels import conv3d as module
 from ccella_fast.kernels import conv3d_forward as forward
-from ccella_fast.kernels.backend import BackendError, choose, jit, tl
+from ccella_fast.kernels.backend import BackendError, choose, jit
 from ccella_fast.kernels.conv3d import backend_support, conv3d, conv3d_reference, kernel_layout
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
 from kernel_fixtures import (

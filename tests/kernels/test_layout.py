@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 
 from ccella_fast.kernels import group_norm_silu_backward as backward
 from ccella_fast.kernels import group_norm_silu_forward as forward
 from ccella_fast.kernels import layout
-from ccella_fast.kernels.backend import jit, tl
+from ccella_fast.kernels.backend import jit
 from ccella_fast.kernels.group_norm_silu import group_norm_silu
 from ccella_fast.kernels.tuning import DEFAULT_LAUNCH_CONFIGS
 from kernel_fixtures import LAYOUTS, channels_last, draw, labeled, repair_interpreter

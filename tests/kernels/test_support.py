@@ -32,7 +32,8 @@ def machine(monkeypatch):
     def pretend(capability, release):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(backend, "triton", release and SimpleNamespace(__version__=release))
+        monkeypatch.setattr(backend, "TRITON", release is not None)
+        monkeypatch.setattr(backend, "triton", SimpleNamespace(__version__=release))
 
     return pretend
 
