@@ -137,6 +137,15 @@ def test_a_command_names_the_extra_that_it_needs(wheel, base, command):
     assert len(done.stderr.splitlines()) <= 5
 
 
+@pytest.mark.parametrize(
+    ("command", "code"), [("export --checkpoint /none --out /tmp/x.pt", 4), ("train-vae --data /none --out /tmp/x", 3)]
+)
+def test_a_command_that_needs_no_extra_works_with_the_base_alone(wheel, base, command, code):
+    """As far as a folder that does not exist."""
+    done = run(f"import sys; from ccella_fast.cli import main; sys.exit(main({command.split()!r}))", wheel, base)
+    assert done.returncode == code and "/none" in done.stderr and "pip install" not in done.stderr, done.stderr
+
+
 def test_the_environment_is_described_with_the_base_alone(wheel, base):
     done = run("import sys; from ccella_fast.cli import main; sys.exit(main(['env']))", wheel, base)
     assert done.returncode == 0 and re.search("absent .*deepspeed", done.stdout), done.stderr[-2000:]
