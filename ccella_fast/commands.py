@@ -164,6 +164,7 @@ def run_report(arguments: argparse.Namespace) -> None:
 def run_export(arguments: argparse.Namespace) -> None:
     """Write a checkpoint in the form of the reference, or as a MONAI bundle."""
     if arguments.format == "monai-bundle":
+        require_installed("monai")
         from ccella_fast.sampling.monai_bundle import export_monai_bundle
 
         encoder = arguments.text_encoder
@@ -199,6 +200,7 @@ def _grid_and_encoder(config: Config) -> tuple[object, ...]:
 
 def run_push(arguments: argparse.Namespace) -> None:
     """Share a model on the Hugging Face hub."""
+    require_installed("huggingface_hub")
     from ccella_fast.sampling.hub import Upload
 
     options = _options(arguments, without=["checkpoint", "repo", "vae", "weights"])

@@ -23,6 +23,7 @@ MISTAKEN = {
     "evaluate": ("evaluate --real {none} --synthetic {none} --out {tmp}/out", 3),
     "report": ("report {none}", 3),
     "export": ("export --checkpoint {none} --out {tmp}/out.pt", 4),
+    "push": ("push --checkpoint {none} --repo owner/name --out {tmp}/out", 4),
 }
 # What an option or a kind of folder needs besides, or needs no longer.
 MORE = [
