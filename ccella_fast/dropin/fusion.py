@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -132,8 +133,11 @@ def upsampled_convolution(conv: nn.Conv3d, x: Tensor) -> Tensor:
     return _with_second_derivative(upsample_conv3d, upsample_conv3d_reference, x, conv.weight, conv.bias)
 
 
-def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """The attention of q (B, N, C) to k and v (B, L, C) -> (B, N, C)."""
+def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | Tensor) -> Tensor:
+    """The attention of q (B, N, C) to k and v (B, L, C) -> (B, N, C). `scale` multiplies the scores."""
+    usual = (q.shape[-1] // heads) ** -0.5  # that of the kernel
+    if isinstance(scale, Tensor) or not math.isclose(scale, usual):  # a tensor may be learned, whatever its value is
+        q = q * (scale / usual)
     q, k, v = (tokens.unflatten(-1, (heads, -1)).transpose(1, 2) for tokens in (q, k, v))
     return attention_of_heads(q, k, v).transpose(1, 2).flatten(2)
 

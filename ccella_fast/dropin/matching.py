@@ -174,9 +174,9 @@ def _replace(model: nn.Module, without: Collection[str]) -> SpeedUpReport:
     computed: set[int] = set()  # by a replacement of their container
     rules: dict[type, Rule | None] = {}
     modules = dict(model.named_modules())
-    report._is_repeated = any(isinstance(module, ReplacementMixin) for module in modules.values())
+    report._is_repeated = any(map(_is_active, modules.values()))
     for name, module in modules.items():
-        name, is_replaced = name or type(model).__name__, isinstance(module, ReplacementMixin)
+        name, is_replaced = name or type(model).__name__, _is_active(module)
         if type(module) not in rules:
             rules[type(module)] = rule_of(module)
         rule = None if id(module) in computed else rules[type(module)]
@@ -193,12 +193,16 @@ def _replace(model: nn.Module, without: Collection[str]) -> SpeedUpReport:
                 report.swapped.setdefault(replacement.kind, []).append(name)
         if not is_replaced and name in itertools.chain(*report.swapped.values()):
             _swap_class(module, next(each.mixin for each in found if isinstance(each, Replacement)), report)
-    known = report.swapped and "metatensor" not in without and not isinstance(model, ReplacementMixin)
+    known = report.swapped and "metatensor" not in without and not _is_active(model)
     if known and "monai.data.meta_tensor" in sys.modules:
         report.swapped["metatensor"] = [type(model).__name__]
         _swap_class(model, MetaTensorUnwrapper, report)
     _count_unknown(modules, report)
     return report
+
+
+def _is_active(module: nn.Module) -> bool:
+    return isinstance(module, ReplacementMixin) and not module._is_undone
 
 
 def _apply(rule: Rule, module: nn.Module) -> list[Replacement | str]:
@@ -209,6 +213,10 @@ def _apply(rule: Rule, module: nn.Module) -> list[Replacement | str]:
 
 
 def _swap_class(module: nn.Module, mixin: type[ReplacementMixin], report: SpeedUpReport) -> None:
+    if isinstance(module, mixin):  # of a class that others have made of the replacement, and undone
+        module._is_undone = False
+        report._originals.append((module, original_class(module), mixin))
+        return
     original, replaced = type(module), subclass(mixin, type(module))
     report._originals.append((module, original, replaced))
     module.__class__ = replaced

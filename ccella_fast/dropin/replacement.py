@@ -6,7 +6,8 @@ Instances can be copied, and are pickled as the pair of the two classes. `forwar
 - A mixin reads the weights of its children instead of calling them. So it computes only while these are plain layers without
   hooks; the children themselves are never changed, and may be called by others, wrapped or replaced at any time.
 - The original computes where the kernels have no derivative: in forward mode, in transforms of `torch.func`, and in
-  `torch.jit.trace`. A second derivative recomputes the plain operation, see `fusion`.
+  `torch.jit.trace`. A second derivative recomputes the plain operation, see `fusion`. It also computes while there is a hook
+  on all modules (`register_module_forward_hook`), which is to see each layer.
 - On a CPU the original computes where it is the faster of the two.
 
 `torch.jit.script` compiles the originals: it cannot compile a choice that depends on the call.
@@ -40,8 +41,10 @@ class ReplacementMixin(nn.Module):
         return True
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        mixin, original = type(self).__bases__
-        return _new_instance, (mixin, original), self.__getstate__()
+        cls = type(self)
+        if cls not in _SUBCLASSES.values():  # made of a replacement by others, as FSDP2 and parametrizations do
+            return super().__reduce_ex__(protocol)
+        return _new_instance, cls.__bases__, self.__getstate__()
 
     def __prepare_scriptable__(self) -> nn.Module:
         """The original with the same tensors, which `torch.jit.script` compiles and puts in the place of this module."""
@@ -99,7 +102,7 @@ def _forward_of(mixin: type[ReplacementMixin], original: type[nn.Module], method
         if current is not plain:  # somebody has changed the class since
             return current(self, *args, **kwargs)
         named = {names.get(name, name): value for name, value in kwargs.items()} if kwargs else kwargs
-        computes = _replaces and not self._is_undone and _has_derivatives() and self.suits(*args, **named)
+        computes = _replaces and not self._is_undone and _may_compute() and self.suits(*args, **named)
         if _watched is not None:
             _watched[self] = computes or _watched.get(self, False)
         return fused(self, *args, **named) if computes else plain(self, *args, **kwargs)
@@ -135,12 +138,16 @@ def watched() -> Iterator[dict[nn.Module, bool]]:
         _watched = None
 
 
-def _has_derivatives() -> bool:
-    """Whether the kernels have what the surrounding code needs; torch.compile replaces its own transforms before."""
+def _may_compute() -> bool:
+    """Whether the surrounding code needs neither derivatives that the kernels lack nor hooks on all layers.
+
+    torch.compile replaces its own transforms before.
+    """
     if torch.compiler.is_compiling():
         return True
     in_forward_mode = forward_ad._current_level >= 0
-    return not (in_forward_mode or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing())
+    is_transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    return not (in_forward_mode or is_transformed or nn.modules.module._has_any_global_hook())
 
 
 def _new_instance(mixin: type[ReplacementMixin], original: type[nn.Module]) -> nn.Module:

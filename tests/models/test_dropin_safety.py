@@ -390,8 +390,8 @@ def test_an_example_is_compared_before_and_after(dtype):
     ("operation", "wrong", "gradients"),
     [
         ("norm", lambda norm: lambda layer, x, silu, **others: norm(layer, x, silu=False, **others), False),
-        ("multi_head_attention", lambda attend: lambda q, k, v, heads: attend(q, k, 1.001 * v, heads), False),
-        ("multi_head_attention", lambda attend: lambda q, k, v, heads: attend(q, k.detach(), v, heads), True),
+        ("multi_head_attention", lambda attend: lambda q, k, v, *rest: attend(q, k, 1.001 * v, *rest), False),
+        ("multi_head_attention", lambda attend: lambda q, k, v, *rest: attend(q, k.detach(), v, *rest), True),
     ],
 )  # fmt: skip
 def test_a_replacement_that_computes_something_else_is_undone(operation, wrong, gradients, monkeypatch):

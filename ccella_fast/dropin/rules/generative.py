@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,11 +20,8 @@ class _Attention(ReplacementMixin):
     to_v: nn.Module
 
     def _attend(self, x: Tensor, context: Tensor) -> Tensor:
-        return fusion.multi_head_attention(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads)
-
-    def _has_usual_scale(self) -> bool:
-        width = self.to_q.out_features // self.num_heads
-        return math.isclose(self.scale, width**-0.5)
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return fusion.multi_head_attention(q, k, v, self.num_heads, self.scale)
 
 
 class ContextAttention(_Attention):
@@ -37,7 +33,7 @@ class ContextAttention(_Attention):
     def suits(self, x: Tensor, context: Tensor | None = None) -> bool:
         """Where it pays, unless it is to use xformers."""
         scores = x.shape[1] * (x if context is None else context).shape[1]
-        return fusion.attention_pays(x, scores) and not self.use_flash_attention and self._has_usual_scale()
+        return fusion.attention_pays(x, scores) and not self.use_flash_attention
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, N, C), context (B, L, E) or None for x itself -> (B, N, C)."""
@@ -53,7 +49,7 @@ class VoxelAttention(_Attention):
     def suits(self, x: Tensor) -> bool:
         """Where it pays, unless it is to use xformers."""
         scores = x.shape[2:].numel() ** 2
-        return fusion.attention_pays(x, scores) and not self.use_flash_attention and self._has_usual_scale()
+        return fusion.attention_pays(x, scores) and not self.use_flash_attention
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) -> (B, C, ...)."""

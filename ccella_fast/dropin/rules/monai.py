@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ccella_fast.dropin import fusion
-from ccella_fast.dropin.layers import computes, has_hooks, is_norm, is_silu
+from ccella_fast.dropin.layers import computes, has_hooks, is_norm, is_plain, is_silu
 from ccella_fast.dropin.replacement import Replacement, ReplacementMixin, Replacements, Rule
 from ccella_fast.dropin.rules import torch_layers
 from ccella_fast.dropin.rules.torch_layers import block_with_two_norms
@@ -66,7 +66,7 @@ class FusedSelfAttention(ReplacementMixin):
     """Replaces `SABlock`."""
 
     num_heads: int
-    dropout_rate: float
+    scale: float
     use_combined_linear: bool
     include_fc: bool
     qkv: nn.Module
@@ -76,8 +76,8 @@ class FusedSelfAttention(ReplacementMixin):
     out_proj: nn.Module
 
     def suits(self, x: Tensor, attn_mask: Tensor | None = None) -> bool:
-        """Without a mask, active dropout, and hooks on the children that are not called; and where it pays."""
-        return attn_mask is None and _pays(x, x) and _skipped_children_do_nothing(self)
+        """Without a mask, with the settings of the rule, and where it pays."""
+        return attn_mask is None and _pays(x, x) and _is_usual(self)
 
     def forward(self, x: Tensor, attn_mask: None = None) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
@@ -85,7 +85,7 @@ class FusedSelfAttention(ReplacementMixin):
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
             q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
-        y = fusion.multi_head_attention(q, k, v, self.num_heads)
+        y = fusion.multi_head_attention(q, k, v, self.num_heads, self.scale)
         return self.out_proj(y) if self.include_fc else y
 
 
@@ -93,22 +93,22 @@ class FusedCrossAttention(ReplacementMixin):
     """Replaces `CrossAttentionBlock`."""
 
     num_heads: int
-    dropout_rate: float
+    scale: float
     to_q: nn.Module
     to_k: nn.Module
     to_v: nn.Module
     out_proj: nn.Module
 
     def suits(self, x: Tensor, context: Tensor | None = None) -> bool:
-        """Without active dropout, and hooks on the children that are not called; and where it pays."""
-        return _pays(x, x if context is None else context) and _skipped_children_do_nothing(self)
+        """With the settings of the rule, and where it pays."""
+        return _pays(x, x if context is None else context) and _is_usual(self)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, N, C), context (B, L, E) or None for x itself -> (B, N, C)."""
         if context is None:
             context = x
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.out_proj(fusion.multi_head_attention(q, k, v, self.num_heads))
+        return self.out_proj(fusion.multi_head_attention(q, k, v, self.num_heads, self.scale))
 
 
 def _pays(x: Tensor, context: Tensor) -> bool:
@@ -116,10 +116,16 @@ def _pays(x: Tensor, context: Tensor) -> bool:
     return not torch.is_grad_enabled() or fusion.attention_pays(x, x.shape[1] * context.shape[1])
 
 
-def _skipped_children_do_nothing(block: Any) -> bool:
-    """Whether MONAI's dropout and changes of layout, which the kernels do without, would leave the values as they are."""
-    skipped = (block.drop_weights, block.drop_output, block.input_rearrange, block.out_rearrange)
-    return not (block.training and block.dropout_rate) and not any(map(has_hooks, skipped))
+def _is_usual(block: Any) -> bool:
+    """Whether the kernels compute what the block does. Settings and dropout may have changed since `speed_up`."""
+    layouts = (block.input_rearrange, block.out_rearrange)
+    drops = not _keeps_all(block.drop_weights) or not _keeps_all(block.drop_output)
+    return not drops and not any(map(has_hooks, layouts)) and _reason(block) is None
+
+
+def _keeps_all(dropout: Any) -> bool:
+    """Whether a dropout, whose mode may be another than that of its block, leaves all values as they are."""
+    return is_plain(dropout, nn.Dropout) and not (dropout.training and dropout.p)
 
 
 class FusedSpatialTransformer(ReplacementMixin):
@@ -153,17 +159,22 @@ def autoencoder_block(module: Any) -> Replacements:
     yield from block_with_two_norms("group_norm_silu", module, AutoencoderResBlock)
 
 
+def _reason(block: Any) -> str | None:
+    """Why the settings of an attention are not those of the kernels; None if they are."""
+    if block.save_attn:
+        return "it stores the attention matrix (save_attn)"
+    if block.causal:
+        return "it is causal"
+    if block.rel_positional_embedding is not None:
+        return "it has a relative position embedding"
+    if block.use_flash_attention:
+        return "it already uses PyTorch's fused attention (use_flash_attention)"
+    return None
+
+
 def _attention(module: Any) -> Replacements:
-    if module.save_attn:
-        yield "it stores the attention matrix (save_attn)"
-    elif module.causal:
-        yield "it is causal"
-    elif module.rel_positional_embedding is not None:
-        yield "it has a relative position embedding"
-    elif module.use_flash_attention:
-        yield "it already uses PyTorch's fused attention (use_flash_attention)"
-    else:
-        yield Replacement("attention", module, FusedSelfAttention if hasattr(module, "qkv") else FusedCrossAttention)
+    mixin = FusedSelfAttention if hasattr(module, "qkv") else FusedCrossAttention
+    yield _reason(module) or Replacement("attention", module, mixin)
 
 
 def spatial_transformer(module: Any) -> Replacements:

@@ -35,7 +35,7 @@ def _layer(norm: Any, x: Tensor) -> _Layer:
     """The GroupNorm of PyTorch that computes what `norm` does with x."""
     if norm.training:
         return _Layer(norm.num_groups, norm.weight, norm.bias, norm.eps)
-    values = x[0].numel() // norm.num_groups
+    values = x.shape[1:].numel() // norm.num_groups
     part = (values - 1) / values
     return _Layer(norm.num_groups, norm.weight * part**0.5, norm.bias, norm.eps * part)
 
@@ -50,7 +50,7 @@ class VolumeNorm(ReplacementMixin):
         """On a GPU, or where the norm is several operations of a tensor that is not tiny."""
         several = not self.training and (not torch.is_grad_enabled() or x.numel() >= _LARGE_ON_CPU)
         pays = not x.is_cpu or several
-        return pays and x.ndim == 5 and x.dtype != torch.float64 and x[0].numel() > self.num_groups
+        return pays and x.ndim == 5 and x.dtype != torch.float64 and x.shape[1:].numel() > self.num_groups
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> (B, C, X, Y, Z)."""
