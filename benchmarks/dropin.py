@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sources", type=Path, metavar="DIR", help="the folder with the checkouts of dropin_networks.py"
     )
-    parser.add_argument("--seconds", type=float, default=1.2, help="for the rounds of a measurement (default: 1.2)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of a measurement (default: 3)")
     return script.run_script(parser, run, argv)
 
 

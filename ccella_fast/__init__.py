@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ccella_fast.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from ccella_fast.checkpoint import load_checkpoint
@@ -37,9 +38,4 @@ _HOMES = {
     "sample": "diffusion.sample",
     "speed_up": "dropin",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__} has no attribute {name}")
+__getattr__ = lazy_names(__name__, _HOMES)

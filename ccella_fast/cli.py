@@ -16,7 +16,6 @@ from pathlib import Path
 from ccella_fast import commands, entrypoint, train
 from ccella_fast.data.readers.series_names import SEQUENCES
 from ccella_fast.entrypoint import whole_number
-from ccella_fast.optional import require_commands
 from ccella_fast.pirads import CLASSES
 
 ORDER = """The order of a project: your studies or phantom, prepare, train-vae, prepare --vae, train, sample, report.
@@ -29,8 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
 
     def work() -> int:
-        if arguments.run is not commands.run_env:  # which says what is missing
-            require_commands()
         return arguments.run(arguments) or 0
 
     return entrypoint.run_command(work, debug=arguments.debug, if_out_of_memory=arguments.if_out_of_memory)

@@ -1,7 +1,7 @@
 """What the subcommands of `ccella-fast` do with their parsed arguments.
 
-Each reads its configuration first and imports what it needs afterwards, so that mistakes are answered at once. Each ends with
-what it wrote and the command that usually comes next.
+Each asks first for the packages beyond the base that it uses, then reads its configuration, and imports what it needs only
+afterwards, so that mistakes are answered at once. Each ends with what it wrote and the command that usually comes next.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ccella_fast.entrypoint import is_local_rank_zero, log_next, sibling
+from ccella_fast.optional import require_installed
 
 if TYPE_CHECKING:
     from ccella_fast.config import Config
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 def run_phantom(arguments: argparse.Namespace) -> None:
     """Draw phantom studies."""
+    require_installed("nibabel")
     from ccella_fast.data.phantom.phantom import write_phantoms
 
     write_phantoms(arguments.out, num_studies=arguments.num_studies, seed=arguments.seed)
@@ -31,6 +33,7 @@ def run_phantom(arguments: argparse.Namespace) -> None:
 
 def run_import(arguments: argparse.Namespace) -> None:
     """Find the series of a PACS export, and write them with --write."""
+    require_installed("pydicom", "SimpleITK", "nibabel", "matplotlib", "jinja2")
     from ccella_fast.errors import DataError
     from ccella_fast.folder_kinds import check_folder
 
@@ -49,6 +52,7 @@ def run_import(arguments: argparse.Namespace) -> None:
 
 def run_prepare(arguments: argparse.Namespace) -> None:
     """Prepare studies."""
+    require_installed("nibabel", "SimpleITK", *(["matplotlib"] if arguments.preview else []))
     from ccella_fast.errors import DataError
     from ccella_fast.folder_kinds import check_folder
 
@@ -74,7 +78,9 @@ def run_check(arguments: argparse.Namespace) -> int:
     from ccella_fast.errors import DataError
     from ccella_fast.folder_kinds import check_folder, folder_kind
 
+    require_installed(*(["jinja2"] if arguments.out else []))
     if folder_kind(arguments.data) != "prepared":
+        require_installed("nibabel", "SimpleITK", "transformers")
         check_folder(arguments.data, "studies", error=DataError, field="--data")
     from ccella_fast.data.checking.check import check
 
@@ -95,6 +101,7 @@ def run_train_vae(arguments: argparse.Namespace) -> None:
 
 def run_sample(arguments: argparse.Namespace) -> None:
     """Generate volumes."""
+    require_installed("pydicom" if arguments.format == "dicom" else "nibabel", "matplotlib")
     from ccella_fast.sampling.command import sample_to_folder
     from ccella_fast.sampling.guidance import Reuse
 
@@ -108,6 +115,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Compare generated volumes with real ones."""
+    require_installed("nibabel", "SimpleITK", "matplotlib", "jinja2")
     from ccella_fast.evaluation.folders import evaluate_to_folder
 
     options = _options(arguments, without=[])
@@ -123,6 +131,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 def run_sensitivity(arguments: argparse.Namespace) -> None:
     """Show which feature spaces order known degradations of real volumes."""
+    require_installed("SimpleITK")
     from ccella_fast.evaluation.folders import sensitivity_to_folder
     from ccella_fast.evaluation.sensitivity import gate_table
 
@@ -135,6 +144,7 @@ def run_sensitivity(arguments: argparse.Namespace) -> None:
 
 def run_report(arguments: argparse.Namespace) -> None:
     """Write the page of a folder of results."""
+    require_installed("jinja2", "matplotlib", "nibabel")
     from ccella_fast.errors import DataError
     from ccella_fast.folder_kinds import check_folder, folder_kind, wrong_folder
 
@@ -154,6 +164,7 @@ def run_report(arguments: argparse.Namespace) -> None:
 def run_export(arguments: argparse.Namespace) -> None:
     """Write a checkpoint in the form of the reference, or as a MONAI bundle."""
     if arguments.format == "monai-bundle":
+        require_installed("monai")
         from ccella_fast.sampling.monai_bundle import export_monai_bundle
 
         encoder = arguments.text_encoder
@@ -189,6 +200,7 @@ def _grid_and_encoder(config: Config) -> tuple[object, ...]:
 
 def run_push(arguments: argparse.Namespace) -> None:
     """Share a model on the Hugging Face hub."""
+    require_installed("huggingface_hub")
     from ccella_fast.sampling.hub import Upload
 
     options = _options(arguments, without=["checkpoint", "repo", "vae", "weights"])

@@ -8,15 +8,23 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ccella_fast.lazy_names import lazy_names
+
 T = TypeVar("T", bound=Callable[..., Any])
 
 
-def deprecated_names(module: str, renamed: dict[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of `module`, in which each old name of `renamed` gives what its new name does."""
+def deprecated_names(
+    module: str, renamed: dict[str, str], *, otherwise: Callable[[str], Any] | None = None
+) -> Callable[[str], Any]:
+    """The `__getattr__` of `module`, in which each old name of `renamed` gives what its new name does.
+
+    otherwise: the `__getattr__` for every other name, such as that of `lazy_names`
+    """
+    otherwise = otherwise or lazy_names(module, {})
 
     def find(name: str) -> Any:
         if name not in renamed:
-            raise AttributeError(f"module {module} has no attribute {name}")
+            return otherwise(name)
         _warn(f"{module}.{name}", f"{module}.{renamed[name]}")
         return getattr(sys.modules[module], renamed[name])
 

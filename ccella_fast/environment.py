@@ -11,6 +11,7 @@ from typing import Any
 
 import ccella_fast
 from ccella_fast import hardware
+from ccella_fast.optional import install
 from ccella_fast.storage import sha256
 
 PACKAGES = [
@@ -88,7 +89,9 @@ def environment_warnings(facts: dict[str, Any]) -> list[str]:
     if not facts["gpu"] and not cpu["multiplies_bf16"]:
         found.append(f"{hardware.BF16_EMULATED}; float32 is faster, and what `auto` takes for sampling and training")
     if facts["gpu"] and packages["triton"] is None:
-        found.append("there is a GPU but Triton is not installed, so our kernels cannot run on it: pip install triton")
+        found.append(
+            f"there is a GPU but Triton is not installed, so our kernels cannot run on it: {install('triton')}"
+        )
     if settings.get("TRITON_INTERPRET", "0") not in ("0", ""):
         found.append(
             "TRITON_INTERPRET is set, so kernels run in Triton's interpreter, thousands of times slower: unset it"

@@ -33,14 +33,17 @@ def require(package: str, what: str) -> None:
         raise ConfigError(f"{what} needs {package}, which is not installed", fix=install(package)) from None
 
 
-def require_commands() -> None:
-    """Raise ConfigError if a package of the extra `commands` is not installed, before a command begins its work."""
-    for package in _EXTRAS["commands"]:
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"this command needs {package}, which is not installed", fix=install(package))
+def require_installed(*packages: str) -> None:
+    """Raise ConfigError if a package that a command uses is not installed. For the first line of a command: imports none."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        why = f"this command needs {' and '.join(missing)}, which {are} not installed"
+        raise ConfigError(why, fix=install(*missing))
 
 
-def install(package: str) -> str:
-    """The command that installs a package: that of the extra, where one has it."""
-    extra = PACKAGES.get(package)
-    return f'pip install "ccella-fast[{extra}]"' if extra else f"pip install {package}"
+def install(*packages: str) -> str:
+    """The command that installs packages: those of an extra together with that extra."""
+    extras = sorted({PACKAGES[package] for package in packages if package in PACKAGES})
+    others = [package for package in packages if package not in PACKAGES]
+    return " ".join(["pip install", *([f'"ccella-fast[{",".join(extras)}]"'] if extras else []), *others])

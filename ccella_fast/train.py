@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ccella_fast import entrypoint
 from ccella_fast.errors import ConfigError
 from ccella_fast.launchers import check_not_one_of_many
-from ccella_fast.optional import require_commands
+from ccella_fast.optional import require_installed
 
 if TYPE_CHECKING:
     from ccella_fast.config import PathsConfig
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, or describe the run if it is a dry run. Returns the exit code."""
     from ccella_fast.config import load_config
 
-    require_commands()
+    require_installed("deepspeed", "hjson", "tensorboard")
     check_not_one_of_many()
     three = [arguments.env_config, arguments.model_config, arguments.model_def]
     if (None in three) if arguments.config is None else any(three):

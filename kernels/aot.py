@@ -28,6 +28,7 @@ import torch
 
 from ccella_fast.kernels.backend import KERNELS, interpreted, triton
 from ccella_fast.kernels.tuning import LaunchConfig
+from ccella_fast.optional import install
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide, table 27
 # Instructions of PTX, which ptxas translates one by one.
@@ -255,7 +256,7 @@ def main(cases: Iterable[CompileCase] | None = None) -> int:
     if triton is None or interpreted():
         reason, fix = "TRITON_INTERPRET is set, so that kernels are not compiled", "unset TRITON_INTERPRET"
         if triton is None:
-            reason, fix = "Triton is not installed", "pip install triton"
+            reason, fix = "Triton is not installed", install("triton")
         print(f"error: {reason}\n  fix:   {fix}", file=sys.stderr)
         return 2
     rows: list[CompileResult] = []

@@ -36,7 +36,7 @@ except ImportError:
     constexpr = lambda unchanged: unchanged  # noqa: E731
 
 ENVIRONMENT = "CCELLA_FAST_BACKEND"
-BACKENDS = ("triton", "xformers", "sdpa", "phase", "cudnn", "reference")
+BACKENDS = ("triton", "xformers", "sdpa", "phase", "cudnn", "native", "reference")
 KERNELS = (
     "group_norm_silu",
     "cross_attention",

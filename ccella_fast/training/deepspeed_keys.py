@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ccella_fast.errors import ConfigError, did_you_mean
+from ccella_fast.optional import install
 
 Given = dict[str, Any]  # the keys that a file sets, with dots: {"zero_optimization.stage": 2}
 BF16_STAGE_1 = "1 in bf16"  # where DeepSpeed has an optimizer of its own, with fewer settings
@@ -396,7 +397,7 @@ def check_effects(given: Given, *, stage: int, precision: str, path: object) -> 
     for monitor, package in _PACKAGES.items():
         if given.get(f"{monitor}.enabled") and importlib.util.find_spec(package) is None:
             why = f"{monitor} needs the package {package}, which is not installed"
-            raise _error(why, f"{monitor}.enabled", path, f"pip install {package}, or remove the section")
+            raise _error(why, f"{monitor}.enabled", path, f"{install(package)}, or remove the section")
 
 
 def stages(key: Key) -> str:

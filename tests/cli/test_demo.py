@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from ccella_fast.cli import _parser
+from command_packages import without_unused
 from training_fixtures import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,16 +32,16 @@ SMALL = {
 }
 
 
-def run(*command: object) -> str:
-    """Run a command as a user does; everything that it prints."""
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def run(name: str, *command: object) -> str:
+    """Run a command as a user does, who has no package that the subcommand `name` does not use; everything that it prints."""
+    env = {**without_unused(name), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([str(part) for part in command], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
-def ccella_fast(*arguments: object) -> str:
-    return run(sys.executable, "-m", "ccella_fast.cli", *arguments)
+def ccella_fast(name: str, *arguments: object) -> str:
+    return run(name, sys.executable, "-m", "ccella_fast.cli", name, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def journey(studies: Path, out: Path, config: Path, *, allow: tuple[str, ...] = 
     said += ccella_fast("prepare", "--data", studies, "--out", out / "prepared", "--config", config, *vae)
     train = ["--config", config, "--data", out / "prepared", "--output_dir", out / "model", "--resume"]
     train += [word for name in allow for word in ("--allow", name)]
-    said += run(launcher, "--master_port", free_port(), ROOT / "ccella_fast" / "train.py", *train)
+    said += run("train", launcher, "--master_port", free_port(), ROOT / "ccella_fast" / "train.py", *train)
     sample = ["--report", REPORT, "--num_samples", 2, "--out", out / "samples"]
     said += ccella_fast("sample", "--checkpoint", out / "model", *sample)
     return said + ccella_fast("report", out)

@@ -27,7 +27,7 @@ LAYERS = {
     "config": 1, "config_errors": 1, "reference_config": 1, "entrypoint": 1, "foreign_errors": 1,
     "variants": 0, "pirads": 0, "errors": 0, "deprecation": 0, "storage": 0, "folder_kinds": 0, "folder_lock": 0,
     "launchers": 0, "environment": 0, "hardware": 0, "quantities": 0, "run_record": 0, "nvml": 0, "progress": 0, "processes": 0,
-    "rendezvous": 0, "optional": 0,
+    "rendezvous": 0, "optional": 0, "lazy_names": 0,
     "kernels": 0,
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ccella_fast.config import SchedulerConfig
 from ccella_fast.diffusion.schedule import Schedule
@@ -136,27 +137,60 @@ def test_a_command_names_the_extra_that_it_needs(wheel, base, command):
     assert len(done.stderr.splitlines()) <= 5
 
 
+@pytest.mark.parametrize(
+    ("command", "code"), [("export --checkpoint /none --out /tmp/x.pt", 4), ("train-vae --data /none --out /tmp/x", 3)]
+)
+def test_a_command_that_needs_no_extra_works_with_the_base_alone(wheel, base, command, code):
+    """As far as a folder that does not exist."""
+    done = run(f"import sys; from ccella_fast.cli import main; sys.exit(main({command.split()!r}))", wheel, base)
+    assert done.returncode == code and "/none" in done.stderr and "pip install" not in done.stderr, done.stderr
+
+
 def test_the_environment_is_described_with_the_base_alone(wheel, base):
     done = run("import sys; from ccella_fast.cli import main; sys.exit(main(['env']))", wheel, base)
     assert done.returncode == 0 and re.search("absent .*deepspeed", done.stdout), done.stderr[-2000:]
 
 
-SAMPLE = """
-import torch, sys
-before = set(sys.modules)
-from ccella_fast import sample
-new = {name.partition(".")[0] for name in set(sys.modules) - before}
-for name in ("tqdm", "pydantic", "safetensors", "triton"):
-    sys.modules[name] = None
-sample(lambda x, t: 0.5 * x, torch.randn(2, 3), num_inference_steps=3)
-print(*sorted(new - set(sys.stdlib_module_names)))
-"""
+# What is imported, and how it is used.
+LIGHT = {
+    "sample": (
+        "from ccella_fast import sample",
+        "sample(lambda x, t: 0.5 * x, torch.randn(2, 3), num_inference_steps=3)",
+    ),
+    "speed_up": (
+        "from ccella_fast.dropin import speed_up",
+        "report = speed_up(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv3d(4, 4, 1)))\n"
+        "assert 'group_norm_silu' in str(report), report",
+    ),
+    "kernel": (
+        "from ccella_fast.kernels.group_norm_silu import group_norm_silu",
+        "group_norm_silu(torch.randn(1, 4, 8, 8), 2, torch.ones(4), torch.zeros(4))",
+    ),
+}
 
 
-def test_sample_imports_only_torch_and_numpy(wheel, base):
-    """Then it takes no time worth mentioning after `import torch`."""
-    done = run(SAMPLE, wheel, base)
-    assert done.stdout == "ccella_fast\n", done.stdout + done.stderr[-2000:]
+def packages(wheel: Path, others: Path, imports: str, *, first: str = "", use: str = "") -> str:
+    """The packages, other than those of Python and what torch imports, whose modules an import adds."""
+    show = "print(*sorted({name.partition('.')[0] for name in new if name[0] != '_'} - set(sys.stdlib_module_names)))"
+    lines = ["import sys, torch", "from torch import nn", first, "before = set(sys.modules)"]
+    done = run("\n".join([*lines, imports, "new = set(sys.modules) - before", use, show]), wheel, others)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_sampling_and_kernels_import_nothing_but_torch(wheel, base, name):
+    """Whoever needs only these does not wait for more than Triton, which the kernels need."""
+    imports, use = LIGHT[name]
+    everything = Path(torch.__file__).parents[1]
+    assert packages(wheel, everything, imports) == ("ccella_fast" if name == "sample" else "ccella_fast triton")
+    hide = "sys.modules.update(dict.fromkeys(['tqdm', 'pydantic', 'safetensors', 'triton']))"
+    assert packages(wheel, base, imports, first=hide, use=use) == "ccella_fast"
+
+
+def test_packages_are_seen_where_they_are_imported(wheel, base):
+    """Negative control of the test above."""
+    assert "pydantic" in packages(wheel, base, "from ccella_fast import build_model").split()
 
 
 def test_extras(metadata):

@@ -22,6 +22,7 @@ from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.evaluation.features.onnx_tensors import read_onnx_tensors
 from ccella_fast.evaluation.features.preprocessing import Window, along_axes, filter_matrix, gaussian
 from ccella_fast.evaluation.features.resnet import float32_inference
+from ccella_fast.optional import require
 
 if TYPE_CHECKING:
     from ccella_fast.evaluation.volumes import Volume
@@ -125,6 +126,7 @@ class GlandSegmenter:
 @functools.cache
 def load_network(device: str = "cpu") -> nn.Module:
     """The network for inference, (n, 1, X, Y, Z) -> logits of the same shape; each size has to be divisible by 8."""
+    require("monai", "the network of the features 'taps' and the gland segmenter")
     from monai.networks.nets import SegResNetDS  # takes seconds to import
 
     path = _find_file()
