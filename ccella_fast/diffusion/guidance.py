@@ -32,9 +32,9 @@ def guided(
     """
     condition_items, null_items = _items(condition), _items(null)
     if type(condition) is not type(null) or condition_items.keys() != null_items.keys():
-        described = [f"{type(each).__name__} of {', '.join(map(str, _items(each)))}" for each in (condition, null)]
-        why = f"condition and null must have the same structure, got a {described[0]} and a {described[1]}"
-        raise ConfigError(why, field="null", fix="give the null condition in the form of the condition")
+        why = f"condition and null must have the same structure, got {_described(condition)} and {_described(null)}"
+        fix = "give the null condition of the training in the form of the condition, such as a tensor of zeros"
+        raise ConfigError(why, field="null", fix=fix)
     for name, value in condition_items.items():
         _check_pair(str(name), value, null_items[name])
 
@@ -70,6 +70,14 @@ def _items(condition: Any) -> dict[Any, Any]:
     if isinstance(condition, (tuple, list)):
         return dict(enumerate(condition))
     return {0: condition}
+
+
+def _described(condition: Any) -> str:
+    if condition is None:
+        return "None"
+    parts = f" of {', '.join(map(str, condition))}" if isinstance(condition, Mapping) else ""
+    parts = f" of {len(condition)}" if isinstance(condition, (tuple, list)) else parts
+    return f"a {type(condition).__name__}{parts}"
 
 
 def _rows(value: Any, count: int, name: Any) -> Any:

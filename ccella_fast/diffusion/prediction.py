@@ -37,7 +37,7 @@ def check_prediction(name: str, allowed: tuple[str, ...], process: str) -> str:
         fix = "set prediction to what the network was trained to predict, or use a solver and a schedule for it"
         if "velocity" in allowed:
             fix = "velocity is noise - x0 (diffusers); x0_minus_noise is the opposite (MONAI, torchcfm, MOTFM)"
-        why = f"the networks of {process} predict {' or '.join(allowed)}, not {canonical}"
+        why = f"the networks of {process} predict {', '.join(allowed[:-1])} or {allowed[-1]}, not {canonical}"
         raise ConfigError(why, field="prediction", fix=fix)
     return canonical
 

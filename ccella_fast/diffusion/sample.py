@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from operator import index
 from typing import Any
@@ -16,17 +17,23 @@ from ccella_fast.diffusion.flow import MonaiFlow, RectifiedFlow, is_monai_flow
 from ccella_fast.diffusion.plausibility import FirstOutput
 from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.diffusion.scheduler_adapter import SchedulerTrajectory
+from ccella_fast.diffusion.scheduler_defects import LATE_START
 from ccella_fast.diffusion.solvers import Solver, get_solver
 from ccella_fast.diffusion.solvers.base import NoiseProcess
 from ccella_fast.diffusion.solvers.rectified_flow import EulerFlow, MonaiEulerFlow
 from ccella_fast.diffusion.trajectory import Callback, DenoiserFn, Trajectory, TrajectoryProtocol, run_trajectory
 from ccella_fast.errors import ConfigError, NonFiniteError, did_you_mean
 
-_ARGUMENTS_OF_DIFFUSERS = {
+_ARGUMENTS_OF_OTHERS = {
     "generator": "use seeds=[...], one integer per sample",
     "callback_on_step_end": "use callback=function, which is called as function(i, t, x, x0)",
     "guidance_scale": "use guided(network, condition, null, scale) as the denoiser",
     "image": "use start=image",
+    "mask": "use a callback with a parameter named level, which restores the known region",
+    "model_kwargs": "use a closure, such as lambda x, t: network(x, t, **model_kwargs), as the denoiser",
+    "eta": "use solver=Ddim(eta=...)",
+    "scheduler": "use solver=scheduler for its steps, or schedule=scheduler for its noise schedule alone",
+    "num_train_timesteps": "use schedule=, the betas or alphas_cumprod of the training",
     "clip_sample": "use clip_x0=1.0 for [-1, 1]",
     "clip_denoised": "use clip_x0=1.0 for [-1, 1]",
     "thresholding": "use clip_x0=DynamicThreshold(ratio, maximum)",
@@ -97,12 +104,12 @@ def sample(
         NonFiniteError: the result contains NaN or infinity.
 
     Warns:
-        UserWarning: the network's first output does not look like what it is said to predict, or a scheduler object has a known
-            defect.
+        UserWarning: the network's first output does not look like what it is said to predict, the first timestep is not one of
+            pure noise, or a scheduler object has a known defect.
     """
     for name in unknown:
         known = [*inspect.signature(sample).parameters][:-1]
-        fix = _ARGUMENTS_OF_DIFFUSERS.get(name) or did_you_mean(name, known)
+        fix = _ARGUMENTS_OF_OTHERS.get(name) or did_you_mean(name, known)
         raise ConfigError(f"sample has no argument '{name}'", field=name, fix=fix)
     _check_tensors(x_T, start, strength)
     seeds = _checked_seeds(seeds)
@@ -121,6 +128,9 @@ def sample(
         if isinstance(process, MonaiFlow) and type(solver) is EulerFlow and timesteps is None and sigmas is None:
             solver = MonaiEulerFlow(process.scheduler.num_train_timesteps)
         plan = solver.plan(process, timestep_spacing=timestep_spacing, clip_x0=clip_x0, **steps)
+        starts_at_noise = all(each is None for each in (start, timesteps, sigmas))
+        if starts_at_noise and isinstance(process, Schedule) and not solver.flow:
+            _warn_of_late_start(int(plan.timesteps[0]), len(process))
         trajectory = Trajectory(plan, x_T, seeds, start=start)
         checked = FirstOutput(denoiser, plan.prediction, float(plan.signal[0]), float(plan.sigma[0]))
     else:
@@ -139,6 +149,15 @@ def sample(
         fix = "check the denoiser's output (fp16 overflows easily), and that prediction and schedule match the network"
         raise NonFiniteError("the sample contains NaN or infinity", field="denoiser", fix=fix)
     return result
+
+
+def _warn_of_late_start(first: int, total: int) -> None:
+    if first < LATE_START * (total - 1):
+        warnings.warn(
+            f"sampling begins with pure noise at timestep {first} of {total}, where the network expects a part of the image. "
+            "Fix: use timestep_spacing='trailing'.",
+            stacklevel=4,  # of the line that calls `sample`
+        )
 
 
 def _noise_process(schedule: Any, x_T: Tensor) -> NoiseProcess:

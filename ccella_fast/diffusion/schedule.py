@@ -84,10 +84,13 @@ class Schedule:
         except (TypeError, ValueError, RuntimeError):
             why = f"{what}, got {source!r:.40}"
             raise ConfigError(why, field="schedule", fix="give such an array, or a scheduler that has one") from None
+        if table.ndim != 1 or len(table) < 2:
+            why = f"{what}, got {source!r:.40}"
+            raise ConfigError(why, field="schedule", fix="give such an array, or a scheduler that has one")
         steps = np.diff(table)
-        if table.ndim != 1 or len(table) < 2 or not ((table > 0) & (table < 1)).all():
+        if not ((table > 0) & (table < 1)).all():
             fix = "give such an array"
-            if table.ndim == 1 and len(table) > 2 and table[-1] == 0 and (steps < 0).all():
+            if len(table) > 2 and table[-1] == 0 and (steps < 0).all():
                 fix = (
                     f"for zero terminal SNR replace the last alphas_cumprod by half of that before, {table[-2] / 2:.2g}"
                 )

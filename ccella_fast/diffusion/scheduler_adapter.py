@@ -112,7 +112,8 @@ class SchedulerTrajectory:
         """One evaluation of the network and the scheduler's step."""
         t = self.timesteps[self._position]
         scaled = self.scheduler.scale_model_input(self.x, t) if hasattr(self.scheduler, "scale_model_input") else self.x
-        output = evaluate_denoiser(denoiser, scaled.to(self.dtype), t.expand(len(self.x))).float()
+        # A copy, because a denoiser may write to its input.
+        output = evaluate_denoiser(denoiser, scaled.to(self.dtype, copy=True), t.expand(len(self.x))).float()
         step = self.scheduler.step(output, t, self.x, **self._step_arguments)
         self.x, self.x0 = step.prev_sample, getattr(step, "pred_original_sample", None)
         self._position += 1

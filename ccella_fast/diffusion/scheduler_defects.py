@@ -14,6 +14,9 @@ _FIXED_STRIDE = {
     "DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "PNDMScheduler",
 }  # fmt: skip
 
+# A first timestep below this share of the last one is not pure noise. Twenty "leading" steps begin at 0.951.
+LATE_START = 0.95
+
 
 def check_for_defects(scheduler: Any, *, starts_at_noise: bool, timesteps_alone: bool) -> None:
     """Warn of what a scheduler object is known to do wrong, after its `set_timesteps`.
@@ -39,7 +42,7 @@ def check_for_defects(scheduler: Any, *, starts_at_noise: bool, timesteps_alone:
         _warn(name, f"visits timestep {min(times)}, which reads the end of its table", "choose another number of steps")
     # Floating-point times need not be timesteps: those of EDM are log(sigma) / 4.
     are_timesteps = discrete or config.get("timestep_spacing") == "leading"
-    if are_timesteps and starts_at_noise and times[0] < 0.95 * (total - 1):
+    if are_timesteps and starts_at_noise and times[0] < LATE_START * (total - 1):
         why = f"begins with pure noise at timestep {times[0]:g} of {total} (huggingface/diffusers#13887)"
         _warn(name, why, "set timestep_spacing='trailing'")
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":

@@ -215,7 +215,12 @@ def evaluate_denoiser(denoiser: DenoiserFn, x: Tensor, t: Tensor) -> Tensor:
     if not isinstance(output, Tensor) or output.shape != x.shape:
         returned = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
         why = f"the denoiser must return a tensor shaped like x, {tuple(x.shape)}; it returned {returned}"
-        raise ConfigError(why, field="denoiser", fix="return the prediction alone, shaped like x")
+        fix = "return the prediction alone, shaped like x"
+        if not isinstance(output, Tensor):
+            fix = "return the tensor alone, such as output[0], or output.sample of a diffusers model"
+        elif x.ndim > 1 and output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+            fix = "if the second half of the channels is a variance, return output.chunk(2, dim=1)[0]"
+        raise ConfigError(why, field="denoiser", fix=fix)
     return output
 
 

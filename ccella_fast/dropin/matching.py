@@ -10,6 +10,7 @@ of its children computes for others.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from collections import Counter
@@ -28,6 +29,7 @@ from ccella_fast.dropin.replacement import (
     Rule,
     original_class,
     originals,
+    plain_forward,
     subclass,
     watched,
 )  # fmt: skip
@@ -90,10 +92,10 @@ class SpeedUpReport:
         lines += [f"    -  {name} is not replaced: {why}" for name, why in self.refused.items()]
         if self.plain:
             lines.append(
-                f"{len(self.plain):>5}  of these compute as before with the example, which is as fast or faster there"
+                f"{len(self.plain):>5}  of these compute as the original with the example, which is as fast or faster there"
             )
         if self.unknown:
-            lines.append("recognized, of all modules of a class:")
+            lines.append("classes of which not every module was recognized:")
             lines += [
                 f"{self.total[name] - count:>5} of {self.total[name]}  {name}" for name, count in self.unknown.items()
             ]
@@ -197,7 +199,7 @@ def _replace(model: nn.Module, without: Collection[str]) -> SpeedUpReport:
     if known and "monai.data.meta_tensor" in sys.modules:
         report.swapped["metatensor"] = [type(model).__name__]
         _swap_class(model, MetaTensorUnwrapper, report)
-    _count_unknown(modules, report)
+    _count_unknown(modules, computed, report)
     return report
 
 
@@ -233,18 +235,21 @@ def _reason_to_skip(replacement: Replacement) -> str | None:
 
 
 _LAYERS = (nn.GroupNorm, nn.LayerNorm, nn.Upsample, nn.MultiheadAttention, nn.modules.batchnorm._NormBase)
+_FUNCTIONS = {"group_norm", "interpolate", "layer_norm", "scaled_dot_product_attention"}
 
 
-def _count_unknown(modules: dict[str, nn.Module], report: SpeedUpReport) -> None:
+def _count_unknown(modules: dict[str, nn.Module], computed: set[int], report: SpeedUpReport) -> None:
     """Count by class the modules that are neither replaced nor refused with a reason, and call layers themselves.
 
     A module that calls only convolutions counts if no block of the model is known: no replacement is for convolutions alone.
+    One whose norm alone is replaced, or that calls functions in place of layers, counts if it contains no known block.
     """
     unknown: Counter[str] = Counter()
     total: Counter[str] = Counter()
     blocks = {
         name for kind, names in report.swapped.items() if kind not in ("group_norm", "metatensor") for name in names
     }
+    known = blocks | report.refused.keys()
     for name, module in modules.items():
         owner = next(cls for cls in original_class(module).__mro__ if "forward" in vars(cls))
         if owner.__module__.startswith("torch.nn.modules"):
@@ -252,9 +257,15 @@ def _count_unknown(modules: dict[str, nn.Module], report: SpeedUpReport) -> None
         owner_name = f"{owner.__module__}.{owner.__qualname__}"
         total[owner_name] += 1
         unwraps = isinstance(module, MetaTensorUnwrapper)  # and computes what its class does
-        is_known = (isinstance(module, ReplacementMixin) and not unwraps) or name in report.refused
-        has_blocks = any(f"{name}.{child}".lstrip(".") in blocks for child, _ in module.named_children())
-        if not is_known and not has_blocks and _calls_layers(module, owner, convolutions=not blocks):
+        is_replaced = (isinstance(module, ReplacementMixin) and not unwraps) or id(module) in computed
+        if is_replaced or (name or type(module).__name__) in report.refused:
+            continue
+        within = f"{name}." if name else ""
+        has_blocks = any(within + child in known for child, _ in module.named_children())
+        contains_known = any(each.startswith(within) for each in known)
+        if (not has_blocks and _calls_layers(module, owner, convolutions=not blocks)) or (
+            not contains_known and _computes_as_a_block(module)
+        ):
             unknown[owner_name] += 1
     report.unknown = dict(unknown.most_common())
     report.total = {name: total[name] for name in report.unknown}
@@ -271,6 +282,14 @@ def _calls_layers(module: nn.Module, owner: type, *, convolutions: bool) -> bool
         or (is_attention and any(isinstance(each, nn.Linear) for each in children))
         or any(isinstance(each, kinds) and not isinstance(each, ReplacementMixin) for each in children)
     )
+
+
+def _computes_as_a_block(module: nn.Module) -> bool:
+    """Whether a module calls a norm that is replaced alone, or a function that a block of a known kind calls."""
+    code = getattr(inspect.unwrap(plain_forward(module)), "__code__", None)
+    calls = _FUNCTIONS.intersection(() if code is None else code.co_names)
+    has_weights = any(True for _ in module.parameters())
+    return (bool(calls) and has_weights) or any(isinstance(each, nn.GroupNorm) for each in _called(module))
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:

@@ -61,8 +61,9 @@ class _Reader:
         defaults = [self.value(each) for each in (*arguments.defaults, *filter(None, arguments.kw_defaults))]
         kinds = [len(arguments.args), len(arguments.kwonlyargs), bool(arguments.vararg), bool(arguments.kwarg)]
         self.emit(f"arguments {kinds} {defaults} {[self.value(each) for each in self.tree.decorator_list]}")
-        if arguments.args and arguments.args[0].arg == "self":
-            self.values["self"] = "self"
+        is_method = any(self.function in vars(cls).values() for cls in self.owner.__mro__)
+        if arguments.args and is_method:
+            self.values[arguments.args[0].arg] = "self"
         self.block(self.tree.body)
         return "\n".join(self.lines)
 

@@ -136,7 +136,7 @@ def _training_data(parts: SamplerParts) -> str:
         ]
     lines += [
         f"Each volume was brought to {_times(config.data.dim)} voxels with intensities in [0, 1].",
-        "The checkpoint does not record where the studies come from, of whom they are, and who has approved their use.",
+        "The checkpoint does not record where the studies come from, whose they are, and who has approved their use.",
     ]
     return " ".join(lines)
 
@@ -191,13 +191,13 @@ def _evaluation(evaluation: StoredEvaluation | None) -> str:
 
 def _intended_use(evaluation: StoredEvaluation | None) -> str:
     looked = evaluation is not None and any(row.metric == "copies" for row in evaluation.rows)
-    copies = "Whether this one does is answered above" if looked else "Whether this one does was not looked for"
+    copies = "The evaluation above says whether this one does" if looked else "This was not looked for in this model"
     lines = [
         "For research: methods of image analysis, augmentation of training data, teaching.",
-        "**Not for clinical use.** Every volume is synthetic: it shows no patient, and nothing may be decided from it.",
+        "**Not for clinical use.** Every volume is synthetic: it shows no patient, and must not be the basis of a decision.",
         "A volume need not show what was asked for.",
         f"A generative model can reproduce studies that it was trained on. {copies}. Treat the weights like those studies.",
-        "The model has learned from the scanners and the population of its training data. Nothing follows for others.",
+        "The model has learned from the scanners and the population of its training data. It may fail for others.",
     ]
     return "\n".join(f"* {line}" for line in lines)
 

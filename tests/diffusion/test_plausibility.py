@@ -46,6 +46,21 @@ def test_known_defects_are_warned_about(name, settings, steps, message):
     assert texts == [] if message is None else any(message in text and "Fix:" in text for text in texts), texts
 
 
+def test_a_first_timestep_that_is_not_pure_noise_is_warned_about():
+    def times(steps: int | None, **settings) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            x_T = draw(*SHAPE, seed=17)
+            sample(lambda x, t: 0.9 * x, x_T, solver="ddim", num_inference_steps=steps, **settings)
+        assert all(each.filename == __file__ for each in caught)
+        return [str(each.message) for each in caught]
+
+    (message,) = times(334, timestep_spacing="leading")  # 333 x 2
+    assert "begins with pure noise at timestep 666 of 1000" in message and "'trailing'" in message
+    assert times(20, timestep_spacing="leading") == times(334) == times(None, timesteps=[600, 300]) == []
+    assert times(334, timestep_spacing="leading", start=draw(*SHAPE, seed=18)) == []
+
+
 def test_timesteps_that_the_levels_do_not_follow_are_warned_about():
     from diffusers import FlowMatchEulerDiscreteScheduler
 

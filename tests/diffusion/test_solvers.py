@@ -446,7 +446,7 @@ def test_invalid_names_and_step_counts_raise(schedule):
             solver.plan(schedule, 10, prediction="velocty")
     with pytest.raises(ConfigError, match="euler_flow needs to know what the network predicts"):
         get_solver("euler_flow").plan(schedule, 10)
-    with pytest.raises(ConfigError, match="a noise schedule predict epsilon or v or x0, not velocity"):
+    with pytest.raises(ConfigError, match="a noise schedule predict epsilon, v or x0, not velocity"):
         get_solver("unipc").plan(schedule, 10, prediction="flow_prediction")
     with pytest.raises(ConfigError, match="leading"):
         get_solver("heun_flow").plan(schedule, 10, prediction="velocity", timestep_spacing="leading")

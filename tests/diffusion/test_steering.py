@@ -161,6 +161,12 @@ def test_both_conditions_are_one_batch():
         torch.testing.assert_close(each, expected)
     torch.testing.assert_close(guided(conditional, one, two, 1.0)(x, t), conditional(x, t, one))
     assert sizes[3:] == [2, 2]
-    for condition, null in [({"a": one}, {"b": two}), (one, (two,)), ((one, 1.0), (two, 2.0)), (one, weight)]:
-        with pytest.raises(ConfigError):
+    for condition, null, words in [
+        ({"a": one}, {"b": two}, "got a dict of a and a dict of b"),
+        (one, (two,), "got a Tensor and a tuple of 1"),
+        (one, None, "got a Tensor and None"),
+        ((one, 1.0), (two, 2.0), "two tensors, or equal"),
+        (one, weight, "one per sample"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
             guided(conditional, condition, null, 2.0)(x, t)

@@ -10,6 +10,7 @@ from monai.data.meta_tensor import MetaTensor
 from monai.networks import nets
 from monai.networks.blocks import SABlock
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from ccella_fast.dropin import fusion
@@ -430,7 +431,7 @@ def test_float64_is_the_truth_also_of_casts_and_noise():
 @pytest.mark.usefixtures("as_on_a_cpu")
 def test_the_report_names_what_computes_as_before_with_an_example():
     report = speed_up(norm_silu_conv(), example=((draw(1, 16, 4, 4, 4),), {}))
-    assert report.plain == ["Sequential"] and "    1  of these compute as before with the example" in str(report)
+    assert report.plain == ["Sequential"] and "    1  of these compute as the original with the example" in str(report)
 
 
 def test_an_example_of_another_form_is_refused():
@@ -459,13 +460,31 @@ class WithNorm(Foreign):
 def test_the_report_names_what_it_does_not_know():
     lines = str(speed_up(nn.Sequential(Foreign(), Foreign(), nn.Linear(2, 2)))).splitlines()
     assert lines[0] == "this model contains no known modules; nothing was replaced"
-    assert lines[-2:] == ["recognized, of all modules of a class:", f"    0 of 2  {__name__}.Foreign"]
+    assert lines[-2:] == ["classes of which not every module was recognized:", f"    0 of 2  {__name__}.Foreign"]
     lines = str(speed_up(WithNorm())).splitlines()
     assert lines[0] == "no block of this model is known; only single norms were replaced" and "group_norm" in lines[1]
     assert lines[-1] == f"    0 of 1  {__name__}.Foreign"
     known = speed_up(nn.Sequential(norm_silu_conv(), Foreign()))
     assert known.unknown == {f"{__name__}.Foreign": 1} and str(known).splitlines()[0].endswith("one kernel")
     assert not speed_up(norm_silu_conv()).unknown
+
+
+class Attention(WithNorm):
+    def forward(self, x):
+        tokens = self.norm(x).flatten(2)
+        return F.scaled_dot_product_attention(tokens, tokens, tokens).view_as(x)
+
+
+class Upsampling(Foreign):
+    def forward(self, x):
+        return F.interpolate(self.conv(x), scale_factor=2)
+
+
+def test_a_known_block_does_not_hide_the_others():
+    known = nn.Sequential(norm_silu_conv(), WithNorm(), Attention(), Upsampling())
+    report = speed_up(known)
+    assert report.swapped["group_norm_silu"] and len(report.swapped["group_norm"]) == 2
+    assert report.unknown == {f"{__name__}.{name}": 1 for name in ("Foreign", "Attention", "Upsampling")}
 
 
 @pytest.mark.parametrize(
