@@ -30,6 +30,7 @@ _READABLE = (1, 2)  # version 1 has the optimizer's state as DeepSpeed's shards 
 _KEYS = {"format", "version", "step", "world_size", "versions", "files"}  # of a manifest
 _FIX = "use another checkpoint, or train again"
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Lengths = Annotated[list[PositiveFinite], Field(min_length=3, max_length=3)]
 _Number = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 
 
@@ -39,6 +40,14 @@ class _Quarantine(BaseModel):
     model_config = ConfigDict(strict=True)
     strikes: dict[_Number, _Count] = {}
     left_out: dict[_Number, _Count] = {}
+
+
+class _TrainedOn(BaseModel):
+    """See `sampling.trained_on`."""
+
+    model_config = ConfigDict(strict=True)
+    classes: Annotated[list[_Count], Field(min_length=2, max_length=2)]
+    spacing: Annotated[list[_Lengths], Field(min_length=2, max_length=2)]
 
 
 class _State(BaseModel):
@@ -52,6 +61,8 @@ class _State(BaseModel):
     ema_updates: _Count = 0
     bad_in_a_row: _Count = 0
     quarantine: _Quarantine = _Quarantine()
+    trained_on: _TrainedOn | None = None
+    averaged: bool | None = None  # of exported models
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Checkpoint:
         weights: "ema" or "raw".
         autoencoder: folder for `load_autoencoder`; None if the checkpoint has none (a reference .pt).
         trained_on: what the training has seen, see `sampling.trained_on`; None if the checkpoint does not say.
+        averaged: whether the weights are averages; None if an exported model does not say, as those of earlier releases.
     """
 
     model: Any
@@ -75,6 +87,7 @@ class Checkpoint:
     autoencoder: Path | None
     path: Path
     trained_on: dict[str, Any] | None = None
+    averaged: bool | None = None
 
 
 def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any = "cpu") -> Checkpoint:
@@ -109,10 +122,15 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
         raise CheckpointError(f"this checkpoint has no {which} weights", path=file, fix=fix)
     config, state = load_config(folder / "config.json"), read_state(folder)
     model = _build(config, load_file(file), file, device)
-    vae = folder / "vae"
+    vae, trained_on = folder / "vae", state.get("trained_on")
+    if trained_on is not None:  # other entries are not passed on
+        trained_on = {name: trained_on[name] for name in _TrainedOn.model_fields}
+    averaged = True if weights == "ema" else state.get("averaged")
+    if averaged is None and ("ema.safetensors" in listed or config.training.ema_decay == 0):
+        averaged = False
     return Checkpoint(
         model, config.model.variant, state["scale_factor"], config, state["step"], state["intensity_scale"], weights,
-        vae if vae.is_dir() else None, folder, state.get("trained_on"),
+        vae if vae.is_dir() else None, folder, trained_on, averaged,
     )  # fmt: skip
 
 

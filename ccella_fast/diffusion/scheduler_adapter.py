@@ -24,7 +24,7 @@ from ccella_fast.errors import ConfigError
 
 
 class SchedulerTrajectory:
-    """Samples with a copy of a diffusers scheduler, over the timesteps that it chooses.
+    """Samples with a copy of a diffusers scheduler, over the timesteps that it chooses, in fp32, or in fp64 if x_T is fp64.
 
     Args:
         scheduler: any scheduler object of diffusers; it is not modified.
@@ -75,11 +75,13 @@ class SchedulerTrajectory:
             # Otherwise the scheduler looks its position up by timestep, and several Karras levels may share a timestep.
             self.scheduler.set_begin_index(first)
         self.dtype = x_T.dtype
+        self._precision = torch.float64 if x_T.dtype == torch.float64 else torch.float32
+        x_T = x_T.to(self._precision)
         self.timesteps: Tensor = self.scheduler.timesteps[first:]
         if start is None:
-            self.x = x_T.float() * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            self.x = x_T * getattr(self.scheduler, "init_noise_sigma", 1.0)
         else:
-            self.x = self._noised(start.to(x_T).float(), x_T.float(), self.timesteps[:1].expand(len(x_T)))
+            self.x = self._noised(start.to(x_T), x_T, self.timesteps[:1].expand(len(x_T)))
         self.x0: Tensor | None = None
         self.index = torch.zeros(1, dtype=torch.int64, device=x_T.device)
         self._step_arguments: dict[str, Any] = {}
@@ -112,8 +114,8 @@ class SchedulerTrajectory:
         """One evaluation of the network and the scheduler's step."""
         t = self.timesteps[self._position]
         scaled = self.scheduler.scale_model_input(self.x, t) if hasattr(self.scheduler, "scale_model_input") else self.x
-        # A copy, because a denoiser may write to its input.
-        output = evaluate_denoiser(denoiser, scaled.to(self.dtype, copy=True), t.expand(len(self.x))).float()
+        given = scaled.to(self.dtype, copy=True)  # a denoiser may write to its input
+        output = evaluate_denoiser(denoiser, given, t.expand(len(self.x))).to(self._precision)
         step = self.scheduler.step(output, t, self.x, **self._step_arguments)
         self.x, self.x0 = step.prev_sample, getattr(step, "pred_original_sample", None)
         self._position += 1

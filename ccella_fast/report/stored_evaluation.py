@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from ccella_fast.data.example_volumes import StoredExample, read_examples
+from ccella_fast.errors import DataError
 from ccella_fast.storage import damage_named, read_json
 
 METRICS, PROTOCOL, SENSITIVITY, EXAMPLES = "metrics.json", "protocol.json", "sensitivity.json", "examples"
 WRITTEN_BY = {"writer": "`ccella-fast evaluate`", "fix": "run `ccella-fast evaluate` again"}  # for `damage_named`
+_SCHEMA = 1  # of metrics.json
 GLAND = "gland_"  # rows of a rule for glands
 
 # Spaces by how far they are trusted to rank generators; radiomics explains, and does not rank.
@@ -142,10 +145,18 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
     content, protocol = read_json(folder / METRICS), _optional(folder / PROTOCOL, {})
     sensitivity = _optional(folder / SENSITIVITY, {"gates": []})
     with damage_named(folder / METRICS, **WRITTEN_BY):
+        schema = content.get("schema", _SCHEMA)
+        if schema != _SCHEMA:
+            why = f"this evaluation has the format {schema!r:.40}, and this release reads {_SCHEMA}"
+            raise DataError(
+                why, path=folder / METRICS, field="schema", fix="use the release that wrote it, or evaluate again"
+            )
+        if not isinstance(content["rows"], list):
+            raise TypeError
         rows = [_row(entry) for entry in content["rows"]]
         cases = [_case(entry) for entry in content["per_case"]]
-        digest, environment = str(content["protocol_sha256"]), dict(content.get("environment", {}))
-        generator = dict(content.get("generator", {}))  # earlier releases did not write it
+        digest, environment = _word(content["protocol_sha256"]), dict(content.get("environment", {}))
+        generator = _generator(content.get("generator", {}))  # earlier releases did not write it
     with damage_named(folder / SENSITIVITY, **WRITTEN_BY):
         gates = [_gate(entry) for entry in sensitivity["gates"]]
     with damage_named(folder / PROTOCOL, **WRITTEN_BY):
@@ -163,16 +174,18 @@ def _optional(path: Path, otherwise: Any) -> Any:
 
 
 def _row(entry: dict[str, Any]) -> MetricRow:
-    names = [entry[name] for name in ("metric", "sequence", "set", "reference", "better")]
-    if not all(isinstance(name, str) for name in (*names, *entry["guards"])):
+    if not all(isinstance(entry[name], str) for name in ("set", "reference", "better")):
         raise TypeError
+    if entry["value"] is not None and entry["n_synthetic"] == 0:
+        raise ValueError
     details = dict(entry["details"])
+    features = None if entry["features"] is None else _word(entry["features"])
     return MetricRow(
-        entry["metric"], None if entry["features"] is None else str(entry["features"]), entry["sequence"], entry["set"],
+        _word(entry["metric"]), features, _word(entry["sequence"]), entry["set"],
         entry["reference"], _number(entry["value"]), _number(entry["value_equal_n"]), _pair(entry["ci95"]),
         _number(entry["floor"]), _number(entry["ratio"]), _pair(details.get("ratio_ci95")),
-        _number(entry["limit_autoencoder"]), int(entry["n_real"]), int(entry["n_synthetic"]), entry["better"],
-        tuple(entry["guards"]), details, entry["weights_sha256"], float(entry["seconds"]),
+        _number(entry["limit_autoencoder"]), _count(entry["n_real"]), _count(entry["n_synthetic"]), entry["better"],
+        tuple(map(_word, entry["guards"])), details, entry["weights_sha256"], float(entry["seconds"]),
     )  # fmt: skip
 
 
@@ -203,16 +216,45 @@ def _gate(entry: dict[str, Any]) -> dict[str, Any]:
     return {**entry, "space": str(entry["space"]), "passed": entry["passed"] is True, "in_order": in_order}
 
 
-def _number(value: Any) -> float | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+def _generator(entry: Any) -> dict[str, Any]:
+    generator = dict(entry)
+    for name in ("weights_sha256", "vae_sha256", "solver"):
+        if generator.get(name) is not None:
+            _word(generator[name])
+    if "solver" in generator:
+        _count(generator["num_inference_steps"], least=1)
+    return generator
+
+
+def _word(value: Any) -> str:
+    """A name of one line, which pages and model cards show."""
+    if not isinstance(value, str) or not value.isprintable():
         raise TypeError
+    return value
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError
+    return value
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError
+    if not abs(value) <= sys.float_info.max:  # nor NaN, infinity, and integers that are too large
+        raise ValueError
     return value
 
 
 def _pair(value: Any) -> tuple[float, float] | None:
     if value is None:
         return None
-    low, high = value
+    low, high = map(_number, value)
+    if low is None or high is None:
+        raise TypeError
     return float(low), float(high)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ccella_fast
-from ccella_fast.config import Config, make_config
+from ccella_fast.config import Config
 from ccella_fast.errors import CheckpointError, ConfigError, DataError
 from ccella_fast.folder_kinds import folder_kind
 from ccella_fast.models.autoencoder import Autoencoder
@@ -21,7 +21,14 @@ from ccella_fast.optional import require
 from ccella_fast.report.stored_evaluation import StoredEvaluation, read_evaluation
 from ccella_fast.sampling.licenses import License, read_license
 from ccella_fast.sampling.model_card import model_card
-from ccella_fast.sampling.pretrained import Provenance, SamplerParts, save_pretrained_files
+from ccella_fast.sampling.pretrained import (
+    WEIGHT_FILES,
+    Provenance,
+    SamplerParts,
+    is_shared_encoder,
+    save_pretrained_files,
+    shared_config,
+)
 from ccella_fast.storage import check_writable
 
 CARD = "README.md"
@@ -104,6 +111,7 @@ class Upload:
             raise CheckpointError(why, path=parts.origin.path, fix=fix)
         if self.evaluation is not None:
             _check_generator(self.evaluation.generator, parts.origin)
+            _check_weights(parts, parts.origin.path)
         parts = parts._replace(config=_shared_config(parts.config, self.text_encoder))
         documents = self._documents(parts, autoencoder)
         if self.out is not None:
@@ -183,16 +191,25 @@ def _check_generator(generator: Mapping[str, Any], origin: Provenance) -> None:
             raise ConfigError(why, field="--evaluation", fix=fix)
 
 
+def _check_weights(parts: SamplerParts, folder: Path) -> None:
+    """Raise ConfigError unless the weights are still those of the checkpoint, to which the evaluation belongs."""
+    from safetensors import safe_open
+
+    state = parts.model.state_dict()
+    with safe_open(folder / WEIGHT_FILES[parts.origin.weights], "pt") as file:
+        for name, tensor in state.items():
+            stored = file.get_tensor(name)
+            if stored.dtype != tensor.dtype or not stored.equal(tensor.cpu()):
+                why = f"the weights '{name}' are not those of the checkpoint that was evaluated: they were rounded or changed"
+                fix = 'load the sampler with dtype="float32" and share it as it is, or leave the evaluation out'
+                raise ConfigError(why, path=folder, field="evaluation", fix=fix)
+
+
 def _shared_config(config: Config, text_encoder: str | None) -> Config:
-    """The configuration without the paths of this machine."""
-    values = config.dump()
-    del values["paths"]
-    if text_encoder is not None:
-        values["text"]["encoder"] = text_encoder
-    shared = make_config(values)
+    """The configuration for others. Raises ConfigError if they do not have the text encoder."""
+    shared = shared_config(config, text_encoder)
     encoder = shared.text.encoder
-    is_local = encoder.count("/") > 1 or encoder.startswith((".", "/", "~")) or Path(encoder).is_dir()
-    if shared.model.traits.text and is_local:
+    if shared.model.traits.text and not is_shared_encoder(encoder):
         why = "the text encoder of this model is a folder of this machine, which others do not have"
         fix = "add --text_encoder with its name on the hub, such as google/flan-t5-xxl"
         raise ConfigError(why, path=encoder, field="text.encoder", fix=fix)

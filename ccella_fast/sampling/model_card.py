@@ -21,6 +21,11 @@ from ccella_fast.sampling.pretrained import SamplerParts
 from ccella_fast.sampling.trained_on import class_head_state, trained_spacings
 
 _TAGS = ["ccella", "medical", "mri", "prostate", "3d", "latent-diffusion", "synthetic-data"]
+_AVERAGED = {
+    True: "moving average",
+    False: "not averaged",
+    None: "the checkpoint does not say whether they are averages",
+}
 _PAPER = "https://arxiv.org/abs/2506.10230"
 
 
@@ -67,7 +72,7 @@ def _metadata(
     values: dict[str, Any] = {"library_name": "ccella_fast", "pipeline_tag": task, "tags": _TAGS}
     values |= card_license(*licenses, page=f"https://huggingface.co/{repo_id}")
     if evaluation is not None:
-        real = f"{evaluation.word}s not used in training"
+        real = f"{evaluation.word}s"
         results = [
             EvalResult(task, "custom", real, row.metric, row.value, metric_name=_row_name(row))
             for row in evaluation.rows
@@ -107,8 +112,7 @@ def _model(parts: SamplerParts) -> str:
         "Autoencoder": f"{_list(vae.num_channels)} channels, each axis divided by {vae.factor}",
         "Noise": f"{schedule.num_train_timesteps} steps, {schedule.schedule} from {schedule.beta_start} to {schedule.beta_end}",
         "Default sampling": counted(config.sampling.num_inference_steps, "step") + f" of {config.sampling.solver}",
-        "Weights": ("moving average" if parts.origin.weights == "ema" else "not averaged")
-        + f", after {counted(state['step'], 'training step')}",
+        "Weights": f"{_AVERAGED[parts.origin.averaged]}, after {counted(state['step'], 'training step')}",
     }
     if model.traits.text:
         facts["Text encoder"] = f"{config.text.encoder}, {config.text.max_length} tokens"
@@ -132,7 +136,7 @@ def _training_data(parts: SamplerParts) -> str:
         lines = [
             f"{counted(negative + positive, 'study', 'studies')} with a report and a PI-RADS class: {negative} of PI-RADS 1 "
             f"and 2, {positive} of PI-RADS 3 to 5. Studies that lack one of these are not counted.",
-            f"Voxels of {low if low == high else f'{low} to {high}'} mm along R, A, S, with augmentation.",
+            f"Voxels of {low if low == high else f'{low} to {high}'} mm along R, A, S, after augmentation if there was any.",
         ]
     lines += [
         f"Each volume was brought to {_times(config.data.dim)} voxels with intensities in [0, 1].",
@@ -177,8 +181,8 @@ def _evaluation(evaluation: StoredEvaluation | None) -> str:
     how = evaluation.generator
     settings = f" with {how['num_inference_steps']} steps of {how['solver']}" if "solver" in how else ""
     lines = [
-        f"Volumes that these weights generated{settings}, compared with {evaluation.word}s that the model was not trained "
-        f"on, by `ccella-fast evaluate` (protocol {evaluation.protocol_sha256[:12]}).",
+        f"Volumes that these weights generated{settings}, compared with {evaluation.word}s by `ccella-fast evaluate` "
+        f"(protocol {evaluation.protocol_sha256[:12]}). {_held_out(evaluation)}",
         "\n".join(f"* **{each.question}** {each.answer}: {each.sentence}" for each in verdicts(evaluation)),
         _table(list(COLUMNS), [cells(row) for row in evaluation.rows]),
         "*floor*: the same metric between two halves of the real volumes. *ratio*: value at equal n over floor; 1 is as good "
@@ -187,6 +191,12 @@ def _evaluation(evaluation: StoredEvaluation | None) -> str:
     guards = dict.fromkeys(guard for row in evaluation.rows for guard in row.guards)
     lines += ["\n".join(f"* `{guard}`: {guard_sentence(guard)}" for guard in guards)] if guards else []
     return "\n\n".join(lines)
+
+
+def _held_out(evaluation: StoredEvaluation) -> str:
+    if evaluation.protocol.get("standardised_by") == "train":
+        return f"No {evaluation.word} is among the training volumes that it was given."
+    return f"It was given no training volumes to find out whether these {evaluation.word}s are among them."
 
 
 def _intended_use(evaluation: StoredEvaluation | None) -> str:

@@ -7,6 +7,7 @@ from which inference.json samples.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,13 +18,20 @@ from safetensors.torch import load_file
 
 import ccella_fast
 from ccella_fast.checkpoint import Checkpoint, check_exportable
-from ccella_fast.config import Config, PathsConfig
+from ccella_fast.config import Config
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.folder_lock import lock_folder
-from ccella_fast.sampling.pretrained import SamplerParts, load_pretrained, save_pretrained_files
+from ccella_fast.sampling.pretrained import (
+    SamplerParts,
+    is_shared_encoder,
+    load_pretrained,
+    save_pretrained_files,
+    shared_config,
+)
 from ccella_fast.storage import atomic_folder, write_json
 from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
 
+logger = logging.getLogger("ccella_fast")
 _SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 _VERSION = "0.1.0"  # of a bundle; its owner counts on from there
 _USE = "Research on synthetic images. Not for clinical use: generated volumes are not for diagnosis."
@@ -97,14 +105,16 @@ def export_monai_bundle(
             why = "this checkpoint has no autoencoder, without which a bundle generates no volumes"
             fix = "train on a folder prepared with `ccella-fast prepare --vae`, or export the reference's format"
             raise CheckpointError(why, path=loaded.path, fix=fix)
-        encoder = loaded.config.text.model_copy(update={"encoder": text_encoder or loaded.config.text.encoder})
-        # The paths of this machine are not passed on.
-        config = loaded.config.model_copy(update={"paths": PathsConfig(), "text": encoder})
+        config = shared_config(loaded.config, text_encoder)
+        if config.model.traits.text and not is_shared_encoder(config.text.encoder):
+            why = "the bundle names the text encoder '%s', a folder that others do not have. Fix: export with --text_encoder"
+            logger.warning(why, config.text.encoder)
         state = {
             "step": loaded.step,
             "scale_factor": loaded.scale_factor,
             "intensity_scale": loaded.intensity_scale,
             "trained_on": loaded.trained_on,
+            "averaged": loaded.averaged,
         }
         metadata = _metadata(loaded)
         with atomic_folder(out) as partial:
@@ -238,7 +248,8 @@ def _numbered(names: list[str]) -> dict[str, str]:
 
 
 def _weights(loaded: Checkpoint) -> str:
-    return f"{'averaged' if loaded.weights == 'ema' else 'raw'} weights of step {loaded.step}"
+    kind = {True: "averaged weights", False: "raw weights", None: "weights"}[loaded.averaged]
+    return f"{kind} of step {loaded.step}"
 
 
 def _readme(loaded: Checkpoint, config: Config, metadata: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from ccella_fast.optional import require
 from ccella_fast.sampling.output import volume_digest
 from ccella_fast.storage import atomic_folder, read_json, sha256, write_json
 
-_WEIGHT_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+WEIGHT_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
 
 
 def config_digest(config: Config) -> str:
@@ -47,12 +48,14 @@ class Provenance(NamedTuple):
         path: of the checkpoint, for errors; None for a model in memory.
         weights: "ema", "raw" or "given", for errors.
         trained_on: what the training has seen (see `trained_on`); None if it is not known.
+        averaged: whether the weights are averages; None if it is not known.
     """
 
     metadata: dict[str, Any]
     path: Path | None
     weights: str
     trained_on: dict[str, Any] | None = None
+    averaged: bool | None = None
 
     @classmethod
     def of_objects(cls, config: Config) -> Provenance:
@@ -63,7 +66,7 @@ class Provenance(NamedTuple):
     @classmethod
     def of_checkpoint(cls, loaded: Checkpoint, vae: Path | None) -> Provenance:
         """The provenance of a checkpoint with the autoencoder of `vae`, a folder or weight file."""
-        name = _WEIGHT_FILES[loaded.weights]
+        name = WEIGHT_FILES[loaded.weights]
         if loaded.path.is_file():
             weights_hash = sha256(loaded.path)
         else:  # load_checkpoint has verified the file against its manifest
@@ -77,7 +80,7 @@ class Provenance(NamedTuple):
             "vae_sha256": None if vae is None else sha256(weights_file(vae)),
             "config_sha256": config_digest(loaded.config),
         }
-        return cls(metadata, loaded.path, loaded.weights, loaded.trained_on)
+        return cls(metadata, loaded.path, loaded.weights, loaded.trained_on, loaded.averaged)
 
 
 class SamplerParts(NamedTuple):
@@ -117,8 +120,8 @@ def peek_weights(path: str | Path) -> dict[str, Any]:
     try:
         steps = [] if (folder / "manifest.json").is_file() else step_folders(folder)
         listed = read_json((steps[0] if steps else folder) / "manifest.json")["files"]
-        weights = "ema" if _WEIGHT_FILES["ema"] in listed else "raw"
-        return {"weights": weights, "weights_sha256": listed[_WEIGHT_FILES[weights]]["sha256"]}
+        weights = "ema" if WEIGHT_FILES["ema"] in listed else "raw"
+        return {"weights": weights, "weights_sha256": listed[WEIGHT_FILES[weights]]["sha256"]}
     except (CcellaError, OSError, KeyError, TypeError):  # `load_checkpoint` says why
         return {}
 
@@ -169,6 +172,28 @@ def save_pretrained_files(
         write_manifest(partial, step=parts.state["step"])
         for name, text in documents.items():
             (partial / name).write_text(text, encoding="utf-8")
+
+
+def shared_config(config: Config, text_encoder: str | None) -> Config:
+    """The configuration for others: without the paths of this machine, the name of the run and the tag of the studies.
+
+    text_encoder: replaces the encoder of the configuration.
+    """
+    values = config.dump()
+    del values["paths"], values["name"], values["data"]["dataset"]
+    if text_encoder is not None:
+        values["text"]["encoder"] = text_encoder
+    return make_config(values)
+
+
+def is_shared_encoder(encoder: str) -> bool:
+    """Whether others have a text encoder too: one of the hub or of a package, not a folder of this machine."""
+    name = encoder.removeprefix("package:")
+    return (
+        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None
+        and name[0] != "."
+        and not Path(encoder).is_dir()
+    )
 
 
 def local_folder(path: str | Path) -> Path:

@@ -267,6 +267,7 @@ class FastSampler:
             "scale_factor": self.scale_factor,
             "intensity_scale": self.intensity_scale,
             "trained_on": self.origin.trained_on,
+            "averaged": self.origin.averaged,
         }
         return pretrained.SamplerParts(self.config, self.model, self.autoencoder, state, self.origin)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import diffusers
 import mpmath
 import numpy as np
 import pytest
@@ -351,3 +352,26 @@ def test_quantiles_of_the_beta_distribution():
 
 def test_the_names_are_public():
     assert {"Edm", "RectifiedFlow", "DynamicThreshold", "guided", "edm_denoiser"} <= set(ccella_fast.__all__)
+
+
+@pytest.mark.filterwarnings("ignore:.*implementation doesn't accept a copy:DeprecationWarning")
+@pytest.mark.parametrize(
+    "name", ["HeunDiscrete", "UniPCMultistep", "FlowMatchEulerDiscrete", "EulerAncestralDiscrete", "LCM"]
+)
+def test_a_scheduler_object_computes_in_float64_if_the_noise_is(name):
+    kind = getattr(diffusers, f"{name}Scheduler")
+    x_T = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def network(x, t):
+        return torch.tanh(0.9 * x.roll(1, -1) + x + t.view(-1, 1, 1) / 1000)
+
+    torch.manual_seed(1)
+    found = sample(network, x_T, solver=kind(), num_inference_steps=6)
+    torch.manual_seed(1)
+    scheduler = kind()
+    scheduler.set_timesteps(6)
+    x = x_T * getattr(scheduler, "init_noise_sigma", 1.0)
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(network(scaled, t.expand(2)), t, x).prev_sample
+    torch.testing.assert_close(found, x, rtol=1e-12, atol=1e-12)

@@ -107,11 +107,13 @@ def encoder(tmp_path_factory):
 def trained(folder: Path, variant: str = "CCELLA", **overrides) -> Path:
     """A checkpoint with averages, the counts of its training, and what must not be shared."""
     given = {"text.encoder": "package:tiny_report_encoder", "text.dtype": "float32", "paths.model_dir": CANARIES[1]}
+    given |= {"name": f"run of {CANARIES[1]}", "data.dataset": CANARIES[1]}
     write_checkpoint(folder, variant, **(given | overrides))
     average = {name: 0.5 * tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(average, folder / "ema.safetensors")
     state = read_json(folder / "training_state.json")
     seen = {"classes": [31, 11], "spacing": [[1.25, 1.5, 3.0], [1.5, 1.75, 3.0]]}
+    seen["cases"] = [CANARIES[0]]
     write_json(folder / "training_state.json", {**state, "trained_on": seen, "note": CANARIES[0]})
     (folder / "manifest.json").unlink()
     write_manifest(folder, step=12)
@@ -185,7 +187,14 @@ def test_raw_weights_and_a_shared_folder_can_be_shared(hub, checkpoint, tmp_path
     assert all(torch.equal(tensor, true[name]) for name, tensor in load_file(folder / "model.safetensors").items())
     first = dict(hub.files[REPO])
     assert push(folder, *stated()) == 0
-    assert {name for name, content in first.items() if hub.files[REPO][name] != content} <= {"README.md"}
+    assert hub.files[REPO] == first and b"| Weights | not averaged" in first["README.md"]
+
+
+def test_averages_stay_averages_when_they_are_shared_again(hub, checkpoint, tmp_path):
+    assert push(checkpoint, *stated()) == 0
+    first = dict(hub.files[REPO])
+    assert push(hub.download(tmp_path / "download"), *stated()) == 0
+    assert hub.files[REPO] == first and b"| Weights | moving average" in first["README.md"]
 
 
 @pytest.mark.parametrize("variant", ["CCELLA", "DECOUPLED", "RADMAISI", "MAISI"])
@@ -260,7 +269,8 @@ def test_what_a_checkpoint_does_not_say_is_said(tmp_path):
     assert push(checkpoint, "--out", out) == 0
     data, text = card_of((out / "README.md").read_text())
     assert "license" not in data and data["pipeline_tag"] == "unconditional-image-generation"
-    assert text.count("**not stated**") == 2 and "does not say how many studies" in text and "not averaged" in text
+    assert text.count("**not stated**") == 2 and "does not say how many studies" in text
+    assert "| Weights | the checkpoint does not say whether they are averages, after" in text
     assert push(checkpoint, "--license", "mit", "--out", tmp_path / "half") == 0
     half, table = card_of((tmp_path / "half" / "README.md").read_text())
     assert "license" not in half and table.count("**not stated**") == 1 and "| mit |" in table
@@ -291,7 +301,7 @@ def test_the_card_has_the_numbers_of_the_evaluation(hub, checkpoint, tmp_path):
     data, text = card_of(hub.files[REPO]["README.md"].decode())
     rows = read_json(folder / "metrics.json")["rows"]
     ((entry,),) = [data["model-index"][0]["results"]]
-    assert data["model-index"][0]["name"] == "prostate" and entry["dataset"]["name"] == "phantoms not used in training"
+    assert data["model-index"][0]["name"] == "prostate" and entry["dataset"]["name"] == "phantoms"
     assert [(metric["type"], metric["value"]) for metric in entry["metrics"]] == [
         (row["metric"], row["value"]) for row in rows
     ]
@@ -307,6 +317,41 @@ def test_the_card_has_the_numbers_of_the_evaluation(hub, checkpoint, tmp_path):
     assert "**Is it new?** undecided" in text and "is answered above" in text
     assert "* `n<d`: There are no more volumes than features" in text
     assert "samples" not in "".join(cell for cells in shown.values() for cell in cells)  # nor other names of folders
+    assert "given no training volumes" in text and "not trained on" not in text
+    write_json(folder / "protocol.json", {**read_json(folder / "protocol.json"), "standardised_by": "train"})
+    assert push(checkpoint, *stated(evaluation=folder)) == 0
+    assert "No phantom is among the training volumes" in card_of(hub.files[REPO]["README.md"].decode())[1]
+
+
+def first_row(**changes):
+    return lambda content: content["rows"][0].update(changes)
+
+
+INJECTED = "fd |\n# Zebedee"
+DAMAGE = {
+    "a metric of two lines": first_row(metric=INJECTED), "a space of two lines": first_row(features=INJECTED),
+    "a sequence of two lines": first_row(sequence=INJECTED), "a guard of two lines": first_row(guards=[INJECTED]),
+    "nan": first_row(value=float("nan")), "infinity": first_row(floor=float("inf")), "a huge integer": first_row(value=10**400),
+    "no limit": first_row(ci95=[float("nan"), 1.0]), "no end": first_row(ci95=[None, 1.0]), "n": first_row(n_real=-5),
+    "a value of nothing": first_row(metric="copies", value=0.5, ci95=[0.1, 0.9], n_synthetic=0),
+    "rows by name": lambda content: content.update(rows={}),
+    "a digest of two lines": lambda content: content.update(protocol_sha256=INJECTED),
+    "no steps": lambda content: content["generator"].pop("num_inference_steps"),
+    "a solver of two lines": lambda content: content["generator"].update(solver=INJECTED),
+    "another format": lambda content: content.update(schema=99),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_an_evaluation_that_was_edited_or_is_of_another_format_is_refused(hub, checkpoint, tmp_path, capsys, name):
+    folder = evaluation_of(checkpoint, tmp_path / "evaluation")
+    content = read_json(folder / "metrics.json")
+    DAMAGE[name](content)
+    (folder / "metrics.json").write_text(json.dumps(content))
+    assert push(checkpoint, *stated(evaluation=folder)) == 3 and hub.calls == []
+    said = capsys.readouterr().err
+    assert str(folder / "metrics.json") in said and "Zebedee" not in said and len(said.splitlines()) <= 5
+    assert ("format 99" in said) is (name == "another format")
 
 
 def test_samples_are_evaluated_and_shared_with_their_model(hub, checkpoint, tmp_path, monkeypatch):
@@ -345,6 +390,8 @@ REFUSED = {
     "no checkpoint": ([*stated(), "--checkpoint", "{tmp}/none"], ["{tmp}/none", "does not exist"]),
     "a reference file": ([*stated(), "--checkpoint", "{pt}", "--vae", "{checkpoint}"], ["{pt}", "a checkpoint folder"]),
     "no autoencoder": ([*stated(), "--checkpoint", "{without}"], ["no autoencoder", "--vae"]),
+    "encoder in a folder of Windows": ([*stated(), "--text_encoder", "C:\\t5"], ["text.encoder", "--text_encoder"]),
+    "encoder of two lines": ([*stated(), "--text_encoder", "google/t5\n# x"], ["text.encoder", "--text_encoder"]),
     "encoder in a folder": ([*stated(), "--checkpoint", "{local}"], ["text.encoder", "--text_encoder", "/data/t5"]),
     "output exists": ([*stated(), "--out", "{tmp}"], ["--out", "already exists"]),
 }  # fmt: skip
@@ -436,3 +483,17 @@ def test_from_python(hub, checkpoint):
     with pytest.raises(CheckpointError, match="a checkpoint folder"):
         in_memory.push_to_hub(REPO, **LICENSED)
     assert hub.calls.count("create_commit") == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_evaluation_is_not_of_weights_that_were_rounded_or_changed(hub, checkpoint, tmp_path, dtype):
+    folder = evaluation_of(checkpoint, tmp_path / "evaluation")
+    shared = FastSampler.from_checkpoint(checkpoint, device="cpu", dtype=dtype, text_encoder=FakeEncoder())
+    if dtype == "float32":
+        shared.push_to_hub(REPO, **LICENSED, evaluation=folder)
+        with torch.no_grad():
+            list(shared.model.parameters())[-1][0] += 1e-3
+    count = len(hub.calls)
+    with pytest.raises(ConfigError, match="rounded or changed"):
+        shared.push_to_hub(REPO, **LICENSED, evaluation=folder)
+    assert len(hub.calls) == count

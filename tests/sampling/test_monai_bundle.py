@@ -49,7 +49,9 @@ def checkpoint(tmp_path_factory) -> Path:
     """With an encoder, averaged weights that differ from the raw ones, and what must not be passed on."""
     folder = tmp_path_factory.mktemp("run")
     encoder = {"text.encoder": str(write_bert(folder / "bert", width=WIDTH)), "text.dtype": "float32"}
-    step = write_checkpoint(folder / "step", **encoder, **{"paths.model_dir": f"/home/{CANARY}"})
+    step = write_checkpoint(
+        folder / "step", **encoder, **{"paths.model_dir": f"/home/{CANARY}", "name": CANARY, "data.dataset": CANARY}
+    )
     averaged = {name: tensor + 0.01 for name, tensor in load_file(step / "model.safetensors").items()}
     save_file(averaged, step / "ema.safetensors")
     state = read_json(step / "training_state.json")
@@ -264,3 +266,11 @@ def test_a_bundle_given_as_a_checkpoint_is_answered_with_the_folder_in_it(bundle
         load_checkpoint(bundle)
     assert caught.value.fix == f"give {bundle / 'models'}"
     assert load_checkpoint(bundle / "models").step == 12
+
+
+@pytest.mark.parametrize("encoder", [None, "google/flan-t5-small"])
+def test_an_encoder_that_others_do_not_have_is_warned_about(checkpoint, tmp_path, caplog, encoder):
+    export_monai_bundle(checkpoint, tmp_path / "bundle", text_encoder=encoder)
+    assert ("--text_encoder" in caplog.text) is (encoder is None)
+    readme = (tmp_path / "bundle/docs/README.md").read_text()
+    assert (str(checkpoint.parent) in readme) is (encoder is None)
