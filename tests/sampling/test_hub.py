@@ -314,7 +314,7 @@ def test_the_card_has_the_numbers_of_the_evaluation(hub, checkpoint, tmp_path):
             assert cells[place] == ("" if row[name] is None else f"{row[name]:.4g}"), (row["metric"], name)
         assert cells[9] == "32 + 24"
     assert "with 50 steps of ddim" in text and "**Is it good?** no: Generated volumes (n = 24) are 4.9 times" in text
-    assert "**Is it new?** undecided" in text and "is answered above" in text
+    assert "**Is it new?** undecided" in text and "The evaluation above says whether" in text
     assert "* `n<d`: There are no more volumes than features" in text
     assert "samples" not in "".join(cell for cells in shown.values() for cell in cells)  # nor other names of folders
     assert "given no training volumes" in text and "not trained on" not in text
