@@ -23,6 +23,11 @@ def cpu_name() -> str:
     return _cpuinfo().get("model name", platform.machine())
 
 
+def cpu_vendor() -> str:
+    """The vendor of the CPU as it names itself, such as GenuineIntel or AuthenticAMD; empty where Linux does not say."""
+    return _cpuinfo().get("vendor_id", "")
+
+
 def cpu_instructions() -> list[str]:
     """The vector and matrix instructions of this CPU, among those for which torch has kernels."""
     flags = _cpuinfo().get("flags", "").split()

@@ -16,6 +16,7 @@ from ccella_fast.config import ModelConfig
 from ccella_fast.kernels.attention import attention
 from ccella_fast.models.blocks import Checkpointed, zero_module
 from ccella_fast.models.embeddings import sinusoidal
+from ccella_fast.models.linear import Linear, linear
 from ccella_fast.models.wide_linear import WideLinear
 
 
@@ -55,8 +56,8 @@ class LatentAttention(nn.MultiheadAttention):
         """queries (B, Q, E) attend to context (B, L, E) -> (B, Q, E)."""
         weight_q, weight_kv = self.in_proj_weight.split([self.embed_dim, 2 * self.embed_dim])
         bias_q, bias_kv = self.in_proj_bias.split([self.embed_dim, 2 * self.embed_dim])
-        q = self._heads(F.linear(queries, weight_q, bias_q))
-        k, v = map(self._heads, F.linear(context, weight_kv, bias_kv).chunk(2, dim=-1))
+        q = self._heads(linear(queries, weight_q, bias_q))
+        k, v = map(self._heads, linear(context, weight_kv, bias_kv).chunk(2, dim=-1))
         return self.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
     def _heads(self, tokens: Tensor) -> Tensor:
@@ -68,8 +69,8 @@ class SquaredReluFeedForward(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_fc = Linear(width, 4 * width)
+        self.c_proj = Linear(4 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, E) -> (B, N, E)."""
@@ -104,7 +105,7 @@ class Connector(Checkpointed):
         self.head = config.traits.head
         self.latents = nn.Parameter(torch.randn(config.num_latents, width) * width**-0.5)
         self.time_aware_linear = nn.Linear(width, width)
-        self.proj_in = nn.Linear(config.input_dim, width)
+        self.proj_in = Linear(config.input_dim, width)
         self.perceiver_blocks = nn.ModuleList(PerceiverBlock(width, config.adapter_heads) for _ in range(blocks))
         if self.head == "cascade":
             self.cascade_blocks = nn.ModuleList(ClassHead(config) for _ in range(blocks))
