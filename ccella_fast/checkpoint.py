@@ -117,7 +117,7 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
         weights = "ema" if "ema.safetensors" in listed else "raw"
     file = folder / ("ema.safetensors" if weights == "ema" else "model.safetensors")
     if file.name not in listed:
-        (which, _), (present, option) = (("averaged", "ema"), ("raw", "raw"))[:: 1 if weights == "ema" else -1]
+        which, present, option = ("averaged", "raw", "raw") if weights == "ema" else ("raw", "averaged", "ema")
         fix = f'use the {present} weights, with --weights {option}, or weights="{option}" in Python'
         raise CheckpointError(f"this checkpoint has no {which} weights", path=file, fix=fix)
     config, state = load_config(folder / "config.json"), read_state(folder)

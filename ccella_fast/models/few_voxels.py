@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ccella_fast.models.gradient_memory import GradientMemory, empty_gradient, gradient_memory_of
 from ccella_fast.models.thin_grids import on_three_voxels
 
 FEW = 64  # voxels of the batch; the columns are 27 copies of them
@@ -32,15 +33,14 @@ def trains_few_voxels(x: Tensor, weight: Tensor) -> bool:
 def conv3d_few_voxels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution with padding 1 and stride 1.
 
-    If the weight has an attribute `gradient_memory`, the backward pass calls it for a tensor in which to compute the weight's
-    gradient, or for None, which stands for new memory.
+    The gradient of the weight is computed in its `gradient_memory`.
     """
-    return _Convolution.apply(x, weight, bias, getattr(weight, "gradient_memory", None))
+    return _Convolution.apply(x, weight, bias, gradient_memory_of(weight))
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gradient_memory: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gradient_memory: GradientMemory) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gradient_memory = gradient_memory
         return on_three_voxels(lambda x: F.conv3d(x, weight, bias, padding=1), x)
@@ -52,9 +52,7 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = on_three_voxels(lambda dy: _input_gradient(dy, weight), dy)
         if ctx.needs_input_grad[1]:
-            given = ctx.gradient_memory() if ctx.gradient_memory is not None else None
-            # Another tensor in the given memory: autograd would copy one that is referred to elsewhere.
-            dweight = torch.empty_like(weight) if given is None else given.detach()
+            dweight = empty_gradient(weight, ctx.gradient_memory)
             torch.mm(dy.transpose(0, 1).flatten(1), _columns(x).T, out=dweight.view(len(weight), -1))
         if ctx.needs_input_grad[2]:
             dbias = dy.sum((0, 2, 3, 4), dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype)

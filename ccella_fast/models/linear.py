@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccella_fast.hardware import cpu_vendor
+from ccella_fast.models.gradient_memory import GradientMemory, empty_gradient, gradient_memory_of
 
 _MIN_ROWS, _MIN_WEIGHTS = 16, 2**16  # below these the product takes no time worth mentioning
 
@@ -32,12 +33,11 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x weight^T + bias.
 
-    If the weight has an attribute `gradient_memory`, the backward pass calls it for a tensor in which to compute the weight's
-    gradient, or for None, which stands for new memory.
+    The gradient of the weight is computed in its `gradient_memory`.
     """
     if not _is_trained_by_onednn(x, weight):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias, getattr(weight, "gradient_memory", None))
+    return _Linear.apply(x, weight, bias, gradient_memory_of(weight))
 
 
 def _is_trained_by_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -59,7 +59,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, gradient_memory: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, gradient_memory: GradientMemory) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gradient_memory = gradient_memory
         return _product(x, weight, bias)
@@ -72,9 +72,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _product(dy, weight.T, None)
         if ctx.needs_input_grad[1]:
-            given = ctx.gradient_memory() if ctx.gradient_memory is not None else None
-            # Another tensor in the given memory: autograd would copy one that is referred to elsewhere.
-            dweight = torch.empty_like(weight) if given is None else given.detach()
+            dweight = empty_gradient(weight, ctx.gradient_memory)
             torch.mm(rows.T, x.flatten(0, -2), out=dweight)
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
