@@ -170,7 +170,7 @@ def run_command(work: Callable[[], int], *, debug: bool, if_out_of_memory: str =
     try:
         with _stop_on_sigterm():
             code = work()
-        sys.stdout.flush()
+        _flush_output(code)
         return code
     except BrokenPipeError:  # the reader has closed the pipe (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -180,6 +180,7 @@ def run_command(work: Callable[[], int], *, debug: bool, if_out_of_memory: str =
         if is_local_rank_zero():
             with suppress(OSError):  # the terminal may have been closed
                 print(stop, file=sys.stderr)
+        _flush_output(stop.exit_code)
         return stop.exit_code
     except Exception as error:
         if debug:
@@ -192,6 +193,21 @@ def run_command(work: Callable[[], int], *, debug: bool, if_out_of_memory: str =
         # Not killed by the launcher: the error may be of this rank alone, such as a study that only this rank has read.
         print(message, file=sys.stderr)
         return message.exit_code
+
+
+def _flush_output(code: int) -> None:
+    """Flush what was printed. After SIGHUP nobody reads it: where flushing fails, Python would exit with 120 instead of `code`.
+
+    That includes what libraries print when Python ends.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            if code != 128 + signal.SIGHUP:
+                raise
+        if code == 128 + signal.SIGHUP:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -98,3 +99,38 @@ def test_a_command_says_how_it_was_stopped(number: int, capsys):
 
     assert entrypoint.run_command(work, debug=False) == 128 + number
     assert capsys.readouterr().err == "stopped after step 3\n"
+
+
+# Prints without a line break, then ends as a command does that has been sent SIGHUP; prints again when Python ends.
+CLOSED_TERMINAL = """
+import atexit, signal, sys, time
+from ccella_fast import entrypoint
+from ccella_fast.errors import Stopped
+
+def hang_up(number, frame):
+    raise Stopped(number)
+
+def work():
+    signal.signal(signal.SIGHUP, hang_up)
+    atexit.register(print, "end")
+    print("begin", flush=True)
+    {during}
+    while True:
+        time.sleep(0.01)
+
+sys.exit(entrypoint.run_command(work, debug=False))
+"""
+
+
+@pytest.mark.parametrize("during", ["sys.stdout.write('unfinished')", "pass"])
+def test_a_closed_terminal_gives_the_exit_code_of_its_signal(during: str):
+    """Python itself exits with 120 if it cannot write what is left in its buffers."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process, terminal = pty.fork()
+    if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started with nohup
+        os.execve(sys.executable, [sys.executable, "-c", CLOSED_TERMINAL.format(during=during)], buffered)
+    assert os.read(terminal, 5) == b"begin"
+    time.sleep(0.2)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129

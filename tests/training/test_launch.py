@@ -133,11 +133,12 @@ def test_two_processes_print_one_message(tmp_path, data):
 def test_a_closed_terminal_saves_the_last_step(tmp_path, data):
     """It sends SIGHUP, after which every output fails."""
     config = write_config(tmp_path / "config.json", max_train_steps=100_000, checkpointing_steps=100_000)
+    variables = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
     process, terminal = pty.fork()
     if process == 0:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started with nohup
         words = ["--config", config, "--data", data, "--output_dir", tmp_path / "run"]
-        os.execve(sys.executable, [sys.executable, str(TRAIN_SCRIPT), *map(str, words)], environment())
+        os.execve(sys.executable, [sys.executable, str(TRAIN_SCRIPT), *map(str, words)], variables)
     os.set_blocking(terminal, False)
     metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() and time.monotonic() < end:
