@@ -43,6 +43,7 @@ from ccella_fast.storage import write_json
 
 ORIGINAL, AGAIN, ALL = "original", "again", "all"
 SLOWEST = 0.97  # of the lowest ratio of the original to itself
+_LEAST_ROUNDS = 9  # the median of three calls of a network that takes 0.3 s differs from that of nine by a tenth
 EPILOG = """Exit codes: 0 ok; 1 a wrong value or gradient, a network that is slower than its original beyond the noise, or
 nothing measured; 2 usage."""
 
@@ -57,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sources", type=Path, metavar="DIR", help="the folder with the checkouts of dropin_networks.py"
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of a measurement (default: 3)")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="for the rounds of a measurement, nine or more (default: 3)"
+    )
     return script.run_script(parser, run, argv)
 
 
@@ -297,7 +300,11 @@ def _ratios(
 
     with cast:
         timings = timer.measure(
-            {name: calls(versions[name]) for name in timed}, device, budget=seconds, clock=time.process_time
+            {name: calls(versions[name]) for name in timed},
+            device,
+            budget=seconds,
+            least_rounds=_LEAST_ROUNDS,
+            clock=time.process_time,
         )
     original = timings[ORIGINAL].rounds
     found = {name: timer.ratio(original, timing.rounds) for name, timing in timings.items() if name != ORIGINAL}

@@ -79,6 +79,7 @@ def measure(
     device: torch.device,
     *,
     budget: float,
+    least_rounds: int = LEAST_ROUNDS,
     most: float = math.inf,
     clock: Callable[[], float] | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
@@ -88,7 +89,8 @@ def measure(
     Args:
         implementations: By name: the call to time, which receives a stopwatch.
         device: Where they run.
-        budget: Seconds for the rounds of all implementations together; `LEAST_ROUNDS` rounds are run even if they take longer.
+        budget: Seconds for the rounds of all implementations together.
+        least_rounds: Rounds that are run even if they take longer.
         most: Seconds for everything, including the first calls: no round begins later, but one is always run.
         clock: What is read on a CPU, as by `Stopwatch`; `time.process_time` does not count the time of other programs.
         on_progress: Called with a description of what runs next.
@@ -104,11 +106,11 @@ def measure(
         least = _LEAST_SECONDS_CUDA if device.type == "cuda" else _LEAST_SECONDS
         repeats[name] = max(1, min(1000, round(least / max(second, 1e-9))))
         round_seconds += second * repeats[name]
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget / max(round_seconds, 1e-9))))
+    rounds = max(least_rounds, min(MOST_ROUNDS, int(budget / max(round_seconds, 1e-9))))
     first_round = time.perf_counter()
     for number in range(rounds):
         now = time.perf_counter()
-        if number and now - begin + round_seconds > most or number >= LEAST_ROUNDS and now - first_round > budget:
+        if number and now - begin + round_seconds > most or number >= least_rounds and now - first_round > budget:
             break
         on_progress(f"round {number + 1} of {rounds}")
         for name, run in implementations.items():
