@@ -78,7 +78,7 @@ def group_norm_silu_native(
     silu: bool = True,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """PyTorch's operations on 16-bit tensors: arithmetic in fp32, but each result is rounded, and there is no copy in fp32."""
+    """PyTorch's operations on 16-bit tensors: they compute in fp32 without fp32 copies, and round each result."""
     h = x if shift is None else x + shift.to(x.dtype).reshape(shift.shape + (1,) * (x.ndim - 2))
     h = F.group_norm(h, num_groups, weight.float(), bias.float(), eps)
     return F.silu(h, inplace=not h.requires_grad) if silu else h
