@@ -20,6 +20,10 @@ GPU = ["triton>=3.6", "xformers>=0.0.35", "nvidia-dali-cuda130>=2.4,<3"]
 DICOM = ["pydicom>=3.0.1,<4", "highdicom>=0.27,<0.29"]  # DICOM series, read and written
 VIEWER = ["ipyniivue>=2.4.4,<2.5"]  # volumes slice by slice in a page; its file is embedded, not imported
 T5 = ["sentencepiece>=0.2", "protobuf>=5"]  # tokenizer of FLAN-T5
+INT8 = [
+    "bitsandbytes>=0.49,<0.51",
+    "accelerate>=1.1",
+]  # text encoders in 8 bits; transformers requires the second for it
 
 setup(
     name="ccella-fast",
@@ -41,18 +45,20 @@ setup(
     ],
     extras_require={
         "commands": COMMANDS,
-        "all": [*COMMANDS, *GPU, *DICOM, *VIEWER, *T5],
+        "all": [*COMMANDS, *GPU, *DICOM, *VIEWER, *T5, *INT8],
         # Pinned so that a machine without a GPU takes the small CPU build and not several GB of CUDA packages.
         "cpu": ["torch==2.13.0"],
         "gpu": GPU,
         "dicom": DICOM,
         "viewer": VIEWER,
         "t5": T5,
+        "int8": INT8,
         "test": [
             *COMMANDS,
             *DICOM,
             *VIEWER,
             *T5,
+            *INT8,
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.8",

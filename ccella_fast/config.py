@@ -228,9 +228,9 @@ class TextConfig(Section):
     revision: str | None = None  #: revision of the hub id; null: the newest
     #: tokens; longer reports lose their beginning, shorter ones are padded and keep all positions
     max_length: Positive = 512
-    #: precision of the encoder; float16 is missing because T5 overflows in it
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    batch_size: Positive = 8  #: reports encoded at a time
+    #: precision of the encoder; int8: linear layers in 8 bits (bitsandbytes), the rest in bfloat16. T5 overflows in float16.
+    dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    batch_size: Positive = 8  #: reports encoded at a time; one with int8, where the features depend on the batch
 
 
 # Settings of `VaeTrainingConfig` that the first version did not have; it trained with what are now their defaults.

@@ -17,6 +17,7 @@ _EXTRAS = {
     ),
     "gpu": ("nvidia", "triton", "xformers"),
     "dicom": ("highdicom", "pydicom"),
+    "int8": ("accelerate", "bitsandbytes"),
     "t5": ("protobuf", "sentencepiece"),
     "viewer": ("ipyniivue",),
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +101,39 @@ def test_bf16_is_close_to_fp32(bert: Path):
     assert bf16.dtype == np.float32
     error = np.abs(bf16 - fp32).max()
     assert 0 < error < 0.1
+
+
+def test_int8_is_close_to_fp32_and_holds_its_linear_layers_in_bytes(bert: Path):
+    fp32 = encoder(bert).encode(["left lesion of 4 mm"]).features
+    in_bytes = encoder(bert, dtype="int8")
+    features = in_bytes.encode(["left lesion of 4 mm"]).features
+    relative = np.linalg.norm(features - fp32) / np.linalg.norm(fp32)
+    assert features.dtype == np.float32 and 0 < relative < 0.1
+    linear = in_bytes._model.encoder.layer[0].attention.self.query
+    plain = encoder(bert)
+    plain.encode([""])
+    exact = plain._model.encoder.layer[0].attention.self.query.weight
+    rows = exact.abs().amax(1, keepdim=True) / 127  # one scale per output channel (arXiv 2208.07339, section 2)
+    assert linear.weight.dtype == torch.int8
+    torch.testing.assert_close(linear.weight.float(), (exact / rows).round(), atol=1, rtol=0)
+
+
+def test_int8_features_of_a_report_do_not_depend_on_the_other_reports(bert: Path):
+    in_bytes = encoder(bert, dtype="int8", batch_size=4)
+    alone = in_bytes.encode(["left lesion"]).features[0]
+    among = in_bytes.encode(["word " * 100, "left lesion", "right zone of 12 mm"]).features
+    np.testing.assert_array_equal(among[1], alone)
+    assert np.abs(among[2] - alone).max() > 1e-3
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "accelerate"])
+def test_int8_without_its_packages_is_refused_before_anything_is_read(
+    package: str, bert: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=f"text.dtype int8 needs {package}, which is not installed") as caught:
+        encoder(bert, dtype="int8")
+    assert "ccella-fast[int8]" in str(caught.value)
 
 
 def test_identity_depends_on_the_weights_but_not_on_the_folder(bert: Path, tmp_path: Path):
