@@ -30,6 +30,7 @@ Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, int) else value)
 
 
@@ -236,12 +237,14 @@ class TextConfig(Section):
 # Settings of `VaeTrainingConfig` that the first version did not have; it trained with what are now their defaults.
 _LATER_VAE_SETTINGS = [
     "warmup_fraction", "max_warmup_steps", "final_lr_fraction", "weight_decay", "adam_betas", "max_grad_norm",
-    "checkpointing_seconds",
+    "checkpointing_seconds", "reconstruction_loss", "spectral_weight", "perceptual_weight", "perceptual_network",
+    "perceptual_sha256", "perceptual_slices", "adversarial_weight", "adversarial_start", "discriminator_channels",
+    "discriminator_layers", "discriminator_lr",
 ]  # fmt: skip
 
 
 class VaeTrainingConfig(Section):
-    """`ccella-fast train-vae`: L1 + KL on random patches."""
+    """`ccella-fast train-vae`: L1 + KL on random patches, and further terms if they have a weight."""
 
     max_train_steps: Positive = 20000  #: optimizer steps
     batch_size: Positive = 1  #: patches per step
@@ -257,12 +260,42 @@ class VaeTrainingConfig(Section):
     #: AdamW's decay rates of both moments; with 0.999, a run of hundreds of steps would still remember its first gradients
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     max_grad_norm: PositiveFloat = 1.0  #: the gradient's global norm is clipped to this
-    kl_weight: Annotated[float, Field(ge=0)] = 1e-6  #: weight of the KL divergence next to the L1 loss
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-6  #: weight of the KL divergence next to the reconstruction loss
+    reconstruction_loss: Literal["l1", "l2"] = (
+        "l1"  #: mean absolute or mean squared error of the voxels; its weight is 1
+    )
+    spectral_weight: Weight = 0.0  #: weight of the squared difference of the Fourier amplitudes; 0: off
+    perceptual_weight: Weight = 0.0  #: weight of the distance between the features of ``perceptual_network``; 0: off
+    #: file of MedicalNet's or RadImageNet's ResNet-50; nothing is downloaded
+    perceptual_network: str | None = None
+    #: SHA-256 that the file ``perceptual_network`` must have
+    perceptual_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    #: share of the slices in each direction that RadImageNet's 2D network sees in a step; MedicalNet is 3D and sees the patch
+    perceptual_slices: Annotated[float, Field(gt=0, le=1)] = 0.2
+    adversarial_weight: Weight = 0.0  #: weight of the patch discriminator's verdict; 0: off
+    adversarial_start: Count = 0  #: steps before the discriminator is trained and judges
+    discriminator_channels: Positive = 32  #: width of the discriminator's first layer; each layer doubles it
+    #: layers of the discriminator after the first; each axis of the patch must have 3 * 2 ** ``discriminator_layers`` voxels
+    discriminator_layers: Positive = 3
+    discriminator_lr: PositiveFloat | None = None  #: the discriminator's peak learning rate; null: ``lr``
     seed: Seed = 0  #: data order, patches and initial weights follow from it
     #: as the section augmentation; preset none unless given
     augmentation: AugmentationConfig = AugmentationConfig.model_validate({"preset": "none"})
     #: seconds between two saves of the state from which a stopped run is resumed; 0: whenever the loss is read, every 10 steps
     checkpointing_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VaeTrainingConfig:
+        for name in ("perceptual_network", "perceptual_sha256"):
+            if self.perceptual_weight and getattr(self, name) is None:
+                raise ValueError(
+                    f"perceptual_weight {self.perceptual_weight:g} needs {name}; sha256sum prints a SHA-256"
+                )
+        smallest = 3 * 2**self.discriminator_layers
+        if self.adversarial_weight and min(self.patch) < smallest:
+            layers = f"discriminator_layers {self.discriminator_layers}"
+            raise ValueError(f"the patch {self.patch} is too small for {layers}: each axis must have {smallest} voxels")
+        return self
 
     def later_settings_at_default(self) -> set[str]:
         """The settings that the first version did not have and that have their defaults.

@@ -22,7 +22,7 @@ from ccella_fast.evaluation.collecting import FeatureTable
 from ccella_fast.evaluation.features import radiomics, random_networks, taps
 from ccella_fast.evaluation.features.cache import FeatureCache, voxel_digest
 from ccella_fast.evaluation.features.extractor import load_extractor
-from ccella_fast.evaluation.features.medicalnet import ARCHITECTURE, MedicalNet
+from ccella_fast.evaluation.features.medicalnet import MedicalNet
 from ccella_fast.evaluation.features.preprocessing import Window, gaussian, mean_of_slices
 from ccella_fast.evaluation.features.radimagenet import RadImageNet
 from ccella_fast.evaluation.metrics import FEATURE_METRICS, Draws, Sets, feature_rows, memorisation_rows
@@ -30,6 +30,7 @@ from ccella_fast.evaluation.prompted import condition_rows, own_study_row
 from ccella_fast.evaluation.results import Row
 from ccella_fast.evaluation.slices import slice_rows
 from ccella_fast.evaluation.volumes import Volume
+from ccella_fast.models.feature_networks import MEDICALNET
 from fixtures import Workbench
 
 _VOLUMES = {"cpu": 1, "cuda": 4}  # in one run
@@ -189,9 +190,9 @@ def _medicalnet(device: torch.device, folder: Path) -> _Pair:
     torch.save(network.state_dict(), folder / "medicalnet.pth")
     for layer in range(4):  # MONAI's network strides where MedicalNet dilates
         for number, block in enumerate(network.get_submodule(f"layer{layer + 1}")):
-            block.conv2.dilation = block.conv2.padding = (ARCHITECTURE["dilations"][layer],) * 3
+            block.conv2.dilation = block.conv2.padding = (MEDICALNET["dilations"][layer],) * 3
             if number == 0:
-                stride = (ARCHITECTURE["strides"][layer],) * 3
+                stride = (MEDICALNET["strides"][layer],) * 3
                 block.conv2.stride = block.downsample[0].stride = stride
     network.to(device)
 

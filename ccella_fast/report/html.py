@@ -236,10 +236,15 @@ def _vae_curves(lines: list[dict[str, Any]]) -> dict[str, Any]:
     missing = "There is no autoencoder training to show: run `ccella-fast train-vae`."
     if not lines:
         return _figure(None, "", missing)
+    norm = "L1" if "loss_l1" in lines[-1] else "L2"
+    pixelwise = _series(lines, {norm: f"loss_{norm.lower()}"})
     groups = [
-        {"title": "autoencoder: L1 on training patches", "unit": "L1", "log": True, "lines": _series(lines, {"L1": "loss_l1"})},
+        {"title": f"autoencoder: {norm} on training patches", "unit": norm, "log": True, "lines": pixelwise},
         {"title": "autoencoder: KL", "unit": "nats a patch", "log": True, "lines": _series(lines, {"KL": "loss_kl"})},
-    ]  # fmt: skip
+    ]
+    for term in ("spectral", "perceptual", "adversarial", "discriminator"):
+        if any(f"loss_{term}" in line for line in lines):
+            groups.append({"title": f"autoencoder: {term} loss", "lines": _series(lines, {term: f"loss_{term}"})})
     return _figure(curves(groups), f"Autoencoder, {counted(lines[-1]['step'], 'step')}.", missing)
 
 

@@ -246,11 +246,11 @@ def test_the_state_is_saved_at_intervals(data, tmp_path, monkeypatch, changes, e
     def step(*_):
         nonlocal seconds
         seconds += 3.5
-        return torch.zeros(2)
+        return {"l1": torch.zeros(()), "kl": torch.zeros(())}
 
-    def record_save(out, vae, optimizer, done):
+    def record_save(out, vae, optimizer, done, *rest):
         saved.append(done)
-        save(out, vae, optimizer, done)
+        save(out, vae, optimizer, done, *rest)
 
     monkeypatch.setattr(loop.time, "monotonic", lambda: seconds)
     monkeypatch.setattr(loop, "train_step", step)

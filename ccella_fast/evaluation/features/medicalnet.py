@@ -1,8 +1,4 @@
-"""MedicalNet's 3D ResNet-50 (Chen et al., arXiv 1904.00625), trained on 23 data sets, from a file of the user.
-
-The network has strides 1, 2, 1, 1 and dilations 1, 1, 2, 4. MONAI's `resnet50` takes the same weights without complaint but
-strides further instead of dilating, and so computes other features.
-"""
+"""Features of MedicalNet's 3D ResNet-50, whose weights are in a file of the user."""
 
 from __future__ import annotations
 
@@ -12,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ccella_fast.errors import CheckpointError, ConfigError, did_you_mean
+from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.evaluation.features.preprocessing import check_volume, standardise
-from ccella_fast.evaluation.features.resnet import check_hash, float32_inference, load_resnet50, read_state_dict
+from ccella_fast.models.feature_networks import check_hash, float32_inference, load_medicalnet, read_state_dict
 
 if TYPE_CHECKING:
     from ccella_fast.evaluation.volumes import Volume
@@ -22,7 +18,6 @@ if TYPE_CHECKING:
 KNOWN_FILES = {
     "ff48a62219073fb977fd3f4ddfb8dc1367f0ec156c8d6f6c37e205bd683a246e": "MedicalNet's resnet_50_23dataset.pth",
 }
-ARCHITECTURE = {"dimensions": 3, "in_channels": 1, "strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4)}
 _INPUTS = {
     "ccella": "the window's intensities, [0, 1], as they are",
     "medicalnet": "z-score over non-zero voxels",
@@ -58,10 +53,9 @@ class MedicalNet:
         if input_name not in _INPUTS:
             fix = did_you_mean(input_name, _INPUTS)
             raise ConfigError(f"'medicalnet' has no input called {input_name!r:.80}", field="features", fix=fix)
-        digest = check_hash(path, KNOWN_FILES, allow_unknown_weights)
-        tensors = read_state_dict(path)
-        _check_is_medicalnet(tensors, path)
-        self._network = load_resnet50(tensors, "MedicalNet's ResNet-50", path, **ARCHITECTURE).to(device)
+        fix = "copy the file again; if it is meant to be another one, allow unknown weights (--allow_unknown_weights)"
+        digest = check_hash(path, KNOWN_FILES, field="features", fix=fix, allow_unknown=allow_unknown_weights)
+        self._network = load_medicalnet(read_state_dict(path), path, field="features").to(device)
         self._device, self._input = device, input_name
         self._space = f"medicalnet-{input_name}"  # distances of different inputs cannot be compared
         self.spaces = {self._space: 2048}
@@ -85,15 +79,3 @@ class MedicalNet:
         with float32_inference():
             x = torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
             return {self._space: self._network(x[None, None])[0].cpu().numpy()}
-
-
-def _check_is_medicalnet(tensors: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Name the networks that are likely to be given instead; `load_resnet50` compares everything."""
-    first = tensors.get("conv1.weight")
-    if first is None or first.ndim != 5:
-        why = "this is not a 3D ResNet: it has no 'conv1.weight' with five axes"
-    elif "layer1.0.conv3.weight" not in tensors:
-        why = "this is a smaller ResNet (10, 18 or 34 layers), the features are those of ResNet-50"
-    else:
-        return
-    raise CheckpointError(why, path=path, field="features", fix="give MedicalNet's resnet_50_23dataset.pth")

@@ -1,22 +1,19 @@
-"""RadImageNet's 2D ResNet-50 (Mei et al., Radiology: AI 2022) on the slices of a volume in three directions ("2.5D").
-
-Two files go by that name. They hold different networks, trained on different inputs, and are recognised by their keys.
-"""
+"""Features of RadImageNet's 2D ResNet-50 on the slices of a volume in three directions ("2.5D")."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccella_fast.errors import CheckpointError, ConfigError, did_you_mean
+from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.evaluation.features.preprocessing import check_volume, crop_or_pad, mean_of_slices, resample
-from ccella_fast.evaluation.features.resnet import check_hash, float32_inference, load_resnet50, read_state_dict
+from ccella_fast.models.feature_networks import check_hash, float32_inference, load_radimagenet, read_state_dict
 
 if TYPE_CHECKING:
     from ccella_fast.evaluation.volumes import Volume
@@ -24,10 +21,6 @@ if TYPE_CHECKING:
 KNOWN_FILES = {
     "08629f7e7bd3e29b8ee9522ca3f65ce4d010a7ddf74f0ea3c7e3f3d0bbab0734": "RadImageNet's own ResNet50.pt",
 }
-# The converted file: Keras's first version of ResNet-50, with a bias everywhere and the stride in a block's first convolution.
-CONVERTED: dict[str, Any] = {"dimensions": 2, "in_channels": 3, "bias": True, "epsilon": 1.001e-5, "stride_first": True}
-OFFICIAL: dict[str, Any] = {"dimensions": 2, "in_channels": 3}
-_OFFICIAL_NAMES = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 _INPUTS: dict[str, dict[str, object]] = {
     "ccella": {"grid": "own", "slices": "all", "intensities": "[0, 1] as they are"},
@@ -73,19 +66,11 @@ class RadImageNet:
         if input_name is not None and input_name not in _INPUTS:
             fix = did_you_mean(input_name, _INPUTS)
             raise ConfigError(f"'radimagenet' has no input called {input_name!r:.80}", field="features", fix=fix)
-        digest = check_hash(path, KNOWN_FILES, allow_unknown_weights)
-        tensors = read_state_dict(path)
-        is_official = "backbone.0.weight" in tensors
-        if is_official:
-            options, what = OFFICIAL, "RadImageNet's own ResNet-50"
-            tensors = _with_common_names(tensors)
-        elif "conv1.bias" in tensors:
-            options, what = CONVERTED, "RadImageNet's ResNet-50 converted from Keras"
-        else:
-            why = "this is not a file of RadImageNet's ResNet-50: it has neither 'backbone.0.weight' nor 'conv1.bias'"
-            fix = "give RadImageNet-ResNet50_notop.pth or RadImageNet's ResNet50.pt"
-            raise CheckpointError(why, path=path, field="features", fix=fix)
-        self._network = load_resnet50(tensors, what, path, **options).to(device)
+        fix = "copy the file again; if it is meant to be another one, allow unknown weights (--allow_unknown_weights)"
+        digest = check_hash(path, KNOWN_FILES, field="features", fix=fix, allow_unknown=allow_unknown_weights)
+        network, kind = load_radimagenet(read_state_dict(path), path, field="features")
+        is_official = kind == "radimagenet-official"
+        self._network = network.to(device)
         self._input = input_name or ("official" if is_official else "ccella")
         self._device = device
         self.spaces = {f"radimagenet-{self._input}-{plane}": 2048 for plane in ("axial", "coronal", "sagittal")}
@@ -150,13 +135,3 @@ class RadImageNet:
         places_in_rows = np.full(len(places), len(rows) - 1)
         places_in_rows[inside] = np.arange(inside.sum())
         return rows[places_in_rows]
-
-
-def _with_common_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`backbone.4.0.conv1.weight` -> `layer1.0.conv1.weight`; any other name becomes one that is refused."""
-    result = {}
-    for name, tensor in tensors.items():
-        place, _, rest = name.removeprefix("backbone.").partition(".")
-        is_known = name.startswith("backbone.") and place in _OFFICIAL_NAMES
-        result[f"{_OFFICIAL_NAMES[place]}.{rest}" if is_known else f"not backbone: {name}"] = tensor
-    return result

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccella_fast.evaluation.features.preprocessing import Window
-from ccella_fast.evaluation.features.resnet import float32_inference
+from ccella_fast.models.feature_networks import float32_inference
 
 if TYPE_CHECKING:
     from ccella_fast.evaluation.volumes import Volume

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.evaluation.features.onnx_tensors import read_onnx_tensors
 from ccella_fast.evaluation.features.preprocessing import Window, along_axes, filter_matrix, gaussian
-from ccella_fast.evaluation.features.resnet import float32_inference
+from ccella_fast.models.feature_networks import float32_inference
 from ccella_fast.optional import require
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
-"""The training loop of the autoencoder: L1 + KL, AdamW, gradient clipping, linear warm-up and cosine decay.
+"""The training loop of the autoencoder: AdamW, gradient clipping, linear warm-up and cosine decay.
 
-The patches and the posterior noise of step k depend only on (seed, k), so that a resumed run reaches the weights of an
-uninterrupted one.
+The patches, the posterior noise and the slices of step k depend only on (seed, k), so that a resumed run reaches the weights of
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from ccella_fast.config import Config, VaeTrainingConfig
 from ccella_fast.diffusion.noise import generator, randn_per_sample
 from ccella_fast.errors import NonFiniteError, Stopped
-from ccella_fast.losses import kl_divergence
 from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.progress import refresh_interval
 from ccella_fast.training.autoencoder.checkpointing import load_state, save_state
+from ccella_fast.training.autoencoder.loss import AutoencoderLoss
 from ccella_fast.training.autoencoder.patches import Image, patch_batches
+from ccella_fast.training.autoencoder.precision import network_precision
 from ccella_fast.training.metrics_log import append_metrics, discard_metrics_after
 from ccella_fast.training.signals import SignalHandler
 
@@ -36,20 +36,22 @@ def train_loop(images: list[Image], out: Path, config: Config, device: torch.dev
         The autoencoder, and the number of steps per second.
 
     Raises:
+        ConfigError: a term of the loss needs a package that is not installed.
         NonFiniteError: the loss is not finite.
-        CheckpointError: the saved state is damaged.
+        CheckpointError: the saved state is damaged, or the network of the perceptual distance cannot be loaded.
         Stopped: SIGINT or SIGTERM; the state is saved first.
     """
     settings = config.vae_training
+    loss = AutoencoderLoss(settings, device)
     vae = _initial_autoencoder(config, device)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=settings.lr, betas=settings.adam_betas, weight_decay=settings.weight_decay
     )
-    start = load_state(out, vae, optimizer)
+    start = load_state(out, vae, optimizer, loss.adversary)
     discard_metrics_after(out / "metrics.jsonl", start)
     latent = [config.autoencoder.latent_channels, *(width // config.autoencoder.factor for width in settings.patch)]
     begun = saved = time.monotonic()
-    unread: list[Tensor] = []  # losses on the device
+    unread: list[dict[str, Tensor]] = []  # terms of the loss on the device
     bar = tqdm(
         range(start, settings.max_train_steps), desc="training the autoencoder", unit="step",
         initial=start, total=settings.max_train_steps, mininterval=refresh_interval(),
@@ -60,25 +62,27 @@ def train_loop(images: list[Image], out: Path, config: Config, device: torch.dev
             rate = learning_rate(settings, step)
             x = patches.to(device, memory_format=torch.channels_last_3d)
             generators = [generator(settings.seed, "posterior", step, row) for row in range(len(x))]
-            unread.append(
-                train_step(vae, optimizer, x, randn_per_sample(latent, generators, device=device), rate, settings)
-            )
+            noise = randn_per_sample(latent, generators, device=device)
+            unread.append(train_step(vae, optimizer, loss, x, noise, step, rate, settings))
             done = step + 1
             stop = signals.signal
-            if done % _READ_EVERY and done < settings.max_train_steps and not stop:
+            same_terms = loss.judges(step) == loss.judges(done)
+            if done % _READ_EVERY and done < settings.max_train_steps and not stop and same_terms:
                 continue
-            l1, kl = torch.stack(unread).mean(0).tolist()
+            means = torch.stack([torch.stack(list(terms.values())) for terms in unread]).mean(0).tolist()
+            terms = dict(zip(unread[0], means, strict=True))
             unread.clear()
-            if not math.isfinite(l1 + kl):
+            if not math.isfinite(sum(means)):
                 fix = f"lower vae_training.lr ({settings.lr:g})"
                 raise NonFiniteError(f"the loss is not finite before step {done}", path=out, fix=fix)
-            bar.set_postfix(l1=f"{l1:.4f}", kl=f"{kl:.0f}")
+            bar.set_postfix({name: f"{value:.4g}" for name, value in terms.items()})
             seconds = (time.monotonic() - begun) / (done - start)
-            values = {"step": done, "loss": l1 + settings.kl_weight * kl, "loss_l1": l1, "loss_kl": kl, "lr": rate}
-            append_metrics(out / "metrics.jsonl", {**values, "seconds_per_step": round(seconds, 5)})
+            total = sum(weight * terms[name] for name, weight in loss.weights.items() if name in terms)
+            values = {"step": done, "loss": total, **{f"loss_{name}": value for name, value in terms.items()}}
+            append_metrics(out / "metrics.jsonl", {**values, "lr": rate, "seconds_per_step": round(seconds, 5)})
             due = time.monotonic() - saved > settings.checkpointing_seconds
             if due or stop or done == settings.max_train_steps:
-                save_state(out, vae, optimizer, done)
+                save_state(out, vae, optimizer, done, loss.adversary)
                 saved = time.monotonic()
             if stop:
                 bar.close()
@@ -91,35 +95,41 @@ def train_loop(images: list[Image], out: Path, config: Config, device: torch.dev
 def train_step(
     vae: Autoencoder,
     optimizer: torch.optim.Optimizer,
+    loss: AutoencoderLoss,
     x: Tensor,
     noise: Tensor,
+    step: int,
     rate: float,
     settings: VaeTrainingConfig,
-) -> Tensor:
-    """Update the weights once.
+) -> dict[str, Tensor]:
+    """Update the weights once, those of the discriminator too.
 
     Args:
         vae: the autoencoder.
         optimizer: of its parameters.
+        loss: the terms of the loss and their weights.
         x: patches (B, 1, *patch), float32.
         noise: standard normal, of the shape of the latents of `x`.
+        step: counted from 0.
         rate: the learning rate.
-        settings: the weight of the KL divergence and the largest norm of the gradient.
+        settings: the largest norm of the gradient.
 
     Returns:
-        L1 and KL, shape (2,), on the device.
+        The terms without their weights, and the discriminator's own loss; scalars on the device.
     """
-    # bf16 only on GPUs: on a CPU, the result would depend on the instructions that the CPU has.
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+    with network_precision(x):
         reconstruction, mean, sigma = vae(x, noise)
-    l1, kl = F.l1_loss(reconstruction.float(), x), kl_divergence(mean, sigma)
+    terms = loss(reconstruction, mean, sigma, x, step)
     optimizer.zero_grad(set_to_none=True)
-    (l1 + settings.kl_weight * kl).backward()
+    loss.weighted(terms).backward()
     torch.nn.utils.clip_grad_norm_(vae.parameters(), settings.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    return torch.stack([l1.detach(), kl.detach()])
+    terms = {name: term.detach() for name, term in terms.items()}
+    if loss.adversary is not None and loss.judges(step):
+        terms["discriminator"] = loss.adversary.train_step(reconstruction.detach(), x, rate)
+    return terms
 
 
 def learning_rate(settings: VaeTrainingConfig, step: int) -> float:

@@ -13,10 +13,11 @@ from torch import nn
 
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.evaluation.features import radimagenet, taps
-from ccella_fast.evaluation.features.medicalnet import ARCHITECTURE, MedicalNet
-from ccella_fast.evaluation.features.radimagenet import CONVERTED, OFFICIAL, RadImageNet
-from ccella_fast.evaluation.features.resnet import Bottleneck, load_resnet50, read_state_dict
+from ccella_fast.evaluation.features.medicalnet import MedicalNet
+from ccella_fast.evaluation.features.radimagenet import RadImageNet
 from ccella_fast.evaluation.folders import evaluate_to_folder
+from ccella_fast.models.feature_networks import CONVERTED, MEDICALNET, OFFICIAL, load_resnet50, read_state_dict
+from ccella_fast.models.resnet import Bottleneck
 from ccella_fast.report.evaluation import write_evaluation_page
 from ccella_fast.storage import sha256
 from evaluation_fixtures import draw, write_prepared, write_samples
@@ -268,16 +269,16 @@ def without(name: str):
 )
 def test_other_weights_are_refused(change, words: str, networks: dict[str, nn.Module]):
     state = dict(networks["medicalnet"].state_dict())
-    load_resnet50(state, "MedicalNet's ResNet-50", "file.pth", **ARCHITECTURE)
+    load_resnet50(state, "MedicalNet's ResNet-50", "file.pth", field="features", **MEDICALNET)
     with pytest.raises(CheckpointError, match=words):
-        load_resnet50(change(state), "MedicalNet's ResNet-50", "file.pth", **ARCHITECTURE)
+        load_resnet50(change(state), "MedicalNet's ResNet-50", "file.pth", field="features", **MEDICALNET)
 
 
 def test_forms_of_radimagenet_are_not_exchangeable(networks: dict[str, nn.Module]):
     with pytest.raises(CheckpointError, match="conv1.bias"):
-        load_resnet50(dict(networks["official"].state_dict()), "converted", "file.pth", **CONVERTED)
+        load_resnet50(dict(networks["official"].state_dict()), "converted", "file.pth", field="features", **CONVERTED)
     with pytest.raises(CheckpointError, match="unknown"):
-        load_resnet50(dict(networks["converted"].state_dict()), "official", "file.pth", **OFFICIAL)
+        load_resnet50(dict(networks["converted"].state_dict()), "official", "file.pth", field="features", **OFFICIAL)
 
 
 def test_small_files_of_other_networks_are_refused(tmp_path: Path):
