@@ -340,6 +340,15 @@ class TrainingConfig(Section):
         return self.batch_size * self.gradient_accumulation_steps * processes
 
 
+class MonitoringConfig(Section):
+    """What is measured of the diffusion model while it is trained. Only `validation_fraction` changes the training."""
+
+    #: optimizer steps between two validations: the loss of studies that are not trained on; 0: none
+    validation_steps: Count = 0
+    #: share of the training patients that are set aside for validation, where the data has no studies of the split val
+    validation_fraction: Fraction = 0.0
+
+
 class SamplingConfig(Section):
     """`ccella-fast sample`. The defaults are the reference's: every timestep, ancestral."""
 
@@ -376,6 +385,7 @@ class Config(Section):
     text: TextConfig = TextConfig()
     vae_training: VaeTrainingConfig = VaeTrainingConfig()
     training: TrainingConfig = TrainingConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
     sampling: SamplingConfig = SamplingConfig()
     paths: PathsConfig = PathsConfig()
 

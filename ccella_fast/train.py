@@ -176,7 +176,9 @@ def _instead(option: str) -> str | None:
     from ccella_fast.config_errors import as_set_option
 
     known = _INSTEAD.get(option.lstrip("-").replace("-", "_"))
-    return known or as_set_option(option, Config, ("model", "scheduler", "data", "augmentation", "training"))
+    return known or as_set_option(
+        option, Config, ("model", "scheduler", "data", "augmentation", "training", "monitoring")
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -255,6 +256,7 @@ def _model_chart(folder: Path) -> dict[str, Any]:
 
 def _model_curves(lines: list[dict[str, Any]]) -> dict[str, Any]:
     missing = "There is no diffusion training to show: run `deepspeed ccella_fast/train.py`."
+    validations, lines = ([line for line in lines if ("val_loss" in line) is chosen] for chosen in (True, False))
     if not lines:
         return _figure(None, "", missing)
     groups = [
@@ -268,7 +270,23 @@ def _model_curves(lines: list[dict[str, Any]]) -> dict[str, Any]:
         groups.insert(1, {"title": title, "lines": _series(lines, {"class": "loss_class"})})
     else:
         caption += " No class loss is shown: the model has no class head, or no study with a report has a class."
+    if validations:
+        groups[1:1] = _validation_groups(validations)
+        caption += " Validation: at fixed noise and timesteps, with the " + (
+            "moving average of the weights." if validations[-1]["weights"] == "averaged" else "weights of the training."
+        )
     return _figure(curves(groups), caption, missing)
+
+
+def _validation_groups(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The charts of the lines about validations."""
+    bands = [name for name in lines[-1] if re.fullmatch(r"val_loss_l1_\d+_\d+", name)]
+    by_band = {"timesteps " + name.removeprefix("val_loss_l1_").replace("_", "-"): name for name in bands}
+    both = {"validation studies": "val_loss", "as many training studies": "train_eval_loss"}
+    return [
+        {"title": "diffusion: validation loss", "lines": _series(lines, both)},
+        {"title": "diffusion: validation L1 on noise", "lines": _series(lines, by_band)},
+    ]
 
 
 def _series(lines: list[dict[str, Any]], names: dict[str, str]) -> dict[str, tuple[list, list]]:

@@ -33,7 +33,10 @@ def config_digest(config: Config) -> str:
     """
     values, later = config.dump(), config.vae_training.later_settings_at_default()
     values["vae_training"] = {name: value for name, value in values["vae_training"].items() if name not in later}
-    del values["training"]["collective_timeout"]  # added later too, and without an effect on the result
+    del (
+        values["training"]["collective_timeout"],
+        values["monitoring"],
+    )  # added later too; the weights' hash is in the identity
     for dotted in REMOVED_SETTINGS:
         section, key = dotted.split(".")
         values[section][key] = 0 if key == "random_seed" else None

@@ -393,7 +393,7 @@ def restore_checkpoint(folder: Path, engine: Any, ema: Ema | None, state: dict[s
             exp_avg, exp_avg_sq = (_load(folder / _FILES[kind], engine) for kind in ("exp_avg", "exp_avg_sq"))
             steps = state["adam_steps"]
         set_full_tensors(engine, "weights", weights)
-        set_model_weights(engine, weights)
+        set_model_weights(engine, weights.items())
         set_full_tensors(engine, "exp_avg", exp_avg)
         set_full_tensors(engine, "exp_avg_sq", exp_avg_sq)
         set_adam_steps(engine, steps)

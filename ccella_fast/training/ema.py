@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ccella_fast.training.engine import master_weights
 from ccella_fast.training.flat_adamw import FlatAdamW
-from ccella_fast.training.full_tensors import full_tensors, set_full_tensors
+from ccella_fast.training.full_tensors import full_tensors, set_full_tensors, set_model_weights
 
 _PART = 2**18  # elements
 
@@ -68,6 +68,16 @@ class Ema:
             with self._swapped():
                 set_full_tensors(self.engine, "weights", values)
         self.updates = updates
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Let the model compute with the averages in the block. All processes must call it; no step may be taken meanwhile."""
+        try:
+            with self._swapped():
+                set_model_weights(self.engine, full_tensors(self.engine, "weights"))
+                yield
+        finally:
+            set_model_weights(self.engine, full_tensors(self.engine, "weights"))
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:

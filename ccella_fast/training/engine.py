@@ -122,4 +122,9 @@ def checkpoint_function(section: dict[str, Any] | None) -> Any:
         synchronize=section.get("synchronize_checkpoint_boundary", False),
         profile=section.get("profile", False),
     )
-    return deepspeed.checkpointing.checkpoint
+
+    def checkpoint(module: nn.Module, *tensors: Tensor) -> Any:
+        # Without a backward pass nothing is kept, and DeepSpeed would count what it has to give back.
+        return deepspeed.checkpointing.checkpoint(module, *tensors) if torch.is_grad_enabled() else module(*tensors)
+
+    return checkpoint

@@ -6,7 +6,7 @@ ZeRO each process has a part of every tensor: so all processes call these functi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -59,13 +59,17 @@ def set_full_tensors(engine: Any, kind: Kind, values: Mapping[str, Tensor]) -> N
 
 
 @torch.no_grad()
-def set_model_weights(engine: Any, values: Mapping[str, Tensor]) -> None:
-    """Round whole parameters to the dtype in which the model computes, and copy them to the model."""
+def set_model_weights(engine: Any, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Round whole parameters to the dtype in which the model computes, and copy them to the model.
+
+    values: all of them, by name, in any order that is the same on all processes.
+    """
     from deepspeed import zero
 
-    for name, parameter in sorted_parameters(engine):
-        with zero.GatheredParameters(parameter, modifier_rank=0):  # does nothing before stage 3
-            parameter.copy_(values[name])
+    parameters = dict(engine.module.named_parameters())
+    for name, value in values:
+        with zero.GatheredParameters(parameters[name], modifier_rank=0):  # does nothing before stage 3
+            parameters[name].copy_(value)
 
 
 def adam_steps(engine: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,7 @@ def train_loop(
     stalls: StallWatch,
     collectives: HostCollectives,
     telemetry: Telemetry | None,
+    observe: Callable[[int], None] = lambda step: None,
 ) -> tuple[int, int]:
     """Train to step `total_steps` or until a signal arrives. All processes call it.
 
@@ -92,6 +94,7 @@ def train_loop(
         stalls: is notified after each step.
         collectives: used for decisions that all processes must take alike.
         telemetry: None on all processes but rank 0.
+        observe: called with the number of finished steps; measures the model at intervals, see `training.observer`.
 
     Returns:
         The number of finished steps, and the number of the signal that ended the loop or 0.
@@ -142,6 +145,7 @@ def train_loop(
             if signal:
                 checkpoints.save_after_signal(done, progress, signal)
                 return done, signal
+            observe(done)
             if done % training.checkpointing_steps == 0 or done == total_steps:
                 checkpoints.save(done, progress)
     with stalls.paused():

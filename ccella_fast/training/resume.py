@@ -39,7 +39,7 @@ _MAY_CHANGE = {
     *_LAYOUT,
     "name", "vae_training", "sampling", "paths", "data.engine", "training.activation_checkpointing",
     "training.checkpointing_steps", "training.checkpoints_total_limit", "training.logging_steps",
-    "training.collective_timeout",
+    "training.collective_timeout", "monitoring.validation_steps",
 }  # fmt: skip
 
 

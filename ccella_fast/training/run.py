@@ -18,8 +18,9 @@ from ccella_fast.config import Config, load_config
 from ccella_fast.data.augmentation.parameters import check_conditioning
 from ccella_fast.data.checking.findings import check_allowed_names
 from ccella_fast.data.checking.overview import check_before_training
+from ccella_fast.data.loading.selection import select_studies
 from ccella_fast.data.manifest import Manifest, load_manifest
-from ccella_fast.errors import DataError, DiskError, NonFiniteError
+from ccella_fast.errors import ConfigError, DataError, DiskError, NonFiniteError
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.processes import HostCollectives
 from ccella_fast.quantities import counted
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset
     from ccella_fast.training.batches import BatchStream
+    from ccella_fast.training.observer import FixedNoiseLosses
     from ccella_fast.training.quarantine import Quarantine
 
 logger = logging.getLogger("ccella_fast")
@@ -194,6 +196,10 @@ def check_data(config: Config, data: Path) -> Manifest:
     if prepared.data.sequences != config.data.sequences:
         why = f"the data was prepared for {prepared.data.sequences}, but {config.data.sequences} is configured"
         raise DataError(why, path=path, field="data.sequences", fix=fix)
+    if config.monitoring.validation_steps and not select_studies(prepared, config, "val"):
+        why = "a validation is configured, but there is no study of the split val"
+        fix = "set monitoring.validation_fraction to a share of the patients, such as 0.1, or prepare studies of this split"
+        raise ConfigError(why, path=path, field="monitoring.validation_steps", fix=fix)
     if config.training.latents == "online":
         check_conditioning(config)
         if not (data / "vae").is_dir():
@@ -207,8 +213,7 @@ def count_steps(config: Config, prepared: Manifest, world_size: int) -> int:
     training = config.training
     if training.max_train_steps is not None:
         return training.max_train_steps
-    tag = config.data.dataset
-    cases = sum(case.split == "train" and tag in (None, case.dataset) for case in prepared.cases)
+    cases = len(select_studies(prepared, config, "train"))
     return math.ceil(training.n_epochs * cases / training.global_batch(world_size))
 
 
@@ -238,6 +243,8 @@ def _train(
     from ccella_fast.training.ema import Ema
     from ccella_fast.training.engine import build_engine
     from ccella_fast.training.loop import LoopState, train_loop
+    from ccella_fast.training.model_flops import peak_flops, step_flops
+    from ccella_fast.training.observer import Observer
     from ccella_fast.training.quarantine import Quarantine
     from ccella_fast.training.stalls import StallWatch
     from ccella_fast.training.telemetry import Telemetry
@@ -269,21 +276,29 @@ def _train(
     quarantine = Quarantine(dataset.ids, state.get("quarantine", {}))
     status.quarantined = quarantine.ids  # the list, which may grow
     stream, trained_on = _make_stream(plan, dataset, device, quarantine), dataset.trained_on()
+    losses = _fixed_noise_losses(plan, dataset, collectives) if config.monitoring.validation_steps else None
 
     checkpoints = checkpointing.CheckpointWriter(
         plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on}, vae, status, collectives
     )
     log: Any = contextlib.nullcontext()
     if main:
-        log = Telemetry(plan.run, engine, first_step, plan.total_steps, stream.global_batch)
+        tokens = dataset.prepared.text.max_length if dataset.prepared.text else 1
+        log = Telemetry(
+            plan.run, engine, first_step, plan.total_steps, stream.global_batch,
+            flops=step_flops(config, tokens=tokens), peak=peak_flops(device, training.precision),
+        )  # fmt: skip
     signals.record()
     stalls = StallWatch(timedelta(minutes=training.collective_timeout), status, collectives)
     try:
         with record, log as telemetry, stalls:
+            observer = Observer(
+                engine, ema, config.monitoring, total_steps=plan.total_steps, losses=losses, telemetry=telemetry
+            )
             done, number = train_loop(
                 engine, stream, config, ema, state=LoopState(first_step, state.get("bad_in_a_row", 0)),
                 total_steps=plan.total_steps, checkpoints=checkpoints, signals=signals, stalls=stalls,
-                collectives=collectives, telemetry=telemetry,
+                collectives=collectives, telemetry=telemetry, observe=observer.observe,
             )  # fmt: skip
     except Exception as error:
         # Of several processes all must publish what has been written, and only this error is raised on all.
@@ -324,11 +339,46 @@ def _make_stream(plan: RunPlan, dataset: PreparedDataset, device: Any, quarantin
         accumulation=training.gradient_accumulation_steps,
         rank=dist.get_rank(),
         world_size=plan.facts["world_size"],
-        scale=torch.tensor(plan.facts["scale_factor"]).repeat_interleave(torch.tensor(config.model.latent_channels)),
+        scale=_scale(plan),
         num_timesteps=config.scheduler.num_train_timesteps,
         source=source,
         device=device,
         quarantine=quarantine,
+    )
+
+
+def _scale(plan: RunPlan) -> torch.Tensor:
+    """The latents' scale factor per channel."""
+    import torch
+
+    channels = plan.config.model.latent_channels
+    return torch.tensor(plan.facts["scale_factor"]).repeat_interleave(torch.tensor(channels))
+
+
+def _fixed_noise_losses(plan: RunPlan, dataset: PreparedDataset, collectives: HostCollectives) -> FixedNoiseLosses:
+    """The loss of the validation studies, and of as many studies of the training."""
+    from ccella_fast.data.loading.dataset import PreparedDataset
+    from ccella_fast.diffusion.schedule import Schedule
+    from ccella_fast.training.observer import FixedNoiseLosses
+    from ccella_fast.training.validation import FixedNoiseLoss
+
+    config = plan.config
+    held_out = collectives.together(lambda: PreparedDataset(plan.data, config, "val"))
+    count = min(len(held_out), len(dataset))
+    spread = [number * len(dataset) // count for number in range(count)]
+    settings: dict[str, Any] = {
+        "batch_size": config.training.batch_size,
+        "scale": _scale(plan),
+        "schedule": Schedule.from_config(config.scheduler),
+        "weight": config.class_loss_weight,
+        "collectives": collectives,
+    }
+    logger.info(
+        "validation: %s, every %d steps", counted(len(held_out), "study", "studies"), config.monitoring.validation_steps
+    )
+    return FixedNoiseLosses(
+        validation=FixedNoiseLoss(held_out, range(len(held_out)), **settings),
+        training=FixedNoiseLoss(dataset, spread, **settings),
     )
 
 

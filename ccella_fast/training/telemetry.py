@@ -1,7 +1,7 @@
 """Logs of a run: progress bar, metrics.jsonl, TensorBoard through DeepSpeed's monitor.
 
-On a GPU, the state of rank 0's device (utilization, clock, memory) is logged too, from NVIDIA's management library (NVML); in
-TensorBoard under Train/GPU/.
+On a GPU, the state of rank 0's device (utilization, clock, memory) is logged too, from NVIDIA's management library (NVML). The
+horizontal axis of TensorBoard is the number of finished steps, as in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from ccella_fast.hardware import peak_memory
 from ccella_fast.nvml import Gpu, open_gpu
 from ccella_fast.training.metrics_log import append_metrics, discard_metrics_after
 
 logger = logging.getLogger("ccella_fast")
+_SCALARS = ("loss", "loss_l1", "loss_class", "lr", "grad_norm")  # in TensorBoard under Train/
 
 
 class Progress(NamedTuple):
@@ -41,10 +43,23 @@ class Telemetry:
         first: finished steps at the start; lines of later steps are removed from metrics.jsonl.
         total: length of the run in steps.
         global_batch: samples per step over all processes.
+        flops: of this process in a step.
+        peak: FLOP/s of the device, if they are known.
     """
 
-    def __init__(self, run: Path, engine: Any, first: int, total: int, global_batch: int):
+    def __init__(
+        self,
+        run: Path,
+        engine: Any,
+        first: int,
+        total: int,
+        global_batch: int,
+        *,
+        flops: int,
+        peak: float | None = None,
+    ):
         self.path, self.monitor, self.global_batch = run / "metrics.jsonl", engine.monitor, global_batch
+        self.flops, self.peak = flops, peak
         # Disable the engine's own events, for which it would read the loss from the GPU at every micro-step. `log` writes
         # events of the same names to this monitor.
         self.monitor.enabled = False
@@ -62,22 +77,38 @@ class Telemetry:
         if not any(error):
             print_collectives()
 
+    def log_validation(self, step: int, values: dict[str, Any]) -> None:
+        """Write what was measured after a step as a line of its own to metrics.jsonl, and to TensorBoard."""
+        append_metrics(self.path, {"step": step, **values})
+        self._write_events("Validation", step, values)
+        self.last = (step, time.perf_counter())  # what was measured is no time of the training
+
+    def _write_events(self, group: str, step: int, values: dict[str, Any]) -> None:
+        """Write the numbers among the values to DeepSpeed's monitor, over the step."""
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self.monitor.write_events([(f"{group}/{name}", value, step) for name, value in numbers.items()])
+
     def log(self, progress: Progress) -> None:
-        """Write one step to metrics.jsonl and TensorBoard, with rates since the step that was logged before."""
+        """Write one step to metrics.jsonl and TensorBoard, with rates since the step that was logged or measured before."""
         step, then = self.last
         self.last = now = (progress.step, time.perf_counter())
         seconds = (now[1] - then) / (progress.step - step)
         rate = self.global_batch / seconds
-        line = {**progress._asdict(), "seconds_per_step": round(seconds, 4), "samples_per_second": round(rate, 3)}
+        speed = {
+            "seconds_per_step": round(seconds, 4),
+            "samples_per_second": round(rate, 3),
+            "tflops": self.flops / seconds / 1e12,
+        }
+        if self.peak is not None:
+            speed["mfu"] = self.flops / seconds / self.peak
+        memory = peak_memory()
+        line = {**progress._asdict(), **speed, **memory}
         gpu = self.gpu.read()._asdict() if self.gpu else {}
         line |= {f"gpu_{name}": value for name, value in gpu.items()}
         append_metrics(self.path, line)
-        samples = progress.step * self.global_batch
-        names = {"train_loss": "loss"} | {key: key for key in ("loss_l1", "loss_class", "lr", "grad_norm")}
-        known = {name: line[key] for name, key in names.items() if line[key] is not None}
-        self.monitor.write_events([(f"Train/Samples/{name}", value, samples) for name, value in known.items()])
-        numbers = [(name, value) for name, value in gpu.items() if isinstance(value, float)]
-        self.monitor.write_events([(f"Train/GPU/{name}", value, samples) for name, value in numbers])
+        self._write_events("Train", progress.step, {name: line[name] for name in _SCALARS})
+        self._write_events("Speed", progress.step, {**speed, **memory})
+        self._write_events("GPU", progress.step, gpu)
         self.bar.set_postfix(
             loss=f"{progress.loss:.4f}", lr=f"{progress.lr:.2e}", samples_s=f"{rate:.2f}", refresh=False
         )

@@ -133,16 +133,21 @@ def test_logged_rates_are_those_since_the_last_logged_step(tmp_path, monkeypatch
     monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(clock))
     engine = SimpleNamespace(monitor=monitor, device=torch.device("cpu"))
     progress = telemetry.Progress(step=13, epoch=2, loss=0.5, loss_l1=0.4, loss_class=0.1, lr=1e-4, grad_norm=2.0)
-    with telemetry.Telemetry(tmp_path, engine, first=10, total=20, global_batch=8) as log:
+    with telemetry.Telemetry(tmp_path, engine, first=10, total=20, global_batch=8, flops=3e12, peak=4e12) as log:
         monkeypatch.setattr(
             log, "bar", SimpleNamespace(update=lambda *_: None, set_postfix=lambda *_, **__: None, close=lambda: None)
         )
         log.log(progress)
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    assert line == {**progress._asdict(), "seconds_per_step": 2.0, "samples_per_second": 4.0}
+    memory = line.pop("peak_memory_mib")
+    assert 50 < memory < 1e5
+    speed = {"seconds_per_step": 2.0, "samples_per_second": 4.0, "tflops": 1.5, "mfu": 0.375}
+    assert line == {**progress._asdict(), **speed}
     assert monitor.enabled is False
-    expected = {"train_loss": 0.5, "loss_l1": 0.4, "loss_class": 0.1, "lr": 1e-4, "grad_norm": 2.0}
-    assert monitor.events == [(f"Train/Samples/{name}", value, 13 * 8) for name, value in expected.items()]
+    expected = {"loss": 0.5, "loss_l1": 0.4, "loss_class": 0.1, "lr": 1e-4, "grad_norm": 2.0}
+    events = [(f"Train/{name}", value, 13) for name, value in expected.items()]
+    events += [(f"Speed/{name}", value, 13) for name, value in {**speed, "peak_memory_mib": memory}.items()]
+    assert monitor.events == events
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

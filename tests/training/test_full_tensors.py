@@ -65,7 +65,7 @@ def test_what_is_set_is_read(tmp_path, monkeypatch, stage, precision):
     values = random_values(engine)
     for kind in KINDS:
         set_full_tensors(engine, kind, values[kind])
-    set_model_weights(engine, values["weights"])
+    set_model_weights(engine, values["weights"].items())
     set_adam_steps(engine, STEPS)
     for kind in KINDS:
         found = dict(full_tensors(engine, kind))

@@ -11,6 +11,7 @@ from ccella_fast.data.checking.duplicates import check_duplicates
 from ccella_fast.data.checking.findings import Finding, log_findings, raise_if_stopped
 from ccella_fast.data.checking.geometry import check_geometry
 from ccella_fast.data.checking.study_facts import StudyFacts, facts_of_manifest
+from ccella_fast.data.loading.selection import select_studies
 from ccella_fast.data.manifest import NAME, Manifest
 
 
@@ -30,6 +31,8 @@ def check_before_training(manifest: Manifest, config: Config, allow: Sequence[st
     Raises:
         DataError: If training on it is pointless, or cannot be judged because training studies are held out too.
     """
-    findings = check_facts(facts_of_manifest(manifest), config)
+    aside = {case.id for case in select_studies(manifest, config, "val")}
+    facts = [fact._replace(split="val") if fact.id in aside else fact for fact in facts_of_manifest(manifest)]
+    findings = check_facts(facts, config)
     raise_if_stopped(findings, allow, Path(manifest.folder) / NAME)
     log_findings(findings)

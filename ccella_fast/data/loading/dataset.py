@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ccella_fast.config import Config
 from ccella_fast.data.augmentation.parameters import augmented_spacings
+from ccella_fast.data.loading.selection import select_studies
 from ccella_fast.data.manifest import IMPORTED, NAME, FileEntry, Split, StudyEntry, load_manifest
 from ccella_fast.errors import DataError, did_you_mean
 from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
@@ -172,8 +173,7 @@ class PreparedDataset:
         return torch.from_numpy(np.array(self.prepared.array(case, key, files=files)))
 
     def _select(self, split: str) -> list[StudyEntry]:
-        tag = self.config.data.dataset
-        cases = [case for case in self.prepared.cases if case.split == split and tag in (None, case.dataset)]
+        cases, tag = select_studies(self.prepared, self.config, split), self.config.data.dataset
         if not cases:
             tags = {case.dataset for case in self.prepared.cases if case.dataset and " " not in case.dataset}
             why = f"there is no study in the split '{split}'" + (f" with the dataset '{tag}'" if tag else "")
