@@ -70,6 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
         loaded = load_checkpoint(arguments.checkpoint, device=device)
         real = open_real(arguments, loaded, default_device())
         config, subject = loaded.config, f"{loaded.variant}, step {loaded.step}, {loaded.weights} weights"
+        if config.scheduler.is_flow or config.scheduler.prediction != "epsilon":
+            why = f"only networks that predict epsilon are measured here, and this one predicts {config.scheduler.prediction}"
+            fix = "compare samples of several --num_inference_steps with `ccella-fast evaluate`"
+            raise ConfigError(why, path=loaded.path, field="scheduler.prediction", fix=fix)
         grid = list(arguments.grid or config.check_grid())
         prompt_of = real.prompt if real is not None else constant_prompt(config, arguments)
         model = loaded.model.eval()

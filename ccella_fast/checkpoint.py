@@ -139,6 +139,7 @@ def export_reference(path: str | Path, out: str | Path, *, weights: str | None =
 
     Raises:
         ConfigError: `out` exists, or another export is writing it. It may be the reference's own file of the same name.
+        CheckpointError: the network was trained for another objective than the reference's.
     """
     from ccella_fast.reference_checkpoint import write_reference
 
@@ -150,6 +151,7 @@ def export_reference(path: str | Path, out: str | Path, *, weights: str | None =
         raise ConfigError("this file already exists", path=out, field="--out", fix="remove it, or choose another name")
     with lock_folder(out.parent, "ccella-fast export", name=f".{out.name}.lock"):
         loaded = load_checkpoint(path, weights=weights)
+        _check_objective(loaded)
         write_reference(
             out,
             state_dict=loaded.model.state_dict(),
@@ -157,6 +159,19 @@ def export_reference(path: str | Path, out: str | Path, *, weights: str | None =
             num_train_timesteps=loaded.config.scheduler.num_train_timesteps,
             config=loaded.config.model,
         )
+
+
+def _check_objective(loaded: Checkpoint) -> None:
+    """Raise CheckpointError unless the network predicts the noise of a noise schedule: the reference samples no other."""
+    scheduler = loaded.config.scheduler
+    if scheduler.is_flow or scheduler.prediction != "epsilon":
+        process = "a rectified flow" if scheduler.is_flow else "a noise schedule"
+        why = (
+            f"this network predicts {scheduler.prediction} of {process}; the reference's format cannot say so, and the "
+            "reference would sample it as noise"
+        )
+        fix = "use --format monai-bundle, or share it with `ccella-fast push`"
+        raise CheckpointError(why, path=loaded.path, field="scheduler.prediction", fix=fix)
 
 
 def check_exportable(path: str | Path) -> None:

@@ -187,7 +187,7 @@ def _sample(subparsers: argparse._SubParsersAction) -> None:
     add("--num_samples", type=whole_number(1), default=1, metavar="N", help=about)
     about = "the same seed gives the same volume in any batch (default 0)"
     add("--seed", type=whole_number(0), default=0, metavar="N", help=about)
-    about = "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or unipc (default: the checkpoint's)"
+    about = "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or unipc; of a flow model euler_flow or heun_flow (default: the checkpoint's)"
     add("--solver", metavar="NAME", help=about)
     about = "denoising steps (default: the checkpoint's)"
     add("--num_inference_steps", type=whole_number(1), metavar="N", help=about)

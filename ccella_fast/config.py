@@ -15,29 +15,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ccella_fast import reference_config
+from ccella_fast.config_augmentation import AugmentationConfig
 from ccella_fast.config_errors import explain
+from ccella_fast.config_scheduler import SchedulerConfig, check_objective, with_sampling_of_flows
+from ccella_fast.config_section import (
+    Count,
+    Fraction,
+    OneOrMore,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+    Seed,
+    Weight,
+)
 from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.storage import read_json
 from ccella_fast.variants import VARIANTS, Variant
 
 logger = logging.getLogger("ccella_fast")
-
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, int) else value)
-
-
-class Section(BaseModel):
-    """A section of the configuration: unknown keys and non-finite numbers are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -130,16 +129,6 @@ class AutoencoderConfig(Section):
         return 2 ** (len(self.num_channels) - 1)
 
 
-class SchedulerConfig(Section):
-    """The noise schedule of the reference (docs/explanation/method.md, section 3)."""
-
-    num_train_timesteps: Positive = 1000  #: number of noise levels
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.0015  #: variance added at the first timestep
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.0195  #: variance added at the last timestep
-    schedule: Literal["scaled_linear_beta"] = "scaled_linear_beta"  #: linear in the square root of beta
-    clip_sample: Literal[False] = False  #: the estimate of the clean latent is never clipped
-
-
 class GridConfig(Section):
     """The grid that every study is brought to, and the sequences that are kept. A prepared folder's manifest holds it."""
 
@@ -163,63 +152,6 @@ class DataConfig(GridConfig):
 
     #: what loads and augments volumes; auto: DALI on a GPU, else torch
     engine: Literal["auto", "dali", "torch"] = "auto"
-
-
-Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Axes = Annotated[list[Strength], Field(min_length=3, max_length=3)]  # along R, A, S
-PRESETS: dict[str, dict[str, Any]] = {
-    "none": {},
-    # With a report: sides stay, sizes stay true, intensities stay those of a plausible scan.
-    "text": {
-        "rotation": [3.0, 3.0, 6.0], "translation": [4.0, 4.0, 3.0], "zoom": 0.1, "crop": [0.1, 0.1, 0.05],
-        "gamma": 0.1, "contrast": 0.1, "brightness": 0.05, "bias": 0.1, "blur": 0.3, "noise": 0.01,
-    },
-    # Without: also mirrored, and stronger in everything.
-    "image": {
-        "rotation": [6.0, 6.0, 12.0], "translation": [8.0, 8.0, 6.0], "zoom": 0.2, "crop": [0.2, 0.2, 0.1],
-        "gamma": 0.25, "contrast": 0.2, "brightness": 0.1, "bias": 0.25, "blur": 0.6, "noise": 0.03, "flip": 0.5,
-    },
-}  # fmt: skip
-
-
-class AugmentationConfig(Section):
-    """Strengths of the augmentations. A key is the largest deviation that is drawn; 0 turns the operator off.
-
-    Keys that are given override those of `preset`. `flip` must be 0 if the model reads the report, because in a mirrored study
-    left and right are exchanged.
-    """
-
-    preset: Literal["none", "text", "image"] = "text"  #: strengths of the keys that are not given
-    rotation: Axes = [0.0, 0.0, 0.0]  #: degrees about R, A, S
-    translation: Axes = [0.0, 0.0, 0.0]  #: mm along R, A, S
-    zoom: Annotated[Strength, Field(le=1)] = 0.0  #: 0.1: voxels smaller or larger by up to 10 %
-    #: fraction of each axis that is cut off
-    crop: Annotated[list[Fraction], Field(min_length=3, max_length=3)] = [0.0, 0.0, 0.0]
-    #: mm around the center that always stay in view
-    gland: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = [60.0, 50.0, 45.0]
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.0  #: probability of exchanging left and right
-    gamma: Annotated[Strength, Field(le=2)] = 0.0  #: 0.1: exponent between exp(-0.1) and exp(0.1)
-    contrast: Annotated[Strength, Field(le=0.5)] = 0.0  #: change of the slope at mid-gray
-    brightness: Annotated[Strength, Field(le=1)] = 0.0  #: 0.1: gain between 0.9 and 1.1
-    bias: Annotated[Strength, Field(le=1)] = 0.0  #: 0.1: bias field between exp(-0.1) and exp(0.1)
-    blur: Annotated[Strength, Field(le=5)] = 0.0  #: largest standard deviation of the Gaussian, mm
-    noise: Annotated[Strength, Field(le=1)] = 0.0  #: largest standard deviation, for an image in [0, 1]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_preset(cls, values: Any) -> Any:
-        preset = values.get("preset", "text") if isinstance(values, dict) else None
-        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
-
-    @property
-    def active(self) -> bool:
-        """Whether any operator is enabled."""
-        return self.moves or any((self.gamma, self.contrast, self.brightness, self.bias, self.blur, self.noise))
-
-    @property
-    def moves(self) -> bool:
-        """Whether any operator changes the geometry."""
-        return any((*self.rotation, *self.translation, self.zoom, *self.crop, self.flip))
 
 
 class TextConfig(Section):
@@ -323,6 +255,12 @@ class TrainingConfig(Section):
     max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     #: weight of the class loss; null: the variant's
     text_class_pred_weight: Annotated[float, Field(ge=0)] | None = None
+    #: gamma of min-SNR weighting of the noise levels (Hang et al. 2023), such as 5; null: all have the same weight
+    min_snr_gamma: PositiveFloat | None = None
+    #: probability that a sample is trained with the null report, which guidance needs; 0: only studies without a report are
+    report_dropout: Probability = 0.0
+    #: probability that a sample is trained with the null class, in variants that are given the class
+    class_dropout: Probability = 0.0
     ema_decay: Fraction = 0.9999  #: decay of the moving average of the weights; 0: no average
     #: auto: bf16 on GPUs and on CPUs with bf16 instructions, else fp32; chosen when a run starts and kept when it is resumed
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -350,14 +288,15 @@ class MonitoringConfig(Section):
 
 
 class SamplingConfig(Section):
-    """`ccella-fast sample`. The defaults are the reference's: every timestep, ancestral."""
+    """`ccella-fast sample`. The defaults are the reference's: every timestep, ancestral; 30 Euler steps for a flow."""
 
-    #: see :doc:`/explanation/sampling`
+    #: see :doc:`/explanation/sampling`; euler_flow unless given for a rectified flow
     solver: Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler_flow", "heun_flow"] = "ddpm"
-    prediction: Literal["epsilon", "v", "x0", "velocity"] = "epsilon"  #: what the network was trained to predict
+    #: null, or the same as ``scheduler.prediction``, which decides
+    prediction: Literal["epsilon", "v", "x0", "velocity", "x0_minus_noise"] | None = None
     #: which timesteps a shorter run visits; null: the solver's own choice
     timestep_spacing: Literal["leading", "trailing", "linspace", "karras"] | None = None
-    num_inference_steps: Positive = 1000  #: denoising steps
+    num_inference_steps: Positive = 1000  #: denoising steps; 30 unless given for a rectified flow
     #: classifier-free guidance against the null report; 1: off
     guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)  #: fractions of the schedule between which guidance acts
@@ -389,8 +328,14 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     paths: PathsConfig = PathsConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_flows(cls, values: Any) -> Any:
+        return with_sampling_of_flows(values)
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        check_objective(self.scheduler, self.training, self.sampling, self.model.traits)
         if len(self.model.latent_channels) != len(self.data.sequences):
             raise ValueError(
                 f"model.latent_channels {self.model.latent_channels} needs one entry per sequence (data.sequences "

@@ -1,6 +1,6 @@
 """Terms of the training losses (docs/explanation/method.md, section 3).
 
-The diffusion model minimizes the L1 distance on the noise plus w times a focal loss on the class; the autoencoder's loss
+The diffusion model minimizes the L1 distance of its prediction plus w times a focal loss on the class; the autoencoder's loss
 contains the KL divergence. All terms are computed in fp32 and averaged over the local batch, without synchronizing with the
 host.
 """
@@ -12,9 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def noise_loss(predicted: Tensor, noise: Tensor) -> Tensor:
-    """Mean absolute error over all elements, a float32 scalar."""
-    return F.l1_loss(predicted.float(), noise.float())
+def noise_loss(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean absolute error over all elements, a float32 scalar.
+
+    Args:
+        predicted: (B, ...).
+        target: like predicted; the noise in the reference.
+        weights: (B,), of the samples; None: all are 1.
+    """
+    if weights is None:
+        return F.l1_loss(predicted.float(), target.float())
+    per_sample = F.l1_loss(predicted.float(), target.float(), reduction="none").flatten(1).mean(1)
+    return (weights * per_sample).mean()
 
 
 def focal_terms(logits: Tensor, target: Tensor) -> Tensor:

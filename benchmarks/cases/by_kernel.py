@@ -11,7 +11,7 @@ from typing import Any
 from benchmark_case import BenchmarkCase, Implementation, PreparedCase
 from cases.sampler import STEPS, our_chain
 from cases.training import batch_stream, build_engine, training_config
-from ccella_fast.diffusion.schedule import Schedule
+from ccella_fast.diffusion.objective import Objective
 from ccella_fast.kernels.backend import KERNELS, choose, triton_unsupported_reason
 from ccella_fast.sampling import FastSampler
 from fixtures import Workbench
@@ -73,13 +73,13 @@ def training_step_by_kernel(bench: Workbench) -> PreparedCase:
     folder = tempfile.TemporaryDirectory(prefix="ccella-bench-")
     data = write_prepared(Path(folder.name) / "prepared", config, cases=2 * batch)
     engine = build_engine(bench, config, Path(folder.name))
-    schedule, samples = (
-        Schedule.from_config(config.scheduler),
+    objective, samples = (
+        Objective.from_config(config),
         batch_stream(config, data, bench.device).micro_batch(0, 0),
     )
 
     def step(stopwatch: Stopwatch) -> None:
-        losses = joint_loss(engine, samples, schedule, config.class_loss_weight)
+        losses = joint_loss(engine, samples, objective, config.class_loss_weight)
         stopwatch.mark("forward")
         engine.backward(losses.total)
         stopwatch.mark("backward")

@@ -30,7 +30,7 @@ from ccella_fast.data.loading.resident_latents import ResidentLatents
 from ccella_fast.data.phantom.phantom import write_phantoms
 from ccella_fast.data.preparation.prepare import prepare
 from ccella_fast.data.readers.volume_file import read_volume
-from ccella_fast.diffusion.schedule import Schedule
+from ccella_fast.diffusion.objective import Objective
 from ccella_fast.models import build_model
 from ccella_fast.models.autoencoder import Autoencoder, save_autoencoder
 from ccella_fast.training.batches import BatchStream
@@ -278,16 +278,16 @@ class _TrainingRun:
     def __init__(self, config: Config, dataset: PreparedDataset, source: Any, device: torch.device, steps: int):
         self.feed = BatchStream(
             dataset, seed=0, batch_size=config.training.batch_size, accumulation=1, rank=0, world_size=1,
-            scale=torch.ones(4), num_timesteps=1000, source=source, device=device,
+            scale=torch.ones(4), objective=Objective(), source=source, device=device,
         )  # fmt: skip
         self.device, self.steps, self.seconds = device, steps, 0.0
-        self.model, self.schedule = build_model(config).to(device), Schedule.from_config(config.scheduler)
+        self.model, self.objective = build_model(config).to(device), Objective()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
 
     def __call__(self) -> None:
         begin, self.feed.waited = time.perf_counter(), 0.0
         for (samples,) in self.feed.steps(0, self.steps, background=self.device.type == "cuda"):
-            joint_loss(self.model, samples, self.schedule, 0.0).total.backward()
+            joint_loss(self.model, samples, self.objective, 0.0).total.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
         if self.device.type == "cuda":

@@ -22,7 +22,7 @@ import reference
 from benchmark_case import BenchmarkCase, Implementation, PreparedCase, Roofline, Skip
 from cases.sampler import step_roofline
 from ccella_fast.config import Config, load_config, make_config
-from ccella_fast.diffusion.schedule import Schedule
+from ccella_fast.diffusion.objective import Objective
 from ccella_fast.hardware import free_memory
 from ccella_fast.storage import write_json
 from ccella_fast.training.flat_adamw import MOMENTS, FlatAdamW
@@ -68,7 +68,7 @@ def training_step(bench: Workbench, precision: str | None = None, *, compiled: b
     bench.on_progress("building the engine")
     engine = build_engine(bench, config, Path(folder.name))
     baseline_model = _reference(engine, precision)
-    schedule = Schedule.from_config(config.scheduler)
+    objective = Objective.from_config(config)
     stream = batch_stream(config, data, bench.device)
     items = [stream.dataset.item(index, 0) for index in range(len(stream.dataset))]
     step_class = compiled_baseline.CompiledTrainingStep if compiled else reference.ReferenceTrainingStep
@@ -85,7 +85,7 @@ def training_step(bench: Workbench, precision: str | None = None, *, compiled: b
 
         samples = next(steps)[0]
         stopwatch.mark("loader")
-        losses = joint_loss(engine, samples, schedule, config.class_loss_weight)
+        losses = joint_loss(engine, samples, objective, config.class_loss_weight)
         stopwatch.mark("forward")
         engine.backward(losses.total)
         stopwatch.mark("backward")
@@ -95,7 +95,7 @@ def training_step(bench: Workbench, precision: str | None = None, *, compiled: b
 
     prepared = PreparedCase(shapes={"latent": [batch, bench.latent_channels, *bench.latent_grid]}, tolerance=_TOLERANCE)
     samples = stream.micro_batch(0, 0)
-    gradients = _Gradients(engine, baseline_model, body, samples, schedule, config)
+    gradients = _Gradients(engine, baseline_model, body, samples, objective, config)
     baseline, its_precision = ("compiled baseline", "bf16") if compiled else ("reference", bench.reference_precision)
     prepared.implementations[baseline] = Implementation(
         its_precision, run_reference, lambda: gradients.reference(autocast=True)
@@ -113,10 +113,10 @@ class _Gradients:
     """Two gradients of each implementation on the same samples, scaled by the largest values of the true gradients."""
 
     def __init__(
-        self, engine: Any, baseline_model: nn.Module, body: Any, samples: Any, schedule: Schedule, config: Config
+        self, engine: Any, baseline_model: nn.Module, body: Any, samples: Any, objective: Objective, config: Config
     ):
         self.engine, self.baseline_model, self.body, self.samples = engine, baseline_model, body, samples
-        self.schedule, self.weight = schedule, config.class_loss_weight
+        self.objective, self.weight = objective, config.class_loss_weight
         self.scales: list[float] = []
 
     def reference(self, *, autocast: bool) -> Tensor:
@@ -133,7 +133,7 @@ class _Gradients:
     def ours(self) -> Tensor:
         from ccella_fast.training.loop import joint_loss
 
-        loss = joint_loss(self.engine.module, self.samples, self.schedule, self.weight).total
+        loss = joint_loss(self.engine.module, self.samples, self.objective, self.weight).total
         loss.backward()
         optimizer, parameters = self.engine.optimizer, dict(self.engine.module.named_parameters())
         optimizer.finish_sums()
@@ -225,7 +225,7 @@ def batch_stream(config: Config, data: Path, device: torch.device) -> Any:
     return BatchStream(
         dataset, seed=0, batch_size=config.training.batch_size, accumulation=1, rank=0, world_size=1,
         scale=torch.full((sum(config.model.latent_channels),), _SCALE),
-        num_timesteps=config.scheduler.num_train_timesteps, source=choose_latent_source(dataset, device, text_dtype),
+        objective=Objective.from_config(config), source=choose_latent_source(dataset, device, text_dtype),
         device=device,
     )  # fmt: skip
 

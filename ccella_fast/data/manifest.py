@@ -108,13 +108,14 @@ class Manifest(_Model):
     """The contents of `manifest.json`.
 
     `scale_factor` is 1 / (standard deviation of the sampled latents of the train split), one value per sequence; it is null
-    until there are latents.
+    until there are latents. `null_text` is the file with the features of the null report, if report dropout was configured.
     """
 
     format: Literal["ccella_fast.prepared"]
     version: Literal[1]
     data: GridConfig
     text: TextInfo | None
+    null_text: FileEntry | None = Field(default=None, exclude_if=lambda entry: entry is None)
     vae: VaeInfo | None
     scale_factor: list[PositiveFinite] | None
     intensity_scale: dict[str, PositiveFinite]
@@ -150,6 +151,10 @@ class Manifest(_Model):
                 else "run `ccella-fast prepare` again"
             )
             raise DataError(f"the study '{case.id}' has no {key}", path=self.folder / NAME, field=field, fix=fix)
+        return self.open_entry(entry, field, verify=verify)
+
+    def open_entry(self, entry: FileEntry, field: str, *, verify: bool) -> np.ndarray:
+        """Open a listed file; see `array`. field: of the manifest, for error messages."""
         path, fix = self.folder / entry.path, "run `ccella-fast prepare` again"
         if not path.is_file():
             raise DataError("this prepared file is missing", path=path, field=field, fix=fix)
@@ -230,6 +235,8 @@ def load_manifest(folder: str | Path) -> Manifest:
         files = [*case.files.items(), *(item for copy in case.augmented for item in copy.files.items())]
         for key, entry in files:
             safe_join(folder, entry.path, path=path, field=f"cases[{index}].files.{key}.path")
+    if manifest.null_text is not None:
+        safe_join(folder, manifest.null_text.path, path=path, field="null_text.path")
     manifest._folder = Path(folder)
     return manifest
 

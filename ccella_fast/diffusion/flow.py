@@ -6,9 +6,10 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from ccella_fast.diffusion.prediction import FLOW
 from ccella_fast.diffusion.timesteps import (
@@ -20,6 +21,9 @@ from ccella_fast.diffusion.timesteps import (
     with_timesteps,
 )
 from ccella_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ccella_fast.config_scheduler import SchedulerConfig
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,14 @@ class RectifiedFlow:
             why = f"sigma_min must be between 0 and 1, got {self.sigma_min:g}"
             raise ConfigError(why, field="sigma_min", fix="use 1 / num_train_timesteps")
 
+    @classmethod
+    def from_config(cls, config: SchedulerConfig, size: Sequence[int]) -> RectifiedFlow:
+        """The flow of a configuration for latents of this spatial size, on which the shift depends as in MONAI."""
+        shift, total = 1.0, config.num_train_timesteps
+        if config.use_timestep_transform:
+            shift = (prod(size) / config.base_img_size_numel) ** (1 / len(size)) * config.transform_scale
+        return cls(noise_at=float(total), shift=shift, sigma_min=1 / total if total > 1 else cls.sigma_min)
+
     def levels(self, num_inference_steps: int, spacing: str, *, includes_last: bool = False) -> NoiseLevels:
         """N levels, for any N.
 
@@ -74,14 +86,14 @@ class RectifiedFlow:
         check_steps(num_inference_steps, None)
         why = "leading timesteps do not include pure noise, where a rectified flow starts"
         check_spacing(spacing, ("trailing", "linspace", "karras", "exponential", "beta"), why)
-        last = self._shifted(self.sigma_min)
+        last = self.shifted(self.sigma_min)
         match spacing:
             case "trailing":
-                sigma = self._shifted(np.linspace(1, 1 / num_inference_steps, num_inference_steps))
+                sigma = self.shifted(np.linspace(1, 1 / num_inference_steps, num_inference_steps))
             case "linspace":
-                sigma = self._shifted(np.linspace(1, last, num_inference_steps))
+                sigma = self.shifted(np.linspace(1, last, num_inference_steps))
             case _:
-                sigma = spaced_sigmas(1.0, self._shifted(last), num_inference_steps, spacing)
+                sigma = spaced_sigmas(1.0, self.shifted(last), num_inference_steps, spacing)
         return self._levels(sigma)
 
     def levels_at(self, timesteps: Any, sigmas: Any) -> NoiseLevels:
@@ -98,12 +110,35 @@ class RectifiedFlow:
         received = given_levels(timesteps, "timesteps", self.noise_at, self.data_at, end=self.data_at)
         return self._levels((received - self.data_at) / (self.noise_at - self.data_at))
 
-    def _shifted(self, sigma: Any) -> Any:
+    def shifted(self, sigma: Any) -> Any:
+        """The noise level, or levels, after the shift."""
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
+    def time(self, sigma: Any) -> Any:
+        """What the network receives at a noise level, or at several."""
+        return self.data_at + (self.noise_at - self.data_at) * sigma
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = (1 - sigma) x0 + sigma noise, without host synchronization.
+
+        Args:
+            x0: (B, ...).
+            noise: (B, ...), on the same device.
+            timesteps: (B,), the network's times, on the same device.
+
+        Returns:
+            x_t, computed in fp32 and returned in the dtype of `x0`.
+        """
+        signal_t, sigma_t = self.mixture(timesteps, x0.ndim)
+        return (signal_t * x0.float() + sigma_t * noise.float()).to(x0.dtype)
+
+    def mixture(self, timesteps: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
+        """The factors of x0 and of the noise at the network's times (B,), fp32 (B, 1, ...) with `ndim` dimensions."""
+        sigma = ((timesteps.float() - self.data_at) / (self.noise_at - self.data_at)).view(-1, *[1] * (ndim - 1))
+        return 1 - sigma, sigma
+
     def _levels(self, sigma: np.ndarray) -> NoiseLevels:
-        timesteps = self.data_at + (self.noise_at - self.data_at) * sigma
-        sigma = np.append(sigma, 0.0)
+        timesteps, sigma = self.time(sigma), np.append(sigma, 0.0)
         return NoiseLevels(timesteps, 1 - sigma, sigma)
 
 

@@ -7,6 +7,7 @@ signal = 1 in sigma space. For every prediction type, x0 = a x_t + b output, whe
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from ccella_fast.errors import ConfigError, did_you_mean
 
@@ -15,6 +16,14 @@ FLOW = ("velocity", "x0_minus_noise", "x0")
 SIGMA_SPACE = ("x0", "epsilon")
 # Names used by diffusers and MONAI.
 ALIASES = {"eps": "epsilon", "v_prediction": "v", "sample": "x0", "flow_prediction": "velocity"}
+
+IN_WORDS = {
+    "epsilon": "the noise",
+    "v": "v, which is signal x noise - sigma x latent",
+    "x0": "the clean latent",
+    "velocity": "the velocity, which is noise - latent",
+    "x0_minus_noise": "latent - noise, the velocity with the sign of MONAI",
+}
 
 
 def check_prediction(name: str, allowed: tuple[str, ...], process: str) -> str:
@@ -63,6 +72,22 @@ def x0_coefficients(prediction: str, signal: np.ndarray, sigma: np.ndarray) -> t
             return one, -sigma
         case "x0_minus_noise":
             return one, sigma
+    raise AssertionError(prediction)
+
+
+def training_target(prediction: str, x0: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+    """What the network is trained to output for x_t = signal x0 + sigma noise, like x0; the inverse of `x0_coefficients`."""
+    match prediction:
+        case "epsilon":
+            return noise
+        case "v":
+            return signal * noise - sigma * x0
+        case "x0":
+            return x0
+        case "velocity":
+            return noise - x0
+        case "x0_minus_noise":
+            return x0 - noise
     raise AssertionError(prediction)
 
 

@@ -26,7 +26,7 @@ from ccella_fast.diffusion.timesteps import (
 from ccella_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ccella_fast.config import SchedulerConfig
+    from ccella_fast.config_scheduler import SchedulerConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,10 +189,14 @@ class Schedule:
         Returns:
             x_t, computed in fp32 and returned in the dtype of `x0`.
         """
-        signal, sigma = self._roots(x0.device)
-        shape = (-1, *[1] * (x0.ndim - 1))
-        signal_t, sigma_t = signal[timesteps].view(shape), sigma[timesteps].view(shape)
+        signal_t, sigma_t = self.mixture(timesteps, x0.ndim)
         return (signal_t * x0.float() + sigma_t * noise.float()).to(x0.dtype)
+
+    def mixture(self, timesteps: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
+        """The factors of x0 and of the noise at timesteps (B,), fp32 (B, 1, ...) with `ndim` dimensions."""
+        shape = (-1, *[1] * (ndim - 1))
+        signal, sigma = self._roots(timesteps.device)
+        return signal[timesteps].view(shape), sigma[timesteps].view(shape)
 
     @lru_cache(maxsize=8)  # noqa: B019  schedules live as long as the process; one entry per device
     def _roots(self, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ class ModelOutput(NamedTuple):
     """The result of a forward pass.
 
     Attributes:
-        noise: the predicted noise, (B, C, X, Y, Z).
+        noise: the prediction, (B, C, X, Y, Z): the noise, or what `scheduler.prediction` names.
         class_logits: (B, num_classes); None if the variant does not predict the class.
     """
 

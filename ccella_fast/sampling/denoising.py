@@ -15,10 +15,10 @@ from torch import Tensor
 from ccella_fast.config import Config
 from ccella_fast.diffusion.guidance import guided_prediction
 from ccella_fast.diffusion.noise import start_noise
-from ccella_fast.diffusion.prediction import ALIASES, DIFFUSION, FLOW
-from ccella_fast.diffusion.schedule import Schedule
+from ccella_fast.diffusion.objective import noise_process
+from ccella_fast.diffusion.prediction import check_prediction
 from ccella_fast.diffusion.scheduler_adapter import SchedulerTrajectory
-from ccella_fast.diffusion.solvers import SOLVERS, SamplingPlan, Solver, get_solver
+from ccella_fast.diffusion.solvers import SamplingPlan, Solver, get_solver
 from ccella_fast.diffusion.trajectory import Trajectory, run_trajectory
 from ccella_fast.errors import ConfigError
 from ccella_fast.models import Conditioning, DiffusionModel
@@ -37,7 +37,8 @@ class LoopSettings:
     """The settings of the loop, shared by all batches of a request.
 
     Attributes:
-        plan: a SamplingPlan, or a diffusers scheduler; it is determined by the next four fields and not compared.
+        plan: a SamplingPlan, or a diffusers scheduler; it is determined by the next four fields and the size of the latent, and
+            not compared.
         solver: the solver or its name.
         num_inference_steps: denoising steps.
         prediction: what the network predicts.
@@ -63,18 +64,21 @@ class LoopSettings:
         """The settings of a request, with the defaults of `config`.
 
         Raises:
-            ConfigError: a value is invalid, or the solver does not fit what the network was trained to predict.
+            ConfigError: a value is invalid, or the solver or the prediction is not that of the training.
         """
-        defaults, schedule = config.sampling, Schedule.from_config(config.scheduler)
+        defaults, scheduler = config.sampling, config.scheduler
+        process = noise_process(scheduler, request.resolve_latent_shape(config)[1:])
         solver: Any = defaults.solver if request.solver is None else request.solver
-        prediction = request.prediction or defaults.prediction
+        prediction = scheduler.prediction
+        if request.prediction is not None:
+            _check_prediction(check_prediction(request.prediction, process.predictions, process.kind), prediction)
         given = request.num_inference_steps
         num_inference_steps = defaults.num_inference_steps if given is None else given
         spacing = request.timestep_spacing or defaults.timestep_spacing
         plan: Any = solver
         if isinstance(solver, (str, Solver)):
-            plan = get_solver(solver, flow=_is_flow(request, config)).plan(
-                schedule, num_inference_steps, prediction=prediction, timestep_spacing=spacing
+            plan = get_solver(solver, flow=scheduler.is_flow).plan(
+                process, num_inference_steps, prediction=prediction, timestep_spacing=spacing
             )
         if request.reuse is not None:
             if not isinstance(request.reuse, Reuse):
@@ -88,7 +92,7 @@ class LoopSettings:
             num_inference_steps=num_inference_steps,
             prediction=prediction,
             timestep_spacing=spacing,
-            schedule_length=len(schedule),
+            schedule_length=scheduler.num_train_timesteps,
             guidance=request.resolve_guidance(config),
             reuse=request.reuse,
             row_by_row=request.batch_invariant,
@@ -215,13 +219,11 @@ class DenoisingLoop:
         )
 
 
-def _is_flow(request: Request, config: Config) -> bool | None:
-    """Whether the network is a rectified flow, by what it predicts; None if that does not tell."""
-    prediction = request.prediction or config.sampling.prediction
-    canonical = ALIASES.get(prediction, prediction)
-    if canonical in FLOW and canonical in DIFFUSION:  # the clean sample, which both kinds of networks can predict
-        return SOLVERS[config.sampling.solver].flow if request.prediction is None else None
-    return True if canonical in FLOW else False if canonical in DIFFUSION else None
+def _check_prediction(given: str, trained: str) -> None:
+    if given != trained:
+        why = f"prediction is '{given}', but the network was trained to predict '{trained}'"
+        fix = "leave prediction out: the checkpoint decides (scheduler.prediction in its config.json)"
+        raise ConfigError(why, field="prediction", fix=fix)
 
 
 def _first_rows(conditioning: Conditioning, count: int) -> Conditioning:

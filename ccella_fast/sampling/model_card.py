@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from ccella_fast.config import Config
+from ccella_fast.diffusion.objective import process_in_words
+from ccella_fast.diffusion.prediction import IN_WORDS
 from ccella_fast.evaluation.results import COLUMNS, cells
 from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.quantities import counted
@@ -99,7 +101,7 @@ def _summary(config: Config) -> str:
 
 def _model(parts: SamplerParts) -> str:
     config, state = parts.config, parts.state
-    model, data, vae, schedule = config.model, config.data, config.autoencoder, config.scheduler
+    model, data, vae, grid = config.model, config.data, config.autoencoder, config.check_grid()
     report = ["the report"] if model.traits.text else []
     classes = {"predicted": ["the PI-RADS class that is predicted from it"], "given": ["the PI-RADS class"], "none": []}
     inputs = [*report, *classes[model.traits.class_input], "the voxel size"]
@@ -107,15 +109,20 @@ def _model(parts: SamplerParts) -> str:
         "Inputs": ", ".join(inputs),
         "Output": f"{_times(data.dim)} voxels of {_times(data.spacing)} mm along R, A, S, of each sequence",
         "Sequences": ", ".join(data.sequences),
-        "Latent": f"{sum(model.latent_channels)} channels, {_times([size // vae.factor for size in data.dim])} voxels",
+        "Latent": f"{sum(model.latent_channels)} channels, {_times(grid)} voxels",
         "U-Net": f"{_list(model.num_channels)} channels, {counted(model.num_res_blocks, 'residual block')} per level",
         "Autoencoder": f"{_list(vae.num_channels)} channels, each axis divided by {vae.factor}",
-        "Noise": f"{schedule.num_train_timesteps} steps, {schedule.schedule} from {schedule.beta_start} to {schedule.beta_end}",
+        "Noise": process_in_words(config.scheduler, grid),
+        "Prediction": IN_WORDS[config.scheduler.prediction],
         "Default sampling": counted(config.sampling.num_inference_steps, "step") + f" of {config.sampling.solver}",
         "Weights": f"{_AVERAGED[parts.origin.averaged]}, after {counted(state['step'], 'training step')}",
     }
     if model.traits.text:
         facts["Text encoder"] = f"{config.text.encoder}, {config.text.max_length} tokens"
+    dropped = {"report": config.training.report_dropout, "class": config.training.class_dropout}
+    if any(dropped.values()):
+        shares = " and ".join(f"without the {name}: {share:.0%}" for name, share in dropped.items() if share)
+        facts["Guidance"] = f"trained for it, with samples {shares}"
     head = class_head_state(config, parts.origin.trained_on)
     if head is not None:
         about = {

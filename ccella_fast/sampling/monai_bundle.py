@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 import ccella_fast
 from ccella_fast.checkpoint import Checkpoint, check_exportable
 from ccella_fast.config import Config
+from ccella_fast.diffusion.objective import process_in_words
+from ccella_fast.diffusion.prediction import IN_WORDS
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.sampling.pretrained import (
@@ -182,7 +184,8 @@ def _metadata(loaded: Checkpoint) -> dict[str, Any]:
         "name": f"{row.name} {sequences} prostate MRI",
         "task": task,
         "description": f"Latent diffusion model ({row.name}) of prostate MRI ({sequences}) with {size} voxels of {spacing} mm. "
-        f"The network predicts {config.sampling.prediction} from a noisy latent.",
+        f"The network predicts {IN_WORDS[config.scheduler.prediction]}, from a noisy latent "
+        f"({process_in_words(config.scheduler, config.check_grid())}).",
         "authors": "not stated",
         "copyright": "not stated",
         "intended_use": _USE,
@@ -200,13 +203,16 @@ def _network_data_format(config: Config) -> dict[str, Any]:
         for number in range(count)
     ]
     latent = _tensor("image", "latent", len(channels), config.check_grid(), channel_def=_numbered(channels))
-    steps = [0, config.scheduler.num_train_timesteps - 1]
+    total, is_flow = config.scheduler.num_train_timesteps, config.scheduler.is_flow
     axes = [f"voxel size in mm along {axis} times {SPACING_SCALE:g}" for axis in ("R", "A", "S")]
     inputs = {
         "x": latent,
-        "timesteps": _tensor("timesteps", "timesteps", 1, [], dtype="int64", value_range=steps),
+        "timesteps": _tensor(
+            "timesteps", "timesteps", 1, [], dtype="float32" if is_flow else "int64",
+            value_range=[0, total if is_flow else total - 1],
+        ),
         "spacing": _tensor("spacing", "spacing", 3, [], channel_def=_numbered(axes)),
-    }
+    }  # fmt: skip
     if row.text:
         inputs["text"] = _tensor("series", "sequence", config.text.max_length, [model.input_dim])
     if row.class_input == "given":

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ccella_fast.checkpoint import Checkpoint, load_checkpoint, step_folders, write_manifest
 from ccella_fast.config import REMOVED_SETTINGS, Config, load_config, make_config
+from ccella_fast.config_scheduler import KEYS_OF_ONE_SCHEDULE
 from ccella_fast.errors import CcellaError, CheckpointError, ConfigError
 from ccella_fast.models import DiffusionModel
 from ccella_fast.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder, weights_file
@@ -22,6 +23,11 @@ from ccella_fast.optional import require
 from ccella_fast.sampling.output import volume_digest
 from ccella_fast.storage import atomic_folder, read_json, sha256, write_json
 
+# Settings that the first version did not have; it sampled as with what are now their defaults.
+_LATER_SETTINGS = {
+    "scheduler": ("prediction", *KEYS_OF_ONE_SCHEDULE["rectified_flow"]),
+    "training": ("min_snr_gamma", "report_dropout", "class_dropout"),
+}
 WEIGHT_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
 
 
@@ -33,10 +39,14 @@ def config_digest(config: Config) -> str:
     """
     values, later = config.dump(), config.vae_training.later_settings_at_default()
     values["vae_training"] = {name: value for name, value in values["vae_training"].items() if name not in later}
-    del (
-        values["training"]["collective_timeout"],
-        values["monitoring"],
-    )  # added later too; the weights' hash is in the identity
+    # Added later too; the weights' hash is in the identity.
+    del values["training"]["collective_timeout"], values["monitoring"]
+    defaults = Config().dump()
+    for section, names in _LATER_SETTINGS.items():
+        for name in names:
+            if values[section][name] == defaults[section][name]:
+                del values[section][name]
+    values["sampling"]["prediction"] = "epsilon"  # its default then; now `scheduler.prediction` decides
     for dotted in REMOVED_SETTINGS:
         section, key = dotted.split(".")
         values[section][key] = 0 if key == "random_seed" else None

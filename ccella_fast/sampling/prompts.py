@@ -20,8 +20,8 @@ class PromptRows(NamedTuple):
     """The conditioning inputs of one network call: U distinct prompts for R rows.
 
     For a batch of B volumes, R is 1 if all prompts are equal and B otherwise. If guidance is used in any step of the run, R is
-    2B: one row per volume, then the same rows with the null report. Steps without guidance use the first B rows, or the single
-    one.
+    2B: one row per volume, then the same rows with the null report, and with the null class if the training has dropped
+    classes. Steps without guidance use the first B rows, or the single one.
 
     Attributes:
         text: (U, L, E), or None for variants without a report.
@@ -56,10 +56,16 @@ class PromptRows(NamedTuple):
 
 
 class Prompts:
-    """The seed, spacing, class and report of every volume of a request."""
+    """The seed, spacing, class and report of every volume of a request.
 
-    def __init__(self, volumes: VolumeInputs, reports: PromptFeatures):
-        self.seeds = volumes.seeds
+    Args:
+        volumes: the inputs of the volumes.
+        reports: the text features.
+        has_null_class: whether the training has dropped classes, so that guidance is against the null class too.
+    """
+
+    def __init__(self, volumes: VolumeInputs, reports: PromptFeatures, *, has_null_class: bool = False):
+        self.seeds, self._has_null_class = volumes.seeds, has_null_class
         self._volumes, self._reports = volumes, reports
         numbers = volumes.reports
         self._rows = [-1] * len(self.seeds) if numbers is None else [reports.rows[number] for number in numbers]
@@ -80,7 +86,7 @@ class Prompts:
         """The conditioning inputs of a batch of these volumes; if `guided`, with the null report too."""
         rows: list[tuple] = [(self._rows[k], self._spacings[k], self._classes[k]) for k in volumes]
         if guided:
-            rows += [("null", spacing, name) for _, spacing, name in rows]
+            rows += [("null", spacing, None if self._has_null_class else name) for _, spacing, name in rows]
         elif len(set(rows)) == 1:
             rows = rows[:1]
         distinct = list(dict.fromkeys(rows))

@@ -68,8 +68,8 @@ class Request:
         class_override: the same, in place of the class that a variant predicts from the report.
         latent_shape: (C, X, Y, Z); default: that of the training grid.
         num_inference_steps: denoising steps.
-        solver: as for `ccella_fast.sample`, like the next two.
-        prediction: what the network predicts.
+        solver: as for `ccella_fast.sample`.
+        prediction: what the network predicts; only to check that it is what the checkpoint says.
         timestep_spacing: the timesteps that a run with fewer steps visits.
         guidance_scale: scale of classifier-free guidance; 1 disables it, at no cost.
         guidance_interval: fractions of the schedule between which guidance is applied.

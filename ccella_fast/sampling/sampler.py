@@ -308,7 +308,7 @@ class FastSampler:
         grid = [size * config.autoencoder.factor for size in plan.latent_shape[1:]]
         warn_of_untrained_spacings(plan.volumes.spacings, grid, config, self.origin.trained_on)
         reports = self._text_features.features_for(request, guided=settings.guidance.on)
-        prompts = Prompts(plan.volumes, reports)
+        prompts = Prompts(plan.volumes, reports, has_null_class=config.training.class_dropout > 0)
         request_metadata = {
             **self.origin.metadata,
             **plan.request_metadata(request),

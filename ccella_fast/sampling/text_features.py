@@ -82,7 +82,7 @@ class TextFeatureCache:
             null = self._null_features_like(given.features, request) if guided else None
             return PromptFeatures(given.features, tuple(range(len(given.features))), given.identities, null)
         if request.reports is None:
-            if guided:
+            if guided and not self._config.training.class_dropout:
                 why = f"guidance needs a report, and {self._config.model.variant} does not take one"
                 raise ConfigError(why, field="guidance_scale", fix="use 1, which disables guidance")
             return PromptFeatures()

@@ -20,11 +20,11 @@ _TOLERANCE = 0.01  # relative; spacings of headers are rounded
 def class_head_state(config: Config, trained_on: dict[str, Any] | None) -> str | None:
     """Whether predicted classes mean something: "trained", "untrained" or "unknown"; None if the variant predicts none.
 
-    A head has learned classes if its loss had a weight and it saw studies of both classes.
+    A head has learned classes if its loss had a weight and it saw studies of both classes with their reports.
     """
     if config.model.traits.class_input != "predicted":
         return None
-    if config.class_loss_weight == 0:
+    if config.class_loss_weight == 0 or config.training.report_dropout == 1:
         return "untrained"
     if trained_on is None:
         return "unknown"

@@ -2,8 +2,8 @@
 
 The data is an endless stream: epoch after epoch, each a permutation drawn from (seed, epoch). Step s takes the next global
 batch of the stream; micro-steps and processes take slices of it. All random numbers of a sample (posterior draw, noise,
-timestep) come from one generator, seeded by (seed, position in the stream). They are therefore the same in a resumed run, and
-for any number of processes and micro-steps with the same global batch.
+timestep; and whether its report is dropped) come from generators that are seeded by (seed, position in the stream). They are
+therefore the same in a resumed run, and for any number of processes and micro-steps with the same global batch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor
 from ccella_fast.data.augmentation.engine import threads_per_process
 from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset, StudyEpoch, TrainingSample, to_device
 from ccella_fast.diffusion.noise import generator
+from ccella_fast.diffusion.objective import Objective
+from ccella_fast.training.condition_dropout import ConditionDropout
 from ccella_fast.training.quarantine import Quarantine
 
 _CPU = torch.device("cpu")
@@ -31,7 +33,7 @@ class MicroBatch(NamedTuple):
     batch: TrainingSample
     latents: Tensor  # (B, C, X, Y, Z) float32: x_0, a draw from the posterior times the scale factor
     noise: Tensor  # like latents
-    timesteps: Tensor  # (B,) int64
+    timesteps: Tensor  # (B,) int64; float32 for a rectified flow
     # The class loss is a mean over the local samples that have a class. Times this factor, it averages over processes and
     # micro-steps to the mean over all such samples of the global batch, which is what the reference computes on one process.
     class_share: float
@@ -58,10 +60,11 @@ class BatchStream:
         rank: of this process.
         world_size: number of processes.
         scale: the latents' scale factor per channel, shape (C,).
-        num_timesteps: T; the timesteps that are drawn are 0 ... T-1.
+        objective: draws the timesteps.
         source: where latents come from; default: `dataset`, through memory maps.
         device: of the micro-batches.
         quarantine: the studies that are left out; default: none.
+        dropout: drops reports and classes; default: none are.
 
     Attributes:
         waited: seconds for which the consumer of `steps` has waited for data.
@@ -77,17 +80,19 @@ class BatchStream:
         rank: int,
         world_size: int,
         scale: Tensor,
-        num_timesteps: int,
+        objective: Objective,
         source: LatentSource | None = None,
         device: torch.device = _CPU,
         quarantine: Quarantine | None = None,
+        dropout: ConditionDropout | None = None,
     ):
-        self.dataset, self.seed, self.num_timesteps = dataset, seed, num_timesteps
+        self.dataset, self.seed, self.objective = dataset, seed, objective
         self.batch_size, self.accumulation, self.rank, self.world_size = batch_size, accumulation, rank, world_size
         self.global_batch = batch_size * accumulation * world_size
         self.source, self.device = source or dataset, device
         self.scale = scale.view(-1, 1, 1, 1).to(device)
         self.quarantine = quarantine or Quarantine(dataset.ids, {})
+        self.dropout = dropout
         self.waited = 0.0
 
     def study_at(self, position: int) -> StudyEpoch:
@@ -147,6 +152,8 @@ class BatchStream:
                 to_device(torch.stack(part), self.device) for part in zip(*draws, strict=True)
             )
             batch = batch.to(self.device)
+            if self.dropout is not None:
+                self.dropout.apply(batch, positions)
             latents = (batch.latent_mean + batch.latent_sigma * posterior) * self.scale
             yield MicroBatch(batch, latents, noise, timesteps, self._class_share(step, positions))
 
@@ -156,15 +163,19 @@ class BatchStream:
         return self._count_classes(positions) * self.accumulation * self.world_size / max(1, total)
 
     def _count_classes(self, positions: range) -> int:
-        """The number of samples that have a class."""
-        return sum(self.dataset.has_class[self.study_at(position).study] for position in positions)
+        """The number of samples that have a class, and a report to predict it from."""
+        return sum(
+            self.dataset.has_class[self.study_at(position).study]
+            for position in positions
+            if self.dropout is None or not self.dropout.drops_report(position)
+        )
 
     def _draw(self, position: int, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior draw, noise and timestep of the sample at `position`."""
         rng = generator(self.seed, "sample", position)
         posterior = torch.randn(shape, generator=rng)
         noise = torch.randn(shape, generator=rng)
-        return posterior, noise, torch.randint(self.num_timesteps, (), generator=rng)
+        return posterior, noise, self.objective.draw_timestep(rng)
 
     def _prefetch(self, stream: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Prepare one micro-batch ahead in a thread; on a GPU, in a CUDA stream of its own."""

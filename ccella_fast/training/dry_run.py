@@ -18,6 +18,7 @@ from ccella_fast.models import build_model
 from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.training import distributed
 from ccella_fast.training.activation_memory import activation_bytes
+from ccella_fast.training.condition_dropout import ConditionDropout
 from ccella_fast.training.flat_adamw import factored_weights
 from ccella_fast.training.resume import flatten
 from ccella_fast.training.run import RunPlan, make_run_plan
@@ -50,6 +51,7 @@ def describe_run(
     plan = make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, allow=allow)
     online = plan.config.training.latents == "online"
     dataset = PreparedDataset(data, plan.config, "train", needs="images" if online else "latents")
+    ConditionDropout.from_config(plan.config, dataset)  # the null report must be there
     with torch.device("meta"):
         model = build_model(plan.config)
     parameters = sum(parameter.numel() for parameter in model.parameters())

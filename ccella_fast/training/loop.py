@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ccella_fast.config import Config
-from ccella_fast.diffusion.schedule import Schedule
+from ccella_fast.diffusion.objective import Objective
 from ccella_fast.errors import NonFiniteError
 from ccella_fast.losses import class_loss, noise_loss
 from ccella_fast.processes import HostCollectives
@@ -42,22 +42,22 @@ class LoopState(NamedTuple):
     nonfinite_steps: int  # how many of the last steps were skipped without a finite one in between
 
 
-def joint_loss(model: Any, micro_batch: MicroBatch, schedule: Schedule, weight: float) -> Losses:
-    """L1 between predicted and true noise + `weight` x focal loss of the predicted class.
+def joint_loss(model: Any, micro_batch: MicroBatch, objective: Objective, weight: float) -> Losses:
+    """L1 between the prediction and its target, which is the noise by default, + `weight` x focal loss of the predicted class.
 
     model: a `DiffusionModel` or its DeepSpeed engine. Nothing is read back to the host.
     """
     network = getattr(model, "module", model)
     variant, dtype = network.variant, next(network.parameters()).dtype
-    batch = micro_batch.batch
-    noisy = schedule.add_noise(micro_batch.latents, micro_batch.noise, micro_batch.timesteps)
+    batch, drawn = micro_batch.batch, (micro_batch.latents, micro_batch.noise, micro_batch.timesteps)
+    noisy = objective.add_noise(*drawn)
     inputs: dict[str, Tensor] = {"spacing": batch.spacing}
     if batch.text is not None:
         inputs["text"] = batch.text.to(dtype)
     if variant.class_input == "given":
         inputs["pirads"] = batch.pirads
     predicted, logits = model(noisy.to(dtype), micro_batch.timesteps, **inputs)
-    noise = noise_loss(predicted, micro_batch.noise)
+    noise = noise_loss(predicted, objective.target(*drawn), objective.weights(micro_batch.timesteps))
     if logits is None or weight == 0:
         classes = torch.zeros_like(noise)
     else:
@@ -85,7 +85,7 @@ def train_loop(
     Args:
         engine: the DeepSpeed engine around the diffusion model.
         stream: the micro-batches of this process.
-        config: sets the noise schedule, the weight of the class loss, and the intervals of logging and saving.
+        config: sets the objective, the weight of the class loss, and the intervals of logging and saving.
         ema: the moving average of the weights, updated after each finite step.
         state: where to start.
         total_steps: T, the length of the run in optimizer steps.
@@ -103,16 +103,17 @@ def train_loop(
         NonFiniteError: `MAX_NONFINITE_STEPS` consecutive steps were not finite, or too many studies are left out.
         DiskError: a checkpoint could not be written.
     """
-    training, schedule, weight = config.training, Schedule.from_config(config.scheduler), config.class_loss_weight
+    training, objective, weight = config.training, Objective.from_config(config), config.class_loss_weight
     first, nonfinite_steps = state
     head = config.model.traits.head
-    has_class_loss = head != "none" and weight > 0 and any(stream.dataset.has_class)  # else it averages no study
+    # Else it averages no study.
+    has_class_loss = head != "none" and weight > 0 and any(stream.dataset.has_class) and training.report_dropout < 1
     on_gpu = engine.device.type == "cuda"
     for done, micro_batches in enumerate(stream.steps(first, total_steps, background=on_gpu), start=first + 1):
         lr = engine.lr_scheduler.get_last_lr()[0]
         micro_steps: list[tuple[list[str], Losses]] = []
         for micro_batch in micro_batches:
-            losses = joint_loss(engine, micro_batch, schedule, weight)
+            losses = joint_loss(engine, micro_batch, objective, weight)
             # Makes all gradients NaN if the loss is not finite. Averaging then spreads them to all processes, so that all skip.
             nan_if_nonfinite = torch.where(losses.total.detach().isfinite(), 1.0, torch.nan)
             engine.backward(losses.total * nan_if_nonfinite)

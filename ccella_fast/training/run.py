@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset
     from ccella_fast.training.batches import BatchStream
+    from ccella_fast.training.condition_dropout import ConditionDropout
     from ccella_fast.training.observer import FixedNoiseLosses
     from ccella_fast.training.quarantine import Quarantine
 
@@ -240,6 +241,7 @@ def _train(
     from ccella_fast.hardware import warn_of_emulated_bf16
     from ccella_fast.run_record import write_run_record
     from ccella_fast.training import checkpointing, distributed
+    from ccella_fast.training.condition_dropout import ConditionDropout
     from ccella_fast.training.ema import Ema
     from ccella_fast.training.engine import build_engine
     from ccella_fast.training.loop import LoopState, train_loop
@@ -262,6 +264,7 @@ def _train(
     if needs == "images":
         check_engine(config.data.engine)
     dataset = collectives.together(lambda: PreparedDataset(plan.data, config, "train", needs=needs))
+    dropout = collectives.together(lambda: ConditionDropout.from_config(config, dataset))
     with distributed.translate_refusal(plan.deepspeed_file):
         engine = build_engine(
             config, plan.engine_values, total_steps=plan.total_steps, device=device, path=plan.deepspeed_file
@@ -275,7 +278,7 @@ def _train(
     vae = plan.data / "vae" if (plan.data / "vae").is_dir() else None
     quarantine = Quarantine(dataset.ids, state.get("quarantine", {}))
     status.quarantined = quarantine.ids  # the list, which may grow
-    stream, trained_on = _make_stream(plan, dataset, device, quarantine), dataset.trained_on()
+    stream, trained_on = _make_stream(plan, dataset, device, quarantine, dropout), dataset.trained_on()
     losses = _fixed_noise_losses(plan, dataset, collectives) if config.monitoring.validation_steps else None
 
     checkpoints = checkpointing.CheckpointWriter(
@@ -313,7 +316,9 @@ def _train(
     return 128 + number if number else 0
 
 
-def _make_stream(plan: RunPlan, dataset: PreparedDataset, device: Any, quarantine: Quarantine) -> BatchStream:
+def _make_stream(
+    plan: RunPlan, dataset: PreparedDataset, device: Any, quarantine: Quarantine, dropout: ConditionDropout | None
+) -> BatchStream:
     """The micro-batches of this process.
 
     Call it when the engine exists: the device memory that the engine leaves free decides where latents are kept.
@@ -323,6 +328,7 @@ def _make_stream(plan: RunPlan, dataset: PreparedDataset, device: Any, quarantin
 
     from ccella_fast.data.loading.online_latents import OnlineLatents
     from ccella_fast.data.loading.resident_latents import choose_latent_source
+    from ccella_fast.diffusion.objective import Objective
     from ccella_fast.training.batches import BatchStream
 
     config, training = plan.config, plan.config.training
@@ -340,10 +346,11 @@ def _make_stream(plan: RunPlan, dataset: PreparedDataset, device: Any, quarantin
         rank=dist.get_rank(),
         world_size=plan.facts["world_size"],
         scale=_scale(plan),
-        num_timesteps=config.scheduler.num_train_timesteps,
+        objective=Objective.from_config(config),
         source=source,
         device=device,
         quarantine=quarantine,
+        dropout=dropout,
     )
 
 
@@ -358,7 +365,7 @@ def _scale(plan: RunPlan) -> torch.Tensor:
 def _fixed_noise_losses(plan: RunPlan, dataset: PreparedDataset, collectives: HostCollectives) -> FixedNoiseLosses:
     """The loss of the validation studies, and of as many studies of the training."""
     from ccella_fast.data.loading.dataset import PreparedDataset
-    from ccella_fast.diffusion.schedule import Schedule
+    from ccella_fast.diffusion.objective import Objective
     from ccella_fast.training.observer import FixedNoiseLosses
     from ccella_fast.training.validation import FixedNoiseLoss
 
@@ -369,7 +376,7 @@ def _fixed_noise_losses(plan: RunPlan, dataset: PreparedDataset, collectives: Ho
     settings: dict[str, Any] = {
         "batch_size": config.training.batch_size,
         "scale": _scale(plan),
-        "schedule": Schedule.from_config(config.scheduler),
+        "objective": Objective.from_config(config),
         "weight": config.class_loss_weight,
         "collectives": collectives,
     }

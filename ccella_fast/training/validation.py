@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ccella_fast.data.loading.dataset import PreparedDataset, collate
 from ccella_fast.diffusion.noise import generator
-from ccella_fast.diffusion.schedule import Schedule
+from ccella_fast.diffusion.objective import Objective
 from ccella_fast.processes import HostCollectives
 from ccella_fast.training.batches import MicroBatch
 from ccella_fast.training.loop import joint_loss
@@ -35,7 +35,7 @@ class FixedNoiseLoss:
         chosen: the indices of those that are used.
         batch_size: studies per call of the model.
         scale: the latents' scale factor per channel, shape (C,).
-        schedule: of the noise.
+        objective: of the training.
         weight: of the class loss.
         collectives: of all processes.
     """
@@ -47,15 +47,16 @@ class FixedNoiseLoss:
         *,
         batch_size: int,
         scale: Tensor,
-        schedule: Schedule,
+        objective: Objective,
         weight: float,
         collectives: HostCollectives,
     ):
-        self._dataset, self._chosen, self._schedule = dataset, list(chosen), schedule
+        self._dataset, self._chosen, self._objective = dataset, list(chosen), objective
         self._scale, self._weight, self._collectives = scale.view(-1, 1, 1, 1), weight, collectives
-        edges = [len(schedule) * band // BANDS for band in range(BANDS + 1)]
+        edges = [objective.num_timesteps * band // BANDS for band in range(BANDS + 1)]
         self._bands = list(zip(edges[:-1], edges[1:], strict=True))
-        self._timesteps = [_spread(len(self._chosen), *band) for band in self._bands]
+        times = [_spread(len(self._chosen), *band) for band in self._bands]
+        self._timesteps = [objective.as_timesteps(each) for each in times]
         batches = [range(start, len(chosen))[:batch_size] for start in range(0, len(chosen), batch_size)]
         self._work = [(band, batch) for batch in batches for band in range(BANDS)]
         self._known = sum(dataset.has_class[study] for study in self._chosen)
@@ -74,7 +75,7 @@ class FixedNoiseLoss:
         # With ZeRO 3 all processes take part in every call, so those that have no work left repeat some.
         for place in range(rank, -(-len(self._work) // processes) * processes, processes):
             micro_batch = self._micro_batch(*self._work[place % len(self._work)], engine.device)
-            losses = joint_loss(engine, micro_batch, self._schedule, self._weight)
+            losses = joint_loss(engine, micro_batch, self._objective, self._weight)
             if place < len(self._work):
                 known = micro_batch.batch.has_class.sum()
                 sums[place] = torch.stack([losses.noise * len(micro_batch.timesteps), losses.classes * known])
@@ -117,6 +118,6 @@ class FixedNoiseLoss:
 
 
 def _spread(count: int, low: int, high: int) -> Tensor:
-    """Timesteps in the middle of `count` equal parts of [low, high), in a random order."""
+    """Times in the middle of `count` equal parts of [low, high), in a random order."""
     middles = low + (torch.arange(count, dtype=torch.float64) + 0.5) * (high - low) / count
-    return middles.long()[torch.randperm(count, generator=generator(_SEED, "validation timesteps", low, high))]
+    return middles[torch.randperm(count, generator=generator(_SEED, "validation timesteps", low, high))]

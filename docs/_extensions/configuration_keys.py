@@ -19,6 +19,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from ccella_fast import config
+from ccella_fast.config_section import Section
 from docstrings import link_method
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def _comments(model: type[BaseModel]) -> dict[str, list[str]]:
     """By field, from the class and those that it inherits from."""
     result: dict[str, list[str]] = {}
     for base in reversed(model.__mro__):
-        if base.__module__ == config.__name__:
+        if issubclass(base, Section) and base is not Section:
             analyzer = ModuleAnalyzer.for_module(base.__module__)
             analyzer.analyze()
             result |= {name: text for (owner, name), text in analyzer.attr_docs.items() if owner == base.__qualname__}

@@ -90,7 +90,7 @@ def test_sampling_loops_of_both_baselines_equal_ours(tiny, num_inference_steps):
 
 def test_reference_loss_equals_ours(tiny):
     from ccella_fast.data.loading.dataset import TrainingSample
-    from ccella_fast.diffusion.schedule import Schedule
+    from ccella_fast.diffusion.objective import Objective
     from ccella_fast.training.batches import MicroBatch
     from ccella_fast.training.loop import joint_loss
 
@@ -102,7 +102,7 @@ def test_reference_loss_equals_ours(tiny):
     body = reference.ReferenceTrainingStep(reference.shared_with(tiny), SchedulerConfig(), weight=1e-2)
     parts = {**samples._asdict(), **studies._asdict()}
     batch = {key: value for key, value in parts.items() if isinstance(value, torch.Tensor)}
-    ours = joint_loss(tiny, samples, Schedule.from_config(SchedulerConfig()), 1e-2)
+    ours = joint_loss(tiny, samples, Objective(), 1e-2)
     assert torch.allclose(body.loss(batch), ours.total, rtol=1e-5) and not torch.allclose(ours.noise, ours.total)
 
 

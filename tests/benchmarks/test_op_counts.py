@@ -15,7 +15,12 @@ from torch.nn import functional as F
 import op_counter
 import op_counts
 from benchmark_fixtures import TINY
-from ccella_fast.config import Config
+from ccella_fast.config import Config, make_config
+from ccella_fast.data.loading.dataset import TrainingSample
+from ccella_fast.diffusion.objective import Objective
+from ccella_fast.training.batches import MicroBatch
+from ccella_fast.training.condition_dropout import ConditionDropout
+from ccella_fast.training.loop import joint_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -222,6 +227,53 @@ def test_model_counts_have_not_grown():
     assert counts["decode"]["ours"]["ops"] <= 60 and counts["decode"]["ours"]["bytes"] <= 60e9
     # Independent truth: the FLOPs of the reference's forward pass, counted in docs/explanation/method.md, section 0.
     assert abs(counts["denoising step"]["reference"]["flops"] / 1e9 - 1079.9) < 0.1
+
+
+@pytest.mark.parametrize("overrides", [
+    {}, {"scheduler.prediction": "v", "training.min_snr_gamma": 5.0}, {"scheduler.prediction": "x0"},
+    {"scheduler.schedule": "rectified_flow"}, {"training.report_dropout": 1.0},
+], ids=str)  # fmt: skip
+def test_objectives_and_report_dropout_add_at_most_2_percent(overrides):
+    """What a step of the default model does besides its network, on the network's stand-in; all reports are dropped."""
+    model_ops = json.loads(op_counts.FILE.read_text())["counts"]["training step"]["ours"]
+    default, found = (_loss_counts(Config() if not given else make_config(given)) for given in ({}, overrides))
+    for key in ("ops", "launches", "bytes"):
+        added = found[key] - default[key]
+        assert (added == 0) if not overrides else (0 < added <= 0.02 * model_ops[key]), (key, added)
+
+
+def _loss_counts(config: Config) -> dict[str, int]:
+    """Ops and bytes of the forward and backward passes of `joint_loss` on a stand-in that outputs its input, batch 1."""
+    x, timesteps, conditions = op_counts._inputs(config, torch.bfloat16, 1)
+    objective, dropout = Objective.from_config(config), None
+    with torch.device("meta"):
+        latents = x.float()
+        timesteps = timesteps if config.scheduler.is_flow else timesteps.long()
+        known = torch.zeros(1, dtype=torch.bool)
+        batch = TrainingSample(
+            ["a"], latents, latents, conditions["text"], torch.zeros(1, 2), conditions["spacing"], known
+        )
+        network = torch.nn.Conv3d(4, 4, 1, dtype=torch.bfloat16)
+    if config.training.report_dropout:
+        dropout = ConditionDropout(0, report=1.0, pirads=0.0, null=torch.empty_like(batch.text[0]))
+    model = StandIn(network, config.model.traits)
+
+    def step():
+        if dropout is not None:
+            dropout.apply(batch, [0])
+        joint_loss(model, MicroBatch(batch, latents, latents, timesteps, 1.0), objective, 1e-4).total.backward()
+
+    step()  # tables of the objective, which are made once
+    return op_counter.count(step).summary()
+
+
+class StandIn(torch.nn.Module):
+    def __init__(self, network, variant):
+        super().__init__()
+        self.network, self.variant = network, variant
+
+    def forward(self, x, timesteps, **inputs):
+        return self.network(x), None
 
 
 def test_an_additional_op_is_counted():

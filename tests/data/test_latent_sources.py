@@ -21,6 +21,7 @@ from ccella_fast.data.loading.resident_latents import ResidentLatents, choose_la
 from ccella_fast.data.manifest import load_manifest
 from ccella_fast.data.preparation.latent_encoder import LatentEncoder
 from ccella_fast.data.preparation.prepare import prepare
+from ccella_fast.diffusion.objective import Objective
 from ccella_fast.errors import ConfigError, DataError
 from ccella_fast.storage import read_json, write_json
 from ccella_fast.training.autoencoder.run import train_vae
@@ -62,7 +63,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def batch_stream(dataset, source, *, batch_size=2, rank=0, world_size=1) -> BatchStream:
     return BatchStream(
         dataset, seed=3, batch_size=batch_size, accumulation=1, rank=rank, world_size=world_size, scale=torch.ones(4),
-        num_timesteps=1000, source=source,
+        objective=Objective(), source=source,
     )  # fmt: skip
 
 

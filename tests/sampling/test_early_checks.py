@@ -17,7 +17,7 @@ from ccella_fast.sampling.command import sample_to_folder
 from ccella_fast.storage import read_json, write_json
 from sampling_fixtures import TINY, FakeEncoder, write_checkpoint
 
-FLOW = {"sampling.prediction": "velocity", "sampling.solver": "euler_flow"}
+FLOW = {"scheduler.schedule": "rectified_flow", "sampling.solver": "euler_flow"}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,8 @@ INVALID = [
     ({"num_inference_steps": 2.5}, "from 1 to 1000, got 2.5"),
     ({"timestep_spacing": "trailin"}, "did you mean 'trailing'"),
     ({"prediction": "noise"}, "no prediction type 'noise'"),
+    ({"prediction": "v_prediction"}, "prediction is 'v', but the network was trained to predict 'epsilon'"),
+    ({"prediction": "velocity"}, "networks of a noise schedule predict epsilon, v or x0, not velocity"),
     ({"spacing": [1.0, "x", 1.0]}, "three lengths between 0 and 100 mm"),
     ({"spacing": [1.0, float("nan"), 1.0]}, "three lengths between 0 and 100 mm"),
     ({"latent_shape": (4, 8, 7, 4)}, r"divisible by 2(.|\n)*use \[8, 8, 4\]"),
@@ -148,7 +150,7 @@ def test_only_solvers_that_fit_the_checkpoint_are_suggested_and_accepted(no_weig
 
 
 def test_a_model_that_predicts_the_clean_sample_takes_the_solvers_of_its_own_kind(no_weights, tmp_path):
-    folder = write_checkpoint(tmp_path / "step", **{"sampling.prediction": "x0", "sampling.solver": "heun_flow"})
+    folder = write_checkpoint(tmp_path / "step", **FLOW | {"scheduler.prediction": "x0"})
     with pytest.raises(ConfigError, match="ddim solves a noise schedule"):
         draw(folder, tmp_path / "out", solver="ddim")
     with pytest.raises(ZeroDivisionError):

@@ -8,6 +8,8 @@ import torch
 
 from ccella_fast.config import make_config
 from ccella_fast.data.loading.dataset import PreparedDataset
+from ccella_fast.diffusion.objective import Objective
+from ccella_fast.diffusion.schedule import Schedule
 from ccella_fast.training.batches import BatchStream
 from training_fixtures import CONFIG, write_prepared
 
@@ -21,8 +23,9 @@ def dataset(tmp_path_factory):
 
 
 def make_stream(dataset, *, batch_size=1, accumulation=1, rank=0, world_size=1, seed=3, num_timesteps=1000):
+    objective = Objective(Schedule.scaled_linear(num_timesteps))
     sizes = {"batch_size": batch_size, "accumulation": accumulation, "rank": rank, "world_size": world_size}
-    return BatchStream(dataset, seed=seed, **sizes, scale=torch.ones(4), num_timesteps=num_timesteps)
+    return BatchStream(dataset, seed=seed, **sizes, scale=torch.ones(4), objective=objective)
 
 
 def posteriors(dataset, micro_batch):

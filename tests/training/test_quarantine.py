@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ccella_fast.data.loading.dataset import PreparedDataset
+from ccella_fast.diffusion.objective import Objective
 from ccella_fast.errors import NonFiniteError
 from ccella_fast.storage import read_json, sha256, write_json
 from ccella_fast.training import loop
@@ -105,7 +106,7 @@ def test_a_resumed_run_leaves_out_the_same_study(left_out, bad_data, tmp_path, s
 def test_the_stream_follows_the_rule_also_when_prefetched(data, background):
     stream = BatchStream(
         PreparedDataset(data, settings()), seed=0, batch_size=2, accumulation=1, rank=0, world_size=1,
-        scale=torch.full((4,), 0.97), num_timesteps=1000,
+        scale=torch.full((4,), 0.97), objective=Objective(),
     )  # fmt: skip
     expected, since = order_by_hand(1, 12)
     found = []

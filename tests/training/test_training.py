@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from ccella_fast.config import SchedulerConfig, make_config
+from ccella_fast.config import make_config
 from ccella_fast.data.loading.dataset import PreparedDataset
-from ccella_fast.diffusion.schedule import Schedule
+from ccella_fast.diffusion.objective import Objective
 from ccella_fast.errors import CcellaError, NonFiniteError
 from ccella_fast.models import build_model
 from ccella_fast.training import distributed, loop
@@ -39,7 +39,7 @@ def make_stream(data, *, batch_size, accumulation=1, rank=0, world_size=1, seed=
         rank=rank,
         world_size=world_size,
         scale=torch.full((4,), 0.97),
-        num_timesteps=1000,
+        objective=Objective(),
     )
 
 
@@ -78,7 +78,7 @@ def test_joint_loss_equals_float64(data):
     predicted = torch.randn(samples.noise.shape, generator=random)
     logits = torch.randn(5, 2, generator=random)
     model = FixedOutput(predicted, logits)
-    found = joint_loss(model, samples, Schedule.from_config(SchedulerConfig()), 1e-4)
+    found = joint_loss(model, samples, Objective(), 1e-4)
     x, expected = float64_loss(samples, predicted, logits, 1e-4)
     assert found.total.item() == pytest.approx(expected, rel=1e-6)
     np.testing.assert_allclose(model.given.numpy(), x, atol=2e-6)
@@ -163,11 +163,10 @@ def test_the_posterior_is_drawn_again_in_each_epoch_and_scaled(data):
 
 def test_class_loss_of_micro_batches_averages_to_that_of_the_batch(data):
     """One sample of the batch does not have a class, so the mean of local means would be wrong. The truth is in float64."""
-    schedule = Schedule.from_config(SchedulerConfig())
     logits = torch.linspace(-1, 2, 10).view(5, 2)
 
     def classes(samples, rows):
-        return float(joint_loss(FixedOutput(samples.noise, logits[rows]), samples, schedule, 1.0).classes)
+        return float(joint_loss(FixedOutput(samples.noise, logits[rows]), samples, Objective(), 1.0).classes)
 
     whole = make_stream(data, batch_size=5).micro_batch(0, 0)
     p = np.exp(logits.double().numpy())

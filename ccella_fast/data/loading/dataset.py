@@ -146,6 +146,25 @@ class PreparedDataset:
             torch.tensor(self.has_class[index]),
         )
 
+    def null_report(self) -> Tensor:
+        """The features of the null report, (L, E) float32: those that `prepare` has stored, or of a study without a report.
+
+        Raises:
+            DataError: the prepared folder contains neither.
+        """
+        if self.prepared.null_text is not None:
+            return torch.from_numpy(
+                np.array(self.prepared.open_entry(self.prepared.null_text, "null_text", verify=True))
+            )
+        for case in self.prepared.cases:
+            if case.text_isnull:
+                return self._tensor(case, "text", case.files)
+        why = "training.report_dropout needs the null report, and this folder does not contain it: every study has a report"
+        fix = "run `ccella-fast prepare` again with this configuration, which adds it"
+        if self.prepared.text is not None and self.prepared.text.fingerprint == IMPORTED:
+            fix = "add a study without a report, with the features of the empty text"
+        raise DataError(why, path=self._manifest_path, field="null_text", fix=fix)
+
     def trained_on(self) -> dict[str, Any]:
         """What a model that is trained on these studies has seen, for training_state.json.
 

@@ -13,7 +13,7 @@ from ccella_fast.data.manifest import FORMAT, IMPORTED, NAME, Manifest, load_man
 from ccella_fast.data.preparation.augmented_latents import AugmentedLatentStage, augmented_digest, listed
 from ccella_fast.data.preparation.latent_encoder import combine_moments
 from ccella_fast.data.preparation.resampling import ADC_WINDOW
-from ccella_fast.data.preparation.stage_cache import StageCache
+from ccella_fast.data.preparation.stage_cache import StageCache, file_entry
 from ccella_fast.data.preparation.stages import (
     ImageStage,
     ImportedLatentStage,
@@ -101,6 +101,7 @@ class ManifestBuilder:
             "version": 1,
             "data": self.config.data.model_dump(mode="json", exclude={"engine"}),
             "text": self._text(),
+            **self._null_text(),
             "vae": None if vae is None else {"sha256": vae},
             "scale_factor": scale_factor,
             "intensity_scale": {name: self._intensity_scale(name, train) for name in self.config.data.sequences},
@@ -165,6 +166,13 @@ class ManifestBuilder:
             return stage.encoder.identity if stage else None
         settings = self.config.text.model_dump(include={"encoder", "revision", "max_length", "dtype"})
         return {**settings, "width": self.config.model.input_dim, "fingerprint": IMPORTED}
+
+    def _null_text(self) -> dict[str, Any]:
+        """The file of the null report, if this run or an earlier one has encoded it with the present encoder."""
+        stage = self.stages.get("text")
+        if not isinstance(stage, TextStage) or not (self.records.out / stage.null_file).is_file():
+            return {}
+        return {"null_text": file_entry(self.records.out, stage.null_file)}
 
     def _intensity_scale(self, sequence: str, train: list[Study]) -> float:
         """The factor from a generated volume in [0, 1] to scanner intensities; 1 if they are unknown (imported latents)."""

@@ -149,6 +149,15 @@ class TextStage(Stage):
         """Digest of the report and the encoder."""
         return fingerprint_of([RECIPE, self.encoder.identity, study.report or ""])
 
+    @property
+    def null_file(self) -> str:
+        """The file with the features of the null report, which only training with report dropout needs."""
+        return f"text/null-{fingerprint_of([RECIPE, self.encoder.identity])}.npy"
+
+    def has_shared_files(self) -> bool:
+        """Whether the null report is stored, if it is needed."""
+        return not self.config.training.report_dropout or (self.records.out / self.null_file).is_file()
+
     def run(self, todo: list[Study]) -> dict[str, float]:
         """Encode the reports in batches."""
         ids_of: dict[str, list[str]] = {}
@@ -168,6 +177,9 @@ class TextStage(Stage):
                     facts = {"truncated": truncated, "words": len(report.split())}
                     for case in ids_of[key]:
                         self.records.put(case, self.name, key, {"text": entry}, facts)
+        if not self.has_shared_files():
+            # Alone, as in sampling: the bits of a report's features depend on the others of its batch.
+            self.records.write_array(self.null_file, self.encoder.encode([""]).features[0])
         return {}
 
 
