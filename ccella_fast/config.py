@@ -193,9 +193,8 @@ class VaeTrainingConfig(Section):
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     max_grad_norm: PositiveFloat = 1.0  #: the gradient's global norm is clipped to this
     kl_weight: Annotated[float, Field(ge=0)] = 1e-6  #: weight of the KL divergence next to the reconstruction loss
-    reconstruction_loss: Literal["l1", "l2"] = (
-        "l1"  #: mean absolute or mean squared error of the voxels; its weight is 1
-    )
+    #: mean absolute or mean squared error of the voxels; its weight is 1
+    reconstruction_loss: Literal["l1", "l2"] = "l1"
     spectral_weight: Weight = 0.0  #: weight of the squared difference of the Fourier amplitudes; 0: off
     perceptual_weight: Weight = 0.0  #: weight of the distance between the features of ``perceptual_network``; 0: off
     #: file of MedicalNet's or RadImageNet's ResNet-50; nothing is downloaded

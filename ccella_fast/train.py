@@ -32,6 +32,8 @@ _INSTEAD = {
     "train_batch_size": "--set training.batch_size=N", "learning_rate": "--set training.lr=NUMBER",
     "num_train_epochs": "--set training.n_epochs=N", "mixed_precision": "--set training.precision=bf16",
     "gradient_checkpointing": "--set training.activation_checkpointing=true", "max_grad_norm": "--set training.max_grad_norm=N",
+    "snr_gamma": "--set training.min_snr_gamma=5", "prediction_type": "--set scheduler.prediction=v",
+    "proportion_empty_prompts": "--set training.report_dropout=0.1",
     "use_ema": "--set training.ema_decay=0.9999", "resume_from_checkpoint": "--resume",
     "dataset_name": "--data", "train_data_dir": "--data",
 }  # fmt: skip

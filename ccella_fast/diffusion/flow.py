@@ -118,20 +118,6 @@ class RectifiedFlow:
         """What the network receives at a noise level, or at several."""
         return self.data_at + (self.noise_at - self.data_at) * sigma
 
-    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = (1 - sigma) x0 + sigma noise, without host synchronization.
-
-        Args:
-            x0: (B, ...).
-            noise: (B, ...), on the same device.
-            timesteps: (B,), the network's times, on the same device.
-
-        Returns:
-            x_t, computed in fp32 and returned in the dtype of `x0`.
-        """
-        signal_t, sigma_t = self.mixture(timesteps, x0.ndim)
-        return (signal_t * x0.float() + sigma_t * noise.float()).to(x0.dtype)
-
     def mixture(self, timesteps: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
         """The factors of x0 and of the noise at the network's times (B,), fp32 (B, 1, ...) with `ndim` dimensions."""
         sigma = ((timesteps.float() - self.data_at) / (self.noise_at - self.data_at)).view(-1, *[1] * (ndim - 1))

@@ -84,8 +84,18 @@ class Objective:
         return self.process.time(self.process.shifted(sigma))
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t of the noise process; see `Schedule.add_noise`."""
-        return self.process.add_noise(x0, noise, timesteps)
+        """x_t = signal x0 + sigma noise, without host synchronization.
+
+        Args:
+            x0: (B, ...).
+            noise: (B, ...), on the same device.
+            timesteps: (B,), on the same device, as the network receives them.
+
+        Returns:
+            x_t, computed in fp32 and returned in the dtype of `x0`.
+        """
+        signal, sigma = self.process.mixture(timesteps, x0.ndim)
+        return (signal * x0.float() + sigma * noise.float()).to(x0.dtype)
 
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network should output for these samples, like x0. The reference's is the noise itself, at no cost."""

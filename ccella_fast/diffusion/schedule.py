@@ -1,6 +1,6 @@
 """The noise schedule (Ho et al. 2020, arXiv 2006.11239, section 2; docs/explanation/method.md, section 3).
 
-`Schedule` holds read-only float64 tables. Samples are noised in fp32, whatever their dtype.
+`Schedule` holds read-only float64 tables.
 """
 
 from __future__ import annotations
@@ -178,22 +178,8 @@ class Schedule:
         signal = np.append(1 / np.sqrt(1 + sigmas**2), 1.0)
         return NoiseLevels(timesteps, signal, np.append(sigmas, 0.0) * signal)
 
-    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (eq. 4), without host synchronization.
-
-        Args:
-            x0: (B, ...).
-            noise: (B, ...), on the same device.
-            timesteps: (B,) integers in [0, T), on the same device.
-
-        Returns:
-            x_t, computed in fp32 and returned in the dtype of `x0`.
-        """
-        signal_t, sigma_t = self.mixture(timesteps, x0.ndim)
-        return (signal_t * x0.float() + sigma_t * noise.float()).to(x0.dtype)
-
     def mixture(self, timesteps: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
-        """The factors of x0 and of the noise at timesteps (B,), fp32 (B, 1, ...) with `ndim` dimensions."""
+        """The factors of x0 and of the noise at timesteps (B,) in [0, T), fp32 (B, 1, ...) with `ndim` dimensions (eq. 4)."""
         shape = (-1, *[1] * (ndim - 1))
         signal, sigma = self._roots(timesteps.device)
         return signal[timesteps].view(shape), sigma[timesteps].view(shape)

@@ -249,6 +249,20 @@ def test_exports_keep_the_objective_or_say_that_they_cannot(flow_checkpoint, tmp
     assert FastSampler.from_pretrained(tmp_path / "shared", device="cpu").config.scheduler.is_flow
 
 
+def test_the_model_card_states_the_objective(flow_checkpoint, tmp_path):
+    dropping = write_checkpoint(tmp_path / "step", **{"training.report_dropout": 0.1})
+    cards = []
+    for folder, out in ((flow_checkpoint, "flow"), (dropping, "epsilon")):
+        sampler_of(folder).push_to_hub("owner/name", out=tmp_path / out, text_encoder="google/flan-t5-xxl")
+        cards.append((tmp_path / out / "README.md").read_text())
+    assert (
+        "| Noise | rectified flow" in cards[0] and "| Prediction | the velocity, which is noise - latent |" in cards[0]
+    )
+    assert "| Default sampling | 5 steps of euler_flow |" in cards[0] and "| Guidance |" not in cards[0]
+    assert "| Noise | 1000 steps, scaled_linear_beta" in cards[1] and "| Prediction | the noise |" in cards[1]
+    assert "| Guidance | trained for it, with samples without the report: 10% |" in cards[1]
+
+
 @pytest.mark.filterwarnings("ignore:parsing config_file", "ignore:No hash value")
 def test_a_monai_bundle_of_a_flow_samples_as_a_flow(flow_checkpoint, tmp_path):
     import monai.bundle
