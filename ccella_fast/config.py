@@ -169,7 +169,7 @@ class TextConfig(Section):
 # Settings of `VaeTrainingConfig` that the first version did not have; it trained with what are now their defaults.
 _LATER_VAE_SETTINGS = [
     "warmup_fraction", "max_warmup_steps", "final_lr_fraction", "weight_decay", "adam_betas", "max_grad_norm",
-    "checkpointing_seconds", "reconstruction_loss", "spectral_weight", "perceptual_weight", "perceptual_network",
+    "checkpointing_seconds", "optimizer", "reconstruction_loss", "spectral_weight", "perceptual_weight", "perceptual_network",
     "perceptual_sha256", "perceptual_slices", "adversarial_weight", "adversarial_start", "discriminator_channels",
     "discriminator_layers", "discriminator_lr",
 ]  # fmt: skip
@@ -188,7 +188,9 @@ class VaeTrainingConfig(Section):
     max_warmup_steps: Positive = 100  #: steps after which the warm-up ends at the latest, however long the run
     #: fraction of ``lr`` that is left at the end, after half a cosine
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01  #: AdamW's, on all parameters
+    #: muon: orthogonalized steps for the weights of convolutions, AdamW for the rest; better after few steps
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01  #: decoupled, on all parameters
     #: AdamW's decay rates of both moments; with 0.999, a run of hundreds of steps would still remember its first gradients
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     max_grad_norm: PositiveFloat = 1.0  #: the gradient's global norm is clipped to this

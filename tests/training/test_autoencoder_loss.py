@@ -433,7 +433,7 @@ def test_the_identity_knows_the_network_by_its_hash(data, tmp_path):
     changes = {
         "perceptual_sha256": "1" * 64, "perceptual_weight": 0.2, "perceptual_slices": 0.5, "reconstruction_loss": "l2",
         "spectral_weight": 0.1, "adversarial_weight": 0.1, "adversarial_start": 3, "discriminator_channels": 16,
-        "discriminator_layers": 1, "discriminator_lr": 1e-3,
+        "discriminator_layers": 1, "discriminator_lr": 1e-3, "optimizer": "muon",
     }  # fmt: skip
     layers = {"discriminator_layers": 1}  # which fit the patch
     found = {

@@ -1,4 +1,4 @@
-"""The training loop of the autoencoder: AdamW, gradient clipping, linear warm-up and cosine decay.
+"""The training loop of the autoencoder: AdamW or Muon, gradient clipping, linear warm-up and cosine decay.
 
 The patches, the posterior noise and the slices of step k depend only on (seed, k), so that a resumed run reaches the weights of
 an uninterrupted one.
@@ -21,6 +21,7 @@ from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.progress import refresh_interval
 from ccella_fast.training.autoencoder.checkpointing import load_state, save_state
 from ccella_fast.training.autoencoder.loss import AutoencoderLoss
+from ccella_fast.training.autoencoder.muon import Muon
 from ccella_fast.training.autoencoder.patches import Image, patch_batches
 from ccella_fast.training.autoencoder.precision import network_precision
 from ccella_fast.training.metrics_log import append_metrics, discard_metrics_after
@@ -44,9 +45,8 @@ def train_loop(images: list[Image], out: Path, config: Config, device: torch.dev
     settings = config.vae_training
     loss = AutoencoderLoss(settings, device)
     vae = _initial_autoencoder(config, device)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=settings.lr, betas=settings.adam_betas, weight_decay=settings.weight_decay
-    )
+    kind = Muon if settings.optimizer == "muon" else torch.optim.AdamW
+    optimizer = kind(vae.parameters(), lr=settings.lr, betas=settings.adam_betas, weight_decay=settings.weight_decay)
     start = load_state(out, vae, optimizer, loss.adversary)
     discard_metrics_after(out / "metrics.jsonl", start)
     latent = [config.autoencoder.latent_channels, *(width // config.autoencoder.factor for width in settings.patch)]
