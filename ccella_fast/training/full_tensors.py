@@ -32,8 +32,9 @@ def full_tensors(engine: Any, kind: Kind) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in sorted_parameters(engine):
         if not parameter.requires_grad:
             if kind in ("weights", "average"):
-                with zero.GatheredParameters(parameter):  # does nothing before stage 3
-                    yield name, parameter.detach().float()
+                with zero.GatheredParameters(parameter):  # does nothing before stage 3, which frees the memory after it
+                    whole = parameter.detach().to(torch.float32, copy=engine.zero_optimization_stage() == 3)
+                yield name, whole
         elif own is not None:
             yield name, own[parameter]
         elif kind == "weights":

@@ -83,6 +83,18 @@ def test_a_frozen_run_is_resumed_exactly_and_in_another_layout(tmp_path, data, s
         train_here(run, data, resume="latest", zero_stage=stage, **{**every, "freeze": []})
 
 
+@pytest.mark.parametrize("stage", [0, 3], ids=stage_id)
+def test_a_validation_leaves_frozen_parts_as_they_are(tmp_path, data, stage):
+    """It computes with the averages, which takes all weights out of the model and brings them back."""
+    short = {"freeze": ["unet"], "max_train_steps": 2, "zero_stage": stage}
+    observed = {"monitoring__validation_steps": 1, "monitoring__validation_fraction": 0.3}
+    train_here(tmp_path / "run", data, **short, **observed)
+    train_here(tmp_path / "scratch", data, max_train_steps=2, zero_stage=stage, lr=1e-12, weight_decay=0)
+    found, begun = weights(tmp_path / "run", 2), weights(tmp_path / "scratch", 2)
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, begun[name], atol=1e-7, rtol=0) == (part_name(name) == "unet"), name
+
+
 def test_activation_checkpointing_changes_nothing_in_a_frozen_run(tmp_path, data):
     """Torch's, and DeepSpeed's, whose blocks compute gradients only if one of their inputs needs them."""
     short = {"freeze": ["unet"], "max_train_steps": 2}
