@@ -50,6 +50,23 @@ class _TrainedOn(BaseModel):
     spacing: Annotated[list[_Lengths], Field(min_length=2, max_length=2)]
 
 
+class _StartWeights(BaseModel):
+    """See `training.start_weights`."""
+
+    model_config = ConfigDict(strict=True)
+    sha256: str
+    skip: list[str]
+
+
+class _Extension(BaseModel):
+    """See `training.resume.run_length`."""
+
+    model_config = ConfigDict(strict=True)
+    step: _Count
+    before: _Count = Field(alias="from")
+    to: _Count
+
+
 class _State(BaseModel):
     """What is read from training_state.json. Checkpoints of earlier versions and exported models have only some entries."""
 
@@ -63,6 +80,8 @@ class _State(BaseModel):
     quarantine: _Quarantine = _Quarantine()
     trained_on: _TrainedOn | None = None
     averaged: bool | None = None  # of exported models
+    start_weights: _StartWeights | None = None
+    extensions: list[_Extension] = []
 
 
 @dataclass(frozen=True)

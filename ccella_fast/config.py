@@ -25,6 +25,7 @@ from ccella_fast.config_section import (
     Count,
     Fraction,
     OneOrMore,
+    Part,
     Positive,
     PositiveFloat,
     Probability,
@@ -51,6 +52,8 @@ class ModelConfig(Section):
     #: width of an attention head on each level; 0 on levels without attention
     num_head_channels: list[Count] = [0, 0, 32, 32]
     num_res_blocks: Positive = 2  #: residual blocks per level on the way down; one more on the way up
+    resblock_updown: bool = False  #: residual blocks change the grid, not convolutions, as in NV-Generate-CTMR
+    include_fc: bool = False  #: self-attention ends in a linear layer, as in NV-Generate-CTMR
     norm_num_groups: Positive = 32  #: groups of every group normalization
     norm_eps: PositiveFloat = 1e-6  #: added to the variance in every group normalization
     cross_attention_dim: Positive = 768  #: width of the adapter and of the context that it returns
@@ -250,6 +253,11 @@ class TrainingConfig(Section):
     lr: PositiveFloat = 1e-4
     n_epochs: Positive = 400  #: passes over the training set, unless ``max_train_steps`` is given
     max_train_steps: Positive | None = None  #: optimizer steps; null: ``n_epochs`` over the training set
+    #: parts that start anew where the run starts from weights, see :doc:`/how-to/fine-tune`
+    init_skip: list[Part | Literal["unet.attention", "unet.class_input"]] = []
+    init_modality: Count | None = None  #: class of NV-Generate-CTMR whose embedding is taken; null: the sequence's
+    freeze: list[Part] = []  #: parts that keep their weights
+    lr_scale: dict[Part, PositiveFloat] = {}  #: factors of the learning rate, such as ``{"adapter": 10.0}``
     weight_decay: Annotated[float, Field(ge=0)] = 0.01  #: AdamW's, on all parameters
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)  #: AdamW's decay rates of both moments
     #: the gradient's global norm is clipped to this; 0: not clipped
@@ -310,7 +318,9 @@ class PathsConfig(Section):
     embedding_base_dir: str | None = None  #: prepared folder, where ``--data`` is not given
     model_dir: str | None = None  #: parent of the run folder, where ``--output_dir`` is not given
     model_filename: str | None = None  #: name of the run folder, without its suffix
-    existing_ckpt_filepath: str | None = None  #: must be null: a start from another checkpoint is not supported
+    existing_ckpt_filepath: str | None = (
+        None  #: the weights that a new run starts from, where ``--init_from`` is not given
+    )
 
 
 class Config(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -14,6 +14,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, int) else value)
+Part = Literal["unet", "adapter", "class_heads"]  # of a model, see `models.parts`
 
 
 class Section(BaseModel):

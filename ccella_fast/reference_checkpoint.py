@@ -12,9 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ccella_fast.config import ModelConfig
@@ -24,7 +26,7 @@ from ccella_fast.models.weights import first_difference, plain, plain_tensors, r
 from ccella_fast.storage import atomic_path
 from ccella_fast.variants import VARIANTS, Variant, get_variant
 
-_OURS = "ccella_fast_model"
+_OURS, _STATE_DICT = "ccella_fast_model", "unet_state_dict"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,37 @@ class ReferenceCheckpoint:
     num_train_timesteps: int
     variant: str
     config: ModelConfig
+
+
+class WeightFile(NamedTuple):
+    """The tensors of a file, of any model, and what else the file says."""
+
+    state_dict: dict[str, Tensor]
+    scale_factor: list[float] | None
+    config: ModelConfig | None
+
+
+def read_weight_file(path: str | Path) -> WeightFile:
+    """Read the weights of any model to the CPU, without executing anything in the file.
+
+    The reference, MAISI and NV-Generate-CTMR write the dictionary of docs/explanation/method.md, section 2.7. The tensors alone
+    are read too, from a file of torch.save or of safetensors.
+
+    Raises:
+        CheckpointError: the file is unsafe or damaged, or has no tensors.
+    """
+    if Path(path).suffix == ".safetensors":
+        try:
+            return WeightFile(load_file(path), None, None)
+        except (OSError, SafetensorError) as error:
+            why = f"this file cannot be read: {str(error).splitlines()[0]:.160}"
+            raise CheckpointError(why, path=path, fix="copy the file again, or give another one") from None
+    values = read_pt(path)
+    if not isinstance(values, dict) or _STATE_DICT not in values:
+        return WeightFile(plain_tensors(values, path=path), None, None)
+    tensors = plain_tensors(values[_STATE_DICT], path=path, field=_STATE_DICT)
+    scale_factor = _scale_factor(values["scale_factor"], path) if "scale_factor" in values else None
+    return WeightFile(tensors, scale_factor, _stored_config(values[_OURS], path) if _OURS in values else None)
 
 
 def read_reference(
@@ -53,10 +86,10 @@ def read_reference(
         CheckpointError: the file is unsafe, damaged or incomplete, or has another variant or other tensors.
     """
     values = read_pt(path)
-    if not isinstance(values, dict) or "unet_state_dict" not in values:
+    if not isinstance(values, dict) or _STATE_DICT not in values:
         fix = "give a checkpoint of the reference's training, such as CCELLA.pt"
-        raise CheckpointError("this file has no 'unet_state_dict'", path=path, field="unet_state_dict", fix=fix)
-    tensors = plain_tensors(values["unet_state_dict"], path=path, field="unet_state_dict")
+        raise CheckpointError("this file has no 'unet_state_dict'", path=path, field=_STATE_DICT, fix=fix)
+    tensors = plain_tensors(values[_STATE_DICT], path=path, field=_STATE_DICT)
     scale_factor = _scale_factor(values.get("scale_factor"), path)
     if config is None and variant is None and _OURS in values:
         config = _stored_config(values[_OURS], path)
@@ -95,7 +128,7 @@ def write_reference(
         "num_train_timesteps": num_train_timesteps,
         "scale_factor": factors[0] if len(factors) == 1 else factors,
         # Cloned: torch.save would write the whole storage behind a view.
-        "unet_state_dict": {
+        _STATE_DICT: {
             name: plain(tensor).cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in state_dict.items()
         },
@@ -178,6 +211,8 @@ def _find_config(tensors: Mapping[str, Tensor], row: Variant, sequences: int, pa
             "attention_levels": attends,
             "num_head_channels": [32 if attention else 0 for attention in attends[:-1]] + [32],  # the middle attends
             "num_res_blocks": _count_children(tensors, f"{unet}down_blocks.0.resnets."),
+            "resblock_updown": f"{unet}down_blocks.0.downsampler.conv1.conv.weight" in tensors,
+            "include_fc": any(re.search(r"\.attentions?\..*attn1?\.out_proj\.", name) for name in tensors),
         }
         if row.class_input != "none":
             sizes["num_classes"] = tensors[f"{unet}pirads_layer.0.weight"].shape[1]

@@ -29,7 +29,7 @@ _UNET = {
     key: f"model.{key}"
     for key in (
         "num_channels attention_levels num_head_channels num_res_blocks norm_num_groups norm_eps cross_attention_dim "
-        "input_dim num_classes"
+        "input_dim num_classes resblock_updown"
     ).split()
 }
 _AUTOENCODER = {
@@ -45,7 +45,7 @@ _DROPPED = {
     "env": {"tfevent_path", "output_prefix", "imkey"},
     "def": {
         "spatial_dims", "image_channels", "latent_channels", "autoencoder_latent_channels", "base_maisi",
-        "use_text_conditioning", "use_text_class_pred", "use_pretrained_unet", "freeze_unet",
+        "use_text_conditioning", "use_text_class_pred", "use_pretrained_unet", "pretrained_unet_path", "freeze_unet",
         "mask_generation_latent_shape", "mask_generation_autoencoder_def", "mask_generation_diffusion_def",
         "mask_generation_scale_factor", "mask_generation_noise_scheduler", "controlnet_def",
     },
@@ -53,7 +53,7 @@ _DROPPED = {
     "diffusion_unet_inference": {"imkey", "pirads", "spacing"},  # its spacing is only ever logged
     "diffusion_unet_def": {
         "spatial_dims", "in_channels", "out_channels", "use_flash_attention", "include_pirads_input", "include_spacing_input",
-        "with_conditioning", "upcast_attention", "num_class_hidden", "include_fc", "use_combined_linear", "resblock_updown",
+        "with_conditioning", "upcast_attention", "num_class_hidden", "include_fc", "use_combined_linear",
     },
     "autoencoder_def": {
         "spatial_dims", "use_flash_attention", "use_checkpointing", "norm_float16", "num_splits", "dim_split", "print_info",
@@ -67,7 +67,6 @@ _REQUIRED = {
     "use_pretrained_unet": False,
     "freeze_unet": False,
     "diffusion_unet_def.include_spacing_input": True,
-    "diffusion_unet_def.resblock_updown": False,
     "autoencoder_def.attention_levels": [False, False, False],
     "autoencoder_def.with_encoder_nonlocal_attn": False,
     "autoencoder_def.with_decoder_nonlocal_attn": False,
@@ -91,6 +90,7 @@ def convert(files: list[tuple[Any, Any]]) -> dict[str, Any]:
             raise ConfigError("a configuration must be one JSON object", path=path, fix="start the file with {")
         for key, value in values.items():
             _convert_key(result, path, values, key, value)
+        _convert_start(result, path, values)
     return result
 
 
@@ -111,6 +111,8 @@ def _convert_key(result: dict[str, Any], path: Any, values: dict[str, Any], key:
         _set(result, "name", value)
     elif key == "institute1":  # CCELLA++: train on this institution only
         _set(result, "data.dataset", "Institute1" if value else None)
+    elif key in ("use_pretrained_unet", "freeze_unet") and value is True and values.get("use_text_conditioning"):
+        pass  # see `_convert_start`; without a report the reference ignores both
     elif key in _DROPPED["env"] | _DROPPED["def"]:
         _require(path, key, value)
     else:
@@ -122,6 +124,20 @@ def _convert_key(result: dict[str, Any], path: Any, values: dict[str, Any], key:
             fix = did_you_mean(name, _SEQUENCE_NAMES)
             raise ConfigError(f"unknown image key '{name:.80}'", path=path, field=key, fix=fix)
         _set(result, "data.sequences", _SEQUENCE_NAMES[name])
+
+
+def _convert_start(result: dict[str, Any], path: Any, values: dict[str, Any]) -> None:
+    """The definition file's keys for a U-Net that starts from weights, or keeps them."""
+    if values.get("freeze_unet"):
+        _set(result, "training.freeze", ["unet"])
+    if values.get("use_pretrained_unet"):
+        name = values.get("pretrained_unet_path")
+        if not isinstance(name, str):
+            fix = "add it, or set use_pretrained_unet to false"
+            raise ConfigError("this key is missing", path=path, field="pretrained_unet_path", fix=fix)
+        if result.get("paths", {}).get("existing_ckpt_filepath") is None:  # which has all weights, and comes first
+            _set(result, "paths.existing_ckpt_filepath", name)
+            _set(result, "training.init_skip", ["adapter", "class_heads"])
 
 
 def _convert_section(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ IF_OUT_OF_MEMORY = (
     "lower training.batch_size and raise training.gradient_accumulation_steps, set training.activation_checkpointing=true, "
     "or use ZeRO 2 or 3; --dry-run estimates the memory"
 )
+_SKIPPABLE = ["unet", "adapter", "class_heads", "unet.attention", "unet.class_input"]
 # Names in the training scripts of diffusers -> ours; names of our settings are recognized without this table.
 _INSTEAD = {
     "train_batch_size": "--set training.batch_size=N", "learning_rate": "--set training.lr=NUMBER",
@@ -35,7 +37,7 @@ _INSTEAD = {
     "snr_gamma": "--set training.min_snr_gamma=5", "prediction_type": "--set scheduler.prediction=v",
     "proportion_empty_prompts": "--set training.report_dropout=0.1",
     "use_ema": "--set training.ema_decay=0.9999", "resume_from_checkpoint": "--resume",
-    "dataset_name": "--data", "train_data_dir": "--data",
+    "dataset_name": "--data", "train_data_dir": "--data", "pretrained_model_name_or_path": "--init_from",
 }  # fmt: skip
 
 
@@ -61,10 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("max_train_steps", "seed", "latents"):
         if getattr(arguments, name) is not None:
             overrides.append(f"training.{name}={getattr(arguments, name)}")
+    if arguments.init_from is not None:
+        overrides.append(f"paths.existing_ckpt_filepath={json.dumps(str(arguments.init_from))}")
+    if arguments.init_skip:
+        overrides.append(f"training.init_skip={json.dumps(arguments.init_skip)}")
     config = load_config(arguments.config or three, overrides)
-    if config.paths.existing_ckpt_filepath is not None:
-        fix = "set it to null; --resume continues a run of ccella_fast"
-        raise ConfigError("training cannot start from a reference checkpoint", field="existing_ckpt_filepath", fix=fix)
+    if arguments.extend_to is not None and arguments.dry_run:
+        fix = "remove one of them"
+        raise ConfigError("--dry-run describes a new run, and --extend_to continues one", field="--extend_to", fix=fix)
     data, output = (
         arguments.data or config.paths.embedding_base_dir,
         arguments.output_dir or _reference_run(config.paths),
@@ -94,7 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     from ccella_fast.training.run import train
 
-    code = train(config, resume=arguments.resume, **settings)
+    resume = arguments.resume or (None if arguments.extend_to is None else "latest")
+    code = train(config, resume=resume, extend_to=arguments.extend_to, **settings)
     import torch.distributed as dist  # late, so that mistakes are reported before torch is imported
 
     if dist.is_initialized():  # it is not if the run was already complete
@@ -146,13 +153,20 @@ def add_arguments(parser: entrypoint.Parser) -> None:
     add("--output_dir", type=Path, metavar="FOLDER", help=about)
     about = "continue from the newest checkpoint if there is one, or from this one"
     add("--resume", nargs="?", const="latest", metavar="STEP_FOLDER", help=about)
+    about = "continue a run, also a finished one, to N optimizer steps; includes --resume"
+    add("--extend_to", type=entrypoint.whole_number(1), metavar="N", help=about)
+    add = parser.add_argument_group("start weights").add_argument
+    about = "weights that a new run starts from: a run or step folder, or a file of the reference, MAISI or NV-Generate-CTMR"
+    add("--init_from", type=Path, metavar="PATH", help=f"{about} (default: existing_ckpt_filepath of --env_config)")
+    about = "parts that are not taken from the weights and start anew"
+    add("--init_skip", nargs="+", choices=_SKIPPABLE, metavar="PART", help=f"{about}: {', '.join(_SKIPPABLE)}")
     add = parser.add_argument_group("configuration").add_argument
     add("--config", type=Path, metavar="FILE", help="the configuration, one JSON file")
     about = "the reference's {} file; give all three of its files in place of --config"
     add("--env_config", type=Path, metavar="FILE", help=about.format("env"))
     add("--model_config", type=Path, metavar="FILE", help=about.format("config"))
     add("--model_def", type=Path, metavar="FILE", help=about.format("def"))
-    about = "length of the run in optimizer steps; fixed once it has started"
+    about = "length of the run in optimizer steps; once it has started, only --extend_to changes it"
     add("--max_train_steps", type=entrypoint.whole_number(1), metavar="N", help=about)
     about = "stored latents, or online: augmented and encoded during training (needs a folder prepared with --vae)"
     add("--latents", choices=["stored", "online"], help=f"{about}; default: training.latents")

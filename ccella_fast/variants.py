@@ -35,6 +35,11 @@ class Variant(NamedTuple):
     class_loss_weight: float
     target: str
 
+    @property
+    def parts(self) -> list[str]:
+        """The parts of the model, see `models.parts`."""
+        return ["unet", *(["adapter"] if self.text else []), *(["class_heads"] if self.head != "none" else [])]
+
 
 _ROWS = [
     Variant("CCELLA", True, "cascade", "predicted", 1e-4, "CCELLA_LDM"),

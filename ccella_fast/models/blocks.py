@@ -173,16 +173,33 @@ class ResidualBlock(nn.Module):
         return self.conv2.get_submodule("conv")(h, self.skip_connection(x))
 
 
+class ResamplingBlock(ResidualBlock):
+    """A residual block that halves or doubles the grid: MONAI's `resblock_updown`."""
+
+    def __init__(self, channels: int, embedding: int, groups: int, eps: float, *, up: bool):
+        super().__init__(channels, channels, embedding, groups, eps)
+        self.up = up
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        """x (B, C, X, Y, Z) and the result of `shift` (B, C) -> (B, C, 2X, 2Y, 2Z), or half of each axis."""
+        h = self.norm2(self.conv1(self._resample(self.norm1(x))), shift=shift)
+        return self.conv2.get_submodule("conv")(h, self._resample(x))
+
+    def _resample(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.avg_pool3d(x, 2)
+
+
 class SelfAttention(nn.Module):
-    """Multi-head self-attention without an output projection.
+    """Multi-head self-attention, with an output projection if `include_fc`.
 
     On a GPU queries, keys and values are one matrix product with the three weights stacked, which inference stacks once. That
     needs plain linear layers: others, such as those of LoRA, are called one by one.
     """
 
-    def __init__(self, width: int, head_width: int, *, bias: bool = False):
+    def __init__(self, width: int, head_width: int, *, bias: bool = False, include_fc: bool = False):
         super().__init__()
         self.head_width = head_width
+        self.out_proj = nn.Linear(width, width) if include_fc else None
         self.to_q = nn.Linear(width, width, bias=bias)
         self.to_k = nn.Linear(width, width, bias=bias)
         self.to_v = nn.Linear(width, width, bias=bias)
@@ -198,7 +215,8 @@ class SelfAttention(nn.Module):
         else:
             projected = tuple(linear(tokens) for linear in linears)
         q, k, v = (to_heads(each, self.head_width) for each in projected)
-        return attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = attention(q, k, v).transpose(1, 2).flatten(2)
+        return attended if self.out_proj is None else self.out_proj(attended)
 
     def train(self, mode: bool = True) -> SelfAttention:
         """Set the mode as in `nn.Module`, and clear the stacked weights."""
@@ -264,9 +282,9 @@ class GatedFeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the context and a feed-forward network, each with a LayerNorm and a residual."""
 
-    def __init__(self, width: int, head_width: int, context_width: int):
+    def __init__(self, width: int, head_width: int, context_width: int, *, include_fc: bool = False):
         super().__init__()
-        self.attn1 = SelfAttention(width, head_width)
+        self.attn1 = SelfAttention(width, head_width, include_fc=include_fc)
         self.ff = GatedFeedForward(width)
         self.attn2 = CrossAttention(width, head_width, context_width)
         self.norm1 = nn.LayerNorm(width)
@@ -282,11 +300,14 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """One transformer block over all voxels, which attends to the context of the report."""
 
-    def __init__(self, channels: int, head_width: int, context_width: int, groups: int, eps: float):
+    def __init__(
+        self, channels: int, head_width: int, context_width: int, groups: int, eps: float, *, include_fc: bool = False
+    ):
         super().__init__()
         self.norm = GroupNormSiLU(groups, channels, eps, silu=False)
         self.proj_in = conv3d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, head_width, context_width)])
+        block = TransformerBlock(channels, head_width, context_width, include_fc=include_fc)
+        self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = zero_module(nest(ResidualConv3d(channels, channels, 1), "conv"))
 
     @property
@@ -309,10 +330,10 @@ class SpatialTransformer(nn.Module):
 class SpatialSelfAttention(nn.Module):
     """Self-attention over all voxels, in the variants without a report."""
 
-    def __init__(self, channels: int, head_width: int, groups: int, eps: float):
+    def __init__(self, channels: int, head_width: int, groups: int, eps: float, *, include_fc: bool = False):
         super().__init__()
         self.norm = GroupNormSiLU(groups, channels, eps, silu=False)
-        self.attn = SelfAttention(channels, head_width, bias=True)
+        self.attn = SelfAttention(channels, head_width, bias=True, include_fc=include_fc)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> (B, C, X, Y, Z)."""

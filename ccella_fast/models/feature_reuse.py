@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ccella_fast.config import ModelConfig
 from ccella_fast.errors import ConfigError
+from ccella_fast.models.blocks import ResamplingBlock
 from ccella_fast.models.channels_last import join_channels
 from ccella_fast.models.unet3d import Conditioning, ConditioningCursor, DownBlock, UNet3d, UpBlock
 
@@ -61,19 +62,17 @@ def denoise_reusing(unet: UNet3d, x: Tensor, conditioning: Conditioning, depth: 
     skips = [unet.input_conv(x)]
     for level, index in _down_path(unet)[: depth - 1]:
         h = skips[-1]
-        skips.append(level.run_block(index, h, cursor) if index is not None else _downsample(level, h))
+        skips.append(level.run_block(index, h, cursor) if index is not None else level.downsample(h, cursor))
     path = _up_path(unet)[-depth:]
     attending = sum(bool(level.attentions) for level, _ in path)
     first_keys_values = len(conditioning.keys_values) - (attending if conditioning.keys_values else 0)
-    cursor = unet.conditioning_cursor(conditioning, -depth, first_keys_values)
+    resampling = sum(
+        _ends_level(level, index) and isinstance(level.upsampler, ResamplingBlock) for level, index in path
+    )
+    cursor = unet.conditioning_cursor(conditioning, -depth - resampling, first_keys_values)
     output = _run_up_path(path, feature, skips, cursor)
     cursor.check_consumed()
     return unet.out(output)
-
-
-def _downsample(level: DownBlock, h: Tensor) -> Tensor:
-    assert level.downsampler is not None
-    return level.downsampler(h)
 
 
 def _down_path(unet: UNet3d) -> list[tuple[DownBlock, int | None]]:
@@ -98,6 +97,10 @@ def _run_up_path(path: list[tuple[UpBlock, int]], h: Tensor, skips: list[Tensor]
     """Apply blocks of the up path to h. Each consumes the last remaining skip connection."""
     for level, index in path:
         h = level.run_block(index, join_channels(h, skips.pop()), cursor)
-        if index + 1 == len(level.resnets) and level.upsampler is not None:
-            h = level.upsampler(h)
+        if _ends_level(level, index) and level.upsampler is not None:
+            h = level.upsample(h, cursor)
     return h
+
+
+def _ends_level(level: UpBlock, index: int) -> bool:
+    return index + 1 == len(level.resnets)

@@ -19,6 +19,7 @@ from ccella_fast.kernels.upsample_conv3d import UpsampleConv3d
 from ccella_fast.models.blocks import (
     Checkpointed,
     GroupNormSiLU,
+    ResamplingBlock,
     ResidualBlock,
     SpatialSelfAttention,
     SpatialTransformer,
@@ -127,8 +128,7 @@ class DownBlock(ResolutionLevel):
 
     def __init__(self, config: ModelConfig, level: int, inputs: list[int], *, resample: bool):
         super().__init__(config, level, inputs, attentions_first=True)
-        channels = config.num_channels[level]
-        self.downsampler = conv3d(channels, channels, 3, stride=2, names=("op", "conv")) if resample else None
+        self.downsampler = _downsampler(config, config.num_channels[level]) if resample else None
 
     def forward(self, h: Tensor, cursor: ConditioningCursor) -> list[Tensor]:
         """Return the outputs of all blocks. Each is a skip connection, and the last is the input of the next level."""
@@ -136,7 +136,14 @@ class DownBlock(ResolutionLevel):
         for index in range(len(self.resnets)):
             h = self.run_block(index, h, cursor)
             outputs.append(h)
-        return outputs if self.downsampler is None else [*outputs, self.downsampler(h)]
+        return outputs if self.downsampler is None else [*outputs, self.downsample(h, cursor)]
+
+    def downsample(self, h: Tensor, cursor: ConditioningCursor) -> Tensor:
+        """Halve the grid, on a level that has a downsampler."""
+        assert self.downsampler is not None
+        if isinstance(self.downsampler, ResamplingBlock):
+            return self.run_module(self.downsampler, h, cursor.shift_of(self.downsampler))
+        return self.downsampler(h)
 
 
 class MiddleBlock(Checkpointed):
@@ -161,7 +168,7 @@ class UpBlock(ResolutionLevel):
 
     def __init__(self, config: ModelConfig, level: int, inputs: list[int], *, resample: bool):
         super().__init__(config, level, inputs, attentions_first=config.traits.text)
-        self.upsampler = nest(UpsampleConv3d(config.num_channels[level]), "postconv", "conv") if resample else None
+        self.upsampler = _upsampler(config, config.num_channels[level]) if resample else None
 
     def forward(self, h: Tensor, skips: list[Tensor], cursor: ConditioningCursor) -> Tensor:
         """Apply the level to h (B, C, X, Y, Z).
@@ -174,7 +181,14 @@ class UpBlock(ResolutionLevel):
         """
         for index, skip in enumerate(reversed(skips)):
             h = self.run_block(index, join_channels(h, skip), cursor)
-        return h if self.upsampler is None else on_three_voxels(self.upsampler, h, scale=2.0)
+        return h if self.upsampler is None else self.upsample(h, cursor)
+
+    def upsample(self, h: Tensor, cursor: ConditioningCursor) -> Tensor:
+        """Double the grid, on a level that has an upsampler."""
+        assert self.upsampler is not None
+        if isinstance(self.upsampler, ResamplingBlock):
+            return self.run_module(self.upsampler, h, cursor.shift_of(self.upsampler))
+        return on_three_voxels(self.upsampler, h, scale=2.0)
 
 
 class UNet3d(nn.Module):
@@ -309,16 +323,32 @@ class UNet3d(nn.Module):
 
 
 def _residual(config: ModelConfig, inputs: int, outputs: int) -> ResidualBlock:
+    return ResidualBlock(inputs, outputs, _embedding_width(config), config.norm_num_groups, config.norm_eps)
+
+
+def _downsampler(config: ModelConfig, channels: int) -> nn.Module:
+    if config.resblock_updown:
+        return ResamplingBlock(channels, _embedding_width(config), config.norm_num_groups, config.norm_eps, up=False)
+    return conv3d(channels, channels, 3, stride=2, names=("op", "conv"))
+
+
+def _upsampler(config: ModelConfig, channels: int) -> nn.Module:
+    if config.resblock_updown:
+        return ResamplingBlock(channels, _embedding_width(config), config.norm_num_groups, config.norm_eps, up=True)
+    return nest(UpsampleConv3d(channels), "postconv", "conv")
+
+
+def _embedding_width(config: ModelConfig) -> int:
     conditions = 2 if config.traits.class_input == "none" else 3  # timestep, spacing and perhaps the class
-    embedding = conditions * 4 * config.num_channels[0]
-    return ResidualBlock(inputs, outputs, embedding, config.norm_num_groups, config.norm_eps)
+    return conditions * 4 * config.num_channels[0]
 
 
 def _attention(config: ModelConfig, level: int) -> nn.Module:
     channels, head = config.num_channels[level], config.num_head_channels[level]
+    groups, eps, fc = config.norm_num_groups, config.norm_eps, config.include_fc
     if config.traits.text:
-        return SpatialTransformer(channels, head, config.cross_attention_dim, config.norm_num_groups, config.norm_eps)
-    return SpatialSelfAttention(channels, head, config.norm_num_groups, config.norm_eps)
+        return SpatialTransformer(channels, head, config.cross_attention_dim, groups, eps, include_fc=fc)
+    return SpatialSelfAttention(channels, head, groups, eps, include_fc=fc)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

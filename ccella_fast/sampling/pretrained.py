@@ -26,7 +26,16 @@ from ccella_fast.storage import atomic_folder, read_json, sha256, write_json
 # Settings that the first version did not have; it sampled as with what are now their defaults.
 _LATER_SETTINGS = {
     "scheduler": ("prediction", *KEYS_OF_ONE_SCHEDULE["rectified_flow"]),
-    "training": ("min_snr_gamma", "report_dropout", "class_dropout"),
+    "training": (
+        "min_snr_gamma",
+        "report_dropout",
+        "class_dropout",
+        "init_skip",
+        "init_modality",
+        "freeze",
+        "lr_scale",
+    ),
+    "model": ("resblock_updown", "include_fc"),
 }
 WEIGHT_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
 

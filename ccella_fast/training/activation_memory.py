@@ -11,6 +11,7 @@ from torch import Tensor
 from ccella_fast.config import Config
 from ccella_fast.losses import noise_loss
 from ccella_fast.models import build_model
+from ccella_fast.models.parts import freeze_parts
 
 
 def activation_bytes(config: Config, *, tokens: int, device_type: str) -> int:
@@ -46,7 +47,9 @@ def _build(config: Config, dtype: torch.dtype) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return build_model(config)
+        model = build_model(config)
+        freeze_parts(model, config)
+        return model
     finally:
         torch.set_default_dtype(before)
 

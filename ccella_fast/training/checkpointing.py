@@ -64,6 +64,7 @@ _FILES: dict[Kind, str] = {
     "exp_avg_sq": "exp_avg_sq.safetensors",
 }
 _EMA = "ema.safetensors"
+_MOMENTS = (_FILES["exp_avg"], _FILES["exp_avg_sq"])  # which parameters that are not trained do not have
 _FIX = "use another checkpoint"
 _MEMORY_SHARE = 0.5  # of the memory that is free before the first step; on a CPU, activations need the rest
 
@@ -104,8 +105,7 @@ class CheckpointWriter:
     ):
         self._run, self._engine, self._ema, self._config = run, engine, ema, config
         self._facts, self._vae, self._status, self._collectives = facts, vae, status, collectives
-        self._shapes = {name: full_shape(parameter) for name, parameter in sorted_parameters(engine)}
-        self._elements = sum(shape.numel() for shape in self._shapes.values())
+        self._shapes = {name: _shapes(engine, trained_only=name in _MOMENTS) for name in [*_FILES.values(), _EMA]}
         self._copies = self._allocate_copies()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
@@ -255,14 +255,15 @@ class CheckpointWriter:
     def _allocate_copies(self) -> dict[str, HostCopy] | None:
         """Allocate host memory for this process's files; None on all processes if that of a machine does not suffice."""
         own = [name for name, mine, _ in self._files() if mine]
-        machines = self._collectives.all_gather([socket.gethostname(), 4 * self._elements * len(own), free_memory()])
+        elements = {name: sum(shape.numel() for shape in self._shapes[name].values()) for name in own}
+        machines = self._collectives.all_gather([socket.gethostname(), 4 * sum(elements.values()), free_memory()])
         needed = Counter[str]()
         for machine, size, _ in machines:
             needed[machine] += size
         short = [(needed[machine], free) for machine, _, free in machines if needed[machine] > _MEMORY_SHARE * free]
         if not short:
             pinned = self._engine.device.type == "cuda"
-            return {name: HostCopy(self._elements, pinned=pinned) for name in own}
+            return {name: HostCopy(elements[name], pinned=pinned) for name in own}
         if dist.get_rank() == 0:
             why = "training waits while a checkpoint is written: a copy of it needs %s of memory, but only %s are free"
             logger.info(why, *map(format_bytes, short[0]))
@@ -298,8 +299,10 @@ class CheckpointWriter:
 
     def _write_copies(self, copies: dict[str, HostCopy], folder: Path, documents: dict[str, bytes]) -> dict[str, str]:
         """Write this process's share, in a thread. Returns the SHA-256 of each file."""
-        begin = header(self._shapes)
-        hashes = {name: write_hashed(folder / name, [begin, *copy.chunks()]) for name, copy in copies.items()}
+        hashes = {
+            name: write_hashed(folder / name, [header(self._shapes[name]), *copy.chunks()])
+            for name, copy in copies.items()
+        }
         return hashes | self._write_documents(folder, documents)
 
     def _write_directly(self, folder: Path, documents: dict[str, bytes]) -> Future[dict[str, str]]:
@@ -311,7 +314,9 @@ class CheckpointWriter:
             tensors = self._measured(read())
             try:
                 if mine and failure is None:
-                    hashes[name] = write_hashed(folder / name, chain([header(self._shapes)], raw_tensors(tensors)))
+                    hashes[name] = write_hashed(
+                        folder / name, chain([header(self._shapes[name])], raw_tensors(tensors))
+                    )
             except Exception as error:
                 failure = error
             _read_to_the_end(tensors)  # in any case, because the other processes take part
@@ -364,6 +369,15 @@ class CheckpointWriter:
         )
 
 
+def _shapes(engine: Any, *, trained_only: bool) -> dict[str, torch.Size]:
+    """The shapes of whole parameters by name, sorted."""
+    return {
+        name: full_shape(parameter)
+        for name, parameter in sorted_parameters(engine)
+        if parameter.requires_grad or not trained_only
+    }
+
+
 def _remove(folders: list[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
@@ -409,9 +423,8 @@ def _load(path: Path, engine: Any) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         why = f"this file cannot be read: {str(error).splitlines()[0]:.160}"
         raise CheckpointError(why, path=path, fix=_FIX) from None
-    expected = {
-        name: torch.empty(full_shape(parameter), device="meta") for name, parameter in sorted_parameters(engine)
-    }
+    shapes = _shapes(engine, trained_only=path.name in _MOMENTS)
+    expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     difference = first_difference(expected, values)
     if difference is not None:
         raise CheckpointError(f"these tensors do not fit the model: {difference}", path=path, fix=_FIX)

@@ -15,6 +15,7 @@ from ccella_fast.config import Config
 from ccella_fast.data.loading.dataset import PreparedDataset
 from ccella_fast.data.manifest import Manifest
 from ccella_fast.models import build_model
+from ccella_fast.models.parts import freeze_parts
 from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.training import distributed
 from ccella_fast.training.activation_memory import activation_bytes
@@ -54,15 +55,18 @@ def describe_run(
     ConditionDropout.from_config(plan.config, dataset)  # the null report must be there
     with torch.device("meta"):
         model = build_model(plan.config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    freeze_parts(model, plan.config)
+    parameters, trained = count_parameters(model)
     facts = {
         "variant": plan.config.model.variant,
         "parameters": parameters,
+        "trained_parameters": trained,
+        "start_weights": [] if plan.start_weights is None else plan.start_weights.table,
         "data": _data_facts(dataset.prepared, len(dataset), dataset.copies),
         "run": _run_facts(plan, len(dataset)),
         "memory": _memory_facts(plan, model, dataset.prepared),
-        "host": {"checkpoint_copy": parameters * checkpoint_bytes_per_parameter(plan.config)},
-        "disk": _disk_facts(plan, parameters),
+        "host": {"checkpoint_copy": checkpoint_bytes(plan.config, model)},
+        "disk": _disk_facts(plan, model),
     }
     if as_json:
         # Who clips depends on precision and ZeRO stage; DeepSpeed's own value is 0 where the optimizer does it.
@@ -116,11 +120,11 @@ def _memory_facts(plan: RunPlan, model: nn.Module, prepared: Manifest) -> dict[s
     }
 
 
-def _disk_facts(plan: RunPlan, parameters: int) -> dict[str, Any]:
+def _disk_facts(plan: RunPlan, model: nn.Module) -> dict[str, Any]:
     # Each checkpoint contains a copy of the autoencoder.
     vae = sum(file.stat().st_size for file in (plan.data / "vae").rglob("*") if file.is_file())
     return {
-        "checkpoint": parameters * checkpoint_bytes_per_parameter(plan.config) + vae,
+        "checkpoint": checkpoint_bytes(plan.config, model) + vae,
         "most_checkpoints": plan.config.training.checkpoints_total_limit + 1,
     }
 
@@ -140,6 +144,8 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
     )
     counts = lambda numbers: ", ".join(f"{number} {name}" for name, number in numbers.items())  # noqa: E731
     batch = counted(run["batch"], "study", "studies")
+    frozen = facts["trained_parameters"] != facts["parameters"]
+    trained = f", of which {facts['trained_parameters']:,} are trained" if frozen else ""
     mm, grid = " x ".join(f"{size:g}" for size in data["spacing"]), " x ".join(map(str, data["dim"]))
     rows = [
         *((key, json.dumps(value)) for key, value in changed.items()),
@@ -151,7 +157,8 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
         ("grid", f"{', '.join(data['sequences'])}: {grid} voxels of {mm} mm"),
         ("text encoder", f"{data['encoder'] or 'none'}, truncated reports: {data['truncated_reports']}"),
         ("", ""),
-        ("model", f"{facts['variant']}, {facts['parameters']:,} parameters"),
+        ("model", f"{facts['variant']}, {facts['parameters']:,} parameters{trained}"),
+        *facts["start_weights"],
         ("length", f"{counted(run['steps'], 'step')} of {batch}, epochs: {run['epochs']:g}"),
         ("training", f"{counted(run['processes'], 'process', 'processes')}, {run['precision']}, "
                      f"ZeRO {run['zero_stage']}, {clipped}"),
@@ -177,21 +184,29 @@ def state_bytes(config: Config, world_size: int, model: nn.Module) -> dict[str, 
     (training/flat_adamw.py).
     """
     training, bf16 = config.training, config.training.precision == "bf16"
-    stage, parameters = training.zero_stage, sum(parameter.numel() for parameter in model.parameters())
+    stage, (parameters, trained) = training.zero_stage, count_parameters(model)
     first, second, third = (world_size if stage >= least else 1 for least in (1, 2, 3))
     weights = 2 if bf16 else _FP32
     masters = _FP32 if bf16 or stage > 0 else 0
-    with_gradient, gradient = parameters, {1: 2 + _FP32}.get(stage, _FP32) if bf16 else _FP32
+    with_gradient, gradient = trained, {1: 2 + _FP32}.get(stage, _FP32) if bf16 else _FP32
     if stage == 0:
         with_gradient -= factored_weights(model, training.global_batch(world_size))
     return {
         "weights": parameters * weights // third,
         "gradients": with_gradient * gradient // second,
-        "optimizer": parameters * (masters + 2 * _FP32) // first,
-        "averages": parameters * (_FP32 if training.ema_decay else 0) // first,
+        "optimizer": trained * (masters + 2 * _FP32) // first,
+        "averages": trained * (_FP32 if training.ema_decay else 0) // first,
     }
 
 
-def checkpoint_bytes_per_parameter(config: Config) -> int:
-    """Disk space of the fp32 tensors: weights, the two moments of Adam, and averages if there are any."""
-    return _FP32 * (4 if config.training.ema_decay else 3)
+def checkpoint_bytes(config: Config, model: nn.Module) -> int:
+    """Disk space of the fp32 tensors: weights, averages if there are any, and the two moments of what is trained."""
+    parameters, trained = count_parameters(model)
+    return _FP32 * (parameters * (2 if config.training.ema_decay else 1) + 2 * trained)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """The number of the model's parameters, and of those that are trained."""
+    parameters = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in parameters), trained

@@ -16,17 +16,25 @@ from torch import Tensor, nn
 
 from ccella_fast.config import Config
 from ccella_fast.models import build_model
+from ccella_fast.models.parts import freeze_parts, parameter_groups
 from ccella_fast.training.deepspeed_config import validate_with_deepspeed
 from ccella_fast.training.flat_adamw import FlatAdamW
+from ccella_fast.training.start_weights import StartWeights
 
 logger = logging.getLogger("ccella_fast")
 _SUM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_engine(
-    config: Config, deepspeed_values: dict[str, Any], *, total_steps: int, device: torch.device, path: Any
+    config: Config,
+    deepspeed_values: dict[str, Any],
+    *,
+    total_steps: int,
+    device: torch.device,
+    path: Any,
+    start_weights: StartWeights | None = None,
 ) -> Any:
-    """A `DeepSpeedEngine` around the configured model, initialized from `training.seed`.
+    """A `DeepSpeedEngine` around the configured model, initialized from `training.seed` and from weights.
 
     Args:
         config: the configuration.
@@ -34,6 +42,7 @@ def build_engine(
         total_steps: T, the length of the run, after which the learning rate is 0.
         device: of the model.
         path: the user's DeepSpeed file, for error messages.
+        start_weights: replace the random ones; they are read once and then released.
 
     Raises:
         ConfigError: DeepSpeed rejects a value.
@@ -46,6 +55,9 @@ def build_engine(
     torch.manual_seed(training.seed)
     with device:
         model = build_model(config)
+    if start_weights is not None:
+        start_weights.load_into(model)
+    freeze_parts(model, config)
     if training.activation_checkpointing:
         model.set_activation_checkpointing(checkpoint_function(deepspeed_values.get("activation_checkpointing")))
     if device.type == "cuda":
@@ -75,11 +87,13 @@ def _make_optimizer(model: nn.Module, config: Config, deepspeed_values: dict[str
         "betas": training.adam_betas,
         "weight_decay": training.weight_decay,
     }
+    groups = parameter_groups(model, config)
     if training.zero_stage > 0:
-        return torch.optim.AdamW(model.parameters(), **settings, fused=True)  # one kernel, also on a CPU
+        return torch.optim.AdamW(groups, **settings, fused=True)  # one kernel, also on a CPU
     zero = deepspeed_values["zero_optimization"]
     return FlatAdamW(
         model,
+        groups=groups,
         **settings,
         dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
         max_norm=training.max_grad_norm,

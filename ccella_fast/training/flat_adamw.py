@@ -15,9 +15,10 @@ Gram matrices, |G|^2 = sum of (dy_b . dy_c) (x_b . x_c) over b and c, and the ke
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,7 @@ class FlatAdamW(torch.optim.Optimizer):
     Args:
         model: the model in fp32, whose parameters become views of the flat buffers.
         dtype: bf16 or fp32, in which the model is to compute.
+        groups: the parameters that are trained, as groups of torch.optim, which may have an `lr` of their own; None for all.
         lr: learning rate.
         betas: decay of the moments.
         weight_decay: decoupled decay.
@@ -66,6 +68,7 @@ class FlatAdamW(torch.optim.Optimizer):
         model: nn.Module,
         *,
         dtype: torch.dtype,
+        groups: list[dict[str, Any]] | None = None,
         lr: float,
         betas: tuple[float, float],
         weight_decay: float,
@@ -76,8 +79,8 @@ class FlatAdamW(torch.optim.Optimizer):
         overlap: bool = True,
         eps: float = 1e-8,
     ):
-        parameters = list(model.parameters())
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(groups or [{"params": list(model.parameters())}], defaults)
         self.max_norm, self.sum_dtype, self.overlap = max_norm, sum_dtype, overlap
         self.steps, self.overflow, self._global_grad_norm = 0, False, 0.0
         self.average: Tensor | None = None
@@ -85,13 +88,21 @@ class FlatAdamW(torch.optim.Optimizer):
         self.is_last_micro_step: Callable[[], bool] = lambda: True
         self._wide = _factored_layers(model, rows)
         self._wide_weights = wide = [cast(nn.Parameter, layer.weight) for layer in self._wide]
-        # The backward pass computes the gradients of the last layers first.
-        dense = [parameter for parameter in reversed(parameters) if all(parameter is not weight for weight in wide)]
+        self._wide_groups = [self._group_of(weight) for weight in wide]
+        # Those of a group lie together. The backward pass computes the gradients of the last layers first.
+        grouped = [
+            [parameter for parameter in reversed(group["params"]) if all(parameter is not weight for weight in wide)]
+            for group in self.param_groups
+        ]
+        dense = [parameter for members in grouped for parameter in members]
         self._ranges: dict[nn.Parameter, slice] = {}
         dense_end = self._lay_out(dense, 0)
         end = self._lay_out(wide, dense_end)
+        starts = [self._ranges[members[0]].start for members in grouped if members] + [dense_end]
+        self._dense_parts = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
+        self._dense_groups = [group for group, members in zip(self.param_groups, grouped, strict=True) if members]
 
-        device = parameters[0].device
+        device = dense[0].device
         self.masters, self.exp_avg, self.exp_avg_sq = (torch.zeros(end, device=device) for _ in range(3))
         self._computed = self.masters if dtype == torch.float32 else torch.zeros(end, dtype=dtype, device=device)
         self.gradients = torch.zeros(dense_end, device=device)
@@ -101,6 +112,9 @@ class FlatAdamW(torch.optim.Optimizer):
             self.copy_masters()
             for parameter, computed in self.views(self._computed).items():
                 parameter.data = computed
+            for parameter in model.parameters():
+                if parameter not in self._ranges:  # it is not trained
+                    parameter.data = parameter.to(dtype)
         for layer in self._wide:
             layer.factors = []
         size = bucket or (_BUCKET_ON_CPU if device.type == "cpu" else _BUCKET)
@@ -109,6 +123,9 @@ class FlatAdamW(torch.optim.Optimizer):
         # micro-step in the dtype of the model.
         model.register_forward_pre_hook(lambda *_: self._take_leftovers())
         self._started = 0  # buckets of which the sum has been started in this step
+
+    def _group_of(self, weight: nn.Parameter) -> dict[str, Any]:
+        return next(group for group in self.param_groups if any(weight is member for member in group["params"]))
 
     def views(self, flat: Tensor) -> dict[nn.Parameter, Tensor]:
         """The part of each parameter in a flat buffer, with its shape and memory format."""
@@ -223,16 +240,20 @@ class FlatAdamW(torch.optim.Optimizer):
     def _update(self, factors: tuple[Tensor, Tensor] | None, scale: float) -> None:
         """Update all weights with the gradients times `scale`."""
         self.steps += 1
-        group = self.param_groups[0]
-        (beta1, beta2), decay = group["betas"], group["weight_decay"]
-        step = AdamWStep(group["lr"], beta1, beta2, group["eps"], decay, self.steps, scale, self.average_decay())
-        self._update_part(slice(0, len(self.gradients)), self.gradients, step)
+        average_decay = self.average_decay()
+        for part, group in zip(self._dense_parts, self._dense_groups, strict=True):
+            self._update_part(part, self.gradients[part], self._numbers(group, scale, average_decay))
         for number, weight in enumerate(self._wide_weights):
             if factors is None:
                 of_layer = weight.new_zeros(1, weight.shape[0]), weight.new_zeros(1, weight.shape[1])
             else:
                 of_layer = factors[0][number], factors[1][number]
-            self._update_part(self._ranges[weight], of_layer, step)
+            group = self._wide_groups[number]
+            self._update_part(self._ranges[weight], of_layer, self._numbers(group, scale, average_decay))
+
+    def _numbers(self, group: dict[str, Any], scale: float, average_decay: float) -> AdamWStep:
+        (beta1, beta2), decay = group["betas"], group["weight_decay"]
+        return AdamWStep(group["lr"], beta1, beta2, group["eps"], decay, self.steps, scale, average_decay)
 
     def _update_part(self, part: slice, gradient: Tensor | tuple[Tensor, Tensor], step: AdamWStep) -> None:
         adamw_(
@@ -318,7 +339,7 @@ def factored_weights(model: nn.Module, rows: int) -> int:
 
 
 def _factored_layers(model: nn.Module, rows: int) -> list[WideLinear]:
-    layers = [layer for layer in model.modules() if isinstance(layer, WideLinear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, WideLinear) and layer.weight.requires_grad]
     return [layer for layer in layers if 2 * rows <= min(layer.weight.shape)]
 
 

@@ -20,15 +20,22 @@ Kind = Literal["weights", "exp_avg", "exp_avg_sq", "average"]  # the last withou
 def full_tensors(engine: Any, kind: Kind) -> Iterator[tuple[str, Tensor]]:
     """Yield name and whole tensor of every parameter, sorted by name, on every process.
 
-    A tensor may be the engine's own: it must neither be changed nor used after the next step.
+    A parameter that is not trained has no moments, and its average is itself. A tensor may be the engine's own: it must neither
+    be changed nor used after the next step.
     """
+    from deepspeed import zero
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if kind != "weights":
         _create_moments(engine)
     own = _tensors_of_stage_0(engine, kind)
     for name, parameter in sorted_parameters(engine):
-        if own is not None:
+        if not parameter.requires_grad:
+            if kind in ("weights", "average"):
+                with zero.GatheredParameters(parameter):  # does nothing before stage 3, which frees the memory after it
+                    whole = parameter.detach().to(torch.float32, copy=engine.zero_optimization_stage() == 3)
+                yield name, whole
+        elif own is not None:
             yield name, own[parameter]
         elif kind == "weights":
             yield name, safe_get_full_fp32_param(parameter)
@@ -40,7 +47,7 @@ def full_tensors(engine: Any, kind: Kind) -> Iterator[tuple[str, Tensor]]:
 def set_full_tensors(engine: Any, kind: Kind, values: Mapping[str, Tensor]) -> None:
     """Copy whole fp32 tensors to the optimizer. The weights that the model computes with stay, see `set_model_weights`.
 
-    values: by parameter name, on any device.
+    values: by parameter name, on any device. Parameters that are not trained have no place in the optimizer.
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -48,6 +55,8 @@ def set_full_tensors(engine: Any, kind: Kind, values: Mapping[str, Tensor]) -> N
         _create_moments(engine)
     own = _tensors_of_stage_0(engine, kind)
     for name, parameter in sorted_parameters(engine):
+        if not parameter.requires_grad:
+            continue
         if own is not None:
             own[parameter].copy_(values[name])
         elif engine.zero_optimization_stage() == 3:
@@ -118,7 +127,10 @@ def _create_moments(engine: Any) -> None:
             zeros = {kind: torch.zeros_like(master) for kind in ("exp_avg", "exp_avg_sq")}
             states[master] = {"step": torch.zeros((), device=master.device), **zeros}
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        # At stages 1 and 2 DeepSpeed does this after the first step; only then it finds the moments of a parameter.
+        # At stages 1 and 2 DeepSpeed does this after the first step; only then it finds the moments of a parameter. Of several
+        # groups it does so after the step of the first, when the others have none yet.
+        if len(engine.basic_optimizer.param_groups) > 1:
+            engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 

@@ -39,7 +39,7 @@ _MAY_CHANGE = {
     *_LAYOUT,
     "name", "vae_training", "sampling", "paths", "data.engine", "training.activation_checkpointing",
     "training.checkpointing_steps", "training.checkpoints_total_limit", "training.logging_steps",
-    "training.collective_timeout", "monitoring.validation_steps",
+    "training.collective_timeout", "training.init_skip", "training.init_modality", "monitoring.validation_steps",
 }  # fmt: skip
 
 
@@ -125,6 +125,38 @@ def _other_files(file: Path, rank: int, found: str | None, digest: str | None) -
     return CheckpointError(why, path=file, field="--resume", fix=fix)
 
 
+def run_length(
+    configured: int, extend_to: int | None, run: Path, state: dict[str, Any]
+) -> tuple[int, list[dict[str, int]]]:
+    """The length of a run in optimizer steps, and its extensions so far, for training_state.json.
+
+    An extended run has the learning rate of a run of its new length from the step on at which it is extended:
+    lr_k = lr_0 (1 - k/N)^2. What is configured stays as it was when the run was started.
+
+    Args:
+        configured: the length that follows from the configuration.
+        extend_to: the new length, or None; that of the run as it is changes nothing.
+        run: the run's folder, for error messages.
+        state: training_state.json of the checkpoint to resume from; empty for a new run.
+
+    Raises:
+        ConfigError: there is nothing to extend, or the new length is below the present one.
+    """
+    extensions = list(state.get("extensions", []))
+    length = configured
+    if extensions and configured == extensions[0]["from"]:
+        length = extensions[-1]["to"]
+    if extend_to is None or extend_to == length:
+        return length, extensions
+    if not state:
+        why = "--extend_to continues a run, but there is no checkpoint to continue from"
+        raise ConfigError(why, path=run, field="--extend_to", fix="use --max_train_steps for the length of a new run")
+    if extend_to < length:
+        why = f"--extend_to {extend_to} is less than the length of this run, {length} steps ({state['step']} are done)"
+        raise ConfigError(why, path=run, field="--extend_to", fix=f"give a number above {length}")
+    return extend_to, [*extensions, {"step": state["step"], "from": length, "to": extend_to}]
+
+
 def check_agreement(
     config: Config, engine_values: dict[str, Any], facts: dict[str, Any], collectives: HostCollectives
 ) -> None:
@@ -170,13 +202,17 @@ def check_unchanged(config: Config, facts: dict[str, Any], start: Path, state: d
     before, now = (flatten(values.dump()) for values in (load_config(start / "config.json"), config))
     before |= {key: state.get(key) for key in facts}
     now |= facts
+    before["extensions"] = facts["extensions"]
+    if facts["extensions"] != state.get("extensions", []):  # the run is extended now
+        before["total_steps"] = facts["total_steps"]
     for key, value in now.items():
         if before.get(key) != value and not any(key == free or key.startswith(free + ".") for free in _MAY_CHANGE):
+            longer = key == "training.max_train_steps" and (value or 0) > state.get("total_steps", value)
             raise ConfigError(
                 f"{key} is {value!r:.80}; this run was started with {before.get(key)!r:.80}",
                 path=start,
                 field=key,
-                fix=_RESTORE,
+                fix=f"restore the value; --extend_to {value} makes the run longer" if longer else _RESTORE,
             )
     batches = [_global_batch(values) for values in (before, now)]
     if batches[0] != batches[1]:

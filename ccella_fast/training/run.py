@@ -26,7 +26,7 @@ from ccella_fast.processes import HostCollectives
 from ccella_fast.quantities import counted
 from ccella_fast.storage import disk_error, remove_partial_files, sha256, write_json
 from ccella_fast.training.deepspeed_config import merge_deepspeed_config
-from ccella_fast.training.resume import agree_on_start, check_agreement, check_unchanged, flatten
+from ccella_fast.training.resume import agree_on_start, check_agreement, check_unchanged, flatten, run_length
 from ccella_fast.training.run_status import RunStatus, read_status
 from ccella_fast.training.signals import SignalHandler
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ccella_fast.training.condition_dropout import ConditionDropout
     from ccella_fast.training.observer import FixedNoiseLosses
     from ccella_fast.training.quarantine import Quarantine
+    from ccella_fast.training.start_weights import StartWeights
 
 logger = logging.getLogger("ccella_fast")
 # Launchers end all processes when one has ended with an error, so the others wait so long for what rank 0 writes last.
@@ -58,6 +59,7 @@ class RunPlan:
     run: Path  # the run's folder
     facts: dict[str, Any]  # written to training_state.json of every checkpoint; a resumed run must have the same
     start: Path | None = None  # the step folder to resume from
+    start_weights: StartWeights | None = None  # of a new run
 
     @property
     def total_steps(self) -> int:
@@ -73,29 +75,50 @@ def make_run_plan(
     deepspeed_file: Path | None,
     start: Path | None = None,
     allow: Sequence[str] = (),
+    extend_to: int | None = None,
 ) -> RunPlan:
     """Check and resolve a new run, or one that is resumed from the step folder `start`. Writes nothing.
 
-    allow: names of findings about the data with which a new run starts nevertheless.
+    Args:
+        config: the configuration.
+        data: the prepared folder.
+        run: the run's folder.
+        deepspeed_file: the user's DeepSpeed configuration.
+        start: the step folder.
+        allow: names of findings about the data with which a new run starts nevertheless.
+        extend_to: the new length of the run in optimizer steps.
     """
+    from ccella_fast.models.parts import check_parts
+    from ccella_fast.training.start_weights import check_same_start, read_start_weights
+
     check_allowed_names(allow)
+    check_parts(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config, engine_values = merge_deepspeed_config(
         config, deepspeed_file, world_size=world_size, output_dir=run, auto_precision=lambda: auto_precision(start)
     )
     prepared = check_data(config, data)
+    state = {} if start is None else read_state(start)
+    length, extensions = run_length(count_steps(config, prepared, world_size), extend_to, run, state)
+    weights, origin = None, state.get("start_weights")
     if start is None:
         check_before_training(prepared, config, allow)
+        weights = read_start_weights(config)
+        origin = weights and weights.facts()
+    else:
+        check_same_start(config.paths.existing_ckpt_filepath, config.training.init_skip, origin, start)
     facts = {
-        "total_steps": count_steps(config, prepared, world_size),
+        "total_steps": length,
         "world_size": world_size,
         "data_sha256": sha256(data / "manifest.json"),
         "variant": config.model.variant,
         "seed": config.training.seed,
         "scale_factor": prepared.scale_factor,
         "intensity_scale": prepared.intensity_scale,
+        "start_weights": origin,
+        "extensions": extensions,
     }
-    return RunPlan(config, engine_values, deepspeed_file, data, run, facts, start)
+    return RunPlan(config, engine_values, deepspeed_file, data, run, facts, start, weights)
 
 
 def train(
@@ -106,6 +129,7 @@ def train(
     resume: str | None = None,
     deepspeed_file: Path | None = None,
     allow: Sequence[str] = (),
+    extend_to: int | None = None,
 ) -> int:
     """Train on the prepared folder `data` and write to the folder `run`.
 
@@ -116,6 +140,7 @@ def train(
         resume: "latest", a step folder, or None to start a new run.
         deepspeed_file: the user's DeepSpeed configuration.
         allow: names of findings about the data with which training starts nevertheless, see `ccella-fast check`.
+        extend_to: with `resume`: the new length of the run in optimizer steps, see `run_length`.
 
     Returns:
         The exit code: 0, or 128 + signal after a signal.
@@ -142,7 +167,9 @@ def train(
         held.enter_context(distributed.translate_peer_failure())
         start = agree_on_start(run, resume, collectives)
         plan = collectives.together(
-            lambda: make_run_plan(config, data=data, run=run, deepspeed_file=deepspeed_file, start=start, allow=allow)
+            lambda: make_run_plan(
+                config, data=data, run=run, deepspeed_file=deepspeed_file, start=start, allow=allow, extend_to=extend_to
+            )
         )
         state = {} if start is None else collectives.together(lambda: read_state(start))
         facts = plan.facts | {f"{key} of the checkpoint": value for key, value in flatten(state).items()}
@@ -260,6 +287,9 @@ def _train(
         warn_of_emulated_bf16("set training.precision to fp32")
     if plan.start and main:
         status.begin()
+    if plan.start_weights is not None and main:
+        for name, what in plan.start_weights.table:
+            logger.info("%s: %s", name, what)
     needs: Literal["latents", "images"] = "images" if training.latents == "online" else "latents"
     if needs == "images":
         check_engine(config.data.engine)
@@ -267,8 +297,9 @@ def _train(
     dropout = collectives.together(lambda: ConditionDropout.from_config(config, dataset))
     with distributed.translate_refusal(plan.deepspeed_file):
         engine = build_engine(
-            config, plan.engine_values, total_steps=plan.total_steps, device=device, path=plan.deepspeed_file
-        )
+            config, plan.engine_values, total_steps=plan.total_steps, device=device, path=plan.deepspeed_file,
+            start_weights=plan.start_weights,
+        )  # fmt: skip
     if main:  # only now, so that a DeepSpeed file that is refused can be corrected and the command repeated
         _initialize_run_folder(plan)
         status.begin()

@@ -57,6 +57,18 @@ USAGE = {
     "PI-RADS in words": (f"{SAMPLE} --class_override positive", 2, ["--class_override", "'positive'"]),
     "data type": (f"{SAMPLE} --dtype fp16", 2, ["--dtype", "'fp16'", "float32", "bfloat16"]),
     "device": (f"{SAMPLE} --device gpu", 2, ["--device", "'gpu'", "cuda"]),
+    "a longer run that is only described": (
+        f"{TRAIN} --dry-run --extend_to 5",
+        2,
+        ["--extend_to", "--dry-run describes"],
+    ),
+    "nothing to extend": (f"{TRAIN} --extend_to 5", 2, ["no checkpoint", "use --max_train_steps"]),
+    "unknown part": (f"{TRAIN} --init_from x --init_skip unett", 2, ["--init_skip", "did you mean 'unet'?"]),
+    "parts without weights": (
+        f"{TRAIN} --init_skip unet",
+        2,
+        ["training.init_skip", "--init_from PATH"],
+    ),
     "no training steps": (f"{TRAIN} --max_train_steps 0", 2, ["--max_train_steps", "'0'", "at least 1"]),
     "latents": (f"{TRAIN} --latents offline", 2, ["--latents", "did you mean 'online'?"]),
     "negative b-value": ("prepare --data x --out {tmp}/out --b_value -5", 2, ["--b_value", "'-5'", "0 or more"]),
@@ -116,6 +128,8 @@ FOLDERS = {
     "MONAI bundle": ("sample --checkpoint {bundle} --out x", 4, ["a MONAI bundle", "--output_dir"]),
     "text encoder": ("sample --checkpoint {encoder} --out x", 4, ["a text encoder", "--output_dir"]),
     "no checkpoint": ("sample --checkpoint {tmp}/none --out x", 4, ["{tmp}/none", "does not exist"]),
+    "prepared folder as start weights": (f"{TRAIN} --init_from {{prepared}}", 4, ["a prepared folder", "--init_from", "{run}"]),
+    "no start weights": (f"{TRAIN} --init_from {{tmp}}/none.pt", 4, ["{tmp}/none.pt", "does not exist"]),
     "studies as prepared data": ("train-vae --data {studies} --out {tmp}/x", 3, ["a folder of studies", "ccella-fast prepare"]),
     "BIDS as prepared data": ("train-vae --data {bids} --out {tmp}/x", 3, ["a BIDS data set", "ccella-fast prepare"]),
     "run as prepared data": (

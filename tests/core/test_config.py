@@ -194,10 +194,7 @@ def test_every_number_of_the_references_files_arrives(tmp_path):
     ("section", "key", "value"),
     [
         (None, "base_maisi", True),
-        (None, "use_pretrained_unet", True),
-        (None, "freeze_unet", True),
         ("diffusion_unet_def", "include_spacing_input", False),
-        ("diffusion_unet_def", "resblock_updown", True),
         ("autoencoder_def", "with_encoder_nonlocal_attn", True),
         ("autoencoder_def", "with_decoder_nonlocal_attn", True),
     ],

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ccella_fast.config import make_config
+from ccella_fast.config import load_config, make_config
 from ccella_fast.errors import DataError
 from ccella_fast.losses import noise_loss
 from ccella_fast.models import build_model
 from ccella_fast.models.autoencoder import Autoencoder
 from ccella_fast.training import telemetry
 from ccella_fast.training.activation_memory import activation_bytes
-from ccella_fast.training.dry_run import checkpoint_bytes_per_parameter, describe_run, state_bytes
+from ccella_fast.training.dry_run import checkpoint_bytes, describe_run, state_bytes
 from ccella_fast.training.flat_adamw import FlatAdamW
 from ccella_fast.training.tensor_files import header
 from training_fixtures import CONFIG, TOKENS, WIDTH, train_here, weights, write_prepared
@@ -77,17 +77,19 @@ def test_bytes_without_zero_are_those_of_the_optimizer(precision):
 def test_disk_space_of_a_checkpoint_is_that_of_its_files(tmp_path, precision, stage, ema):
     """Two widths of one model: the difference in file sizes is due to the parameters alone."""
     data = write_prepared(tmp_path / "prepared")
-    settings = {"training.precision": precision, "training.zero_stage": stage, "training.ema_decay": ema}
-    written = {key.removeprefix("training."): value for key, value in settings.items()}
-    counts, sizes = [], []
+    written = {"precision": precision, "zero_stage": stage, "ema_decay": ema}
+    counts, sizes, expected = [], [], []
     for width in (8, 16):
         run = tmp_path / str(width)
         train_here(run, data, **written, max_train_steps=1, model__num_channels=[width, 2 * width, 2 * width])
         counts.append(sum(value.numel() for value in weights(run, 1).values()))
         sizes.append(sum(file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file()))
+        config = load_config(run / "config.json")
+        with torch.device("meta"):
+            expected.append(checkpoint_bytes(config, build_model(config)))
     found = (sizes[1] - sizes[0]) / (counts[1] - counts[0])
     assert counts[1] > 2 * counts[0]  # negative control: enough to detect one byte per parameter
-    assert found == pytest.approx(checkpoint_bytes_per_parameter(make_config(settings)), abs=0.1)
+    assert found == pytest.approx((expected[1] - expected[0]) / (counts[1] - counts[0]), abs=0.1)
 
 
 def test_a_checkpoint_of_the_default_model_has_at_most_9_3_gb():
@@ -97,7 +99,7 @@ def test_a_checkpoint_of_the_default_model_has_at_most_9_3_gb():
         model, vae = build_model(config), Autoencoder(config.autoencoder)
     parameters, in_vae = (sum(parameter.numel() for parameter in each.parameters()) for each in (model, vae))
     headers = 4 * len(header({name: parameter.shape for name, parameter in model.named_parameters()}))
-    assert checkpoint_bytes_per_parameter(config) == 16
+    assert checkpoint_bytes(config, model) == 16 * parameters
     total = 16 * parameters + headers + 4 * in_vae
     assert 9.2e9 < total <= 9.3e9
 

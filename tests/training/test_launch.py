@@ -100,7 +100,8 @@ def test_the_three_files_of_the_reference(tmp_path, data):
     fits = ["--set", f"model.input_dim={WIDTH}", "--set", f"text.max_length={TOKENS}", "--data", data]
     assert str(tmp_path / "models" / "CCELLA") in run(*arguments, *fits, code=2)
     write_json(tmp_path / "env.json", {**values, "existing_ckpt_filepath": "other.pt"})
-    assert "existing_ckpt_filepath" in run(*arguments, code=2)
+    output = run(*arguments, *fits, "--output_dir", tmp_path / "new", code=4)  # its weights are where a run starts
+    assert "other.pt" in output and "does not exist" in output and not (tmp_path / "new").exists()
     assert "one file, or the reference's three files" in run(*arguments[:2], "--config", "configs/demo.json", code=2)
 
 

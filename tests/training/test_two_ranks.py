@@ -13,7 +13,7 @@ import torch
 from ccella_fast.checkpoint import verify_checkpoint
 from ccella_fast.errors import ConfigError
 from ccella_fast.folder_lock import lock_folder
-from plain_training import UNUSUAL, difference, plain_training
+from plain_training import UNUSUAL, Step, difference, plain_training
 from training_fixtures import launch_jobs, losses, train_here, weights, write_prepared
 
 SETTINGS = {**UNUSUAL, "batch_size": 1}
@@ -22,6 +22,7 @@ ZERO2_BF16 = {**SETTINGS, "zero_stage": 2, "precision": "bf16"}
 LONG = {"max_train_steps": 12, "checkpointing_steps": 12}  # some epochs of the studies with one that is not finite
 # Each process writes its share of the files, so the disk can be full for one process alone. "signal" ends after two of four
 # steps.
+PARTS = {"freeze": ["class_heads"], "lr_scale": {"adapter": 3.0}}
 JOBS: dict[str, dict[str, Any]] = {
     "zero0-fp32": {"set": {**SETTINGS, **TWICE}},
     "zero2-fp32": {"set": {**SETTINGS, **TWICE, "zero_stage": 2}},
@@ -29,6 +30,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "zero2-bf16": {"set": {**ZERO2_BF16, **TWICE}},
     "signal": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "fault": "signal", "code": 143},
     "resumed": {"set": {**ZERO2_BF16, "checkpointing_steps": 4}, "continues": "signal"},
+    "parts0-fp32": {"set": {**SETTINGS, **TWICE, **PARTS}},
+    "parts2-fp32": {"set": {**SETTINGS, **TWICE, **PARTS, "zero_stage": 2}},
     "quarantine": {"set": {**LONG, "batch_size": 1}, "nan": True},
     "locked": {"set": {**SETTINGS}, "code": 2},
     "disk": {
@@ -64,9 +67,9 @@ def plain(data):
     }
 
 
-def check_equal_to_the_plain_loop(run: Path, plain) -> None:
-    precision = run.name.partition("-")[2]
-    two, one = plain[precision]
+def check_equal_to_the_plain_loop(run: Path, plain: list[list[Step]]) -> None:
+    """plain: the plain loop with the samples of two processes, and with those of one."""
+    precision, (two, one) = run.name.partition("-")[2], plain
     found = difference(run, two, at=[2, 4])
     other = difference(run, one, at=[2, 4])
     assert all(found[key] <= bound for key, bound in TOLERANCE[precision].items()), found
@@ -76,7 +79,15 @@ def check_equal_to_the_plain_loop(run: Path, plain) -> None:
 
 @pytest.mark.parametrize("name", ["zero0-fp32", "zero2-fp32", "zero3-fp32", "zero2-bf16"])
 def test_two_processes_equal_the_plain_loop(launched, plain, name):
-    check_equal_to_the_plain_loop(launched / name, plain)
+    check_equal_to_the_plain_loop(launched / name, plain[name.partition("-")[2]])
+
+
+@pytest.mark.parametrize("name", ["parts0-fp32", "parts2-fp32"])
+def test_two_processes_with_frozen_parts_and_two_rates_equal_the_plain_loop(launched, data, plain, name):
+    check_equal_to_the_plain_loop(
+        launched / name, [plain_training(data, **SETTINGS, **PARTS, processes=count) for count in (2, 1)]
+    )
+    assert difference(launched / name, plain["fp32"][0], at=[4])["model"] > 1e-2  # negative control
 
 
 @pytest.mark.slow
@@ -88,7 +99,7 @@ def test_two_processes_equal_the_plain_loop_at_other_stages(tmp_path, data, plai
     }
     launch_jobs(tmp_path, data, jobs)
     for name in jobs:
-        check_equal_to_the_plain_loop(tmp_path / name, plain)
+        check_equal_to_the_plain_loop(tmp_path / name, plain[name.partition("-")[2]])
 
 
 def test_a_locked_folder_stops_both(launched):

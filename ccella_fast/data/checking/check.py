@@ -38,7 +38,7 @@ from ccella_fast.errors import ConfigError, DataError
 from ccella_fast.hardware import free_memory
 from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.storage import atomic_path, check_writable, existing_parent, write_json
-from ccella_fast.training.dry_run import checkpoint_bytes_per_parameter, state_bytes
+from ccella_fast.training.dry_run import checkpoint_bytes, state_bytes
 
 
 class Checked(NamedTuple):
@@ -279,15 +279,17 @@ def estimate_needs(
     import torch
 
     from ccella_fast.models import build_model
+    from ccella_fast.models.parts import freeze_parts
 
     with torch.device("meta"):
         model = build_model(config)
+    freeze_parts(model, config)
     parameters, states = sum(p.numel() for p in model.parameters()), sum(state_bytes(config, 1, model).values())
     one, memory = bytes_needed(ImageTask("", {}, config.data, Path())), free_memory()
     disk = shutil.disk_usage(existing_parent(data)).free
     checkpoints = config.training.checkpoints_total_limit + 1
     space = 0 if prepared else bytes_to_prepare(config, studies)
-    run = parameters * checkpoint_bytes_per_parameter(config)
+    run = checkpoint_bytes(config, model)
     processes = counted(count_workers(max(1, studies), one), "process", "processes")
     needs = [
         ("preparing: disk", "done" if prepared else f"{format_bytes(space)} for images and text features"),
