@@ -39,7 +39,7 @@ class RectifiedFlow:
         data_at: the network's time at sigma = 0.
         shift: s in sigma' = s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, arXiv 2403.03206, eq. 23), which spends more
             steps on noisy levels: diffusers' `shift`; exp(mu) for its dynamic shifting; (numel / base_img_size_numel) **
-            (1 / spatial_dim) * transform_scale for MONAI's use_timestep_transform.
+            (1 / spatial_dim) for MONAI's use_timestep_transform, whose transform_scale has no effect.
         sigma_min: the last level before 0 for every spacing but "trailing".
     """
 
@@ -174,7 +174,7 @@ class MonaiFlow(RectifiedFlow):
         shift = 1.0
         if self.scheduler.use_timestep_transform:
             ratio = prod(self.size) / self.scheduler.base_img_size_numel
-            shift = ratio ** (1 / self.scheduler.spatial_dim) * self.scheduler.transform_scale
+            shift = ratio ** (1 / self.scheduler.spatial_dim)  # the scheduler does not pass its transform_scale on
         return f"RectifiedFlow(noise_at={self.noise_at:g}, shift={shift:.6g})"
 
 
