@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ccella_fast.checkpoint import load_checkpoint, newest_checkpoint
 from ccella_fast.config import Config, ModelConfig
+from ccella_fast.config_scheduler import SchedulerConfig
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.folder_kinds import check_folder, wrong_folder
 from ccella_fast.models import build_model
@@ -104,7 +105,7 @@ def read_start_weights(config: Config) -> StartWeights | None:
                 why = f"training.{key} says how a run starts from weights, but none are given"
                 raise ConfigError(why, field=f"training.{key}", fix="add --init_from PATH, or remove this setting")
         return None
-    weights, trained_as = _read(Path(path))
+    weights, trained_as, scheduler = _read(Path(path))
     weights.skip = list(training.init_skip)
     prefix = "" if any(name.startswith("unet.") for name in weights.tensors) else "unet."
     tensors = {prefix + name: tensor for name, tensor in weights.tensors.items()}
@@ -117,6 +118,9 @@ def read_start_weights(config: Config) -> StartWeights | None:
     if trained_as is not None:
         _check_hidden_settings(weights, trained_as, config.model)
     weights.table = _table(weights, expected)
+    if scheduler is not None and _objective(scheduler) != _objective(config.scheduler):
+        about = f"{_objective(scheduler)} when they were trained; this run's is {_objective(config.scheduler)}"
+        weights.table.append(("  objective", about))
     return weights
 
 
@@ -197,16 +201,21 @@ def _is_skipped(name: str, skip: list[str]) -> bool:
     return part_is_skipped(weights_part_of(name), skip)
 
 
-def _read(path: Path) -> tuple[StartWeights, ModelConfig | None]:
-    """The weights, and the model that they were trained as if that is known."""
+def _read(path: Path) -> tuple[StartWeights, ModelConfig | None, SchedulerConfig | None]:
+    """The weights, and the model and the objective that they were trained as if that is known."""
     if path.is_dir():  # our own: a run, a step, an exported or saved model; averaged weights if there are some
         loaded = load_checkpoint(_step_folder(path))
         what = {"ema": "averaged weights", "raw": "weights"}[loaded.weights]
         about = f"{what} of {loaded.variant} after {counted(loaded.step, 'step')}"
         tensors, digest = loaded.model.state_dict(), _listed_digest(loaded.path)
-        return StartWeights(loaded.path, digest, tensors, [], [about], loaded.scale_factor), loaded.config.model
+        weights = StartWeights(loaded.path, digest, tensors, [], [about], loaded.scale_factor)
+        return weights, loaded.config.model, loaded.config.scheduler
     file = read_weight_file(path)
-    return StartWeights(path, sha256(path), file.state_dict, [], [], file.scale_factor), file.config
+    return StartWeights(path, sha256(path), file.state_dict, [], [], file.scale_factor), file.config, None
+
+
+def _objective(scheduler: SchedulerConfig) -> str:
+    return f"{scheduler.prediction} of {scheduler.schedule}"
 
 
 def _step_folder(path: Path) -> Path:

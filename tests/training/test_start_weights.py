@@ -288,6 +288,15 @@ def test_the_dry_run_has_the_table(tmp_path):
         assert words in " ".join(text.split()), (words, text)
 
 
+def test_another_objective_is_named(run):
+    """An own model says what it was trained to predict."""
+    flow = {"scheduler__schedule": "rectified_flow", "scheduler__prediction": "velocity"}
+    rows = [dict(read_start_weights(from_file(run, **changed)).table) for changed in ({}, flow)]
+    assert "  objective" not in rows[0] and rows[1]["  objective"] == (
+        "epsilon of scaled_linear_beta when they were trained; this run's is velocity of rectified_flow"
+    )
+
+
 def test_the_reference_keys_of_a_start(tmp_path):
     """`use_pretrained_unet` with its path, and `freeze_unet`; the env file's weights come first, as in the reference."""
     from ccella_fast.config import load_config
