@@ -213,3 +213,18 @@ def test_a_class_loss_that_no_study_enters_is_not_drawn(tmp_path, monkeypatch):
         caption = html._model_chart(tmp_path)["caption"]
         assert ("No class loss is shown" in caption) == (classes is None)
     assert [any("class loss" in title for title in titles) for titles in drawn] == [False, True]
+
+
+def test_the_curves_of_the_autoencoder_are_those_of_its_terms(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("ccella_fast.report.html.curves", lambda groups: drawn.append(groups) or b"")
+    for terms in (
+        {"l1": 0.1, "kl": 9.0},
+        {"l2": 0.02, "kl": 9.0, "spectral": 0.3, "adversarial": 0.4, "discriminator": 0.5},
+    ):
+        line = {"step": 10, **{f"loss_{name}": value for name, value in terms.items()}}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        html._vae_chart(tmp_path)
+        assert [values for group in drawn.pop() for _, values in group["lines"].values()] == [
+            [v] for v in terms.values()
+        ]
