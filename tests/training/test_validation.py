@@ -226,7 +226,7 @@ def test_a_fraction_trains_as_if_the_studies_were_of_the_split_val(tmp_path):
     [
         (SPLITS, {"validation_fraction": 0.1}, "monitoring.validation_fraction", "the split val has 3 studies already"),
         (["train"] + ["test"] * 8, {"validation_fraction": 0.1}, "monitoring.validation_fraction", "at least two patients"),
-        (["train"] * 9, {"validation_steps": 1}, "monitoring.validation_steps", "there is no study of the split val"),
+        (["train"] * 9, {"validation_steps": 1}, "monitoring.validation_steps", "set, but there is no study of the split val"),
     ],
     ids=["both", "one-patient", "none"],
 )  # fmt: skip
@@ -246,7 +246,7 @@ def test_tensorboard_has_steps_as_its_axis(run):
     assert scalars["Train/loss"] == [(step, pytest.approx(loss)) for step, loss in losses(run)]
     for name in ("val_loss", "val_loss_l1_750_999", "train_eval_loss"):
         expected = [(line["step"], pytest.approx(line[name])) for line in validations(run)]
-        assert scalars[f"Validation/{name}"] == expected
+        assert scalars[f"Measured/{name}"] == expected
 
 
 def test_no_id_of_a_study_is_written(run):
