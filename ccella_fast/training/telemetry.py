@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ccella_fast.hardware import peak_memory
 from ccella_fast.nvml import Gpu, open_gpu
-from ccella_fast.report.figures import Panel, cut, montage
+from ccella_fast.report.figures import COLUMNS, Panel, cut, montage
 from ccella_fast.storage import atomic_path
 from ccella_fast.training.metrics_log import append_metrics, discard_metrics_after
 
@@ -88,12 +88,12 @@ class Telemetry:
         self.last = (step, time.perf_counter())  # what was measured is no time of the training
 
     def log_preview(self, step: int, volumes: np.ndarray, spacings: list[list[float]]) -> None:
-        """Write middle slices of volumes (n, sequences, X, Y, Z) to previews/ and to TensorBoard."""
+        """Write middle slices of the first volumes of (n, sequences, X, Y, Z) to previews/ and to TensorBoard."""
         panels = [
             Panel(volume, spacing, f"step {step}, volume {number}")
             for number, (several, spacing) in enumerate(zip(volumes, spacings, strict=True), start=1)
             for volume in several
-        ]
+        ][: 2 * COLUMNS]
         with atomic_path(self.path.parent / PREVIEWS / f"step-{step:08d}.png") as temporary:
             temporary.write_bytes(montage(panels, window=(0.0, 1.0)))
         tensorboard = getattr(self.monitor, "tb_monitor", None)  # the other monitors take numbers alone
