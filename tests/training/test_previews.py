@@ -22,7 +22,17 @@ from ccella_fast.report.figures import cut
 from ccella_fast.sampling.preview import make_previews
 from ccella_fast.storage import read_json, write_json
 from ccella_fast.training.run import train
-from training_fixtures import CONFIG, SMALL_AUTOENCODER, losses, metrics, settings, stage_id, weights, write_visible
+from training_fixtures import (
+    CONFIG,
+    SMALL_AUTOENCODER,
+    launch_jobs,
+    losses,
+    metrics,
+    settings,
+    stage_id,
+    weights,
+    write_visible,
+)
 
 SPLITS = ("train", "val", "test", "train", "val", "train", "val", "train")
 RUN = {"max_train_steps": 4, "checkpointing_steps": 2, "checkpoints_total_limit": 3}
@@ -131,6 +141,19 @@ def test_a_training_with_previews_is_the_same_training(tmp_path, observed, visib
     for name in ("model", "ema", "exp_avg_sq"):
         found, expected = weights(run, 4, name), weights(without, 4, name)
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.slow
+def test_two_processes_generate_them_from_whole_weights(tmp_path, visible):
+    """Process 0 generates while the other one waits; the training of both stays the same."""
+    common = {**RUN, "batch_size": 1, "zero_stage": 3}
+    common |= {f"autoencoder__{key}": value for key, value in SMALL_AUTOENCODER.items()}
+    seen = {key.replace(".", "__"): value for key, value in SEEN.items()}
+    launch_jobs(tmp_path, visible, {"with": {"set": {**common, **seen}}, "without": {"set": common}})
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    found, expected = (weights(tmp_path / name, 4) for name in ("with", "without"))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert [line["step"] for line in metrics(tmp_path / "with") if "sample_distance" in line] == [2, 4]
 
 
 def test_a_model_whose_volumes_are_not_finite_goes_on(visible, caplog):
