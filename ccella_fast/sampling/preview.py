@@ -63,6 +63,7 @@ class _ValidationPreviews:
             "spacing": [case.spacing for case in prompts],
             "num_inference_steps": config.monitoring.sample_inference_steps,
             "solver": "dpmpp_2m" if config.sampling.solver == "ddpm" else config.sampling.solver,
+            "guidance_scale": 1.0,  # guidance needs the encoder for the null report
             "progress": False,
         }
         if traits.text:

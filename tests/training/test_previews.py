@@ -103,6 +103,15 @@ def test_they_are_evaluated(observed, visible):
     assert line["sample_distance"] != pytest.approx(kernel_distance(held_out, generated[:3]), rel=1e-2)
 
 
+def test_a_rectified_flow_has_them_too(tmp_path, visible):
+    changes = {"scheduler.schedule": "rectified_flow", "training.report_dropout": 0.5, "sampling.guidance_scale": 2.0}
+    seen: list = []
+    run = run_training(tmp_path / "run", visible, seen, **SEEN, **changes, **{"monitoring.validation_steps": 2})
+    assert len(seen) == 2 and np.isfinite(seen[-1].volumes).all()
+    measured = [line for line in metrics(run) if "val_loss" in line]
+    assert [line["step"] for line in measured] == [2, 4] and all(line["sample_distance"] for line in measured)
+
+
 def test_a_copy_of_a_training_study_is_found(visible, monkeypatch, caplog):
     config = settings(autoencoder=SMALL_AUTOENCODER, **{name.replace(".", "__"): value for name, value in SEEN.items()})
     sample = make_previews(visible, config, torch.device("cpu"))
