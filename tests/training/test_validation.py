@@ -145,7 +145,9 @@ def test_the_loss_of_training_studies_is_measured_in_the_same_way(tmp_path, run,
     assert validations(run)[-1]["train_eval_loss"] == pytest.approx(expected["val_loss"], rel=2e-5)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (2, "bf16"), (3, "fp32")], ids=stage_id)
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "bf16"), slow(0, "fp32"), slow(2, "bf16"), slow(3, "fp32")], ids=stage_id
+)
 def test_a_training_with_validation_is_the_same_training(tmp_path, divided, stage, precision):
     """Bit for bit, also after a resumption; the validations of the resumed run are those of the uninterrupted one."""
     settings = {"zero_stage": stage, "precision": precision}
