@@ -82,6 +82,7 @@ class _State(BaseModel):
     averaged: bool | None = None  # of exported models
     start_weights: _StartWeights | None = None
     extensions: list[_Extension] = []
+    measured: dict[str, float | None] = {}
 
 
 @dataclass(frozen=True)
@@ -305,10 +306,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def publish_checkpoint(partial: Path, final: Path, *, keep: int) -> list[Path]:
+def publish_checkpoint(partial: Path, final: Path, *, keep: int, best: Path | None = None) -> list[Path]:
     """Rename a complete folder to its final name, then set aside all checkpoints but this one and the newest `keep` - 1 others.
 
-    It need not be the newest, because a run can be resumed from an older checkpoint.
+    It need not be the newest, because a run can be resumed from an older checkpoint. `best` is kept in any case.
 
     Returns:
         The folders that were set aside, to be removed by the caller. Their names are those of partial folders, so that a kill
@@ -318,7 +319,7 @@ def publish_checkpoint(partial: Path, final: Path, *, keep: int) -> list[Path]:
     removed = [_set_aside(folder) for folder in replaced]
     publish_folder(partial, final)
     others = [folder for folder in step_folders(final.parent.parent) if folder != final]
-    return removed + [_set_aside(folder) for folder in others[keep - 1 :]]
+    return removed + [_set_aside(folder) for folder in others[keep - 1 :] if folder != best]
 
 
 def _set_aside(folder: Path) -> Path:

@@ -294,6 +294,12 @@ class MonitoringConfig(Section):
     validation_steps: Count = 0
     #: share of the training patients that are set aside for validation, where the data has no studies of the split val
     validation_fraction: Fraction = 0.0
+    #: optimizer steps between two previews: volumes that are generated from reports of validation studies; 0: none
+    sample_steps: Count = 0
+    samples: Positive = 4  #: volumes of a preview
+    sample_inference_steps: Positive = 20  #: denoising steps of each of them
+    #: what decides which checkpoint is the best, and is kept whatever its age; the smallest value is the best; null: none is
+    best_metric: Literal["val_loss", "val_loss_l1", "val_loss_class", "sample_distance"] | None = None
 
 
 class SamplingConfig(Section):
@@ -354,6 +360,14 @@ class Config(Section):
             )
         if any(channels != self.autoencoder.latent_channels for channels in self.model.latent_channels):
             raise ValueError("model.latent_channels must each equal autoencoder.latent_channels")
+        best, saved_at = self.monitoring.best_metric, self.training.checkpointing_steps
+        name = "sample_steps" if best == "sample_distance" else "validation_steps"
+        interval = getattr(self.monitoring, name)
+        if best is not None and (interval == 0 or saved_at % interval):
+            raise ValueError(
+                f"monitoring.best_metric {best} is not measured at every checkpoint: training.checkpointing_steps {saved_at} "
+                f"is not a multiple of monitoring.{name} {interval}"
+            )
         return self
 
     @property

@@ -54,6 +54,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise disk_error(_os_error(error), path) from error
 
 
+def replace_link(path: Path, target: Path) -> None:
+    """Make `path` a link to `target`, relative to the folder of `path`, in place of an earlier link. Raises DiskError."""
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(target, path.parent))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """As `atomic_path`, for a folder. `path` must not exist yet."""

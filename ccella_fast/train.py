@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ccella_fast.training.run import train
 
     resume = arguments.resume or (None if arguments.extend_to is None else "latest")
-    code = train(config, resume=resume, extend_to=arguments.extend_to, **settings)
+    code = train(config, resume=resume, extend_to=arguments.extend_to, make_previews=_make_previews, **settings)
     import torch.distributed as dist  # late, so that mistakes are reported before torch is imported
 
     if dist.is_initialized():  # it is not if the run was already complete
@@ -110,6 +110,13 @@ def run(arguments: argparse.Namespace) -> int:
         command = ["sample", "--checkpoint", output, "--out", entrypoint.sibling(Path(output), "samples")]
         entrypoint.log_next(output, ["ccella-fast", *command])
     return code
+
+
+def _make_previews(*arguments: Any) -> Any:
+    """What generates volumes during the training; imported only if it is asked for, because it needs most of the package."""
+    from ccella_fast.sampling.preview import make_previews
+
+    return make_previews(*arguments)
 
 
 def _check_machine() -> None:

@@ -69,7 +69,7 @@ def write_report(folder: str | Path) -> Path:
         notices=_notices(prepared),
         facts=_facts(prepared, folder, samples),
         pictures=_pictures(prepared, folder, samples),
-        charts=[_vae_chart(folder / "vae"), _model_chart(folder / "model")],
+        charts=[_vae_chart(folder / "vae"), _model_chart(folder / "model"), *_training_previews(folder / "model")],
         samples=[_sample_row(number, sample) for number, sample in enumerate(samples, start=1)],
         class_heads=_class_heads(samples),
         no_samples="There are no generated volumes yet: run `ccella-fast sample`.",
@@ -194,6 +194,14 @@ def _previews(folder: Path) -> list[dict[str, Any]]:
     return [_figure(path.read_bytes(), caption.format(number), "") for number, path in enumerate(found, start=1)]
 
 
+def _training_previews(folder: Path) -> list[dict[str, Any]]:
+    """A few of the pictures that were made during the training, the last one among them."""
+    found = sorted((folder / "previews").glob("step-*.png"))
+    shown = spread(found[::-1], _PREVIEWS)[::-1]
+    caption = "Generated (synthetic) after {} steps of the training, from the same reports and noise each time."
+    return [_figure(path.read_bytes(), caption.format(int(path.stem.removeprefix("step-"))), "") for path in shown]
+
+
 def _shown(prepared: Manifest | None) -> list[StudyEntry]:
     """A row of studies: of the test split, in the manifest's order, as train-vae reconstructs them; else of the train split."""
     if prepared is None:
@@ -256,7 +264,9 @@ def _model_chart(folder: Path) -> dict[str, Any]:
 
 def _model_curves(lines: list[dict[str, Any]]) -> dict[str, Any]:
     missing = "There is no diffusion training to show: run `deepspeed ccella_fast/train.py`."
-    validations, lines = ([line for line in lines if ("val_loss" in line) is chosen] for chosen in (True, False))
+    validations, previews, lines = (
+        [line for line in lines if key in line] for key in ("val_loss", "sample_distance", "loss")
+    )
     if not lines:
         return _figure(None, "", missing)
     groups = [
@@ -274,6 +284,16 @@ def _model_curves(lines: list[dict[str, Any]]) -> dict[str, Any]:
         groups[1:1] = _validation_groups(validations)
         caption += " Validation: at fixed noise and timesteps, with the " + (
             "moving average of the weights." if validations[-1]["weights"] == "averaged" else "weights of the training."
+        )
+        if (step := validations[-1].get("overfits_since")) is not None:
+            caption += (
+                f" The validation loss has risen since step {step} while that of training studies falls: overfitting."
+            )
+    if previews:
+        title = "generated volumes: distance to validation studies"
+        groups.append({"title": title, "lines": _series(previews, {"distance": "sample_distance"})})
+        groups.append(
+            {"title": "generated volumes: near copies", "lines": _series(previews, {"share": "sample_copies"})}
         )
     return _figure(curves(groups), caption, missing)
 

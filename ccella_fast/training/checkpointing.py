@@ -41,6 +41,7 @@ from ccella_fast.processes import HostCollectives
 from ccella_fast.quantities import format_bytes
 from ccella_fast.storage import existing_parent, json_text, read_chunks, read_json, write_hashed
 from ccella_fast.training import old_checkpoints
+from ccella_fast.training.best import LINK, best_checkpoint, mark_if_best
 from ccella_fast.training.ema import Ema
 from ccella_fast.training.full_tensors import (
     Kind,
@@ -190,8 +191,12 @@ class CheckpointWriter:
                 known = {name: digest for _, part in parts for name, digest in part.items()}
                 facts = {"step": pending.step, "world_size": dist.get_world_size(), "versions": versions}
                 write_manifest(pending.folder, known, **facts)
-                kept = self._config.training.checkpoints_total_limit
-                old = publish_checkpoint(pending.folder, final, keep=kept)
+                kept, metric = self._config.training.checkpoints_total_limit, self._config.monitoring.best_metric
+                old = publish_checkpoint(pending.folder, final, keep=kept, best=best_checkpoint(self._run))
+                if metric is not None and mark_if_best(self._run, final, metric):
+                    logger.info(
+                        "step %d: the best %s so far; %s is this checkpoint", pending.step, metric, self._run / LINK
+                    )
                 self._removal = self._pool.submit(_remove, old)  # by the thread that writes the next one, before that
         except (OSError, DiskError) as error:
             failure = error

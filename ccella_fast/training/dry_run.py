@@ -125,7 +125,8 @@ def _disk_facts(plan: RunPlan, model: nn.Module) -> dict[str, Any]:
     vae = sum(file.stat().st_size for file in (plan.data / "vae").rglob("*") if file.is_file())
     return {
         "checkpoint": checkpoint_bytes(plan.config, model) + vae,
-        "most_checkpoints": plan.config.training.checkpoints_total_limit + 1,
+        "most_checkpoints": plan.config.training.checkpoints_total_limit
+        + (1 if plan.config.monitoring.best_metric is None else 2),
     }
 
 

@@ -78,7 +78,7 @@ def train_loop(
     stalls: StallWatch,
     collectives: HostCollectives,
     telemetry: Telemetry | None,
-    observe: Callable[[int], None] = lambda step: None,
+    observe: Callable[[int], dict[str, Any]] = lambda step: {},
 ) -> tuple[int, int]:
     """Train to step `total_steps` or until a signal arrives. All processes call it.
 
@@ -94,7 +94,7 @@ def train_loop(
         stalls: is notified after each step.
         collectives: used for decisions that all processes must take alike.
         telemetry: None on all processes but rank 0.
-        observe: called with the number of finished steps; measures the model at intervals, see `training.observer`.
+        observe: called with the number of finished steps; returns what was measured of the model, see `training.observer`.
 
     Returns:
         The number of finished steps, and the number of the signal that ended the loop or 0.
@@ -140,13 +140,14 @@ def train_loop(
 
         signal = collectives.max(signals.signal)
         stalls.finished(done)
-        progress = {"bad_in_a_row": nonfinite_steps, "quarantine": stream.quarantine.state()}
+        progress: dict[str, Any] = {"bad_in_a_row": nonfinite_steps, "quarantine": stream.quarantine.state()}
         with stalls.paused():
             checkpoints.publish_if_written()
             if signal:
                 checkpoints.save_after_signal(done, progress, signal)
                 return done, signal
-            observe(done)
+            if measured := observe(done):
+                progress["measured"] = measured
             if done % training.checkpointing_steps == 0 or done == total_steps:
                 checkpoints.save(done, progress)
     with stalls.paused():

@@ -20,6 +20,16 @@ def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
         raise disk_error(error, path) from error
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines, after `discard_metrics_after`, which removes those that are damaged. Raises DiskError."""
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
 def discard_metrics_after(path: Path, step: int) -> None:
     """Remove the lines of steps after `step`, which a resumed run repeats. Raises DiskError."""
     if not path.exists():

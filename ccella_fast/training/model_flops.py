@@ -1,12 +1,13 @@
 """Floating-point operations of a training step, counted once, and the rate that a GPU is specified for.
 
 MFU, the model FLOPs utilization (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), is the first per second over the second.
-Operations of the matrix products and convolutions of forward and backward pass count, as the plain model has them: what
-activation checkpointing repeats does not, nor what a kernel saves.
+The matrix products and convolutions of forward and backward pass count, as the plain model has them: what activation
+checkpointing repeats does not, nor what a kernel saves.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ _PEAKS = {
     "A100": 312.0, "A30": 165.0, "A40": 149.7, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
     "RTX 6000 Ada": 364.2, "RTX A6000": 154.8, "RTX 4090": 165.2, "RTX 3090": 71.0,
 }  # fmt: skip
+# The settings on which the FLOPs of a micro-batch depend.
+_DECIDING: Any = {
+    "model": True, "autoencoder": True, "data": {"dim", "sequences"}, "training": {"batch_size", "freeze"},
+}  # fmt: skip
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -41,12 +46,22 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def step_flops(config: Config, *, tokens: int) -> int:
-    """FLOPs of one process in an optimizer step.
+    """FLOPs of one process in an optimizer step. Those of the gradients of frozen parts do not count.
 
     Args:
         config: the configuration.
         tokens: length of the text features.
     """
+    return (
+        _micro_batch_flops(config.model_dump_json(include=_DECIDING), tokens)
+        * config.training.gradient_accumulation_steps
+    )
+
+
+@functools.lru_cache
+def _micro_batch_flops(settings: str, tokens: int) -> int:
+    """FLOPs of forward and backward pass, counted on tensors without values, which takes seconds for the default model."""
+    config = Config.model_validate_json(settings)
     size, model_config = config.training.batch_size, config.model
     with _reference_kernels(), torch.device("meta"):
         model = build_model(config)
@@ -62,7 +77,7 @@ def step_flops(config: Config, *, tokens: int) -> int:
             predicted, logits = model(x, torch.zeros(size, dtype=torch.long), **inputs)
             loss = noise_loss(predicted, x)
             (loss if logits is None else loss + logits.sum()).backward()
-    return counter.get_total_flops() * config.training.gradient_accumulation_steps
+    return counter.get_total_flops()
 
 
 @contextmanager

@@ -40,6 +40,7 @@ _MAY_CHANGE = {
     "name", "vae_training", "sampling", "paths", "data.engine", "training.activation_checkpointing",
     "training.checkpointing_steps", "training.checkpoints_total_limit", "training.logging_steps",
     "training.collective_timeout", "training.init_skip", "training.init_modality", "monitoring.validation_steps",
+    "monitoring.sample_steps", "monitoring.samples", "monitoring.sample_inference_steps", "monitoring.best_metric",
 }  # fmt: skip
 
 

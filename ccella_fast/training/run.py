@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ccella_fast.data.loading.dataset import LatentSource, PreparedDataset
     from ccella_fast.training.batches import BatchStream
     from ccella_fast.training.condition_dropout import ConditionDropout
-    from ccella_fast.training.observer import FixedNoiseLosses
+    from ccella_fast.training.observer import FixedNoiseLosses, MakePreviews
     from ccella_fast.training.quarantine import Quarantine
     from ccella_fast.training.start_weights import StartWeights
 
@@ -130,6 +130,7 @@ def train(
     deepspeed_file: Path | None = None,
     allow: Sequence[str] = (),
     extend_to: int | None = None,
+    make_previews: MakePreviews | None = None,
 ) -> int:
     """Train on the prepared folder `data` and write to the folder `run`.
 
@@ -141,6 +142,7 @@ def train(
         deepspeed_file: the user's DeepSpeed configuration.
         allow: names of findings about the data with which training starts nevertheless, see `ccella-fast check`.
         extend_to: with `resume`: the new length of the run in optimizer steps, see `run_length`.
+        make_previews: makes what generates volumes every `monitoring.sample_steps`; None: none are generated.
 
     Returns:
         The exit code: 0, or 128 + signal after a signal.
@@ -185,7 +187,7 @@ def train(
                 return 0
         device = distributed.initialize_processes(timeout)
         status.step, status.total_steps = state.get("step", 0), plan.total_steps
-        status.exit_code = _train(plan, state, device, status, signals, collectives)
+        status.exit_code = _train(plan, state, device, status, signals, collectives, make_previews)
         return status.exit_code
 
 
@@ -224,10 +226,14 @@ def check_data(config: Config, data: Path) -> Manifest:
     if prepared.data.sequences != config.data.sequences:
         why = f"the data was prepared for {prepared.data.sequences}, but {config.data.sequences} is configured"
         raise DataError(why, path=path, field="data.sequences", fix=fix)
-    if config.monitoring.validation_steps and not select_studies(prepared, config, "val"):
-        why = "a validation is configured, but there is no study of the split val"
+    wanted = [name for name in ("validation_steps", "sample_steps") if getattr(config.monitoring, name)]
+    if wanted and not select_studies(prepared, config, "val"):
+        why = f"monitoring.{wanted[0]} is set, but there is no study of the split val"
         fix = "set monitoring.validation_fraction to a share of the patients, such as 0.1, or prepare studies of this split"
-        raise ConfigError(why, path=path, field="monitoring.validation_steps", fix=fix)
+        raise ConfigError(why, path=path, field=f"monitoring.{wanted[0]}", fix=fix)
+    if config.monitoring.sample_steps and not (data / "vae").is_dir():
+        why = "monitoring.sample_steps is set, but this folder does not contain an autoencoder"
+        raise DataError(why, path=data / "vae", field="monitoring.sample_steps", fix=_ADD_LATENTS)
     if config.training.latents == "online":
         check_conditioning(config)
         if not (data / "vae").is_dir():
@@ -252,6 +258,7 @@ def _train(
     status: RunStatus,
     signals: SignalHandler,
     collectives: HostCollectives,
+    make_previews: MakePreviews | None,
 ) -> int:
     """Build dataset, engine and stream, restore the checkpoint, and train. Returns the exit code.
 
@@ -262,6 +269,7 @@ def _train(
         status: records the newest checkpoint.
         signals: end the run after a step.
         collectives: of all processes.
+        make_previews: see `train`.
     """
     from ccella_fast.data.augmentation.engine_choice import check_engine
     from ccella_fast.data.loading.dataset import PreparedDataset
@@ -310,6 +318,8 @@ def _train(
     quarantine = Quarantine(dataset.ids, state.get("quarantine", {}))
     status.quarantined = quarantine.ids  # the list, which may grow
     stream, trained_on = _make_stream(plan, dataset, device, quarantine, dropout), dataset.trained_on()
+    previews = make_previews if main and config.monitoring.sample_steps else None
+    sample = collectives.together(lambda: previews(plan.data, config, device) if previews else None)
     losses = _fixed_noise_losses(plan, dataset, collectives) if config.monitoring.validation_steps else None
 
     checkpoints = checkpointing.CheckpointWriter(
@@ -327,8 +337,9 @@ def _train(
     try:
         with record, log as telemetry, stalls:
             observer = Observer(
-                engine, ema, config.monitoring, total_steps=plan.total_steps, losses=losses, telemetry=telemetry
-            )
+                engine, ema, config.monitoring, total_steps=plan.total_steps, losses=losses, sample=sample,
+                telemetry=telemetry, collectives=collectives,
+            )  # fmt: skip
             done, number = train_loop(
                 engine, stream, config, ema, state=LoopState(first_step, state.get("bad_in_a_row", 0)),
                 total_steps=plan.total_steps, checkpoints=checkpoints, signals=signals, stalls=stalls,

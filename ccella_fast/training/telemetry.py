@@ -12,13 +12,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from ccella_fast.hardware import peak_memory
 from ccella_fast.nvml import Gpu, open_gpu
+from ccella_fast.report.figures import COLUMNS, Panel, cut, montage
+from ccella_fast.storage import atomic_path
 from ccella_fast.training.metrics_log import append_metrics, discard_metrics_after
 
 logger = logging.getLogger("ccella_fast")
+PREVIEWS = "previews"  # the folder of pictures in that of the run
 _SCALARS = ("loss", "loss_l1", "loss_class", "lr", "grad_norm")  # in TensorBoard under Train/
 
 
@@ -77,11 +81,26 @@ class Telemetry:
         if not any(error):
             print_collectives()
 
-    def log_validation(self, step: int, values: dict[str, Any]) -> None:
+    def log_measured(self, step: int, values: dict[str, Any]) -> None:
         """Write what was measured after a step as a line of its own to metrics.jsonl, and to TensorBoard."""
         append_metrics(self.path, {"step": step, **values})
-        self._write_events("Validation", step, values)
+        self._write_events("Measured", step, values)
         self.last = (step, time.perf_counter())  # what was measured is no time of the training
+
+    def log_preview(self, step: int, volumes: np.ndarray, spacings: list[list[float]]) -> None:
+        """Write middle slices of the first volumes of (n, sequences, X, Y, Z) to previews/ and to TensorBoard."""
+        panels = [
+            Panel(volume, spacing, f"step {step}, volume {number}")
+            for number, (several, spacing) in enumerate(zip(volumes, spacings, strict=True), start=1)
+            for volume in several
+        ][: 2 * COLUMNS]
+        with atomic_path(self.path.parent / PREVIEWS / f"step-{step:08d}.png") as temporary:
+            temporary.write_bytes(montage(panels, window=(0.0, 1.0)))
+        tensorboard = getattr(self.monitor, "tb_monitor", None)  # the other monitors take numbers alone
+        if tensorboard is not None:
+            slices = np.concatenate([cut(panel.volume, panel.spacing, "axial").pixels for panel in panels], axis=1)
+            tensorboard.summary_writer.add_image("Preview", slices.clip(0, 1), step, dataformats="HW")
+            tensorboard.flush()
 
     def _write_events(self, group: str, step: int, values: dict[str, Any]) -> None:
         """Write the numbers among the values to DeepSpeed's monitor, over the step."""

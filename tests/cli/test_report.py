@@ -202,6 +202,36 @@ def test_charts_show_their_data():
     assert histogram({"real": real}, window=(0, 1), unit="") != histogram({"real": real / 2}, window=(0, 1), unit="")
 
 
+def test_what_was_measured_during_the_training_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("ccella_fast.report.html.curves", lambda groups: drawn.append(groups) or b"")
+    train = {"loss": 1.0, "loss_l1": 1.0, "loss_class": None, "lr": 1e-4, "samples_per_second": 2.0}
+    measured = {
+        "weights": "averaged",
+        "val_loss": 0.5,
+        "train_eval_loss": 0.4,
+        "val_loss_l1_0_249": 0.3,
+        "overfits_since": 2,
+    }
+    lines = [{"step": step, **train} for step in (1, 2, 3)]
+    lines += [
+        {"step": 2, **measured},
+        {"step": 3, "weights": "averaged", "sample_distance": 0.25, "sample_copies": None},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chart = html._model_chart(tmp_path)
+    series = {name: points for group in drawn[0] for name, points in group["lines"].items()}
+    assert series["validation studies"] == ([2], [0.5]) and series["as many training studies"] == ([2], [0.4])
+    assert series["timesteps 0-249"] == ([2], [0.3]) and series["distance"] == ([3], [0.25])
+    assert series["total"] == ([1, 2, 3], [1.0] * 3) and np.isnan(series["share"][1])
+    assert "moving average" in chart["caption"] and "since step 2" in chart["caption"]
+    for step in range(10, 70, 10):
+        (tmp_path / "previews").mkdir(exist_ok=True)
+        (tmp_path / "previews" / f"step-{step:08d}.png").write_bytes(bytes([step]))
+    captions = [figure["caption"] for figure in html._training_previews(tmp_path)]
+    assert [re.search(r"after (\d+) steps", caption)[1] for caption in captions] == ["20", "40", "60"]
+
+
 def test_a_class_loss_that_no_study_enters_is_not_drawn(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(

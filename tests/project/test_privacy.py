@@ -33,7 +33,8 @@ SMALL = {
     "model__class_head_dim": 8, "training__max_train_steps": 2, "training__batch_size": 2, "training__precision": "fp32",
     "training__checkpointing_steps": 1, "sampling__num_inference_steps": 2, "sampling__solver": "ddim",
     "sampling__batch_size": 1, "text__max_length": 16, "augmentation__noise": 0.01, "data__engine": "torch",
-    "vae_training__max_train_steps": 2, "vae_training__patch": [16, 16, 16],
+    "monitoring__validation_steps": 1, "monitoring__sample_steps": 2, "monitoring__samples": 1,
+    "monitoring__sample_inference_steps": 2, "vae_training__max_train_steps": 2, "vae_training__patch": [16, 16, 16],
 }  # fmt: skip
 
 
@@ -79,6 +80,7 @@ def journey(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Iterator
     from ccella_fast.data.checking.findings import STOPPING
     from ccella_fast.sampling.command import sample_to_folder
     from ccella_fast.sampling.monai_bundle import export_monai_bundle
+    from ccella_fast.sampling.preview import make_previews
     from ccella_fast.training.autoencoder.run import train_vae
     from ccella_fast.training.run import train
 
@@ -86,9 +88,7 @@ def journey(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Iterator
     studies, out = write_studies(folder / "studies"), folder / "out"
     write_dicom(studies / STUDY / "t2w", t0010_0010=NAME, t0010_0020=NAME)
     table = studies / "studies.csv"
-    table.write_text(
-        table.read_text().replace("lesion of 4 mm in the left zone", REPORT) + f"{STUDY},test,4,{REPORT}\n"
-    )
+    table.write_text(table.read_text().replace("lesion of 4 mm in the left zone", REPORT) + f"{STUDY},val,4,{REPORT}\n")
     settings = config(variant="CCELLA", encoder=encoder, **SMALL)
     write_json(folder / "config.json", settings.dump())
 
@@ -107,7 +107,8 @@ def journey(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Iterator
         prepare(studies, out / "prepared", settings)
         train_vae(out / "prepared", out / "vae", settings)
         prepare(studies, out / "prepared", settings, vae=out / "vae", augment=1, preview=True)
-        assert train(settings, data=out / "prepared", run=out / "model", allow=STOPPING) == 0
+        observed = {"allow": STOPPING, "make_previews": make_previews}
+        assert train(settings, data=out / "prepared", run=out / "model", **observed) == 0
         sample_to_folder(
             out / "model", out / "samples", reports=[REPORT, ""], num_samples=1, seed=0, guidance_scale=2.0
         )
@@ -129,7 +130,8 @@ def test_the_journey_reached_every_stage(journey: Journey):
     out = journey.folder / "out"
     for pattern in ("prepared/text/*.npy", "prepared/latents/*/augmented1*", "prepared/preview/*.png", "vae/*.safetensors",
                     "samples/*.nii.gz", "samples/montage.png", "bundle/models/model.pt",
-                    "check/*/check.html", "report.html", "model/**/*.safetensors"):  # fmt: skip
+                    "check/*/check.html", "report.html", "model/**/*.safetensors",
+                    "model/previews/*.png"):  # fmt: skip
         assert list(out.glob(pattern)), pattern
     texts = {
         case["files"]["text"]["path"] for case in json.loads((out / "prepared/manifest.json").read_text())["cases"]
