@@ -24,7 +24,7 @@ LAYERS = {
     "checkpoint": 4,
     "data": 3, "reference_checkpoint": 3, "dropin": 3,
     "models": 2, "diffusion": 2, "losses": 2, "report.figures": 2, "report.page": 2,
-    "config_section": 1, "config_scheduler": 1, "config_augmentation": 1,
+    "config_section": 1, "config_scheduler": 1, "config_augmentation": 1, "config_autoencoder": 1,
     "config": 1, "config_errors": 1, "reference_config": 1, "entrypoint": 1, "foreign_errors": 1,
     "variants": 0, "pirads": 0, "errors": 0, "deprecation": 0, "storage": 0, "folder_kinds": 0, "folder_lock": 0,
     "launchers": 0, "environment": 0, "hardware": 0, "quantities": 0, "run_record": 0, "nvml": 0, "progress": 0, "processes": 0,

@@ -25,8 +25,11 @@ MUST_MATCH = {
     "scale_factor": [0.98],
     "intensity_scale": {"t2w": 713.0},
 }
-# What else a checkpoint has; `quarantine`: test_quarantine.py.
-RESTORED = {"step", "adam_steps", "ema_updates", "bad_in_a_row", "trained_on", "world_size", "quarantine"}
+# What else a checkpoint has; test_quarantine.py, test_start_weights.py and test_extend.py have tests of the last three.
+RESTORED = {
+    "step", "adam_steps", "ema_updates", "bad_in_a_row", "trained_on", "world_size",
+    "quarantine", "start_weights", "extensions",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
