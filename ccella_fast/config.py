@@ -263,10 +263,15 @@ class Config(Section):
         best, saved_at = self.monitoring.best_metric, self.training.checkpointing_steps
         name = "sample_steps" if best == "sample_distance" else "validation_steps"
         interval = getattr(self.monitoring, name)
-        if best is not None and (interval == 0 or saved_at % interval):
+        if best is not None and interval == 0:
+            raise ValueError(
+                f"monitoring.best_metric {best} is never measured: monitoring.{name} is 0; "
+                f"set monitoring.{name} to a number of steps"
+            )
+        if best is not None and saved_at % interval:
             raise ValueError(
                 f"monitoring.best_metric {best} is not measured at every checkpoint: training.checkpointing_steps {saved_at} "
-                f"is not a multiple of monitoring.{name} {interval}"
+                f"is not a multiple of monitoring.{name} {interval}; change one of them"
             )
         return self
 

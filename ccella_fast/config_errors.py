@@ -36,18 +36,19 @@ def explain(
     """
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
-    field, place = ".".join(location), _find(location, config)
+    field, place, message = ".".join(location), _find(location, config), first["msg"].removeprefix("Value error, ")
     origin = ""
-    if (name := _override_of(field, overrides)) is not None:
+    if (name := _override_of(field, message, overrides)) is not None:
         path, written = None, overrides[name]
         origin = f" (from {written:.60})" if written else ""
     if first["type"] == "extra_forbidden":
         fix = _similar_key(location[-1], place.section, config)
         return ConfigError(f"unknown key '{location[-1]}'{origin}", path=path, field=field, fix=fix)
     if first["type"] == "value_error":  # a sentence of our own validators
-        why = first["msg"].removeprefix("Value error, ") + origin
         fix = _allowed(place) if place.key else "make these settings consistent"
-        return ConfigError(why, path=path, field=field or None, fix=fix)
+        if not field and "; " in message:  # a validator of the whole configuration ends its sentence with the fix
+            message, fix = message.rsplit("; ", 1)
+        return ConfigError(message + origin, path=path, field=field or None, fix=fix)
     needed = _in_words(place.schema)
     why = f"{field or 'the configuration'} must be {needed}, got {first['input']!r:.80}{origin}"
     return ConfigError(why, path=path, field=field or None, fix=_allowed(place))
@@ -104,10 +105,10 @@ def _section_class(annotation: Any) -> type[BaseModel] | None:
     return annotation if inspect.isclass(annotation) and issubclass(annotation, BaseModel) else None
 
 
-def _override_of(field: str, overrides: Mapping[str, str | None]) -> str | None:
-    """The name of the override that set `field`, or something in it."""
+def _override_of(field: str, message: str, overrides: Mapping[str, str | None]) -> str | None:
+    """The name of the override that set `field`, or something in it; without a field, one that the message names."""
     for name in reversed(list(overrides)):
-        if f"{field}.".startswith(f"{name}.") or not field or f"{name}.".startswith(f"{field}."):
+        if f"{field}.".startswith(f"{name}.") or f"{name}.".startswith(f"{field}.") or (not field and name in message):
             return name
     return None
 

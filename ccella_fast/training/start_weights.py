@@ -203,6 +203,10 @@ def _is_skipped(name: str, skip: list[str]) -> bool:
 
 def _read(path: Path) -> tuple[StartWeights, ModelConfig | None, SchedulerConfig | None]:
     """The weights, and the model and the objective that they were trained as if that is known."""
+    if not path.exists():
+        raise CheckpointError(
+            "this file or folder does not exist", path=path, field="--init_from", fix="check the path"
+        )
     if path.is_dir():  # our own: a run, a step, an exported or saved model; averaged weights if there are some
         loaded = load_checkpoint(_step_folder(path))
         what = {"ema": "averaged weights", "raw": "weights"}[loaded.weights]

@@ -60,8 +60,8 @@ WRONG = [
     (FLOW | {"training.min_snr_gamma": 5.0}, "training.min_snr_gamma weights the timesteps of a noise schedule"),
     ({"training.min_snr_gamma": 0}, "number greater than 0"),
     ({"training.report_dropout": 1.1}, "from 0.* to 1"),
-    ({"training.report_dropout": 0.1, "model.variant": "RADMAISI"}, "RADMAISI does not read the report; set it to 0"),
-    ({"training.class_dropout": 0.1}, "CCELLA is not given a class; set it to 0"),
+    ({"training.report_dropout": 0.1, "model.variant": "RADMAISI"}, "RADMAISI does not read the report\n  fix:   set it to 0"),
+    ({"training.class_dropout": 0.1}, "CCELLA is not given a class\n  fix:   set it to 0"),
     ({"training.class_dropout": 0.1, "model.variant": "MAISI"}, "MAISI is not given a class"),
 ]  # fmt: skip
 
@@ -82,3 +82,10 @@ def test_what_does_not_fit_is_refused_in_a_sentence(overrides, message):
 ])  # fmt: skip
 def test_what_fits_is_accepted(overrides):
     assert make_config(overrides)
+
+
+def test_a_message_about_two_sections_names_an_override_that_takes_part():
+    overrides = ["sampling.solver=ddim", "scheduler.schedule=rectified_flow", "training.seed=1"]
+    with pytest.raises(ConfigError, match=r"\(from --set scheduler.schedule=rectified_flow\)") as caught:
+        make_config(overrides)
+    assert caught.value.fix == "set sampling.solver to euler_flow or heun_flow, or leave it out"

@@ -57,8 +57,10 @@ def test_without_the_setting_old_checkpoints_are_removed(tmp_path, data, scripte
 def test_a_metric_that_is_not_measured_at_every_checkpoint_is_refused():
     changes = {"training__checkpointing_steps": 10, "monitoring__best_metric": "val_loss"}
     assert settings(**changes, monitoring__validation_steps=5).monitoring.best_metric == "val_loss"
-    for steps in ({}, {"monitoring__validation_steps": 4}, {"monitoring__sample_steps": 5}):
-        with pytest.raises(ConfigError, match="val_loss is not measured at every checkpoint"):
+    with pytest.raises(ConfigError, match="val_loss is not measured at every checkpoint"):
+        settings(**changes, monitoring__validation_steps=4)
+    for steps in ({}, {"monitoring__sample_steps": 5}):
+        with pytest.raises(ConfigError, match="val_loss is never measured: monitoring.validation_steps is 0"):
             settings(**changes, **steps)
 
 
