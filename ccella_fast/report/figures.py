@@ -90,9 +90,14 @@ def montage(panels: Sequence[Panel], *, window: tuple[float, float], caption: st
 
 
 def curves(groups: Sequence[Mapping[str, Any]]) -> bytes:
-    """One small chart per group: {"title", "unit", "log", "lines": {name: (steps, values)}}. Long series are smoothed."""
+    """One small chart per group: {"title", "unit", "log", "lines": {name: (steps, values)}}. Long series are smoothed.
+
+    A group without any finite value has no chart, unless none has.
+    """
     from matplotlib.figure import Figure
 
+    known = [group for group in groups if any(np.isfinite(values).any() for _, values in group["lines"].values())]
+    groups = known or groups[:1]
     columns = min(2, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(4.6 * columns, 2.7 * rows), dpi=110, facecolor="white", layout="constrained")
@@ -103,7 +108,8 @@ def curves(groups: Sequence[Mapping[str, Any]]) -> bytes:
             smooth = _smooth(raw)
             if smooth is not raw:
                 axes.plot(steps, raw, color=color, alpha=0.22, linewidth=0.8)
-            axes.plot(steps, smooth, color=color, linewidth=1.6, label=name)
+            only = "o" if np.isfinite(raw).sum() == 1 else None  # a line through one point cannot be seen
+            axes.plot(steps, smooth, color=color, linewidth=1.6, label=name, marker=only)
         if group.get("log"):
             axes.set_yscale("log")
         axes.set_title(group["title"], fontsize=10, loc="left")

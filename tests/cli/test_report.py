@@ -198,6 +198,8 @@ def test_charts_show_their_data():
     steps = list(range(100))
     one = curves([{"title": "a", "lines": {"x": (steps, steps)}}])
     assert one != curves([{"title": "a", "lines": {"x": (steps, steps[::-1])}}])
+    point, nothing = {"title": "b", "lines": {"x": ([5], [1.0])}}, {"title": "c", "lines": {"x": ([5], [np.nan])}}
+    assert curves([point, nothing]) == curves([point]) != curves([nothing])  # one point is drawn, a chart of none is not
     real = np.random.default_rng(0).random(1000)
     assert histogram({"real": real}, window=(0, 1), unit="") != histogram({"real": real / 2}, window=(0, 1), unit="")
 
