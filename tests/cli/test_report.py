@@ -199,7 +199,8 @@ def test_charts_show_their_data():
     one = curves([{"title": "a", "lines": {"x": (steps, steps)}}])
     assert one != curves([{"title": "a", "lines": {"x": (steps, steps[::-1])}}])
     point, nothing = {"title": "b", "lines": {"x": ([5], [1.0])}}, {"title": "c", "lines": {"x": ([5], [np.nan])}}
-    assert curves([point, nothing]) == curves([point]) != curves([nothing])  # one point is drawn, a chart of none is not
+    # One point is drawn, and a chart without any is not.
+    assert curves([point, nothing]) == curves([point]) != curves([nothing])
     real = np.random.default_rng(0).random(1000)
     assert histogram({"real": real}, window=(0, 1), unit="") != histogram({"real": real / 2}, window=(0, 1), unit="")
 
