@@ -59,7 +59,7 @@ class FixedOutput(torch.nn.Module):
     ({"scheduler.schedule": "rectified_flow"}, lambda x0, noise, signal, sigma: noise - x0),
     ({"scheduler.schedule": "rectified_flow", "scheduler.sample_method": "logit-normal"},
      lambda x0, noise, signal, sigma: noise - x0),
-], ids=str)  # fmt: skip
+], ids=["v", "x0", "v, min-SNR", "flow", "flow, logit-normal"])  # fmt: skip
 def test_the_loss_of_a_micro_batch_equals_float64(data, overrides, target):
     config = settings(**overrides)
     stream = BatchStream(
