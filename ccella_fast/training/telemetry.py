@@ -85,7 +85,7 @@ class Telemetry:
         """Write what was measured after a step as a line of its own to metrics.jsonl, and to TensorBoard."""
         append_metrics(self.path, {"step": step, **values})
         self._write_events("Measured", step, values)
-        self.last = (step, time.perf_counter())  # what was measured is no time of the training
+        self.last = (step, time.perf_counter())  # measuring does not count as training time
 
     def log_preview(self, step: int, volumes: np.ndarray, spacings: list[list[float]]) -> None:
         """Write middle slices of the first volumes of (n, sequences, X, Y, Z) to previews/ and to TensorBoard."""

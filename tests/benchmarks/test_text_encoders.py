@@ -34,7 +34,7 @@ def test_sizes_of_t5(name: str, sizes: tuple[int, ...]):
 
 def test_operations_are_two_per_weight_and_token_and_those_of_attention():
     count, _ = t5_parameters(1024, 2816, 24, 16)
-    per_token = 2 * (count - 32128 * 1024)  # looking up a token is no operation
+    per_token = 2 * (count - 32128 * 1024)  # looking up an embedding takes no arithmetic
     attention = 24 * 2 * 2 * 512 * 512 * 1024
     found = text_encoders.operations(text_encoders.build("google/flan-t5-large", "meta"))
     assert found == pytest.approx(512 * per_token + attention, rel=1e-3)

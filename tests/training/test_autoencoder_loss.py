@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -30,7 +29,7 @@ from ccella_fast.training.autoencoder.loss import AutoencoderLoss
 from ccella_fast.training.autoencoder.patches import read_images
 from ccella_fast.training.autoencoder.perceptual import PerceptualDistance
 from ccella_fast.training.autoencoder.run import train_vae
-from feature_fixtures import authors_names, keras_form, monai_resnet50
+from feature_fixtures import authors_names, dilated, keras_form, monai_resnet50
 from training_fixtures import IMAGE_GRID, write_images
 
 CPU = torch.device("cpu")
@@ -120,16 +119,6 @@ class LastMap(nn.Module):
         network = self.network
         x = network.maxpool(network.act(network.bn1(network.conv1(x))))
         return network.layer4(network.layer3(network.layer2(network.layer1(x))))
-
-
-def dilated(network: nn.Module) -> nn.Module:
-    """MedicalNet's strides and dilations."""
-    network = copy.deepcopy(network)
-    for layer, dilation in ((network.layer3, 2), (network.layer4, 4)):
-        layer[0].conv2.stride = layer[0].downsample[0].stride = (1, 1, 1)
-        for block in layer:
-            block.conv2.dilation = block.conv2.padding = (dilation,) * 3
-    return network
 
 
 @pytest.fixture(scope="module")

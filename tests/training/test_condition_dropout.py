@@ -72,7 +72,7 @@ def test_dropped_samples_have_the_null_report_and_nothing_else_changes(dataset):
     for name in ("latents", "noise", "timesteps"):
         assert torch.equal(getattr(found, name), getattr(plain, name)), name
     assert torch.equal(found.batch.pirads, plain.batch.pirads) and found.batch.ids == plain.batch.ids
-    again = stream_of(dataset, dropout, batch_size=50).micro_batch(1, 0)  # the data itself has not been written to
+    again = stream_of(dataset, dropout, batch_size=50).micro_batch(1, 0)  # the dataset itself is unchanged
     assert torch.equal(again.batch.text, found.batch.text) and torch.equal(dataset.null_report(), null)
 
 

@@ -21,7 +21,7 @@ from ccella_fast.models.resnet import Bottleneck
 from ccella_fast.report.evaluation import write_evaluation_page
 from ccella_fast.storage import sha256
 from evaluation_fixtures import draw, write_prepared, write_samples
-from feature_fixtures import make_volume
+from feature_fixtures import dilated, make_volume
 
 SPACES = ("radimagenet-ccella-axial", "radimagenet-ccella-coronal", "radimagenet-ccella-sagittal")
 
@@ -39,16 +39,6 @@ def converted(weight_files: dict[str, Path]) -> RadImageNet:
 @pytest.fixture(scope="module")
 def official(weight_files: dict[str, Path]) -> RadImageNet:
     return RadImageNet(weight_files["official"], allow_unknown_weights=True)
-
-
-def dilated(network: nn.Module) -> nn.Module:
-    """MONAI's network with MedicalNet's strides and dilations."""
-    network = copy.deepcopy(network)
-    for layer, dilation in ((network.layer3, 2), (network.layer4, 4)):
-        layer[0].conv2.stride = layer[0].downsample[0].stride = (1, 1, 1)
-        for block in layer:
-            block.conv2.dilation = block.conv2.padding = (dilation,) * 3
-    return network
 
 
 def test_each_form_loads_bit_for_bit(medicalnet, converted, official, networks: dict[str, nn.Module]):
