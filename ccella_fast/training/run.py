@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,6 +59,7 @@ class RunPlan:
     run: Path  # the run's folder
     facts: dict[str, Any]  # written to training_state.json of every checkpoint; a resumed run must have the same
     start: Path | None = None  # the step folder to resume from
+    state: dict[str, Any] = field(default_factory=dict)  # its training_state.json; empty for a new run
     start_weights: StartWeights | None = None  # of a new run
 
     @property
@@ -118,7 +119,7 @@ def make_run_plan(
         "start_weights": origin,
         "extensions": extensions,
     }
-    return RunPlan(config, engine_values, deepspeed_file, data, run, facts, start, weights)
+    return RunPlan(config, engine_values, deepspeed_file, data, run, facts, start, state, weights)
 
 
 def train(
@@ -173,7 +174,7 @@ def train(
                 config, data=data, run=run, deepspeed_file=deepspeed_file, start=start, allow=allow, extend_to=extend_to
             )
         )
-        state = {} if start is None else collectives.together(lambda: read_state(start))
+        state = plan.state
         facts = plan.facts | {f"{key} of the checkpoint": value for key, value in flatten(state).items()}
         check_agreement(plan.config, plan.engine_values, facts, collectives)
         if start is not None:
@@ -187,7 +188,7 @@ def train(
                 return 0
         device = distributed.initialize_processes(timeout)
         status.step, status.total_steps = state.get("step", 0), plan.total_steps
-        status.exit_code = _train(plan, state, device, status, signals, collectives, make_previews)
+        status.exit_code = _train(plan, device, status, signals, collectives, make_previews)
         return status.exit_code
 
 
@@ -253,7 +254,6 @@ def count_steps(config: Config, prepared: Manifest, world_size: int) -> int:
 
 def _train(
     plan: RunPlan,
-    state: dict[str, Any],
     device: torch.device,
     status: RunStatus,
     signals: SignalHandler,
@@ -264,7 +264,6 @@ def _train(
 
     Args:
         plan: the run.
-        state: training_state.json of the checkpoint to resume from; empty for a new run.
         device: of this process.
         status: records the newest checkpoint.
         signals: end the run after a step.
@@ -287,6 +286,7 @@ def _train(
     from ccella_fast.training.telemetry import Telemetry
 
     config, training, first_step, main = plan.config, plan.config.training, status.step, collectives.rank == 0
+    state = plan.state
     facts = {"world_size": collectives.world_size, "total_steps": plan.total_steps, "precision": training.precision}
     record = write_run_record(plan.run, "train", **facts) if main else contextlib.nullcontext()
     if main:
