@@ -187,6 +187,10 @@ def _sample(subparsers: argparse._SubParsersAction) -> None:
     add("--num_samples", type=whole_number(1), default=1, metavar="N", help=about)
     about = "the same seed gives the same volume in any batch (default 0)"
     add("--seed", type=whole_number(0), default=0, metavar="N", help=about)
+    about = (
+        "number the seeds on from one report to the next, so that no two volumes of the set begin from the same noise"
+    )
+    add("--distinct_seeds", action="store_true", help=about)
     about = "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or unipc; of a flow model euler_flow or heun_flow (default: the checkpoint's)"
     add("--solver", metavar="NAME", help=about)
     about = "denoising steps (default: the checkpoint's)"

@@ -41,6 +41,7 @@ def sample_to_folder(
     reports: Sequence[str] | None,
     num_samples: int,
     seed: int,
+    distinct_seeds: bool = False,
     report_ids: Sequence[str] | None = None,
     vae: str | Path | None = None,
     text_encoder: Any = None,
@@ -61,6 +62,7 @@ def sample_to_folder(
         reports: the reports; None for the null report, or for variants without a report.
         num_samples: volumes per report.
         seed: of the first volume of each report; the next ones have `seed` + 1, `seed` + 2, ...
+        distinct_seeds: whether the next report goes on where the one before it ended, in place of beginning with `seed` too.
         report_ids: a name of each report, all different, which is written to the sidecars of its volumes.
         vae: the autoencoder, if the checkpoint does not contain one.
         text_encoder: as for `FastSampler`.
@@ -94,7 +96,7 @@ def sample_to_folder(
         device = processes.select_device(device)
 
         def make_request(config: Config) -> Request:
-            return _make_request(config, reports, report_ids, num_samples, seed, settings)
+            return _make_request(config, reports, report_ids, num_samples, seed, distinct_seeds, settings)
 
         config = pretrained.peek_config(checkpoint)
         if config is not None:
@@ -150,6 +152,7 @@ def _make_request(
     report_ids: Sequence[str] | None,
     num_samples: int,
     seed: int,
+    distinct_seeds: bool,
     settings: dict[str, Any],
 ) -> Request:
     """A request of `num_samples` volumes per report; the null report is used if the variant needs one and none is given."""
@@ -158,7 +161,8 @@ def _make_request(
     repeated, ids = (
         [each for each in values for _ in range(num_samples)] if values else None for values in (reports, report_ids)
     )
-    seeds = [seed + number for number in range(num_samples)] * len(reports or [None])
+    count = num_samples * len(reports or [None])
+    seeds = [seed + (number if distinct_seeds else number % num_samples) for number in range(count)]
     return Request(reports=repeated, report_ids=ids, seeds=seeds, **settings)
 
 

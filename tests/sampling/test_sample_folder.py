@@ -40,6 +40,22 @@ def sidecars(folder: Path) -> list[dict]:
 # ---- reports ----
 
 
+def test_seeds_begin_anew_with_each_report_unless_they_are_to_be_distinct(checkpoint, tmp_path):
+    draw(checkpoint, tmp_path / "shared", num_samples=2)
+    draw(checkpoint, tmp_path / "distinct", num_samples=2, distinct_seeds=True)
+    shared, distinct = sidecars(tmp_path / "shared"), sidecars(tmp_path / "distinct")
+    assert [each["seed"] for each in shared] == [3, 4, 3, 4, 3, 4]
+    assert [each["seed"] for each in distinct] == [3, 4, 5, 6, 7, 8]
+    assert [each["report"] for each in distinct] == [each["report"] for each in shared]
+    volumes = {
+        name: [path.read_bytes() for path in sorted((tmp_path / name).glob("*.nii.gz"))]
+        for name in ("shared", "distinct")
+    }
+    assert (
+        volumes["shared"][:2] == volumes["shared"][4:] and len(set(volumes["distinct"])) == 6
+    )  # reports 1 and 3 are equal
+
+
 def test_every_volume_names_its_report(checkpoint, tmp_path):
     draw(checkpoint, tmp_path / "a", report_ids=["first", "second", "third"], num_samples=2, overwrite=True)
     found = sidecars(tmp_path / "a")
