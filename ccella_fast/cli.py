@@ -70,6 +70,12 @@ def _phantom(subparsers: argparse._SubParsersAction) -> None:
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the studies")
     add("--num_studies", type=whole_number(1), default=24, metavar="N", help="number of studies (default 24)")
     add("--seed", type=whole_number(0), default=0, metavar="N", help="the same seed gives the same bytes (default 0)")
+    about = "factor of the size of lesions, 0.3 to 2 (default 1)"
+    add("--lesion_size", type=float, default=1.0, metavar="FACTOR", help=about)
+    about = "factor of the contrast of lesions, 0 to 1 (default 1)"
+    add("--lesion_contrast", type=float, default=1.0, metavar="FACTOR", help=about)
+    about = "factor of the noise, 0 to 10 (default 1)"
+    add("--noise", type=float, default=1.0, metavar="FACTOR", help=about)
 
 
 def _check(subparsers: argparse._SubParsersAction) -> None:

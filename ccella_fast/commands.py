@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 def run_phantom(arguments: argparse.Namespace) -> None:
     """Draw phantom studies."""
     require_installed("nibabel")
-    from ccella_fast.data.phantom.phantom import write_phantoms
+    from ccella_fast.data.phantom.phantom import Difficulty, write_phantoms
 
-    write_phantoms(arguments.out, num_studies=arguments.num_studies, seed=arguments.seed)
+    difficulty = Difficulty(arguments.lesion_size, arguments.lesion_contrast, arguments.noise)
+    write_phantoms(arguments.out, num_studies=arguments.num_studies, seed=arguments.seed, difficulty=difficulty)
     prepared = sibling(arguments.out, "prepared")
     command = ["prepare", "--data", arguments.out, "--out", prepared, "--config", "configs/demo.json"]
     log_next(arguments.out, ["ccella-fast", *command])

@@ -29,7 +29,7 @@ def many_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """The table of many studies whose volumes are not drawn."""
     folder = tmp_path_factory.mktemp("rows")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantom, "_scan", lambda rng, patient: (None, None, patient.center))
+        patch.setattr(phantom, "_scan", lambda rng, patient, difficulty: (None, None, patient.center))
         patch.setattr(phantom, "_write_nifti", lambda *args: None)
         write_phantoms(folder, 96, seed=5)
     return read_rows(folder)
@@ -49,6 +49,36 @@ def test_same_seed_gives_the_same_bytes(studies: Path, tmp_path: Path):
     assert len(volumes) == 2
     assert all(again[name] == whole[name] for name in volumes)  # and therefore independent of num_studies
     assert all(again[name] != other[name] for name in volumes)
+
+
+def test_factors_change_the_lesion_and_the_noise_and_nothing_else(tmp_path: Path):
+    """Study 1 has a lesion: its difference to the usual phantom lies there, or is noise everywhere."""
+    changes = {
+        "usual": {}, "larger": {"lesion_size": 1.5}, "half": {"lesion_contrast": 0.5}, "none": {"lesion_contrast": 0.0},
+        "noisier": {"noise": 2.0},
+    }  # fmt: skip
+    images, sizes = {}, {}
+    for name, factors in changes.items():
+        write_phantoms(tmp_path / name, 2, seed=0, difficulty=phantom.Difficulty(**factors))
+        files = sorted((tmp_path / name).glob("*/t2w.nii.gz"))
+        images[name] = np.stack([nibabel.load(file).get_fdata() for file in files])
+        sizes[name] = int(read_rows(tmp_path / name)[1]["lesion_size_mm"])
+        assert ("factors" in (tmp_path / name / "README").read_text()) == bool(factors)
+    assert abs(sizes["larger"] - 1.5 * sizes["usual"]) <= 1 and sizes["half"] == sizes["none"] == sizes["usual"]
+    for name in ("larger", "half", "none"):
+        assert np.array_equal(images[name][0], images["usual"][0])  # a study without a lesion
+    change, middle = ((images[name] - images["usual"])[1] for name in ("none", "half"))
+    assert 20 < (change != 0).sum() < 0.01 * change.size
+    assert abs(np.median(middle[change > 100] / change[change > 100]) - 0.5) < 0.02
+    air = images["usual"][0] < 60  # Rician: noise alone
+    assert 1.5 < np.median(images["noisier"][0][air]) / np.median(images["usual"][0][air]) < 2.5
+
+
+@pytest.mark.parametrize("name", ["lesion_size", "lesion_contrast", "noise"])
+def test_factors_out_of_range_are_named(tmp_path: Path, name: str):
+    with pytest.raises(ConfigError, match=f"--{name} must be between"):
+        write_phantoms(tmp_path / "out", 2, difficulty=phantom.Difficulty(**{name: 11.0}))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["studies.csv", "patient-1", "phantom-0002"])
@@ -184,7 +214,7 @@ def drawn_lesions() -> list[tuple[phantom.Patient, phantom.Canvas, np.ndarray]]:
     for index in range(40):
         patient = phantom._draw_patient(np.random.default_rng([3, index]), positive=True)
         blank = canvas(index, fill=1.0)
-        phantom._draw_lesion(blank, patient)
+        phantom._draw_lesion(blank, patient, 1.0)
         found.append((patient, blank, blank.image < (1 + np.median(blank.image[blank.image < 0.5])) / 2))
     return found
 
@@ -223,7 +253,7 @@ def test_a_lesion_across_the_capsule_is_smaller_than_reported(drawn_lesions):
     for patient, c, _ in drawn_lesions:
         if patient.findings.pirads == 5 and patient.findings.zone == "PZ":
             c.image[:] = 1
-            phantom._draw_lesion(c, patient._replace(turn=patient.turn + np.pi / 2))
+            phantom._draw_lesion(c, patient._replace(turn=patient.turn + np.pi / 2), 1.0)
             lesion = c.image < (1 + np.median(c.image[c.image < 0.5])) / 2
             sizes.append(largest_axial_diameter(lesion, 0.8) - patient.findings.size_mm)
     assert min(sizes) < -2

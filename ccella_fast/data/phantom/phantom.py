@@ -38,6 +38,7 @@ studies.csv         one line per case: split, PI-RADS score (empty: unknown), re
 """
 
 
+_FACTORS = {"lesion_size": (0.3, 2.0), "lesion_contrast": (0.0, 1.0), "noise": (0.0, 10.0)}
 # Typical PSA density in ng/ml per ml of gland; 0.15 is the usual threshold of suspicion.
 _PSA_DENSITY = {1: 0.07, 2: 0.09, 3: 0.12, 4: 0.18, 5: 0.28}
 
@@ -57,7 +58,25 @@ class Patient(NamedTuple):
     turn: float  # of the lesion about the axis to the head, from left to back, in radians
 
 
-def write_phantoms(out: str | Path, num_studies: int = 24, seed: int = 0) -> None:
+class Difficulty(NamedTuple):
+    """How hard it is to see a lesion, relative to the usual phantoms. Everything else of a study stays the same.
+
+    Attributes:
+        lesion_size: factor of the size, in the volume and in the report. With another factor than 1 the scores no longer follow
+            the rule of PI-RADS that category 5 begins at 15 mm, and the capsule cuts large lesions off.
+        lesion_contrast: factor of the difference to the tissue around the lesion, up to 1; 0 makes it invisible.
+        noise: factor of the standard deviation of the noise.
+    """
+
+    lesion_size: float = 1.0
+    lesion_contrast: float = 1.0
+    noise: float = 1.0
+
+
+USUAL = Difficulty()
+
+
+def write_phantoms(out: str | Path, num_studies: int = 24, seed: int = 0, difficulty: Difficulty = USUAL) -> None:
     """Write synthetic studies to a folder: `<case>/t2w.nii.gz`, `studies.csv` and `README`. A study takes about 0.3 s.
 
     The same seed gives the same bytes, and the first studies do not depend on `num_studies`. About half of the studies are
@@ -68,35 +87,42 @@ def write_phantoms(out: str | Path, num_studies: int = 24, seed: int = 0) -> Non
         out: the folder, which may only contain earlier phantoms.
         num_studies: number of studies.
         seed: seed of the random numbers.
+        difficulty: the default writes the same bytes as without it.
 
     Raises:
         ConfigError: a number is out of range, `out` contains other files, or another command writes to it.
         DiskError: the folder cannot be written.
     """
     out = Path(out)
-    _check_arguments(out, num_studies, seed)
+    _check_arguments(out, num_studies, seed, difficulty)
     with lock_folder(out, "ccella-fast phantom"):
-        _write_phantoms(out, num_studies, seed)
+        _write_phantoms(out, num_studies, seed, difficulty)
 
 
-def _write_phantoms(out: Path, num_studies: int, seed: int) -> None:
+def _write_phantoms(out: Path, num_studies: int, seed: int, difficulty: Difficulty) -> None:
     rows = []
     for index in tqdm(range(num_studies), desc="phantom", unit="study", mininterval=1):
         rng = np.random.default_rng([seed, index])
-        patient = _draw_patient(rng, positive=(index + index // 8) % 2 == 1)
-        volume, affine, lesion_ras = _scan(rng, patient)
+        patient = _draw_patient(rng, positive=(index + index // 8) % 2 == 1, lesion_size=difficulty.lesion_size)
+        volume, affine, lesion_ras = _scan(rng, patient, difficulty)
         case = f"phantom-{index:04d}"
         _write_nifti(out / case / "t2w.nii.gz", volume, affine)
         rows.append(_row(case, index, rng, patient, lesion_ras))
     write_csv(out / "studies.csv", COLUMNS, ([row.get(name) for name in COLUMNS] for row in rows), line_end="\n")
     with atomic_path(out / "README") as temporary:
-        temporary.write_text(_README, encoding="utf-8")
+        changed = [f"{name} {value:g}" for name, value in difficulty._asdict().items() if value != 1]
+        temporary.write_text(_README + f"\nfactors: {', '.join(changed)}\n" * bool(changed), encoding="utf-8")
 
 
-def _check_arguments(out: Path, num_studies: int, seed: int) -> None:
+def _check_arguments(out: Path, num_studies: int, seed: int, difficulty: Difficulty) -> None:
     for option, value, bound in (("--num_studies", num_studies, 1), ("--seed", seed, 0)):
         if value < bound:
             raise ConfigError(f"{option} must be at least {bound}, got {value}", fix="change the value")
+    for name, value in difficulty._asdict().items():
+        low, high = _FACTORS[name]
+        if not low <= value <= high:
+            why = f"--{name} must be between {low:g} and {high:g}, got {value:g}"
+            raise ConfigError(why, field=f"--{name}", fix="change the value; 1 is the usual phantom")
     check_writable(out, "--out")
     check_output(out, "studies", field="--out")
     own = {"studies.csv", "README", *(f"phantom-{index:04d}" for index in range(num_studies))}
@@ -134,12 +160,13 @@ def _row(case: str, index: int, rng: np.random.Generator, patient: Patient, lesi
     return row
 
 
-def _draw_patient(rng: np.random.Generator, *, positive: bool) -> Patient:
+def _draw_patient(rng: np.random.Generator, *, positive: bool, lesion_size: float = 1.0) -> Patient:
     prostate = np.array([rng.uniform(22, 28), rng.uniform(15, 20), rng.uniform(18, 24)])
     volume_ml = round(float(np.prod(prostate)) * 4 / 3 * math.pi / 1000)  # 0.52 x length x width x height
     pirads = int(rng.choice([3, 4, 5] if positive else [1, 2]))
     # Category 5: at least 15 mm also where the capsule cuts the lesion off, and not too large for its zone.
     size = {3: rng.uniform(9, 14), 4: rng.uniform(10, 14.4), 5: rng.uniform(16.5, 20.4)}.get(pirads, 0.0)
+    size *= lesion_size
     zone = str(rng.choice(["PZ", "TZ"], p=[0.7, 0.3])) if positive else ""
     side = str(rng.choice(["left", "right"])) if positive else ""
     level = str(rng.choice(["apex", "mid", "base"])) if positive else ""
@@ -171,7 +198,9 @@ def _draw_patient(rng: np.random.Generator, *, positive: bool) -> Patient:
     )
 
 
-def _scan(rng: np.random.Generator, patient: Patient) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def _scan(
+    rng: np.random.Generator, patient: Patient, difficulty: Difficulty
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Draw the patient on an oblique grid and add coil shading and noise.
 
     Returns:
@@ -186,10 +215,10 @@ def _scan(rng: np.random.Generator, patient: Patient) -> tuple[np.ndarray, np.nd
     y = (to_patient[1, 1] * back[:, None] + to_patient[1, 2] * head + shift[1])[None]
     z = (to_patient[2, 1] * back[:, None] + to_patient[2, 2] * head + shift[2])[None]
     canvas = Canvas(rng, x.astype(np.float32), y.astype(np.float32), z.astype(np.float32))
-    draw_phantom(canvas, patient)
+    draw_phantom(canvas, patient, difficulty.lesion_contrast)
 
     shading = np.exp(0.08 * _smooth(rng, 60) - 0.18 * (z / 60 + (x / 90) ** 2 + ((y - 5) / 110) ** 2))
-    gain, sigma = rng.uniform(700, 1000), rng.uniform(9, 16)
+    gain, sigma = rng.uniform(700, 1000), rng.uniform(9, 16) * difficulty.noise
     signal = (canvas.image * shading * gain).astype(np.float32)
     real = signal + sigma * rng.standard_normal(SIZE, dtype=np.float32)
     magnitude = np.hypot(real, sigma * rng.standard_normal(SIZE, dtype=np.float32))  # Rician
@@ -251,7 +280,7 @@ class Canvas:
         return value + np.float32(depth) * self._grain[scale]
 
 
-def draw_phantom(canvas: Canvas, patient: Patient) -> None:
+def draw_phantom(canvas: Canvas, patient: Patient, lesion_contrast: float = 1.0) -> None:
     """Draw the pelvis from the outside inwards; later shapes cover earlier ones."""
     _draw_wall_and_fat(canvas, patient.habitus)
     for side in (-1, 1):
@@ -261,7 +290,7 @@ def draw_phantom(canvas: Canvas, patient: Patient) -> None:
     _draw_bladder_and_vesicles(canvas, patient)
     _draw_prostate(canvas, patient)
     if patient.center is not None and patient.radii is not None:
-        _draw_lesion(canvas, patient)
+        _draw_lesion(canvas, patient, lesion_contrast)
     elif patient.findings.pirads == 2:
         _draw_wedges(canvas, patient)
     np.maximum(canvas.image, 0, out=canvas.image)
@@ -378,12 +407,12 @@ def _draw_wedges(c: Canvas, patient: Patient) -> None:
         )
 
 
-def _draw_lesion(c: Canvas, patient: Patient) -> None:
+def _draw_lesion(c: Canvas, patient: Patient, contrast: float) -> None:
     pirads = patient.findings.pirads
     value, grain, soft = {3: (0.26, 0.05, 4), 4: (0.13, 0.012, 2), 5: (0.10, 0.012, 2)}[pirads]
     inside = c.ellipsoid((0, 0, 0), patient.prostate - 1)  # confined to the capsule
     focus = np.maximum(c.ellipsoid(patient.center, patient.radii, turn=patient.turn), inside)
-    c.paint(focus, c.texture(value, grain, 3), soft=soft)
+    c.paint(focus, c.texture(value, grain, 3), soft=soft, opacity=contrast)
 
 
 def _smooth(rng: np.random.Generator, scale: float) -> np.ndarray:
