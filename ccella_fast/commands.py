@@ -123,7 +123,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     out = options.pop("out")
     result = evaluate_to_folder(options.pop("real"), options.pop("synthetic"), out, **options)
     if is_local_rank_zero():
-        print(result.table())
+        print(result.table(), flush=True)  # before what is logged, where both go to one file
         from ccella_fast.report.evaluation import write_evaluation_page
 
         write_evaluation_page(out)
@@ -138,7 +138,7 @@ def run_sensitivity(arguments: argparse.Namespace) -> None:
 
     options = _options(arguments, without=[])
     real, out = options.pop("real"), options.pop("out")
-    print(gate_table(sensitivity_to_folder(real, out, **options)))
+    print(gate_table(sensitivity_to_folder(real, out, **options)), flush=True)
     command = ["evaluate", "--real", real, "--synthetic", "SAMPLES", "--out", out]
     log_next(out / "sensitivity.json", ["ccella-fast", *command])
 
