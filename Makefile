@@ -10,18 +10,21 @@ SEED ?= 0
 CONFIG ?= configs/demo.json
 EXTRA := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 STUDIES := $(or $(DATA),$(OUT)/studies)
-# Reports are given if the model has been trained on some: phantoms have them, real studies if their folder has a studies.csv.
+# Of real studies, reports are given if the model has been trained on some: if their folder has a studies.csv.
 REPORTS := --report "Prostate 42 cc, PSA 9.8. Left peripheral zone, mid-gland: 18 mm focus of markedly low ADC and marked signal at high b-value, homogeneously dark on T2 (DWI 5, T2 5). PI-RADS 5." \
            --report "Prostate 38 cc, PSA 3.1. No focal lesion. The peripheral zone shows homogeneous high T2 signal on both sides, diffusion is normal. PI-RADS 1." \
-           --num_samples $(if $(DATA),2,12)
-PROMPTS := $(if $(DATA),$(if $(wildcard $(DATA)/studies.csv),$(REPORTS),--num_samples 4),$(REPORTS))
+           --num_samples 2
+# Phantoms that the model has not seen: their reports are the prompts, and the generated volumes are compared with them.
+FRESH := $(OUT)/fresh_studies
+PROMPTS := $(if $(DATA),$(if $(wildcard $(DATA)/studies.csv),$(REPORTS),--num_samples 4),--report_table $(FRESH)/studies.csv) \
+           --distinct_seeds
 
-# The generated volumes against phantoms that the model has not seen. Real studies may be too few to keep some for that.
-# All metrics but anatomy, half of the time: its segmenter knows patients and fails on phantoms.
+# Real studies may be too few to keep some for an evaluation. All metrics but anatomy, half of the time: its segmenter knows
+# patients and fails on phantoms.
 define EVALUATE
-ccella-fast phantom --out $(OUT)/fresh_studies --num_studies 24 --seed 1
-	ccella-fast prepare --data $(OUT)/fresh_studies --out $(OUT)/fresh --config $(CONFIG) --vae $(OUT)/vae
+ccella-fast prepare --data $(FRESH) --out $(OUT)/fresh --config $(CONFIG) --vae $(OUT)/vae
 	ccella-fast evaluate --real $(OUT)/fresh --synthetic $(OUT)/samples --train $(OUT)/prepared:train --vae $(OUT)/vae \
+	  --findings $(FRESH)/studies.csv \
 	  --metrics fd kid mmd prdc c2st intensity spectrum msssim memorisation condition --out $(OUT)/evaluation
 endef
 
@@ -53,9 +56,10 @@ demo: $(VENV)/installed
 	ccella-fast train-vae --data $(OUT)/prepared --out $(OUT)/vae --config $(CONFIG)
 	ccella-fast prepare --data $(STUDIES) --out $(OUT)/prepared --config $(CONFIG) --vae $(OUT)/vae
 	deepspeed ccella_fast/train.py --config $(CONFIG) --data $(OUT)/prepared --output_dir $(OUT)/model --resume $(ALLOW)
+	$(if $(DATA),,ccella-fast phantom --out $(FRESH) --num_studies 24 --seed 1)
 	ccella-fast sample --checkpoint $(OUT)/model $(PROMPTS) --out $(OUT)/samples
 	$(if $(DATA),,$(EVALUATE))
-	ccella-fast report $(OUT)
+	ccella-fast report $(OUT)$(if $(DATA),, --findings $(FRESH)/studies.csv)
 
 # Two processes of one thread each: the tests' tensors are too small to share, and OpenMP teams that compete crawl. Files start
 # in the order of tests/conftest.py, the longest first.

@@ -182,6 +182,8 @@ def _sample(subparsers: argparse._SubParsersAction) -> None:
     add("--report", action="append", metavar="TEXT", help="report text; may be repeated")
     about = "UTF-8 files, each with one report; their names without suffix are the report ids in samples.csv"
     add("--report_file", action="extend", nargs="+", type=Path, metavar="FILE", help=f"{about}; may be repeated")
+    about = "table like studies.csv: its reports, with the cases as report ids"
+    add("--report_table", type=Path, metavar="FILE", help=about)
     about = "PI-RADS 1 to 5 or class, for variants that take one as input"
     add("--pirads", choices=[*CLASSES], metavar="CLASS", help=f"{about}: {', '.join(CLASSES)}")
     about = "class that replaces the predicted one, as --pirads"
@@ -292,6 +294,11 @@ def _report(subparsers: argparse._SubParsersAction) -> None:
     command = _add(subparsers, "report", commands.run_report, about, "ccella-fast report out/demo")
     about = "folder that contains prepared/, vae/, model/, samples/ and evaluation/, or the folder of an evaluation"
     command.add_argument("folder", type=Path, metavar="FOLDER", help=about)
+    about = (
+        "table of the reports that were prompts, as for evaluate: the generated volumes are marked where the report has "
+        "a lesion"
+    )
+    command.add_argument("--findings", type=Path, metavar="FILE", help=about)
 
 
 def _export(subparsers: argparse._SubParsersAction) -> None:

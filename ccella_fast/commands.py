@@ -103,13 +103,16 @@ def run_train_vae(arguments: argparse.Namespace) -> None:
 def run_sample(arguments: argparse.Namespace) -> None:
     """Generate volumes."""
     require_installed("pydicom" if arguments.format == "dicom" else "nibabel", "matplotlib")
+    from ccella_fast.data.readers.study_table import reports_of
     from ccella_fast.sampling.command import sample_to_folder
     from ccella_fast.sampling.guidance import Reuse
 
-    options = _options(arguments, without=["report", "report_file"])
+    options = _options(arguments, without=["report", "report_file", "report_table"])
     texts, files = arguments.report or [], arguments.report_file or []
-    options["reports"] = [*texts, *map(_read_report, files)] or None
-    options["report_ids"] = [f"report-{number}" for number in range(1, len(texts) + 1)] + [path.stem for path in files]
+    rows = reports_of(arguments.report_table) if arguments.report_table else {}
+    options["reports"] = [*texts, *map(_read_report, files), *rows.values()] or None
+    names = [f"report-{number}" for number in range(1, len(texts) + 1)]
+    options["report_ids"] = [*names, *(path.stem for path in files), *rows]
     options["reuse"] = None if arguments.reuse is None else Reuse(*arguments.reuse)
     sample_to_folder(options.pop("checkpoint"), options.pop("out"), **options)
 
@@ -159,7 +162,7 @@ def run_report(arguments: argparse.Namespace) -> None:
     check_folder(arguments.folder, "results", error=DataError)
     from ccella_fast.report.html import write_report
 
-    print(write_report(arguments.folder))
+    print(write_report(arguments.folder, marks=_lesion_marks(arguments.findings) if arguments.findings else {}))
 
 
 def run_export(arguments: argparse.Namespace) -> None:
@@ -263,6 +266,17 @@ def _config_options(arguments: argparse.Namespace) -> list[str]:
     """The configuration, as the next command needs it again."""
     files = ["--config", *map(str, arguments.config)] if arguments.config else []
     return [*files, *(part for text in arguments.set for part in ("--set", text))]
+
+
+def _lesion_marks(table: Path) -> dict[str, Any]:
+    """Where the reports of a table have a lesion, as far as their side is known, by case."""
+    from ccella_fast.evaluation.findings import read_findings
+    from ccella_fast.report.figures import Mark
+
+    known = read_findings(table).properties
+    zones, levels = known.get("zone", {}), known.get("level", {})
+    sides = {case: side for case, side in known.get("side", {}).items() if side in ("left", "right")}
+    return {case: Mark(side, zones.get(case), levels.get(case)) for case, side in sides.items()}  # type: ignore[arg-type]
 
 
 def _read_report(path: Path) -> str:

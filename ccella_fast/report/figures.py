@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 T = TypeVar("T")
 COLUMNS = 4  # volumes side by side in a montage
 _LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
+# A mark in mm: the middle of the upper and the lower third of a usual gland, its side, and its zones in front and behind.
+_THIRD, _LATERAL, _BACK = 9.0, 27.0, 9.0
 COLORS = ["#1f6fb4", "#c2571a", "#3a8a4d", "#7a4fa3"]
 
 
+class Mark(NamedTuple):
+    """Where a report has a lesion. side: the patient's. zone: PZ or TZ, level: apex, mid or base; None if unknown."""
+
+    side: Literal["left", "right"]
+    zone: str | None
+    level: str | None
+
+
 class Panel(NamedTuple):
-    """volume: (X, Y, Z), any real dtype. spacing: mm along X, Y, Z."""
+    """volume: (X, Y, Z), any real dtype. spacing: mm along X, Y, Z. mark: the axial slice is that of its level."""
 
     volume: np.ndarray
     spacing: Sequence[float]
     title: str
+    mark: Mark | None = None
 
 
 class Slice(NamedTuple):
@@ -34,9 +45,13 @@ class Slice(NamedTuple):
     letters: str
 
 
-def cut(volume: np.ndarray, spacing: Sequence[float], plane: str) -> Slice:
-    """The middle slice of `plane` ("axial", "coronal" or "sagittal"), turned to the radiological view."""
+def cut(volume: np.ndarray, spacing: Sequence[float], plane: str, height: float = 0.0) -> Slice:
+    """The middle slice of `plane` ("axial", "coronal" or "sagittal"), turned to the radiological view.
+
+    height: of an axial slice above the middle, in mm.
+    """
     x, y, z = (size // 2 for size in volume.shape)
+    z = min(max(z + round(height / spacing[2]), 0), volume.shape[2] - 1)
     width, depth, height = (size * step for size, step in zip(volume.shape, spacing, strict=True))
     if plane == "axial":
         pixels, size = volume[::-1, ::-1, z], (width, depth)
@@ -58,7 +73,7 @@ def montage(panels: Sequence[Panel], *, window: tuple[float, float], caption: st
     from matplotlib.figure import Figure
 
     blocks = [list(panels[i : i + COLUMNS]) for i in range(0, len(panels), COLUMNS)]
-    slices = [[[cut(p.volume, p.spacing, plane) for p in block] for plane in _LETTERS] for block in blocks]
+    slices = [[[cut(p.volume, p.spacing, plane, _height(p)) for p in block] for plane in _LETTERS] for block in blocks]
     widths = [max(row[c].size[0] for rows in slices for row in rows if c < len(row)) for c in range(len(slices[0][0]))]
     heights = [max(part.size[1] for part in row) for rows in slices for row in rows]
     gap, title, note = 0.06, 0.28, 0.30 if caption else 0.0  # inches
@@ -79,10 +94,11 @@ def montage(panels: Sequence[Panel], *, window: tuple[float, float], caption: st
             height = max(part.size[1] for part in row) * scale
             top -= height + gap
             left = gap
-            for width, part in zip(widths, row, strict=False):
+            for width, part, panel in zip(widths, row, block, strict=False):
                 own = (part.size[0] * scale, part.size[1] * scale)  # volumes of several sizes stay at one scale
                 box = (left + (width * scale - own[0]) / 2, top + (height - own[1]) / 2, *own)
-                _draw(figure, part, box, figure_size, window, bar=row is rows[0])
+                axial = row is rows[0]
+                _draw(figure, part, box, figure_size, window, bar=axial, mark=panel.mark if axial else None)
                 left += width * scale + gap
     if caption:
         _text(figure, figure_size[0] / 2, note / 2, caption, figure_size, color="#b8b8b8", size=7)
@@ -143,7 +159,21 @@ def histogram(samples: Mapping[str, np.ndarray], *, window: tuple[float, float],
     return png(figure)
 
 
-def _draw(figure: Any, part: Slice, box: tuple, figure_size: tuple, window: tuple[float, float], *, bar: bool) -> None:
+def _height(panel: Panel) -> float:
+    """Of the axial slice that is shown, in mm above the middle: in the third of the gland that the mark names."""
+    return {"apex": -_THIRD, "base": _THIRD}.get(panel.mark.level or "", 0.0) if panel.mark else 0.0
+
+
+def _draw(
+    figure: Any,
+    part: Slice,
+    box: tuple,
+    figure_size: tuple,
+    window: tuple[float, float],
+    *,
+    bar: bool,
+    mark: Mark | None,
+) -> None:
     left, bottom, width, height = box
     axes = figure.add_axes(
         (left / figure_size[0], bottom / figure_size[1], width / figure_size[0], height / figure_size[1])
@@ -157,6 +187,12 @@ def _draw(figure: Any, part: Slice, box: tuple, figure_size: tuple, window: tupl
         # Letters keep their distance in points from the border, whatever the height of the slice.
         y = 0.5 if y == 0.5 else (1 - 0.085 / height if y > 0.5 else 0.085 / height)
         axes.text(x, y, letter, transform=axes.transAxes, ha="center", va="center", **_outlined(8))
+    if mark is not None:  # an arrow from the side, at the height of the zone; the patient's left is on the right
+        sign, width = (1 if mark.side == "left" else -1), part.size[0]
+        y = part.size[1] / 2 + {"PZ": _BACK, "TZ": -_BACK / 2}.get(mark.zone or "", 0.0)
+        tip, end = (width / 2 + sign * distance for distance in (_LATERAL, _LATERAL + 14))
+        arrow = {"arrowstyle": "-|>", "color": "#ffd23f", "linewidth": 1.4}
+        axes.annotate("", (tip, y), (end, y), arrowprops=arrow)
     if bar:
         start = part.size[0] * 0.06
         axes.plot([start, start + 20], [part.size[1] * 0.955] * 2, color="white", linewidth=1.6, solid_capstyle="butt")

@@ -10,7 +10,7 @@ import base64
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -22,7 +22,7 @@ from ccella_fast.environment import describe_environment
 from ccella_fast.errors import DataError
 from ccella_fast.quantities import counted
 from ccella_fast.report.evaluation import evaluation_part
-from ccella_fast.report.figures import COLUMNS, Panel, curves, histogram, montage, spread
+from ccella_fast.report.figures import COLUMNS, Mark, Panel, curves, histogram, montage, spread
 from ccella_fast.report.page import POLICY, TEMPLATE, render
 from ccella_fast.storage import atomic_path, damage_named, read_json
 
@@ -38,15 +38,19 @@ class Sample(NamedTuple):
     sidecar: dict[str, Any]
     files: dict[str, Path]
 
-    def panel(self, sequence: str, title: str) -> Panel:
+    def panel(self, sequence: str, title: str, mark: Mark | None = None) -> Panel:
         """The volume (X, Y, Z) in float32, scaled to [0, 1]."""
         volume = read_sample(self.files[sequence])
         with damage_named(self.path):
-            return Panel(volume / self.sidecar["intensity_scale"][sequence], self.sidecar["spacing"], title)
+            return Panel(volume / self.sidecar["intensity_scale"][sequence], self.sidecar["spacing"], title, mark)
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, *, marks: Mapping[str, Mark] | None = None) -> Path:
     """Write `folder/report.html` from `prepared/`, `vae/`, `model/`, `samples/` and `evaluation/` in it, and return its path.
+
+    Args:
+        folder: of the results.
+        marks: where the reports that were prompts have a lesion, by report id. Their volumes are marked there.
 
     Raises:
         DataError: all five are missing, or a file is damaged.
@@ -68,7 +72,7 @@ def write_report(folder: str | Path) -> Path:
         subtitle="Report-conditioned latent diffusion of 3D prostate MRI",
         notices=_notices(prepared),
         facts=_facts(prepared, folder, samples),
-        pictures=_pictures(prepared, folder, samples),
+        pictures=_pictures(prepared, folder, samples, marks or {}),
         charts=[_vae_chart(folder / "vae"), _model_chart(folder / "model"), *_training_previews(folder / "model")],
         samples=[_sample_row(number, sample) for number, sample in enumerate(samples, start=1)],
         class_heads=_class_heads(samples),
@@ -148,7 +152,9 @@ def _facts(prepared: Manifest | None, folder: Path, samples: list[Sample]) -> li
     return facts
 
 
-def _pictures(prepared: Manifest | None, folder: Path, samples: list[Sample]) -> list[dict[str, Any]]:
+def _pictures(
+    prepared: Manifest | None, folder: Path, samples: list[Sample], marks: Mapping[str, Mark]
+) -> list[dict[str, Any]]:
     """Real, reconstructed and generated montages, then their intensities."""
     cases = _shown(prepared)
     real = [
@@ -165,11 +171,15 @@ def _pictures(prepared: Manifest | None, folder: Path, samples: list[Sample]) ->
         if (file := folder / "vae" / "reconstructions" / case.id / f"{sequence}.npy").is_file()
     ]
     few = 2 * COLUMNS // max((len(sample.files) for sample in samples), default=1)
-    generated = [
-        sample.panel(sequence, _title(f"Generated {n}, seed {sample.sidecar.get('seed')}", sequence, prepared))
-        for n, sample in spread(list(enumerate(samples, start=1)), few)
-        for sequence in sample.files
-    ]  # fmt: skip
+    generated = []
+    for n, sample in spread(list(enumerate(samples, start=1)), few):
+        mark = marks.get(sample.sidecar.get("report_id") or "")
+        asked = "" if mark is None else ": " + " ".join(word for word in mark if word)
+        title = f"Generated {n}, seed {sample.sidecar.get('seed')}{asked}"
+        generated += [sample.panel(name, _title(title, name, prepared), mark) for name in sample.files]
+    about = "Generated volumes (synthetic)."
+    if any(panel.mark for panel in generated):
+        about += " Arrows and titles say where the report has a lesion: the axial slice is that of its level."
     word = _word(cases)
     caption = f"{word} studies as prepared." + ("" if word == "Real" else " Phantoms are synthetic.")
     return [
@@ -179,9 +189,7 @@ def _pictures(prepared: Manifest | None, folder: Path, samples: list[Sample]) ->
             "The same studies after the autoencoder (encoded to the posterior mean, decoded).",
             "There are no reconstructions: the autoencoder was not trained here, or not to its end.",
         ),
-        _montage(
-            generated, "Generated volumes (synthetic).", "There are no generated volumes: run `ccella-fast sample`."
-        ),
+        _montage(generated, about, "There are no generated volumes: run `ccella-fast sample`."),
         _histogram(real, generated, word),
         *_previews(folder / "prepared" / "preview"),
     ]

@@ -11,8 +11,9 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
+from ccella_fast.cli import main
 from ccella_fast.report import html
-from ccella_fast.report.figures import Panel, histogram, montage
+from ccella_fast.report.figures import Mark, Panel, histogram, montage
 from report_fixtures import SPACING, pictures, read, volume, write_run
 
 
@@ -49,6 +50,40 @@ def test_of_many_volumes_some_are_shown_from_first_to_last(tmp_path: Path, monke
     html.write_report(run)
     generated = [title for title in titles if title.startswith("Generated")]
     assert generated == [f"Generated {n + 1}, seed {n}" for n in (0, 2, 5, 7, 10, 12, 15, 17)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mark_points_from_its_side_at_the_slice_of_its_level(side: str):
+    """The patient's left is on the right. The slices of this volume have different gray values."""
+    block = np.zeros((96, 96, 12), np.float32)
+    block += np.linspace(0.1, 0.9, 12, dtype=np.float32)
+    plain, middle, base = (
+        decoded([Panel(block, (1.0, 1.0, 3.0), "", mark)])
+        for mark in (None, Mark(side, "PZ", "mid"), Mark(side, "PZ", "base"))  # type: ignore[arg-type]
+    )
+    changed = np.argwhere(np.abs(middle - plain).max(-1) > 0.05)
+    half, axial = plain.shape[1] / 2, 30 + plain.shape[1]
+    assert len(changed) > 20 and changed[:, 0].max() < axial
+    assert (changed[:, 1] > half).all() if side == "left" else (changed[:, 1] < half).all()
+    assert (changed[:, 0] > 40 + half).all()  # behind the middle: the front is at the top
+    gray = [np.median(image[60:200, 20:-20]) for image in (plain, middle, base)]
+    step = 0.8 / 11
+    assert gray[0] == gray[1] and gray[2] - gray[0] == pytest.approx(3 * step, abs=0.01)  # 9 mm higher
+
+
+def test_samples_are_marked_by_the_findings_of_their_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run, panels = write_run(tmp_path, ["a", "b"]), []
+    for number, name in enumerate(["with", "without"]):
+        path = run / "samples" / f"sample-00{number}_seed{number}.json"
+        path.write_text(path.read_text().replace('"seed":', f'"report_id": "{name}", "seed":'))
+    findings = tmp_path / "findings.csv"
+    findings.write_text("case,side,zone,level\nwith,left,PZ,apex\nwithout,,,\nother,both,PZ,mid\n")
+    monkeypatch.setattr(html, "montage", lambda shown, **_: panels.extend(shown) or b"")
+    assert main(["report", str(run), "--findings", str(findings)]) == 0
+    marked, unmarked = panels[-2:]
+    assert (marked.title, marked.mark) == ("Generated 1, seed 0: left PZ apex", Mark("left", "PZ", "apex"))
+    assert (unmarked.title, unmarked.mark) == ("Generated 2, seed 1", None)
+    assert all(panel.mark is None for panel in panels[:-2])  # studies have other cases than reports
 
 
 def test_histograms_count_the_shown_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

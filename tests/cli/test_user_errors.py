@@ -196,6 +196,7 @@ FOLDERS = {
     "output is a file": ("prepare --data {studies} --out {config}", 5, ["{config}", "not a folder"]),
     "report file is missing": (f"{SAMPLE} --report_file {{tmp}}/none", 3, ["{tmp}/none", "report file"]),
     "report file in latin-1": (f"{SAMPLE} --report_file {{latin}}", 3, ["{latin}", "UTF-8"]),
+    "report table is missing": (f"{SAMPLE} --report_table {{tmp}}/none", 3, ["{tmp}/none"]),
     "export over a file": ("export --checkpoint {run} --out {config}", 2, ["{config}", "already exists"]),
 }  # fmt: skip
 MACHINE = {

@@ -11,6 +11,7 @@ import pytest
 
 from ccella_fast.data.readers.discovery import find_studies
 from ccella_fast.data.readers.study import Study
+from ccella_fast.data.readers.study_table import reports_of
 from ccella_fast.errors import DataError
 
 SECRET = "Zebedee Quux has a focus in the left zone"
@@ -379,3 +380,30 @@ def test_options_that_would_be_ignored_are_refused(tmp_path: Path):
         find_studies(root / "list.json", csv_file=root / "studies.csv")
     with pytest.raises(DataError, match="--data_base_dir needs a JSON list"):
         find_studies(root, data_base_dir=root)
+
+
+# Reports as prompts
+
+
+def test_the_reports_of_a_table_by_case(tmp_path):
+    (tmp_path / "b.txt").write_text("No focus.\n")
+    table = tmp_path / "table.csv"
+    table.write_text("case,report,report_file,pirads\nx,Focus on the left.,,4\ny,,,1\nz,,b.txt,\n")
+    assert reports_of(table) == {"x": "Focus on the left.", "z": "No focus."}
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (f"case,report\na,{SECRET}\na,\n", "already listed on line 2"),
+        ("case,report\na,\n", "no row of this table has a report"),
+        ("case,text\na,b\n", "no row of this table has a report"),
+        (f"id,report\na,{SECRET}\n", "no column 'case'"),
+    ],
+)
+def test_a_table_without_usable_reports_is_named(tmp_path, content, word):
+    table = tmp_path / "table.csv"
+    table.write_text(content)
+    with pytest.raises(DataError, match=word) as caught:
+        reports_of(table)
+    assert caught.value.path == str(table) and caught.value.fix and "Zebedee" not in str(caught.value)

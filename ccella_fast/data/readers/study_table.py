@@ -230,6 +230,28 @@ def _parse_row(table: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def reports_of(table: Path) -> dict[str, str]:
+    """The reports in a table like studies.csv, by case. Rows without a report are left out; there need be no images.
+
+    Raises:
+        DataError: the table cannot be read, a row is invalid or names a case again, or no row has a report.
+    """
+    reports: dict[str, str] = {}
+    lines: dict[str, int] = {}
+    for line, row in read_rows(table, "case"):
+        case = row["case"]
+        if case in lines:
+            why = f"the case {quote(case)} is already listed on line {lines[case]}"
+            raise DataError(why, path=table, field=f"line {line}, case", fix="keep one of the lines")
+        lines[case] = line
+        report = _parse_row(table, line, row)["report"]
+        if report:
+            reports[case] = report
+    if not reports:
+        raise DataError("no row of this table has a report", path=table, field="report", fix="write the reports there")
+    return reports
+
+
 def _read_report(table: Path, line: int, name: str) -> str:
     field = f"line {line}, report_file"
     if len(name) > 255 or not name.isprintable():
