@@ -15,7 +15,7 @@ from ccella_fast.config import Config
 from ccella_fast.data.loading.dataset import PreparedDataset
 from ccella_fast.data.manifest import Manifest
 from ccella_fast.models import build_model
-from ccella_fast.models.parts import freeze_parts
+from ccella_fast.models.parts import select_trained
 from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.training import distributed
 from ccella_fast.training.activation_memory import activation_bytes
@@ -55,7 +55,7 @@ def describe_run(
     ConditionDropout.from_config(plan.config, dataset)  # the null report must be there
     with torch.device("meta"):
         model = build_model(plan.config)
-    freeze_parts(model, plan.config)
+    select_trained(model, plan.config)
     parameters, trained = count_parameters(model)
     facts = {
         "variant": plan.config.model.variant,
@@ -201,8 +201,13 @@ def state_bytes(config: Config, world_size: int, model: nn.Module) -> dict[str, 
 
 
 def checkpoint_bytes(config: Config, model: nn.Module) -> int:
-    """Disk space of the fp32 tensors: weights, averages if there are any, and the two moments of what is trained."""
+    """Disk space of the fp32 tensors: weights, averages if there are any, and the two moments of what is trained.
+
+    With low-rank adapters, a checkpoint has what is trained alone.
+    """
     parameters, trained = count_parameters(model)
+    if config.training.low_rank.rank > 0:
+        parameters = trained
     return _FP32 * (parameters * (2 if config.training.ema_decay else 1) + 2 * trained)
 
 
