@@ -52,8 +52,11 @@ class LowRankUpdate(nn.Module):
 
 
 def updated(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """W + scale * B A."""
-    return torch.add(weight, (lora_b @ lora_a).view_as(weight), alpha=scale)
+    """W + scale * B A, in one pass over W, which is read in the order in which it is in memory."""
+    if weight.is_contiguous():
+        return torch.addmm(weight.flatten(1), lora_b, lora_a, alpha=scale).view_as(weight)
+    rows, columns = (each.view(-1, *weight.shape[1:]).movedim(1, -1) for each in (weight, lora_a))  # channels-last
+    return torch.addmm(rows.flatten(1), lora_b, columns.flatten(1), alpha=scale).view_as(rows).movedim(-1, 1)
 
 
 def add_factors(model: nn.Module, rank: int, alpha: float, is_chosen: Callable[[str], bool]) -> int:

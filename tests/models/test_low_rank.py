@@ -192,8 +192,11 @@ def test_peft_computes_the_same_for_layers_of_pytorch(layer):
 
 def test_factors_keep_the_layout_of_a_weight():
     weight = torch.randn(8, 4, 3, 3, 3).to(memory_format=torch.channels_last_3d)
-    update = LowRankUpdate(weight, 2, 1.0)
-    assert update(weight).is_contiguous(memory_format=torch.channels_last_3d)
+    update = LowRankUpdate(weight, 2, 0.5)
+    nn.init.normal_(update.lora_B)
+    found = update(weight)
+    assert found.is_contiguous(memory_format=torch.channels_last_3d) and not found.is_contiguous()
+    torch.testing.assert_close(found, update(weight.contiguous()))
 
 
 def test_self_attention_calls_layers_with_factors():

@@ -230,9 +230,10 @@ def test_optimizer_and_checkpoint_grow_with_the_factors(tmp_path, data, start):
         origin = {"paths.existing_ckpt_filepath": str(start), "training.low_rank": {"rank": rank}}
         planned = make_config(origin, base=config)
         facts = json.loads(describe_run(planned, data=data, run=tmp_path / "new", deepspeed_file=None, as_json=True))
-        assert facts["disk"]["checkpoint"] == 16 * rank * sum(sizes) and facts["trained_parameters"] == rank * sum(
-            sizes
-        )
+        assert facts["disk"]["checkpoint"] == 16 * rank * sum(sizes)
+        assert facts["trained_parameters"] == rank * sum(sizes)
+        base = (run / "checkpoints" / "base.safetensors").stat().st_size
+        assert facts["disk"]["base_weights"] <= base < 1.1 * facts["disk"]["base_weights"]
 
 
 def test_new_parts_are_trained_as_a_whole(tmp_path, data):
