@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -17,7 +18,7 @@ from ccella_fast.storage import read_json, sha256
 from ccella_fast.training.dry_run import count_parameters, describe_run, state_bytes
 from ccella_fast.training.flat_adamw import FlatAdamW
 from plain_training import EVERY_STEP, UNUSUAL, difference, part_name, plain_training
-from training_fixtures import settings, stage_id, train_here, weights
+from training_fixtures import launch_jobs, settings, stage_id, train_here, weights
 
 LOW_RANK = {"rank": 2, "alpha": 3.0}
 LAST = "step-00000004"
@@ -102,6 +103,23 @@ def test_a_run_is_resumed_exactly_and_in_another_layout(tmp_path, data, start, s
                 if precision == "fp32":
                     torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-5)
     assert base.stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path, data, start):
+    origin = {"paths__existing_ckpt_filepath": str(start), "training__low_rank": {**LOW_RANK, "whole": ["class_heads"]}}
+    every = {**UNUSUAL, "checkpointing_steps": 2, **origin}
+    jobs = {f"zero{stage}": {"set": {**every, "batch_size": 1, "zero_stage": stage}} for stage in (0, 2, 3)}
+    launch_jobs(tmp_path, data, jobs)
+    train_here(tmp_path / "one" / "run", data, **every)
+    expected = weights(tmp_path / "one" / "run", 4)
+    moved = math.hypot(*(float(tensor.norm()) for name, tensor in expected.items() if name.endswith("lora_B")))
+    for name in jobs:
+        found = weights(tmp_path / name, 4)
+        assert found.keys() == expected.keys()
+        apart = math.hypot(*(float((found[key] - tensor).norm()) for key, tensor in expected.items()))
+        assert apart < 2e-3 * moved, name
+        assert load_checkpoint(tmp_path / name).weights == "ema"
 
 
 @pytest.mark.parametrize("averaged", ["raw", "ema"])
