@@ -105,3 +105,16 @@ def merge_factors(frozen: Mapping[str, Tensor], trained: Mapping[str, Tensor], s
             lora_b = trained[name.removesuffix("lora_A") + "lora_B"]
             merged[weight] = updated(frozen[weight], lora_a, lora_b, scale)
     return merged
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the model without factors that computes the same; the model's own if it has none.
+
+    No module is called: with ZeRO 3 that would be a collective operation.
+    """
+    state = model.state_dict()
+    scale = next((module.scale for module in model.modules() if isinstance(module, LowRankUpdate)), None)
+    if scale is None:
+        return state
+    frozen = {plain_name(name): tensor for name, tensor in state.items() if not _FACTOR.search(name)}
+    return merge_factors(frozen, {name: tensor for name, tensor in state.items() if _FACTOR.search(name)}, scale)

@@ -206,8 +206,8 @@ def test_activation_checkpointing_changes_nothing(tmp_path, data, variant):
             torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-6)
 
 
-def test_a_validation_and_a_preview_leave_the_run_as_it_is(tmp_path, data, start):
-    """They compute with averages of the factors."""
+def test_a_validation_leaves_the_run_as_it_is(tmp_path, data, start):
+    """It computes with the averages of the factors."""
     observed = {"monitoring__validation_steps": 1, "monitoring__validation_fraction": 0.3}
     adapt(tmp_path / "run", data, start, **observed)
     adapt(tmp_path / "quiet", data, start, monitoring__validation_fraction=0.3)
