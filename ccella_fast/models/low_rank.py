@@ -5,7 +5,7 @@ per output channel. B starts at zero, so that training starts from the network a
 layer.
 
 This is a parametrization of PyTorch, so every kernel reads the sum where it reads `weight`. The library peft replaces `forward`
-of a layer instead. Of the 235 linear layers and convolutions of the default CCELLA, peft 0.21.2 has no effect on 22 (`to_q` and
+of a layer instead. Of the 267 linear layers and convolutions of the default CCELLA, peft 0.21.2 has no effect on 22 (`to_q` and
 `out_proj` of the cross-attention, whose weights a kernel reads), and refuses 84 of the 87 convolutions, as our classes have
 other arguments than PyTorch's; it cannot call the attention of the adapter either.
 """

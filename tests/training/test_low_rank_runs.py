@@ -8,7 +8,9 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from ccella_fast import FastSampler
 from ccella_fast.checkpoint import export_reference, load_checkpoint
 from ccella_fast.config import make_config
 from ccella_fast.errors import CheckpointError, ConfigError
@@ -125,9 +127,13 @@ def test_two_processes_train_as_one(tmp_path, data, start):
 @pytest.mark.parametrize("averaged", ["raw", "ema"])
 def test_a_checkpoint_has_the_factors_and_the_run_the_rest_once(tmp_path, data, start, averaged):
     """The model that is loaded is W + alpha / r B A in fp32, of the weights as they were before they were rounded."""
-    run = tmp_path / "run"
+    run, begun = tmp_path / "run", weights(start, 3, "ema")
+    if averaged == "raw":  # a file in 16 bits
+        begun = {name: tensor.bfloat16() for name, tensor in begun.items()}
+        start = tmp_path / "bf16.safetensors"
+        save_file(begun, start)
     adapt(run, data, start, low_rank={**LOW_RANK, "whole": ["class_heads"]}, precision="bf16")
-    begun, trained = weights(start, 3, "ema"), weights(run, 4, {"raw": "model", "ema": "ema"}[averaged])
+    trained = weights(run, 4, "ema" if averaged == "ema" else "model")
     assert {part_name(name) for name in trained if ".lora_" not in name} == {"class_heads"}
     loaded = load_checkpoint(run, weights=averaged).model.state_dict()
     assert loaded.keys() == begun.keys()
@@ -139,15 +145,18 @@ def test_a_checkpoint_has_the_factors_and_the_run_the_rest_once(tmp_path, data, 
         if pair[0] is not None:
             changed.add(name)
             expected = expected + 1.5 * (pair[1].double() @ pair[0].double()).reshape(tensor.shape)
-            assert not torch.equal(loaded[name], tensor), name
+            assert not torch.equal(loaded[name], tensor.float()), name
         torch.testing.assert_close(loaded[name].double(), expected, rtol=1e-6, atol=1e-7)
     assert len(changed) > 40
     state = read_json(run / "checkpoints" / LAST / "training_state.json")
     assert state["base_weights"] == {"sha256": sha256(run / "checkpoints" / "base.safetensors")}
-    assert state["start_weights"]["sha256"] == sha256(start / "checkpoints" / "step-00000003" / "ema.safetensors")
+    file = start if start.is_file() else start / "checkpoints" / "step-00000003" / "ema.safetensors"
+    assert state["start_weights"]["sha256"] == sha256(file)
     export_reference(run, tmp_path / "merged.pt", weights=averaged)
-    exported = load_checkpoint(tmp_path / "merged.pt").model.state_dict()
-    assert all(torch.equal(exported[name], tensor) for name, tensor in loaded.items())
+    FastSampler.from_checkpoint(run, weights=averaged, dtype="float32").save_pretrained(tmp_path / "saved")
+    for written in ("merged.pt", "saved"):
+        found = load_checkpoint(tmp_path / written).model.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in loaded.items())
 
 
 def test_a_step_needs_the_base_weights_of_its_run(tmp_path, data, start):
