@@ -304,10 +304,11 @@ def _train(
         check_engine(config.data.engine)
     dataset = collectives.together(lambda: PreparedDataset(plan.data, config, "train", needs=needs))
     dropout = collectives.together(lambda: ConditionDropout.from_config(config, dataset))
-    base = state.get("base_weights")
+    saved_facts = plan.facts | {key: state[key] for key in ("base_weights",) if key in state}
     if plan.start_weights is not None and training.low_rank.rank > 0:  # before the engine, which releases them
         folder, weights = step_folder(plan.run, 0).parent, plan.start_weights
         base = collectives.together(lambda: write_base_weights(folder, weights, config) if main else None)
+        saved_facts["base_weights"] = base
     with distributed.translate_refusal(plan.deepspeed_file):
         engine = build_engine(
             config, plan.engine_values, total_steps=plan.total_steps, device=device, path=plan.deepspeed_file,
@@ -328,8 +329,8 @@ def _train(
     losses = _fixed_noise_losses(plan, dataset, collectives) if config.monitoring.validation_steps else None
 
     checkpoints = checkpointing.CheckpointWriter(
-        plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on, "base_weights": base}, vae, status, collectives
-    )  # fmt: skip
+        plan.run, engine, ema, config, saved_facts | {"trained_on": trained_on}, vae, status, collectives
+    )
     log: Any = contextlib.nullcontext()
     if main:
         tokens = dataset.prepared.text.max_length if dataset.prepared.text else 1
