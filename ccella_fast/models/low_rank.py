@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from ccella_fast.models.wide_linear import WideLinear
-
 _ORIGINAL = re.compile(r"\.parametrizations\.(\w+)\.original$")
 _FACTOR = re.compile(r"\.parametrizations\.(\w+)\.0\.lora_[AB]$")
 
@@ -62,8 +60,6 @@ def updated(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Ten
 def add_factors(model: nn.Module, rank: int, alpha: float, is_chosen: Callable[[str], bool]) -> int:
     """Give factors to the weights of linear layers and convolutions, and of attention from its queries, keys and values.
 
-    Class heads have none: the gradient of their first layer is kept as factors anyway, see `wide_linear`.
-
     Args:
         model: its weights are frozen already.
         rank: r.
@@ -77,7 +73,7 @@ def add_factors(model: nn.Module, rank: int, alpha: float, is_chosen: Callable[[
     for layer, module in model.named_modules():
         weight = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
         has_matrix = isinstance(module, (nn.Linear, nn.Conv3d, nn.MultiheadAttention))
-        if has_matrix and not isinstance(module, WideLinear) and is_chosen(f"{layer}.{weight}"):
+        if has_matrix and is_chosen(f"{layer}.{weight}"):
             found.append((module, weight))
     for module, weight in found:
         update = LowRankUpdate(getattr(module, weight), rank, alpha / rank)
