@@ -19,6 +19,7 @@ from ccella_fast.models.parts import check_parts, select_trained
 from ccella_fast.storage import read_json, sha256
 from ccella_fast.training.dry_run import count_parameters, describe_run, state_bytes
 from ccella_fast.training.flat_adamw import FlatAdamW
+from ccella_fast.training.start_weights import named_columns, read_start_weights
 from plain_training import EVERY_STEP, UNUSUAL, difference, part_name, plain_training
 from training_fixtures import launch_jobs, settings, stage_id, train_here, weights
 
@@ -56,7 +57,7 @@ def first_factors(start, low_rank, **training):
 
 @pytest.mark.parametrize(
     ("stage", "whole"),
-    [(0, []), pytest.param(2, ["class_heads"], marks=pytest.mark.slow), (3, ["class_heads"])],
+    [(0, []), (2, ["class_heads"]), pytest.param(3, ["class_heads"], marks=pytest.mark.slow)],
     ids=stage_id,
 )
 def test_a_run_equals_a_plain_loop(tmp_path, data, start, stage, whole, monkeypatch):
@@ -152,6 +153,9 @@ def test_a_checkpoint_has_the_factors_and_the_run_the_rest_once(tmp_path, data, 
     assert state["base_weights"] == {"sha256": sha256(run / "checkpoints" / "base.safetensors")}
     file = start if start.is_file() else start / "checkpoints" / "step-00000003" / "ema.safetensors"
     assert state["start_weights"]["sha256"] == sha256(file)
+    if averaged == "ema":  # a further run can start from this one
+        begun = read_start_weights(settings(paths__existing_ckpt_filepath=str(run))).tensors
+        assert all(torch.equal(begun[name], tensor) for name, tensor in named_columns(loaded).items())
     export_reference(run, tmp_path / "merged.pt", weights=averaged)
     FastSampler.from_checkpoint(run, weights=averaged, dtype="float32").save_pretrained(tmp_path / "saved")
     for written in ("merged.pt", "saved"):
