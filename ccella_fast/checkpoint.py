@@ -26,6 +26,7 @@ from ccella_fast.storage import publish_folder, read_json, safe_join, sha256, wr
 
 logger = logging.getLogger("ccella_fast")
 FORMAT, VERSION = "ccella_fast.checkpoint", 2
+BASE_WEIGHTS = "base.safetensors"  # beside the step folders of a run with low-rank adapters: what it does not train
 _READABLE = (1, 2)  # version 1 has the optimizer's state as DeepSpeed's shards instead of whole tensors
 _KEYS = {"format", "version", "step", "world_size", "versions", "files"}  # of a manifest
 _FIX = "use another checkpoint, or train again"
@@ -58,6 +59,13 @@ class _StartWeights(BaseModel):
     skip: list[str]
 
 
+class _BaseWeights(BaseModel):
+    """See `training.start_weights.write_base_weights`."""
+
+    model_config = ConfigDict(strict=True)
+    sha256: str
+
+
 class _Extension(BaseModel):
     """See `training.resume.run_length`."""
 
@@ -81,6 +89,7 @@ class _State(BaseModel):
     trained_on: _TrainedOn | None = None
     averaged: bool | None = None  # of exported models
     start_weights: _StartWeights | None = None
+    base_weights: _BaseWeights | None = None
     extensions: list[_Extension] = []
     measured: dict[str, float | None] = {}
 
@@ -133,6 +142,8 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
     listed = verify_checkpoint(folder)["files"]  # a file that the manifest does not list has not been checked
     from safetensors.torch import load_file
 
+    from ccella_fast.models.low_rank import merge_factors
+
     if weights is None:
         weights = "ema" if "ema.safetensors" in listed else "raw"
     file = folder / ("ema.safetensors" if weights == "ema" else "model.safetensors")
@@ -141,7 +152,11 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
         fix = f'use the {present} weights, with --weights {option}, or weights="{option}" in Python'
         raise CheckpointError(f"this checkpoint has no {which} weights", path=file, fix=fix)
     config, state = load_config(folder / "config.json"), read_state(folder)
-    model = _build(config, load_file(file), file, device)
+    tensors = load_file(file)
+    if state.get("base_weights") is not None:
+        low_rank = config.training.low_rank
+        tensors = merge_factors(read_base_weights(folder, state), tensors, low_rank.alpha / low_rank.rank)
+    model = _build(config, tensors, file, device)
     vae, trained_on = folder / "vae", state.get("trained_on")
     if trained_on is not None:  # other entries are not passed on
         trained_on = {name: trained_on[name] for name in _TrainedOn.model_fields}
@@ -152,6 +167,29 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
         model, config.model.variant, state["scale_factor"], config, state["step"], state["intensity_scale"], weights,
         vae if vae.is_dir() else None, folder, trained_on, averaged,
     )  # fmt: skip
+
+
+def read_base_weights(folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights that a run with low-rank adapters does not train, by their names in the model without adapters.
+
+    Args:
+        folder: a step folder, which has only what is trained.
+        state: its training_state.json.
+
+    Raises:
+        CheckpointError: they are missing, or others than those that the run was started with.
+    """
+    from safetensors.torch import load_file
+
+    path = folder.resolve().parent / BASE_WEIGHTS
+    if not path.is_file():
+        why = "this file is missing; the checkpoint has low-rank adapters alone, and the weights that they adapt are in it"
+        fix = "put the file back, in the folder that contains the step folder, or use what `ccella-fast export` wrote"
+        raise CheckpointError(why, path=path, fix=fix)
+    if sha256(path) != state["base_weights"]["sha256"]:
+        why = f"this file is not the one that the adapters of {folder.name} were trained with (its SHA-256 differs)"
+        raise CheckpointError(why, path=path, fix="restore the file of this run")
+    return load_file(path)
 
 
 def export_reference(path: str | Path, out: str | Path, *, weights: str | None = None) -> None:

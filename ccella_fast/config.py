@@ -32,6 +32,7 @@ from ccella_fast.config_section import (
     Probability,
     Section,
     Seed,
+    SubPart,
 )
 from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.storage import read_json
@@ -143,6 +144,16 @@ class TextConfig(Section):
     batch_size: Positive = 8  #: reports encoded at a time; one with int8, where the features depend on the batch
 
 
+class LowRankConfig(Section):
+    """Low-rank adapters: most weights stay as they are, and a product of two small factors is added to them (LoRA)."""
+
+    rank: Count = 0  #: rank of the product, such as 8; 0: none, and all weights are trained
+    alpha: PositiveFloat = 8.0  #: the product is multiplied by ``alpha / rank``
+    #: parts whose linear layers and convolutions have factors; null: the U-Net and the adapter
+    layers: list[Literal["unet", "unet.attention", "adapter"]] | None = None
+    whole: list[SubPart] = []  #: parts that are trained as a whole, such as new class heads; all others are frozen
+
+
 class TrainingConfig(Section):
     """The diffusion model's training (docs/explanation/method.md, section 3). Batch sizes are per process."""
 
@@ -155,9 +166,10 @@ class TrainingConfig(Section):
     n_epochs: Positive = 400  #: passes over the training set, unless ``max_train_steps`` is given
     max_train_steps: Positive | None = None  #: optimizer steps; null: ``n_epochs`` over the training set
     #: parts that start anew where the run starts from weights, see :doc:`/how-to/fine-tune`
-    init_skip: list[Part | Literal["unet.attention", "unet.class_input"]] = []
+    init_skip: list[SubPart] = []
     init_modality: Count | None = None  #: class of NV-Generate-CTMR whose embedding is taken; null: the sequence's
     freeze: list[Part] = []  #: parts that keep their weights
+    low_rank: LowRankConfig = LowRankConfig()
     lr_scale: dict[Part, PositiveFloat] = {}  #: factors of the learning rate, such as ``{"adapter": 10.0}``
     weight_decay: Annotated[float, Field(ge=0)] = 0.01  #: AdamW's, on all parameters
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)  #: AdamW's decay rates of both moments

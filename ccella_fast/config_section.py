@@ -15,6 +15,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, int) else value)
 Part = Literal["unet", "adapter", "class_heads"]  # of a model, see `models.parts`
+SubPart = Literal[Part, "unet.attention", "unet.class_input"]
 
 
 class Section(BaseModel):

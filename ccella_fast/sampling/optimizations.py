@@ -15,6 +15,7 @@ from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.kernels.backend import ENVIRONMENT, BackendError, explain
 from ccella_fast.kernels.upsample_conv3d import UpsampleConv3d
+from ccella_fast.models.low_rank import plain_state_dict
 from ccella_fast.models.unet3d import UNet3d
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -135,7 +136,7 @@ def apply_optimizations(
         tensor = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         return tensor.contiguous(memory_format=torch.channels_last_3d) if last and tensor.ndim == 5 else tensor
 
-    twin.load_state_dict({name: convert(tensor) for name, tensor in source.state_dict().items()}, assign=True)
+    twin.load_state_dict({name: convert(tensor) for name, tensor in plain_state_dict(source).items()}, assign=True)
     for module in twin.modules():
         if isinstance(module, UpsampleConv3d) and not optimizations.phase_upsampler:
             module.backend = "reference"

@@ -34,6 +34,7 @@ _LATER_SETTINGS = {
         "init_modality",
         "freeze",
         "lr_scale",
+        "low_rank",
     ),
     "model": ("resblock_updown", "include_fc"),
 }

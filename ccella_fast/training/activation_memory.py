@@ -11,7 +11,7 @@ from torch import Tensor
 from ccella_fast.config import Config
 from ccella_fast.losses import noise_loss
 from ccella_fast.models import build_model
-from ccella_fast.models.parts import freeze_parts
+from ccella_fast.models.parts import select_trained
 
 
 def activation_bytes(config: Config, *, tokens: int, device_type: str) -> int:
@@ -48,7 +48,7 @@ def _build(config: Config, dtype: torch.dtype) -> Any:
     torch.set_default_dtype(dtype)
     try:
         model = build_model(config)
-        freeze_parts(model, config)
+        select_trained(model, config)
         return model
     finally:
         torch.set_default_dtype(before)

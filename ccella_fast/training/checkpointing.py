@@ -5,6 +5,8 @@ precision. At a save, training waits until the tensors are copied to host memory
 of the files. The first step boundary at which all have finished publishes the checkpoint: rank 0 writes the manifest and
 renames the folder. A failure on any process (usually a full disk) is raised there, on all of them, so that no process is left
 waiting; the partial folder is removed, and earlier checkpoints stay. A state that is not finite is never published.
+
+With low-rank adapters a checkpoint has only what is trained; the rest is written once, see `start_weights.write_base_weights`.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ccella_fast
-from ccella_fast.checkpoint import publish_checkpoint, step_folder, write_manifest
+from ccella_fast.checkpoint import publish_checkpoint, read_base_weights, step_folder, write_manifest
 from ccella_fast.config import Config
 from ccella_fast.errors import CcellaError, CheckpointError, DiskError, NonFiniteError
 from ccella_fast.foreign_errors import is_out_of_memory
 from ccella_fast.hardware import free_memory
+from ccella_fast.models.low_rank import plain_name
 from ccella_fast.models.weights import first_difference
 from ccella_fast.processes import HostCollectives
 from ccella_fast.quantities import format_bytes
@@ -106,7 +109,11 @@ class CheckpointWriter:
     ):
         self._run, self._engine, self._ema, self._config = run, engine, ema, config
         self._facts, self._vae, self._status, self._collectives = facts, vae, status, collectives
-        self._shapes = {name: _shapes(engine, trained_only=name in _MOMENTS) for name in [*_FILES.values(), _EMA]}
+        self._trained_only = config.training.low_rank.rank > 0
+        self._shapes = {
+            name: _shapes(engine, trained_only=self._trained_only or name in _MOMENTS)
+            for name in [*_FILES.values(), _EMA]
+        }
         self._copies = self._allocate_copies()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
@@ -250,10 +257,11 @@ class CheckpointWriter:
     def _files(self) -> Iterator[tuple[str, bool, Callable[[], Iterator[tuple[str, Tensor]]]]]:
         """Yield for each file its name, whether this process writes it, and how to read its tensors, on all processes."""
         sources: dict[str, Callable[[], Iterator[tuple[str, Tensor]]]] = {
-            name: partial(full_tensors, self._engine, kind) for kind, name in _FILES.items()
+            name: partial(full_tensors, self._engine, kind, trained_only=self._trained_only)
+            for kind, name in _FILES.items()
         }
         if self._ema is not None:
-            sources[_EMA] = self._ema.full_weights
+            sources[_EMA] = partial(self._ema.full_weights, trained_only=self._trained_only)
         for number, (name, read) in enumerate(sources.items()):
             yield name, number % dist.get_world_size() == dist.get_rank(), read
 
@@ -400,35 +408,42 @@ def restore_checkpoint(folder: Path, engine: Any, ema: Ema | None, state: dict[s
     Raises:
         CheckpointError: a file does not fit the model.
     """
+    has_base = state.get("base_weights") is not None
     version = read_json(folder / "manifest.json", error=CheckpointError)["version"]
     if version == 1 and old_checkpoints.has_shards(folder):
         old_checkpoints.load_shards(folder, engine)
     else:
-        weights = _load(folder / _FILES["weights"], engine)
+        weights = _load(folder / _FILES["weights"], engine, trained_only=has_base)
         if version == 1:
             shapes = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
             exp_avg, exp_avg_sq, steps = old_checkpoints.read_moments(folder, shapes)
         else:
-            exp_avg, exp_avg_sq = (_load(folder / _FILES[kind], engine) for kind in ("exp_avg", "exp_avg_sq"))
+            exp_avg, exp_avg_sq = (
+                _load(folder / _FILES[kind], engine, trained_only=True) for kind in ("exp_avg", "exp_avg_sq")
+            )
             steps = state["adam_steps"]
         set_full_tensors(engine, "weights", weights)
         set_model_weights(engine, weights.items())
+        if has_base:
+            base = read_base_weights(folder, state)
+            frozen = [name for name, parameter in sorted_parameters(engine) if not parameter.requires_grad]
+            set_model_weights(engine, ((name, base[plain_name(name)]) for name in frozen))
         set_full_tensors(engine, "exp_avg", exp_avg)
         set_full_tensors(engine, "exp_avg_sq", exp_avg_sq)
         set_adam_steps(engine, steps)
         _set_progress(engine, state["step"], skipped=state["step"] - steps)
     if ema is not None:
-        ema.restore(_load(folder / _EMA, engine), state["ema_updates"])
+        ema.restore(_load(folder / _EMA, engine, trained_only=has_base), state["ema_updates"])
 
 
-def _load(path: Path, engine: Any) -> dict[str, Tensor]:
+def _load(path: Path, engine: Any, *, trained_only: bool) -> dict[str, Tensor]:
     """Read a file of whole tensors. Raises CheckpointError if names or shapes are not those of the engine's parameters."""
     try:
         values = load_file(path)
     except (OSError, SafetensorError) as error:
         why = f"this file cannot be read: {str(error).splitlines()[0]:.160}"
         raise CheckpointError(why, path=path, fix=_FIX) from None
-    shapes = _shapes(engine, trained_only=path.name in _MOMENTS)
+    shapes = _shapes(engine, trained_only=trained_only)
     expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     difference = first_difference(expected, values)
     if difference is not None:

@@ -15,7 +15,7 @@ from ccella_fast.config import Config
 from ccella_fast.data.loading.dataset import PreparedDataset
 from ccella_fast.data.manifest import Manifest
 from ccella_fast.models import build_model
-from ccella_fast.models.parts import freeze_parts
+from ccella_fast.models.parts import select_trained
 from ccella_fast.quantities import counted, format_bytes
 from ccella_fast.training import distributed
 from ccella_fast.training.activation_memory import activation_bytes
@@ -55,7 +55,7 @@ def describe_run(
     ConditionDropout.from_config(plan.config, dataset)  # the null report must be there
     with torch.device("meta"):
         model = build_model(plan.config)
-    freeze_parts(model, plan.config)
+    select_trained(model, plan.config)
     parameters, trained = count_parameters(model)
     facts = {
         "variant": plan.config.model.variant,
@@ -122,9 +122,11 @@ def _memory_facts(plan: RunPlan, model: nn.Module, prepared: Manifest) -> dict[s
 
 def _disk_facts(plan: RunPlan, model: nn.Module) -> dict[str, Any]:
     # Each checkpoint contains a copy of the autoencoder.
+    parameters, trained = count_parameters(model)
     vae = sum(file.stat().st_size for file in (plan.data / "vae").rglob("*") if file.is_file())
     return {
         "checkpoint": checkpoint_bytes(plan.config, model) + vae,
+        "base_weights": _FP32 * (parameters - trained) if plan.config.training.low_rank.rank else 0,
         "most_checkpoints": plan.config.training.checkpoints_total_limit
         + (1 if plan.config.monitoring.best_metric is None else 2),
     }
@@ -145,6 +147,11 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
     )
     counts = lambda numbers: ", ".join(f"{number} {name}" for name, number in numbers.items())  # noqa: E731
     batch = counted(run["batch"], "study", "studies")
+    base = (
+        f", and {format_bytes(disk['base_weights'])} for the weights that are not trained"
+        if disk["base_weights"]
+        else ""
+    )
     frozen = facts["trained_parameters"] != facts["parameters"]
     trained = f", of which {facts['trained_parameters']:,} are trained" if frozen else ""
     mm, grid = " x ".join(f"{size:g}" for size in data["spacing"]), " x ".join(map(str, data["dim"]))
@@ -170,7 +177,7 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
         ("host memory", f"{format_bytes(facts['host']['checkpoint_copy'])} over all processes, for the copy of a checkpoint "
                         "that is being written"),
         ("disk", f"{format_bytes(disk['checkpoint'])} per checkpoint, "
-                 f"at most {counted(disk['most_checkpoints'], 'checkpoint')}"),
+                 f"at most {counted(disk['most_checkpoints'], 'checkpoint')}{base}"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
@@ -201,8 +208,13 @@ def state_bytes(config: Config, world_size: int, model: nn.Module) -> dict[str, 
 
 
 def checkpoint_bytes(config: Config, model: nn.Module) -> int:
-    """Disk space of the fp32 tensors: weights, averages if there are any, and the two moments of what is trained."""
+    """Disk space of the fp32 tensors: weights, averages if there are any, and the two moments of what is trained.
+
+    With low-rank adapters, a checkpoint has what is trained alone.
+    """
     parameters, trained = count_parameters(model)
+    if config.training.low_rank.rank > 0:
+        parameters = trained
     return _FP32 * (parameters * (2 if config.training.ema_decay else 1) + 2 * trained)
 
 

@@ -51,13 +51,13 @@ class Ema:
             get_ema_multi_avg_fn(self.next_decay())(self.averages, master_weights(self.engine), self.updates)
         self.updates += 1
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield name and average of every parameter, as `full_tensors` does. All processes must iterate to the end."""
         if self._by_optimizer:
-            yield from full_tensors(self.engine, "average")
+            yield from full_tensors(self.engine, "average", trained_only=trained_only)
             return
         with self._swapped():
-            yield from full_tensors(self.engine, "weights")
+            yield from full_tensors(self.engine, "weights", trained_only=trained_only)
 
     @torch.no_grad()
     def restore(self, values: dict[str, Tensor], updates: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ccella_fast.config import Config
 from ccella_fast.models import build_model
-from ccella_fast.models.parts import freeze_parts, parameter_groups
+from ccella_fast.models.parts import parameter_groups, select_trained
 from ccella_fast.training.deepspeed_config import validate_with_deepspeed
 from ccella_fast.training.flat_adamw import FlatAdamW
 from ccella_fast.training.start_weights import StartWeights
@@ -57,7 +57,7 @@ def build_engine(
         model = build_model(config)
     if start_weights is not None:
         start_weights.load_into(model)
-    freeze_parts(model, config)
+    select_trained(model, config)
     if training.activation_checkpointing:
         model.set_activation_checkpointing(checkpoint_function(deepspeed_values.get("activation_checkpointing")))
     if device.type == "cuda":
@@ -138,7 +138,12 @@ def checkpoint_function(section: dict[str, Any] | None) -> Any:
     )
 
     def checkpoint(module: nn.Module, *tensors: Tensor) -> Any:
-        # Without a backward pass nothing is kept, and DeepSpeed would count what it has to give back.
-        return deepspeed.checkpointing.checkpoint(module, *tensors) if torch.is_grad_enabled() else module(*tensors)
+        if not torch.is_grad_enabled():  # nothing is kept, and DeepSpeed would count what it has to give back
+            return module(*tensors)
+        # All layers before may be frozen. DeepSpeed would then compute no gradient of what is trained in this module.
+        is_trained = any(parameter.requires_grad for parameter in module.parameters())
+        if is_trained and not any(tensor.requires_grad for tensor in tensors):
+            tensors = (tensors[0].detach().requires_grad_(), *tensors[1:])
+        return deepspeed.checkpointing.checkpoint(module, *tensors)
 
     return checkpoint

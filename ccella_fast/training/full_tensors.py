@@ -17,11 +17,11 @@ from ccella_fast.training.flat_adamw import FlatAdamW
 Kind = Literal["weights", "exp_avg", "exp_avg_sq", "average"]  # the last without ZeRO only, where the optimizer has it
 
 
-def full_tensors(engine: Any, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+def full_tensors(engine: Any, kind: Kind, *, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield name and whole tensor of every parameter, sorted by name, on every process.
 
-    A parameter that is not trained has no moments, and its average is itself. A tensor may be the engine's own: it must neither
-    be changed nor used after the next step.
+    A parameter that is not trained has no moments, and its average is itself; `trained_only` leaves it out. A tensor may be the
+    engine's own: it must neither be changed nor used after the next step.
     """
     from deepspeed import zero
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -31,7 +31,7 @@ def full_tensors(engine: Any, kind: Kind) -> Iterator[tuple[str, Tensor]]:
     own = _tensors_of_stage_0(engine, kind)
     for name, parameter in sorted_parameters(engine):
         if not parameter.requires_grad:
-            if kind in ("weights", "average"):
+            if kind in ("weights", "average") and not trained_only:
                 with zero.GatheredParameters(parameter):  # does nothing before stage 3, which frees the memory after it
                     whole = parameter.detach().to(torch.float32, copy=engine.zero_optimization_stage() == 3)
                 yield name, whole

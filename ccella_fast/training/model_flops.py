@@ -21,7 +21,7 @@ from ccella_fast.config import Config
 from ccella_fast.kernels.backend import ENVIRONMENT
 from ccella_fast.losses import noise_loss
 from ccella_fast.models import build_model
-from ccella_fast.models.parts import freeze_parts
+from ccella_fast.models.parts import select_trained
 
 # Dense bf16 with fp32 sums, TFLOP/s, from NVIDIA's data sheets; the first name that is a part of the device's counts.
 _PEAKS = {
@@ -65,7 +65,7 @@ def _micro_batch_flops(settings: str, tokens: int) -> int:
     size, model_config = config.training.batch_size, config.model
     with _reference_kernels(), torch.device("meta"):
         model = build_model(config)
-        freeze_parts(model, config)
+        select_trained(model, config)
         x = torch.empty(size, sum(model_config.latent_channels), *config.check_grid())
         inputs: dict[str, Any] = {
             "spacing": torch.empty(size, 3),

@@ -283,6 +283,7 @@ def _train(
     from ccella_fast.training.observer import Observer
     from ccella_fast.training.quarantine import Quarantine
     from ccella_fast.training.stalls import StallWatch
+    from ccella_fast.training.start_weights import write_base_weights
     from ccella_fast.training.telemetry import Telemetry
 
     config, training, first_step, main = plan.config, plan.config.training, status.step, collectives.rank == 0
@@ -303,6 +304,11 @@ def _train(
         check_engine(config.data.engine)
     dataset = collectives.together(lambda: PreparedDataset(plan.data, config, "train", needs=needs))
     dropout = collectives.together(lambda: ConditionDropout.from_config(config, dataset))
+    saved_facts = plan.facts | {key: state[key] for key in ("base_weights",) if key in state}
+    if plan.start_weights is not None and training.low_rank.rank > 0:  # before the engine, which releases them
+        folder, weights = step_folder(plan.run, 0).parent, plan.start_weights
+        base = collectives.together(lambda: write_base_weights(folder, weights, config) if main else None)
+        saved_facts["base_weights"] = base
     with distributed.translate_refusal(plan.deepspeed_file):
         engine = build_engine(
             config, plan.engine_values, total_steps=plan.total_steps, device=device, path=plan.deepspeed_file,
@@ -323,7 +329,7 @@ def _train(
     losses = _fixed_noise_losses(plan, dataset, collectives) if config.monitoring.validation_steps else None
 
     checkpoints = checkpointing.CheckpointWriter(
-        plan.run, engine, ema, config, plan.facts | {"trained_on": trained_on}, vae, status, collectives
+        plan.run, engine, ema, config, saved_facts | {"trained_on": trained_on}, vae, status, collectives
     )
     log: Any = contextlib.nullcontext()
     if main:

@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ccella_fast.checkpoint import load_checkpoint, newest_checkpoint
+from ccella_fast.checkpoint import BASE_WEIGHTS, load_checkpoint, newest_checkpoint
 from ccella_fast.config import Config, ModelConfig
 from ccella_fast.config_scheduler import SchedulerConfig
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.folder_kinds import check_folder, wrong_folder
 from ccella_fast.models import build_model
-from ccella_fast.models.parts import part_of
+from ccella_fast.models.low_rank import plain_name
+from ccella_fast.models.parts import is_within, select_trained, subpart_of
 from ccella_fast.quantities import counted
 from ccella_fast.reference_checkpoint import read_weight_file
-from ccella_fast.storage import read_json, sha256
+from ccella_fast.storage import atomic_path, read_json, sha256
 from ccella_fast.training.maisi_weights import MODALITIES, fold_constant_inputs
 
 logger = logging.getLogger("ccella_fast")
@@ -80,11 +82,15 @@ class StartWeights:
         return {"sha256": self.sha256, "skip": sorted(self.skip)}
 
     @torch.no_grad()
-    def load_into(self, model: nn.Module) -> None:
-        """Copy the weights to the model that they were compared with, and release them."""
-        for name, target in named_columns(model.state_dict()).items():
+    def copy_to(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the weights to the tensors of the model that they were compared with."""
+        for name, target in named_columns(state).items():
             if not _is_skipped(name, self.skip):
                 target.copy_(self.tensors[name])
+
+    def load_into(self, model: nn.Module) -> None:
+        """Copy the weights to the model that they were compared with, and release them."""
+        self.copy_to(model.state_dict())
         self.tensors.clear()
 
 
@@ -100,8 +106,12 @@ def read_start_weights(config: Config) -> StartWeights | None:
     """
     path, training = config.paths.existing_ckpt_filepath, config.training
     if path is None:
-        for key in ("init_skip", "init_modality"):
-            if getattr(training, key) not in ([], None):
+        for key, value in (
+            ("init_skip", training.init_skip),
+            ("init_modality", training.init_modality is not None),
+            ("low_rank.rank", training.low_rank.rank),
+        ):
+            if value:
                 why = f"training.{key} says how a run starts from weights, but none are given"
                 raise ConfigError(why, field=f"training.{key}", fix="add --init_from PATH, or remove this setting")
         return None
@@ -122,6 +132,23 @@ def read_start_weights(config: Config) -> StartWeights | None:
         about = f"{_objective(scheduler)} when they were trained; this run's is {_objective(config.scheduler)}"
         weights.table.append(("  objective", about))
     return weights
+
+
+def write_base_weights(folder: Path, weights: StartWeights, config: Config) -> dict[str, Any]:
+    """Write the weights that a run with low-rank adapters does not train to `folder`, in fp32, once for all checkpoints.
+
+    Returns:
+        The entry of training_state.json.
+    """
+    with torch.device("meta"):
+        model = build_model(config)
+    state = {name: torch.empty(tensor.shape) for name, tensor in model.state_dict().items()}
+    weights.copy_to(state)
+    select_trained(model, config)
+    frozen = {plain_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    with atomic_path(folder / BASE_WEIGHTS) as temporary:
+        save_file({name: state[name] for name in frozen}, temporary)
+    return {"sha256": sha256(folder / BASE_WEIGHTS)}
 
 
 def check_same_start(path: str | None, skip: Sequence[str], recorded: dict[str, Any] | None, start: Path) -> None:
@@ -166,21 +193,12 @@ def named_columns(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def weights_part_of(name: str) -> str:
-    """The entry of PARTS that a tensor belongs to."""
-    if name.startswith("unet.") and (".attentions." in name or ".attention." in name):
-        return "unet.attention"
-    if name.startswith("unet.pirads_layer.") or name.endswith("[class]"):
-        return "unet.class_input"
-    return part_of(name)
-
-
 def _table(weights: StartWeights, expected: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     rows = [("start weights", ": ".join([str(weights.path), *([", ".join(weights.notes)] if weights.notes else [])]))]
     for part in PARTS:
-        elements = sum(tensor.numel() for name, tensor in expected.items() if weights_part_of(name) == part)
-        given = sum(weights_part_of(name) == part for name in weights.tensors)
-        if elements and part_is_skipped(part, weights.skip):
+        elements = sum(tensor.numel() for name, tensor in expected.items() if subpart_of(name) == part)
+        given = sum(subpart_of(name) == part for name in weights.tensors)
+        if elements and is_within(part, weights.skip):
             rows.append((f"  {part}", f"{elements:,} parameters are new, {counted(given, 'tensor')} skipped"))
         elif elements:
             rows.append((f"  {part}", f"{elements:,} parameters loaded"))
@@ -192,13 +210,8 @@ def _table(weights: StartWeights, expected: Mapping[str, Tensor]) -> list[tuple[
     return rows
 
 
-def part_is_skipped(part: str, skip: list[str]) -> bool:
-    """Whether the part, or the one that it is within, is skipped."""
-    return part in skip or part.partition(".")[0] in skip
-
-
 def _is_skipped(name: str, skip: list[str]) -> bool:
-    return part_is_skipped(weights_part_of(name), skip)
+    return is_within(subpart_of(name), skip)
 
 
 def _read(path: Path) -> tuple[StartWeights, ModelConfig | None, SchedulerConfig | None]:
@@ -242,7 +255,7 @@ def _check_fit(weights: StartWeights, expected: Mapping[str, Tensor]) -> None:
     taken = [name for name in dict.fromkeys([*expected, *found]) if not _is_skipped(name, weights.skip)]
     wrong = [name for name in taken if _difference(name, expected, found)]
     if wrong:
-        parts = sorted({weights_part_of(name) for name in wrong}, key=PARTS.index)
+        parts = sorted({subpart_of(name) for name in wrong}, key=PARTS.index)
         others = "" if len(wrong) == 1 else f"; with {len(wrong) - 1} others it is in {', '.join(parts)}"
         fix = f"change {_setting_of(wrong[0])}, or start these parts anew with --init_skip "
         fix += " ".join(sorted([*weights.skip, *parts], key=PARTS.index))
@@ -267,7 +280,7 @@ def _check_hidden_settings(weights: StartWeights, trained_as: ModelConfig, model
     """Raise CheckpointError for a setting that changes what the weights compute, but none of their shapes."""
     for key, part in _HIDDEN.items():
         before, now = getattr(trained_as, key), getattr(model, key)
-        if before != now and not part_is_skipped(part, weights.skip):
+        if before != now and not is_within(part, weights.skip):
             why = f"the weights were trained with model.{key} {before}, and {now} is configured"
             raise CheckpointError(why, path=weights.path, field=f"model.{key}", fix=f"set model.{key} to {before}")
 

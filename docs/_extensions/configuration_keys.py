@@ -31,8 +31,7 @@ class ConfigurationKeys(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         self.env.note_dependency(config.__file__)
-        fields = config.Config.model_fields
-        sections = {name: field.annotation for name, field in fields.items() if _is_section(field.annotation)}
+        sections = _sections()
         lines = list(_keys(config.Config, "", skip=sections))
         for name, section in sections.items():
             lines += [f".. _configuration-{name}:", "", f"``{name}``", "-" * (len(name) + 4), ""]
@@ -44,6 +43,11 @@ class ConfigurationKeys(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
+def _sections() -> dict[str, type[BaseModel]]:
+    fields = config.Config.model_fields
+    return {name: field.annotation for name, field in fields.items() if _is_section(field.annotation)}
+
+
 def _is_section(annotation: object) -> bool:
     return inspect.isclass(annotation) and issubclass(annotation, BaseModel)
 
@@ -53,6 +57,9 @@ def _keys(model: type[BaseModel], prefix: str, *, skip: Collection[str] = ()) ->
     types = model.model_json_schema()["properties"]
     for name, field in model.model_fields.items():
         if name in skip:
+            continue
+        if _is_section(field.annotation) and field.annotation not in _sections().values():
+            yield from _keys(field.annotation, f"{prefix}{name}.")
             continue
         if name not in comments:
             logger.warning("%s.%s has no #: comment that says what it means", model.__name__, name, location=_PLACE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,11 @@ from torch.nn import functional as F
 import op_counter
 import op_counts
 from benchmark_fixtures import TINY
-from ccella_fast.config import Config, make_config
+from ccella_fast.config import Config, load_config, make_config
 from ccella_fast.data.loading.dataset import TrainingSample
 from ccella_fast.diffusion.objective import Objective
+from ccella_fast.models import build_model
+from ccella_fast.models.parts import select_trained
 from ccella_fast.training.batches import MicroBatch
 from ccella_fast.training.condition_dropout import ConditionDropout
 from ccella_fast.training.loop import joint_loss
@@ -265,6 +268,33 @@ def _loss_counts(config: Config) -> dict[str, int]:
 
     step()  # tables of the objective, which are made once
     return op_counter.count(step).summary()
+
+
+def test_the_costs_of_low_rank_adapters_are_those_of_the_page():
+    """Of forward and backward pass, on a CPU. Which operations a CPU has differs a little."""
+    page = (ROOT / "docs" / "how-to" / "fine-tune.md").read_text().replace("\n", " ")
+    said = re.search(r"([\d.]+) times the FLOPs, ([\d.]+) times the operations and ([\d.]+) times the bytes", page)
+    memory = re.search(r"(\d+) MB of activations instead of (\d+)", page)
+    assert said and memory
+    found = []
+    for rank in (8, 0):
+        config = make_config({"training.low_rank.rank": rank}, base=load_config(ROOT / "configs" / "demo.json"))
+        model = build_model(config)
+        select_trained(model, config)
+        x, text = (
+            torch.zeros(4, 8, *config.check_grid()),
+            torch.zeros(4, config.text.max_length, config.model.input_dim),
+        )
+
+        def forward():
+            noise, logits = model(x, torch.zeros(4), spacing=torch.zeros(4, 3), text=text)  # noqa: B023
+            return F.l1_loss(noise, x) + logits.sum()  # noqa: B023
+
+        kept = op_counter.saved_bytes(forward, without=model.parameters())
+        found.append({**op_counter.count(lambda: forward().backward()).summary(), "kept": kept})
+    for number, key in zip(said.groups(), ("flops", "ops", "bytes"), strict=True):
+        assert found[0][key] / found[1][key] == pytest.approx(float(number), abs=0.03), key
+    assert [counts["kept"] / 1e6 for counts in found] == pytest.approx(list(map(float, memory.groups())), rel=0.05)
 
 
 class StandIn(torch.nn.Module):

@@ -82,6 +82,7 @@ USAGE = {
 }
 SETTINGS = {
     "ZeRO -1": (f"{TRAIN} --set training.zero_stage=-1", 2, ["from 0 to 3"]),
+    "adapters of no weights": (f"{TRAIN} --set training.low_rank.rank=8", 2, ["low_rank.rank", "--init_from PATH"]),
     "misspelled key": (f"{PREPARE} --set data.dims=[1]", 2, ["'dims'", "--set data.dims=[1]", "did you mean 'dim'?"]),
     "misspelled section": (f"{PREPARE} --set dta.dim=[1]", 2, ["'dta'", "did you mean 'data'?"]),
     "key of another section": (f"{PREPARE} --set data.zero_stage=2", 2, ["did you mean 'training.zero_stage'?"]),

@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from ccella_fast import cli
-from ccella_fast.checkpoint import export_reference
+from ccella_fast.checkpoint import export_reference, load_checkpoint
 from ccella_fast.data.checking.findings import STOPPING
 from maisi_weights import maisi_unet, save_maisi
 from training_fixtures import ROOT, losses, train_here, weights, write_config
@@ -48,13 +48,21 @@ def run(command: list[str]) -> int:
 
 def test_the_commands_of_fine_tuning_run(folder):
     found = commands("fine-tune.md")
-    assert len(found) == 5 and all(command[:2] == ["ccella-fast", "train"] for command in found)
+    (export,) = [command for command in found if command[1] == "export"]
+    found.remove(export)
+    assert len(found) == 7 and all(command[:2] == ["ccella-fast", "train"] for command in found)
     for command in found:
         assert run(command) == 0, command
+    assert cli.main(export[1:]) == 0
+    merged, loaded = (load_checkpoint(folder / name).model.state_dict() for name in ("tuned-lora.pt", "tuned-lora"))
+    assert all(bool((merged[name] == tensor).all()) for name, tensor in loaded.items())
+    assert {name for name in weights(folder / "tuned-lora-heads", 2) if ".lora_" not in name} == {
+        name for name in weights(folder / "model", 2) if "cascade_blocks" in name or name.startswith("classifier")
+    }
     frozen, start = weights(folder / "tuned-adapter", 2), weights(folder / "model", 2, "ema")
     assert all(bool((frozen[name] == start[name]).all()) == name.startswith("unet.") for name in frozen)
     assert "unet.down_blocks.0.downsampler.time_emb_proj.weight" in weights(folder / "from-flow", 2)
-    assert len({tuple(losses(folder / command[command.index("--output_dir") + 1])) for command in found}) == 5
+    assert len({tuple(losses(folder / command[command.index("--output_dir") + 1])) for command in found}) == 7
 
 
 def test_the_command_of_a_longer_run_runs(folder):

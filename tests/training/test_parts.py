@@ -12,7 +12,7 @@ import torch
 from ccella_fast.config import make_config
 from ccella_fast.errors import ConfigError
 from ccella_fast.models import build_model
-from ccella_fast.models.parts import check_parts, freeze_parts, parameter_groups, part_of
+from ccella_fast.models.parts import check_parts, parameter_groups, part_of, select_trained
 from ccella_fast.training.dry_run import describe_run, state_bytes
 from ccella_fast.training.flat_adamw import FlatAdamW, factored_weights
 from ccella_fast.variants import VARIANTS
@@ -175,7 +175,7 @@ def test_frozen_parameters_take_the_memory_of_their_weights_alone(data, tmp_path
     model = build_model(config)
     everything = state_bytes(config, 1, model)
     wide = factored_weights(model, 2)
-    freeze_parts(model, config)
+    select_trained(model, config)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     found = state_bytes(config, 1, model)

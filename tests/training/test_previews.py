@@ -112,6 +112,22 @@ def test_a_rectified_flow_has_them_too(tmp_path, visible):
     assert [line["step"] for line in measured] == [2, 4] and all(line["sample_distance"] for line in measured)
 
 
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)], ids=stage_id)
+def test_a_run_with_low_rank_adapters_has_them_too(tmp_path, observed, visible, stage):
+    changes = {"training.low_rank.rank": 2, "paths.existing_ckpt_filepath": str(observed[0]), "training.lr": 1e-2}
+    seen: list = []
+    run = run_training(tmp_path / "run", visible, seen, **SEEN, **changes, **{"training.zero_stage": stage})
+    prompts = [case for case in read_json(visible / "manifest.json")["cases"] if case["split"] == "val"]
+    text = np.stack([np.load(visible / case["files"]["text"]["path"]) for case in [*prompts, prompts[0]]])
+    found, before = (
+        FastSampler.from_checkpoint(folder, vae=visible / "vae", dtype="float32")(
+            text=text, seeds=[0, 0, 0, 1], num_inference_steps=3, solver="dpmpp_2m", progress=False
+        ).volumes.numpy()
+        for folder in (run, observed[0])
+    )
+    assert np.abs(seen[-1].volumes - found).max() < 1e-5 < np.abs(seen[-1].volumes - before).max()
+
+
 def test_a_copy_of_a_training_study_is_found(visible, monkeypatch, caplog):
     config = settings(autoencoder=SMALL_AUTOENCODER, **{name.replace(".", "__"): value for name, value in SEEN.items()})
     sample = make_previews(visible, config, torch.device("cpu"))

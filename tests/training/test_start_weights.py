@@ -12,9 +12,9 @@ from ccella_fast.checkpoint import export_reference, load_checkpoint
 from ccella_fast.config import Config
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.models import build_model
-from ccella_fast.models.parts import part_of
+from ccella_fast.models.parts import part_of, subpart_of
 from ccella_fast.training.dry_run import describe_run
-from ccella_fast.training.start_weights import StartWeights, named_columns, read_start_weights, weights_part_of
+from ccella_fast.training.start_weights import StartWeights, named_columns, read_start_weights
 from maisi_weights import maisi_unet, run_maisi, save_maisi
 from training_fixtures import losses, settings, stage_id, train_here, weights, write_prepared
 
@@ -86,8 +86,8 @@ def test_a_model_with_reports_starts_from_a_unet_without(layout, tmp_path):
     model, scratch = started(config)
     theirs = read_start_weights(config).tensors
     own, new = (named_columns(each.state_dict()) for each in (model, scratch))
-    taken = {name for name in own if weights_part_of(name) == "unet"}
-    assert {weights_part_of(name) for name in own} - {"unet"} == set(SKIPPED)
+    taken = {name for name in own if subpart_of(name) == "unet"}
+    assert {subpart_of(name) for name in own} - {"unet"} == set(SKIPPED)
     for name, tensor in own.items():
         assert torch.equal(tensor, (theirs if name in taken else new)[name]), name
     changed = [name for name in taken if not torch.equal(own[name], new[name])]

@@ -279,11 +279,11 @@ def estimate_needs(
     import torch
 
     from ccella_fast.models import build_model
-    from ccella_fast.models.parts import freeze_parts
+    from ccella_fast.models.parts import select_trained
 
     with torch.device("meta"):
         model = build_model(config)
-    freeze_parts(model, config)
+    select_trained(model, config)
     parameters, states = sum(p.numel() for p in model.parameters()), sum(state_bytes(config, 1, model).values())
     one, memory = bytes_needed(ImageTask("", {}, config.data, Path())), free_memory()
     disk = shutil.disk_usage(existing_parent(data)).free
