@@ -84,6 +84,7 @@ class _State(BaseModel):
     intensity_scale: dict[str, PositiveFinite]
     adam_steps: _Count = 0
     ema_updates: _Count = 0
+    power_ema_step: _Count = 0
     bad_in_a_row: _Count = 0
     quarantine: _Quarantine = _Quarantine()
     trained_on: _TrainedOn | None = None
@@ -280,20 +281,26 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def write_manifest(folder: Path, hashes: Mapping[str, str] = MappingProxyType({}), **facts: Any) -> None:
+def write_manifest(
+    folder: Path, hashes: Mapping[str, str] = MappingProxyType({}), *, format: str = FORMAT, **facts: Any
+) -> None:
     """Write manifest.json with `facts` and the SHA-256 and size of every file in `folder`.
 
-    hashes: those that are known already, by relative path; these files are not read.
+    Args:
+        folder: the folder.
+        hashes: those that are known already, by relative path; these files are not read.
+        format: what the folder is.
+        facts: further entries.
     """
     paths = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
     files = {
         name: {"sha256": hashes.get(name) or sha256(file), "bytes": file.stat().st_size} for name, file in paths.items()
     }
-    write_json(folder / "manifest.json", {"format": FORMAT, "version": VERSION, **facts, "files": files}, sealed=True)
+    write_json(folder / "manifest.json", {"format": format, "version": VERSION, **facts, "files": files}, sealed=True)
 
 
-def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """Compare every listed file with the manifest and return the manifest.
+def verify_checkpoint(folder: Path, *, format: str = FORMAT) -> dict[str, Any]:
+    """Compare every listed file with the manifest, which is of this format, and return the manifest.
 
     Raises:
         CheckpointError: naming the first file that is missing or differs.
@@ -301,8 +308,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     manifest = read_json(path, error=CheckpointError)
     try:
-        if manifest["format"] != FORMAT or manifest["version"] not in _READABLE:
-            raise CheckpointError(f"this is not a {FORMAT} of version 1 or {VERSION}", path=path, fix=_FIX)
+        if manifest["format"] != format or manifest["version"] not in _READABLE:
+            raise CheckpointError(f"this is not a {format} of version 1 or {VERSION}", path=path, fix=_FIX)
         if unknown := manifest.keys() - _KEYS:
             raise CheckpointError(f"this manifest is malformed (the key {min(unknown)!r:.40})", path=path, fix=_FIX)
         for name, entry in manifest["files"].items():

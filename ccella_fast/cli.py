@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _prepare(subparsers)
     _train_vae(subparsers)
     _train(subparsers)
+    _average(subparsers)
     _sample(subparsers)
     _sensitivity(subparsers)
     _evaluate(subparsers)
@@ -164,6 +165,20 @@ def _train(subparsers: argparse._SubParsersAction) -> None:
     )
     command = _add(subparsers, "train", train.run, about, example, if_out_of_memory=train.IF_OUT_OF_MEMORY)
     train.add_arguments(command)
+
+
+def _average(subparsers: argparse._SubParsersAction) -> None:
+    about = "Make a model with another average of a run's weights, from the snapshots of its power-function averages."
+    example = "ccella-fast average --run out/model --width 0.08 --out out/averaged"
+    command = _add(subparsers, "average", commands.run_average, about, example)
+    add = command.add_argument
+    about = "run folder of a training with training.power_ema_snapshot_steps"
+    add("--run", type=Path, required=True, metavar="FOLDER", help=about, dest="run_folder")
+    about = "width of the average relative to the length of the training, such as 0.08"
+    add("--width", type=_above_zero, required=True, metavar="FRACTION", help=about)
+    about = "step of the snapshot at which the average ends (default: the newest)"
+    add("--step", type=whole_number(1), metavar="N", help=about)
+    add("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the model")
 
 
 def _sample(subparsers: argparse._SubParsersAction) -> None:

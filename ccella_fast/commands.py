@@ -100,6 +100,17 @@ def run_train_vae(arguments: argparse.Namespace) -> None:
     log_next(arguments.out, ["ccella-fast", *command, *_config_options(arguments)])
 
 
+def run_average(arguments: argparse.Namespace) -> None:
+    """Make a model with another average of a run's weights."""
+    from ccella_fast.training.snapshots import write_average
+
+    out = arguments.out
+    made = write_average(arguments.run_folder, out, width=arguments.width, step=arguments.step)
+    about = "width %g at step %d, from %d snapshots: the error of the profile is %.2g; possible widths: %s"
+    logging.getLogger("ccella_fast").info(about, made.width, made.step, made.snapshots, made.error, made.possible)
+    log_next(out, ["ccella-fast", "sample", "--checkpoint", out, "--out", sibling(out, "samples")])
+
+
 def run_sample(arguments: argparse.Namespace) -> None:
     """Generate volumes."""
     require_installed("pydicom" if arguments.format == "dicom" else "nibabel", "matplotlib")

@@ -30,6 +30,7 @@ from ccella_fast.config_section import (
     Positive,
     PositiveFloat,
     Probability,
+    RelativeWidth,
     Section,
     Seed,
     SubPart,
@@ -184,6 +185,10 @@ class TrainingConfig(Section):
     #: probability that a sample is trained with the null class, in variants that are given the class
     class_dropout: Probability = 0.0
     ema_decay: Fraction = 0.9999  #: decay of the moving average of the weights; 0: no average
+    #: optimizer steps between two snapshots of power-function averages, see :doc:`/how-to/average-weights`; 0: there are none
+    power_ema_snapshot_steps: Count = 0
+    power_ema_widths: Annotated[list[RelativeWidth], Field(min_length=1)] = [0.05, 0.1]  #: their relative widths
+    power_ema_every: Positive = 8  #: optimizer steps between two updates of these averages
     #: auto: bf16 on GPUs and on CPUs with bf16 instructions, else fp32; chosen when a run starts and kept when it is resumed
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0  #: DeepSpeed ZeRO stage
@@ -194,6 +199,19 @@ class TrainingConfig(Section):
     seed: Seed = 0  #: data order, noise and initial weights follow from it
     #: minutes without a step after which a process stops waiting for the others; before the first step three times as long
     collective_timeout: Annotated[float, Field(gt=0, le=10080)] = 10.0
+
+    @model_validator(mode="after")
+    def _snapshots_are_possible(self) -> TrainingConfig:
+        snapshot = self.power_ema_snapshot_steps
+        if len(set(self.power_ema_widths)) != len(self.power_ema_widths):
+            raise ValueError(f"power_ema_widths must each be given once, got {self.power_ema_widths}")
+        for name, does in (("power_ema_every", "are updated"), ("checkpointing_steps", "are saved")):
+            if snapshot % getattr(self, name):
+                raise ValueError(
+                    f"power_ema_snapshot_steps {snapshot} is not a multiple of {name} {getattr(self, name)}, the steps at "
+                    f"which the averages {does}; change one of them"
+                )
+        return self
 
     def global_batch(self, processes: int) -> int:
         """The studies of an optimizer step over all processes."""

@@ -13,6 +13,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+RelativeWidth = Annotated[float, Field(ge=0.01, le=0.28)]  # of an average, see `training.power_profiles`
 OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, int) else value)
 Part = Literal["unet", "adapter", "class_heads"]  # of a model, see `models.parts`
 SubPart = Literal[Part, "unet.attention", "unet.class_input"]

@@ -21,6 +21,7 @@ _NAMES = {
     "unfinished autoencoder": "the folder of an autoencoder whose training is not complete",
     "run": "a run folder of train.py",
     "step": "a checkpoint",
+    "snapshot": "a snapshot of averaged weights, of which `ccella-fast average` makes a model",
     "unsaved run": "a run folder of train.py without a checkpoint yet",
     "steps": "the folder of a run's checkpoints",
     "samples": "a folder of generated samples",
@@ -62,6 +63,7 @@ _OUTPUTS: dict[Output, set[str]] = {
 _FORMATS = {
     "ccella_fast.prepared": "prepared",
     "ccella_fast.checkpoint": "step",
+    "ccella_fast.snapshot": "snapshot",
     "ccella_fast.autoencoder": "autoencoder",
 }
 _IMAGES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm")

@@ -35,6 +35,9 @@ _LATER_SETTINGS = {
         "freeze",
         "lr_scale",
         "low_rank",
+        "power_ema_snapshot_steps",
+        "power_ema_widths",
+        "power_ema_every",
     ),
     "model": ("resblock_updown", "include_fc"),
 }

@@ -56,7 +56,9 @@ from ccella_fast.training.full_tensors import (
     set_model_weights,
     sorted_parameters,
 )
+from ccella_fast.training.power_ema import PowerEma
 from ccella_fast.training.run_status import RunStatus
+from ccella_fast.training.snapshots import DTYPE, PART, publish_snapshot
 from ccella_fast.training.tensor_files import HostCopy, header, raw_tensors
 
 logger = logging.getLogger("ccella_fast")
@@ -94,6 +96,8 @@ class CheckpointWriter:
         vae: folder of the autoencoder to copy into each checkpoint.
         status: records the step of each checkpoint that is published.
         collectives: used to share failures and decisions.
+        power_ema: the power-function averages, if there are any. A snapshot of them is part of the checkpoint of its step while
+            it is written, and published just before it.
     """
 
     def __init__(
@@ -106,14 +110,17 @@ class CheckpointWriter:
         vae: Path | None,
         status: RunStatus,
         collectives: HostCollectives,
+        power_ema: PowerEma | None = None,
     ):
         self._run, self._engine, self._ema, self._config = run, engine, ema, config
+        self._power_ema, self._averages = power_ema, dict(power_ema.files() if power_ema else ())
         self._facts, self._vae, self._status, self._collectives = facts, vae, status, collectives
         self._trained_only = config.training.low_rank.rank > 0
         self._shapes = {
             name: _shapes(engine, trained_only=self._trained_only or name in _MOMENTS)
             for name in [*_FILES.values(), _EMA]
         }
+        self._shapes |= dict.fromkeys(self._averages, self._shapes[_EMA])
         self._copies = self._allocate_copies()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
@@ -139,6 +146,8 @@ class CheckpointWriter:
             "adam_steps": adam_steps(self._engine),
             "ema_updates": self._ema.updates if self._ema else 0,
         }
+        if self._power_ema:
+            counts["power_ema_step"] = self._power_ema.updated_at
         documents = {  # as text, because the objects may change while the thread writes
             "config.json": json_text(self._config.dump()).encode(),
             "training_state.json": json_text(self._facts | counts | progress).encode(),
@@ -196,7 +205,14 @@ class CheckpointWriter:
                     "ccella-fast": ccella_fast.__version__
                 }
                 known = {name: digest for _, part in parts for name, digest in part.items()}
-                facts = {"step": pending.step, "world_size": dist.get_world_size(), "versions": versions}
+                if (pending.folder / PART).is_dir():
+                    own = {name: known[f"{PART}/{name}"] for name in self._averages}
+                    publish_snapshot(pending.folder / PART, self._run, pending.step, own)
+                facts: dict[str, Any] = {
+                    "step": pending.step,
+                    "world_size": dist.get_world_size(),
+                    "versions": versions,
+                }
                 write_manifest(pending.folder, known, **facts)
                 kept, metric = self._config.training.checkpoints_total_limit, self._config.monitoring.best_metric
                 old = publish_checkpoint(pending.folder, final, keep=kept, best=best_checkpoint(self._run))
@@ -249,6 +265,8 @@ class CheckpointWriter:
             if dist.get_rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
+                if self._power_ema and self._power_ema.is_snapshot(step):
+                    (folder / PART).mkdir()
         except OSError as error:
             failure = error
         self._raise_if_any_rank_failed(failure, folder)
@@ -262,6 +280,8 @@ class CheckpointWriter:
         }
         if self._ema is not None:
             sources[_EMA] = partial(self._ema.full_weights, trained_only=self._trained_only)
+        for name, average in self._averages.items():
+            sources[name] = partial(average.full_weights, trained_only=self._trained_only)
         for number, (name, read) in enumerate(sources.items()):
             yield name, number % dist.get_world_size() == dist.get_rank(), read
 
@@ -312,24 +332,30 @@ class CheckpointWriter:
 
     def _write_copies(self, copies: dict[str, HostCopy], folder: Path, documents: dict[str, bytes]) -> dict[str, str]:
         """Write this process's share, in a thread. Returns the SHA-256 of each file."""
-        hashes = {
-            name: write_hashed(folder / name, [header(self._shapes[name]), *copy.chunks()])
-            for name, copy in copies.items()
-        }
+        hashes = {}
+        for name, copy in copies.items():
+            for file, dtype in self._targets(name, folder):
+                start = header(self._shapes[name], dtype)
+                hashes[file] = write_hashed(folder / file, chain([start], copy.chunks(dtype)))
         return hashes | self._write_documents(folder, documents)
+
+    def _targets(self, name: str, folder: Path) -> list[tuple[str, torch.dtype]]:
+        """Where the tensors of a file go, and as what: to the checkpoint, and averages also to the snapshot if this is one."""
+        snapshot = name in self._averages and (folder / PART).is_dir()
+        return [(name, torch.float32), *([(f"{PART}/{name}", DTYPE)] if snapshot else [])]
 
     def _write_directly(self, folder: Path, documents: dict[str, bytes]) -> Future[dict[str, str]]:
         """Write this process's share tensor by tensor, without copies. Returns the finished result of `_write_copies`."""
         done: Future[dict[str, str]] = Future()
         hashes: dict[str, str] = {}
         failure: Exception | None = None
-        for name, mine, read in self._files():
+        targets = [(*target, entry) for entry in self._files() for target in self._targets(entry[0], folder)]
+        for file, dtype, (name, mine, read) in targets:
             tensors = self._measured(read())
             try:
                 if mine and failure is None:
-                    hashes[name] = write_hashed(
-                        folder / name, chain([header(self._shapes[name])], raw_tensors(tensors))
-                    )
+                    start = header(self._shapes[name], dtype)
+                    hashes[file] = write_hashed(folder / file, chain([start], raw_tensors(tensors, dtype)))
             except Exception as error:
                 failure = error
             _read_to_the_end(tensors)  # in any case, because the other processes take part
@@ -396,7 +422,9 @@ def _remove(folders: list[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def restore_checkpoint(folder: Path, engine: Any, ema: Ema | None, state: dict[str, Any]) -> None:
+def restore_checkpoint(
+    folder: Path, engine: Any, ema: Ema | None, state: dict[str, Any], power_ema: PowerEma | None = None
+) -> None:
     """Restore weights, optimizer, learning rate and averages from a verified step folder. All processes call it.
 
     Args:
@@ -404,6 +432,7 @@ def restore_checkpoint(folder: Path, engine: Any, ema: Ema | None, state: dict[s
         engine: the DeepSpeed engine.
         ema: the moving average, if there is one.
         state: the folder's training_state.json.
+        power_ema: the power-function averages, if there are any.
 
     Raises:
         CheckpointError: a file does not fit the model.
@@ -433,7 +462,12 @@ def restore_checkpoint(folder: Path, engine: Any, ema: Ema | None, state: dict[s
         set_adam_steps(engine, steps)
         _set_progress(engine, state["step"], skipped=state["step"] - steps)
     if ema is not None:
-        ema.restore(_load(folder / _EMA, engine, trained_only=has_base), state["ema_updates"])
+        ema.restore(_load(folder / _EMA, engine, trained_only=has_base))
+        ema.updates = state["ema_updates"]
+    if power_ema is not None:
+        for name, average in power_ema.files():
+            average.restore(_load(folder / name, engine, trained_only=has_base))
+        power_ema.updated_at = state["power_ema_step"]
 
 
 def _load(path: Path, engine: Any, *, trained_only: bool) -> dict[str, Tensor]:

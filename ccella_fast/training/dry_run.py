@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from ccella_fast.training.condition_dropout import ConditionDropout
 from ccella_fast.training.flat_adamw import factored_weights
 from ccella_fast.training.resume import flatten
 from ccella_fast.training.run import RunPlan, make_run_plan
+from ccella_fast.training.snapshots import DTYPE
 
 _FP32 = 4
 
@@ -124,7 +126,10 @@ def _disk_facts(plan: RunPlan, model: nn.Module) -> dict[str, Any]:
     # Each checkpoint contains a copy of the autoencoder.
     parameters, trained = count_parameters(model)
     vae = sum(file.stat().st_size for file in (plan.data / "vae").rglob("*") if file.is_file())
+    training, every = plan.config.training, plan.config.training.power_ema_snapshot_steps
     return {
+        "snapshot": DTYPE.itemsize * (trained if training.low_rank.rank else parameters) * len(training.power_ema_widths),
+        "most_snapshots": math.ceil(plan.total_steps / every) if every else 0,
         "checkpoint": checkpoint_bytes(plan.config, model) + vae,
         "base_weights": _FP32 * (parameters - trained) if plan.config.training.low_rank.rank else 0,
         "most_checkpoints": plan.config.training.checkpoints_total_limit
@@ -178,6 +183,8 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
                         "that is being written"),
         ("disk", f"{format_bytes(disk['checkpoint'])} per checkpoint, "
                  f"at most {counted(disk['most_checkpoints'], 'checkpoint')}{base}"),
+        *([("", f"{format_bytes(disk['snapshot'])} per snapshot of averages, "
+                f"{counted(disk['most_snapshots'], 'snapshot')}")] if disk["most_snapshots"] else []),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
@@ -203,7 +210,7 @@ def state_bytes(config: Config, world_size: int, model: nn.Module) -> dict[str, 
         "weights": parameters * weights // third,
         "gradients": with_gradient * gradient // second,
         "optimizer": trained * (masters + 2 * _FP32) // first,
-        "averages": trained * (_FP32 if training.ema_decay else 0) // first,
+        "averages": trained * _FP32 * _averages(config) // first,
     }
 
 
@@ -215,7 +222,13 @@ def checkpoint_bytes(config: Config, model: nn.Module) -> int:
     parameters, trained = count_parameters(model)
     if config.training.low_rank.rank > 0:
         parameters = trained
-    return _FP32 * (parameters * (2 if config.training.ema_decay else 1) + 2 * trained)
+    return _FP32 * (parameters * (1 + _averages(config)) + 2 * trained)
+
+
+def _averages(config: Config) -> int:
+    """The number of averages of the weights."""
+    training = config.training
+    return (training.ema_decay > 0) + (len(training.power_ema_widths) if training.power_ema_snapshot_steps else 0)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from ccella_fast.processes import HostCollectives
 from ccella_fast.training.batches import BatchStream, MicroBatch
 from ccella_fast.training.checkpointing import CheckpointWriter
 from ccella_fast.training.ema import Ema
+from ccella_fast.training.power_ema import PowerEma
 from ccella_fast.training.signals import SignalHandler
 from ccella_fast.training.stalls import StallWatch
 from ccella_fast.training.telemetry import Progress, Telemetry
@@ -79,6 +80,7 @@ def train_loop(
     collectives: HostCollectives,
     telemetry: Telemetry | None,
     observe: Callable[[int], dict[str, Any]] = lambda step: {},
+    power_ema: PowerEma | None = None,
 ) -> tuple[int, int]:
     """Train to step `total_steps` or until a signal arrives. All processes call it.
 
@@ -95,6 +97,7 @@ def train_loop(
         collectives: used for decisions that all processes must take alike.
         telemetry: None on all processes but rank 0.
         observe: called with the number of finished steps; returns what was measured of the model, see `training.observer`.
+        power_ema: the power-function averages, updated at their interval.
 
     Returns:
         The number of finished steps, and the number of the signal that ended the loop or 0.
@@ -134,6 +137,8 @@ def train_loop(
                     grad_norm = float(engine.get_global_grad_norm())
                     class_term = classes if has_class_loss else None
                     telemetry.log(Progress(done, stream.epoch(done - 1), loss, noise, class_term, lr, grad_norm))
+        if power_ema is not None:
+            power_ema.update(done)
         if telemetry is not None:
             with signals.output():
                 telemetry.bar.update()

@@ -281,7 +281,9 @@ def _train(
     from ccella_fast.training.loop import LoopState, train_loop
     from ccella_fast.training.model_flops import peak_flops, step_flops
     from ccella_fast.training.observer import Observer
+    from ccella_fast.training.power_ema import PowerEma
     from ccella_fast.training.quarantine import Quarantine
+    from ccella_fast.training.snapshots import remove_later_snapshots
     from ccella_fast.training.stalls import StallWatch
     from ccella_fast.training.start_weights import write_base_weights
     from ccella_fast.training.telemetry import Telemetry
@@ -318,8 +320,11 @@ def _train(
         _initialize_run_folder(plan)
         status.begin()
     ema = Ema(engine, training.ema_decay) if training.ema_decay else None
+    power_ema = PowerEma.from_config(engine, training, plan.total_steps)
     if plan.start:
-        checkpointing.restore_checkpoint(plan.start, engine, ema, state)
+        checkpointing.restore_checkpoint(plan.start, engine, ema, state, power_ema)
+    if main:
+        remove_later_snapshots(plan.run, first_step)
     vae = plan.data / "vae" if (plan.data / "vae").is_dir() else None
     quarantine = Quarantine(dataset.ids, state.get("quarantine", {}))
     status.quarantined = quarantine.ids  # the list, which may grow
@@ -329,7 +334,8 @@ def _train(
     losses = _fixed_noise_losses(plan, dataset, collectives) if config.monitoring.validation_steps else None
 
     checkpoints = checkpointing.CheckpointWriter(
-        plan.run, engine, ema, config, saved_facts | {"trained_on": trained_on}, vae, status, collectives
+        plan.run, engine, ema, config, saved_facts | {"trained_on": trained_on}, vae, status, collectives,
+        power_ema,
     )
     log: Any = contextlib.nullcontext()
     if main:
@@ -349,7 +355,7 @@ def _train(
             done, number = train_loop(
                 engine, stream, config, ema, state=LoopState(first_step, state.get("bad_in_a_row", 0)),
                 total_steps=plan.total_steps, checkpoints=checkpoints, signals=signals, stalls=stalls,
-                collectives=collectives, telemetry=telemetry, observe=observer.observe,
+                collectives=collectives, telemetry=telemetry, observe=observer.observe, power_ema=power_ema,
             )  # fmt: skip
     except Exception as error:
         # Of several processes all must publish what has been written, and only this error is raised on all.

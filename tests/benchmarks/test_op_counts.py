@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ from ccella_fast.models import build_model
 from ccella_fast.models.parts import select_trained
 from ccella_fast.training.batches import MicroBatch
 from ccella_fast.training.condition_dropout import ConditionDropout
+from ccella_fast.training.flat_adamw import FlatAdamW
 from ccella_fast.training.loop import joint_loss
+from ccella_fast.training.power_ema import PowerEma
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -243,6 +246,26 @@ def test_objectives_and_report_dropout_add_at_most_2_percent(overrides):
     for key in ("ops", "launches", "bytes"):
         added = found[key] - default[key]
         assert (added == 0) if not overrides else (0 < added <= 0.02 * model_ops[key]), (key, added)
+
+
+def test_power_function_averages_add_at_most_5_percent_bytes():
+    """Both averages of the default settings, of which one is updated every 8 steps, next to the average of every step."""
+    training = make_config({"training.power_ema_snapshot_steps": 1000}).training
+    with torch.device("meta"):
+        model = build_model(Config())
+    optimizer = FlatAdamW(
+        model, dtype=torch.bfloat16, lr=1.0, betas=(0.9, 0.9), weight_decay=0.0, max_norm=0.0, rows=1,
+        sum_dtype=torch.bfloat16,
+    )  # fmt: skip
+    averages = PowerEma(SimpleNamespace(optimizer=optimizer), training, total_steps=1000)
+    known = json.loads(op_counts.FILE.read_text())["counts"]
+    for key, bound in (("bytes", 0.05), ("ops", 0.01)):
+        steps = [op_counter.count(lambda step=step: averages.update(step)).summary()[key] for step in range(1, 17)]
+        assert [step for step, done in enumerate(steps, 1) if done] == [8, 16]
+        default = known["training step"]["ours"][key] + known["optimizer"]["ours"][key]
+        assert 0 < sum(steps) / 16 <= bound * default, (key, sum(steps) / 16 / default)
+    # By hand: each of two averages is read and written, and the weights are read.
+    assert op_counter.count(lambda: averages.update(8)).bytes == 2 * 3 * 4 * optimizer.masters.numel()
 
 
 def _loss_counts(config: Config) -> dict[str, int]:

@@ -215,3 +215,21 @@ def test_a_damaged_file_is_found_by_the_dry_run(tmp_path):
     config = make_config({key: value for key, value in CONFIG.items() if key != "name"})
     with pytest.raises(DataError, match="damaged"):
         describe_run(config, data=data, run=tmp_path / "run", deepspeed_file=None)
+
+
+def test_averages_and_snapshots_are_part_of_the_estimate(tmp_path):
+    """Three averages in place of one; 6 steps have a snapshot of two fp16 averages after 4 and 6."""
+    data, run = write_prepared(tmp_path / "prepared"), tmp_path / "run"
+    steps = {"power_ema_snapshot_steps": 4, "power_ema_every": 2, "checkpointing_steps": 2, "precision": "fp32"}
+    config = make_config({**CONFIG, "training": {**CONFIG["training"], **steps}})
+    plain = make_config({**CONFIG, "training": {**CONFIG["training"], "precision": "fp32"}})
+    found, before = (
+        json.loads(describe_run(each, data=data, run=run, deepspeed_file=None, as_json=True))
+        for each in (config, plain)
+    )
+    parameters = found["parameters"]
+    assert found["memory"]["averages"] == 3 * before["memory"]["averages"] == 12 * parameters
+    assert found["disk"]["checkpoint"] - before["disk"]["checkpoint"] == 8 * parameters
+    assert (found["disk"]["snapshot"], found["disk"]["most_snapshots"]) == (4 * parameters, 2)
+    assert before["disk"]["most_snapshots"] == 0
+    assert "per snapshot of averages, 2 snapshots" in describe_run(config, data=data, run=run, deepspeed_file=None)

@@ -1,4 +1,4 @@
-"""The commands of the how-to pages about start weights and longer runs, with a tiny model for the full-size one."""
+"""The commands of the how-to pages about start weights, longer runs and averages, with a tiny model for the full-size one."""
 
 from __future__ import annotations
 
@@ -73,3 +73,19 @@ def test_the_command_of_a_longer_run_runs(folder):
     assert run(command) == 0 and [step for step, _ in losses(folder / "model")] == [1, 2, 3, 4]
     shutil.rmtree(folder / "model" / "checkpoints")
     assert run([*command[:steps], "5"]) == 2  # nothing to extend
+
+
+def test_the_commands_of_averages_run(folder):
+    shutil.rmtree(folder / "model")
+    train, average, sample, early = commands("average-weights.md")
+    early[early.index("--step") + 1] = "2"
+    for command in (train, average, early):
+        assert run(command) == 0 if command is train else cli.main(command[1:]) == 0, command
+    assert sample[:4] == ["ccella-fast", "sample", "--checkpoint", "model-0.08"]
+    for name in ("model-0.08", "model-early"):
+        loaded = load_checkpoint(name)
+        assert loaded.averaged and loaded.step == 2
+        assert all(
+            bool((tensor == weights(folder / "model", 2)[name].half()).all())  # of a single update
+            for name, tensor in loaded.model.state_dict().items()
+        )

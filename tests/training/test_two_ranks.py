@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ccella_fast.checkpoint import verify_checkpoint
 from ccella_fast.errors import ConfigError
 from ccella_fast.folder_lock import lock_folder
-from plain_training import UNUSUAL, Step, difference, plain_training
+from plain_training import UNUSUAL, Step, difference, distance, plain_training, power_average
 from training_fixtures import launch_jobs, losses, train_here, weights, write_prepared
 
 SETTINGS = {**UNUSUAL, "batch_size": 1}
-TWICE = {"checkpointing_steps": 2}  # gathering weights takes longer than a step
+# Gathering weights takes longer than a step.
+TWICE = {"checkpointing_steps": 2, "power_ema_every": 2, "power_ema_snapshot_steps": 2}
 ZERO2_BF16 = {**SETTINGS, "zero_stage": 2, "precision": "bf16"}
 LONG = {"max_train_steps": 12, "checkpointing_steps": 12}  # some epochs of the studies with one that is not finite
 # Each process writes its share of the files, so the disk can be full for one process alone. "signal" ends after two of four
@@ -67,6 +69,19 @@ def plain(data):
     }
 
 
+def check_power_averages(run: Path) -> None:
+    """They are float64 sums of the weights of steps 2 and 4, in the checkpoint, and rounded to fp16 in the snapshot."""
+    saved = {step: weights(run, step) for step in (2, 4)}
+    apart = distance(power_average(saved, 0.1), power_average(saved, 0.05))
+    for width in (0.05, 0.1):
+        found = weights(run, 4, f"power_ema-{width}")
+        error = distance(found, power_average(saved, width))
+        assert error < 1e-2 * apart
+        snapshot = load_file(run / "snapshots" / "step-00000004" / f"power_ema-{width}.safetensors")
+        assert [name for name, tensor in found.items() if not torch.equal(snapshot[name], tensor.half())] == []
+    assert len(list((run / "snapshots").iterdir())) == 2
+
+
 def check_equal_to_the_plain_loop(run: Path, plain: list[list[Step]]) -> None:
     """plain: the plain loop with the samples of two processes, and with those of one."""
     precision, (two, one) = run.name.partition("-")[2], plain
@@ -80,6 +95,7 @@ def check_equal_to_the_plain_loop(run: Path, plain: list[list[Step]]) -> None:
 @pytest.mark.parametrize("name", ["zero0-fp32", "zero2-fp32", "zero3-fp32", "zero2-bf16"])
 def test_two_processes_equal_the_plain_loop(launched, plain, name):
     check_equal_to_the_plain_loop(launched / name, plain[name.partition("-")[2]])
+    check_power_averages(launched / name)
 
 
 @pytest.mark.parametrize("name", ["parts0-fp32", "parts2-fp32"])
@@ -100,6 +116,7 @@ def test_two_processes_equal_the_plain_loop_at_other_stages(tmp_path, data, plai
     launch_jobs(tmp_path, data, jobs)
     for name in jobs:
         check_equal_to_the_plain_loop(tmp_path / name, plain[name.partition("-")[2]])
+        check_power_averages(tmp_path / name)
 
 
 def test_a_locked_folder_stops_both(launched):
