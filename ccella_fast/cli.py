@@ -220,6 +220,8 @@ def _sample(subparsers: argparse._SubParsersAction) -> None:
     add("--num_inference_steps", type=whole_number(1), metavar="N", help=about)
     about = "classifier-free guidance against the null report (default 1, which is off)"
     add("--guidance_scale", type=float, metavar="SCALE", help=about)
+    about = "weaker model of the same training: guidance is against its prediction, not that for the null report"
+    add("--autoguidance", type=Path, metavar="PATH", help=about)
     about = "part of the schedule in which guidance acts (default 0 1)"
     add("--guidance_interval", type=float, nargs=2, metavar="FRACTION", help=about)
     about = "reuse deep features between steps, for example 3 1 (default off)"

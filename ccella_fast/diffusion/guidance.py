@@ -60,7 +60,12 @@ def guided(
 def guided_prediction(both: Tensor, scale: float) -> Tensor:
     """null + scale (conditional - null), in fp32 or fp64, from the predictions (2 B, ...), those of the condition first."""
     conditional, null = (both if both.dtype == torch.float64 else both.float()).chunk(2)
-    return null + scale * (conditional - null)
+    return extrapolate(conditional, null, scale)
+
+
+def extrapolate(better: Tensor, worse: Tensor, scale: float) -> Tensor:
+    """worse + scale (better - worse), from two predictions."""
+    return worse + scale * (better - worse)
 
 
 def _items(condition: Any) -> dict[Any, Any]:

@@ -29,7 +29,9 @@ TABLE = "volumes.csv"  # optional, in a folder of NIfTI files
 _COLUMNS = ("file", "sequence", "pirads", "patient")
 _NIFTI = (".nii", ".nii.gz")
 # Entries of a sample's sidecar that say which model generated it, and how.
-_GENERATOR = ("step", "weights", "weights_sha256", "vae_sha256", "solver", "num_inference_steps", "guidance_scale")
+_GENERATOR = (
+    "step", "weights", "weights_sha256", "vae_sha256", "solver", "num_inference_steps", "guidance_scale", "autoguidance",
+)  # fmt: skip
 
 
 class Volume(NamedTuple):

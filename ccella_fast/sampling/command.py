@@ -22,6 +22,7 @@ from ccella_fast.processes import DistributedContext
 from ccella_fast.quantities import counted
 from ccella_fast.run_record import write_run_record
 from ccella_fast.sampling import pretrained
+from ccella_fast.sampling.autoguidance import check_scale, check_weak_config
 from ccella_fast.sampling.earlier_samples import check_earlier_samples
 from ccella_fast.sampling.output import Format, OutputVolume, OutputWriter, check_format
 from ccella_fast.sampling.plan import plan_request
@@ -49,6 +50,7 @@ def sample_to_folder(
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
     format: Format = "nifti",
+    autoguidance: str | Path | None = None,
     **settings: Any,
 ) -> None:
     """Write `sample-000_seed0.nii.gz` with its `.json`, and so on, then samples.csv, montage.png and run_record.json.
@@ -70,6 +72,7 @@ def sample_to_folder(
         dtype: as for `FastSampler`.
         overwrite: delete samples that the folder contains.
         format: "nifti", or "dicom" for a folder with a series per volume and sequence, which needs pydicom.
+        autoguidance: the weak model, as for `FastSampler.from_checkpoint`.
         settings: other fields of `Request`.
 
     Raises:
@@ -102,6 +105,11 @@ def sample_to_folder(
         if config is not None:
             request = make_request(config)
             plan = plan_request(request, config)
+            if autoguidance is not None:
+                check_scale(plan.loop_settings.guidance)
+                weak = pretrained.peek_config(autoguidance)
+                if weak is not None:
+                    check_weak_config(config, weak, autoguidance)
             if not overwrite:
                 known = {"config_sha256": pretrained.config_digest(config)}
                 weights = known | pretrained.peek_weights(checkpoint)
@@ -109,8 +117,8 @@ def sample_to_folder(
         if vae is None and Path(checkpoint).is_file():
             raise _no_autoencoder(checkpoint)
         sampler = FastSampler.from_checkpoint(
-            checkpoint, device=device, dtype=dtype or "auto", vae=vae, text_encoder=text_encoder
-        )
+            checkpoint, device=device, dtype=dtype or "auto", vae=vae, text_encoder=text_encoder, autoguidance=autoguidance,
+        )  # fmt: skip
         if sampler.autoencoder is None:
             raise _no_autoencoder(sampler.origin.path)
         checked = sampler.check(make_request(sampler.config))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ccella_fast.config import Config
-from ccella_fast.diffusion.guidance import guided_prediction
+from ccella_fast.diffusion.guidance import extrapolate, guided_prediction
 from ccella_fast.diffusion.noise import start_noise
 from ccella_fast.diffusion.objective import noise_process
 from ccella_fast.diffusion.prediction import check_prediction
@@ -124,6 +124,7 @@ class DenoisingLoop:
         batch_size: B.
         latent_shape: (C, X, Y, Z).
         memory_format: of the latents.
+        weak: the denoiser of autoguidance, with the same prompts, in place of the null report.
     """
 
     def __init__(
@@ -134,18 +135,10 @@ class DenoisingLoop:
         batch_size: int,
         latent_shape: Sequence[int],
         memory_format: torch.memory_format,
+        weak: DiffusionModel | None = None,
     ):
         self._settings, self._latent_shape, self._memory_format = settings, list(latent_shape), memory_format
         self._device = next(model.parameters()).device
-        unet: Any = getattr(model, "unet", model)
-        assert isinstance(unet, UNet3d)
-        # dynamic=False: compiled separately for each shape.
-        wrap: Callable = (lambda f: torch.compile(f, dynamic=False)) if optimizations.compile else (lambda f: f)
-        self._unet = unet
-        self._denoise = wrap(unet.denoise)
-        self._denoise_keeping, self._denoise_reusing = wrap(denoise_keeping), wrap(denoise_reusing)
-        self._features: dict[bool, Tensor] = {}  # by `guided`: with guidance there are twice as many rows
-
         capture = self._make_capture(optimizations)
         self._graphs = StepGraphs(capture)
         x_T = torch.zeros(batch_size, *self._latent_shape, device=self._device).contiguous(memory_format=memory_format)
@@ -154,14 +147,9 @@ class DenoisingLoop:
             self._trajectory = Trajectory(settings.plan, x_T, range(batch_size), static=capture is not None)
         else:
             self._trajectory = self._scheduler_trajectory(x_T, range(batch_size))
-        timesteps = self._trajectory.timesteps
-        self._conditioner: Conditioner
-        if optimizations.precompute_conditioning:
-            self._conditioner = ConditioningCache(
-                model, timesteps, row_by_row=settings.row_by_row, batch_size=batch_size
-            )
-        else:
-            self._conditioner = UncachedConditioning(model, timesteps)
+        shared = settings, optimizations, self._trajectory.timesteps, batch_size
+        self._network = _Network(model, *shared)
+        self._weak = None if weak is None else _Network(weak, *shared)
         times = [self._trajectory.timestep(i) for i in range(len(self._trajectory))]
         self._kinds = step_kinds(times, settings.schedule_length, settings.guidance, settings.reuse)
 
@@ -172,37 +160,32 @@ class DenoisingLoop:
             self._trajectory.start(x_T, seeds)
         else:
             self._trajectory = self._scheduler_trajectory(x_T, seeds)
-        self._conditioner.set_prompts(prompts)
+        self._network.conditioner.set_prompts(prompts)
+        if self._weak is not None:
+            self._weak.conditioner.set_prompts(prompts)
         with torch.no_grad(), fastest_convolutions():
             latents = run_trajectory(self._trajectory, self._step, description=description, progress=progress)
-        return Denoised(latents.contiguous(), self._conditioner.class_logits)
+        return Denoised(latents.contiguous(), self._network.conditioner.class_logits)
 
     def _step(self, i: int) -> None:
         """Evaluation i. `advance` can be captured, because it does not synchronize with the host."""
         kind = self._kinds[i]
-        self._conditioner.prepare(i)
+        self._network.conditioner.prepare(i)
+        if self._weak is not None and kind.guided:
+            self._weak.conditioner.prepare(i)
         self._graphs.run(kind, lambda: self._trajectory.advance(lambda x, t: self._predict(x, kind)))
 
     def _predict(self, x: Tensor, kind: StepKind) -> Tensor:
         """The prediction for x (B, C, X, Y, Z) at the current timestep, with guidance if `kind` has it, in fp32."""
-        conditioning = self._conditioner.at(self._trajectory.index)  # for the order of the rows, see `PromptRows`
-        if not kind.guided:
-            return self._evaluate(x, _first_rows(conditioning, len(x)), kind).float()
-        both = self._evaluate(torch.cat([x, x]), conditioning, kind)
-        return guided_prediction(both, self._settings.guidance.scale)
-
-    def _evaluate(self, x: Tensor, conditioning: Conditioning, kind: StepKind) -> Tensor:
-        """The network's output, from the whole network or from the stored feature."""
-        reuse = self._settings.reuse
-        if reuse is None:
-            return self._denoise(x, conditioning)
-        if kind.feature == "reuse":
-            return self._denoise_reusing(self._unet, x, conditioning, reuse.depth, self._features[kind.guided])
-        noise, feature = self._denoise_keeping(self._unet, x, conditioning, reuse.depth)
-        if kind.guided not in self._features:
-            self._features[kind.guided] = torch.empty_like(feature)  # outside the memory pool of the graphs
-        self._features[kind.guided].copy_(feature)
-        return noise
+        network, weak, index, scale = self._network, self._weak, self._trajectory.index, self._settings.guidance.scale
+        conditioning = network.conditioner.at(index)  # for the order of the rows, see `PromptRows`
+        if kind.guided and weak is None:
+            return guided_prediction(network.evaluate(torch.cat([x, x]), conditioning, kind), scale)
+        predicted = network.evaluate(x, _first_rows(conditioning, len(x)), kind).float()
+        if not kind.guided or weak is None:
+            return predicted
+        worse = weak.evaluate(x, _first_rows(weak.conditioner.at(index), len(x)), kind)
+        return extrapolate(predicted, worse.float(), scale)
 
     def _make_capture(self, optimizations: Optimizations) -> Callable | None:
         """The function that captures a step; None if every step runs eagerly."""
@@ -217,6 +200,54 @@ class DenoisingLoop:
         return SchedulerTrajectory(
             settings.plan, x_T, seeds, num_inference_steps=settings.num_inference_steps, prediction=settings.prediction
         )
+
+
+class _Network:
+    """A network with the conditioning of its steps, and with the features that it reuses.
+
+    Args:
+        model: the denoiser.
+        settings: the settings of the request.
+        optimizations: the sampler's optimizations.
+        timesteps: (E,), one per evaluation.
+        batch_size: B.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        settings: LoopSettings,
+        optimizations: Optimizations,
+        timesteps: Tensor,
+        batch_size: int,
+    ):
+        unet: Any = getattr(model, "unet", model)
+        assert isinstance(unet, UNet3d)
+        # dynamic=False: compiled separately for each shape.
+        wrap: Callable = (lambda f: torch.compile(f, dynamic=False)) if optimizations.compile else (lambda f: f)
+        self._unet, self._reuse = unet, settings.reuse
+        self._denoise = wrap(unet.denoise)
+        self._denoise_keeping, self._denoise_reusing = wrap(denoise_keeping), wrap(denoise_reusing)
+        self._features: dict[bool, Tensor] = {}  # by `guided`: with guidance there are twice as many rows
+        self.conditioner: Conditioner
+        if optimizations.precompute_conditioning:
+            self.conditioner = ConditioningCache(
+                model, timesteps, row_by_row=settings.row_by_row, batch_size=batch_size
+            )
+        else:
+            self.conditioner = UncachedConditioning(model, timesteps)
+
+    def evaluate(self, x: Tensor, conditioning: Conditioning, kind: StepKind) -> Tensor:
+        """The network's output, from the whole network or from the stored feature."""
+        if self._reuse is None:
+            return self._denoise(x, conditioning)
+        if kind.feature == "reuse":
+            return self._denoise_reusing(self._unet, x, conditioning, self._reuse.depth, self._features[kind.guided])
+        noise, feature = self._denoise_keeping(self._unet, x, conditioning, self._reuse.depth)
+        if kind.guided not in self._features:
+            self._features[kind.guided] = torch.empty_like(feature)  # outside the memory pool of the graphs
+        self._features[kind.guided].copy_(feature)
+        return noise
 
 
 def _check_prediction(given: str, trained: str) -> None:

@@ -35,6 +35,8 @@ class Reuse:
 class Guidance:
     """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): null + scale (conditional - null).
 
+    With autoguidance, the prediction of a weak model takes the place of `null`, see `sampling.autoguidance`.
+
     Attributes:
         scale: 1 disables guidance.
         interval: guidance is applied only at timesteps between these fractions of the schedule (Kynkaanniemi et al. 2024, arXiv

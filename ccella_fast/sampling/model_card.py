@@ -187,6 +187,8 @@ def _evaluation(evaluation: StoredEvaluation | None) -> str:
         )
     how = evaluation.generator
     settings = f" with {how['num_inference_steps']} steps of {how['solver']}" if "solver" in how else ""
+    if "autoguidance" in how:
+        settings += ", guided by a weaker model that is not part of this repository"
     lines = [
         f"Volumes that these weights generated{settings}, compared with {evaluation.word}s by `ccella-fast evaluate` "
         f"(protocol {evaluation.protocol_sha256[:12]}). {_held_out(evaluation)}",

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from ccella_fast import hardware
-from ccella_fast.checkpoint import Checkpoint
+from ccella_fast.checkpoint import Checkpoint, load_checkpoint
 from ccella_fast.config import Config
 from ccella_fast.deprecation import DeprecatedAttribute, deprecated_arguments
 from ccella_fast.errors import ConfigError, NonFiniteError
 from ccella_fast.models import DiffusionModel, build_model
 from ccella_fast.models.autoencoder import Autoencoder
+from ccella_fast.models.feature_reuse import check_depth
 from ccella_fast.processes import resolve_device
 from ccella_fast.sampling import memory, pretrained
+from ccella_fast.sampling.autoguidance import check_scale, check_weak_model, weak_metadata
 from ccella_fast.sampling.decoding import Decoded, Decoder
 from ccella_fast.sampling.denoising import DenoisingLoop, LoopSettings
 from ccella_fast.sampling.onednn_prepack import can_pack, prepack_convolutions
@@ -79,6 +81,8 @@ class FastSampler:
             reports are given and released afterwards.
         intensity_scale: by sequence, the factor from [0, 1] to the intensities of written volumes.
         origin: the origin of the weights, for the sidecars of written volumes.
+        autoguidance: a weaker model of the same training, from `load_checkpoint`. Guidance is then against its prediction for
+            the same report, in place of that for the null report.
 
     Raises:
         ConfigError: an argument is invalid.
@@ -100,6 +104,7 @@ class FastSampler:
         text_encoder: Any = None,
         intensity_scale: Mapping[str, float] | None = None,
         origin: pretrained.Provenance | None = None,
+        autoguidance: Checkpoint | None = None,
     ):
         if not isinstance(model, DiffusionModel):
             why = f"the model must be a DiffusionModel of this package, got an object of type {type(model).__name__}"
@@ -120,21 +125,18 @@ class FastSampler:
         self.origin = origin or pretrained.Provenance.of_objects(self.config)
         last = uses_channels_last(self.optimizations, self.dtype, self.device)
         self._memory_format = torch.channels_last_3d if last else torch.contiguous_format
-        with torch.device("meta"):
-            twin = build_model(model.config)
-            vae_twin = None if autoencoder is None else Autoencoder(autoencoder.config)
-        settings = self.optimizations, self.dtype, self.device
-        self.model = apply_optimizations(twin, model, *settings)
-        packed = self.optimizations.packed_weights
-        if packed is None:
-            packed = not self.optimizations.compile
-        if packed and last and can_pack(self.dtype, self.device):
-            prepack_convolutions(self.model)
-        self.autoencoder = None
-        if autoencoder is not None and vae_twin is not None:
-            self.autoencoder = apply_optimizations(vae_twin, autoencoder, *settings)
         self.sequences: list[str] = list(self.config.data.sequences)
         self.scale_factor = pretrained.scale_factors(scale_factor, self.sequences)
+        if autoguidance is not None:
+            check_weak_model(self.config, self.scale_factor, autoguidance)
+        self.model = self._optimized(model)
+        self.weak_model = None if autoguidance is None else self._optimized(autoguidance.model)
+        self._weak_metadata = {} if autoguidance is None else weak_metadata(autoguidance)
+        self.autoencoder = None
+        if autoencoder is not None:
+            with torch.device("meta"):
+                vae_twin = Autoencoder(autoencoder.config)
+            self.autoencoder = apply_optimizations(vae_twin, autoencoder, self.optimizations, self.dtype, self.device)
         scales = intensity_scale or {}
         self.intensity_scale = {name: scales.get(name, REFERENCE_INTENSITY[name]) for name in self.sequences}
         #: whether predicted classes mean something: "trained", "untrained" or "unknown"; None if the variant predicts none
@@ -144,6 +146,19 @@ class FastSampler:
         overlaps = self.device.type == "cuda" and self.optimizations.overlap_decode
         stream = torch.cuda.Stream(self.device) if overlaps else None
         self._decoder = Decoder(self.autoencoder, self.config.model.latent_channels, self.scale_factor, stream)
+
+    def _optimized(self, model: DiffusionModel) -> DiffusionModel:
+        """A model with the weights of `model`, for this sampler's device, dtype and layout."""
+        with torch.device("meta"):
+            twin = build_model(model.config)
+        result = apply_optimizations(twin, model, self.optimizations, self.dtype, self.device)
+        packed = self.optimizations.packed_weights
+        if packed is None:
+            packed = not self.optimizations.compile
+        last = self._memory_format == torch.channels_last_3d
+        if packed and last and can_pack(self.dtype, self.device):
+            prepack_convolutions(result)
+        return result
 
     def __repr__(self) -> str:
         data, dtype = self.config.data, str(self.dtype).removeprefix("torch.")
@@ -164,6 +179,7 @@ class FastSampler:
         weights: str | None = None,
         optimizations: Optimizations | None = None,
         text_encoder: Any = None,
+        autoguidance: str | Path | Checkpoint | None = None,
     ) -> FastSampler:
         """Load a sampler from files, whose hashes are verified.
 
@@ -176,6 +192,7 @@ class FastSampler:
             weights: "ema" or "raw"; None for the averaged weights if there are any.
             optimizations: see `Optimizations`.
             text_encoder: see the class.
+            autoguidance: the weak model, as `path`.
 
         Raises:
             ConfigError: the device, the dtype or a requested kernel backend cannot be used here; raised before anything is
@@ -186,10 +203,12 @@ class FastSampler:
         dtype = resolve_dtype(dtype, device)
         check_backends(device, dtype)
         loaded = pretrained.load_pretrained(path, vae=vae, weights=weights)
+        if isinstance(autoguidance, (str, Path)):
+            autoguidance = load_checkpoint(autoguidance)
         return cls(
             loaded.checkpoint.model, loaded.autoencoder, loaded.checkpoint.scale_factor, device, dtype,
             config=loaded.checkpoint.config, optimizations=optimizations, text_encoder=text_encoder,
-            intensity_scale=loaded.checkpoint.intensity_scale, origin=loaded.origin,
+            intensity_scale=loaded.checkpoint.intensity_scale, origin=loaded.origin, autoguidance=autoguidance,
         )  # fmt: skip
 
     @classmethod
@@ -307,10 +326,15 @@ class FastSampler:
         settings = plan.loop_settings
         grid = [size * config.autoencoder.factor for size in plan.latent_shape[1:]]
         warn_of_untrained_spacings(plan.volumes.spacings, grid, config, self.origin.trained_on)
-        reports = self._text_features.features_for(request, guided=settings.guidance.on)
+        if self.weak_model is not None:
+            check_scale(settings.guidance)
+            if request.reuse is not None:
+                check_depth(self.weak_model.config, request.reuse.depth)
+        reports = self._text_features.features_for(request, guided=self._guides_by_null(settings))
         prompts = Prompts(plan.volumes, reports, has_null_class=config.training.class_dropout > 0)
         request_metadata = {
             **self.origin.metadata,
+            **self._weak_metadata,
             **plan.request_metadata(request),
             "dtype": str(self.dtype).removeprefix("torch."),
             "text_encoder": reports.encoder,
@@ -353,19 +377,25 @@ class FastSampler:
     def _denoise(self, checked: CheckedRequest, batch: list[int], description: str) -> tuple[Tensor, Tensor | None]:
         """The latents (B, C, X, Y, Z) and the class probabilities (B, classes) of the volumes of a batch."""
         settings, shape = checked.loop_settings, checked.latent_shape
-        prompts = checked.prompts.rows(batch, guided=settings.guidance.on, device=self.device)
+        prompts = checked.prompts.rows(batch, guided=self._guides_by_null(settings), device=self.device)
         key = (settings, tuple(shape), len(batch), prompts.shape_signature)
         loop = self._loops.pop(key, None)
         while len(self._loops) >= _MAX_LOOPS:
             self._loops.pop(next(iter(self._loops)))
         if loop is None:
-            loop = DenoisingLoop(self.model, settings, self.optimizations, len(batch), shape, self._memory_format)
+            loop = DenoisingLoop(
+                self.model, settings, self.optimizations, len(batch), shape, self._memory_format, self.weak_model
+            )
         seeds = [checked.prompts.seeds[k] for k in batch]
         latents, logits = loop.run(seeds, prompts, description=description, progress=checked.request.progress)
         self._loops[key] = loop  # not kept if it was interrupted or ran out of memory
         if logits is None or self.class_head == "untrained":
             return latents, None
         return latents, logits.float()[: len(batch)].softmax(1).expand(len(batch), -1)
+
+    def _guides_by_null(self, settings: LoopSettings) -> bool:
+        """Whether guidance is against the null report, for which the number of rows doubles."""
+        return settings.guidance.on and self.weak_model is None
 
     def _collect(
         self, checked: CheckedRequest, batch: list[int], decoded: Iterator[Decoded]
@@ -380,9 +410,11 @@ class FastSampler:
     def _check_memory(self, checked: CheckedRequest, count: int) -> int:
         """The estimate of the bytes that a batch of `count` volumes needs, which must be free."""
         settings, shape = checked.loop_settings, checked.latent_shape
-        model, rows = self.config.model, count * (2 if settings.guidance.on else 1)
-        needed = memory.activation_bytes(model, rows, shape[1:], self.dtype)
-        if model.traits.text and self.optimizations.precompute_conditioning:
-            needed += memory.cache_bytes(model, rows, settings.num_inference_steps, self.dtype)
+        rows = count * (2 if self._guides_by_null(settings) else 1)
+        models = [self.config.model] + ([] if self.weak_model is None else [self.weak_model.config])
+        needed = max(memory.activation_bytes(model, rows, shape[1:], self.dtype) for model in models)
+        if self.config.model.traits.text and self.optimizations.precompute_conditioning:
+            steps = settings.num_inference_steps
+            needed += sum(memory.cache_bytes(model, rows, steps, self.dtype) for model in models)
         memory.check_memory(needed, self.device, f"a batch of {count} latents {shape}")
         return needed

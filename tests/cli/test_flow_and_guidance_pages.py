@@ -47,6 +47,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "configs" / "ccella.json").write_text(json.dumps(values))
     (blocks,) = re.findall(r"^```json\n(.*?)^```", (PAGES / "guidance.md").read_text(), flags=re.MULTILINE | re.DOTALL)
     values["training"] |= json.loads("{" + blocks + "}")["training"]
+    values["training"] |= {"power_ema_snapshot_steps": 1, "power_ema_every": 1, "checkpointing_steps": 1}
     (tmp_path / "guided.json").write_text(json.dumps(values | {"sampling": {"num_inference_steps": 3}}))
     write_vae(tmp_path / "vae", small)
     return tmp_path
@@ -86,10 +87,13 @@ def test_the_commands_about_guidance_run(place):
     run(["prepare", "--data", "studies", "--out", "prepared", "--config", "configs/ccella.json", "--vae", "vae"])
     assert "null_text" not in read_json(place / "prepared" / "manifest.json")
     each = commands("guidance.md")
-    assert [words[0] for words in each] == ["prepare", "train", "sample", "sample"]
+    assert [words[0] for words in each] == ["prepare", "train", "sample", "sample", "average", "sample"]
+    each[4][each[4].index("--step") + 1] = "1"
     for words in each:
         run(words)
     assert "null_text" in read_json(place / "prepared" / "manifest.json")
     assert read_json(place / "model" / "config.json")["training"]["report_dropout"] == 0.1
-    found = [sidecars(place / name) for name in ("samples", "samples_interval")]
-    assert [(each["guidance_scale"], each["guidance_interval"]) for each in found] == [(2, [0, 1]), (2, [0.2, 0.8])]
+    found = [sidecars(place / name) for name in ("samples", "samples_interval", "samples_auto")]
+    settings = [(each["guidance_scale"], each["guidance_interval"]) for each in found]
+    assert settings == [(2, [0, 1]), (2, [0.2, 0.8]), (2, [0, 1])]
+    assert ["autoguidance" in each for each in found] == [False, False, True] and found[2]["autoguidance"]["step"] == 1

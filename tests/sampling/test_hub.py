@@ -320,7 +320,12 @@ def test_the_card_has_the_numbers_of_the_evaluation(hub, checkpoint, tmp_path):
     assert "given no training volumes" in text and "not trained on" not in text
     write_json(folder / "protocol.json", {**read_json(folder / "protocol.json"), "standardised_by": "train"})
     assert push(checkpoint, *stated(evaluation=folder)) == 0
-    assert "No phantom is among the training volumes" in card_of(hub.files[REPO]["README.md"].decode())[1]
+    text = card_of(hub.files[REPO]["README.md"].decode())[1]
+    assert "No phantom is among the training volumes" in text and "weaker model" not in text
+    evaluation_of(checkpoint, tmp_path / "auto", autoguidance={"step": 1})
+    assert push(checkpoint, *stated(evaluation=tmp_path / "auto")) == 0
+    text = card_of(hub.files[REPO]["README.md"].decode())[1]
+    assert "50 steps of ddim, guided by a weaker model that is not part of this repository, compared" in text
 
 
 def first_row(**changes):
