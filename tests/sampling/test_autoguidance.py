@@ -21,6 +21,7 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.evaluation.volumes import open_volumes
 from ccella_fast.sampling import Optimizations, Reuse
 from ccella_fast.sampling.command import sample_to_folder
+from ccella_fast.sampling.memory import cache_bytes
 from ccella_fast.sampling.onednn_prepack import can_pack
 from sampling_fixtures import FakeEncoder, write_checkpoint
 
@@ -254,6 +255,20 @@ def test_it_is_recorded_and_part_of_the_identity(folders, tmp_path):
         with pytest.raises(ConfigError, match="another request"):
             draw(folders[0], tmp_path / "auto", weak)
     draw(folders[0], tmp_path / "auto", folders[1])  # the same again: nothing to do
+
+
+def test_the_estimate_of_memory_has_two_caches_and_no_further_rows(folders, monkeypatch):
+    needed: list[int] = []
+    monkeypatch.setattr("ccella_fast.sampling.memory.check_memory", lambda size, *rest: needed.append(size))
+    request = {"reports": ["abc"], "num_inference_steps": 2, "decode": False}
+    make(folders[0], None)(**request)
+    make(*folders)(**request, guidance_scale=2.0)
+    make(folders[0], None)(**request, guidance_scale=2.0)
+    alone, autoguided, guided = needed
+    assert guided == 2 * alone and autoguided - alone == cache_bytes(
+        load_checkpoint(folders[0]).config.model, 1, 2, torch.float32
+    )
+    assert alone < autoguided < guided
 
 
 def test_the_option_of_the_command(folders, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from ccella_fast.training.power_ema import PowerEma
 from ccella_fast.training.power_profiles import exponent, fit, kept_share
 from ccella_fast.training.snapshots import write_average
 from plain_training import distance, power_average
-from training_fixtures import ROOT, losses, settings, train_here, weights
+from training_fixtures import ROOT, losses, settings, train_here, weights, write_prepared
 
 ON = {"power_ema_every": 2, "power_ema_snapshot_steps": 2, "checkpointing_steps": 1}
 # The last step is neither a multiple of `every` nor of `snapshot_steps`. The rate is so high that the weights move far.
@@ -167,6 +167,25 @@ def fingerprint(run: Path) -> list[str]:
     """The hashes of the averages of step 4, in the checkpoint and in the snapshot."""
     files = sorted(file for part in ("checkpoints", "snapshots") for file in (run / part).glob("step-00000004/power*"))
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+def test_a_skipped_step_counts_as_one_without_a_change(tmp_path):
+    """A step with the study that is not finite is skipped; its weights are those of the step before."""
+    data, run = write_prepared(tmp_path / "prepared", cases=4, nan_in="case1"), tmp_path / "run"
+    training = {
+        "power_ema_every": 1,
+        "power_ema_snapshot_steps": 1,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 9,
+    }
+    train_here(run, data, **training, max_train_steps=6, batch_size=1, ema_decay=0)
+    saved = {step: weights(run, step) for step in range(1, 7)}
+    assert len(losses(run)) < 6 and distance(saved[1], saved[6]) > 0
+    found, expected = weights(run, 6, "power_ema-0.1"), power_average(saved, 0.1)
+    logged = {step for step, _ in losses(run)}
+    skipped = power_average({step: tensors for step, tensors in saved.items() if step in logged}, 0.1)
+    error, other = distance(found, expected), distance(expected, skipped)
+    assert error < 1e-2 * other
 
 
 def test_snapshots_after_the_resumed_step_are_taken_again(tmp_path, data):

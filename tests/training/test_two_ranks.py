@@ -104,6 +104,7 @@ def test_two_processes_with_frozen_parts_and_two_rates_equal_the_plain_loop(laun
         launched / name, [plain_training(data, **SETTINGS, **PARTS, processes=count) for count in (2, 1)]
     )
     assert difference(launched / name, plain["fp32"][0], at=[4])["model"] > 1e-2  # negative control
+    check_power_averages(launched / name)
 
 
 @pytest.mark.slow
