@@ -23,7 +23,7 @@ from ccella_fast.config import load_config
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.folder_kinds import check_folder
 from ccella_fast.folder_lock import lock_folder
-from ccella_fast.storage import atomic_folder, publish_folder, write_hashed, write_json
+from ccella_fast.storage import atomic_folder, check_writable, publish_folder, write_hashed, write_json
 from ccella_fast.training.power_ema import file_name
 from ccella_fast.training.power_profiles import Fit, fit
 from ccella_fast.training.tensor_files import header, raw_tensors
@@ -102,6 +102,7 @@ def write_average(run: Path, out: Path, *, width: float, step: int | None = None
     check_folder(run, "checkpoint", error=CheckpointError, field="--run")
     if out.exists():
         raise ConfigError("this folder already exists", path=out, field="--out", fix="choose another name")
+    check_writable(out, "--out")
     known = snapshot_steps(run)
     checkpoint = newest_checkpoint(run) if known else None
     if checkpoint is None:

@@ -18,6 +18,7 @@ MISTAKEN = {
     "prepare": ("prepare --data {none} --out {tmp}/out", 3),
     "train-vae": ("train-vae --data {none} --out {tmp}/out", 3),
     "train": ("train --data {none} --output_dir {tmp}/out", 2),
+    "average": ("average --run {none} --width 0.1 --out {tmp}/out", 4),
     "sample": ("sample --checkpoint {none} --out {tmp}/out", 4),
     "sensitivity": ("sensitivity --real {none} --out {tmp}/out", 3),
     "evaluate": ("evaluate --real {none} --synthetic {none} --out {tmp}/out", 3),

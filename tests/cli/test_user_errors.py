@@ -120,6 +120,12 @@ SETTINGS = {
 FOLDERS = {
     "prepared folder as a checkpoint": ("sample --checkpoint {prepared} --out x", 4, ["a prepared folder", "{run}"]),
     "autoencoder as a checkpoint": ("sample --checkpoint {vae} --out x", 4, ["an autoencoder (VAE) folder"]),
+    "prepared folder as a run": ("average --run {prepared} --width 0.1 --out {tmp}/x", 4, ["a prepared folder", "{run}"]),
+    "run without snapshots": (
+        "average --run {run} --width 0.1 --out {tmp}/x",
+        4,
+        ["{run}/snapshots", "power_ema_snapshot_steps"],
+    ),
     "samples as a checkpoint": ("sample --checkpoint {samples} --out x", 4, ["generated samples", "{run}"]),
     "results as a checkpoint": ("sample --checkpoint {results} --out x", 4, ["a folder of results", "{run}"]),
     "export of a prepared folder": ("export --checkpoint {prepared} --out {tmp}/x.pt", 4, ["a prepared folder", "{run}"]),

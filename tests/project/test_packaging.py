@@ -182,6 +182,7 @@ def test_hugging_face_kernels_package_wins_over_our_folder(tmp_path):
         ["check"],
         ["prepare"],
         ["train-vae"],
+        ["average"],
         ["sample"],
         ["sensitivity"],
         ["evaluate"],

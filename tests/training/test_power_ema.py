@@ -132,13 +132,17 @@ def test_averages_are_a_sum_of_all_weights(run, width):
 
 def test_the_training_is_the_same_with_and_without_averages(tmp_path, data):
     """The same losses and weights, and no further files."""
-    training = {**ON, "max_train_steps": 4}
+    training = {**ON, "max_train_steps": 4, "checkpoints_total_limit": 9}
     train_here(tmp_path / "on", data, **training)
     train_here(tmp_path / "off", data, **{**training, "power_ema_snapshot_steps": 0})
     assert losses(tmp_path / "on") == losses(tmp_path / "off")
     for name in ("model", "ema", "exp_avg", "exp_avg_sq"):
         found, expected = (weights(tmp_path / run, 4, name) for run in ("on", "off"))
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+    first, average = weights(tmp_path / "on", 2), weights(tmp_path / "on", 2, "power_ema-0.1")
+    assert all(
+        torch.equal(average[name], tensor) for name, tensor in first.items()
+    )  # nothing of the random weights is left
     assert (tmp_path / "on" / "snapshots").exists() and not (tmp_path / "off" / "snapshots").exists()
     folder = tmp_path / "off" / "checkpoints" / "step-00000004"
     assert not list(folder.glob("power*")) and "power_ema_step" not in (folder / "training_state.json").read_text()
