@@ -128,7 +128,9 @@ def _disk_facts(plan: RunPlan, model: nn.Module) -> dict[str, Any]:
     vae = sum(file.stat().st_size for file in (plan.data / "vae").rglob("*") if file.is_file())
     training, every = plan.config.training, plan.config.training.power_ema_snapshot_steps
     return {
-        "snapshot": DTYPE.itemsize * (trained if training.low_rank.rank else parameters) * len(training.power_ema_widths),
+        "snapshot": DTYPE.itemsize
+        * (trained if training.low_rank.rank else parameters)
+        * len(training.power_ema_widths),
         "most_snapshots": math.ceil(plan.total_steps / every) if every else 0,
         "checkpoint": checkpoint_bytes(plan.config, model) + vae,
         "base_weights": _FP32 * (parameters - trained) if plan.config.training.low_rank.rank else 0,

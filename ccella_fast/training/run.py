@@ -334,7 +334,14 @@ def _train(
     losses = _fixed_noise_losses(plan, dataset, collectives) if config.monitoring.validation_steps else None
 
     checkpoints = checkpointing.CheckpointWriter(
-        plan.run, engine, ema, config, saved_facts | {"trained_on": trained_on}, vae, status, collectives,
+        plan.run,
+        engine,
+        ema,
+        config,
+        saved_facts | {"trained_on": trained_on},
+        vae,
+        status,
+        collectives,
         power_ema,
     )
     log: Any = contextlib.nullcontext()

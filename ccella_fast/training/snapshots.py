@@ -8,8 +8,10 @@ the sum would magnify the rounding of fp16 beyond that of bf16, in which models 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from itertools import groupby
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +20,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ccella_fast.checkpoint import newest_checkpoint, read_state, verify_checkpoint, write_manifest
+from ccella_fast.checkpoint import (
+    newest_checkpoint,
+    read_base_weights,
+    read_state,
+    verify_checkpoint,
+    write_manifest,
+)
 from ccella_fast.config import load_config
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.folder_kinds import check_folder
 from ccella_fast.folder_lock import lock_folder
+from ccella_fast.models.low_rank import merge_factors
 from ccella_fast.storage import atomic_folder, check_writable, publish_folder, write_hashed, write_json
 from ccella_fast.training.power_ema import file_name
 from ccella_fast.training.power_profiles import Fit, fit
@@ -132,14 +141,19 @@ def write_average(run: Path, out: Path, *, width: float, step: int | None = None
     average = Average(width, step, error, len(folders), possible)
     state = read_state(checkpoint)
     facts: dict[str, Any] = {"step": step, **{key: state[key] for key in _KEPT if key in state}, "averaged": True}
+    merge = None
+    if state.get("base_weights") is not None:  # the snapshots have low-rank adapters alone
+        low_rank = config.training.low_rank
+        base = read_base_weights(checkpoint, state)
+        merge = partial(merge_factors, base, scale=low_rank.alpha / low_rank.rank)
     facts["power_ema"] = {"width": width, "error": error, "snapshots": len(folders)}
-    with lock_folder(out.parent, "ccella-fast average", name=f".{out.name}.lock"), atomic_folder(out) as partial:
-        write_json(partial / "config.json", config.dump())
-        write_json(partial / "training_state.json", facts)
-        digest = _write_sum(files, found.coefficients[:, 0].tolist(), partial / "model.safetensors")
+    with lock_folder(out.parent, "ccella-fast average", name=f".{out.name}.lock"), atomic_folder(out) as folder:
+        write_json(folder / "config.json", config.dump())
+        write_json(folder / "training_state.json", facts)
+        digest = _write_sum(files, found.coefficients[:, 0].tolist(), folder / "model.safetensors", merge)
         if (checkpoint / "vae").is_dir():
-            shutil.copytree(checkpoint / "vae", partial / "vae")
-        write_manifest(partial, {"model.safetensors": digest}, step=step)
+            shutil.copytree(checkpoint / "vae", folder / "vae")
+        write_manifest(folder, {"model.safetensors": digest}, step=step)
     return average
 
 
@@ -167,8 +181,16 @@ def possible_widths(found: Fit) -> str:
     return " or ".join(ranges)
 
 
-def _write_sum(files: list[Path], coefficients: list[float], out: Path) -> str:
-    """Write the weighted sum of the files' tensors in fp32, added in fp64, tensor by tensor. Returns the SHA-256."""
+def _write_sum(
+    files: list[Path],
+    coefficients: list[float],
+    out: Path,
+    merge: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
+) -> str:
+    """Write the weighted sum of the files' tensors in fp32, added in fp64, tensor by tensor. Returns the SHA-256.
+
+    merge: makes the weights of the sums, which are then all in memory; None: they are the weights.
+    """
     with ExitStack() as opened:
         sources = [opened.enter_context(safe_open(file, "pt")) for file in files]
         shapes = {name: sources[0].get_slice(name).get_shape() for name in sorted(sources[0].keys())}
@@ -182,4 +204,9 @@ def _write_sum(files: list[Path], coefficients: list[float], out: Path) -> str:
                 raise CheckpointError(why, path=files[0].parent, fix="use the other averages of the checkpoint")
             return result.float()
 
-        return write_hashed(out, [header(shapes), *raw_tensors(map(total, shapes))])
+        tensors: Iterable[Tensor] = map(total, shapes)
+        if merge is not None:
+            merged = merge(dict(zip(shapes, tensors, strict=True)))
+            shapes = {name: merged[name].shape for name in sorted(merged)}
+            tensors = map(merged.__getitem__, shapes)
+        return write_hashed(out, chain([header(shapes)], raw_tensors(tensors)))

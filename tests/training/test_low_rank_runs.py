@@ -11,20 +11,23 @@ import torch
 from safetensors.torch import save_file
 
 from ccella_fast import FastSampler
-from ccella_fast.checkpoint import export_reference, load_checkpoint
+from ccella_fast.checkpoint import export_reference, load_checkpoint, read_base_weights
 from ccella_fast.config import make_config
 from ccella_fast.errors import CheckpointError, ConfigError
 from ccella_fast.models import build_model
+from ccella_fast.models.low_rank import merge_factors
 from ccella_fast.models.parts import check_parts, select_trained
 from ccella_fast.storage import read_json, sha256
 from ccella_fast.training.dry_run import count_parameters, describe_run, state_bytes
 from ccella_fast.training.flat_adamw import FlatAdamW
+from ccella_fast.training.snapshots import write_average
 from ccella_fast.training.start_weights import named_columns, read_start_weights
-from plain_training import EVERY_STEP, UNUSUAL, difference, part_name, plain_training
+from plain_training import EVERY_STEP, UNUSUAL, difference, distance, part_name, plain_training, power_average
 from training_fixtures import launch_jobs, settings, stage_id, train_here, weights
 
 LOW_RANK = {"rank": 2, "alpha": 3.0}
 LAST = "step-00000004"
+AVERAGES = {"power_ema_every": 2, "power_ema_snapshot_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -314,3 +317,26 @@ def test_wrong_values_are_refused(change):
     with pytest.raises(ConfigError, match=f"training.low_rank.{key}") as error:
         make_config({"training.low_rank": change})
     assert "default" in str(error.value)
+
+
+@pytest.mark.parametrize("stage", [0, 2], ids=stage_id)
+def test_power_function_averages_are_of_what_is_trained(tmp_path, data, start, stage):
+    """The average of the factors, resumed exactly, is made a model that needs no base weights."""
+    run = tmp_path / "run"
+    adapt(run, data, start, **AVERAGES, zero_stage=stage)
+    saved, average = {step: weights(run, step) for step in (2, 4)}, weights(run, 4, "power_ema-0.1")
+    error = distance(average, power_average(saved, 0.1))
+    assert error < 1e-2 * distance(saved[2], saved[4])
+    shutil.rmtree(run / "checkpoints" / LAST)
+    adapt(run, data, start, **AVERAGES, zero_stage=stage, resume="latest")
+    assert all(torch.equal(tensor, average[name]) for name, tensor in weights(run, 4, "power_ema-0.1").items())
+    if stage == 0:
+        write_average(run, tmp_path / "out", width=0.1)
+        state = read_json(run / "checkpoints" / LAST / "training_state.json")
+        base = read_base_weights(run / "checkpoints" / LAST, state)
+        expected = merge_factors(base, {name: tensor.half().float() for name, tensor in average.items()}, 1.5)
+        shutil.rmtree(run)
+        found = load_checkpoint(tmp_path / "out").model.state_dict()
+        assert found.keys() == expected.keys()
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+        assert any(not torch.equal(found[name], base[name]) for name in base)
