@@ -1,0 +1,412 @@
+"""What start weights, rectified flow and guidance change: `python benchmarks/generator_study.py --out out/study`.
+
+Phantoms of several pools that never mix; one autoencoder for all; generators that differ in one thing and in their seed;
+volumes from the reports of cases that no generator has seen; distances and agreement by the metrics of `ccella-fast evaluate`.
+Sizes, seeds and margins are in PROTOCOL and are written to protocol.json before anything is trained. A folder with another
+protocol is refused.
+
+About two hours on two cores. An interrupted study continues: finished commands are skipped, and the others resume by
+themselves. Writes generator_study.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ccella_fast.data.phantom.phantom import VERSION
+from ccella_fast.environment import describe_environment
+from ccella_fast.errors import CcellaError, ConfigError
+from ccella_fast.evaluation import evaluate, open_volumes
+from ccella_fast.evaluation.collecting import collect
+from ccella_fast.evaluation.conditions import Label, condition_agreement
+from ccella_fast.evaluation.findings import CaseFindings, read_findings
+from ccella_fast.evaluation.foci import FociFeatures
+from ccella_fast.evaluation.reconstruction import reconstructions
+from ccella_fast.evaluation.results import plain_values
+from ccella_fast.folder_lock import lock_folder
+from ccella_fast.storage import read_json, write_csv, write_json
+from script import make_parser, run_script
+
+# Quantile 0.975 of Student's distribution by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+BASE = Path(__file__).resolve().parents[1] / "configs" / "demo.json"
+PROTOCOL: dict[str, Any] = {
+    "phantom_version": VERSION,
+    "lesion_size": 1.5,  # of the usual phantom: usual lesions are about one voxel of latents this small
+    "pools": {  # number of studies and seed; reports of `real` are the prompts, and its volumes what is compared with
+        "train": [400, 301], "other": [400, 302], "real": [400, 303], "autoencoder": [64, 304],
+    },
+    "config": {  # changes of the demo's
+        "data": {"spacing": [2.25, 2.25, 3.0], "dim": [32, 32, 16]},  # 72 mm around the prostate
+        "model": {"attention_levels": [False, True, True], "num_head_channels": [0, 32, 32]},
+        "vae_training": {"max_train_steps": 1600},
+        "training": {"max_train_steps": 6000, "batch_size": 16, "report_dropout": 0.1},
+    },
+    "flow": {"schedule": "rectified_flow", "use_timestep_transform": False},  # the shift is for large latents
+    "fine_tuning_steps": 3000,  # half as many
+    "training_seeds": [1, 2, 3],
+    "prompts": 120,
+    "sampling_seed": 0,  # the same noise in all arms
+    "samplers": {"epsilon": ["ddpm", 50], "flow": ["euler_flow", 20]},
+    "guidance_scales": [1.5, 2.0, 3.0, 5.0],
+    "features": ["taps"],
+    "distance": ["fd", "taps-l3"],
+    "agreement": ["condition_class", "foci"],
+    "judged": {
+        "start_weights": "the 95 % interval of the distance relative to that of training from scratch is at most 1",
+        "flow": {"margin": 1.1, "rule": "the interval of the distance relative to DDPM is at most the margin"},
+        "guidance": {"scale": 2.0, "rule": "the interval of the difference to a scale of 1 is above 0"},
+    },
+}  # fmt: skip
+SMOKE: dict[str, Any] = {
+    "pools": {"train": [16, 301], "other": [16, 302], "real": [24, 303], "autoencoder": [8, 304]},
+    "config": {
+        **PROTOCOL["config"],
+        "vae_training": {"max_train_steps": 2},
+        "training": {"max_train_steps": 4, "batch_size": 2, "report_dropout": 0.1},
+    },
+    "fine_tuning_steps": 2, "training_seeds": [1, 2], "prompts": 4,
+    "samplers": {"epsilon": ["ddpm", 4], "flow": ["euler_flow", 2]}, "guidance_scales": [2.0],
+    "features": ["radiomics"], "distance": ["fd", "radiomics"],
+}  # fmt: skip
+
+
+class Arm(NamedTuple):
+    """One set of generated volumes.
+
+    Attributes:
+        group: what is compared: "scratch", "fine-tuned", "flow" or "flow, guidance S".
+        seed: of the training.
+        model: the folder of the run.
+        sampler: solver and number of steps.
+        guidance: the scale.
+    """
+
+    group: str
+    seed: int
+    model: str
+    sampler: tuple[str, int]
+    guidance: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """As a folder."""
+        return f"{self.group}-{self.seed}".replace(", ", "-").replace(" ", "-")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of everything; about 4 GB")
+    parser.add_argument("--jobs", type=int, default=2, help="commands at a time, which share the cores (default 2)")
+    parser.add_argument("--smoke", action="store_true", help="a few minutes, through all of the code; shows nothing")
+    return run_script(parser, run, argv)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run what is missing and write generator_study.json."""
+    protocol = PROTOCOL | (SMOKE if arguments.smoke else {})
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(out, "generator_study.py"):
+        keep_protocol(out / "protocol.json", protocol)
+        commands = Commands(out, arguments.jobs)
+        generate(commands, protocol)
+        findings = read_findings(out / "real/studies/studies.csv")
+        record = {
+            "what": __doc__.splitlines()[0],
+            "protocol": protocol,
+            "autoencoder": read_autoencoder(out, findings),
+            "arms": [judge(out, arm, protocol, findings) for arm in arms(protocol)],
+            "seconds": commands.seconds(),
+            "environment": describe_environment(),
+        }
+        record["claims"] = claims(record)
+        write_json(out / "generator_study.json", plain_values(record))
+    for name, claim in record["claims"].items():
+        print(
+            f"{name}: {claim['verdict']} ({claim['value']:.3f}, {claim['interval'][0]:.3f} to {claim['interval'][1]:.3f})"
+        )
+    return 0
+
+
+def keep_protocol(path: Path, protocol: dict[str, Any]) -> None:
+    """Write the protocol, or raise ConfigError if the folder has another one."""
+    if not path.exists():
+        write_json(path, protocol)
+    kept = read_json(path)
+    for name in protocol.keys() | kept.keys():
+        if kept.get(name) != protocol.get(name):
+            why = f"this study began with {name} = {kept.get(name)!r:.80}, now it is {protocol.get(name)!r:.80}"
+            raise ConfigError(why, path=path, field=name, fix="choose another --out")
+
+
+def arms(protocol: dict[str, Any]) -> list[Arm]:
+    """All sets of volumes."""
+    epsilon, flow = (tuple(protocol["samplers"][name]) for name in ("epsilon", "flow"))
+    found = []
+    for seed in protocol["training_seeds"]:
+        found += [Arm("scratch", seed, f"scratch-{seed}", epsilon)]
+        found += [Arm("fine-tuned", seed, f"fine-tuned-{seed}", epsilon)]
+        found += [Arm("flow", seed, f"flow-{seed}", flow)]
+        found += [
+            Arm(f"flow, guidance {scale:g}", seed, f"flow-{seed}", flow, scale) for scale in protocol["guidance_scales"]
+        ]
+    return sorted(found, key=lambda arm: (arm.seed, arm.group))
+
+
+# ---- Volumes
+
+
+class Commands:
+    """Runs commands of ccella-fast in a folder, each once.
+
+    Args:
+        out: the folder; logs/ has what they print, and done/ what has finished.
+        jobs: how many run at a time.
+    """
+
+    def __init__(self, out: Path, jobs: int):
+        self.out, self._jobs = out, jobs
+        for name in ("done", "logs"):
+            (out / name).mkdir(exist_ok=True)
+
+    def run(self, commands: dict[str, Sequence[object]]) -> None:
+        """Run commands by name, some at a time; return when all have finished.
+
+        Raises:
+            CcellaError: one has failed. Those that were started are waited for, and no other is started.
+        """
+        failed: list[str] = []
+
+        def run_one(name: str, words: list[str]) -> None:
+            done = self.out / "done" / f"{name}.json"
+            if failed or (done.exists() and read_json(done)["command"] == words):
+                return
+            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+            start = time.perf_counter()
+            # Processes that share cores are faster with one thread each than with OpenMP teams that compete.
+            threads = str(max(1, (os.cpu_count() or 1) // self._jobs))
+            with open(self.out / "logs" / f"{name}.txt", "w") as log:
+                finished = subprocess.run(
+                    [sys.executable, "-m", "ccella_fast.cli", *words],
+                    cwd=self.out, env=os.environ | {"OMP_NUM_THREADS": threads}, stdout=log, stderr=log,
+                )  # fmt: skip
+            if finished.returncode:
+                failed.append(name)
+                return
+            write_json(done, {"command": words, "seconds": round(time.perf_counter() - start, 1)})
+
+        with ThreadPoolExecutor(self._jobs) as pool:
+            list(pool.map(run_one, commands, ([str(word) for word in words] for words in commands.values())))
+        if failed:
+            log = self.out / "logs" / f"{failed[0]}.txt"
+            raise CcellaError(f"the command '{failed[0]}' has failed", path=log, fix="read this file, then run again")
+
+    def seconds(self) -> dict[str, float]:
+        """The time of every command that has finished."""
+        return {path.stem: read_json(path)["seconds"] for path in sorted((self.out / "done").glob("*.json"))}
+
+
+def generate(commands: Commands, protocol: dict[str, Any]) -> None:
+    """Phantoms, autoencoder, generators and their samples."""
+    out = commands.out
+    write_configurations(out, protocol)
+    pools = protocol["pools"]
+    commands.run(
+        {
+            f"phantom-{name}": [
+                "phantom",
+                "--out",
+                f"{name}/studies",
+                "--num_studies",
+                count,
+                "--seed",
+                seed,
+                "--lesion_size",
+                protocol["lesion_size"],
+            ]  # fmt: skip
+            for name, (count, seed) in sorted(pools.items(), key=lambda item: -item[1][0])
+        }
+    )
+    commands.run({"images-autoencoder": prepare("autoencoder")})
+    commands.run(
+        {
+            "autoencoder": ["train-vae", "--data", "autoencoder/prepared", "--out", "vae", "--config", "epsilon.json"],
+        }
+        | {f"prepare-{name}": prepare(name) for name in pools if name != "autoencoder"}
+    )
+    commands.run({f"encode-{name}": [*prepare(name), "--vae", "vae"] for name in pools if name != "autoencoder"})
+    half, seeds = protocol["fine_tuning_steps"], protocol["training_seeds"]
+    commands.run(
+        {"start-weights": train("epsilon", "other", "start-weights", 0)}
+        | {f"scratch-{seed}": train("epsilon", "train", f"scratch-{seed}", seed) for seed in seeds}
+        | {f"flow-{seed}": train("flow", "train", f"flow-{seed}", seed) for seed in seeds}
+    )
+    more = ["--init_from", "models/start-weights", "--max_train_steps", half]
+    commands.run(
+        {f"fine-tuned-{seed}": [*train("epsilon", "train", f"fine-tuned-{seed}", seed), *more] for seed in seeds}
+    )
+    write_prompts(out, protocol["prompts"])
+    commands.run({f"sample-{arm.name}": sample(arm, protocol["sampling_seed"]) for arm in arms(protocol)})
+
+
+def write_configurations(out: Path, protocol: dict[str, Any]) -> None:
+    """epsilon.json and flow.json: the demo's with the changes of the protocol."""
+    config = read_json(BASE)
+    for section, values in protocol["config"].items():
+        config[section] |= values
+    write_json(out / "epsilon.json", config)
+    solver, steps = protocol["samplers"]["flow"]
+    config["scheduler"] = protocol["flow"]
+    config["sampling"] |= {"solver": solver, "num_inference_steps": steps}
+    write_json(out / "flow.json", config)
+
+
+def prepare(pool: str) -> list[object]:
+    """The command that prepares the studies of a pool."""
+    return ["prepare", "--data", f"{pool}/studies", "--out", f"{pool}/prepared", "--config", "epsilon.json"]
+
+
+def train(objective: str, pool: str, name: str, seed: int) -> list[object]:
+    """The command that trains a generator on a pool; a twelfth of the phantoms has no report, and another one no class."""
+    return [
+        "train", "--config", f"{objective}.json", "--data", f"{pool}/prepared", "--output_dir", f"models/{name}",
+        "--seed", seed, "--resume", "--allow", "no_class", "--allow", "no_reports",
+    ]  # fmt: skip
+
+
+def write_prompts(out: Path, count: int) -> None:
+    """prompts.csv: the first cases of the pool `real` that have a report and a class."""
+    with open(out / "real/studies/studies.csv", newline="", encoding="utf-8") as table:
+        rows = [row for row in csv.DictReader(table) if row["report"] and row["pirads"]][:count]
+    write_csv(out / "prompts.csv", ["case", "report"], ([row["case"], row["report"]] for row in rows))
+
+
+def sample(arm: Arm, seed: int) -> list[object]:
+    """The command that generates the volumes of an arm."""
+    solver, steps = arm.sampler
+    return [
+        "sample", "--checkpoint", f"models/{arm.model}", "--report_table", "prompts.csv", "--out", f"samples/{arm.name}",
+        "--solver", solver, "--num_inference_steps", steps, "--guidance_scale", arm.guidance, "--seed", seed,
+        "--distinct_seeds", "--batch_size", 8,
+    ]  # fmt: skip
+
+
+# ---- Numbers
+
+
+def judge(out: Path, arm: Arm, protocol: dict[str, Any], findings: CaseFindings) -> dict[str, Any]:
+    """The rows of an evaluation of an arm, from its file if there is one."""
+    path = out / "evaluation" / f"{arm.name}.json"
+    if not path.exists():
+        print(f"{time.strftime('%H:%M:%S')} evaluate-{arm.name}", flush=True)
+        result = evaluate(
+            real=open_volumes(out / "real/prepared", field="real"),
+            synthetic=open_volumes(out / "samples" / arm.name, field="samples"),
+            train=open_volumes(f"{out / 'train/prepared'}:train", field="train"),
+            findings=findings, features=protocol["features"], metrics=["fd", "kid", "condition"], cache=out / "features",
+        )  # fmt: skip
+        path.parent.mkdir(exist_ok=True)
+        rows = [
+            {name: asdict(row)[name] for name in ("metric", "features", "value", "floor", "guards", "details")}
+            for row in result.rows
+        ]
+        write_json(path, plain_values({"protocol_sha256": result.protocol_sha256, "rows": rows}))
+    return {"group": arm.group, "seed": arm.seed, "guidance": arm.guidance, **read_json(path)}
+
+
+def read_autoencoder(out: Path, findings: CaseFindings) -> dict[str, Any]:
+    """Gate G0: how well the class and the findings are read from volumes after the autoencoder, and its PSNR in dB.
+
+    The probes are fitted on original volumes. The gate is open if their accuracy on the class is at least 0.9 times that on
+    originals.
+    """
+    real = open_volumes(out / "real/prepared", field="real")
+    decoded = reconstructions(real, out / "vae")
+    extractor = FociFeatures()
+    (before,), (after,) = (collect(volumes, [extractor], name=volumes.name)[0].values() for volumes in (real, decoded))
+    errors = [np.mean((np.asarray(a.array) - np.asarray(b.array)) ** 2) for a, b in zip(real, decoded, strict=True)]
+    properties: dict[str, list[Label]] = {
+        "class": list(before.classes),
+        **{name: [cases.get(case) for case in before.ids] for name, cases in findings.properties.items()},
+    }
+    read = {}
+    for name, known in properties.items():
+        found = condition_agreement(
+            name, before.spaces["foci"], known, after.spaces["foci"], known, prompted_by=range(len(before))
+        )
+        read[name] = {
+            key: getattr(found, key) for key in ("score", "value", "ceiling", "floor", "accuracy", "ceiling_accuracy")
+        }
+    ratio = read["class"]["accuracy"] / read["class"]["ceiling_accuracy"]
+    return {
+        "psnr": float(np.mean([-10 * math.log10(error) for error in errors])),
+        "read": read, "accuracy_ratio": ratio, "gate_open": bool(ratio >= 0.9),
+    }  # fmt: skip
+
+
+# ---- Claims
+
+
+def claims(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the protocol wants to know: value, interval of 95 % over the training seeds (Student), and yes, no or undecided."""
+    protocol = record["protocol"]
+    judged, seeds = protocol["judged"], protocol["training_seeds"]
+    found = {(arm["group"], arm["seed"]): arm for arm in record["arms"]}
+
+    def relative(group: str) -> list[float]:
+        of_group, scratch = (
+            [_value(found[name, seed], protocol["distance"]) for seed in seeds] for name in (group, "scratch")
+        )
+        return [math.log(one / other) for one, other in zip(of_group, scratch, strict=True)]
+
+    scale = f"flow, guidance {judged['guidance']['scale']:g}"
+    gains = [
+        _value(found[scale, seed], protocol["agreement"]) - _value(found["flow", seed], protocol["agreement"])
+        for seed in seeds
+    ]
+    return {
+        "start_weights": _claim(relative("fine-tuned"), lambda low, high: (high <= 0, low > 0), math.exp),
+        "flow": _claim(
+            relative("flow"),
+            lambda low, high: (high <= math.log(judged["flow"]["margin"]), low > math.log(judged["flow"]["margin"])),
+            math.exp,
+        ),
+        "guidance": _claim(gains, lambda low, high: (low > 0, high <= 0), float),
+    }
+
+
+def _value(arm: dict[str, Any], metric: Sequence[str]) -> float:
+    """NaN if it is not defined: a head that was hardly trained, as in the smoke study, asks for one class alone."""
+    values = [row["value"] for row in arm["rows"] if [row["metric"], row["features"]] == list(metric)]
+    return math.nan if not values or values[0] is None else values[0]
+
+
+def _claim(
+    values: list[float], decide: Callable[[float, float], tuple[bool, bool]], shown: Callable[[float], float]
+) -> dict[str, Any]:
+    mean, half = np.mean(values), STUDENT[len(values) - 1] * np.std(values, ddof=1) / math.sqrt(len(values))
+    yes, no = decide(mean - half, mean + half)
+    return {
+        "by_seed": [shown(value) for value in values], "value": shown(mean),
+        "interval": [shown(mean - half), shown(mean + half)],
+        "verdict": "yes" if yes else "no" if no else "undecided",
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The study of start weights, flow and guidance: its rules, its resumption, its page."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+
+import generator_study as study
+from ccella_fast.errors import CcellaError, ConfigError
+from ccella_fast.storage import read_json
+
+
+def record(distances: dict[str, list[float]], agreements: dict[str, list[float]]) -> dict[str, Any]:
+    """A record with one distance and one agreement of each arm."""
+    protocol = study.PROTOCOL
+    arms = []
+    for arm in study.arms(protocol):
+        place = protocol["training_seeds"].index(arm.seed)
+        rows = [
+            {"metric": "fd", "features": "taps-l3", "value": distances.get(arm.group, [100.0] * 3)[place]},
+            {"metric": "condition_class", "features": "foci", "value": agreements.get(arm.group, [0.6] * 3)[place]},
+        ]
+        arms.append({"group": arm.group, "seed": arm.seed, "guidance": arm.guidance, "rows": rows})
+    return {"protocol": protocol, "arms": arms}
+
+
+SCRATCH = [100.0, 110.0, 90.0]
+
+
+@pytest.mark.parametrize(
+    ("factors", "start_weights", "flow"),
+    [
+        ((0.8, 0.82, 0.78), "yes", "yes"),
+        ((1.05, 1.06, 1.055), "no", "yes"),  # within the margin of the flow
+        ((1.3, 1.32, 1.28), "no", "no"),
+        ((0.7, 1.0, 1.5), "undecided", "undecided"),
+    ],
+)
+def test_a_distance_is_judged_by_the_interval_over_paired_seeds(factors, start_weights, flow):
+    values = [factor * value for factor, value in zip(factors, SCRATCH, strict=True)]
+    found = study.claims(record({"scratch": SCRATCH, "fine-tuned": values, "flow": values}, {}))
+    assert (found["start_weights"]["verdict"], found["flow"]["verdict"]) == (start_weights, flow)
+    claim = found["flow"]
+    assert claim["by_seed"] == pytest.approx(factors)
+    assert claim["value"] == pytest.approx(math.prod(factors) ** (1 / 3))
+    # Student's interval of the logarithms, written out.
+    logs = [math.log(factor) for factor in factors]
+    mean = sum(logs) / 3
+    half = 4.3027 * math.sqrt(sum((value - mean) ** 2 for value in logs) / 2 / 3)
+    assert claim["interval"] == pytest.approx([math.exp(mean - half), math.exp(mean + half)], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"), [((0.1, 0.12, 0.11), "yes"), ((-0.1, 0.2, 0.1), "undecided"), ((-0.1, -0.11, -0.09), "no")]
+)
+def test_guidance_is_judged_by_its_gain(gains, verdict):
+    base = [0.6, 0.7, 0.65]
+    guided = [value + gain for value, gain in zip(base, gains, strict=True)]
+    claim = study.claims(record({}, {"flow": base, "flow, guidance 2": guided}))["guidance"]
+    assert claim["verdict"] == verdict and claim["by_seed"] == pytest.approx(gains)
+
+
+def test_another_protocol_is_refused(tmp_path):
+    study.keep_protocol(tmp_path / "protocol.json", study.PROTOCOL)
+    study.keep_protocol(tmp_path / "protocol.json", copy.deepcopy(study.PROTOCOL))
+    with pytest.raises(ConfigError, match="began with prompts"):
+        study.keep_protocol(tmp_path / "protocol.json", study.PROTOCOL | {"prompts": 1})
+    assert read_json(tmp_path / "protocol.json") == study.PROTOCOL
+
+
+def test_commands_run_once_and_a_failure_is_named_and_repeated(tmp_path):
+    commands = study.Commands(tmp_path, 2)
+    commands.run({"first": ["phantom", "--out", "studies", "--num_studies", 1]})
+    drawn = tmp_path / "studies/phantom-0000/t2w.nii.gz"
+    drawn.unlink()
+    commands.run({"first": ["phantom", "--out", "studies", "--num_studies", 1]})
+    assert not drawn.exists()  # it had finished
+    commands.run({"first": ["phantom", "--out", "studies", "--num_studies", 1, "--seed", 1]})
+    assert drawn.exists()  # it is another command
+    with pytest.raises(CcellaError, match="'second' has failed"):
+        commands.run({"second": ["phantom", "--out", "other", "--num_studies", 0]})
+    assert "num_studies" in (tmp_path / "logs/second.txt").read_text()
+    assert commands.seconds().keys() == {"first"}
+
+
+@pytest.mark.slow
+def test_the_smoke_study_runs_to_the_end_and_continues(tmp_path, monkeypatch, capsys):
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "judge", stop)  # everything is generated and nothing is evaluated
+        assert study.main(["--out", str(tmp_path), "--smoke"]) == 130
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("samples/*/*.nii.gz")}
+    assert len(kept) == 4 * len(study.arms(study.PROTOCOL | study.SMOKE))
+    capsys.readouterr()
+    assert study.main(["--out", str(tmp_path), "--smoke"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    found = read_json(tmp_path / "generator_study.json")
+    assert {arm["group"] for arm in found["arms"]} == {"scratch", "fine-tuned", "flow", "flow, guidance 2"}
+    assert found["claims"].keys() == {"start_weights", "flow", "guidance"}
+    assert capsys.readouterr().out.count("evaluate-") == len(found["arms"])
+    assert study.main(["--out", str(tmp_path), "--smoke"]) == 0
+    assert "evaluate-" not in capsys.readouterr().out
