@@ -105,6 +105,8 @@ class Checkpoint:
         autoencoder: folder for `load_autoencoder`; None if the checkpoint has none (a reference .pt).
         trained_on: what the training has seen, see `sampling.trained_on`; None if the checkpoint does not say.
         averaged: whether the weights are averages; None if an exported model does not say, as those of earlier releases.
+        start_weights: SHA-256 of the weights that the training started from, and the parts that it did not take from them; None
+            if it started anew, or the checkpoint does not say.
     """
 
     model: Any
@@ -118,6 +120,7 @@ class Checkpoint:
     path: Path
     trained_on: dict[str, Any] | None = None
     averaged: bool | None = None
+    start_weights: dict[str, Any] | None = None
 
 
 def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any = "cpu") -> Checkpoint:
@@ -166,7 +169,7 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
         averaged = False
     return Checkpoint(
         model, config.model.variant, state["scale_factor"], config, state["step"], state["intensity_scale"], weights,
-        vae if vae.is_dir() else None, folder, trained_on, averaged,
+        vae if vae.is_dir() else None, folder, trained_on, averaged, state.get("start_weights"),
     )  # fmt: skip
 
 

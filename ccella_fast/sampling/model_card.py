@@ -117,6 +117,9 @@ def _model(parts: SamplerParts) -> str:
         "Default sampling": counted(config.sampling.num_inference_steps, "step") + f" of {config.sampling.solver}",
         "Weights": f"{_AVERAGED[parts.origin.averaged]}, after {counted(state['step'], 'training step')}",
     }
+    if start := parts.origin.start_weights:
+        left_out = f", without {_list(start['skip'])}" if start["skip"] else ""
+        facts["Started from"] = f"weights with the SHA-256 {start['sha256']}{left_out}, whose license applies too"
     if model.traits.text:
         facts["Text encoder"] = f"{config.text.encoder}, {config.text.max_length} tokens"
     dropped = {"report": config.training.report_dropout, "class": config.training.class_dropout}

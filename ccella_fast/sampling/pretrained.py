@@ -75,6 +75,7 @@ class Provenance(NamedTuple):
         weights: "ema", "raw" or "given", for errors.
         trained_on: what the training has seen (see `trained_on`); None if it is not known.
         averaged: whether the weights are averages; None if it is not known.
+        start_weights: those that the training started from, as in `Checkpoint`.
     """
 
     metadata: dict[str, Any]
@@ -82,6 +83,7 @@ class Provenance(NamedTuple):
     weights: str
     trained_on: dict[str, Any] | None = None
     averaged: bool | None = None
+    start_weights: dict[str, Any] | None = None
 
     @classmethod
     def of_objects(cls, config: Config) -> Provenance:
@@ -106,7 +108,8 @@ class Provenance(NamedTuple):
             "vae_sha256": None if vae is None else sha256(weights_file(vae)),
             "config_sha256": config_digest(loaded.config),
         }
-        return cls(metadata, loaded.path, loaded.weights, loaded.trained_on, loaded.averaged)
+        known = (loaded.trained_on, loaded.averaged, loaded.start_weights)
+        return cls(metadata, loaded.path, loaded.weights, *known)
 
 
 class SamplerParts(NamedTuple):

@@ -288,6 +288,8 @@ class FastSampler:
             "trained_on": self.origin.trained_on,
             "averaged": self.origin.averaged,
         }
+        if self.origin.start_weights is not None:
+            state["start_weights"] = self.origin.start_weights
         return pretrained.SamplerParts(self.config, self.model, self.autoencoder, state, self.origin)
 
     @deprecated_arguments(num_steps="num_inference_steps")

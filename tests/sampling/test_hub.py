@@ -260,7 +260,25 @@ def test_the_card_states_the_facts_of_the_checkpoint(checkpoint, tmp_path):
         assert f"{row}\n" in text, row
     assert "42 studies with a report and a PI-RADS class: 31 of PI-RADS 1 and 2, 11 of PI-RADS 3 to 5." in text
     assert "Voxels of 1.25 x 1.5 x 3 to 1.5 x 1.75 x 3 mm" in text and "Not for clinical use" in text
+    assert "Started from" not in text
     assert "There is no evaluation" in text and "was not looked for" in text and licenses.NOT_STATED not in text
+
+
+def test_the_card_names_the_weights_that_the_training_started_from(tmp_path):
+    """Also that of a copy, which is written from the loaded model."""
+    checkpoint, digest = write_checkpoint(tmp_path / "step"), "ab" * 32
+    state = json.loads((checkpoint / "training_state.json").read_text())
+    state["start_weights"] = {"sha256": digest, "skip": ["adapter", "class_heads"]}
+    write_json(checkpoint / "training_state.json", state)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, step=state["step"])
+    assert push(checkpoint, *stated(), "--out", tmp_path / "shared") == 0
+    assert push(tmp_path / "shared", *stated(), "--out", tmp_path / "again") == 0
+    for name in ("shared", "again"):
+        text = (tmp_path / name / "README.md").read_text()
+        assert (
+            f"| Started from | weights with the SHA-256 {digest}, without adapter, class_heads, whose license" in text
+        )
 
 
 def test_what_a_checkpoint_does_not_say_is_said(tmp_path):
