@@ -173,7 +173,7 @@ def run_report(arguments: argparse.Namespace) -> None:
     check_folder(arguments.folder, "results", error=DataError)
     from ccella_fast.report.html import write_report
 
-    print(write_report(arguments.folder, marks=_lesion_marks(arguments.findings) if arguments.findings else {}))
+    print(write_report(arguments.folder, marks=lesion_marks(arguments.findings) if arguments.findings else {}))
 
 
 def run_export(arguments: argparse.Namespace) -> None:
@@ -279,7 +279,7 @@ def _config_options(arguments: argparse.Namespace) -> list[str]:
     return [*files, *(part for text in arguments.set for part in ("--set", text))]
 
 
-def _lesion_marks(table: Path) -> dict[str, Any]:
+def lesion_marks(table: Path) -> dict[str, Any]:
     """Where the reports of a table have a lesion, as far as their side is known, by case."""
     from ccella_fast.evaluation.findings import read_findings
     from ccella_fast.report.figures import Mark

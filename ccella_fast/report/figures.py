@@ -68,12 +68,14 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return [items[k * len(items) // shown] for k in range(shown)]
 
 
-def montage(panels: Sequence[Panel], *, window: tuple[float, float], caption: str = "") -> bytes:
+def montage(
+    panels: Sequence[Panel], *, window: tuple[float, float], caption: str = "", planes: Sequence[str] = tuple(_LETTERS)
+) -> bytes:
     """A PNG with one column per volume and one row per plane, all at one scale and in one gray window."""
     from matplotlib.figure import Figure
 
     blocks = [list(panels[i : i + COLUMNS]) for i in range(0, len(panels), COLUMNS)]
-    slices = [[[cut(p.volume, p.spacing, plane, _height(p)) for p in block] for plane in _LETTERS] for block in blocks]
+    slices = [[[cut(p.volume, p.spacing, plane, _height(p)) for p in block] for plane in planes] for block in blocks]
     widths = [max(row[c].size[0] for rows in slices for row in rows if c < len(row)) for c in range(len(slices[0][0]))]
     heights = [max(part.size[1] for part in row) for rows in slices for row in rows]
     gap, title, note = 0.06, 0.28, 0.30 if caption else 0.0  # inches
@@ -97,8 +99,8 @@ def montage(panels: Sequence[Panel], *, window: tuple[float, float], caption: st
             for width, part, panel in zip(widths, row, block, strict=False):
                 own = (part.size[0] * scale, part.size[1] * scale)  # volumes of several sizes stay at one scale
                 box = (left + (width * scale - own[0]) / 2, top + (height - own[1]) / 2, *own)
-                axial = row is rows[0]
-                _draw(figure, part, box, figure_size, window, bar=axial, mark=panel.mark if axial else None)
+                axial = row is rows[0] and planes[0] == "axial"
+                _draw(figure, part, box, figure_size, window, bar=row is rows[0], mark=panel.mark if axial else None)
                 left += width * scale + gap
     if caption:
         _text(figure, figure_size[0] / 2, note / 2, caption, figure_size, color="#b8b8b8", size=7)
