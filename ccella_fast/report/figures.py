@@ -16,7 +16,7 @@ T = TypeVar("T")
 COLUMNS = 4  # volumes side by side in a montage
 _LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
 # A mark in mm: the middle of the upper and the lower third of a usual gland, its side, and its zones in front and behind.
-_THIRD, _LATERAL, _BACK = 9.0, 27.0, 9.0
+_THIRD, _LATERAL, _BACK = 9.0, 29.0, 9.0
 COLORS = ["#1f6fb4", "#c2571a", "#3a8a4d", "#7a4fa3"]
 
 
@@ -192,7 +192,7 @@ def _draw(
     if mark is not None:  # an arrow from the side, at the height of the zone; the patient's left is on the right
         sign, width = (1 if mark.side == "left" else -1), part.size[0]
         y = part.size[1] / 2 + {"PZ": _BACK, "TZ": -_BACK / 2}.get(mark.zone or "", 0.0)
-        tip, end = (width / 2 + sign * distance for distance in (_LATERAL, _LATERAL + 14))
+        tip, end = (width / 2 + sign * distance for distance in (_LATERAL, min(_LATERAL + 14, width / 2 - 1)))
         arrow = {"arrowstyle": "-|>", "color": "#ffd23f", "linewidth": 1.4}
         axes.annotate("", (tip, y), (end, y), arrowprops=arrow)
     if bar:
