@@ -148,14 +148,14 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
 
     from ccella_fast.models.low_rank import merge_factors
 
-    if weights is None:
+    config, state = load_config(folder / "config.json"), read_state(folder)
+    if weights is None or (weights == "ema" and state.get("averaged")):  # then the only weights are averages
         weights = "ema" if "ema.safetensors" in listed else "raw"
     file = folder / ("ema.safetensors" if weights == "ema" else "model.safetensors")
     if file.name not in listed:
         which, present, option = ("averaged", "raw", "raw") if weights == "ema" else ("raw", "averaged", "ema")
         fix = f'use the {present} weights, with --weights {option}, or weights="{option}" in Python'
         raise CheckpointError(f"this checkpoint has no {which} weights", path=file, fix=fix)
-    config, state = load_config(folder / "config.json"), read_state(folder)
     tensors = load_file(file)
     if state.get("base_weights") is not None:
         low_rank = config.training.low_rank

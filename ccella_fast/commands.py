@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ccella_fast.entrypoint import is_local_rank_zero, log_next, sibling
 from ccella_fast.optional import require_installed
+from ccella_fast.quantities import counted
 
 if TYPE_CHECKING:
     from ccella_fast.config import Config
@@ -106,8 +107,9 @@ def run_average(arguments: argparse.Namespace) -> None:
 
     out = arguments.out
     made = write_average(arguments.run_folder, out, width=arguments.width, step=arguments.step)
-    about = "width %g at step %d, from %d snapshots: the error of the profile is %.2g; possible widths: %s"
-    logging.getLogger("ccella_fast").info(about, made.width, made.step, made.snapshots, made.error, made.possible)
+    about = "width %g at step %d, from %s: the error of the profile is %.2g; possible widths: %s"
+    snapshots = counted(made.snapshots, "snapshot")
+    logging.getLogger("ccella_fast").info(about, made.width, made.step, snapshots, made.error, made.possible)
     log_next(out, ["ccella-fast", "sample", "--checkpoint", out, "--out", sibling(out, "samples")])
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ccella_fast.errors import CcellaError, ConfigError, nearest
 
-Wanted = Literal["checkpoint", "prepared", "autoencoder", "studies", "export", "results", "volumes"]
+Wanted = Literal["checkpoint", "run", "prepared", "autoencoder", "studies", "export", "results", "volumes"]
 Output = Literal["studies", "prepared data", "an autoencoder", "a run", "samples", "an evaluation"]
 
 _NAMES = {
@@ -38,6 +38,7 @@ _NAMES = {
 # What is accepted -> the kinds that are, and what to give.
 _WANTED: dict[Wanted, tuple[set[str], str]] = {
     "checkpoint": ({"run", "step"}, "give the --output_dir of train.py, a step folder in it, or a reference .pt file"),
+    "run": ({"run"}, "give the --output_dir of train.py"),
     "prepared": ({"prepared"}, "give the folder that `ccella-fast prepare --out` wrote"),
     "autoencoder": (
         {"autoencoder", "prepared", "step"},
@@ -166,7 +167,7 @@ def wrong_folder(
 
 def _article(wanted: Wanted) -> str:
     names = {
-        "checkpoint": "a checkpoint or run folder", "prepared": "a prepared folder",
+        "checkpoint": "a checkpoint or run folder", "run": "a run folder", "prepared": "a prepared folder",
         "autoencoder": "an autoencoder (VAE) folder", "studies": "a folder of studies", "export": "a PACS export",
         "results": "a folder of results", "volumes": "a folder of volumes",
     }  # fmt: skip

@@ -29,7 +29,7 @@ from ccella_fast.checkpoint import (
 )
 from ccella_fast.config import load_config
 from ccella_fast.errors import CheckpointError, ConfigError
-from ccella_fast.folder_kinds import check_folder
+from ccella_fast.folder_kinds import folder_kind, wrong_folder
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.models.low_rank import merge_factors
 from ccella_fast.storage import atomic_folder, check_writable, publish_folder, write_hashed, write_json
@@ -108,7 +108,8 @@ def write_average(run: Path, out: Path, *, width: float, step: int | None = None
         ConfigError: `out` exists, there is no snapshot of this step, or the snapshots cannot make this width.
         CheckpointError: the run has no snapshots, or a file is damaged.
     """
-    check_folder(run, "checkpoint", error=CheckpointError, field="--run")
+    if folder_kind(run) != "run":
+        raise wrong_folder(run, "run", error=CheckpointError, field="--run")
     if out.exists():
         raise ConfigError("this folder already exists", path=out, field="--out", fix="choose another name")
     check_writable(out, "--out")

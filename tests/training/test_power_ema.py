@@ -247,6 +247,18 @@ def test_a_width_that_was_not_stored_is_made(run, tmp_path, width):
     assert differ == []
 
 
+def test_an_average_that_was_made_is_exported_as_averaged_weights(run, tmp_path):
+    """`export` asks for averaged weights, of which the new folder has no others; a run without an average is still refused."""
+    write_average(run.folder, tmp_path / "model", width=0.08)
+    made = load_file(tmp_path / "model" / "model.safetensors")
+    for wanted in (None, "ema"):
+        loaded = load_checkpoint(tmp_path / "model", weights=wanted)
+        assert loaded.averaged and all(
+            torch.equal(each, made[name]) for name, each in loaded.model.state_dict().items()
+        )
+    assert cli.main(["export", "--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path / "model.pt")]) == 0
+
+
 def test_an_earlier_step_is_made_of_earlier_snapshots(run, tmp_path):
     made = write_average(run.folder, tmp_path / "out", width=0.09, step=60)
     found = load_file(tmp_path / "out" / "model.safetensors")
@@ -289,6 +301,14 @@ def test_what_cannot_be_made_is_refused(run, tmp_path, capsys):
     assert "5 is not the width of an average" in (answer := refused("--width", 5)) and "from 0.01 to 0.28" in answer
     with pytest.raises(ConfigError, match="already exists"):
         write_average(run.folder, tmp_path / "low", width=0.1)
+    for wrong, words in (
+        (tmp_path / "nowhere", "this path does not exist; a run folder is needed"),
+        (tmp_path / "low", "this is a checkpoint, not a run folder"),
+        (run.folder / "checkpoints" / "step-00000119", "this is a checkpoint, not a run folder"),
+    ):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            write_average(wrong, tmp_path / "out", width=0.1)
+        assert caught.value.field == "--run" and ".pt" not in caught.value.fix
 
 
 def test_rounding_that_would_be_magnified_is_refused(run, tmp_path, monkeypatch):
