@@ -57,6 +57,12 @@ def check_parts(config: Config) -> None:
     if both := [part for part in freeze if part in scales]:
         why = f"'{both[0]}' has a learning rate of its own, but training.freeze keeps it from being trained"
         raise ConfigError(why, field="training.lr_scale", fix="remove it there or here")
+    if config.training.low_rank.rank:
+        trained = {part.partition(".")[0] for part in (*_layers(config), *config.training.low_rank.whole)}
+        if still := [part for part in scales if part not in trained]:
+            why = f"'{still[0]}' has a learning rate of its own, but nothing of it is trained with these low-rank adapters"
+            fix = f"remove it, or add '{still[0]}' to training.low_rank.whole"
+            raise ConfigError(why, field="training.lr_scale", fix=fix)
 
 
 def _check_low_rank(config: Config) -> None:

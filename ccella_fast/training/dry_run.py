@@ -143,7 +143,7 @@ def _table(plan: RunPlan, facts: dict[str, Any]) -> str:
     """The facts as aligned lines of `name  value`."""
     data, run, memory, disk = facts["data"], facts["run"], facts["memory"], facts["disk"]
     default = flatten(Config().dump())
-    changed = {key: value for key, value in flatten(plan.config.dump()).items() if value != default[key]}
+    changed = {key: value for key, value in flatten(plan.config.dump()).items() if value != default.get(key)}
     states = sum(size for name, size in memory.items() if not name.startswith("activations"))
     kept = (
         memory["activations_reason"]

@@ -186,11 +186,13 @@ def test_the_table_says_what_the_data_and_the_run_are(tmp_path):
     """Five studies, of which two are negative, two positive and one has neither a class nor a report."""
     data = write_prepared(tmp_path / "prepared")
     config = make_config({key: value for key, value in CONFIG.items() if key != "name"})
+    config = make_config({"training.lr_scale": {"adapter": 3.0}}, base=config)
     arguments = {"data": data, "run": tmp_path / "run", "deepspeed_file": None}
     text = " ".join(describe_run(config, **arguments).split())
     for words in (
-        "training.lr 0.002", "5 train; every file was checked", "5 used, 4 with a report", "2 neg, 2 pos, 1 unknown",
-        "t2w: 32 x 32 x 16 voxels of 0.5 x 0.5 x 0.5625 mm", "6 steps of 2 studies, epochs: 2.4", "clipped to 1",
+        "training.lr 0.002", "training.lr_scale.adapter 3.0", "5 train; every file was checked", "5 used, 4 with a report",
+        "2 neg, 2 pos, 1 unknown", "t2w: 32 x 32 x 16 voxels of 0.5 x 0.5 x 0.5625 mm",
+        "6 steps of 2 studies, epochs: 2.4", "clipped to 1",
     ):  # fmt: skip
         assert words in text, (words, text)
     assert "training.weight_decay" not in text  # a default

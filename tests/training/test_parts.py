@@ -126,6 +126,14 @@ def test_the_parts_of_every_variant(name):
         ({"training.lr_scale": {"class_heads": 2}, "model.variant": "DECOUPLED"}, "no part 'class_heads'"),
         ({"training.freeze": ["unet", "adapter", "class_heads"]}, "nothing is left to be trained"),
         ({"training.freeze": ["unet"], "training.lr_scale": {"unet": 2}}, "'unet' has a learning rate of its own"),
+        (
+            {"training.low_rank": {"rank": 2, "layers": ["unet.attention"]}, "training.lr_scale": {"adapter": 2}},
+            "'adapter' has a learning rate of its own, but nothing of it is trained",
+        ),
+        (
+            {"training.low_rank": {"rank": 2}, "training.lr_scale": {"unet": 3, "class_heads": 2}},
+            "'class_heads' has a learning rate of its own, but nothing of it is trained",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes, words, data, tmp_path):
@@ -193,3 +201,10 @@ def test_frozen_parameters_take_the_memory_of_their_weights_alone(data, tmp_path
     train_here(tmp_path / "run", data, freeze=["class_heads"], max_train_steps=1)
     size = sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
     assert facts["disk"]["checkpoint"] < size < 1.5 * facts["disk"]["checkpoint"]
+
+
+@pytest.mark.parametrize("whole", [["unet.class_input"], ["class_heads"]])
+def test_rates_of_parts_that_low_rank_adapters_train_are_accepted(whole):
+    low_rank = {"rank": 2, "layers": ["adapter"], "whole": whole}
+    rates = {"adapter": 2.0, whole[0].partition(".")[0]: 3.0}
+    check_parts(make_config({"training.low_rank": low_rank, "training.lr_scale": rates}))
