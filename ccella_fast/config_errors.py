@@ -106,11 +106,17 @@ def _section_class(annotation: Any) -> type[BaseModel] | None:
 
 
 def _override_of(field: str, message: str, overrides: Mapping[str, str | None]) -> str | None:
-    """The name of the override that set `field`, or something in it; without a field, one that the message names."""
-    for name in reversed(list(overrides)):
-        if f"{field}.".startswith(f"{name}.") or f"{name}.".startswith(f"{field}.") or (not field and name in message):
-            return name
-    return None
+    """The name of the override that set `field`, or something in it: one that the message names, if there is one.
+
+    Without a field it must name it.
+    """
+    possible = [
+        name
+        for name in reversed(list(overrides))
+        if f"{field}.".startswith(f"{name}.") or f"{name}.".startswith(f"{field}.") or (not field and name in message)
+    ]
+    named = [name for name in possible if re.search(rf"\b{name.rpartition('.')[2]}\b", message)]
+    return next(iter(named or possible), None)
 
 
 def _similar_key(word: str, section: type[BaseModel], config: type[BaseModel]) -> str:
@@ -161,9 +167,14 @@ def _comment(section: type[BaseModel], name: str) -> str:
         lines = inspect.getsource(owner).splitlines()
         number = next(index for index, line in enumerate(lines) if re.match(rf"    {name}: ", line))
         if "  #: " in lines[number]:
-            return lines[number].partition("  #: ")[2].replace("``", "")
+            return _as_text(lines[number].partition("  #: ")[2])
         above: list[str] = []
         while (line := lines[(number := number - 1)].strip()).startswith("#: "):
             above.insert(0, line.removeprefix("#: "))
-        return " ".join(above).replace("``", "")
+        return _as_text(" ".join(above))
     return ""
+
+
+def _as_text(comment: str) -> str:
+    """A comment without the markup of the documentation."""
+    return re.sub(r":doc:`/([\w/-]+)`", r"docs/\1.md", comment).replace("``", "")

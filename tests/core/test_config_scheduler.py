@@ -89,3 +89,17 @@ def test_a_message_about_two_sections_names_an_override_that_takes_part():
     with pytest.raises(ConfigError, match=r"\(from --set scheduler.schedule=rectified_flow\)") as caught:
         make_config(overrides)
     assert caught.value.fix == "set sampling.solver to euler_flow or heun_flow, or leave it out"
+
+
+@pytest.mark.parametrize("wrong", ["training.power_ema_snapshot_steps=3", "training.power_ema_widths=[0.1,0.1]"])
+def test_of_several_overrides_of_a_section_the_one_that_the_message_names_is_named(wrong):
+    for overrides in ([wrong, "training.max_train_steps=4"], ["training.max_train_steps=4", wrong]):
+        with pytest.raises(ConfigError) as caught:
+            make_config(overrides)
+        assert f"(from --set {wrong})" in str(caught.value)
+
+
+def test_a_message_has_no_markup_of_the_documentation():
+    with pytest.raises(ConfigError) as caught:
+        make_config(["training.power_ema_snapshot_steps=-1"])
+    assert "see docs/how-to/average-weights.md; 0: there are none" in str(caught.value) and "`" not in str(caught.value)
