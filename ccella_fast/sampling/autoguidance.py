@@ -7,7 +7,7 @@ another average of the weights, or a smaller network, of a training with the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,20 @@ def check_weak_model(config: Config, scale_factor: Sequence[float], weak: Checkp
     if any(not math.isclose(a, b, rel_tol=1e-6) for a, b in zip(scale_factor, weak.scale_factor, strict=True)):
         why = f"the weak model has latents scaled by {weak.scale_factor}, but the model that it guides by {list(scale_factor)}"
         raise ConfigError(why, path=weak.path, field=OPTION, fix="give a model of the same prepared folder")
+
+
+def check_weak_weights(weights: Mapping[str, Any], weak: Mapping[str, Any], path: str | Path) -> None:
+    """Raise ConfigError if both models have the same weights, so that guidance would have no effect.
+
+    Args:
+        weights: sidecar entries about the weights of the model that is guided; empty if they are not known.
+        weak: of the weak model.
+        path: the weak model.
+    """
+    if weak.get("weights_sha256") is not None and weak["weights_sha256"] == weights.get("weights_sha256"):
+        why = "the weak model has the same weights as the model that it guides, so that it has no effect"
+        fix = "give an earlier or a smaller model of the same training, or remove the option"
+        raise ConfigError(why, path=path, field=OPTION, fix=fix)
 
 
 def check_scale(guidance: Guidance) -> None:

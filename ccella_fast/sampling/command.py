@@ -22,7 +22,7 @@ from ccella_fast.processes import DistributedContext
 from ccella_fast.quantities import counted
 from ccella_fast.run_record import write_run_record
 from ccella_fast.sampling import pretrained
-from ccella_fast.sampling.autoguidance import check_scale, check_weak_config
+from ccella_fast.sampling.autoguidance import check_scale, check_weak_config, check_weak_weights
 from ccella_fast.sampling.earlier_samples import check_earlier_samples
 from ccella_fast.sampling.output import Format, OutputVolume, OutputWriter, check_format
 from ccella_fast.sampling.plan import plan_request
@@ -110,10 +110,14 @@ def sample_to_folder(
                 weak = pretrained.peek_config(autoguidance)
                 if weak is not None:
                     check_weak_config(config, weak, autoguidance)
+                check_weak_weights(
+                    pretrained.peek_weights(checkpoint), pretrained.peek_weights(autoguidance), autoguidance
+                )
             if not overwrite:
                 known = {"config_sha256": pretrained.config_digest(config)}
                 weights = known | pretrained.peek_weights(checkpoint)
-                check_earlier_samples(out, request, plan, weights, format)
+                weak_weights = None if autoguidance is None else pretrained.peek_weights(autoguidance)
+                check_earlier_samples(out, request, plan, weights, weak_weights, format)
         if vae is None and Path(checkpoint).is_file():
             raise _no_autoencoder(checkpoint)
         sampler = FastSampler.from_checkpoint(
@@ -145,8 +149,9 @@ def sample_to_folder(
 def _check_report_ids(report_ids: Sequence[str] | None) -> None:
     twice = [name for name, count in Counter(report_ids or ()).items() if count > 1]
     if twice:
-        why = f"{len(twice)} report ids are used more than once, so that their volumes could not be told apart"
-        raise ConfigError(why, field="--report_file", fix="give each file another name and give it once")
+        why = f"{len(twice)} of the report ids are used more than once, so that their volumes could not be told apart"
+        fix = "give each file once, and files and cases different names; report-1, report-2, ... are those of --report"
+        raise ConfigError(why, field="--report_file, --report_table", fix=fix)
 
 
 def _no_autoencoder(path: object) -> CheckpointError:

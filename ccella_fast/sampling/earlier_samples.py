@@ -13,7 +13,12 @@ from ccella_fast.storage import read_json
 
 
 def check_earlier_samples(
-    out: Path, request: Request, plan: RequestPlan, weights: dict[str, Any], format: Format
+    out: Path,
+    request: Request,
+    plan: RequestPlan,
+    weights: dict[str, Any],
+    weak_weights: dict[str, Any] | None,
+    format: Format,
 ) -> None:
     """Check that the sidecars in a folder are those of this request, as far as that is known without the weights.
 
@@ -22,6 +27,7 @@ def check_earlier_samples(
         request: the request.
         plan: its plan.
         weights: sidecar entries about the checkpoint.
+        weak_weights: those about the weak model of autoguidance; None without one.
         format: the format in which the volumes are to be written.
 
     Raises:
@@ -37,6 +43,8 @@ def check_earlier_samples(
         for name, value in (shared | volumes.metadata(k)).items():
             if name in sidecar and sidecar[name] != value:
                 raise _another_request(path, f"{name} was {sidecar[name]!r:.70}, now {value!r:.70}")
+        if sidecar:
+            _check_weak_weights(path, sidecar.get("autoguidance"), weak_weights)
         earlier = _format(sidecar)
         if earlier not in (None, format):
             raise _another_request(path, f"format was {earlier!r}, now {format!r}")
@@ -50,6 +58,16 @@ def check_earlier_samples(
 def _another_request(path: Path, difference: str) -> ConfigError:
     why = f"this folder contains samples of another request: {difference}"
     return ConfigError(why, path=path, fix="choose another --out, or add --overwrite, which deletes them")
+
+
+def _check_weak_weights(path: Path, earlier: Any, now: dict[str, Any] | None) -> None:
+    """Raise ConfigError if the samples were made with another weak model, or if only one of both requests has one."""
+    if (earlier is None) != (now is None):
+        raise _another_request(path, f"it was made {'with' if now is None else 'without'} --autoguidance")
+    if isinstance(earlier, dict):
+        for name, value in (now or {}).items():
+            if name in earlier and earlier[name] != value:
+                raise _another_request(path, f"{name} of the weak model was {earlier[name]!r:.70}, now {value!r:.70}")
 
 
 def _format(sidecar: dict[str, Any]) -> Format | None:

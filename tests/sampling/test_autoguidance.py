@@ -19,7 +19,7 @@ from ccella_fast.diffusion.noise import generator, start_noise
 from ccella_fast.diffusion.objective import noise_process
 from ccella_fast.errors import ConfigError
 from ccella_fast.evaluation.volumes import open_volumes
-from ccella_fast.sampling import Optimizations, Reuse
+from ccella_fast.sampling import Optimizations, Reuse, pretrained
 from ccella_fast.sampling.command import sample_to_folder
 from ccella_fast.sampling.memory import cache_bytes
 from ccella_fast.sampling.onednn_prepack import can_pack
@@ -290,3 +290,32 @@ def test_the_option_of_the_command(folders, tmp_path, monkeypatch):
 def test_the_weak_fixture_differs(folders):
     model, weak = (load_checkpoint(folder).model.state_dict() for folder in folders)
     assert all(not torch.equal(model[name], weak[name]) for name in model)
+
+
+def test_earlier_samples_with_another_weak_model_are_found_before_weights_load(folders, tmp_path, monkeypatch):
+    third = weaker(tmp_path / "third", seed=2)
+    draw(folders[0], tmp_path / "weak", folders[1])
+    draw(folders[0], tmp_path / "null", None)
+
+    def load(*_, **__):
+        raise ZeroDivisionError("weights were loaded")
+
+    monkeypatch.setattr(pretrained, "load_checkpoint", load)
+    for name, weak, words in (
+        ("weak", third, "another request: weights_sha256 of the weak model was '"),
+        ("weak", None, "another request: it was made with --autoguidance"),
+        ("null", third, "another request: it was made without --autoguidance"),
+    ):
+        with pytest.raises(ConfigError, match=words) as caught:
+            draw(folders[0], tmp_path / name, weak)
+        assert caught.value.path.endswith("sample-000_seed0.json")
+    for name, weak in (("weak", folders[1]), ("null", None)):  # controls
+        with pytest.raises(ZeroDivisionError):
+            draw(folders[0], tmp_path / name, weak)
+
+
+def test_a_model_cannot_guide_itself(folders, tmp_path):
+    """The prediction would be its own, at twice the cost."""
+    with pytest.raises(ConfigError, match="the same weights as the model that it guides") as caught:
+        draw(folders[0], tmp_path / "out", folders[0])
+    assert caught.value.field == "--autoguidance" and not list(tmp_path.iterdir())
