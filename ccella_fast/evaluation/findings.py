@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ccella_fast.data.readers.study_table import read_rows
+from ccella_fast.data.readers.study_table import read_cases
 from ccella_fast.errors import DataError
 from ccella_fast.evaluation.conditions import Agreement, Label, condition_agreement
 from ccella_fast.evaluation.report_volumes import VolumeAgreement, stated_volume, volume_agreement
@@ -45,13 +45,8 @@ def read_findings(table: str | Path) -> CaseFindings:
     table = Path(table)
     properties: dict[str, dict[str, Label]] = {name: {} for name in (*CATEGORIES, *NUMBERS)}
     volumes: dict[str, float] = {}
-    lines: dict[str, int] = {}
-    for line, row in read_rows(table, "case"):
+    for line, row in read_cases(table):
         case = row["case"]
-        if case in lines:
-            why = f"this line names the case of line {lines[case]} again"
-            raise DataError(why, path=table, field=f"line {line}, case", fix="keep one of the lines")
-        lines[case] = line
         for name in CATEGORIES:
             if row.get(name):
                 properties[name][case] = row[name]

@@ -397,6 +397,9 @@ def test_the_reports_of_a_table_by_case(tmp_path):
     [
         (f"case,report\na,{SECRET}\na,\n", "already listed on line 2"),
         ("case,report\na,\n", "no row of this table has a report"),
+        ("case,report\n,Focus.\n", "a case must be a name of 1 to 255 printable characters, got ''"),
+        (f'case,report\n"a\nb",{SECRET}\n', "a case must be a name .* got a text of 3 characters"),
+        (f"case,report\n{'a' * 256},{SECRET}\n", "a case must be a name .* got a text of 256 characters"),
         ("case,text\na,b\n", "no row of this table has a report"),
         (f"id,report\na,{SECRET}\n", "no column 'case'"),
     ],

@@ -48,6 +48,8 @@ def test_no_text_of_a_report_is_kept_or_shown(tmp_path):
         assert SECRET not in str(caught.value) and f"{number}.csv" in str(caught.value) and "line" in str(caught.value)
     with pytest.raises(DataError, match="no column 'case'"):
         read_findings(write(tmp_path / "n.csv", [["left"]], ["side"]))
+    with pytest.raises(DataError, match="a case must be a name"):
+        read_findings(write(tmp_path / "c.csv", [["", "left", "PZ", "", ""]]))
     for size in ("nan", "inf", "12 mm"):
         with pytest.raises(DataError, match="must be a number or empty"):
             read_findings(write(tmp_path / "s.csv", [["a", "", "", size, ""]]))

@@ -39,6 +39,7 @@ logger = logging.getLogger("ccella_fast")
 PARTICIPANTS = "participants.tsv"
 _COLUMNS = {"case", "split", "pirads", "report", "report_file", "dataset", "synthetic", "patient"}
 _SHOWN = 3  # names in a message
+_LONGEST_CASE = 255  # characters, as of the name of a folder
 _TSV_CELL = re.compile(r'(?:^|\t)("(?:[^"]|"")*"(?=\t|$)|[^\t]*)')  # BIDS: quotes enclose a cell that holds tabs
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "the character |"}
 
@@ -230,6 +231,25 @@ def _parse_row(table: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def read_cases(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """As `read_rows`, of a table that need not be that of a folder of studies: each row has a case of its own.
+
+    Raises:
+        DataError: the table cannot be read, or a case is missing, not a name, or listed again.
+    """
+    lines: dict[str, int] = {}
+    for line, row in read_rows(table, "case"):
+        case, field = row["case"], f"line {line}, case"
+        if not case or len(case) > _LONGEST_CASE or not case.isprintable():
+            why = f"a case must be a name of 1 to {_LONGEST_CASE} printable characters, got {quote(case)}"
+            raise DataError(why, path=table, field=field, fix="name the case, or remove the line")
+        if case in lines:
+            why = f"the case {quote(case)} is already listed on line {lines[case]}"
+            raise DataError(why, path=table, field=field, fix="keep one of the lines")
+        lines[case] = line
+        yield line, row
+
+
 def reports_of(table: Path) -> dict[str, str]:
     """The reports in a table like studies.csv, by case. Rows without a report are left out; there need be no images.
 
@@ -237,16 +257,10 @@ def reports_of(table: Path) -> dict[str, str]:
         DataError: the table cannot be read, a row is invalid or names a case again, or no row has a report.
     """
     reports: dict[str, str] = {}
-    lines: dict[str, int] = {}
-    for line, row in read_rows(table, "case"):
-        case = row["case"]
-        if case in lines:
-            why = f"the case {quote(case)} is already listed on line {lines[case]}"
-            raise DataError(why, path=table, field=f"line {line}, case", fix="keep one of the lines")
-        lines[case] = line
+    for line, row in read_cases(table):
         report = _parse_row(table, line, row)["report"]
         if report:
-            reports[case] = report
+            reports[row["case"]] = report
     if not reports:
         raise DataError("no row of this table has a report", path=table, field="report", fix="write the reports there")
     return reports
