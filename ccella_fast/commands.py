@@ -168,6 +168,12 @@ def run_report(arguments: argparse.Namespace) -> None:
     if not arguments.folder.is_dir():
         raise wrong_folder(arguments.folder, "results", error=DataError)
     if folder_kind(arguments.folder) == "evaluation":
+        if arguments.findings is not None:
+            from ccella_fast.errors import ConfigError
+
+            why = "--findings marks the generated volumes on the page of a folder of results, and this is that of an evaluation"
+            fix = "give the folder that contains samples/, or remove the option: `evaluate --findings` has its own"
+            raise ConfigError(why, path=arguments.folder, field="--findings", fix=fix)
         from ccella_fast.report.evaluation import write_evaluation_page
 
         print(write_evaluation_page(arguments.folder))
@@ -175,7 +181,7 @@ def run_report(arguments: argparse.Namespace) -> None:
     check_folder(arguments.folder, "results", error=DataError)
     from ccella_fast.report.html import write_report
 
-    print(write_report(arguments.folder, marks=lesion_marks(arguments.findings) if arguments.findings else {}))
+    print(write_report(arguments.folder, marks=lesion_marks(arguments.findings) if arguments.findings else None))
 
 
 def run_export(arguments: argparse.Namespace) -> None:
@@ -288,8 +294,12 @@ def lesion_marks(table: Path) -> dict[str, Any]:
 
     known = read_findings(table).properties
     zones, levels = known.get("zone", {}), known.get("level", {})
-    sides = {case: side for case, side in known.get("side", {}).items() if side in ("left", "right")}
-    return {case: Mark(side, zones.get(case), levels.get(case)) for case, side in sides.items()}  # type: ignore[arg-type]
+    sides = {case: str(side).lower() for case, side in known.get("side", {}).items()}
+    return {
+        case: Mark(side, str(zones.get(case, "")).upper() or None, str(levels.get(case, "")).lower() or None)  # type: ignore[arg-type]
+        for case, side in sides.items()
+        if side in ("left", "right")
+    }
 
 
 def _read_report(path: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from ccella_fast.storage import atomic_path, damage_named, read_json
 
 WINDOW = (0.0, 1.0)
 _PREVIEWS = 3
+logger = logging.getLogger("ccella_fast")
 _SYNTHETIC = "Generated images are synthetic. Nothing on this page is for diagnosis."
 
 
@@ -84,6 +86,11 @@ def write_report(folder: str | Path, *, marks: Mapping[str, Mark] | None = None)
     )
     with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
+    if marks is not None and samples and not any(sample.sidecar.get("report_id") in marks for sample in samples):
+        about = (
+            "no generated volume has an arrow: none has the report id of a case for which the table says left or right"
+        )
+        logger.warning(about)
     return folder / "report.html"
 
 

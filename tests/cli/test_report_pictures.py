@@ -71,7 +71,9 @@ def test_a_mark_points_from_its_side_at_the_slice_of_its_level(side: str):
     assert gray[0] == gray[1] and gray[2] - gray[0] == pytest.approx(3 * step, abs=0.01)  # 9 mm higher
 
 
-def test_samples_are_marked_by_the_findings_of_their_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_samples_are_marked_by_the_findings_of_their_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     run, panels = write_run(tmp_path, ["a", "b"]), []
     for number, name in enumerate(["with", "without"]):
         path = run / "samples" / f"sample-00{number}_seed{number}.json"
@@ -84,6 +86,21 @@ def test_samples_are_marked_by_the_findings_of_their_report(tmp_path: Path, monk
     assert (marked.title, marked.mark) == ("Generated 1, seed 0: left PZ apex", Mark("left", "PZ", "apex"))
     assert (unmarked.title, unmarked.mark) == ("Generated 2, seed 1", None)
     assert all(panel.mark is None for panel in panels[:-2])  # studies have other cases than reports
+    assert "no generated volume has an arrow" not in capsys.readouterr().err
+    findings.write_text("case,side,zone,level\nwithout,Right,tz,Mid\n")  # as a person may write it
+    assert main(["report", str(run), "--findings", str(findings)]) == 0
+    assert [panel.mark for panel in panels[-2:]] == [None, Mark("right", "TZ", "mid")]
+    for useless in ("case,side\nother,left\n", "case,side\nwith,both\n", "case,report\nwith,Focus.\n"):
+        findings.write_text(useless)
+        assert main(["report", str(run), "--findings", str(findings)]) == 0
+        assert "no generated volume has an arrow" in capsys.readouterr().err
+
+
+def test_findings_are_refused_where_there_is_nothing_to_mark(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "protocol.json").write_text('{"format": "ccella_fast.evaluation"}')
+    (tmp_path / "findings.csv").write_text("case,side\na,left\n")
+    assert main(["report", str(tmp_path), "--findings", str(tmp_path / "findings.csv")]) == 2
+    assert "this is that of an evaluation" in capsys.readouterr().err and not (tmp_path / "report.html").exists()
 
 
 def test_histograms_count_the_shown_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
