@@ -68,9 +68,8 @@ def _answers(record: dict[str, Any]) -> Iterator[str]:
     yield "|---|---|---:|---|---|---|"
     for name, (question, wanted) in questions.items():
         claim = found[name]
-        by_seed = ", ".join(f"{value:.3f}" for value in claim["by_seed"])
-        interval = " to ".join(f"{value:.3f}" for value in claim["interval"])
-        yield f"| {question} | {by_seed} | {claim['value']:.3f} | {interval} | {wanted} | {claim['verdict']} |"
+        by_seed, interval = ", ".join(map(_number, claim["by_seed"])), " to ".join(map(_number, claim["interval"]))
+        yield f"| {question} | {by_seed} | {_number(claim['value'])} | {interval} | {wanted} | {claim['verdict']} |"
     yield ""
     yield "The interval is Student's, over the training seeds; the answer is yes or no if it lies on one side as a whole."
     yield f"The distance is the Fréchet distance in {protocol['distance'][1]}. The agreement is the area under the ROC curve"
@@ -150,7 +149,13 @@ def _value(arm: dict[str, Any], metric: str, space: str) -> float:
     return math.nan if not values or values[0] is None else values[0]
 
 
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _cell(values: list[float], spec: str) -> str:
+    if not np.isfinite(values).all():
+        return "-"
     return f"{np.mean(values):{spec}} ({', '.join(f'{value:{spec}}' for value in values)})"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import generator_report
 import generator_study as study
 from ccella_fast.errors import CcellaError, ConfigError
 from ccella_fast.storage import read_json
@@ -84,6 +85,27 @@ def test_commands_run_once_and_a_failure_is_named_and_repeated(tmp_path):
         commands.run({"second": ["phantom", "--out", "other", "--num_studies", 0]})
     assert "num_studies" in (tmp_path / "logs/second.txt").read_text()
     assert commands.seconds().keys() == {"first"}
+
+
+def test_the_page_states_the_means_and_the_values_of_the_seeds():
+    found = record({"scratch": SCRATCH, "fine-tuned": [80.0, 90.0, 70.0]}, {"flow": [0.6, 0.7, 0.65]})
+    for arm in found["arms"]:
+        for row in arm["rows"]:
+            row |= {"floor": 50.0, "details": {"ceiling": 0.9}}
+        arm["rows"] += [
+            {"metric": name, "features": "foci", "value": None, "floor": 0.5, "details": {"ceiling": 0.8}}
+            for name in ("condition_side", "condition_zone", "condition_level")
+        ]
+    found["claims"] = study.claims(found)
+    read = {"class": {"score": "auc", "ceiling": 0.84, "value": 0.83}}
+    found["autoencoder"] = {"psnr": 24.31, "read": read, "accuracy_ratio": 0.98, "gate_open": True}
+    page = generator_report.markdown(found)
+    mean, (low, high) = (found["claims"]["start_weights"][name] for name in ("value", "interval"))
+    assert f"| 0.800, 0.818, 0.778 | {mean:.3f} | {low:.3f} to {high:.3f} | at most 1 | yes |" in page
+    assert "| scratch | 100.0 (100.0, 110.0, 90.0) | 0.60 (0.60, 0.60, 0.60) | - | - | - |" in page
+    assert "| *real phantoms* | 50.0 | 0.90 | 0.80 | 0.80 | 0.80 |" in page
+    assert "PSNR of 24.3 dB" in page and "so the gate is open" in page and "| class | auc | 0.84 | 0.83 |" in page
+    assert generator_report.plot(found).startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
