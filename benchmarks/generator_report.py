@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import io
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ccella_fast.report.figures import png
 from ccella_fast.storage import atomic_path, read_json
+from generator_study import value_of
 
 RECORD = Path(__file__).resolve().parent / "generator_study.json"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -121,7 +121,7 @@ def plot(record: dict[str, Any]) -> bytes:
         axes = figure.add_subplot(1, 2, place + 1)
         by_scale: dict[float, list[float]] = {}
         for arm in guided:
-            by_scale.setdefault(arm["guidance"], []).append(_value(arm, metric, space))
+            by_scale.setdefault(arm["guidance"], []).append(value_of(arm, (metric, space)))
         scales = sorted(by_scale)
         for values in zip(*(by_scale[scale] for scale in scales), strict=True):
             axes.plot(scales, values, color=_COLORS[place], alpha=0.35, linewidth=1)
@@ -131,9 +131,7 @@ def plot(record: dict[str, Any]) -> bytes:
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _rows(record: dict[str, Any], metric: str, space: str) -> list[dict[str, Any]]:
@@ -141,12 +139,7 @@ def _rows(record: dict[str, Any], metric: str, space: str) -> list[dict[str, Any
 
 
 def _values(record: dict[str, Any], group: str, metric: str, space: str) -> list[float]:
-    return [_value(arm, metric, space) for arm in record["arms"] if arm["group"] == group]
-
-
-def _value(arm: dict[str, Any], metric: str, space: str) -> float:
-    values = [row["value"] for row in arm["rows"] if (row["metric"], row["features"]) == (metric, space)]
-    return math.nan if not values or values[0] is None else values[0]
+    return [value_of(arm, (metric, space)) for arm in record["arms"] if arm["group"] == group]
 
 
 def _number(value: float | None) -> str:

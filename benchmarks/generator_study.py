@@ -370,13 +370,13 @@ def claims(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
     def relative(group: str) -> list[float]:
         of_group, scratch = (
-            [_value(found[name, seed], protocol["distance"]) for seed in seeds] for name in (group, "scratch")
+            [value_of(found[name, seed], protocol["distance"]) for seed in seeds] for name in (group, "scratch")
         )
         return [math.log(one / other) for one, other in zip(of_group, scratch, strict=True)]
 
     scale = f"flow, guidance {judged['guidance']['scale']:g}"
     gains = [
-        _value(found[scale, seed], protocol["agreement"]) - _value(found["flow", seed], protocol["agreement"])
+        value_of(found[scale, seed], protocol["agreement"]) - value_of(found["flow", seed], protocol["agreement"])
         for seed in seeds
     ]
     return {
@@ -390,7 +390,7 @@ def claims(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _value(arm: dict[str, Any], metric: Sequence[str]) -> float:
+def value_of(arm: dict[str, Any], metric: Sequence[str]) -> float:
     """NaN if it is not defined: a head that was hardly trained, as in the smoke study, asks for one class alone."""
     values = [row["value"] for row in arm["rows"] if [row["metric"], row["features"]] == list(metric)]
     return math.nan if not values or values[0] is None else values[0]

@@ -66,15 +66,19 @@ def publish_snapshot(partial: Path, run: Path, step: int, hashes: dict[str, str]
     final = snapshot_folder(run, step)
     final.parent.mkdir(exist_ok=True)
     if final.exists():
-        shutil.rmtree(final.rename(final.with_name(f".partial-old-{final.name}")))
+        _remove(final)
     publish_folder(partial, final)
 
 
 def remove_later_snapshots(run: Path, step: int) -> None:
     """Remove snapshots after the step that a run is resumed from, which it takes again; with --extend_to they may differ."""
     for later in (each for each in snapshot_steps(run) if each > step):
-        folder = snapshot_folder(run, later)
-        shutil.rmtree(folder.rename(folder.with_name(f".partial-old-{folder.name}")))
+        _remove(snapshot_folder(run, later))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a snapshot. It is renamed first, so that no half of it is left under its name."""
+    shutil.rmtree(folder.rename(folder.with_name(f".partial-old-{folder.name}")))
 
 
 class Average(NamedTuple):
