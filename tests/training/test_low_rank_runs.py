@@ -23,7 +23,7 @@ from ccella_fast.training.flat_adamw import FlatAdamW
 from ccella_fast.training.snapshots import write_average
 from ccella_fast.training.start_weights import named_columns, read_start_weights
 from plain_training import EVERY_STEP, UNUSUAL, difference, distance, part_name, plain_training, power_average
-from training_fixtures import launch_jobs, settings, stage_id, train_here, weights
+from training_fixtures import assert_resumed, launch_jobs, settings, stage_id, train_here, weights
 
 LOW_RANK = {"rank": 2, "alpha": 3.0}
 LAST = "step-00000004"
@@ -100,14 +100,7 @@ def test_a_run_is_resumed_exactly_and_in_another_layout(tmp_path, data, start, s
     for layout in (stage, 2 if stage == 0 else 0):
         shutil.rmtree(run / "checkpoints" / "step-00000002")
         adapt(run, data, start, zero_stage=layout, resume="latest", **short)
-        for name, expected in whole.items():
-            found = weights(run, 2, name)
-            assert found.keys() == expected.keys()
-            for key, tensor in found.items():
-                if layout == stage:
-                    assert torch.equal(tensor, expected[key]), (name, key)
-                if precision == "fp32":
-                    torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-5)
+        assert_resumed(run, 2, whole, exact=layout == stage, close=precision == "fp32")
     assert base.stat().st_mtime_ns == written
 
 
