@@ -33,6 +33,7 @@ _NPY_HEADER = re.compile(
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+OneHot = Annotated[list[Literal[0, 1]], Field(min_length=2, max_length=2)]
 
 
 class _Model(BaseModel):
@@ -61,16 +62,21 @@ class StudyEntry(_Model):
     The keys of `files` are `image/t2w` (X, Y, Z), `latent_mean/t2w` and `latent_sigma/t2w` (C, X, Y, Z), and `text` (L, E); all
     files are float32. Studies with imported latents do not have an image or a sigma. `window` contains per sequence the
     intensities that were mapped to 0 and 1. `patient` is the number of the patient where the list of
-    studies names patients.
+    studies names patients. A generated study has `source_case`, the case that it was generated from, and `class_predicted`, the
+    class that its model predicts from the report, where they are known.
     """
 
     id: Annotated[str, Field(pattern=CASE_ID)]
     split: Split
     synthetic: bool = False  # generated, not measured
+    source_case: Annotated[str, Field(pattern=CASE_ID)] | None = Field(
+        default=None, exclude_if=lambda name: name is None
+    )
+    class_predicted: OneHot | None = Field(default=None, exclude_if=lambda value: value is None)
     dataset: str | None
     patient: int | None = Field(default=None, exclude_if=lambda number: number is None)
     spacing: Annotated[list[PositiveFinite], Field(min_length=3, max_length=3)]
-    pirads: Annotated[list[Literal[0, 1]], Field(min_length=2, max_length=2)] | None
+    pirads: OneHot | None
     text_isnull: Literal[0, 1]
     affine: Annotated[
         list[Annotated[list[Finite], Field(min_length=4, max_length=4)]], Field(min_length=4, max_length=4)
@@ -79,7 +85,7 @@ class StudyEntry(_Model):
     files: dict[str, FileEntry]
     augmented: list[AugmentedLatents] = Field(default=[], exclude_if=lambda copies: not copies)
 
-    @field_validator("pirads")
+    @field_validator("pirads", "class_predicted")
     @classmethod
     def _one_hot(cls, value: list[int] | None) -> list[int] | None:
         if value is not None and sum(value) != 1:

@@ -213,6 +213,7 @@ def _prepared(path: Path, split: str | None, field: str) -> VolumeSet:
             sequence,
             None if case.patient is None else f"{scope} {case.patient}",
             None if case.pirads is None else CLASS_NAMES[case.pirads.index(1)],
+            case.source_case,
         )
         for case in cases
         for sequence in manifest.data.sequences

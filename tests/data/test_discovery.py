@@ -103,6 +103,9 @@ TABLE_MISTAKES = [
     ("case,pirads\na,1,surplus\n", "line 2", "has 3 cells, but the table has 2 columns"),
     ("case,case\na,a\n", "line 1", "the column 'case' appears twice"),
     ("case,synthetic\na,perhaps\n", "line 2, synthetic", "must be yes, no or empty, got 'perhaps'"),
+    ("case,source_case\na,b\n", "line 2, source_case", "only a synthetic study can have"),
+    ("case,source_case,synthetic\na,b/c,yes\n", "line 2, source_case", "must be the name of a case, got 'b/c'"),
+    ("case,class_predicted\na,maybe\n", "line 2, class_predicted", "must be 1 to 5, neg, pos or empty"),
     ("case,report,report_file\na,x,a.txt\n", "line 2, report_file", "both"),
     ("case,report_file\na,../secret.txt\n", "line 2, report_file", "leaves the data folder"),
     ("case,report_file\na,/etc/hostname\n", "line 2, report_file", "leaves the data folder"),
@@ -151,6 +154,15 @@ def test_a_report_in_the_wrong_column_is_not_repeated(tmp_path: Path, column: st
     with pytest.raises(DataError) as caught:
         find_studies(tmp_path)
     assert "Zebedee" not in str(caught.value) and caught.value.field == f"line 2, {column}"
+
+
+def test_what_a_generated_study_was_made_from(tmp_path: Path):
+    touch(tmp_path, "a/t2w.nii.gz", "b/t2w.nii.gz")
+    columns = "case,synthetic,pirads,class_predicted,source_case\n"
+    (tmp_path / "studies.csv").write_text(f"{columns}a,yes,neg,pos,real 1\nb,,5,,\n")
+    a, b = find_studies(tmp_path)
+    assert (a.pirads, a.class_predicted, a.source_case) == ([1, 0], [0, 1], "real 1")
+    assert (b.pirads, b.class_predicted, b.source_case) == ([0, 1], None, None)
 
 
 def test_synthetic_studies_are_marked(tmp_path: Path):

@@ -51,8 +51,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_round_trip(folder: Path):
+    values = json.loads((folder / "manifest.json").read_text())
+    values["cases"][0] |= {"source_case": "real-1", "class_predicted": [1, 0]}
+    write_json(folder / "manifest.json", values)
     prepared = load_manifest(folder)
     assert prepared.folder == folder and prepared.data.dim == [2, 3, 4]
+    assert [(each.source_case, each.class_predicted) for each in prepared.cases] == [("real-1", [1, 0]), (None, None)]
     assert prepared.model_dump(mode="json") == json.loads((folder / "manifest.json").read_text())
     array = prepared.array(prepared.cases[0], "image/t2w", verify=True)
     np.testing.assert_array_equal(array, np.arange(24).reshape(2, 3, 4))

@@ -273,6 +273,8 @@ LEAKY = {
     "shifted to split": f"case,split\n0001,{SECRET}\n",
     "shifted to pirads": f"case,pirads\n0001,{SECRET}\n",
     "shifted to synthetic": f"case,synthetic\n0001,{SECRET}\n",
+    "shifted to class_predicted": f"case,class_predicted\n0001,{SECRET}\n",
+    "shifted to source_case": f"case,source_case\n0001,{SECRET}\n",
     "shifted to report_file": f"case,report_file\n0001,{SECRET}\n",
     "report_file that starts with /": f"case,report_file\n0001,/ {SECRET}\n",
     "report_file that starts with ..": f"case,report_file\n0001,../{SECRET}\n",

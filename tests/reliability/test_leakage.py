@@ -76,6 +76,14 @@ def test_forty_leaks_are_found_and_none_among_a_thousand_clean_studies():
         assert source.id in finding.studies and finding.severity == "stop"
 
 
+def test_a_generated_study_is_in_the_split_of_the_case_that_it_was_generated_from():
+    real = [facts("a", TRAIN, words=12, report="of a"), facts("b", TEST, words=12, report="of b")]
+    made = [facts(f"{name}-synth-0", TRAIN, words=12, report=f"of {name}", source_case=name) for name in "ab"]
+    (found,) = check_duplicates([*real, *made])
+    assert (found.name, found.studies) == ("leakage", ("b", "b-synth-0"))
+    assert check_duplicates([*real, made[0], made[1]._replace(split=TEST)]) == []
+
+
 @pytest.mark.parametrize("change", COPIES)
 def test_copies_are_recognized_by_the_signature_as_it_is_stored(change: str):
     original = texture(1).astype(np.float32)

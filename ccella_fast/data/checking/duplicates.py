@@ -31,6 +31,7 @@ def check_duplicates(facts: Sequence[StudyFacts]) -> list[Finding]:
         *_images(identical, "duplicate_images", "have the same voxels"),
         *_images(copies, "similar_images", "are flipped, cropped or rescaled copies of each other"),
         *_patients(facts),
+        *_sources(facts),
         *_reports(facts),
     ]
     unsigned = len(facts) - len(signed)
@@ -57,9 +58,17 @@ def _patients(facts: Sequence[StudyFacts]) -> list[Finding]:
     return [_leak(group, why) for group in groups if _across_splits(group)]
 
 
+def _sources(facts: Sequence[StudyFacts]) -> list[Finding]:
+    """A generated study shows what its prompt says, so it belongs to the split of the case that it was generated from."""
+    by_id = {study.id: study for study in facts}
+    pairs = [[by_id[study.source_case], study] for study in facts if study.source_case in by_id]
+    why = "a study and one that was generated from its report or class are in different splits"
+    return [_leak(pair, why) for pair in pairs if _across_splits(pair)]
+
+
 def _reports(facts: Sequence[StudyFacts]) -> list[Finding]:
     found, templates = [], list[StudyFacts]()
-    for group in _groups(facts, lambda study: study.report):
+    for group in _groups((study for study in facts if study.source_case is None), lambda study: study.report):
         words = group[0].words
         if len(group) >= _TEMPLATE_STUDIES or (words is not None and words < _TEMPLATE_WORDS):
             templates += group

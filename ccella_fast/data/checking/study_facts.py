@@ -50,6 +50,7 @@ class StudyFacts(NamedTuple):
         images: Sequence -> identity of its voxels.
         signature: By which flipped, cropped and rescaled copies are recognized; None if it was not made.
         series: Sequence -> facts of the series that was measured; empty for a prepared folder.
+        source_case: Of a generated study, the case that it was generated from, if that is known.
     """
 
     id: str
@@ -63,6 +64,7 @@ class StudyFacts(NamedTuple):
     images: dict[str, str] = {}
     signature: Signature | None = None
     series: dict[str, SeriesFacts] = {}
+    source_case: str | None = None
 
 
 def facts_of_studies(studies: Sequence[Study]) -> list[StudyFacts]:
@@ -76,6 +78,7 @@ def facts_of_studies(studies: Sequence[Study]) -> list[StudyFacts]:
             study.pirads,
             *_report(study),
             study.synthetic,
+            source_case=study.source_case,
         )
         for study in studies
     ]
@@ -123,6 +126,7 @@ def _facts_of_entry(manifest: Manifest, case: StudyEntry) -> StudyFacts:
         case.synthetic,
         images,
         None if signature is None else decode_signature(signature),
+        source_case=case.source_case,
     )
 
 

@@ -145,6 +145,8 @@ class ManifestBuilder:
             "id": study.id,
             "split": study.split,
             "synthetic": study.synthetic,
+            **({} if study.source_case is None else {"source_case": study.source_case}),
+            **({} if study.class_predicted is None else {"class_predicted": study.class_predicted}),
             "dataset": study.dataset,
             **({} if study.patient is None else {"patient": self.patients.index(study.patient)}),
             "spacing": geometry["spacing"],

@@ -23,6 +23,8 @@ class Study(NamedTuple):
         pirads: One-hot class, or None if it is unknown.
         report: Text of the report, or None if there is no report.
         synthetic: Whether the images were drawn, not measured.
+        source_case: Of a generated study, the case whose report or class it was generated from.
+        class_predicted: Of a generated study, the one-hot class that its model predicts from the report, where it does.
         patient: Whose study it is, where the list says so; studies of one patient belong into one split.
         spacing: Voxel size in mm as stated by the reference's manifest.
         text_file: Text features that the reference prepared.
@@ -39,6 +41,8 @@ class Study(NamedTuple):
     pirads: list[int] | None = None
     report: str | None = None
     synthetic: bool = False
+    source_case: str | None = None
+    class_predicted: list[int] | None = None
     patient: str | None = None
     spacing: list[float] | None = None
     text_file: Path | None = None

@@ -2,8 +2,8 @@
 
 Cells are compared without the spaces around them. `n/a` is an empty cell. `pirads` is the score 1 to 5, also written 4.0,
 `neg` or `pos`, or empty if the class is unknown. A blank report is treated as missing. `synthetic` is `yes` for a study that
-was drawn, not measured. `patient` is the same for all studies of a patient. Further columns are the user's own and ignored. The
-rows are read in one pass and not kept.
+was drawn, not measured; `source_case` and `class_predicted` are columns of `ccella-fast synthesize`. `patient` is the same for
+all studies of a patient. Further columns are the user's own and ignored. The rows are read in one pass and not kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from ccella_fast.data.manifest import Split
+from ccella_fast.data.manifest import CASE_ID, Split
 from ccella_fast.data.readers.study import Defects, Study
 from ccella_fast.data.readers.text_checks import (
     MAX_LIST_BYTES,
@@ -37,7 +37,9 @@ from ccella_fast.storage import safe_join
 logger = logging.getLogger("ccella_fast")
 
 PARTICIPANTS = "participants.tsv"
-_COLUMNS = {"case", "split", "pirads", "report", "report_file", "dataset", "synthetic", "patient"}
+_COLUMNS = {
+    "case", "split", "pirads", "report", "report_file", "dataset", "synthetic", "source_case", "class_predicted", "patient",
+}  # fmt: skip
 _SHOWN = 3  # names in a message
 _LONGEST_CASE = 255  # characters, as of the name of a folder
 _TSV_CELL = re.compile(r'(?:^|\t)("(?:[^"]|"")*"(?=\t|$)|[^\t]*)')  # BIDS: quotes enclose a cell that holds tabs
@@ -209,10 +211,21 @@ def _parse_row(table: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
     if synthetic not in ("yes", "no", ""):
         why = f"synthetic must be yes, no or empty, got {quote(synthetic)}"
         raise defect(why, "synthetic", "write yes, no, or leave it empty")
-    score = re.sub(r"^(\d)\.0+$", r"\1", row.get("pirads", "").lower())  # pandas writes 4.0 if another score is missing
-    if score and score not in CLASSES:
-        why = f"pirads must be 1 to 5, neg, pos or empty, got {quote(row['pirads'])}"
-        raise defect(why, "pirads", "write the PI-RADS score, neg or pos, or leave it empty")
+    classes = {}
+    for column in ("pirads", "class_predicted"):
+        # pandas writes 4.0 if another score is missing
+        score = re.sub(r"^(\d)\.0+$", r"\1", row.get(column, "").lower())
+        if score and score not in CLASSES:
+            why = f"{column} must be 1 to 5, neg, pos or empty, got {quote(row[column])}"
+            raise defect(why, column, "write the PI-RADS score, neg or pos, or leave it empty")
+        classes[column] = CLASSES.get(score)
+    source = row.get("source_case") or None
+    if source is not None and synthetic != "yes":
+        why = "only a synthetic study can have a source_case"
+        raise defect(why, "source_case", "leave it empty, or write yes in the column synthetic")
+    if source is not None and not re.fullmatch(CASE_ID, source):
+        why = f"source_case must be the name of a case, got {quote(source)}"
+        raise defect(why, "source_case", "write the case that the study was generated from, or leave it empty")
     report, report_file = row.get("report", ""), row.get("report_file", "")
     if report_file:
         if report:
@@ -221,9 +234,10 @@ def _parse_row(table: Path, line: int, row: dict[str, str]) -> dict[str, Any]:
     check_tag(row.get("dataset"), table, f"line {line}, dataset")
     return {
         "split": split,
-        "pirads": CLASSES.get(score),
+        **classes,
         "report": clean_report(report, table, f"line {line}, report"),
         "synthetic": synthetic == "yes",
+        "source_case": source,
         "patient": row.get("patient") or None,
         "dataset": row.get("dataset") or None,
         "listed_in": table,
