@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _train(subparsers)
     _average(subparsers)
     _sample(subparsers)
+    _synthesize(subparsers)
     _sensitivity(subparsers)
     _evaluate(subparsers)
     _report(subparsers)
@@ -205,7 +206,8 @@ def _sample(subparsers: argparse._SubParsersAction) -> None:
     add("--class_override", choices=[*CLASSES], metavar="CLASS", help=about)
     about = "voxel size in mm along R, A, S (default: the training grid's)"
     add("--spacing", type=_above_zero, nargs=3, metavar="MM", help=about)
-    add = command.add_argument_group("sampling").add_argument
+    sampling = command.add_argument_group("sampling")
+    add = sampling.add_argument
     about = "number of volumes per report, with seeds seed, seed+1, ... (default 1)"
     add("--num_samples", type=whole_number(1), default=1, metavar="N", help=about)
     about = "the same seed gives the same volume in any batch (default 0)"
@@ -214,6 +216,53 @@ def _sample(subparsers: argparse._SubParsersAction) -> None:
         "number the seeds on from one report to the next, so that no two volumes of the set begin from the same noise"
     )
     add("--distinct_seeds", action="store_true", help=about)
+    _add_sampling(sampling)
+    add = command.add_argument_group("output").add_argument
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the volumes")
+    about = "nifti: a .nii.gz file per volume (default); dicom: a folder with an MR series per volume"
+    add("--format", choices=["nifti", "dicom"], default="nifti", help=about)
+    add("--overwrite", action="store_true", help="replace existing samples in --out")
+    _add_sampling_machine(command)
+
+
+def _synthesize(subparsers: argparse._SubParsersAction) -> None:
+    example = "ccella-fast synthesize --checkpoint out/model --data out/prepared --out out/synthetic"
+    about = (
+        "Generate a labelled set of synthetic studies, one or more from the report of each case, which `prepare` reads."
+    )
+    memory = "use --batch_size 1, --dtype bfloat16, or --device with another device"
+    command = _add(subparsers, "synthesize", commands.run_synthesize, about, example, if_out_of_memory=memory)
+    add = command.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="PATH", help="run folder, step folder or reference .pt")
+    about = "VAE, for a reference .pt (our checkpoints contain it)"
+    add("--vae", type=Path, metavar="PATH", help=about)
+    group = command.add_argument_group("cases")
+    sources = group.add_mutually_exclusive_group(required=True)
+    about = "prepared folder: its text features, classes, voxel sizes and positions"
+    sources.add_argument("--data", type=Path, metavar="FOLDER", help=about)
+    about = "table like studies.csv in place of a prepared folder"
+    sources.add_argument("--report_table", type=Path, metavar="FILE", help=about)
+    about = "split of the cases in --data, and of the synthetic studies (default train)"
+    group.add_argument("--split", choices=["train", "val", "test"], default="train", help=about)
+    counts = group.add_mutually_exclusive_group()
+    about = "studies from each case (default 1)"
+    counts.add_argument("--per_case", type=whole_number(1), default=1, metavar="N", help=about)
+    about = "studies of each class, from all cases of the class in turn"
+    counts.add_argument("--per_class", type=whole_number(1), metavar="N", help=about)
+    about = "class of a study in studies.csv: that of its case (report, default), or the model's prediction (predicted)"
+    group.add_argument("--label", choices=["report", "predicted"], default="report", help=about)
+    sampling = command.add_argument_group("sampling")
+    about = "seed of the set: the noise of a study depends on it, its case and its number alone (default 0)"
+    sampling.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help=about)
+    _add_sampling(sampling)
+    add = command.add_argument_group("output").add_argument
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the studies")
+    _add_sampling_machine(command)
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    """Options of how volumes are generated."""
+    add = group.add_argument
     about = "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or unipc; of a flow model euler_flow or heun_flow (default: the checkpoint's)"
     add("--solver", metavar="NAME", help=about)
     about = "denoising steps (default: the checkpoint's)"
@@ -226,11 +275,10 @@ def _sample(subparsers: argparse._SubParsersAction) -> None:
     add("--guidance_interval", type=float, nargs=2, metavar="FRACTION", help=about)
     about = "reuse deep features between steps, for example 3 1 (default off)"
     add("--reuse", type=whole_number(1), nargs=2, metavar=("INTERVAL", "DEPTH"), help=about)
-    add = command.add_argument_group("output").add_argument
-    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the volumes")
-    about = "nifti: a .nii.gz file per volume (default); dicom: a folder with an MR series per volume"
-    add("--format", choices=["nifti", "dicom"], default="nifti", help=about)
-    add("--overwrite", action="store_true", help="replace existing samples in --out")
+
+
+def _add_sampling_machine(command: argparse.ArgumentParser) -> None:
+    """Options of what volumes are generated on."""
     add = command.add_argument_group("machine").add_argument
     about = "auto (a GPU if there is one), cpu, cuda or cuda:N (default auto)"
     add("--device", type=_device_name, default="auto", metavar="DEVICE", help=about)

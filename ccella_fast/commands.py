@@ -130,6 +130,17 @@ def run_sample(arguments: argparse.Namespace) -> None:
     sample_to_folder(options.pop("checkpoint"), options.pop("out"), **options)
 
 
+def run_synthesize(arguments: argparse.Namespace) -> None:
+    """Generate a set of synthetic studies."""
+    require_installed("nibabel")
+    from ccella_fast.sampling.guidance import Reuse
+    from ccella_fast.sampling.synthesis import synthesize
+
+    options = _options(arguments)
+    options["reuse"] = None if arguments.reuse is None else Reuse(*arguments.reuse)
+    synthesize(options.pop("checkpoint"), options.pop("out"), **options)
+
+
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Compare generated volumes with real ones."""
     require_installed("nibabel", "SimpleITK", "matplotlib", "jinja2")
@@ -266,7 +277,7 @@ def _check_backends() -> None:
     check_environment()
 
 
-def _options(arguments: argparse.Namespace, *, without: Sequence[str]) -> dict[str, Any]:
+def _options(arguments: argparse.Namespace, *, without: Sequence[str] = ()) -> dict[str, Any]:
     """The options of a subcommand, which are named like the keyword arguments of the function that it calls."""
     other = {"run", "debug", "if_out_of_memory", *without}
     options = {name: value for name, value in vars(arguments).items() if name not in other}

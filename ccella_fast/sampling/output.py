@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,22 +135,8 @@ class OutputWriter:
         killed in between leaves a sidecar without a volume, and the volume is generated again.
         """
         assert generated.volume is not None
-        files, probabilities = self.files(out, output), generated.class_probabilities
-        rounded = probabilities and dict(zip(CLASS_NAMES, [round(p, 5) for p in probabilities], strict=True))
-        sidecar = {
-            **self.request_metadata,
-            **output.sample_metadata,
-            "seed": output.seed,
-            "report": output.report,
-            "report_id": output.report_id,
-            "report_sha256": output.report_sha256,
-            "files": {sequence: path.name for sequence, path in files.items()},
-            "shape": list(generated.volume.shape[1:]),
-            "intensity_scale": self.intensity_scale,
-            "class_head": self.class_head,
-            "class_probabilities": rounded,
-            "identity": output.identity,
-        }
+        files = self.files(out, output)
+        sidecar = self.sidecar(output, generated, files)
         with ExitStack() as renames:  # in the reverse order
             volumes = generated.volume.numpy()
             for number, ((sequence, path), volume) in enumerate(zip(files.items(), volumes, strict=True), start=1):
@@ -167,6 +153,26 @@ class OutputWriter:
                 )
             sidecar_path = renames.enter_context(atomic_path(out / f"{output.name}.json"))
             sidecar_path.write_text(json_text(sidecar), encoding="utf-8")
+
+    def sidecar(self, output: OutputVolume, generated: GeneratedVolume, files: Mapping[str, Path]) -> dict[str, Any]:
+        """The content of the JSON file of a volume. files: of each sequence."""
+        assert generated.volume is not None
+        probabilities = generated.class_probabilities
+        rounded = probabilities and dict(zip(CLASS_NAMES, [round(p, 5) for p in probabilities], strict=True))
+        return {
+            **self.request_metadata,
+            **output.sample_metadata,
+            "seed": output.seed,
+            "report": output.report,
+            "report_id": output.report_id,
+            "report_sha256": output.report_sha256,
+            "files": {sequence: path.name for sequence, path in files.items()},
+            "shape": list(generated.volume.shape[1:]),
+            "intensity_scale": self.intensity_scale,
+            "class_head": self.class_head,
+            "class_probabilities": rounded,
+            "identity": output.identity,
+        }
 
     def _describe(self, output: OutputVolume) -> str:
         """How a volume was generated, in a sentence for its DICOM files."""
@@ -315,25 +321,33 @@ def remove_sample(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def nifti_bytes(volume: np.ndarray, spacing: Sequence[float], *, window: tuple[float, float] | None = None) -> bytes:
+def nifti_bytes(
+    volume: np.ndarray,
+    spacing: Sequence[float],
+    *,
+    window: tuple[float, float] | None = None,
+    affine: Sequence[Sequence[float]] | None = None,
+) -> bytes:
     """The content of a float32 NIfTI-1 file `.nii.gz`; equal inputs give equal bytes.
 
-    The axes are R, A, S in mm, sform = qform with code 1, and the center of the grid is at the origin. float32 and not int16,
-    so that a scaled volume keeps what the autoencoder computed.
+    The axes are R, A, S in mm, and sform = qform with code 1. float32 and not int16, so that a scaled volume keeps what the
+    autoencoder computed.
 
     Args:
         volume: (X, Y, Z).
         spacing: voxel size in mm, (3,).
         window: the intensities that a viewer shows as black and white (cal_min, cal_max); None: it guesses.
+        affine: from voxels to mm, (4, 4); None: the center of the grid is at the origin.
     """
     require("nibabel", "writing NIfTI files")
     import nibabel
 
-    affine = np.diag([*spacing, 1.0])
-    affine[:3, 3] = -np.asarray(spacing) * (np.asarray(volume.shape) - 1) / 2
-    image = nibabel.Nifti1Image(np.asarray(volume, dtype=np.float32), affine)
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
+    matrix = np.diag([*spacing, 1.0]) if affine is None else np.asarray(affine, np.float64)
+    if affine is None:
+        matrix[:3, 3] = -np.asarray(spacing) * (np.asarray(volume.shape) - 1) / 2
+    image = nibabel.Nifti1Image(np.asarray(volume, dtype=np.float32), matrix)
+    image.set_sform(matrix, code=1)
+    image.set_qform(matrix, code=1)
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = DESCRIPTION
     if window is not None:

@@ -142,6 +142,7 @@ class FastSampler:
         #: whether predicted classes mean something: "trained", "untrained" or "unknown"; None if the variant predicts none
         self.class_head = class_head_state(self.config, self.origin.trained_on)
         self._loops: dict[Any, DenoisingLoop] = {}
+        self._known_spacings: set[tuple[float, ...]] = set()
         self._text_features = TextFeatureCache(self.config, text_encoder, checks_length=config is not None)
         overlaps = self.device.type == "cuda" and self.optimizations.overlap_decode
         stream = torch.cuda.Stream(self.device) if overlaps else None
@@ -327,7 +328,9 @@ class FastSampler:
             raise ConfigError("this sampler has no autoencoder to decode with", field="decode", fix=fix)
         settings = plan.loop_settings
         grid = [size * config.autoencoder.factor for size in plan.latent_shape[1:]]
-        warn_of_untrained_spacings(plan.volumes.spacings, grid, config, self.origin.trained_on)
+        new = [spacing for spacing in plan.volumes.spacings if (*spacing, *grid) not in self._known_spacings]
+        self._known_spacings |= {(*spacing, *grid) for spacing in new}  # a warning is given once
+        warn_of_untrained_spacings(new, grid, config, self.origin.trained_on)
         if self.weak_model is not None:
             check_scale(settings.guidance)
             if request.reuse is not None:

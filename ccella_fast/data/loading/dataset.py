@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ccella_fast.config import Config
 from ccella_fast.data.augmentation.parameters import augmented_spacings
 from ccella_fast.data.loading.selection import select_studies
-from ccella_fast.data.manifest import IMPORTED, NAME, FileEntry, Split, StudyEntry, load_manifest
+from ccella_fast.data.manifest import IMPORTED, NAME, FileEntry, Manifest, Split, StudyEntry, load_manifest
 from ccella_fast.errors import DataError, did_you_mean
 from ccella_fast.variants import CLASS_SCALE, SPACING_SCALE
 
@@ -100,8 +100,9 @@ class PreparedDataset:
         self.has_class = [case.pirads is not None and not case.text_isnull for case in self.cases]
         self._check_classes()
         self._check_flips()
-        self._check_encoder()
-        self._check_spacing()
+        if self.variant.text:
+            check_encoder(self.prepared, config)
+        check_spacing(self.prepared, config)
         rank, local_rank, local_size = (
             int(os.environ.get(name, default))
             for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
@@ -216,29 +217,6 @@ class PreparedDataset:
                 fix = "prepare again with --augment and augmentation.flip=0, or with --augment 0"
                 raise DataError(why, path=self._manifest_path, field=f"{case.id}.augmented", fix=fix)
 
-    def _check_encoder(self) -> None:
-        """Raise unless reports were encoded as configured, because sampling encodes new ones so.
-
-        Imported features do not record how they were made.
-        """
-        text = self.prepared.text
-        if not self.variant.text or text is None or text.fingerprint == IMPORTED:
-            return
-        for key in ("encoder", "revision", "max_length", "dtype"):
-            found, wanted = getattr(text, key), getattr(self.config.text, key)
-            if found != wanted:
-                why = f"the reports were encoded with {key} {found!r}, but {wanted!r} is configured"
-                fix = "prepare the data with this configuration"
-                raise DataError(why, path=self._manifest_path, field=f"text.{key}", fix=fix)
-
-    def _check_spacing(self) -> None:
-        """Raise unless images have the configured spacing, because sampling uses it as condition and writes it."""
-        found, wanted = self.prepared.data.spacing, self.config.data.spacing
-        if found != wanted:
-            why = f"the images were prepared at {found} mm, but {wanted} mm is configured"
-            fix = "prepare the data with this configuration"
-            raise DataError(why, path=self._manifest_path, field="data.spacing", fix=fix)
-
     def _check_study(self, case: StudyEntry, *, verify: bool) -> None:
         latent = (self.config.autoencoder.latent_channels, *self.config.check_grid())
         for sequence in self.config.data.sequences:
@@ -272,6 +250,31 @@ class PreparedDataset:
             why = f"its shape is {found}, but {source} require {expected}"
             fix = "prepare the data with this configuration"
             raise DataError(why, path=path, field=field, fix=fix)
+
+
+def check_encoder(prepared: Manifest, config: Config) -> None:
+    """Raise DataError unless reports were encoded as configured, because sampling encodes new ones so.
+
+    Imported features do not record how they were made.
+    """
+    text = prepared.text
+    if text is None or text.fingerprint == IMPORTED:
+        return
+    for key in ("encoder", "revision", "max_length", "dtype"):
+        found, wanted = getattr(text, key), getattr(config.text, key)
+        if found != wanted:
+            why = f"the reports were encoded with {key} {found!r}, but {wanted!r} is configured"
+            fix = "prepare the data with this configuration"
+            raise DataError(why, path=prepared.folder / NAME, field=f"text.{key}", fix=fix)
+
+
+def check_spacing(prepared: Manifest, config: Config) -> None:
+    """Raise DataError unless images have the configured spacing, because sampling uses it as condition and writes it."""
+    found, wanted = prepared.data.spacing, config.data.spacing
+    if found != wanted:
+        why = f"the images were prepared at {found} mm, but {wanted} mm is configured"
+        fix = "prepare the data with this configuration"
+        raise DataError(why, path=prepared.folder / NAME, field="data.spacing", fix=fix)
 
 
 def collate(samples: Sequence[TrainingSample]) -> TrainingSample:

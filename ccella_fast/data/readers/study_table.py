@@ -264,17 +264,22 @@ def read_cases(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
         yield line, row
 
 
+def studies_of(table: Path) -> list[Study]:
+    """The rows of a table like studies.csv, without images, which need not exist.
+
+    Raises:
+        DataError: the table cannot be read, or a row is invalid or names a case again.
+    """
+    return [Study(row["case"], {}, **_parse_row(table, line, row)) for line, row in read_cases(table)]
+
+
 def reports_of(table: Path) -> dict[str, str]:
     """The reports in a table like studies.csv, by case. Rows without a report are left out; there need be no images.
 
     Raises:
         DataError: the table cannot be read, a row is invalid or names a case again, or no row has a report.
     """
-    reports: dict[str, str] = {}
-    for line, row in read_cases(table):
-        report = _parse_row(table, line, row)["report"]
-        if report:
-            reports[row["case"]] = report
+    reports = {study.id: study.report for study in studies_of(table) if study.report}
     if not reports:
         raise DataError("no row of this table has a report", path=table, field="report", fix="write the reports there")
     return reports
