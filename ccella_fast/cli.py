@@ -78,6 +78,10 @@ def _phantom(subparsers: argparse._SubParsersAction) -> None:
     add("--lesion_contrast", type=float, default=1.0, metavar="FACTOR", help=about)
     about = "factor of the noise, 0 to 10 (default 1)"
     add("--noise", type=float, default=1.0, metavar="FACTOR", help=about)
+    about = (
+        "what reports say: full (default); no_scores: no PI-RADS category or score; no_findings: PSA and volume alone"
+    )
+    add("--reports", choices=["full", "no_scores", "no_findings"], default="full", help=about)
 
 
 def _check(subparsers: argparse._SubParsersAction) -> None:

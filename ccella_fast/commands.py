@@ -27,7 +27,7 @@ def run_phantom(arguments: argparse.Namespace) -> None:
     from ccella_fast.data.phantom.phantom import Difficulty, write_phantoms
 
     difficulty = Difficulty(arguments.lesion_size, arguments.lesion_contrast, arguments.noise)
-    write_phantoms(arguments.out, num_studies=arguments.num_studies, seed=arguments.seed, difficulty=difficulty)
+    write_phantoms(arguments.out, arguments.num_studies, arguments.seed, difficulty, arguments.reports)
     prepared = sibling(arguments.out, "prepared")
     command = ["prepare", "--data", arguments.out, "--out", prepared, "--config", "configs/demo.json"]
     log_next(arguments.out, ["ccella-fast", *command])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+from typing import Any, get_args
 
 import nibabel
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from ccella_fast.data.phantom import phantom
 from ccella_fast.data.phantom.phantom import write_phantoms
+from ccella_fast.data.phantom.report_text import Content
 from ccella_fast.data.readers.discovery import find_studies
 from ccella_fast.errors import ConfigError
 from study_fixtures import tree
@@ -26,12 +28,15 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def many_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return rows_without_volumes(tmp_path_factory.mktemp("rows"))
+
+
+def rows_without_volumes(folder: Path, **changes: Any) -> list[dict[str, str]]:
     """The table of many studies whose volumes are not drawn."""
-    folder = tmp_path_factory.mktemp("rows")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phantom, "_scan", lambda rng, patient, difficulty: (None, None, patient.center))
         patch.setattr(phantom, "_write_nifti", lambda *args: None)
-        write_phantoms(folder, 96, seed=5)
+        write_phantoms(folder, 96, seed=5, **changes)
     return read_rows(folder)
 
 
@@ -282,6 +287,27 @@ def test_category_2_darkens_the_peripheral_zone_on_both_sides():
     left, right = change[96:].min(), change[:96].min()
     assert left < -0.1 and right < -0.1 and change.max() < 0.02
     assert (change < -0.05).sum() < 0.1 * (np.abs(drawn.x) < 30).sum()  # a part of the gland, not all of it
+
+
+def test_reports_without_what_gives_the_class_away(tmp_path: Path, studies: Path):
+    """All else is the same: the volumes, the other columns, and the wording of what is said."""
+    write_phantoms(tmp_path / "drawn", 2, 0, reports="no_findings")
+    volumes = {name: value for name, value in tree(tmp_path / "drawn").items() if name.endswith(".nii.gz")}
+    assert len(volumes) == 2 and {name: tree(studies)[name] for name in volumes} == volumes
+    assert "reports: no_findings" in (tmp_path / "drawn" / "README").read_text()
+    full, without, least = (rows_without_volumes(tmp_path / name, reports=name) for name in get_args(Content))
+    gives_away = re.compile(r"PI-RADS|DWI|T2 score|T2 \d|likely|equivocal|cancer")
+    findings = re.compile(r"peripheral zone|transition zone|PZ|TZ|lesion|focus|suspicious")
+    for a, b, c in zip(full, without, least, strict=True):
+        assert {**a, "report": ""} == {**b, "report": ""} == {**c, "report": ""}
+        if a["report"]:
+            assert gives_away.search(a["report"]) or not a["pirads"]
+            assert findings.search(b["report"]) and not gives_away.search(b["report"])
+            assert a["side"] in b["report"].lower()
+            assert not findings.search(c["report"]) and not gives_away.search(c["report"]) and "PSA" in c["report"]
+            assert set(c["report"].split()) <= set(b["report"].split())
+    with pytest.raises(ConfigError, match="there are no reports 'short'"):
+        write_phantoms(tmp_path / "x", reports="short")
 
 
 def test_proportions_of_splits_classes_and_missing_values(many_rows: list[dict[str, str]]):

@@ -12,13 +12,13 @@ from __future__ import annotations
 import gzip
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 from tqdm import tqdm
 
-from ccella_fast.data.phantom.report_text import Findings, write_report
-from ccella_fast.errors import ConfigError
+from ccella_fast.data.phantom.report_text import Content, Findings, write_report
+from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.storage import atomic_path, check_writable, write_csv
@@ -76,7 +76,13 @@ class Difficulty(NamedTuple):
 USUAL = Difficulty()
 
 
-def write_phantoms(out: str | Path, num_studies: int = 24, seed: int = 0, difficulty: Difficulty = USUAL) -> None:
+def write_phantoms(
+    out: str | Path,
+    num_studies: int = 24,
+    seed: int = 0,
+    difficulty: Difficulty = USUAL,
+    reports: Content = "full",
+) -> None:
     """Write synthetic studies to a folder: `<case>/t2w.nii.gz`, `studies.csv` and `README`. A study takes about 0.3 s.
 
     The same seed gives the same bytes, and the first studies do not depend on `num_studies`. About half of the studies are
@@ -88,18 +94,22 @@ def write_phantoms(out: str | Path, num_studies: int = 24, seed: int = 0, diffic
         num_studies: number of studies.
         seed: seed of the random numbers.
         difficulty: the default writes the same bytes as without it.
+        reports: what the reports say: everything ("full"), no PI-RADS category, score of a sequence or likelihood of cancer
+            ("no_scores"), or neither these nor findings, but PSA and volume ("no_findings"). Volumes and the other columns of
+            studies.csv do not depend on it, so that a generator that is told the class in the text can be compared with one
+            that is told it as a class.
 
     Raises:
         ConfigError: a number is out of range, `out` contains other files, or another command writes to it.
         DiskError: the folder cannot be written.
     """
     out = Path(out)
-    _check_arguments(out, num_studies, seed, difficulty)
+    _check_arguments(out, num_studies, seed, difficulty, reports)
     with lock_folder(out, "ccella-fast phantom"):
-        _write_phantoms(out, num_studies, seed, difficulty)
+        _write_phantoms(out, num_studies, seed, difficulty, reports)
 
 
-def _write_phantoms(out: Path, num_studies: int, seed: int, difficulty: Difficulty) -> None:
+def _write_phantoms(out: Path, num_studies: int, seed: int, difficulty: Difficulty, reports: Content) -> None:
     rows = []
     for index in tqdm(range(num_studies), desc="phantom", unit="study", mininterval=1):
         rng = np.random.default_rng([seed, index])
@@ -107,14 +117,15 @@ def _write_phantoms(out: Path, num_studies: int, seed: int, difficulty: Difficul
         volume, affine, lesion_ras = _scan(rng, patient, difficulty)
         case = f"phantom-{index:04d}"
         _write_nifti(out / case / "t2w.nii.gz", volume, affine)
-        rows.append(_row(case, index, rng, patient, lesion_ras))
+        rows.append(_row(case, index, rng, patient, lesion_ras, reports))
     write_csv(out / "studies.csv", COLUMNS, ([row.get(name) for name in COLUMNS] for row in rows), line_end="\n")
     with atomic_path(out / "README") as temporary:
         changed = [f"{name} {value:g}" for name, value in difficulty._asdict().items() if value != 1]
-        temporary.write_text(_README + f"\nfactors: {', '.join(changed)}\n" * bool(changed), encoding="utf-8")
+        text = _README + f"\nfactors: {', '.join(changed)}\n" * bool(changed)
+        temporary.write_text(text + f"\nreports: {reports}\n" * (reports != "full"), encoding="utf-8")
 
 
-def _check_arguments(out: Path, num_studies: int, seed: int, difficulty: Difficulty) -> None:
+def _check_arguments(out: Path, num_studies: int, seed: int, difficulty: Difficulty, reports: Content) -> None:
     for option, value, bound in (("--num_studies", num_studies, 1), ("--seed", seed, 0)):
         if value < bound:
             raise ConfigError(f"{option} must be at least {bound}, got {value}", fix="change the value")
@@ -123,6 +134,9 @@ def _check_arguments(out: Path, num_studies: int, seed: int, difficulty: Difficu
         if not low <= value <= high:
             why = f"--{name} must be between {low:g} and {high:g}, got {value:g}"
             raise ConfigError(why, field=f"--{name}", fix="change the value; 1 is the usual phantom")
+    if reports not in get_args(Content):
+        fix = did_you_mean(str(reports), get_args(Content))
+        raise ConfigError(f"there are no reports '{reports!s:.40}'", field="--reports", fix=fix)
     check_writable(out, "--out")
     check_output(out, "studies", field="--out")
     own = {"studies.csv", "README", *(f"phantom-{index:04d}" for index in range(num_studies))}
@@ -137,14 +151,16 @@ def _check_arguments(out: Path, num_studies: int, seed: int, difficulty: Difficu
         )
 
 
-def _row(case: str, index: int, rng: np.random.Generator, patient: Patient, lesion: np.ndarray | None) -> dict:
+def _row(
+    case: str, index: int, rng: np.random.Generator, patient: Patient, lesion: np.ndarray | None, reports: Content
+) -> dict:
     findings = patient.findings
     without_report, without_class = index % 12 == 5, index % 12 == 10
     row = {
         "case": case,
         "split": "test" if index % 8 == 7 else "train",
         "pirads": "" if without_class else findings.pirads,
-        "report": "" if without_report else write_report(rng, findings, with_score=not without_class),
+        "report": "" if without_report else write_report(rng, findings, with_score=not without_class, content=reports),
         "synthetic": "yes",
         "prostate_ml": findings.volume_ml,
         "psa": findings.psa,

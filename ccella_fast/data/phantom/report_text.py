@@ -6,9 +6,13 @@ transition zone, and a lesion of category 5 measures at least 15 mm, one of cate
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from typing import Literal, NamedTuple
 
 import numpy as np
+
+#: What a report says: everything; no category, score or likelihood; or nothing about findings.
+Content = Literal["full", "no_scores", "no_findings"]
 
 
 class Findings(NamedTuple):
@@ -50,6 +54,7 @@ _LESION = [
     "{Side} {zone}, {level}: {look}. {scores}.",
     "Index lesion in the {level} of the {side} {zone}: {look} ({scores}).",
 ]
+_SCORED = re.compile(r" \(\{scores\}\)|\. \{scores\}| \(DWI 2\)|, DWI 2")  # what gives the category away in a finding
 _SCORES = ["DWI {category}, T2 {category}", "DWI score {category}, T2 score {category}"]
 _CLEAR = {
     1: [
@@ -79,13 +84,16 @@ _LEVELS = {"apex": ["apex", "apical third"], "mid": ["mid-gland", "midgland"], "
 _LIKELIHOOD = {1: "highly unlikely", 2: "unlikely", 3: "equivocal", 4: "likely", 5: "highly likely"}
 
 
-def write_report(rng: np.random.Generator, findings: Findings, *, with_score: bool = True) -> str:
+def write_report(
+    rng: np.random.Generator, findings: Findings, *, with_score: bool = True, content: Content = "full"
+) -> str:
     """Write a report of a few sentences; the same state of the generator gives the same text.
 
     Args:
         rng: selects the wording.
         findings: the facts.
         with_score: whether the report states the PI-RADS score.
+        content: what it says; the wording of what is said is the same.
     """
 
     def choose(choices: list[str]) -> str:
@@ -111,4 +119,7 @@ def write_report(rng: np.random.Generator, findings: Findings, *, with_score: bo
     else:
         finding = choose(_CLEAR[findings.pirads])
     sentences = [choose(_OPENING), finding, choose(_CLOSING), choose(_SCORE) if with_score else ""]
+    if content != "full":
+        sentences[1] = _SCORED.sub("", finding) if content == "no_scores" else ""
+        sentences[3] = ""
     return " ".join(sentence for sentence in sentences if sentence).format(**words)
