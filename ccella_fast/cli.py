@@ -71,6 +71,8 @@ def _phantom(subparsers: argparse._SubParsersAction) -> None:
     add = command.add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the studies")
     add("--num_studies", type=whole_number(1), default=24, metavar="N", help="number of studies (default 24)")
+    about = "numbers of studies in train, val and test, in place of --num_studies; those of val and test do not depend on TRAIN"
+    add("--splits", type=whole_number(0), nargs=3, metavar=("TRAIN", "VAL", "TEST"), help=about)
     add("--seed", type=whole_number(0), default=0, metavar="N", help="the same seed gives the same bytes (default 0)")
     about = "factor of the size of lesions, 0.3 to 2 (default 1)"
     add("--lesion_size", type=float, default=1.0, metavar="FACTOR", help=about)

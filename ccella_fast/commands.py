@@ -27,7 +27,9 @@ def run_phantom(arguments: argparse.Namespace) -> None:
     from ccella_fast.data.phantom.phantom import Difficulty, write_phantoms
 
     difficulty = Difficulty(arguments.lesion_size, arguments.lesion_contrast, arguments.noise)
-    write_phantoms(arguments.out, arguments.num_studies, arguments.seed, difficulty, arguments.reports)
+    write_phantoms(
+        arguments.out, arguments.num_studies, arguments.seed, difficulty, arguments.reports, arguments.splits
+    )
     prepared = sibling(arguments.out, "prepared")
     command = ["prepare", "--data", arguments.out, "--out", prepared, "--config", "configs/demo.json"]
     log_next(arguments.out, ["ccella-fast", *command])

@@ -289,6 +289,14 @@ def test_category_2_darkens_the_peripheral_zone_on_both_sides():
     assert (change < -0.05).sum() < 0.1 * (np.abs(drawn.x) < 30).sum()  # a part of the gland, not all of it
 
 
+def test_numbers_of_studies_per_split(tmp_path: Path):
+    few, many = (rows_without_volumes(tmp_path / str(train), splits=(train, 3, 5)) for train in (2, 9))
+    assert [row["split"] for row in few] == ["test"] * 5 + ["val"] * 3 + ["train"] * 2
+    assert many[:10] == few and [row["split"] for row in many[10:]] == ["train"] * 7
+    with pytest.raises(ConfigError, match="--num_studies must be at least 1, got 0"):
+        write_phantoms(tmp_path / "none", splits=(0, 0, 0))
+
+
 def test_reports_without_what_gives_the_class_away(tmp_path: Path, studies: Path):
     """All else is the same: the volumes, the other columns, and the wording of what is said."""
     write_phantoms(tmp_path / "drawn", 2, 0, reports="no_findings")

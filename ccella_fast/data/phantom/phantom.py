@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import gzip
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import numpy as np
 from tqdm import tqdm
 
+from ccella_fast.data.manifest import Split
 from ccella_fast.data.phantom.report_text import Content, Findings, write_report
 from ccella_fast.errors import ConfigError, did_you_mean
 from ccella_fast.folder_kinds import check_output
@@ -82,6 +84,7 @@ def write_phantoms(
     seed: int = 0,
     difficulty: Difficulty = USUAL,
     reports: Content = "full",
+    splits: Sequence[int] | None = None,
 ) -> None:
     """Write synthetic studies to a folder: `<case>/t2w.nii.gz`, `studies.csv` and `README`. A study takes about 0.3 s.
 
@@ -98,26 +101,32 @@ def write_phantoms(
             ("no_scores"), or neither these nor findings, but PSA and volume ("no_findings"). Volumes and the other columns of
             studies.csv do not depend on it, so that a generator that is told the class in the text can be compared with one
             that is told it as a class.
+        splits: numbers of studies in train, val and test, in place of `num_studies`. Those of test come first, then val:
+            they do not depend on the number in train.
 
     Raises:
         ConfigError: a number is out of range, `out` contains other files, or another command writes to it.
         DiskError: the folder cannot be written.
     """
     out = Path(out)
-    _check_arguments(out, num_studies, seed, difficulty, reports)
+    of_study: list[Split] = ["test" if index % 8 == 7 else "train" for index in range(num_studies)]
+    if splits is not None:
+        order: tuple[Split, ...] = ("test", "val", "train")
+        of_study = [split for split, count in zip(order, reversed(splits), strict=True) for _ in range(count)]
+    _check_arguments(out, len(of_study), seed, difficulty, reports)
     with lock_folder(out, "ccella-fast phantom"):
-        _write_phantoms(out, num_studies, seed, difficulty, reports)
+        _write_phantoms(out, of_study, seed, difficulty, reports)
 
 
-def _write_phantoms(out: Path, num_studies: int, seed: int, difficulty: Difficulty, reports: Content) -> None:
+def _write_phantoms(out: Path, splits: Sequence[Split], seed: int, difficulty: Difficulty, reports: Content) -> None:
     rows = []
-    for index in tqdm(range(num_studies), desc="phantom", unit="study", mininterval=1):
+    for index, split in enumerate(tqdm(splits, desc="phantom", unit="study", mininterval=1)):
         rng = np.random.default_rng([seed, index])
         patient = _draw_patient(rng, positive=(index + index // 8) % 2 == 1, lesion_size=difficulty.lesion_size)
         volume, affine, lesion_ras = _scan(rng, patient, difficulty)
         case = f"phantom-{index:04d}"
         _write_nifti(out / case / "t2w.nii.gz", volume, affine)
-        rows.append(_row(case, index, rng, patient, lesion_ras, reports))
+        rows.append(_row(case, index, rng, patient, lesion_ras, reports) | {"split": split})
     write_csv(out / "studies.csv", COLUMNS, ([row.get(name) for name in COLUMNS] for row in rows), line_end="\n")
     with atomic_path(out / "README") as temporary:
         changed = [f"{name} {value:g}" for name, value in difficulty._asdict().items() if value != 1]
@@ -158,7 +167,6 @@ def _row(
     without_report, without_class = index % 12 == 5, index % 12 == 10
     row = {
         "case": case,
-        "split": "test" if index % 8 == 7 else "train",
         "pirads": "" if without_class else findings.pirads,
         "report": "" if without_report else write_report(rng, findings, with_score=not without_class, content=reports),
         "synthetic": "yes",
