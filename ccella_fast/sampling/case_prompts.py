@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 
 from ccella_fast.config import Config
 from ccella_fast.data.loading.dataset import check_encoder, check_spacing
-from ccella_fast.data.manifest import NAME, Manifest, Split, StudyEntry, load_manifest
+from ccella_fast.data.manifest import CASE_ID, NAME, Manifest, Split, StudyEntry, load_manifest
 from ccella_fast.data.readers.study_table import studies_of
 from ccella_fast.data.readers.text_checks import check_id
 from ccella_fast.errors import ConfigError, DataError
@@ -170,14 +171,24 @@ def choose_draws(
     if not usable:
         why = f"none of {counted(len(prompts), 'case')} has what {variant.name} is conditioned on"
         raise ConfigError(why, field="cases", fix="give cases with reports" + (" and classes" if per_class else ""))
-    if per_class is None:
-        return [Draw(prompt, k) for prompt in usable for k in range(per_case)]
-    counts: dict[str, int] = {}
+    equally = dict.fromkeys((prompt.case for prompt in usable), per_case)
+    counts = equally if per_class is None else _balanced(usable, per_class)
+    draws = [Draw(prompt, k) for prompt in usable for k in range(counts[prompt.case])]
+    for draw in draws:
+        if not re.fullmatch(CASE_ID, draw.name):
+            why = f"the name of a case leaves no room for that of a study from it: {len(draw.prompt.case)} characters"
+            raise ConfigError(why, field=draw.prompt.case[:60], fix="use names of at most 100 characters")
+    return draws
+
+
+def _balanced(prompts: Sequence[CasePrompt], per_class: int) -> dict[str, int]:
+    """How many volumes each case gives, so that each class has `per_class`."""
+    counts = {}
     for name in CLASS_NAMES:
-        of_class = [prompt for prompt in usable if prompt.pirads == name]
+        of_class = [prompt for prompt in prompts if prompt.pirads == name]
         if not of_class:
             why = f"no case of the class {name} is left, of which --per_class wants {per_class}"
             raise ConfigError(why, field="--per_class", fix="use --per_case, or give cases of both classes")
         for number, prompt in enumerate(of_class):
             counts[prompt.case] = (per_class - number - 1) // len(of_class) + 1
-    return [Draw(prompt, k) for prompt in usable for k in range(counts[prompt.case])]
+    return counts

@@ -193,6 +193,13 @@ def test_classes_are_balanced_by_using_cases_in_turn():
         choose_draws(given[:3], VARIANTS["CCELLA"], per_class=2)
 
 
+def test_a_name_that_prepare_would_refuse_is_refused_first():
+    (draw,) = choose_draws(prompts(("c" * 113, "neg", True)), VARIANTS["CCELLA"])
+    assert len(draw.name) == 121
+    with pytest.raises(ConfigError, match="leaves no room for that of a study from it: 114 characters"):
+        choose_draws(prompts(("c" * 114, "neg", True)), VARIANTS["CCELLA"])
+
+
 def test_labels_are_those_of_the_cases_or_predicted(data, tmp_path):
     folder = trained(tmp_path / "step")
     draw_set(folder, data, tmp_path / "report")
