@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     _synthesize(subparsers)
     _sensitivity(subparsers)
     _evaluate(subparsers)
+    _classify(subparsers)
     _report(subparsers)
     _export(subparsers)
     _push(subparsers)
@@ -286,8 +287,7 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
 def _add_sampling_machine(command: argparse.ArgumentParser) -> None:
     """Options of what volumes are generated on."""
     add = command.add_argument_group("machine").add_argument
-    about = "auto (a GPU if there is one), cpu, cuda or cuda:N (default auto)"
-    add("--device", type=_device_name, default="auto", metavar="DEVICE", help=about)
+    _add_device(add)
     about = "volumes denoised at a time (default: the checkpoint's)"
     add("--batch_size", type=whole_number(1), metavar="N", help=about)
     about = "process each volume alone, so that on a CPU its bits do not depend on the batch"
@@ -309,8 +309,7 @@ def _sensitivity(subparsers: argparse._SubParsersAction) -> None:
     about = "volumes that are degraded in eight ways each (default 8)"
     add("--num_volumes", type=whole_number(3), default=8, metavar="N", help=about)
     add("--seed", type=whole_number(0), default=0, metavar="N", help="of the random halves (default 0)")
-    about = "auto (a GPU if there is one), cpu, cuda or cuda:N (default auto)"
-    add("--device", type=_device_name, default="auto", metavar="DEVICE", help=about)
+    _add_device(add)
 
 
 def _evaluate(subparsers: argparse._SubParsersAction) -> None:
@@ -344,20 +343,65 @@ def _evaluate(subparsers: argparse._SubParsersAction) -> None:
     add("--allow_unknown_weights", action="store_true", help=about)
     about = "fd kid mmd prdc c2st intensity spectrum msssim memorisation anatomy condition (default: all that apply)"
     add("--metrics", nargs="+", metavar="NAME", help=about)
-    add(
-        "--draws",
-        type=whole_number(2),
-        default=100,
-        metavar="N",
-        help="random splits for floors and intervals (default 100)",
-    )
+    about = "random splits for floors and intervals (default 100)"
+    add("--draws", type=whole_number(2), default=100, metavar="N", help=about)
     add("--seed", type=whole_number(0), default=0, metavar="N", help="of the splits (default 0)")
     add = command.add_argument_group("output").add_argument
     about = "folder for metrics.json; features are kept in it, so that the same command continues"
     add("--out", type=Path, default=Path("evaluation"), metavar="FOLDER", help=f"{about} (default evaluation)")
-    add = command.add_argument_group("machine").add_argument
-    about = "auto (a GPU if there is one), cpu, cuda or cuda:N (default auto)"
-    add("--device", type=_device_name, default="auto", metavar="DEVICE", help=about)
+    _add_device(command.add_argument_group("machine").add_argument)
+
+
+def _classify(subparsers: argparse._SubParsersAction) -> None:
+    example = "ccella-fast classify --real prepared --synthetic prepared_synthetic --seeds 8 --out classify"
+    about = (
+        "Train classifiers on real, generated and both kinds of studies, and compare them on real ones: is a classifier "
+        "better with generated studies?"
+    )
+    memory = "use a smaller --batch_size, --backbone small, or --device with another device"
+    command = _add(subparsers, "classify", commands.run_classify, about, example, if_out_of_memory=memory)
+    add = command.add_argument_group("studies").add_argument
+    about = "prepared folder of real studies with classes, with the splits train and test and, if wanted, val"
+    add("--real", type=Path, required=True, metavar="FOLDER", help=about)
+    about = "prepared folders of generated studies: one for each training seed of the generator"
+    add("--synthetic", type=Path, nargs="+", default=[], metavar="FOLDER", help=about)
+    about = "the same of another generator, for the arm rb"
+    add("--baseline", type=Path, nargs="+", default=[], metavar="FOLDER", help=about)
+    about = "autoencoder of the generator, for the arm v (needs the latents of --real)"
+    add("--vae", type=Path, metavar="PATH", help=about)
+    about = "use only N of the real training studies, in the proportion of their classes"
+    add("--num_real", type=whole_number(2), metavar="N", help=about)
+    about = "share of the training patients that validate if there is no split val (default 0.2; 0: none)"
+    add("--validation_fraction", type=float, default=0.2, metavar="FRACTION", help=about)
+    add = command.add_argument_group("what is trained").add_argument
+    about = (
+        "r (real), rr (real twice), v (reconstructed), s (synthetic), sl (synthetic, class as predicted), rs, rsl (both), "
+        "rb (real and baseline) (default: all for which everything is there)"
+    )
+    add("--arms", nargs="+", metavar="ARM", help=about)
+    about = "classifiers for each arm and generator, with the seeds 0 to N-1 (default 5)"
+    add("--seeds", type=whole_number(1), default=5, metavar="N", help=about)
+    about = (
+        "matched: equal updates and equal parts of each source (default); reference: equal epochs, with the settings of "
+        "the reference implementation"
+    )
+    add("--protocol", choices=["matched", "reference"], default="matched", help=about)
+    about = "efficientnet-b0 (default), or small for grids with fewer than 32 voxels"
+    add("--backbone", choices=["efficientnet-b0", "small"], help=about)
+    add("--updates", type=whole_number(1), metavar="N", help="updates of the weights (default 2000)")
+    add("--batch_size", type=whole_number(1), metavar="N", help="studies in a batch (default 16)")
+    add("--lr", type=_above_zero, metavar="RATE", help="learning rate (default 1e-4; of the small network 3e-3)")
+    add = command.add_argument_group("what is compared").add_argument
+    about = "arms are equivalent if their accuracy differs by less than these points (default 5)"
+    add("--margin", type=float, default=5.0, metavar="POINTS", help=about)
+    about = "differences that the experiment is made for; the others are exploratory (default rs-rr)"
+    add("--primary", nargs="+", default=["rs-rr"], metavar="ARM-ARM", help=about)
+    add = command.add_argument_group("output").add_argument
+    about = (
+        "folder for classify.json, table.md and the predictions; the same command continues there (default classify)"
+    )
+    add("--out", type=Path, default=Path("classify"), metavar="FOLDER", help=about)
+    _add_device(command.add_argument_group("machine").add_argument)
 
 
 def _report(subparsers: argparse._SubParsersAction) -> None:
@@ -463,6 +507,11 @@ def _device_name(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
     return text
+
+
+def _add_device(add: Callable[..., argparse.Action]) -> None:
+    about = "auto (a GPU if there is one), cpu, cuda or cuda:N (default auto)"
+    add("--device", type=_device_name, default="auto", metavar="DEVICE", help=about)
 
 
 def _add_studies(command: argparse.ArgumentParser, data: str) -> None:

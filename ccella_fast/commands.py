@@ -172,6 +172,21 @@ def run_sensitivity(arguments: argparse.Namespace) -> None:
     log_next(out / "sensitivity.json", ["ccella-fast", *command])
 
 
+def run_classify(arguments: argparse.Namespace) -> None:
+    """Train and compare the classifiers of the downstream experiment."""
+    network = ["monai"] if arguments.backbone != "small" else []
+    require_installed(*network, *(["SimpleITK"] if arguments.protocol == "reference" else []))
+    from ccella_fast.downstream.classify import classify_to_folder
+    from ccella_fast.downstream.results import TABLE, make_table
+
+    options = _options(arguments, without=[])
+    real, out = options.pop("real"), options.pop("out")
+    content = classify_to_folder(real, out, **options)
+    if is_local_rank_zero():
+        print(make_table(content), end="", flush=True)
+        logging.getLogger("ccella_fast").info("wrote %s", out / TABLE)
+
+
 def run_report(arguments: argparse.Namespace) -> None:
     """Write the page of a folder of results."""
     require_installed("jinja2", "matplotlib", "nibabel")

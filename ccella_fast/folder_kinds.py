@@ -12,7 +12,9 @@ from typing import Any, Literal
 from ccella_fast.errors import CcellaError, ConfigError, nearest
 
 Wanted = Literal["checkpoint", "run", "prepared", "autoencoder", "studies", "export", "results", "volumes"]
-Output = Literal["studies", "prepared data", "an autoencoder", "a run", "samples", "an evaluation"]
+Output = Literal[
+    "studies", "prepared data", "an autoencoder", "a run", "samples", "an evaluation", "a downstream experiment"
+]
 
 _NAMES = {
     "prepared": "a prepared folder",
@@ -26,6 +28,7 @@ _NAMES = {
     "steps": "the folder of a run's checkpoints",
     "samples": "a folder of generated samples",
     "evaluation": "the folder of an evaluation",
+    "classification": "the folder of a downstream experiment",
     "results": "a folder of results",
     "deepspeed": "a DeepSpeed checkpoint without the files of ccella_fast",
     "diffusers": "a model of diffusers",
@@ -60,6 +63,7 @@ _OUTPUTS: dict[Output, set[str]] = {
     "a run": {"run", "unsaved run"},
     "samples": {"samples"},
     "an evaluation": {"evaluation"},
+    "a downstream experiment": {"classification"},
 }
 _FORMATS = {
     "ccella_fast.prepared": "prepared",
@@ -86,6 +90,7 @@ def folder_kind(folder: str | Path) -> str | None:
     written_by_evaluate = [_read(folder / name).get("format") for name in ("protocol.json", "sensitivity.json")]
     recognized = {
         "evaluation": "ccella_fast.evaluation" in written_by_evaluate,
+        "classification": _read(folder / "settings.json").get("format") == "ccella_fast.classification",
         "run": any(folder.glob("checkpoints/step-*")),
         "steps": any(folder.glob("step-*/manifest.json")),
         "unsaved run": "run_status.json" in names or "checkpoints" in names,

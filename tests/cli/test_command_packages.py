@@ -22,6 +22,7 @@ MISTAKEN = {
     "sample": ("sample --checkpoint {none} --out {tmp}/out", 4),
     "sensitivity": ("sensitivity --real {none} --out {tmp}/out", 3),
     "evaluate": ("evaluate --real {none} --synthetic {none} --out {tmp}/out", 3),
+    "classify": ("classify --real {none} --out {tmp}/out", 3),
     "report": ("report {none}", 3),
     "export": ("export --checkpoint {none} --out {tmp}/out.pt", 4),
     "push": ("push --checkpoint {none} --repo owner/name --out {tmp}/out", 4),
@@ -31,6 +32,7 @@ MORE = [
     ("prepare --data {none} --out {tmp}/out --preview", "matplotlib"),
     ("check --data {none} --out {tmp}/out", "jinja2"),
     ("sample --checkpoint {none} --out {tmp}/out --format dicom", "pydicom"),
+    ("classify --real {none} --out {tmp}/out --protocol reference", "SimpleITK"),
 ]
 LATER = {"transformers"}  # of `prepare` and `sample`: when the text encoder is made, which not every variant has
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     "cli": 8,
     "train": 7, "commands": 7,
-    "sampling": 6,
+    "sampling": 6, "downstream": 6,
     "data.checking.check": 6, "data.checking.page": 6,
     "training": 5, "data.preparation.prepare": 5, "data.preparation.preview": 5, "report": 5,
     "evaluation": 5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 from ccella_fast.config import Config
 from ccella_fast.data.checking.study_facts import patient_of
@@ -40,13 +41,29 @@ def _divide(
         count = counted(len(by_split["val"]), "study", "studies")
         why = f"a fraction of {fraction:g} is to be set aside, but the split val has {count} already"
         raise ConfigError(why, path=path, field=field, fix="set it to 0")
-    train = by_split["train"]
-    patients = sorted({_patient(case) for case in train}, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return divide_patients(by_split["train"], fraction, path=path, field=field)
+
+
+def divide_patients(
+    cases: Sequence[StudyEntry], fraction: float, *, path: object, field: str
+) -> tuple[list[StudyEntry], list[StudyEntry]]:
+    """The studies to train on, and those of the patients that are set aside; see `select_studies`.
+
+    Args:
+        cases: the studies of the split train.
+        fraction: share of the patients that is set aside.
+        path: of the manifest, for the message.
+        field: the setting or option that states the fraction.
+
+    Raises:
+        ConfigError: the studies are of fewer than two patients.
+    """
+    patients = sorted({_patient(case) for case in cases}, key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(patients) < 2:
         why = f"the split train must have at least two patients to set some aside, got {len(patients)}"
         raise ConfigError(why, path=path, field=field, fix="set it to 0, or add studies")
     aside = set(patients[: min(max(1, round(fraction * len(patients))), len(patients) - 1)])
-    return [case for case in train if _patient(case) not in aside], [case for case in train if _patient(case) in aside]
+    return [case for case in cases if _patient(case) not in aside], [case for case in cases if _patient(case) in aside]
 
 
 def _patient(case: StudyEntry) -> str:

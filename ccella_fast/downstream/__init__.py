@@ -1,0 +1,1 @@
+"""The downstream experiment: does a classifier learn more from generated studies? `ccella-fast classify`."""
