@@ -116,7 +116,7 @@ class _Experiment:
 
     def identity(self, job: Job) -> str:
         """SHA-256 of all that the predictions of a job depend on."""
-        values = [asdict(self.settings), job.arm, job.seed, data_digest(*self.training_cases(job))]
+        values = [FORMAT, asdict(self.settings), job.arm, job.seed, data_digest(*self.training_cases(job))]
         return hashlib.sha256(json_text(values).encode()).hexdigest()
 
     def batches(self, job: Job) -> tuple[Iterator[list[Draw]], LearningRates]:
@@ -272,7 +272,7 @@ def _run(
             batches, schedule = experiment.batches(job)
             classified = train_classifier(
                 batches, schedule, [case for _, case in evaluated], inputs, backbone=settings.backbone, lr=settings.lr,
-                seed=job.seed, device=device, name=job.name,
+                seed=job.seed, device=device, name=f"{job.name} ({number} of {len(own)})",
             )  # fmt: skip
             sources = zip(ARMS[job.arm].sources, experiment.training_cases(job), strict=True)
             n_train = [{"source": source, **_by_class(cases)} for source, cases in sources]
@@ -304,8 +304,8 @@ def _claim(out: Path, settings: ClassifySettings, *, first: bool) -> None:
     earlier = read_json(path).get("settings", {})
     for name, value in wanted.items():
         if earlier.get(name) != value:
-            was = "" if name == "real" else f": {earlier.get(name)!s:.40}, and now {value!s:.40}"
-            why = f"the classifiers in this folder were trained with another {name}{was}"
+            what = "other real studies" if name == "real" else f"{name} {earlier.get(name)!s:.40}, not {value!s:.40}"
+            why = f"the classifiers in this folder were trained with {what}"
             raise ConfigError(why, path=path, field=f"--{name}", fix="give the same value, or choose another --out")
 
 

@@ -19,7 +19,7 @@ from ccella_fast.downstream.metrics import METRICS
 from ccella_fast.downstream.student import student_quantile, student_tail
 from ccella_fast.evaluation.statistics import group_numbers
 
-_COLUMNS = 1000  # resamplings of the cases that are looked at together: their arrays stay in the cache
+_COLUMNS = 500  # resamplings of the cases that are looked at together: their arrays stay in the cache
 _LEVEL = 0.05
 
 
@@ -201,13 +201,14 @@ def weighted_metrics(labels: np.ndarray, p_positive: np.ndarray, weights: np.nda
     found = []
     for first in range(0, weights.shape[1], _COLUMNS):
         columns = weights[:, first : first + _COLUMNS]
-        all_ = np.add.reduceat(columns[order], starts, axis=0)
-        hits = np.add.reduceat(columns[order] * positive, starts, axis=0)
-        misses, above = all_ - hits, np.cumsum(hits, axis=0)
-        n, n_hits = columns.sum(0), hits.sum(0)
+        all_ = columns[order]
+        hits = all_ * positive
+        if len(starts) < len(order):
+            all_, hits = np.add.reduceat(all_, starts, axis=0), np.add.reduceat(hits, starts, axis=0)
+        above, n, n_hits = np.cumsum(hits, axis=0), columns.sum(0), hits.sum(0)
+        precision = above / np.maximum(np.cumsum(all_, axis=0), 1e-30)  # 0 before the first case that was drawn
         with np.errstate(divide="ignore", invalid="ignore"):
-            precision = np.divide(above, np.cumsum(all_, axis=0), out=np.zeros_like(above), where=above > 0)
-            area = (misses * (above - hits / 2)).sum(0) / (n_hits * (n - n_hits))
+            area = ((all_ - hits) * (above - hits / 2)).sum(0) / (n_hits * (n - n_hits))
             found.append(np.stack([right @ columns / n, area, (hits * precision).sum(0) / n_hits]))
     stacked = np.concatenate(found, axis=1)
     stacked[1:, ~np.isfinite(stacked).all(0)] = np.nan

@@ -138,14 +138,12 @@ def write_results(
         measured = {split: classification_metrics(labels[split], predicted[job][split], threshold) for split in labels}
         about = {name: value for name, value in asdict(result).items() if name in ("n_train", "updates", "loss")}
         rows.append({"job": job.name, **job._asdict(), **about, **measured})
+    packages = ["torch", "numpy", *(["monai"] if settings["backbone"] == "efficientnet-b0" else [])]
     content = {
         "format": "ccella_fast.classification",
         "version": 1,
         "settings": settings,
-        "versions": {
-            "ccella_fast": ccella_fast.__version__,
-            **{name: metadata.version(name) for name in ("torch", "numpy")},
-        },
+        "versions": {"ccella_fast": ccella_fast.__version__, **{name: metadata.version(name) for name in packages}},
         "studies": studies,
         "jobs": rows,
         "contrasts": _contrasts(settings, {job: each["test"] for job, each in predicted.items()}, test),
@@ -165,15 +163,19 @@ def make_table(content: dict[str, Any]) -> str:
         n = " + ".join(str(source["neg"] + source["pos"]) for source in rows[0]["n_train"])
         values = [_spread([row["test"][name] for row in rows]) for name in _SHOWN]
         lines.append(f"| {arm} | {ARMS[arm].about} | {n} | {len(rows)} | {' | '.join(values)} |")
-    lines += ["", "| difference | metric | value | 95 % interval | larger | equivalent | McNemar p | |"]
-    lines.append("|---|---|---:|---|---|---|---:|---|")
+    lines += ["", "| difference | metric | value | 95 % interval | p | larger | equivalent | McNemar p | |"]
+    lines.append("|---|---|---:|---|---:|---|---|---:|---|")
     for each in content["contrasts"]:
         interval = "–" if each["ci95"] is None else f"{each['ci95'][0]:+.3f} to {each['ci95'][1]:+.3f}"
-        value = "–" if each["difference"] is None else f"{each['difference']:+.3f}"
         same, mcnemar = each.get("equivalence"), each.get("mcnemar")
+        words = [
+            *([f"primary (Holm p {_number(each.get('p_holm'), '.3g')})"] if each["primary"] else []),
+            *each["guards"],
+        ]
         cells = [
-            each["contrast"], _SHOWN[each["metric"]], value, interval, each["verdict"], same["verdict"] if same else "",
-            f"{mcnemar['p']:.3g}" if mcnemar else "", ", ".join([*(["primary"] if each["primary"] else []), *each["guards"]]),
+            each["contrast"], _SHOWN[each["metric"]], _number(each["difference"], "+.3f"), interval,
+            _number(each["p"], ".3g"), each["verdict"], same["verdict"] if same else "",
+            _number(mcnemar["p"], ".3g") if mcnemar else "", ", ".join(words),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -222,6 +224,10 @@ def _read_predictions(out: Path, job: Job, n_val: int) -> dict[str, np.ndarray]:
     with open(out / "predictions" / f"{job.name}.csv", encoding="utf-8", newline="") as file:
         p = np.array([float(row["p_pos"]) for row in csv.DictReader(file)], np.float32)
     return {"val": p[:n_val], "test": p[n_val:]}
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _spread(values: Sequence[float | None]) -> str:

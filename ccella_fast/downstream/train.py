@@ -17,6 +17,7 @@ from ccella_fast.downstream.arms import Draw
 from ccella_fast.downstream.data import LabelledCase
 from ccella_fast.downstream.inputs import Inputs
 from ccella_fast.downstream.networks import Backbone, make_network
+from ccella_fast.entrypoint import is_local_rank_zero
 from ccella_fast.errors import NonFiniteError
 from ccella_fast.progress import refresh_interval
 
@@ -112,8 +113,9 @@ def train_classifier(
         network = make_network(backbone).to(device).train()
         optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
         bar = tqdm(
-            batches, desc=name, unit="update", total=schedule.updates, mininterval=refresh_interval(), leave=False
-        )
+            batches, desc=name, unit="update", total=schedule.updates, mininterval=refresh_interval(), leave=False,
+            disable=not is_local_rank_zero(),
+        )  # fmt: skip
         losses: list[Tensor] = []
         for update, draws in enumerate(bar):
             x = inputs.augmented_batch(draws, seed, device)

@@ -121,7 +121,7 @@ def test_a_command_that_was_killed_continues_with_the_same_bytes(place, whole, m
     train, calls = classify_module.train_classifier, []
 
     def killed(*arguments, **more):
-        calls.append(more["name"])
+        calls.append(more["name"].split()[0])
         if len(calls) == 5:
             raise KeyboardInterrupt
         return train(*arguments, **more)
@@ -172,7 +172,7 @@ def test_other_studies_are_refused_in_the_same_folder(place, whole):
     with pytest.raises(DataError, match=" s-generator0-seed0 was trained with other studies than those of --synthetic"):
         classify_to_folder(out=place / "whole", **given | {"synthetic": [place / "made1", place / "made0"]})
     fewer = write_classified(place / "fewer", real_studies(test=6))
-    with pytest.raises(ConfigError, match="another real"):
+    with pytest.raises(ConfigError, match="other real studies"):
         classify_to_folder(out=place / "whole", **given | {"real": fewer, "vae": None, "arms": ["r"]})
 
 

@@ -85,7 +85,8 @@ def test_sizes_of_the_networks(require):
     require("monai")
     with torch.device("meta"):
         network = make_network("efficientnet-b0")
-        assert network(torch.empty(2, 1, 32, 32, 32)).shape == (2, 2)
+        for shape in ((32, 32, 32), (256, 256, 32), (256, 256, 128)):
+            assert network(torch.empty(2, 1, *shape)).shape == (2, 2)
         with pytest.raises(RuntimeError, match="Kernel size"):
             network(torch.empty(2, 1, 32, 32, 31))
     assert sum(parameter.numel() for parameter in network.parameters()) == 4_690_942  # as stated for the reference
