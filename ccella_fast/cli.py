@@ -7,13 +7,12 @@ answered at once.
 from __future__ import annotations
 
 import argparse
-import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ccella_fast import commands, entrypoint, train
+from ccella_fast.cli_options import above_zero, add_config, add_device, add_studies
 from ccella_fast.data.readers.series_names import SEQUENCES
 from ccella_fast.entrypoint import whole_number
 from ccella_fast.pirads import CLASSES
@@ -93,7 +92,7 @@ def _check(subparsers: argparse._SubParsersAction) -> None:
         "Find everything that is wrong with a data set in one pass: damaged files, classes, duplicates, leakage, sizes."
     )
     command = _add(subparsers, "check", commands.run_check, about, example)
-    _add_studies(command, "folder or JSON list of studies, or prepared folder")
+    add_studies(command, "folder or JSON list of studies, or prepared folder")
     add = command.add_argument_group("what is checked").add_argument
     about = "do not count this finding, for example leakage; may be repeated"
     add("--allow", action="append", default=[], metavar="NAME", help=about)
@@ -102,7 +101,7 @@ def _check(subparsers: argparse._SubParsersAction) -> None:
     add = command.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="FOLDER", help="folder for check.json and check.html (default: nothing is written)")
     add("--workers", type=whole_number(1), metavar="N", help="number of processes that read images")
-    _add_config(command, "data", "text")
+    add_config(command, "data", "text")
 
 
 def _import(subparsers: argparse._SubParsersAction) -> None:
@@ -136,7 +135,7 @@ def _prepare(subparsers: argparse._SubParsersAction) -> None:
     about = "Resample studies to one grid, encode reports and, with --vae, latents. Run it again to continue or to add."
     memory = "use --workers 1, a smaller text.batch_size or text.encoder, or a smaller grid (data.dim)"
     command = _add(subparsers, "prepare", commands.run_prepare, about, example, if_out_of_memory=memory)
-    _add_studies(command, "folder of studies, or a manifest in the reference's JSON form")
+    add_studies(command, "folder of studies, or a manifest in the reference's JSON form")
     add = command.add_argument_group("output").add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="prepared folder")
     about = "VAE folder or MAISI weight file; adds latents and the scale factor"
@@ -152,7 +151,7 @@ def _prepare(subparsers: argparse._SubParsersAction) -> None:
     add = command.add_argument_group("machine").add_argument
     about = "processes that make images (default: as many as cores and memory allow)"
     add("--workers", type=whole_number(1), metavar="N", help=about)
-    _add_config(command, "data", "text")
+    add_config(command, "data", "text")
 
 
 def _train_vae(subparsers: argparse._SubParsersAction) -> None:
@@ -162,7 +161,7 @@ def _train_vae(subparsers: argparse._SubParsersAction) -> None:
     command = _add(subparsers, "train-vae", commands.run_train_vae, about, example, if_out_of_memory=memory)
     command.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="prepared folder")
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="VAE folder")
-    _add_config(command, "vae_training", "autoencoder")
+    add_config(command, "vae_training", "autoencoder")
 
 
 def _train(subparsers: argparse._SubParsersAction) -> None:
@@ -183,7 +182,7 @@ def _average(subparsers: argparse._SubParsersAction) -> None:
     about = "run folder of a training with training.power_ema_snapshot_steps"
     add("--run", type=Path, required=True, metavar="FOLDER", help=about, dest="run_folder")
     about = "width of the average relative to the length of the training, such as 0.08"
-    add("--width", type=_above_zero, required=True, metavar="FRACTION", help=about)
+    add("--width", type=above_zero, required=True, metavar="FRACTION", help=about)
     about = "step of the snapshot at which the average ends (default: the newest)"
     add("--step", type=whole_number(1), metavar="N", help=about)
     add("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the model")
@@ -212,7 +211,7 @@ def _sample(subparsers: argparse._SubParsersAction) -> None:
     about = "class that replaces the predicted one, as --pirads"
     add("--class_override", choices=[*CLASSES], metavar="CLASS", help=about)
     about = "voxel size in mm along R, A, S (default: the training grid's)"
-    add("--spacing", type=_above_zero, nargs=3, metavar="MM", help=about)
+    add("--spacing", type=above_zero, nargs=3, metavar="MM", help=about)
     sampling = command.add_argument_group("sampling")
     add = sampling.add_argument
     about = "number of volumes per report, with seeds seed, seed+1, ... (default 1)"
@@ -287,7 +286,7 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
 def _add_sampling_machine(command: argparse.ArgumentParser) -> None:
     """Options of what volumes are generated on."""
     add = command.add_argument_group("machine").add_argument
-    _add_device(add)
+    add_device(add)
     about = "volumes denoised at a time (default: the checkpoint's)"
     add("--batch_size", type=whole_number(1), metavar="N", help=about)
     about = "process each volume alone, so that on a CPU its bits do not depend on the batch"
@@ -309,7 +308,7 @@ def _sensitivity(subparsers: argparse._SubParsersAction) -> None:
     about = "volumes that are degraded in eight ways each (default 8)"
     add("--num_volumes", type=whole_number(3), default=8, metavar="N", help=about)
     add("--seed", type=whole_number(0), default=0, metavar="N", help="of the random halves (default 0)")
-    _add_device(add)
+    add_device(add)
 
 
 def _evaluate(subparsers: argparse._SubParsersAction) -> None:
@@ -349,11 +348,11 @@ def _evaluate(subparsers: argparse._SubParsersAction) -> None:
     add = command.add_argument_group("output").add_argument
     about = "folder for metrics.json; features are kept in it, so that the same command continues"
     add("--out", type=Path, default=Path("evaluation"), metavar="FOLDER", help=f"{about} (default evaluation)")
-    _add_device(command.add_argument_group("machine").add_argument)
+    add_device(command.add_argument_group("machine").add_argument)
 
 
 def _classify(subparsers: argparse._SubParsersAction) -> None:
-    example = "ccella-fast classify --real prepared --synthetic prepared_synthetic --seeds 8 --out classify"
+    example = "ccella-fast classify --real prepared --synthetic synthetic_prepared --seeds 8 --out classify"
     about = (
         "Train classifiers on real, generated and both kinds of studies, and compare them on real ones: is a classifier "
         "better with generated studies?"
@@ -390,7 +389,7 @@ def _classify(subparsers: argparse._SubParsersAction) -> None:
     add("--backbone", choices=["efficientnet-b0", "small"], help=about)
     add("--updates", type=whole_number(1), metavar="N", help="updates of the weights (default 2000)")
     add("--batch_size", type=whole_number(1), metavar="N", help="studies in a batch (default 16)")
-    add("--lr", type=_above_zero, metavar="RATE", help="learning rate (default 1e-4; of the small network 3e-3)")
+    add("--lr", type=above_zero, metavar="RATE", help="learning rate (default 1e-4; of the small network 3e-3)")
     add = command.add_argument_group("what is compared").add_argument
     about = "arms are equivalent if their accuracy differs by less than these points (default 5)"
     add("--margin", type=float, default=5.0, metavar="POINTS", help=about)
@@ -401,7 +400,7 @@ def _classify(subparsers: argparse._SubParsersAction) -> None:
         "folder for classify.json, table.md and the predictions; the same command continues there (default classify)"
     )
     add("--out", type=Path, default=Path("classify"), metavar="FOLDER", help=about)
-    _add_device(command.add_argument_group("machine").add_argument)
+    add_device(command.add_argument_group("machine").add_argument)
 
 
 def _report(subparsers: argparse._SubParsersAction) -> None:
@@ -481,71 +480,6 @@ def _add(
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(run=run, if_out_of_memory=if_out_of_memory)
     return command
-
-
-def _above_zero(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number greater than 0")
-    return number
-
-
-def _b_value(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number of 0 or more, in s/mm2")
-    return number
-
-
-def _device_name(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
-    return text
-
-
-def _add_device(add: Callable[..., argparse.Action]) -> None:
-    about = "auto (a GPU if there is one), cpu, cuda or cuda:N (default auto)"
-    add("--device", type=_device_name, default="auto", metavar="DEVICE", help=about)
-
-
-def _add_studies(command: argparse.ArgumentParser, data: str) -> None:
-    """Add the options that say where studies are and how they are read; `data` is the help of --data."""
-    add = command.add_argument_group("studies").add_argument
-    add("--data", type=Path, required=True, metavar="PATH", help=data)
-    about = "reports and classes of a study folder (default: studies.csv in it)"
-    add("--csv", type=Path, metavar="FILE", help=about)
-    add("--test_data", type=Path, metavar="FILE", help="JSON manifest of the test split")
-    about = "folder that the image paths of a JSON manifest are relative to"
-    add("--data_base_dir", type=Path, metavar="FOLDER", help=about)
-    about = "folder of latents and text features that the reference has prepared"
-    add("--embedding_base_dir", type=Path, metavar="FOLDER", help=about)
-    about = "read series that are links to files or folders outside --data"
-    add("--follow_links", action="store_true", help=about)
-    about = "which image to read of a diffusion series that holds several (default: the highest b-value)"
-    add("--b_value", type=_b_value, metavar="S/MM2", help=about)
-
-
-def _add_config(command: entrypoint.Parser, *sections: str) -> None:
-    """Add `--config` and `--set`, which is suggested for an option that is named like a setting in `sections`."""
-
-    def instead(option: str) -> str | None:
-        from ccella_fast.config import Config
-        from ccella_fast.config_errors import as_set_option
-
-        return as_set_option(option, Config, sections)
-
-    command.instead = instead
-    group = command.add_argument_group("configuration")
-    about = "our JSON file, or the reference's env, config and def files (default: built-in defaults)"
-    group.add_argument("--config", type=Path, nargs="+", metavar="FILE", help=about)
-    about = "override a setting, for example data.dim=[96,96,32]; may be repeated"
-    group.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=about)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ CONTRASTS = [
 _FIRST, _SECOND, _UNION = 0, 1, 2
 
 
-class Draw(NamedTuple):
+class DrawnCase(NamedTuple):
     """A study in a batch. The stream and the number of the draw in it decide on its augmentation."""
 
     case: LabelledCase
@@ -59,14 +59,14 @@ def streams(sources: Sequence[Source]) -> list[int]:
 
 def matched_batches(
     sources: Sequence[Source], cases: Sequence[Sequence[LabelledCase]], *, batch_size: int, updates: int, seed: int
-) -> Iterator[list[Draw]]:
+) -> Iterator[list[DrawnCase]]:
     """Batches with an equal part of each source, whose size and number do not depend on the number of studies."""
     orders = [_order(seed, stream, len(own)) for stream, own in zip(streams(sources), cases, strict=True)]
     part, numbers = batch_size // len(sources), count()
     for _ in range(updates):
         ahead = [next(numbers) for _ in range(part)]
         yield [
-            Draw(own[next(order)], stream, number)
+            DrawnCase(own[next(order)], stream, number)
             for stream, own, order in zip(streams(sources), cases, orders, strict=True)
             for number in ahead
         ]
@@ -74,12 +74,12 @@ def matched_batches(
 
 def epoch_batches(
     cases: Sequence[Sequence[LabelledCase]], *, batch_size: int, epochs: int, seed: int
-) -> Iterator[list[Draw]]:
+) -> Iterator[list[DrawnCase]]:
     """Batches of the union of all sources, each study once per epoch; the last batch of an epoch may be smaller."""
     union = [case for own in cases for case in own]
     order, numbers = _order(seed, _UNION, len(union)), count()
     for _ in range(epochs):
-        epoch = [Draw(union[next(order)], _UNION, next(numbers)) for _ in union]
+        epoch = [DrawnCase(union[next(order)], _UNION, next(numbers)) for _ in union]
         yield from (epoch[start : start + batch_size] for start in range(0, len(epoch), batch_size))
 
 

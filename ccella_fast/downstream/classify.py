@@ -16,7 +16,7 @@ from ccella_fast.downstream.arms import (
     ARMS,
     CONTRASTS,
     GENERATED,
-    Draw,
+    DrawnCase,
     Source,
     TrainingArm,
     epoch_batches,
@@ -119,7 +119,7 @@ class _Experiment:
         values = [FORMAT, asdict(self.settings), job.arm, job.seed, data_digest(*self.training_cases(job))]
         return hashlib.sha256(json_text(values).encode()).hexdigest()
 
-    def batches(self, job: Job) -> tuple[Iterator[list[Draw]], LearningRates]:
+    def batches(self, job: Job) -> tuple[Iterator[list[DrawnCase]], LearningRates]:
         """The batches of a job and the learning rates."""
         settings, cases = self.settings, self.training_cases(job)
         if settings.updates is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ccella_fast.data.augmentation.parameters import Augmentation
 from ccella_fast.data.augmentation.torch_engine import warp
 from ccella_fast.data.readers.volume import StoredVolume
-from ccella_fast.downstream.arms import Draw
+from ccella_fast.downstream.arms import DrawnCase
 from ccella_fast.downstream.data import LabelledCase
 from ccella_fast.hardware import free_memory
 
@@ -93,11 +93,11 @@ class Inputs:
         """The images of some studies as they are, (B, 1, X, Y, Z)."""
         return torch.stack([self(case).voxels.to(device) for case in cases])[:, None]
 
-    def augmented_batch(self, draws: Sequence[Draw], seed: int, device: torch.device) -> Tensor:
+    def augmented_batch(self, draws: Sequence[DrawnCase], seed: int, device: torch.device) -> Tensor:
         """The images of drawn studies, augmented, (B, 1, X, Y, Z)."""
         return torch.stack([self._augmented(draw, seed, device) for draw in draws])[:, None]
 
-    def _augmented(self, draw: Draw, seed: int, device: torch.device) -> Tensor:
+    def _augmented(self, draw: DrawnCase, seed: int, device: torch.device) -> Tensor:
         image = self(draw.case)
         voxels, size = image.voxels.to(device), image.voxels.shape
         drawn = draw_augmentation(seed, draw.stream, draw.number)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ccella_fast.diffusion.noise import generator
-from ccella_fast.downstream.arms import Draw
+from ccella_fast.downstream.arms import DrawnCase
 from ccella_fast.downstream.data import LabelledCase
 from ccella_fast.downstream.inputs import Inputs
 from ccella_fast.downstream.networks import Backbone, make_network
@@ -80,7 +80,7 @@ class Classified(NamedTuple):
 
 
 def train_classifier(
-    batches: Iterable[Sequence[Draw]],
+    batches: Iterable[Sequence[DrawnCase]],
     schedule: LearningRates,
     evaluated: Sequence[LabelledCase],
     inputs: Inputs,

@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 
-from ccella_fast.downstream.arms import ARMS, CONTRASTS, Draw, epoch_batches, matched_batches
+from ccella_fast.downstream.arms import ARMS, CONTRASTS, DrawnCase, epoch_batches, matched_batches
 from ccella_fast.downstream.data import LabelledCase
 from ccella_fast.downstream.inputs import draw_augmentation
 
@@ -26,12 +26,12 @@ SETS = {
 }
 
 
-def batches(arm: str, *, seed: int = 0, updates: int = 30, size: int = 4) -> list[list[Draw]]:
+def batches(arm: str, *, seed: int = 0, updates: int = 30, size: int = 4) -> list[list[DrawnCase]]:
     sources = ARMS[arm].sources
     return list(matched_batches(sources, [SETS[s] for s in sources], batch_size=size, updates=updates, seed=seed))
 
 
-def drawn(arm: str, source: str, **more: int) -> list[Draw]:
+def drawn(arm: str, source: str, **more: int) -> list[DrawnCase]:
     return [draw for batch in batches(arm, **more) for draw in batch if draw.case.id.startswith(source)]
 
 

@@ -277,9 +277,8 @@ def test_two_processes_share_the_classifiers_and_write_the_same_bytes(place, who
 def test_the_commands_of_the_page_run(place, tmp_path, monkeypatch, capsys):
     """With two updates and one seed in place of the page's, on the small network."""
     monkeypatch.chdir(tmp_path)
-    for name, source in (("prepared", "real"), ("vae", "vae"), ("prepared_baseline", "other"),
-                         ("prepared_synthetic", "made0"), ("prepared_synthetic1", "made1"),
-                         ("prepared_synthetic2", "other")):  # fmt: skip
+    for name, source in (("prepared", "real"), ("vae", "vae"), ("baseline_prepared", "other"),
+                         ("synthetic_prepared", "made0"), ("synthetic1_prepared", "made1")):  # fmt: skip
         (tmp_path / name).symlink_to(place / source)
     text = PAGE.read_text().replace("\\\n", " ")
     commands = [
