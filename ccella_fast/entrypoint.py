@@ -1,4 +1,4 @@
-"""Parsing, logging and exiting, as `cli.py` and `train.py` share them.
+"""Parsing, logging and exiting, as `cli` and `train.py` share them.
 
 A command that fails prints one message and returns an exit code; `--debug` shows the traceback. Under a launcher the process of
 local rank 0 prints first: the others usually fail for the same reason, and the launcher stops them before they repeat it.

@@ -1,6 +1,6 @@
 """Errors for users: what is wrong, in which file and field, and how to correct it.
 
-The commands (`cli.py`, `train.py`) print `str(error)`, at most five lines, and exit with `error.exit_code`. Raise these for a
+The commands (`cli`, `train.py`) print `str(error)`, at most five lines, and exit with `error.exit_code`. Raise these for a
 user's mistake; use `assert` for one of ours.
 """
 

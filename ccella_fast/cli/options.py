@@ -1,4 +1,4 @@
-"""Options that several subcommands of `ccella-fast` have, and the types of their values."""
+"""What several commands share: how a command is added, options, and the values that options take."""
 
 from __future__ import annotations
 
@@ -11,8 +11,38 @@ from pathlib import Path
 from ccella_fast import entrypoint
 
 
+def add_command(
+    subparsers: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    about: str,
+    example: str,
+    *,
+    if_out_of_memory: str = entrypoint.LESS_MEMORY,
+) -> entrypoint.Parser:
+    """Add a command with --debug, an example, and the exit codes.
+
+    Args:
+        subparsers: of the parser of `ccella-fast`.
+        name: of the command.
+        run: does its work; its result is the exit code, None for 0.
+        about: what it does; up to a colon, it is the help in the list of commands.
+        example: how it is called.
+        if_out_of_memory: what a user can do when the memory does not suffice.
+    """
+    command = subparsers.add_parser(
+        name,
+        help=about.split(":")[0],
+        description=about,
+        epilog=f"example: {example}\n\n{entrypoint.EXIT_CODES}",
+    )
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(run=run, if_out_of_memory=if_out_of_memory)
+    return command
+
+
 def above_zero(text: str) -> float:
-    """The type of an option: a number greater than 0."""
+    """The type of an option whose value is a number greater than 0."""
     try:
         number = float(text)
     except ValueError:
@@ -39,7 +69,7 @@ def _device_name(text: str) -> str:
 
 
 def add_device(add: Callable[..., argparse.Action]) -> None:
-    """Add `--device` to a command or a group, whose `add_argument` is given."""
+    """Add `--device`. add: the method `add_argument` of a parser or group."""
     about = "auto (a GPU if there is one), cpu, cuda or cuda:N (default auto)"
     add("--device", type=_device_name, default="auto", metavar="DEVICE", help=about)
 
