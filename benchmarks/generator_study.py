@@ -14,27 +14,22 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ccella_fast.comparison.gates import autoencoder_gate
+from ccella_fast.comparison.stages import Stages
 from ccella_fast.data.phantom.phantom import VERSION
 from ccella_fast.environment import describe_environment
-from ccella_fast.errors import CcellaError, ConfigError
+from ccella_fast.errors import ConfigError
 from ccella_fast.evaluation import evaluate, open_volumes
-from ccella_fast.evaluation.collecting import collect
-from ccella_fast.evaluation.conditions import Label, condition_agreement
 from ccella_fast.evaluation.findings import CaseFindings, read_findings
-from ccella_fast.evaluation.foci import FociFeatures
-from ccella_fast.evaluation.reconstruction import reconstructions
 from ccella_fast.evaluation.results import plain_values
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.storage import read_json, write_csv, write_json
@@ -123,15 +118,15 @@ def run(arguments: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out, "generator_study.py"):
         keep_protocol(out / "protocol.json", protocol)
-        commands = Commands(out, arguments.jobs)
-        generate(commands, protocol)
+        stages = Stages(out, arguments.jobs)
+        generate(stages, protocol)
         findings = read_findings(out / "real/studies/studies.csv")
         record = {
             "what": __doc__.splitlines()[0],
             "protocol": protocol,
-            "autoencoder": read_autoencoder(out, findings),
+            "autoencoder": autoencoder_gate(open_volumes(out / "real/prepared", field="real"), out / "vae", findings),
             "arms": [judge(out, arm, protocol, findings) for arm in arms(protocol)],
-            "seconds": commands.seconds(),
+            "seconds": stages.seconds(),
             "environment": describe_environment(),
         }
         record["claims"] = claims(record)
@@ -171,62 +166,12 @@ def arms(protocol: dict[str, Any]) -> list[Arm]:
 # ---- Volumes
 
 
-class Commands:
-    """Runs commands of ccella-fast in a folder, each once.
-
-    Args:
-        out: the folder; logs/ has what they print, and done/ what has finished.
-        jobs: how many run at a time.
-    """
-
-    def __init__(self, out: Path, jobs: int):
-        self.out, self._jobs = out, jobs
-        for name in ("done", "logs"):
-            (out / name).mkdir(exist_ok=True)
-
-    def run(self, commands: dict[str, Sequence[object]]) -> None:
-        """Run commands by name, some at a time; return when all have finished.
-
-        Raises:
-            CcellaError: one has failed. Those that were started are waited for, and no other is started.
-        """
-        failed: list[str] = []
-
-        def run_one(name: str, words: list[str]) -> None:
-            done = self.out / "done" / f"{name}.json"
-            if failed or (done.exists() and read_json(done)["command"] == words):
-                return
-            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-            start = time.perf_counter()
-            # Processes that share cores are faster with one thread each than with OpenMP teams that compete.
-            threads = str(max(1, (os.cpu_count() or 1) // self._jobs))
-            with open(self.out / "logs" / f"{name}.txt", "w") as log:
-                finished = subprocess.run(
-                    [sys.executable, "-m", "ccella_fast.cli", *words],
-                    cwd=self.out, env=os.environ | {"OMP_NUM_THREADS": threads}, stdout=log, stderr=log,
-                )  # fmt: skip
-            if finished.returncode:
-                failed.append(name)
-                return
-            write_json(done, {"command": words, "seconds": round(time.perf_counter() - start, 1)})
-
-        with ThreadPoolExecutor(self._jobs) as pool:
-            list(pool.map(run_one, commands, ([str(word) for word in words] for words in commands.values())))
-        if failed:
-            log = self.out / "logs" / f"{failed[0]}.txt"
-            raise CcellaError(f"the command '{failed[0]}' has failed", path=log, fix="read this file, then run again")
-
-    def seconds(self) -> dict[str, float]:
-        """The time of every command that has finished."""
-        return {path.stem: read_json(path)["seconds"] for path in sorted((self.out / "done").glob("*.json"))}
-
-
-def generate(commands: Commands, protocol: dict[str, Any]) -> None:
+def generate(stages: Stages, protocol: dict[str, Any]) -> None:
     """Phantoms, autoencoder, generators and their samples."""
-    out = commands.out
+    out = stages.out
     write_configurations(out, protocol)
     pools = protocol["pools"]
-    commands.run(
+    stages.run(
         {
             f"phantom-{name}": [
                 "phantom",
@@ -242,26 +187,26 @@ def generate(commands: Commands, protocol: dict[str, Any]) -> None:
             for name, (count, seed) in sorted(pools.items(), key=lambda item: -item[1][0])
         }
     )
-    commands.run({"images-autoencoder": prepare("autoencoder")})
-    commands.run(
+    stages.run({"images-autoencoder": prepare("autoencoder")})
+    stages.run(
         {
             "autoencoder": ["train-vae", "--data", "autoencoder/prepared", "--out", "vae", "--config", "epsilon.json"],
         }
         | {f"prepare-{name}": prepare(name) for name in pools if name != "autoencoder"}
     )
-    commands.run({f"encode-{name}": [*prepare(name), "--vae", "vae"] for name in pools if name != "autoencoder"})
+    stages.run({f"encode-{name}": [*prepare(name), "--vae", "vae"] for name in pools if name != "autoencoder"})
     half, seeds = protocol["fine_tuning_steps"], protocol["training_seeds"]
-    commands.run(
+    stages.run(
         {"start-weights": train("epsilon", "other", "start-weights", 0)}
         | {f"scratch-{seed}": train("epsilon", "train", f"scratch-{seed}", seed) for seed in seeds}
         | {f"flow-{seed}": train("flow", "train", f"flow-{seed}", seed) for seed in seeds}
     )
     more = ["--init_from", "models/start-weights", "--max_train_steps", half]
-    commands.run(
+    stages.run(
         {f"fine-tuned-{seed}": [*train("epsilon", "train", f"fine-tuned-{seed}", seed), *more] for seed in seeds}
     )
     write_prompts(out, protocol["prompts"])
-    commands.run({f"sample-{arm.name}": sample(arm, protocol["sampling_seed"]) for arm in arms(protocol)})
+    stages.run({f"sample-{arm.name}": sample(arm, protocol["sampling_seed"]) for arm in arms(protocol)})
 
 
 def write_configurations(out: Path, protocol: dict[str, Any]) -> None:
@@ -327,36 +272,6 @@ def judge(out: Path, arm: Arm, protocol: dict[str, Any], findings: CaseFindings)
         ]
         write_json(path, plain_values({"protocol_sha256": result.protocol_sha256, "rows": rows}))
     return {"group": arm.group, "seed": arm.seed, "guidance": arm.guidance, **read_json(path)}
-
-
-def read_autoencoder(out: Path, findings: CaseFindings) -> dict[str, Any]:
-    """Gate G0: how well the class and the findings are read from volumes after the autoencoder, and its PSNR in dB.
-
-    The probes are fitted on original volumes. The gate is open if their accuracy on the class is at least 0.9 times that on
-    originals.
-    """
-    real = open_volumes(out / "real/prepared", field="real")
-    decoded = reconstructions(real, out / "vae")
-    extractor = FociFeatures()
-    (before,), (after,) = (collect(volumes, [extractor], name=volumes.name)[0].values() for volumes in (real, decoded))
-    errors = [np.mean((np.asarray(a.array) - np.asarray(b.array)) ** 2) for a, b in zip(real, decoded, strict=True)]
-    properties: dict[str, list[Label]] = {
-        "class": list(before.classes),
-        **{name: [cases.get(case) for case in before.ids] for name, cases in findings.properties.items()},
-    }
-    read = {}
-    for name, known in properties.items():
-        found = condition_agreement(
-            name, before.spaces["foci"], known, after.spaces["foci"], known, prompted_by=range(len(before))
-        )
-        read[name] = {
-            key: getattr(found, key) for key in ("score", "value", "ceiling", "floor", "accuracy", "ceiling_accuracy")
-        }
-    ratio = read["class"]["accuracy"] / read["class"]["ceiling_accuracy"]
-    return {
-        "psnr": float(np.mean([-10 * math.log10(error) for error in errors])),
-        "read": read, "accuracy_ratio": ratio, "gate_open": bool(ratio >= 0.9),
-    }  # fmt: skip
 
 
 # ---- Claims

@@ -187,6 +187,19 @@ def run_classify(arguments: argparse.Namespace) -> None:
         logging.getLogger("ccella_fast").info("wrote %s", out / TABLE)
 
 
+def run_compare(arguments: argparse.Namespace) -> None:
+    """Run a comparison."""
+    require_installed("nibabel", "SimpleITK", "matplotlib", "jinja2")
+    from ccella_fast.comparison.compare import compare
+
+    options = _options(arguments)
+    options["init_from"] = dict(options["init_from"])
+    out = options.pop("out")
+    for statement in compare(out, **options)["statements"]:
+        print(f"{statement['question']} {statement['answer']}. {statement['sentence']}", flush=True)
+    print(f"wrote {out / 'report.html'}", flush=True)
+
+
 def run_report(arguments: argparse.Namespace) -> None:
     """Write the page of a folder of results."""
     require_installed("jinja2", "matplotlib", "nibabel")

@@ -13,8 +13,9 @@ from ccella_fast.errors import CcellaError, ConfigError, nearest
 
 Wanted = Literal["checkpoint", "run", "prepared", "autoencoder", "studies", "export", "results", "volumes"]
 Output = Literal[
-    "studies", "prepared data", "an autoencoder", "a run", "samples", "an evaluation", "a downstream experiment"
-]
+    "studies", "prepared data", "an autoencoder", "a run", "samples", "an evaluation", "a downstream experiment",
+    "a comparison",
+]  # fmt: skip
 
 _NAMES = {
     "prepared": "a prepared folder",
@@ -29,6 +30,7 @@ _NAMES = {
     "samples": "a folder of generated samples",
     "evaluation": "the folder of an evaluation",
     "classification": "the folder of a downstream experiment",
+    "comparison": "the folder of a comparison",
     "results": "a folder of results",
     "deepspeed": "a DeepSpeed checkpoint without the files of ccella_fast",
     "diffusers": "a model of diffusers",
@@ -64,6 +66,7 @@ _OUTPUTS: dict[Output, set[str]] = {
     "samples": {"samples"},
     "an evaluation": {"evaluation"},
     "a downstream experiment": {"classification"},
+    "a comparison": {"comparison"},
 }
 _FORMATS = {
     "ccella_fast.prepared": "prepared",
@@ -91,6 +94,7 @@ def folder_kind(folder: str | Path) -> str | None:
     recognized = {
         "evaluation": "ccella_fast.evaluation" in written_by_evaluate,
         "classification": _read(folder / "settings.json").get("format") == "ccella_fast.classification",
+        "comparison": "ccella_fast.comparison" in written_by_evaluate,
         "run": any(folder.glob("checkpoints/step-*")),
         "steps": any(folder.glob("step-*/manifest.json")),
         "unsaved run": "run_status.json" in names or "checkpoints" in names,

@@ -10,7 +10,7 @@ import pytest
 
 import generator_report
 import generator_study as study
-from ccella_fast.errors import CcellaError, ConfigError
+from ccella_fast.errors import ConfigError
 from ccella_fast.storage import read_json
 
 
@@ -70,21 +70,6 @@ def test_another_protocol_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="began with prompts"):
         study.keep_protocol(tmp_path / "protocol.json", study.PROTOCOL | {"prompts": 1})
     assert read_json(tmp_path / "protocol.json") == study.PROTOCOL
-
-
-def test_commands_run_once_and_a_failure_is_named_and_repeated(tmp_path):
-    commands = study.Commands(tmp_path, 2)
-    commands.run({"first": ["phantom", "--out", "studies", "--num_studies", 1]})
-    drawn = tmp_path / "studies/phantom-0000/t2w.nii.gz"
-    drawn.unlink()
-    commands.run({"first": ["phantom", "--out", "studies", "--num_studies", 1]})
-    assert not drawn.exists()  # it had finished
-    commands.run({"first": ["phantom", "--out", "studies", "--num_studies", 1, "--seed", 1]})
-    assert drawn.exists()  # it is another command
-    with pytest.raises(CcellaError, match="'second' has failed"):
-        commands.run({"second": ["phantom", "--out", "other", "--num_studies", 0]})
-    assert "num_studies" in (tmp_path / "logs/second.txt").read_text()
-    assert commands.seconds().keys() == {"first"}
 
 
 def test_the_page_states_the_means_and_the_values_of_the_seeds():

@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Imports point strictly downwards. A module belongs to the longest prefix here.
 LAYERS = {
-    "cli": 8,
-    "train": 7, "commands": 7, "cli_options": 7,
+    "cli": 9,
+    "commands": 8,
+    "train": 7, "comparison": 7,
     "sampling": 6, "downstream": 6,
     "data.checking.check": 6, "data.checking.page": 6,
     "training": 5, "data.preparation.prepare": 5, "data.preparation.preview": 5, "report": 5,

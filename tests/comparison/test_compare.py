@@ -1,0 +1,90 @@
+"""The smallest comparison runs to its end, continues where it was stopped, and refuses another protocol."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccella_fast import cli
+from ccella_fast.comparison import compare as module
+from ccella_fast.comparison.stages import Stages
+from ccella_fast.errors import ConfigError
+from ccella_fast.storage import read_json
+
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.json"
+RESULTS = ("comparison.json", "table.md", "table.csv", "table.tex", "report.html")
+
+
+def run(out: Path, *more: str) -> int:
+    return cli.main(["compare", "--preset", "smoke", "--config", str(DEMO), "--out", str(out), "--jobs", "2", *more])
+
+
+def test_a_comparison_runs_stops_and_continues(tmp_path, monkeypatch, capsys):
+    """Everything that a stage has finished is kept, and what is left is done once."""
+    out = tmp_path / "out"
+    real = Stages._call
+
+    def stop(self: Stages, name: str, words: list[str]) -> int:
+        if name.startswith("evaluate"):
+            raise KeyboardInterrupt
+        return real(self, name, words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stages, "_call", stop)
+        assert run(out) == 130
+    protocol = read_json(out / "protocol.json")
+    assert protocol["decided"]["size"] == 10 and protocol["decided"]["space"] == "random"
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")}
+    models = {path: path.stat().st_mtime_ns for path in out.glob("models/*/checkpoints/*/model.safetensors")}
+    assert kept and len(models) >= 4 and not (out / "comparison.json").exists()
+    capsys.readouterr()
+    assert run(out) == 0
+    assert {path: path.stat().st_mtime_ns for path in [*kept, *models]} == kept | models
+    found = read_json(out / "comparison.json")
+    said = capsys.readouterr().out
+    assert [each["name"] for each in found["statements"]] == ["O1", "O2", "O3", "O4"]
+    assert all(each["question"] in said for each in found["statements"])
+    assert {each["variant"] for each in found["generators"]} == {"CCELLA", "MAISI"} and len(found["generators"]) == 4
+    # Those of predicted classes are left out if a model that was hardly trained predicts one class for all.
+    assert {"r", "rr", "v", "s", "rs", "rb"} <= {job["arm"] for job in found["classifiers"]}
+    with open(out / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == ["real against real", "autoencoder alone", "CCELLA", "MAISI"]
+    assert all(row["FD"] not in ("", "–") for row in rows)
+    page = (out / "report.html").read_text()
+    assert found["protocol_sha256"][:12] in page and "phantoms, not about patients" in page and "0.071" in page
+    # No word of a report is in the results.
+    with open(out / "real" / "studies" / "studies.csv", newline="") as file:
+        reports = [row["report"] for row in csv.DictReader(file) if row["report"]]
+    for name in RESULTS:
+        text = (out / name).read_text()
+        assert not [report for report in reports if report[:40] in text], name
+    before = {name: (out / name).read_bytes() for name in RESULTS}
+    assert run(out) == 0 and {name: (out / name).read_bytes() for name in RESULTS} == before
+    assert run(out, "--seeds", "3") == 2
+    assert "training_seeds" in capsys.readouterr().err
+    # The real studies are those of the protocol.
+    manifest = out / "real" / "prepared" / "manifest.json"
+    shutil.copy(manifest, tmp_path / "manifest.json")
+    manifest.write_text(
+        manifest.read_text().replace('"truncated_reports": []', '"truncated_reports": ["phantom-0001"]')
+    )
+    assert run(out) in (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"preset": "paper"}, "the preset paper needs --data"),
+        ({"preset": "mini", "data": "studies"}, "the preset mini draws its own studies"),
+        ({"preset": "mini", "init_from": {"LAST": "x"}}, "names LAST, which is not compared"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(tmp_path, arguments: dict[str, Any], words):
+    with pytest.raises(ConfigError, match=words):
+        module.compare(tmp_path / "out", config=DEMO, **arguments)
+    assert not (tmp_path / "out").exists()
