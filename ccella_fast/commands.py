@@ -189,7 +189,8 @@ def run_classify(arguments: argparse.Namespace) -> None:
 
 def run_compare(arguments: argparse.Namespace) -> None:
     """Run a comparison."""
-    require_installed("nibabel", "SimpleITK", "matplotlib", "jinja2")
+    # Also what its steps need, so that none is missing after an hour.
+    require_installed("nibabel", "SimpleITK", "matplotlib", "jinja2", "deepspeed", "hjson", "tensorboard")
     from ccella_fast.comparison.compare import compare
 
     options = _options(arguments)

@@ -96,12 +96,45 @@ def arguments(name: str, world: Path, out: Path) -> list[str]:
         "train": ["train", "--data", world / "prepared", "--output_dir", out / "model", *ALLOW, *settings],
         "sample": ["sample", *samples],
         "sample --format dicom": ["sample", *samples, "--format", "dicom"],
+        "synthesize": [
+            "synthesize",
+            "--checkpoint",
+            world / "model",
+            "--data",
+            world / "prepared",
+            "--out",
+            out / "synthetic",
+            "--device",
+            "cpu",
+        ],
+        "classify": [
+            "classify",
+            "--real",
+            world / "prepared",
+            "--arms",
+            "r",
+            "--seeds",
+            "1",
+            "--updates",
+            "2",
+            "--device",
+            "cpu",
+            "--backbone",
+            "small",
+            "--validation_fraction",
+            "0",
+            "--out",
+            out / "classify",
+        ],
         "phantom": ["phantom", "--out", out / "phantoms", "--num_studies", "2"],
     }
     return [str(word) for word in known[name]]
 
 
-COMMANDS = ["import", "import --write", "check", "prepare", "train", "sample", "sample --format dicom", "phantom"]
+COMMANDS = [
+    "import", "import --write", "check", "prepare", "train", "sample", "sample --format dicom", "synthesize", "classify",
+    "phantom",
+]  # fmt: skip
 
 
 def begin(name: str, world: Path, out: Path) -> list[str]:
