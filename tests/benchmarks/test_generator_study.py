@@ -16,7 +16,7 @@ from ccella_fast.storage import read_json
 
 def record(distances: dict[str, list[float]], agreements: dict[str, list[float]]) -> dict[str, Any]:
     """A record with one distance and one agreement of each arm."""
-    protocol = study.PROTOCOL
+    protocol = study.FIRST
     arms = []
     for arm in study.arms(protocol):
         place = protocol["training_seeds"].index(arm.seed)
@@ -65,11 +65,29 @@ def test_guidance_is_judged_by_its_gain(gains, verdict):
 
 
 def test_another_protocol_is_refused(tmp_path):
-    study.keep_protocol(tmp_path / "protocol.json", study.PROTOCOL)
-    study.keep_protocol(tmp_path / "protocol.json", copy.deepcopy(study.PROTOCOL))
+    study.keep_protocol(tmp_path / "protocol.json", study.FIRST)
+    study.keep_protocol(tmp_path / "protocol.json", copy.deepcopy(study.FIRST))
     with pytest.raises(ConfigError, match="began with prompts"):
-        study.keep_protocol(tmp_path / "protocol.json", study.PROTOCOL | {"prompts": 1})
-    assert read_json(tmp_path / "protocol.json") == study.PROTOCOL
+        study.keep_protocol(tmp_path / "protocol.json", study.FIRST | {"prompts": 1})
+    assert read_json(tmp_path / "protocol.json") == study.FIRST
+
+
+def test_studies_share_no_patient_and_no_seed():
+    seeds = [seed for protocol in study.PROTOCOLS.values() for _, seed in protocol["pools"].values()]
+    seeds += [seed for protocol in study.PROTOCOLS.values() for seed in protocol["training_seeds"]]
+    assert len(set(seeds)) == len(seeds)
+    for protocol in study.PROTOCOLS.values():
+        assert protocol["judged"]["guidance"]["scale"] in protocol["guidance_scales"]
+        assert len(protocol["training_seeds"]) - 1 in study.STUDENT
+
+
+def test_the_margin_of_start_weights_is_that_of_the_study():
+    near = {"scratch": SCRATCH, "fine-tuned": [1.02 * value for value in SCRATCH]}
+    found = record(near, {})
+    assert study.claims(found)["start_weights"]["verdict"] == "no"  # above 1
+    judged = study.FIRST["judged"] | {"start_weights": study.SECOND["judged"]["start_weights"]}
+    found["protocol"] = study.FIRST | {"judged": judged}
+    assert study.claims(found)["start_weights"]["verdict"] == "yes"  # within 1.05
 
 
 def test_the_page_states_the_means_and_the_values_of_the_seeds():
@@ -84,7 +102,7 @@ def test_the_page_states_the_means_and_the_values_of_the_seeds():
     found["claims"] = study.claims(found)
     read = {"class": {"score": "auc", "ceiling": 0.84, "value": 0.83}}
     found["autoencoder"] = {"psnr": 24.31, "read": read, "accuracy_ratio": 0.98, "gate_open": True}
-    page = generator_report.markdown(found)
+    page = generator_report.page({"first": found})
     mean, (low, high) = (found["claims"]["start_weights"][name] for name in ("value", "interval"))
     assert f"| 0.800, 0.818, 0.778 | {mean:.3f} | {low:.3f} to {high:.3f} | at most 1 | yes |" in page
     assert "| scratch | 100.0 (100.0, 110.0, 90.0) | 0.60 (0.60, 0.60, 0.60) | - | - | - |" in page
@@ -102,13 +120,20 @@ def test_the_smoke_study_runs_to_the_end_and_continues(tmp_path, monkeypatch, ca
         patch.setattr(study, "judge", stop)  # everything is generated and nothing is evaluated
         assert study.main(["--out", str(tmp_path), "--smoke"]) == 130
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("samples/*/*.nii.gz")}
-    assert len(kept) == 4 * len(study.arms(study.PROTOCOL | study.SMOKE))
+    assert len(kept) == 4 * len(study.arms(study.SECOND | study.SMOKE))
     capsys.readouterr()
     assert study.main(["--out", str(tmp_path), "--smoke"]) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     found = read_json(tmp_path / "generator_study.json")
-    assert {arm["group"] for arm in found["arms"]} == {"scratch", "fine-tuned", "flow", "flow, guidance 2"}
+    assert {arm["group"] for arm in found["arms"]} == {"scratch", "fine-tuned", "flow", "flow, guidance 4"}
     assert found["claims"].keys() == {"start_weights", "flow", "guidance"}
     assert capsys.readouterr().out.count("evaluate-") == len(found["arms"])
     assert study.main(["--out", str(tmp_path), "--smoke"]) == 0
     assert "evaluate-" not in capsys.readouterr().out
+
+
+def test_the_page_is_generated_from_the_records():
+    found = {name: read_json(path) for name, path in generator_report.RECORDS.items() if path.exists()}
+    assert "first" in found and generator_report.PAGE.read_text() == generator_report.page(found)
+    for name, each in found.items():
+        assert study.claims(each) == each["claims"] and each["protocol"] == study.PROTOCOLS[name]
