@@ -128,8 +128,8 @@ def write_page(folder: Path, record: Mapping[str, Any], columns: Sequence[str], 
                 _figure(accuracies(record), "Accuracy of the classifiers of each arm", _ABOUT_ACCURACIES)],
         contrasts=[_contrast(each) for each in record["contrasts"]],
         volumes=[_montage(folder, record)],
-        decided=list(decided.items()),
-        protocol=list(asked.items()),
+        decided=[(_words(name), _words(value)) for name, value in decided.items()],
+        protocol=[(_words(name), _words(value)) for name, value in asked.items()],
         seconds=list(record["seconds"].items()),
     )  # fmt: skip
     with atomic_path(folder / PAGE) as temporary:
@@ -215,6 +215,21 @@ def _montage(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         panels.append(Panel(np.asarray(manifest.array(shown, key)), shown.spacing, f"{name}, seed {seed}"))
     about = "A real test study, and what each variant generates from its report and class, as far as it reads them."
     return _figure(montage(panels, window=(0.0, 1.0)), "Middle slices of a real study and of generated ones", about)
+
+
+def _words(value: Any) -> str:
+    """A value of the protocol as text: numbers with three digits, parts with commas between them."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_words(name)} {_words(each)}" for name, each in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return (
+            "; ".join(map(_words, value))
+            if any(isinstance(each, Mapping) for each in value)
+            else " ".join(map(_words, value))
+        )
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("_", " ")
 
 
 def _figure(image: bytes, alt: str, caption: str) -> dict[str, Any]:

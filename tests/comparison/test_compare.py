@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,14 @@ RESULTS = ("comparison.json", "table.md", "table.csv", "table.tex", "report.html
 
 
 def run(out: Path, *more: str) -> int:
-    return cli.main(["compare", "--preset", "smoke", "--config", str(DEMO), "--out", str(out), "--jobs", "2", *more])
+    """The first command of the page, with this folder."""
+    page = (DEMO.parents[1] / "docs" / "how-to" / "compare.md").read_text()
+    (program, *words), *_ = (
+        shlex.split(line) for line in re.findall(r"^    (ccella-fast \S.*)", page, flags=re.MULTILINE)
+    )
+    assert program == "ccella-fast" and words[words.index("--preset") + 1] == "smoke"
+    places = {"configs/demo.json": str(DEMO), "out/compare": str(out)}
+    return cli.main([*(places.get(word, word) for word in words), *more])
 
 
 def test_a_comparison_runs_stops_and_continues(tmp_path, monkeypatch, capsys):
