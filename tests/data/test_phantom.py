@@ -293,7 +293,7 @@ def test_numbers_of_studies_per_split(tmp_path: Path):
     few, many = (rows_without_volumes(tmp_path / str(train), splits=(train, 3, 5)) for train in (2, 9))
     assert [row["split"] for row in few] == ["test"] * 5 + ["val"] * 3 + ["train"] * 2
     assert many[:10] == few and [row["split"] for row in many[10:]] == ["train"] * 7
-    with pytest.raises(ConfigError, match="--num_studies must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="--splits is 0 for each split"):
         write_phantoms(tmp_path / "none", splits=(0, 0, 0))
 
 

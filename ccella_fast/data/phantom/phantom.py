@@ -113,7 +113,9 @@ def write_phantoms(
     if splits is not None:
         order: tuple[Split, ...] = ("test", "val", "train")
         of_study = [split for split, count in zip(order, reversed(splits), strict=True) for _ in range(count)]
-    _check_arguments(out, len(of_study), seed, difficulty, reports)
+        if not of_study:
+            raise ConfigError("--splits is 0 for each split", field="--splits", fix="give at least one study")
+    _check_arguments(out, num_studies if splits is None else len(of_study), seed, difficulty, reports)
     with lock_folder(out, "ccella-fast phantom"):
         _write_phantoms(out, of_study, seed, difficulty, reports)
 
