@@ -8,6 +8,7 @@ ccella-fast, so that all of it can be repeated by hand: done/ has the commands, 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -114,6 +115,7 @@ class _Comparison:
     ):
         self.out, self.protocol, self.base, self.data = out, protocol, base, data
         self.init_from, self.stages = init_from, Stages(out, jobs)
+        self._workers = max(1, (os.cpu_count() or 1) // jobs)
         self.asked: dict[str, Any] = protocol["asked"]
         self.vae = None if vae is None else str(Path(vae).resolve())
         self.runs = [(variant, seed) for seed in self.asked["training_seeds"] for variant in self.asked["variants"]]
@@ -151,8 +153,9 @@ class _Comparison:
         if self.data is None:
             decided |= self._draw_phantoms()
         self.stages.run({"images-real": self._prepare("real")})
-        self.stages.run({"sensitivity": ["sensitivity", "--real", "real/prepared:val", "--out", "sensitivity",
-                                         "--features", *self.asked["features"]]})  # fmt: skip
+        count, features = self.asked["sensitivity_volumes"], self.asked["features"]
+        words = ["sensitivity", "--real", "real/prepared:val", "--out", "sensitivity", "--num_volumes", count]
+        self.stages.run({"sensitivity": [*words, "--features", *features]})
         decided["autoencoder"] = self._choose_autoencoder()
         gates = read_json(self.out / "sensitivity" / "sensitivity.json")["gates"]
         decided["space"] = choose_space(gates, self.asked["spaces"]) or self.asked["spaces"][0]
@@ -229,7 +232,8 @@ class _Comparison:
     def _prepare(self, pool: str) -> list[object]:
         is_given = pool == "real" and self.data is not None
         source = Path(str(self.data)).resolve() if is_given else f"{pool}/studies"
-        return ["prepare", "--data", source, "--out", f"{pool}/prepared", *self._config()]
+        words = ["prepare", "--data", source, "--out", f"{pool}/prepared", "--workers", self._workers]
+        return [*words, *self._config()]
 
     def _config(self, variant: str | None = None) -> list[object]:
         return ["--config", f"configs/{variant or self.asked['variants'][0]}.json"]

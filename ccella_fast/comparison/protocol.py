@@ -49,6 +49,7 @@ _MINI: dict[str, Any] = {
     "arms": ["r", "rr", "v", "s", "sl", "rs", "rsl", "rb"],
     "margin": 0.05,  # of accuracy, for equivalence
     "features": ["taps", "radiomics", "random"],
+    "sensitivity_volumes": 8,
     "spaces": ["taps-l3", "radiomics", "random"],  # the first that passes the sensitivity gate judges
 }  # fmt: skip
 _SMOKE: dict[str, Any] = {
@@ -73,6 +74,7 @@ _SMOKE: dict[str, Any] = {
     "classifier_seeds": 2,
     "calibration_seeds": 1,
     "features": ["random"],
+    "sensitivity_volumes": 3,
     "spaces": ["random"],
 }  # fmt: skip
 _PAPER: dict[str, Any] = {

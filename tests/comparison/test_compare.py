@@ -23,7 +23,7 @@ RESULTS = ("comparison.json", "table.md", "table.csv", "table.tex", "report.html
 
 def run(out: Path, *more: str) -> int:
     """The first command of the page, with this folder."""
-    page = (DEMO.parents[1] / "docs" / "how-to" / "compare.md").read_text()
+    page = (DEMO.parents[1] / "docs" / "how-to" / "compare.md").read_text().replace("\\\n", " ")
     (program, *words), *_ = (
         shlex.split(line) for line in re.findall(r"^    (ccella-fast \S.*)", page, flags=re.MULTILINE)
     )
