@@ -69,8 +69,8 @@ FIRST: dict[str, Any] = {
 }  # fmt: skip
 # The first study left start weights and guidance undecided: its generators saw 400 studies 240 times each, and hardly followed
 # reports that they had not seen. Those of the second see three times as many, 40 times each. It has not been run and may be
-# changed until then: a pilot of one generator of this size (other patients) reached a class AUC of 0.54 without guidance and 0.57
-# with a scale of 4, too little to decide with four seeds.
+# changed until then: a pilot of one generator of this size (other patients) reached a class AUC of 0.54 without guidance and
+# 0.57 with a scale of 4, too little to decide with four seeds.
 SECOND: dict[str, Any] = FIRST | {
     "pools": {"train": [1200, 311], "other": [1200, 312], "real": [400, 313], "autoencoder": [64, 314]},
     "config": {**FIRST["config"], "training": {"max_train_steps": 3000, "batch_size": 16, "report_dropout": 0.1}},
@@ -94,7 +94,7 @@ SMOKE: dict[str, Any] = {
         "training": {"max_train_steps": 4, "batch_size": 2, "report_dropout": 0.1},
     },
     "fine_tuning_steps": 2, "training_seeds": [1, 2], "prompts": 4,
-    "samplers": {"epsilon": ["ddpm", 4], "flow": ["euler_flow", 2]}, "guidance_scales": [4.0],
+    "samplers": {"epsilon": ["ddpm", 4], "flow": ["euler_flow", 2]}, "guidance_scales": [2.0, 4.0],
     "features": ["radiomics"], "distance": ["fd", "radiomics"],
 }  # fmt: skip
 

@@ -120,12 +120,14 @@ def test_the_smoke_study_runs_to_the_end_and_continues(tmp_path, monkeypatch, ca
         patch.setattr(study, "judge", stop)  # everything is generated and nothing is evaluated
         assert study.main(["--out", str(tmp_path), "--smoke"]) == 130
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("samples/*/*.nii.gz")}
-    assert len(kept) == 4 * len(study.arms(study.SECOND | study.SMOKE))
+    assert len(kept) == 4 * len(study.arms(study.FIRST | study.SMOKE))
     capsys.readouterr()
     assert study.main(["--out", str(tmp_path), "--smoke"]) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     found = read_json(tmp_path / "generator_study.json")
-    assert {arm["group"] for arm in found["arms"]} == {"scratch", "fine-tuned", "flow", "flow, guidance 4"}
+    assert {arm["group"] for arm in found["arms"]} == {
+        "scratch", "fine-tuned", "flow", "flow, guidance 2", "flow, guidance 4",
+    }  # fmt: skip
     assert found["claims"].keys() == {"start_weights", "flow", "guidance"}
     assert capsys.readouterr().out.count("evaluate-") == len(found["arms"])
     assert study.main(["--out", str(tmp_path), "--smoke"]) == 0
