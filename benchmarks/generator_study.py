@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ccella_fast.comparison.gates import autoencoder_gate
+from ccella_fast.comparison.protocol import check_same
 from ccella_fast.comparison.stages import Stages
 from ccella_fast.data.phantom.phantom import VERSION
 from ccella_fast.environment import describe_environment
-from ccella_fast.errors import ConfigError
 from ccella_fast.evaluation import evaluate, open_volumes
 from ccella_fast.evaluation.findings import CaseFindings, read_findings
 from ccella_fast.evaluation.results import plain_values
@@ -163,11 +163,7 @@ def keep_protocol(path: Path, protocol: dict[str, Any]) -> None:
     """Write the protocol, or raise ConfigError if the folder has another one."""
     if not path.exists():
         write_json(path, protocol)
-    kept = read_json(path)
-    for name in protocol.keys() | kept.keys():
-        if kept.get(name) != protocol.get(name):
-            why = f"this study began with {name} = {kept.get(name)!r:.80}, now it is {protocol.get(name)!r:.80}"
-            raise ConfigError(why, path=path, field=name, fix="choose another --out")
+    check_same(path, read_json(path), protocol)
 
 
 def arms(protocol: dict[str, Any]) -> list[Arm]:

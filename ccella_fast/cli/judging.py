@@ -89,7 +89,9 @@ def add_classify(subparsers: argparse._SubParsersAction) -> None:
     add("--vae", type=Path, metavar="PATH", help=about)
     about = "use only N of the real training studies, in the proportion of their classes"
     add("--num_real", type=whole_number(2), metavar="N", help=about)
-    about = "share of the training patients that validate if there is no split val (default 0.2; 0: none)"
+    about = (
+        "share of the training patients that are set aside for validation without a split val (default 0.2; 0: none)"
+    )
     add("--validation_fraction", type=float, default=0.2, metavar="FRACTION", help=about)
     add = command.add_argument_group("what is trained").add_argument
     about = (

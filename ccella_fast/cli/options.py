@@ -43,20 +43,21 @@ def add_command(
 
 def above_zero(text: str) -> float:
     """The type of an option whose value is a number greater than 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = _number(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number greater than 0")
     return number
 
 
-def _b_value(text: str) -> float:
+def _number(text: str) -> float:
     try:
-        number = float(text)
+        return float(text)
     except ValueError:
-        number = math.nan
+        return math.nan  # is within no bounds
+
+
+def _b_value(text: str) -> float:
+    number = _number(text)
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number of 0 or more, in s/mm2")
     return number

@@ -105,7 +105,7 @@ def asked_for(
         given: further entries, such as the identity of the user's data.
 
     Raises:
-        ConfigError: there is no such preset or variant, or too few of them.
+        ConfigError: the preset or a variant does not exist, or there are fewer than two variants or seeds.
     """
     if preset not in PRESETS:
         fix = did_you_mean(preset, PRESETS)
@@ -138,12 +138,16 @@ def keep(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     if not path.exists():
         write_json(path, {**FORMAT, "asked": dict(asked), "decided": None})
     kept = read_json(path)
-    before = kept.get("asked", {})
-    for name in before.keys() | asked.keys():
-        if before.get(name) != asked.get(name):
-            why = f"this comparison began with {name} = {before.get(name)!r:.80}, now it is {asked.get(name)!r:.80}"
-            raise ConfigError(why, path=path, field=name, fix="choose another --out: another protocol is another study")
+    check_same(path, kept.get("asked", {}), asked)
     return kept
+
+
+def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the protocol that a folder has differs from the present one; path: its file."""
+    for name in before.keys() | now.keys():
+        if before.get(name) != now.get(name):
+            why = f"this study began with {name} = {before.get(name)!r:.80}, now it is {now.get(name)!r:.80}"
+            raise ConfigError(why, path=path, field=name, fix="choose another --out: another protocol is another study")
 
 
 def freeze(out: Path, protocol: dict[str, Any], decided: Mapping[str, Any]) -> dict[str, Any]:

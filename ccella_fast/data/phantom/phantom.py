@@ -99,8 +99,8 @@ def write_phantoms(
         difficulty: the default writes the same bytes as without it.
         reports: what the reports say: everything ("full"), no PI-RADS category, score of a sequence or likelihood of cancer
             ("no_scores"), or neither these nor findings, but PSA and volume ("no_findings"). Volumes and the other columns of
-            studies.csv do not depend on it, so that a generator that is told the class in the text can be compared with one
-            that is told it as a class.
+            studies.csv do not depend on it, so that a generator that reads the class in the report can be compared with one
+            that is given the class as an input.
         splits: numbers of studies in train, val and test, in place of `num_studies`. Those of test come first, then val:
             they do not depend on the number in train.
 
