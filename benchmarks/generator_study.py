@@ -32,12 +32,11 @@ from ccella_fast.environment import describe_environment
 from ccella_fast.evaluation import evaluate, open_volumes
 from ccella_fast.evaluation.findings import CaseFindings, read_findings
 from ccella_fast.evaluation.results import plain_values
+from ccella_fast.evaluation.student import student_quantile
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.storage import read_json, write_csv, write_json
 from script import make_parser, run_script
 
-# Quantile 0.975 of Student's distribution by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 BASE = Path(__file__).resolve().parents[1] / "configs" / "demo.json"
 FIRST: dict[str, Any] = {
     "phantom_version": VERSION,
@@ -338,7 +337,10 @@ def value_of(arm: dict[str, Any], metric: Sequence[str]) -> float:
 def _claim(
     values: list[float], decide: Callable[[float, float], tuple[bool, bool]], shown: Callable[[float], float]
 ) -> dict[str, Any]:
-    mean, half = np.mean(values), STUDENT[len(values) - 1] * np.std(values, ddof=1) / math.sqrt(len(values))
+    mean, half = (
+        np.mean(values),
+        student_quantile(0.025, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)),
+    )
     yes, no = decide(mean - half, mean + half)
     return {
         "by_seed": [shown(value) for value in values], "value": shown(mean),

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ccella_fast.downstream.metrics import METRICS
-from ccella_fast.downstream.student import student_quantile, student_tail
 from ccella_fast.evaluation.statistics import group_numbers
+from ccella_fast.evaluation.student import student_quantile, student_tail
 
 _COLUMNS = 500  # resamplings of the cases that are looked at together: their arrays stay in the cache
 _LEVEL = 0.05

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ccella_fast.errors import DataError
+from ccella_fast.evaluation.student import student_quantile
 
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
 _ROUNDING = 1e-6  # relative to a feature's largest value: a smaller spread is the rounding of float32
@@ -282,10 +283,8 @@ def _central(values: np.ndarray) -> tuple[float, float]:
     if n >= 39 or n < 2:
         low, high = np.quantile(values, (0.025, 0.975), method="weibull")
         return float(low), float(high)
-    # Quantile of Student's distribution from the normal one (Abramowitz and Stegun 1964, 26.7.5), within 1 % from n = 6 on.
-    z, f = _Z, n - 1
-    t = z + (z**3 + z) / (4 * f) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
-    half, mean = t * float(values.std(ddof=1)) * (1 + 1 / n) ** 0.5, float(values.mean())
+    half = student_quantile(0.025, n - 1) * float(values.std(ddof=1)) * (1 + 1 / n) ** 0.5
+    mean = float(values.mean())
     return mean - half, mean + half
 
 

@@ -213,7 +213,7 @@ def test_of_few_draws_the_interval_is_wider_than_their_range(n, t):
     for _ in range(400):
         values, new = rng.normal(3, 2, n), rng.normal(3, 2)
         low, high = _central(values)
-        assert high - low == pytest.approx(2 * t * values.std(ddof=1) * np.sqrt(1 + 1 / n), rel=0.01)
+        assert high - low == pytest.approx(2 * t * values.std(ddof=1) * np.sqrt(1 + 1 / n), rel=1e-4)
         assert high + low == pytest.approx(2 * values.mean())
         hits.append(low <= new <= high)
         within_range.append(values.min() <= new <= values.max())
@@ -221,7 +221,7 @@ def test_of_few_draws_the_interval_is_wider_than_their_range(n, t):
     assert n > 20 or np.mean(within_range) < 0.92  # negative control: the smallest and the largest draw
 
 
-@pytest.mark.parametrize(("n", "least"), [(2, 0.87), (3, 0.92)])
+@pytest.mark.parametrize(("n", "least"), [(2, 0.94), (3, 0.94)])
 def test_two_draws_are_no_interval(n, least):
     """Two draws contain a third of all others, three a half."""
     rng = np.random.default_rng(n)

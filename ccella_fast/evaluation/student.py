@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -33,6 +34,7 @@ def student_tail(t: float, df: float) -> float:
     return float((end - start) / 2 * _WEIGHTS @ values)
 
 
+@lru_cache
 def student_quantile(tail: float, df: float) -> float:
     """The value that is exceeded with the probability `tail`, which is at most 0.5."""
     low, high = 0.0, 1.0
