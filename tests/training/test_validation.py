@@ -124,6 +124,19 @@ def test_it_equals_a_plain_loop_on_one_process(run, divided):
     assert abs(others["val_loss"] - validations(run)[-1]["val_loss"]) > 1e-3
 
 
+@pytest.mark.parametrize("own_section", [False, True], ids=["switch", "section of the DeepSpeed file"])
+def test_it_is_measured_with_activation_checkpointing(tmp_path, run, divided, own_section):
+    file, settings = None, {"activation_checkpointing": True}
+    if own_section:
+        file, settings = tmp_path / "deepspeed.json", {}
+        write_json(file, {"activation_checkpointing": {"profile": True}})
+    train_here(tmp_path / "run", divided, deepspeed_file=file, **VALIDATED, **settings)
+    check_equal_to_the_plain_one(tmp_path / "run", divided)
+    assert [line["val_loss"] for line in validations(tmp_path / "run")] == pytest.approx(
+        [line["val_loss"] for line in validations(run)], rel=1e-5
+    )
+
+
 def test_without_an_average_the_weights_of_the_training_are_measured(tmp_path, divided):
     train_here(tmp_path / "run", divided, **VALIDATED, ema_decay=0)
     line = validations(tmp_path / "run")[-1]
