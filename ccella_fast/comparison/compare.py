@@ -23,11 +23,15 @@ from ccella_fast.data.checking.findings import STOPPING
 from ccella_fast.data.manifest import load_manifest
 from ccella_fast.errors import ConfigError
 from ccella_fast.evaluation.findings import read_findings
+from ccella_fast.evaluation.results import SENSITIVITY
 from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
+from ccella_fast.pirads import CLASS_NAMES
 from ccella_fast.storage import check_writable, read_json, sha256, write_json
+from ccella_fast.variants import VARIANTS
 
 logger = logging.getLogger("ccella_fast")
+_CLASS_OPTIONS = {"predicted": "--class_override", "given": "--pirads", "none": None}
 _REAL_MANIFEST = Path("real/prepared/manifest.json")
 
 
@@ -133,7 +137,7 @@ class _Comparison:
         logger.info("protocol %s", protocols.digest(self.protocol))
         self._generate()
         self._classify()
-        return write_results(self.out, self.protocol, self.runs, self.stages.seconds())
+        return write_results(self.out, self.protocol, self.runs, self.stages.seconds(), self.out / self.vae)
 
     # ---- Real studies
 
@@ -157,7 +161,7 @@ class _Comparison:
         words = ["sensitivity", "--real", "real/prepared:val", "--out", "sensitivity", "--num_volumes", count]
         self.stages.run({"sensitivity": [*words, "--features", *features]})
         decided["autoencoder"] = self._choose_autoencoder()
-        gates = read_json(self.out / "sensitivity" / "sensitivity.json")["gates"]
+        gates = read_json(self.out / "sensitivity" / SENSITIVITY)["gates"]
         decided["space"] = choose_space(gates, self.asked["spaces"]) or self.asked["spaces"][0]
         decided["passed"] = {str(gate["space"]): bool(gate["passed"]) for gate in gates}
         decided["real_sha256"] = sha256(self.out / _REAL_MANIFEST)
@@ -271,7 +275,13 @@ class _Comparison:
                 for split in splits
             }
         )
+        for run in self.runs:  # so that the page of each evaluation knows which features can judge
+            if not (gates := self.out / "evaluation" / _name(*run) / SENSITIVITY).exists():
+                gates.parent.mkdir(parents=True, exist_ok=True)
+                write_json(gates, read_json(self.out / "sensitivity" / SENSITIVITY))
         self.stages.run({f"evaluate-{_name(*run)}": self._evaluate(*run) for run in self.runs})
+        if self.data is None:
+            self._change_classes()
 
     def _train(self, variant: str, seed: int) -> list[object]:
         start = self.init_from.get(variant)
@@ -286,11 +296,38 @@ class _Comparison:
         words: list[object] = [
             "evaluate", "--real", "real/prepared:val", "--synthetic", f"synthetic/{_name(variant, seed)}-test/prepared",
             "--train", "real/prepared:train", "--out", f"evaluation/{_name(variant, seed)}",
-            "--features", *self.asked["features"], "--metrics", "fd", "kid", "prdc", "memorisation", "condition",
+            "--features", *self.asked["features"], "--metrics", *self.asked["metrics"],
         ]  # fmt: skip
         if (variant, seed) == self.runs[0]:
             words += ["--vae", self.vae]
         return [*words, *(["--findings", "real/studies/studies.csv"] if self.data is None else [])]
+
+    def _change_classes(self) -> None:
+        """Volumes of both classes from the same noise and report, of each variant that is given a class, and what differs.
+
+        The reports are those of the autoencoder's phantoms, which no generator was trained on. One seed has to do.
+        """
+        runs = [run for run in self.runs if run[1] == self.runs[0][1] and _CLASS_OPTIONS[VARIANTS[run[0]].class_input]]
+        self.stages.run(
+            {f"sample-{_name(*run)}-{name}": self._sample(*run, name) for run in runs for name in CLASS_NAMES}
+        )
+        commands: dict[str, list[object]] = {}
+        for run in runs:
+            before, after = (f"samples/{_name(*run)}-{name}" for name in CLASS_NAMES)
+            commands[f"evaluate-{_name(*run)}-class"] = [
+                "evaluate", "--real", "real/prepared:val", "--synthetic", before, "--counterfactual", after,
+                "--out", f"evaluation/{_name(*run)}-class", "--features", "random", "--metrics", "condition",
+            ]  # fmt: skip
+        self.stages.run(commands)
+
+    def _sample(self, variant: str, seed: int, name: str) -> list[object]:
+        traits, number = VARIANTS[variant], self.asked["phantom"]["autoencoder"]["train"]
+        prompts = ["--report_table", "autoencoder/studies/studies.csv", "--distinct_seeds"]
+        return [
+            "sample", "--checkpoint", f"models/{_name(variant, seed)}", "--out", f"samples/{_name(variant, seed)}-{name}",
+            _CLASS_OPTIONS[traits.class_input], name, *(prompts if traits.text else ["--num_samples", number]),
+            *_options(self.asked["sampling"]),
+        ]  # fmt: skip
 
     # ---- Classifiers
 

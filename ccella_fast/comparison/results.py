@@ -1,4 +1,4 @@
-"""What a comparison has found: one sentence per order statement, the table of variants, and their files."""
+"""What a comparison has found: its record, one sentence per order statement, and the files of the results."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ccella_fast.checkpoint import step_folders
+from ccella_fast.comparison import tables
 from ccella_fast.comparison.protocol import digest
+from ccella_fast.comparison.shown_volumes import other_class, same_prompts
 from ccella_fast.downstream.contrasts import holm
+from ccella_fast.downstream.metrics import roc_curve
+from ccella_fast.downstream.results import read_test_predictions
 from ccella_fast.environment import describe_environment
 from ccella_fast.evaluation.results import plain_values
-from ccella_fast.report.comparison import write_page
+from ccella_fast.report.comparison import Further, Table, write_page
 from ccella_fast.storage import atomic_path, read_json, write_csv, write_json
-from ccella_fast.variants import VARIANTS
 
 FORMAT = {"format": "ccella_fast.comparison.results", "version": 1}
 LEVEL = 0.05
@@ -24,8 +30,10 @@ PAPER = {
     "3D FID, CCELLA": "0.025", "3D FID, a foundation model": "0.071", "accuracy, real": "69 %",
     "accuracy, real + CCELLA": "74 %",
 }  # fmt: skip
-_METRICS = {"kid": "KID", "fd": "FD", "coverage": "coverage", "condition_class": "class", "copies": "copies"}
-COLUMNS = ["variant", "report", "class", "head", "KID", "FD", "coverage", "class AUC", "copies", "accuracy of rs"]
+# Of the rows of an evaluation what the record keeps, and of their details.
+_KEPT = ("metric", "features", "value", "ci95", "floor", "limit_autoencoder", "n_real", "n_synthetic", "guards")
+_DETAILS = ("ceiling", "bias_cc", "real_bias_cc", "slices_real", "slices_synthetic", "moved")
+_RATES = np.linspace(0, 1, 101)  # false positive rates at which ROC curves are averaged
 
 
 class Statement(NamedTuple):
@@ -49,7 +57,7 @@ class Statement(NamedTuple):
 
 
 def write_results(
-    out: Path, protocol: Mapping[str, Any], runs: Sequence[tuple[str, int]], seconds: Mapping[str, float]
+    out: Path, protocol: Mapping[str, Any], runs: Sequence[tuple[str, int]], seconds: Mapping[str, float], vae: Path
 ) -> dict[str, Any]:
     """Write comparison.json, the tables and the page from the files of the stages.
 
@@ -58,25 +66,22 @@ def write_results(
         protocol: the content of protocol.json.
         runs: variant and seed of every generator.
         seconds: by stage.
+        vae: the autoencoder.
 
     Returns:
         The content of comparison.json.
     """
-    space = protocol["decided"]["space"]
-    generators = [
-        {"variant": variant, "seed": seed, "rows": _rows(out / "evaluation" / f"{variant}-{seed}", space)}
-        for variant, seed in runs
-    ]
-    classified = {"": read_json(out / "classify" / "classify.json")}
-    for variant in protocol["asked"]["variants"][2:]:
-        classified[variant] = read_json(out / f"classify-{variant}" / "classify.json")
+    variants = protocol["asked"]["variants"]
+    classified = {"": out / "classify"} | {variant: out / f"classify-{variant}" for variant in variants[2:]}
+    classifiers, roc = _classifiers(classified, variants)
     record: dict[str, Any] = {
         **FORMAT,
         "protocol_sha256": digest(protocol),
         "protocol": dict(protocol),
-        "generators": generators,
-        "classifiers": _classifiers(classified, protocol["asked"]["variants"]),
-        "contrasts": classified[""]["contrasts"],
+        "generators": [_generator(out, *run, seconds) for run in runs],
+        "classifiers": classifiers,
+        "roc": roc,
+        "contrasts": read_json(classified[""] / "classify.json")["contrasts"],
         "paper": PAPER,
         "seconds": dict(seconds),
         "environment": describe_environment(),
@@ -84,35 +89,82 @@ def write_results(
     record["statements"] = [statement._asdict() for statement in statements(record)]
     record = plain_values(record)
     write_json(out / "comparison.json", record)
-    rows = table(record)
-    write_csv(out / "table.csv", COLUMNS, rows, line_end="\n")
-    for name, content in (("table.md", markdown(record, rows)), ("table.tex", latex(rows))):
+    rows = tables.variants_table(record)
+    write_csv(out / "table.csv", tables.COLUMNS, rows, line_end="\n")
+    for name, content in (("table.md", tables.markdown(record, rows)), ("table.tex", tables.latex(rows))):
         with atomic_path(out / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
-    write_page(out, record, COLUMNS, rows)
+    further = Further(
+        distances=tables.distances_table(record), conditions=tables.conditions_table(record),
+        class_changes=tables.class_changes_table(record), copies=tables.copies_table(record),
+        gland_volumes=tables.gland_volumes_table(record), slices=tables.slices_table(record),
+        images=tables.images_table(record), glands=tables.glands_table(record),
+        same_prompts=same_prompts(out, protocol["asked"], vae), other_class=other_class(out, runs),
+    )  # fmt: skip
+    write_page(out, record, Table(tables.COLUMNS, rows, 2), further)
     return record
 
 
-def _rows(folder: Path, space: str) -> list[dict[str, Any]]:
-    """The rows of an evaluation that the table shows: in the space that judges, or of conditions."""
-    kept = ("metric", "features", "value", "ci95", "floor", "limit_autoencoder", "n_real", "n_synthetic", "guards")
+def _generator(out: Path, variant: str, seed: int, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """What is known of a generator: its size, its time, and the rows of its evaluations."""
+    name = f"{variant}-{seed}"
+    rows = _rows(out / "evaluation" / name)
+    if (pairs := out / "evaluation" / f"{name}-class").is_dir():
+        rows += [row for row in _rows(pairs) if row["metric"].startswith("counterfactual_")]
+    synthesis = [seconds[f"synthesize-{name}-{split}"] for split in ("train", "test")]
+    return {
+        "variant": variant,
+        "seed": seed,
+        "parameters": _count_parameters(step_folders(out / "models" / name)[0] / "model.safetensors"),
+        "seconds": {"training": seconds[f"train-{name}"], "synthesis": round(sum(synthesis), 1)},
+        "rows": rows,
+    }
+
+
+def _count_parameters(weights: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="np") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of an evaluation for its first sequence."""
+    rows = read_json(folder / "metrics.json")["rows"]
     return [
-        {name: row[name] for name in kept} | {"ceiling": row["details"].get("ceiling")}
-        for row in read_json(folder / "metrics.json")["rows"]
-        if row["metric"] in _METRICS and (row["features"] == space or row["metric"] in ("condition_class", "copies"))
+        {name: row[name] for name in _KEPT} | {name: row["details"].get(name) for name in _DETAILS}
+        for row in rows
+        if row["sequence"] == rows[0]["sequence"]
     ]
 
 
-def _classifiers(classified: Mapping[str, dict[str, Any]], variants: Sequence[str]) -> list[dict[str, Any]]:
-    """Every trained classifier: which arm, whose volumes, and its metrics on the test studies."""
-    found = []
-    for variant, content in classified.items():
-        for job in content["jobs"]:
+def _classifiers(
+    classified: Mapping[str, Path], variants: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Every trained classifier with its metrics on the test studies, and the ROC curve of each arm."""
+    found: list[dict[str, Any]] = []
+    curves: dict[str, list[np.ndarray]] = {}
+    for variant, folder in classified.items():
+        for job in read_json(folder / "classify.json")["jobs"]:
             whose = variant or (variants[1] if job["arm"] == "rb" else variants[0])
+            shown = job["arm"] if job["generator"] is None or whose == variants[0] else f"{job['arm']} {whose}"
             test = {name: job["test"][name] for name in ("accuracy", "auc", "average_precision")}
-            found.append({"arm": job["arm"], "variant": None if job["generator"] is None else whose,
+            found.append({"arm": job["arm"], "variant": None if job["generator"] is None else whose, "label": shown,
                           "generator": job["generator"], "seed": job["seed"], "updates": job["updates"], **test})  # fmt: skip
-    return found
+            if job["test"]["auc"] is not None:
+                curves.setdefault(shown, []).append(roc_curve(*read_test_predictions(folder, job["job"]), _RATES))
+    return found, [_mean_curve(shown, np.stack(of_arm)) for shown, of_arm in curves.items()]
+
+
+def _mean_curve(shown: str, curves: np.ndarray) -> dict[str, Any]:
+    """The mean and the standard deviation of the ROC curves of an arm, over its classifiers and generators."""
+    deviation = curves.std(0, ddof=1) if len(curves) > 1 else np.zeros_like(curves[0])
+    values = {"false_positive_rate": _RATES, "mean": curves.mean(0), "sd": deviation}
+    return {
+        "label": shown,
+        "classifiers": len(curves),
+        **{name: each.round(4).tolist() for name, each in values.items()},
+    }
 
 
 # ---- Order statements
@@ -151,14 +203,14 @@ def _closer(record: Mapping[str, Any], first: str, second: str) -> Statement:
     """O1: the distance to real volumes of the first variant against that of the second, over training seeds."""
     space = record["protocol"]["decided"]["space"]
     question = f"Are volumes of {first} closer to real ones than those of {second}?"
-    values = {variant: metric_by_seed(record, variant, "fd", space) for variant in (first, second)}
+    values = {variant: tables.metric_by_seed(record, variant, "fd", space) for variant in (first, second)}
     if any(value is None for of in values.values() for value in of):
         return Statement("O1", question, "undecided", "A distance is not defined.")
     a, b = ([float(value) for value in values[variant] if value is not None] for variant in (first, second))
     lower, higher = permutation_p(a, b), permutation_p(b, a)
     answer = "yes" if lower <= LEVEL + 1e-9 else "no" if higher <= LEVEL + 1e-9 else "undecided"
-    shown = ", ".join(f"{value:.3g}" for value in a), ", ".join(f"{value:.3g}" for value in b)
-    sentence = f"FD in {space}: {mean(a):.3g} ({shown[0]}) against {mean(b):.3g} ({shown[1]}), by training seed."
+    first_values, second_values = (f"{tables.shown(mean(of))} ({', '.join(map(tables.shown, of))})" for of in (a, b))
+    sentence = f"FD in {space}: {first_values} against {second_values}, by training seed."
     return Statement("O1", question, answer, sentence, p=min(lower, higher))
 
 
@@ -192,88 +244,5 @@ def _equal(contrast: Mapping[str, Any] | None) -> Statement:
     return Statement("O3", question, same["verdict"], sentence)
 
 
-def metric_by_seed(
-    record: Mapping[str, Any], variant: str, metric: str, space: str | None = None
-) -> list[float | None]:
-    """A metric of every generator of a variant; None where it is not defined."""
-    found: list[float | None] = []
-    for generator in record["generators"]:
-        if generator["variant"] == variant:
-            rows = [row for row in generator["rows"] if row["metric"] == metric and space in (None, row["features"])]
-            found.append(rows[0]["value"] if rows else None)
-    return found
-
-
-# ---- Tables
-
-
-def table(record: Mapping[str, Any]) -> list[list[str]]:
-    """The rows of the table: real against real, the autoencoder alone, and every variant, with mean and sd over seeds."""
-    space = record["protocol"]["decided"]["space"]
-    everything = [row for generator in record["generators"] for row in generator["rows"]]
-
-    def of_metric(metric: str, field: str) -> str:
-        judging = space if metric in ("kid", "fd", "coverage") else None
-        values = [row[field] for row in everything if row["metric"] == metric and judging in (None, row["features"])]
-        return _mean([value for value in values if value is not None])
-
-    ceiling = of_metric("condition_class", "ceiling")
-    real = [job["accuracy"] for job in record["classifiers"] if job["arm"] == "r"]
-    limits = [of_metric(metric, "limit_autoencoder") for metric in ("kid", "fd", "coverage")]
-    floors = [of_metric(metric, "floor") for metric in ("kid", "fd", "coverage")]
-    reconstructed = [job["accuracy"] for job in record["classifiers"] if job["arm"] == "v"]
-    rows = [
-        ["real against real", "", "", "", *floors, ceiling, "", _spread(real)],
-        ["autoencoder alone", "", "", "", *limits, "", "", _spread(reconstructed)],
-    ]
-    for name in record["protocol"]["asked"]["variants"]:
-        traits = VARIANTS[name]
-        arm = "rb" if name == record["protocol"]["asked"]["variants"][1] else "rs"
-        accuracy = [job["accuracy"] for job in record["classifiers"] if (job["arm"], job["variant"]) == (arm, name)]
-        metrics = [metric_by_seed(record, name, metric, space) for metric in ("kid", "fd", "coverage")]
-        metrics += [metric_by_seed(record, name, metric) for metric in ("condition_class", "copies")]
-        about = [name, "yes" if traits.text else "no", traits.class_input, traits.head]
-        rows.append([*about, *map(_spread, metrics), _spread(accuracy)])
-    return rows
-
-
-def markdown(record: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> str:
-    """Statements and table as Markdown."""
-    lines = [
-        "| statement | answer | |",
-        "|---|---|---|",
-        *(f"| {each['question']} | {each['answer']} | {each['sentence']} |" for each in record["statements"]),
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---|' * len(COLUMNS)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-        "Mean ± standard deviation over training seeds; of accuracies, over generators and classifiers. "
-        f"KID, FD and coverage in {record['protocol']['decided']['space']}.",
-        "In the paper, on other data: " + "; ".join(f"{name} {value}" for name, value in record["paper"].items()) + ".",
-        f"Protocol {record['protocol_sha256']}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def latex(rows: Sequence[Sequence[str]]) -> str:
-    """The table for booktabs."""
-    lines = [r"\begin{tabular}{llllrrrrrr}", r"\toprule", " & ".join(COLUMNS) + r" \\", r"\midrule"]
-    lines += [" & ".join(cell.replace("±", r"$\pm$").replace("%", r"\%") for cell in row) + r" \\" for row in rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
 def _points(value: float) -> str:
     return f"{100 * value:+.1f}"
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{mean(values):.3g}" if values else "–"
-
-
-def _spread(values: Sequence[float | None]) -> str:
-    """Mean and standard deviation; a dash if a value is not defined."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if not known or len(known) < len(values):
-        return "–"
-    return f"{mean(known):.3g}" + (f" ± {stdev(known):.2g}" if len(known) > 1 else "")

@@ -50,6 +50,28 @@ def average_precision(labels: np.ndarray, p_positive: np.ndarray) -> float:
     return float(precision[labels[order] == 1].mean())
 
 
+def roc_curve(labels: np.ndarray, p_positive: np.ndarray, false_positive_rates: np.ndarray) -> np.ndarray:
+    """The sensitivity at each false positive rate, with straight lines where studies of both classes have the same score.
+
+    The area under it is the AUC. Where the curve is vertical, its upper end counts.
+
+    Args:
+        labels: (n,) 0 or 1, of both classes.
+        p_positive: (n,) probability of class 1.
+        false_positive_rates: (m,) from 0 to 1.
+    """
+    scores = -np.unique(-p_positive.astype(np.float64))  # from the highest on
+    positive, negative = (-np.sort(-p_positive[labels == label].astype(np.float64)) for label in (1, 0))
+    x, y = (
+        np.append(0, np.searchsorted(-of_class, -scores, side="right") / len(of_class))
+        for of_class in (negative, positive)
+    )
+    place = np.searchsorted(x, false_positive_rates, side="right") - 1
+    following = np.minimum(place + 1, len(x) - 1)
+    width = np.where(following > place, x[following] - x[place], 1)
+    return y[place] + (y[following] - y[place]) * (false_positive_rates - x[place]) / width
+
+
 def best_threshold(labels: np.ndarray, p_positive: np.ndarray) -> float | None:
     """The threshold with the largest sum of sensitivity and specificity; of several, the nearest to 0.5.
 

@@ -220,6 +220,19 @@ def _arm_predictions(name: str, predicted: dict[Job, np.ndarray]) -> ArmPredicti
     return ArmPredictions(stacked, option)
 
 
+def read_test_predictions(out: Path, job: str) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of the test studies and their predicted probabilities of class 1; job: the name of a classifier.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = out / "predictions" / f"{job}.csv"
+    fix = f"delete {out / 'jobs' / f'{job}.json'}, and run the same command again"
+    with damage_named(path, writer="`ccella-fast classify`", fix=fix), open(path, encoding="utf-8", newline="") as file:
+        rows = [(int(row["label"]), float(row["p_pos"])) for row in csv.DictReader(file) if row["split"] == "test"]
+    return np.array([label for label, _ in rows], int), np.array([p for _, p in rows])
+
+
 def _read_predictions(out: Path, job: Job, n_val: int) -> dict[str, np.ndarray]:
     with open(out / "predictions" / f"{job.name}.csv", encoding="utf-8", newline="") as file:
         p = np.array([float(row["p_pos"]) for row in csv.DictReader(file)], np.float32)

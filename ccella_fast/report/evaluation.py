@@ -82,6 +82,7 @@ _FIRST = list(_NAMES)[: list(_NAMES).index("mmd")]  # the others are in a part o
 _PLOTTED = ("fd", "kid", "mmd", "c2st", "precision", "recall", "density", "coverage", "msssim")
 _SHARES = ("c2st", "precision", "recall", "coverage")
 _BETTER = {"lower": "lower is better", "higher": "higher is better", "floor": "best as among real volumes"}
+_CURVES = {"real", "autoencoder", "synthetic"}
 _RULES = {
     "found": "a gland is found",
     "volume": f"{_PLAUSIBLE_CC[0]:g} to {_PLAUSIBLE_CC[1]:g} cc",
@@ -166,7 +167,7 @@ def evaluation_part(folder: Path) -> EvaluationPart:
         rules=_rules(stored),
         glands=[_glands(stored)],
         curves=[curves],
-        gates=[_gate(gate) for gate in stored.gates],
+        gates=[gate_row(gate) for gate in stored.gates],
         no_gates="The sensitivity gate was not run: nothing shows that these features see known degradations.",
         protocol=protocol,
     )
@@ -247,7 +248,7 @@ def _dots(rows: Sequence[MetricRow]) -> dict[str, Any]:
         f"Each metric in each feature space, of {EXPLAINING} the Fréchet distance only. Faint: features that failed the "
         "sensitivity gate."
     )
-    return _figure(dot_plots(panels) if panels else None, caption, "No distance was computed.")
+    return figure(dot_plots(panels) if panels else None, caption, "No distance was computed.")
 
 
 def _absolute(row: MetricRow) -> Dot:
@@ -292,7 +293,7 @@ def _montage(columns: Sequence[Sequence[tuple[str, StoredExample]]]) -> dict[str
         "Middle axial slices in one gray window; the patient's right is on the left side. A generated volume does not "
         "belong to the volumes above it."
     )
-    return _figure(trios(panels, window=WINDOW) if panels else None, caption, "No volumes were kept to be shown.")
+    return figure(trios(panels, window=WINDOW) if panels else None, caption, "No volumes were kept to be shown.")
 
 
 def _viewer(columns: Sequence[Sequence[tuple[str, StoredExample]]]) -> Viewer | str:
@@ -326,7 +327,7 @@ def _pairs(stored: StoredEvaluation) -> dict[str, Any]:
         "where it is darker; that of a copy shows no anatomy."
     )
     missing = "There are no pairs to show: no training set was given (--train)."
-    return _figure(pair_gallery(pairs, window=WINDOW) if pairs else None, caption, missing)
+    return figure(pair_gallery(pairs, window=WINDOW) if pairs else None, caption, missing)
 
 
 def _rules(stored: StoredEvaluation) -> list[dict[str, str]]:
@@ -347,38 +348,54 @@ def _glands(stored: StoredEvaluation) -> dict[str, Any]:
         for name, kind in (("phantoms" if stored.phantom else "real", "real"), ("generated", "synthetic"))
     }
     if not any(volumes.values()):
-        return _figure(None, "", "No gland was segmented: that needs the segmenter's package, and T2-weighted volumes.")
+        return figure(None, "", "No gland was segmented: that needs the segmenter's package, and T2-weighted volumes.")
     image = volume_strips(volumes, unit="gland volume, cc", plausible=_PLAUSIBLE_CC)
     caption = "Volumes of the segmented glands. Bar: median; band: plausible."
     if any(row.has("segmenter_fails_on_real") for row in stored.rows):
         caption += f" {guard_sentence('segmenter_fails_on_real')}"
-    return _figure(image, caption, "")
+    return figure(image, caption, "")
 
 
 def _curves(stored: StoredEvaluation) -> dict[str, Any]:
-    names = {
-        "real": "phantoms" if stored.phantom else "real",
-        "autoencoder": "reconstructed",
-        "synthetic": "generated",
-    }
+    real = "phantoms" if stored.phantom else "real"
+    return curve_figure(
+        [(real, stored, "real"), ("reconstructed", stored, "autoencoder"), ("generated", stored, "synthetic")]
+    )
+
+
+def curve_figure(lines: Sequence[tuple[str, StoredEvaluation, str]]) -> dict[str, Any]:
+    """The figure of the intensities and power spectra of several sets of volumes.
+
+    Args:
+        lines: of each set how it is called, an evaluation, and what the set is there: "real", "autoencoder" or "synthetic".
+    """
     groups: list[dict[str, Any]] = []
-    for row in stored.named("intensity")[:1]:
-        lines = {}
-        for key, values in row.details["curves"].items():
-            shares = 100 * np.asarray(values, float).reshape(64, -1).sum(1)
-            lines[names[key]] = (_middles(shares), np.maximum(shares, 1e-3))
-        title = "intensities"
-        groups.append({"title": title, "x": "normalized intensity", "y": "voxels, %", "log": True, "lines": lines})
-    for row in stored.named("spectrum")[:1]:
+    if shares := _curves_of("intensity", lines):
+        found = {name: np.maximum(100 * curve.reshape(64, -1).sum(1), 1e-3) for name, curve in shares.items()}
+        groups.append(
+            {"title": "intensities", "x": "normalized intensity", "y": "voxels, %", "log": True, "lines": found}
+        )
+    if spectra := _curves_of("spectrum", lines):
         for place, plane in ((2, "axial"), (1, "coronal")):
-            lines = {}
-            for key, values in row.details["curves"].items():
-                power = np.asarray(values, float).reshape(3, -1)[place]
-                lines[names[key]] = (_middles(power), power)
+            found = {name: curve.reshape(3, -1)[place] for name, curve in spectra.items()}
             title = f"power spectrum, {plane} slices"
-            groups.append({"title": title, "x": "frequency / Nyquist", "y": "dB", "lines": lines})
+            groups.append({"title": title, "x": "frequency / Nyquist", "y": "dB", "lines": found})
+    for group in groups:
+        group["lines"] = {name: (_middles(curve), curve) for name, curve in group["lines"].items()}
     caption = "Means over the volumes. At the right end of a spectrum, less power than in real volumes is blur, more is noise."
-    return _figure(profiles(groups) if groups else None, caption, "Intensities and spectra were not compared.")
+    return figure(profiles(groups) if groups else None, caption, "Intensities and spectra were not compared.")
+
+
+def _curves_of(metric: str, lines: Sequence[tuple[str, StoredEvaluation, str]]) -> dict[str, np.ndarray]:
+    """The mean curve of each set that has one. Raises KeyError for a curve of something else."""
+    found = {}
+    for name, stored, kind in lines:
+        for row in stored.named(metric)[:1]:
+            if unknown := row.details["curves"].keys() - _CURVES:
+                raise KeyError(*unknown)
+            if kind in row.details["curves"]:
+                found[name] = np.asarray(row.details["curves"][kind], float)
+    return found
 
 
 def _middles(values: np.ndarray) -> np.ndarray:
@@ -386,13 +403,18 @@ def _middles(values: np.ndarray) -> np.ndarray:
     return (np.arange(len(values)) + 0.5) / len(values)
 
 
-def _gate(gate: dict[str, Any]) -> dict[str, Any]:
+def gate_row(gate: dict[str, Any]) -> dict[str, Any]:
+    """A feature space in the table of the sensitivity gate."""
     names = [f"{row['family']} {row['strength']:g} {row['unit']}".strip() for row in gate["rows"]]
+    in_order = {family: percent(share) for family, share in gate["in_order"].items()}
     failed = ", ".join(
-        f"{family} in order in {percent(share)}" for family, share in gate["in_order"].items() if share < 0.9
+        f"{family} in order in {in_order[family]}" for family, share in gate["in_order"].items() if share < 0.9
     )
     distances = [shown(row["paired"]) for row in gate["rows"]]
-    return {"space": gate["space"], "passed": gate["passed"], "failed": failed, "names": names, "distances": distances}
+    return {
+        "space": gate["space"], "passed": gate["passed"], "failed": failed, "names": names, "distances": distances,
+        "in_order": in_order,
+    }  # fmt: skip
 
 
 def _protocol(stored: StoredEvaluation) -> list[tuple[str, str]]:
@@ -417,6 +439,7 @@ def _flat(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _figure(image: bytes | None, caption: str, missing: str) -> dict[str, Any]:
+def figure(image: bytes | None, caption: str, missing: str) -> dict[str, Any]:
+    """A picture for the macro `figures` of the pages; missing: the sentence where there is none."""
     encoded = base64.b64encode(image).decode() if image else None
     return {"image": encoded, "caption": caption, "alt": caption, "missing": missing}

@@ -84,10 +84,10 @@ def dot_plots(panels: Sequence[DotPanel]) -> bytes:
 
 
 class Pair(NamedTuple):
-    """A generated volume and its nearest training volume, of one shape and spacing."""
+    """Two volumes of one shape and spacing, such as a generated one and its nearest training volume."""
 
-    generated: np.ndarray
-    training: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
     spacing: Sequence[float]
     title: str
     subtitle: str
@@ -129,11 +129,13 @@ def profiles(groups: Sequence[Mapping[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.3 * len(groups), 2.7), dpi=110, facecolor="white", layout="constrained")
-    colors = {"generated": _GENERATED, "reconstructed": _LIMIT}
+    fixed = {"real": _REAL, "phantoms": _REAL, "reconstructed": _LIMIT}
+    others = dict.fromkeys(name for group in groups for name in group["lines"] if name not in fixed)
+    colors = fixed | dict(zip(others, series_colors(len(others)), strict=True))
     for place, group in enumerate(groups, start=1):
         axes = figure.add_subplot(1, len(groups), place)
         for name, (x, y) in group["lines"].items():
-            axes.plot(x, y, color=colors.get(name, _REAL), linewidth=1.5, label=name)
+            axes.plot(x, y, color=colors[name], linewidth=1.5, label=name)
         if group.get("log"):
             axes.set_yscale("log")
         axes.set_title(group["title"], fontsize=9, loc="left")
@@ -144,6 +146,40 @@ def profiles(groups: Sequence[Mapping[str, Any]]) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
         if place == 1:
             axes.legend(fontsize=8, frameon=False)
+    return png(figure)
+
+
+def series_colors(count: int) -> list[str]:
+    """As many colors that can be told apart, without that of the autoencoder's limit as long as there are enough."""
+    own = [color for color in COLORS if color != _LIMIT] + [
+        "#c2a51a",
+        "#2aa1a1",
+        "#b03a6f",
+        "#6b4f2a",
+        "#7f7f7f",
+        _LIMIT,
+    ]
+    return [own[place % len(own)] for place in range(count)]
+
+
+def nearest_distances(null: Sequence[float], groups: Mapping[str, Sequence[float]]) -> bytes:
+    """Histograms of the distance of volumes to the nearest training study: of held-out ones (`null`) and of each group."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.8, 2.9), dpi=110, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    edges = np.histogram_bin_edges(np.concatenate([null, *groups.values()]), bins=24).tolist()
+    shares = [np.full(len(values), 100 / max(1, len(values))) for values in (null, *groups.values())]
+    axes.hist(null, edges, weights=shares[0], color="#c9cdd2", label="real, held out")
+    colors = series_colors(len(groups))
+    for (name, values), weights, color in zip(groups.items(), shares[1:], colors, strict=True):
+        axes.hist(values, edges, weights=weights, histtype="step", color=color, linewidth=1.5, label=name)
+    axes.set_xlabel("distance to the nearest training study", fontsize=8)
+    axes.set_ylabel("volumes, %", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
     return png(figure)
 
 

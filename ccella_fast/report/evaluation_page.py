@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ccella_fast.report.page import FIGURES
+from ccella_fast.report.page import ANSWERS, FIGURES, GATES
 
 _VIEWER = """
 {% if viewer %}
@@ -65,19 +65,11 @@ _METRICS = """
 
 EVALUATION = (
     FIGURES
+    + ANSWERS
+    + GATES
     + _METRICS
     + """
-<div class="verdicts">
-{% for verdict in verdicts %}
-<section class="verdict {{ verdict.answer }}">
-<h3>{{ verdict.question }}</h3>
-<b>{{ verdict.answer | capitalize }}</b>
-<p>{{ verdict.sentence }}</p>
-{% if verdict.remarks %}<ul>{% for remark in verdict.remarks %}<li>{{ remark }}</li>{% endfor %}</ul>{% endif %}
-
-</section>
-{% endfor %}
-</div>
+{{ answers(verdicts) }}
 
 <h2>Numbers</h2>
 {{ metrics(rows) }}
@@ -96,7 +88,7 @@ n: {{ words }} and generated volumes.</p>
 """
     + _VIEWER
     + """
-<h2>Closest pairs</h2>
+<h2 id="closest-pairs">Closest pairs</h2>
 {{ figures(pairs) }}
 
 <h2>Glands</h2>
@@ -116,17 +108,7 @@ n: {{ words }} and generated volumes.</p>
 
 <h2>Can the features see?</h2>
 {% if gates %}
-<p class="soft">Volumes were made worse in known ways. A number is the distance of a volume to its worse copy, as a multiple of
-the distance between two studies. It has to grow with the strength of the blur, the noise and the size of the gland in at
-least 90 % of the volumes; features that fail decide nothing.</p>
-<div class="scroll"><table>
-<tr><th>features</th><th>result</th>{% for name in gates[0].names %}<th class="number">{{ name }}</th>{% endfor %}</tr>
-{% for gate in gates %}
-<tr{% if not gate.passed %} class="faint"{% endif %}><td>{{ gate.space }}</td>
-<td>{% if gate.passed %}passes{% else %}<span class="doubt">fails: {{ gate.failed }}</span>{% endif %}</td>
-{% for value in gate.distances %}<td class="number">{{ value }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
+{{ sensitivity(gates) }}
 {% else %}
 <p class="notice">{{ no_gates }}</p>
 {% endif %}

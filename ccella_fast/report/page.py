@@ -97,6 +97,42 @@ FIGURES = """
 {% endmacro %}
 """
 
+#: Answers, each with its question, a sentence and further sentences (`remarks`).
+ANSWERS = """
+{% macro answers(several) %}
+<div class="verdicts">
+{% for each in several %}
+<section class="verdict {{ each.answer }}">
+<h3>{{ each.question }}</h3>
+<b>{{ each.answer | capitalize }}</b>
+<p>{{ each.sentence }}</p>
+{% if each.remarks %}<ul>{% for remark in each.remarks %}<li>{{ remark }}</li>{% endfor %}</ul>{% endif %}
+
+</section>
+{% endfor %}
+</div>
+{% endmacro %}
+"""
+
+#: The sensitivity gate: a row for each feature space, a column for each degradation.
+GATES = """
+{% macro sensitivity(gates) %}
+<p class="soft">Volumes were made worse in known ways. A number is the distance of a volume to its worse copy, as a multiple of
+the distance between two studies. It has to grow with the strength of the blur, the noise and the size of the gland in at
+least 90 % of the volumes; features that fail decide nothing.</p>
+<div class="scroll"><table>
+<tr><th>features</th><th>result</th>{% for name in gates[0].names %}<th class="number">{{ name }}</th>{% endfor %}
+{% for name in gates[0].in_order %}<th class="number">{{ name }} in order</th>{% endfor %}</tr>
+{% for gate in gates %}
+<tr{% if not gate.passed %} class="faint"{% endif %}><td>{{ gate.space }}</td>
+<td>{% if gate.passed %}passes{% else %}<span class="doubt">fails: {{ gate.failed }}</span>{% endif %}</td>
+{% for value in gate.distances %}<td class="number">{{ value }}</td>{% endfor %}
+{% for share in gate.in_order.values() %}<td class="number">{{ share }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endmacro %}
+"""
+
 TEMPLATE = (
     HEAD
     + """

@@ -89,6 +89,7 @@ class ListedCase(NamedTuple):
         null_percentile: percent of the held-out volumes that are at most as far from theirs.
         volume_cc: of the segmented gland.
         is_copy: whether it is a copy of the nearest training volume.
+        features: the space of the distance.
     """
 
     kind: Literal["real", "synthetic"]
@@ -99,6 +100,7 @@ class ListedCase(NamedTuple):
     null_percentile: float | None
     volume_cc: float | None
     is_copy: bool
+    features: str | None = None
 
 
 class StoredEvaluation(NamedTuple):
@@ -143,7 +145,6 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
         DataError: metrics.json is missing, or a file is damaged.
     """
     content, protocol = read_json(folder / METRICS), _optional(folder / PROTOCOL, {})
-    sensitivity = _optional(folder / SENSITIVITY, {"gates": []})
     with damage_named(folder / METRICS, **WRITTEN_BY):
         schema = content.get("schema", _SCHEMA)
         if schema != _SCHEMA:
@@ -157,8 +158,7 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
         cases = [_case(entry) for entry in content["per_case"]]
         digest, environment = _word(content["protocol_sha256"]), dict(content.get("environment", {}))
         generator = _generator(content.get("generator", {}))  # earlier releases did not write it
-    with damage_named(folder / SENSITIVITY, **WRITTEN_BY):
-        gates = [_gate(entry) for entry in sensitivity["gates"]]
+    gates = read_gates(folder)
     with damage_named(folder / PROTOCOL, **WRITTEN_BY):
         protocol = dict(protocol)
     failed = {gate["space"] for gate in gates if not gate["passed"]}
@@ -167,6 +167,17 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
     return StoredEvaluation(
         rows, cases, protocol, digest, gates, examples.volumes, examples.phantom, environment, generator
     )
+
+
+def read_gates(folder: Path) -> list[dict[str, Any]]:
+    """The gates in the sensitivity.json of a folder, none if it has none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    content = _optional(folder / SENSITIVITY, {"gates": []})
+    with damage_named(folder / SENSITIVITY, **WRITTEN_BY):
+        return [_gate(entry) for entry in content["gates"]]
 
 
 def _optional(path: Path, otherwise: Any) -> Any:
@@ -196,7 +207,8 @@ def _case(entry: dict[str, Any]) -> ListedCase:
     distance, percentile, volume = (_number(entry.get(name)) for name in ("distance", "null_percentile", "volume_cc"))
     place = None if nearest is None else _place(nearest)
     kind, number, sequence = entry["set"], _place(entry["id"]), str(entry["sequence"])
-    return ListedCase(kind, number, sequence, place, distance, percentile, volume, entry.get("copy") is True)
+    features = None if entry.get("features") is None else _word(entry["features"])
+    return ListedCase(kind, number, sequence, place, distance, percentile, volume, entry.get("copy") is True, features)
 
 
 def _place(name: str) -> int:

@@ -66,6 +66,18 @@ def test_a_comparison_runs_stops_and_continues(tmp_path, monkeypatch, capsys):
     assert all(row["FD"] not in ("", "–") for row in rows)
     page = (out / "report.html").read_text()
     assert found["protocol_sha256"][:12] in page and "phantoms, not about patients" in page and "0.071" in page
+    # The page has every part of its own, and links to those of the evaluations, which know the sensitivity gate.
+    assert page.count("data:image/png;base64,") == 7 and all(each["parameters"] > 1e5 for each in found["generators"])
+    assert {"r", "rs", "rb MAISI"} <= {curve["label"] for curve in found["roc"]}
+    metrics = {row["metric"] for row in found["generators"][0]["rows"]}
+    assert {"fd", "intensity", "spectrum", "copies", "condition_class", "counterfactual_class"} <= metrics
+    for link in re.findall(r'href="([^"#]*)', page):
+        evaluation = (out / link).read_text()
+        assert "Can the features see?" in evaluation and "sensitivity gate was not run" not in evaluation
+    # Both classes are drawn from the same noise.
+    seeds = [[read_json(path)["seed"] for path in sorted((out / "samples" / f"CCELLA-1-{name}").glob("sample-*.json"))]
+             for name in ("neg", "pos")]  # fmt: skip
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == len(seeds[0]) >= 2
     # No word of a report is in the results.
     with open(out / "real" / "studies" / "studies.csv", newline="") as file:
         reports = [row["report"] for row in csv.DictReader(file) if row["report"]]

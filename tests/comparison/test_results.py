@@ -1,56 +1,17 @@
-"""Answers and tables of a comparison, from a made-up record whose numbers are computed by hand."""
+"""The answers of a comparison, and what is recorded of its classifiers, from made-up numbers."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ccella_fast.comparison import results
-
-
-def row(metric: str, features: str, value: float | None, **more: Any) -> dict[str, Any]:
-    return {
-        "metric": metric,
-        "features": features,
-        "value": value,
-        "floor": 2.0,
-        "limit_autoencoder": 3.0,
-        "ceiling": None,
-        **more,
-    }
-
-
-def contrast(name: str, difference: float, half: float, p: float = 0.5, equal: str = "undecided") -> dict[str, Any]:
-    low, high = difference - half, difference + half
-    verdict = "yes" if low > 0 else "no" if high < 0 else "undecided"
-    return {"contrast": name, "metric": "accuracy", "difference": difference, "ci95": [low, high], "p": p, "verdict": verdict,
-            "equivalence": {"margin": 0.05, "p": 0.5, "verdict": equal}}  # fmt: skip
-
-
-def record(first: list[float], second: list[float], contrasts: list[dict[str, Any]]) -> dict[str, Any]:
-    generators = [
-        {"variant": variant, "seed": seed, "rows": [
-            row("fd", "taps-l3", value), row("fd", "radiomics", 99.0), row("kid", "taps-l3", value / 100),
-            row("condition_class", "foci", 0.5 + value / 100, ceiling=0.9), row("copies", "taps-l3", 0.0),
-        ]}
-        for variant, values in (("CCELLA", first), ("MAISI", second))
-        for seed, value in enumerate(values, start=1)
-    ]  # fmt: skip
-    jobs = [("r", None, 0.70), ("r", None, 0.72), ("rs", "CCELLA", 0.74), ("rs", "CCELLA", 0.76), ("rb", "MAISI", 0.71)]
-    return {
-        "protocol": {"asked": {"variants": ["CCELLA", "MAISI"]}, "decided": {"space": "taps-l3"}},
-        "protocol_sha256": "0" * 64, "generators": generators, "contrasts": contrasts, "paper": results.PAPER,
-        "classifiers": [{"arm": arm, "variant": variant, "accuracy": accuracy} for arm, variant, accuracy in jobs],
-    }  # fmt: skip
-
-
-CONTRASTS = [
-    contrast("rs-rr", 0.04, 0.03, p=0.01),
-    contrast("s-r", -0.01, 0.02, equal="yes"),
-    contrast("rs-rb", 0.01, 0.03),
-]
+from ccella_fast.storage import write_csv, write_json
+from comparison_fixtures import CONTRASTS, contrast, record
 
 
 def answers(found: dict[str, Any]) -> dict[str, str]:
@@ -95,18 +56,35 @@ def test_what_is_not_known_is_undecided():
     assert answers(found) == dict.fromkeys(("O1", "O2", "O3", "O4"), "undecided")
 
 
-def test_the_table_has_the_floor_the_limit_and_the_variants():
-    found = record([10.0, 12.0], [20.0, 22.0], CONTRASTS)
-    found["statements"] = [each._asdict() for each in results.statements(found)]
-    rows = {line[0]: dict(zip(results.COLUMNS, line, strict=True)) for line in results.table(found)}
-    assert (rows["real against real"]["FD"], rows["real against real"]["class AUC"]) == ("2", "0.9")
-    assert rows["real against real"]["accuracy of rs"] == "0.71 ± 0.014"
-    assert rows["autoencoder alone"]["FD"] == "3" and rows["autoencoder alone"]["accuracy of rs"] == "–"
-    assert rows["CCELLA"]["FD"] == "11 ± 1.4" and rows["CCELLA"]["KID"] == "0.11 ± 0.014"
-    assert rows["CCELLA"]["accuracy of rs"] == "0.75 ± 0.014" and rows["MAISI"]["accuracy of rs"] == "0.71"
-    assert rows["CCELLA"]["coverage"] == "–"  # was not computed
-    assert (rows["CCELLA"]["report"], rows["MAISI"]["report"], rows["CCELLA"]["head"]) == ("yes", "no", "cascade")
-    page = results.markdown(found, results.table(found))
-    assert "| CCELLA | yes | predicted | cascade | 0.11 ± 0.014 | 11 ± 1.4 |" in page and "0.071" in page
-    assert "on other data" in page and found["protocol_sha256"] in page
-    assert r"11 $\pm$ 1.4" in results.latex(results.table(found)) and "±" not in results.latex(results.table(found))
+def write_classifiers(folder: Path, predicted: dict[str, list[float]]) -> None:
+    """The files of `ccella-fast classify` that are read, for four test studies of which the last two are positive."""
+    for name, scores in predicted.items():
+        rows = [["v", "val", 1, 0.0], *([str(place), "test", place > 1, p] for place, p in enumerate(scores))]
+        rows = [[case, split, int(label), p] for case, split, label, p in rows]
+        write_csv(folder / "predictions" / f"{name}.csv", ["case", "split", "label", "p_pos"], rows)
+    jobs = [
+        {"job": name, "arm": name.split("-")[0], "generator": 0 if "generator" in name else None, "seed": 0, "updates": 1,
+         "test": {"accuracy": 0.5, "auc": 0.5, "average_precision": 0.5}}
+        for name in predicted
+    ]  # fmt: skip
+    write_json(folder / "classify.json", {"jobs": jobs})
+
+
+def test_roc_curves_are_averaged_over_the_classifiers_of_an_arm(tmp_path):
+    first = {"r-seed0": [0.1, 0.2, 0.8, 0.9], "r-seed1": [0.8, 0.9, 0.1, 0.2], "rb-generator0-seed0": [0.5] * 4}
+    write_classifiers(tmp_path / "classify", first)
+    write_classifiers(tmp_path / "classify-LAST", {"rs-generator0-seed0": [0.1, 0.8, 0.2, 0.9]})
+    folders = {"": tmp_path / "classify", "LAST": tmp_path / "classify-LAST"}
+    found, curves = results._classifiers(folders, ["CCELLA", "MAISI", "LAST"])
+    assert [(each["arm"], each["variant"], each["label"]) for each in found] == [
+        ("r", None, "r"), ("r", None, "r"), ("rb", "MAISI", "rb MAISI"), ("rs", "LAST", "rs LAST"),
+    ]  # fmt: skip
+    curves = {curve["label"]: curve for curve in curves}
+    rates = np.array(curves["r"]["false_positive_rate"])
+    assert rates[0] == 0 and rates[-1] == 1 and curves["r"]["classifiers"] == 2
+    # One classifier is always right and the other always wrong: 1 and 0, at the right end 1 and 1.
+    np.testing.assert_allclose(curves["r"]["mean"], np.where(rates < 1, 0.5, 1))
+    np.testing.assert_allclose(curves["r"]["sd"], np.where(rates < 1, 0.7071, 0))
+    np.testing.assert_allclose(curves["rb MAISI"]["mean"], rates)  # all scores are equal
+    np.testing.assert_allclose(curves["rs LAST"]["mean"], np.where(rates < 0.5, 0.5, 1))
+    assert set(curves["rs LAST"]["sd"]) == {0}

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from ccella_fast.downstream.metrics import average_precision, best_threshold, classification_metrics
+from ccella_fast.downstream.metrics import average_precision, best_threshold, classification_metrics, roc_curve
 
 
 def sets(count: int):
@@ -53,6 +53,28 @@ def test_known_values():
     assert found["at_validation_threshold"] == {
         "threshold": 0.35, "accuracy": 0.75, "sensitivity": 1.0, "specificity": 0.5
     }  # fmt: skip
+
+
+def test_a_roc_curve_passes_through_what_every_threshold_gives_and_has_the_auc_as_its_area():
+    for labels, p in sets(60):
+        negative, positive = p[labels == 0], p[labels == 1]
+        for threshold in [*p.tolist(), 2.0]:
+            rate, sensitivity = (negative >= threshold).mean(), (positive >= threshold).mean()
+            above = max((positive >= t).mean() for t in [*p.tolist(), 2.0] if (negative >= t).mean() == rate)
+            (found,) = roc_curve(labels, p, np.array([rate]))
+            assert found == pytest.approx(above) and found >= sensitivity
+        # Between multiples of 1/n the curve is straight, so that its middles give the area.
+        middles = (np.arange(len(negative)) + 0.5) / len(negative)
+        pairs = [(a > b) + 0.5 * (a == b) for a in positive for b in negative]
+        assert roc_curve(labels, p, middles).mean() == pytest.approx(np.mean(pairs))
+
+
+def test_a_roc_curve_by_hand():
+    labels, p = np.array([0, 0, 1, 1]), np.array([0.1, 0.4, 0.35, 0.8])
+    rates = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    np.testing.assert_allclose(roc_curve(labels, p, rates), [0.5, 0.5, 1, 1, 1])
+    np.testing.assert_allclose(roc_curve(labels, np.full(4, 0.3), rates), rates)
+    np.testing.assert_allclose(roc_curve(labels, -p, rates), [0, 0, 0.5, 0.5, 1])
 
 
 def test_the_threshold_has_the_largest_youden_index_and_is_near_one_half():
