@@ -19,6 +19,7 @@ from ccella_fast.downstream.contrasts import holm
 from ccella_fast.downstream.metrics import roc_curve
 from ccella_fast.downstream.results import read_test_predictions
 from ccella_fast.environment import describe_environment
+from ccella_fast.errors import CheckpointError
 from ccella_fast.evaluation.results import plain_values
 from ccella_fast.report.comparison import Further, Table, write_page
 from ccella_fast.storage import atomic_path, read_json, write_csv, write_json
@@ -115,17 +116,26 @@ def _generator(out: Path, variant: str, seed: int, seconds: Mapping[str, float])
     return {
         "variant": variant,
         "seed": seed,
-        "parameters": _count_parameters(step_folders(out / "models" / name)[0] / "model.safetensors"),
+        "parameters": _count_parameters(out, name),
         "seconds": {"training": seconds[f"train-{name}"], "synthesis": round(sum(synthesis), 1)},
         "rows": rows,
     }
 
 
-def _count_parameters(weights: Path) -> int:
+def _count_parameters(out: Path, name: str) -> int:
+    """The number of weights in the newest checkpoint of a run, without reading them.
+
+    Raises:
+        CheckpointError: the run has none.
+    """
     from safetensors import safe_open
 
-    with safe_open(weights, framework="np") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    run = out / "models" / name
+    if not (steps := step_folders(run)):
+        fix = f"delete {out / 'done' / f'train-{name}.json'}, and run the same command again"
+        raise CheckpointError("this run has no checkpoint any more", path=run, fix=fix)
+    with safe_open(steps[0] / "model.safetensors", framework="np") as file:
+        return sum(math.prod(file.get_slice(weight).get_shape()) for weight in file.keys())  # noqa: SIM118
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from ccella_fast.evaluation.counterfactuals import pair_samples
 from ccella_fast.evaluation.reconstruction import reconstructions
 from ccella_fast.evaluation.volumes import Volume, VolumeSet
 from ccella_fast.pirads import CLASS_NAMES
+from ccella_fast.processes import resolve_device
 from ccella_fast.report.evaluation_figures import Pair
 from ccella_fast.report.figures import Panel
 
@@ -42,7 +43,7 @@ def same_prompts(out: Path, asked: Mapping[str, Any], vae: Path) -> list[list[Pa
         for variant, volumes in made.items()
     }
     shared = [place for place, source in enumerate(real.sources) if all(source.id in of for of in by_prompt.values())]
-    decoded = reconstructions(real, vae)
+    decoded = reconstructions(real, vae, device=str(resolve_device(None)))
     columns = []
     for name in CLASS_NAMES:
         for place in [place for place in shared if real.sources[place].pirads == name][:_PER_CLASS]:

@@ -119,7 +119,8 @@ def distances_table(record: Mapping[str, Any]) -> Table:
     """The Fréchet distance in every feature space, and which share of real and generated volumes are near each other."""
     space = record["protocol"]["decided"]["space"]
     spaces = dict.fromkeys([space, *(str(row["features"]) for row in _rows(record, "fd"))])
-    columns = {f"FD, {each}": ("fd", each) for each in spaces}
+    failed = {name for name, passed in record["protocol"]["decided"].get("passed", {}).items() if not passed}
+    columns = {f"FD, {each}{' (fails the gate)' if each in failed else ''}": ("fd", each) for each in spaces}
     names = {"kid": "KID", "precision": "precision", "recall": "recall", "coverage": "coverage"}
     columns |= {f"{name}, {space}": (metric, space) for metric, name in names.items()}
     return _compared(record, columns)

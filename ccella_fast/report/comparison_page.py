@@ -6,7 +6,7 @@ from ccella_fast.report.page import ANSWERS, FIGURES, FOOT, GATES, HEAD
 
 _TABLE = """
 {% macro grid(table, words=1) %}
-<div class="scroll"><table>
+<div class="scroll"><table{% if words > 1 %} class="dense"{% endif %}>
 <tr>{% for name in table.columns %}<th{% if loop.index > words %} class="number"{% endif %}>{{ name }}</th>{% endfor %}</tr>
 {% for row in table.rows %}
 <tr{% if loop.index <= table.references %} class="faint"{% endif %}>{% for cell in row %}

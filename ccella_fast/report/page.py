@@ -58,7 +58,8 @@ table { border-collapse: collapse; font-size: 0.92rem; width: 100%; }
 details { margin: 0.8rem 0; } summary { cursor: pointer; color: var(--soft); }
 td small { display: block; color: var(--soft); }
 th, td { text-align: left; padding: 0.3rem 0.7rem 0.3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number { white-space: nowrap; } .long td { overflow-wrap: anywhere; } .metrics td:first-child { min-width: 9rem; }
+td.number { white-space: nowrap; } .long td { overflow-wrap: anywhere; }
+.dense { font-size: 0.85rem; } .dense td, .dense th { padding-right: 0.45rem; } .metrics td:first-child { min-width: 9rem; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 @media screen and (max-width: 40rem) { figure { overflow-x: auto; } figure img { max-width: none; width: 46rem; } }
 @media print { body { font-size: 11pt; } main { max-width: none; padding: 0; } h2 { break-after: avoid; } }

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from ccella_fast.comparison import results
+from ccella_fast.errors import CheckpointError
 from ccella_fast.storage import write_csv, write_json
 from comparison_fixtures import CONTRASTS, contrast, record
 
@@ -88,3 +91,16 @@ def test_roc_curves_are_averaged_over_the_classifiers_of_an_arm(tmp_path):
     np.testing.assert_allclose(curves["rb MAISI"]["mean"], rates)  # all scores are equal
     np.testing.assert_allclose(curves["rs LAST"]["mean"], np.where(rates < 0.5, 0.5, 1))
     assert set(curves["rs LAST"]["sd"]) == {0}
+
+
+def test_parameters_are_those_of_the_newest_checkpoint(tmp_path):
+    for step, shape in ((2, (3, 5)), (10, (4, 5))):
+        folder = tmp_path / "models" / "CCELLA-1" / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        save_file({"a": np.zeros(shape, np.float32), "b": np.zeros(7, np.float32)}, folder / "model.safetensors")
+        write_json(folder / "manifest.json", {})
+    assert results._count_parameters(tmp_path, "CCELLA-1") == 27
+    shutil.rmtree(tmp_path / "models" / "CCELLA-1" / "checkpoints")
+    with pytest.raises(CheckpointError, match="no checkpoint any more") as caught:
+        results._count_parameters(tmp_path, "CCELLA-1")
+    assert "train-CCELLA-1.json" in str(caught.value)

@@ -45,7 +45,7 @@ def test_volumes_of_one_column_are_of_the_same_prompt(tmp_path, monkeypatch):
     monkeypatch.setattr(shown_volumes, "open_volumes", open_volumes)
     monkeypatch.setattr(
         shown_volumes, "reconstructions",
-        lambda of, vae: volumes(of.path, {each.id: (real[each.id][0] / 2, None, None) for each in of.sources}),
+        lambda of, vae, *, device: volumes(of.path, {each.id: (real[each.id][0] / 2, None, None) for each in of.sources}),
     )  # fmt: skip
     asked = {"variants": ["CCELLA", "MAISI"], "training_seeds": [3, 4]}
     columns = shown_volumes.same_prompts(tmp_path, asked, tmp_path / "vae")

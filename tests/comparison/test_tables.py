@@ -52,11 +52,14 @@ def test_a_variant_that_starts_from_given_weights_is_called_fine_tuned():
 
 
 def test_distances_are_shown_in_every_space():
-    table = tables.distances_table(record([10.0, 12.0], [20.0, 22.0], CONTRASTS))
+    found = record([10.0, 12.0], [20.0, 22.0], CONTRASTS)
+    table = tables.distances_table(found)
     assert table.columns == ["variant", "FD, taps-l3", "FD, radiomics", "KID, taps-l3"] and table.references == 2
     assert lines(table)["MAISI"] == {
         "variant": "MAISI", "FD, taps-l3": "21 ± 1.4", "FD, radiomics": "99 ± 0", "KID, taps-l3": "0.21 ± 0.014",
     }  # fmt: skip
+    found["protocol"]["decided"]["passed"] = {"taps-l3": True, "radiomics": False}
+    assert tables.distances_table(found).columns[1:3] == ["FD, taps-l3", "FD, radiomics (fails the gate)"]
 
 
 def test_slices_have_their_numbers_and_gland_volumes_their_differences():
