@@ -146,8 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out, "generator_study.py"):
         keep_protocol(out / "protocol.json", protocol)
-        stages = Stages(out, arguments.jobs)
-        generate(stages, protocol)
+        with Stages(out, arguments.jobs) as stages:
+            generate(stages, protocol)
         findings = read_findings(out / "real/studies/studies.csv")
         record = {
             "what": __doc__.splitlines()[0],

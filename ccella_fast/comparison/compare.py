@@ -8,7 +8,6 @@ ccella-fast, so that all of it can be repeated by hand: done/ has the commands, 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -85,8 +84,9 @@ def compare(
     check_output(out, "a comparison", field="--out")
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out, "ccella-fast compare"):
-        comparison = _Comparison(out, protocols.keep(out, asked), base, data, vae, init_from or {}, jobs)
-        return comparison.run()
+        protocol = protocols.keep(out, asked)
+        with Stages(out, jobs) as stages:
+            return _Comparison(stages, protocol, base, data, vae, init_from or {}).run()
 
 
 def _identity(path: Path) -> str:
@@ -98,28 +98,25 @@ class _Comparison:
     """The steps of a comparison.
 
     Args:
-        out: the folder.
+        stages: the commands of the folder.
         protocol: the content of protocol.json.
         base: the configuration.
         data: the user's studies; None for phantoms.
         vae: as for `compare`.
         init_from: as for `compare`.
-        jobs: as for `compare`.
     """
 
     def __init__(
         self,
-        out: Path,
+        stages: Stages,
         protocol: dict[str, Any],
         base: Path,
         data: str | Path | None,
         vae: str | Path | None,
         init_from: Mapping[str, str | Path],
-        jobs: int,
     ):
-        self.out, self.protocol, self.base, self.data = out, protocol, base, data
-        self.init_from, self.stages = init_from, Stages(out, jobs)
-        self._workers = max(1, (os.cpu_count() or 1) // jobs)
+        self.stages, self.out, self.protocol, self.base, self.data = stages, stages.out, protocol, base, data
+        self.init_from = init_from
         self.asked: dict[str, Any] = protocol["asked"]
         self.vae = None if vae is None else str(Path(vae).resolve())
         self.runs = [(variant, seed) for seed in self.asked["training_seeds"] for variant in self.asked["variants"]]
@@ -236,7 +233,7 @@ class _Comparison:
     def _prepare(self, pool: str) -> list[object]:
         is_given = pool == "real" and self.data is not None
         source = Path(str(self.data)).resolve() if is_given else f"{pool}/studies"
-        words = ["prepare", "--data", source, "--out", f"{pool}/prepared", "--workers", self._workers]
+        words = ["prepare", "--data", source, "--out", f"{pool}/prepared", "--workers", self.stages.cores]
         return [*words, *self._config()]
 
     def _config(self, variant: str | None = None) -> list[object]:

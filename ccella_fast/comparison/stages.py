@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Pipe
 from pathlib import Path
 
 from ccella_fast.errors import CcellaError
 from ccella_fast.storage import read_json, write_json
 
-_PATIENCE = 60  # seconds for a command to end after SIGTERM
+_SERVER = "forkserver"  # the name of its log
 
 
 class Stages:
-    """The commands of a folder that have finished, and those that run.
+    """The commands of a folder that have finished, and those that run; a context manager, at whose end none runs any more.
 
-    A command that has finished is not run again; an interrupted one is, and resumes by itself.
+    A command that has finished is not run again; an interrupted one is, and resumes by itself. Each is a process, forked by
+    `ccella_fast.cli.forkserver`.
 
     Args:
         out: the folder, in which commands run. logs/ has what they print, and done/ what has finished.
-        jobs: how many run at a time. The cores are shared among them.
+        jobs: how many run at a time.
+
+    Attributes:
+        cores: for one of them, as they share those of the machine.
     """
 
     def __init__(self, out: Path, jobs: int):
         self.out, self._jobs = out, jobs
-        self._running: set[subprocess.Popen] = set()
+        self.cores = max(1, (os.cpu_count() or 1) // jobs)
+        self._server: subprocess.Popen | None = None
         for name in ("done", "logs"):
             (out / name).mkdir(exist_ok=True)
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._server is not None:
+            self._channel.close()
+            self._server.wait()  # it ends the commands that run
 
     def run(self, commands: Mapping[str, Sequence[object]]) -> None:
         """Run commands by name; return when all have finished.
@@ -38,27 +53,24 @@ class Stages:
         Raises:
             CcellaError: one has failed. Those that were started are waited for, and no other is started.
         """
+        texts = {name: list(map(str, words)) for name, words in commands.items()}
+        waiting = [name for name, words in texts.items() if not self.is_done(name, words)]
+        started: dict[str, float] = {}
         failed: list[str] = []
-
-        def run_one(name: str, words: list[str]) -> None:
-            if failed or self.is_done(name, words):
-                return
-            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-            start = time.perf_counter()
-            if self._call(name, words):
+        while started or (waiting and not failed):
+            while waiting and not failed and len(started) < self._jobs:
+                name = waiting.pop(0)
+                print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+                started[name] = time.perf_counter()
+                self._start(name, texts[name])
+            name, code = self._wait()
+            seconds = round(time.perf_counter() - started.pop(name), 1)
+            if code != 0:
                 failed.append(name)
-                return
-            write_json(self._record(name), {"command": words, "seconds": round(time.perf_counter() - start, 1)})
-
-        with ThreadPoolExecutor(self._jobs) as pool:
-            try:
-                list(pool.map(run_one, commands, (list(map(str, words)) for words in commands.values())))
-            except BaseException:  # such as Ctrl-C
-                failed.append("")
-                self._stop()
-                raise
+            else:
+                write_json(self._record(name), {"command": texts[name], "seconds": seconds})
         if failed:
-            log = self.out / "logs" / f"{failed[0]}.txt"
+            log = self._log(failed[0])
             raise CcellaError(f"the command '{failed[0]}' has failed", path=log, fix="read this file, then run again")
 
     def is_done(self, name: str, words: Sequence[object]) -> bool:
@@ -73,26 +85,36 @@ class Stages:
     def _record(self, name: str) -> Path:
         return self.out / "done" / f"{name}.json"
 
-    def _call(self, name: str, words: list[str]) -> int:
-        # Processes that share cores are faster with one thread each than with OpenMP teams that compete.
-        threads = str(max(1, (os.cpu_count() or 1) // self._jobs))
-        with open(self.out / "logs" / f"{name}.txt", "w") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ccella_fast.cli", *words],
-                cwd=self.out, env={"OMP_NUM_THREADS": threads} | os.environ, stdout=log, stderr=log,
-            )  # fmt: skip
-            self._running.add(process)
-            try:
-                return process.wait()
-            finally:
-                self._running.discard(process)
+    def _log(self, name: str) -> Path:
+        return self.out / "logs" / f"{name}.txt"
 
-    def _stop(self) -> None:
-        """End the commands that run, so that none goes on without this one."""
-        for process in (running := list(self._running)):
-            process.terminate()
-        for process in running:
-            try:
-                process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    # ---- The server
+
+    def _start(self, name: str, words: list[str]) -> None:
+        """Let the server start a command, and start the server before the first one."""
+        if self._server is None:
+            self._channel, theirs = Pipe()
+            # Processes that share cores are faster with one thread each than with OpenMP teams that compete.
+            with theirs, open(self._log(_SERVER), "w") as log:
+                self._server = subprocess.Popen(
+                    [sys.executable, "-m", "ccella_fast.cli.forkserver", str(theirs.fileno())],
+                    cwd=self.out, env={"OMP_NUM_THREADS": str(self.cores)} | os.environ, pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                )  # fmt: skip
+        with self._named_loss():
+            self._channel.send_bytes(json.dumps([name, words, f"logs/{name}.txt"]).encode())
+
+    def _wait(self) -> tuple[str, int]:
+        """The name and the exit code of the next command that ends."""
+        with self._named_loss():
+            name, code = json.loads(self._channel.recv_bytes())
+        return name, code
+
+    @contextmanager
+    def _named_loss(self) -> Iterator[None]:
+        """Say what has happened if the server does not answer."""
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            why = "the process that starts the commands has ended; it may have been killed for lack of memory"
+            raise CcellaError(why, path=self._log(_SERVER), fix="read this file, then run again") from None

@@ -35,15 +35,15 @@ def run(out: Path, *more: str) -> int:
 def test_a_comparison_runs_stops_and_continues(tmp_path, monkeypatch, capsys):
     """Everything that a stage has finished is kept, and what is left is done once."""
     out = tmp_path / "out"
-    real = Stages._call
+    real = Stages._start
 
-    def stop(self: Stages, name: str, words: list[str]) -> int:
+    def stop(self: Stages, name: str, words: list[str]) -> None:
         if name.startswith("evaluate"):
             raise KeyboardInterrupt
-        return real(self, name, words)
+        real(self, name, words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stages, "_call", stop)
+        patch.setattr(Stages, "_start", stop)
         assert run(out) == 130
     protocol = read_json(out / "protocol.json")
     assert protocol["decided"]["size"] == 10 and protocol["decided"]["space"] == "random"
