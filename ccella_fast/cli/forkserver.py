@@ -87,7 +87,7 @@ def serve(channel: Connection) -> list[str] | None:
             running[end] = _Command(name, process)
 
 
-def _begin(log: str, mask: set[signal.Signals], server: int) -> None:
+def _begin(log: str, mask: set[int | signal.Signals], server: int) -> None:
     """Make a fork what a new process would be."""
     import numpy as np
 
@@ -108,7 +108,8 @@ def _stop(running: dict[int, _Command]) -> None:
     deadline = time.monotonic() + _PATIENCE
     while running and (ended := wait([*running], max(0, deadline - time.monotonic()))):
         for end in ended:
-            os.waitpid(running.pop(end).process, 0)  # type: ignore[call-overload]
+            assert isinstance(end, int)
+            os.waitpid(running.pop(end).process, 0)
     for command in running.values():
         os.kill(command.process, signal.SIGKILL)
 
