@@ -66,6 +66,8 @@ def add_evaluate(subparsers: argparse._SubParsersAction) -> None:
     add = command.add_argument_group("output").add_argument
     about = "folder for metrics.json; features are kept in it, so that the same command continues"
     add("--out", type=Path, default=Path("evaluation"), metavar="FOLDER", help=f"{about} (default evaluation)")
+    about = "folder of features, which several evaluations of the same volumes may share (default: features in --out)"
+    add("--cache", type=Path, metavar="FOLDER", help=about)
     add_device(command.add_argument_group("machine").add_argument)
 
 

@@ -26,7 +26,7 @@ from ccella_fast.evaluation.results import SENSITIVITY
 from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
 from ccella_fast.pirads import CLASS_NAMES
-from ccella_fast.storage import check_writable, read_json, sha256, write_json
+from ccella_fast.storage import check_writable, read_json, remove_partial_files, sha256, write_json
 from ccella_fast.variants import VARIANTS
 
 logger = logging.getLogger("ccella_fast")
@@ -84,6 +84,8 @@ def compare(
     check_output(out, "a comparison", field="--out")
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out, "ccella-fast compare"):
+        for name in (".", "configs", "done", "features"):  # the other folders are those of commands
+            remove_partial_files(out / name, nested=False)
         protocol = protocols.keep(out, asked)
         with Stages(out, jobs) as stages:
             return _Comparison(stages, protocol, base, data, vae, init_from or {}).run()
@@ -289,10 +291,10 @@ class _Comparison:
                 "--seed", seed, "--resume", *more]  # fmt: skip
 
     def _evaluate(self, variant: str, seed: int) -> list[object]:
-        """The limit of the autoencoder, which is the same for all, is computed with the first."""
+        """Features of real volumes are shared. The limit of the autoencoder is the same for all, and comes with the first."""
         words: list[object] = [
             "evaluate", "--real", "real/prepared:val", "--synthetic", f"synthetic/{_name(variant, seed)}-test/prepared",
-            "--train", "real/prepared:train", "--out", f"evaluation/{_name(variant, seed)}",
+            "--train", "real/prepared:train", "--out", f"evaluation/{_name(variant, seed)}", "--cache", "features",
             "--features", *self.asked["features"], "--metrics", *self.asked["metrics"],
         ]  # fmt: skip
         if (variant, seed) == self.runs[0]:
@@ -313,7 +315,7 @@ class _Comparison:
             before, after = (f"samples/{_name(*run)}-{name}" for name in CLASS_NAMES)
             commands[f"evaluate-{_name(*run)}-class"] = [
                 "evaluate", "--real", "real/prepared:val", "--synthetic", before, "--counterfactual", after,
-                "--out", f"evaluation/{_name(*run)}-class", "--features", "random", "--metrics", "condition",
+                "--out", f"evaluation/{_name(*run)}-class", "--cache", "features", "--features", "random", "--metrics", "condition",
             ]  # fmt: skip
         self.stages.run(commands)
 

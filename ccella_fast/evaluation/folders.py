@@ -52,9 +52,10 @@ def evaluate_to_folder(
     sequences: Sequence[str] | None = None,
     draws: int = 100,
     seed: int = 0,
+    cache: str | Path | None = None,
     device: str | None = None,
 ) -> Evaluation:
-    """`evaluate` for folders. Writes metrics.json, protocol.json and some volumes to `out`; features go to `out`/features.
+    """`evaluate` for folders. Writes metrics.json, protocol.json and some volumes to `out`.
 
     Under torchrun the processes share the volumes, and the numbers do not depend on how many they are.
 
@@ -73,18 +74,21 @@ def evaluate_to_folder(
         sequences: those that are compared; default: all, which all sets must have.
         draws: random splits for floors and intervals.
         seed: of the splits.
+        cache: folder in which features are kept by content, and which several evaluations may share; default: `out`/features.
         device: of the networks; default: the GPU of this process, or the CPU if there is no GPU.
 
     Raises:
         ConfigError: as for `evaluate`; another command writes to `out`, or it is the folder of something else.
         DataError: as for `evaluate`; a folder is empty or of the wrong kind.
         CheckpointError: as for `evaluate`; the autoencoder is missing, damaged, or not that of the latents.
-        DiskError: `out` cannot be written.
+        DiskError: `out` or `cache` cannot be written.
     """
     out = Path(out)
+    cache = out / "features" if cache is None else Path(cache)
     asked = counterfactual is not None or embeddings is not None
     check_metrics(metrics, has_train=train is not None, for_condition=asked)
     check_writable(out, "--out")
+    check_writable(cache, "--cache")
     check_output(out, "an evaluation", field="--out")
     given = {"real": real, "synthetic": synthetic} | ({} if train is None else {"train": train})
     sets = {kind: _choose(open_volumes(path, field=f"--{kind}"), sequences) for kind, path in given.items()}
@@ -113,7 +117,7 @@ def evaluate_to_folder(
         processes.barrier()
         result = evaluate(
             **sets, latents=latents, findings=known, embeddings=vectors, features=extractors, metrics=metrics, draws=draws,
-            seed=seed, device=on, cache=out / "features", processes=processes, progress=True,
+            seed=seed, device=on, cache=cache, processes=processes, progress=True,
         )  # fmt: skip
         if processes.rank == 0:
             result.write_protocol(out)

@@ -183,6 +183,10 @@ def test_a_killed_run_continues_and_gives_the_same_numbers(folders, tmp_path):
     other = CountingExtractor(preprocessing="another")
     run_folders(folders, tmp_path / "out", features=[other])
     assert (again.calls, other.calls) == (0, 20)
+    elsewhere = CountingExtractor()
+    run_folders(folders, tmp_path / "elsewhere", features=[elsewhere], cache=tmp_path / "out" / "features")
+    assert elsewhere.calls == 0 and not (tmp_path / "elsewhere" / "features").exists()
+    assert without_times(written(tmp_path / "elsewhere")) == without_times(written(tmp_path / "fresh"))
 
 
 WITHOUT_PAGE = """
