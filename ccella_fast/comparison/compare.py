@@ -315,7 +315,8 @@ class _Comparison:
             before, after = (f"samples/{_name(*run)}-{name}" for name in CLASS_NAMES)
             commands[f"evaluate-{_name(*run)}-class"] = [
                 "evaluate", "--real", "real/prepared:val", "--synthetic", before, "--counterfactual", after,
-                "--out", f"evaluation/{_name(*run)}-class", "--cache", "features", "--features", "random", "--metrics", "condition",
+                "--out", f"evaluation/{_name(*run)}-class", "--cache", "features",
+                "--features", "random", "--metrics", "condition",
             ]  # fmt: skip
         self.stages.run(commands)
 
