@@ -90,8 +90,10 @@ def _answers(record: dict[str, Any]) -> Iterator[str]:
 def _generators(record: dict[str, Any]) -> Iterator[str]:
     protocol = record["protocol"]
     count = f"{protocol['prompts']} volumes each, from the reports of phantoms that no generator has seen"
-    pool = f"They were trained on {protocol['pools']['train'][0]:,} phantoms."
-    yield from [f"{count}.", f"{pool} Mean over the training seeds, and the values of the seeds.", ""]
+    grid = protocol["config"]["data"]
+    pool = f"They were trained on {protocol['pools']['train'][0]:,} phantoms, with lesions of {protocol['lesion_size']:g} times"
+    field = f"the usual size, in a field of view of {grid['spacing'][0] * grid['dim'][0]:.0f} mm."
+    yield from [f"{count}.", pool, f"{field} Mean over the training seeds, and the values of the seeds.", ""]
     yield f"| generator | distance ({protocol['distance'][1]}) | {' | '.join(_FINDINGS.values())} |"
     yield f"|---|---:|{'---:|' * len(_FINDINGS)}"
     for group in dict.fromkeys(arm["group"] for arm in record["arms"]):
