@@ -32,7 +32,7 @@ _MINI: dict[str, Any] = {
         "autoencoder": {"train": 64, "seed": 503},
     },
     "config": {  # changes of configs/demo.json
-        "data": {"spacing": [2.25, 2.25, 3.0], "dim": [32, 32, 16]},  # 72 mm around the prostate
+        "data": {"spacing": [1.8, 1.8, 3.0], "dim": [32, 32, 16]},  # 58 mm around the prostate
         "model": {"attention_levels": [False, True, True], "num_head_channels": [0, 32, 32]},
         "vae_training": {"max_train_steps": 1600},
         "training": {"max_train_steps": 3000, "batch_size": 16},
