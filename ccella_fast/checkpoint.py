@@ -139,10 +139,7 @@ def load_checkpoint(path: str | Path, *, weights: str | None = None, device: Any
         raise ValueError(f"weights must be 'ema', 'raw' or None, got {weights!r}")
     if path.is_file():
         return _load_reference(path, weights, device)
-    check_folder(path, "checkpoint", error=CheckpointError)
-    folder = path if (path / "manifest.json").is_file() else newest_checkpoint(path)
-    if folder is None:
-        raise wrong_folder(path, "checkpoint", error=CheckpointError)
+    folder = checkpoint_folder(path)
     listed = verify_checkpoint(folder)["files"]  # a file that the manifest does not list has not been checked
     from safetensors.torch import load_file
 
@@ -262,6 +259,23 @@ def step_folders(run: Path) -> list[Path]:
     except OSError as error:
         raise _unreadable(error, folder) from None
     return sorted(found, reverse=True)
+
+
+def checkpoint_folder(path: Path, *, field: str | None = None) -> Path:
+    """The newest checkpoint of a run folder; a step folder is returned as it is.
+
+    Args:
+        path: one of both.
+        field: the option that named it, for errors.
+
+    Raises:
+        CheckpointError: it is something else, does not exist, or has no valid checkpoint.
+    """
+    check_folder(path, "checkpoint", error=CheckpointError, field=field)
+    folder = path if (path / "manifest.json").is_file() else newest_checkpoint(path)
+    if folder is None:
+        raise wrong_folder(path, "checkpoint", error=CheckpointError, field=field)
+    return folder
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ccella_fast.checkpoint import checkpoint_folder
 from ccella_fast.comparison import protocol as protocols
 from ccella_fast.comparison.gates import autoencoder_gate, choose_size, choose_space, is_too_easy, open_real
 from ccella_fast.comparison.results import write_results
@@ -25,6 +26,7 @@ from ccella_fast.evaluation.findings import read_findings
 from ccella_fast.evaluation.results import SENSITIVITY
 from ccella_fast.folder_kinds import check_output
 from ccella_fast.folder_lock import lock_folder
+from ccella_fast.models.autoencoder import check_autoencoder, weights_file
 from ccella_fast.pirads import CLASS_NAMES
 from ccella_fast.storage import check_writable, read_json, remove_partial_files, sha256, write_json
 from ccella_fast.variants import VARIANTS
@@ -64,6 +66,7 @@ def compare(
 
     Raises:
         ConfigError: an argument is invalid, or the folder has another protocol.
+        CheckpointError: given weights do not exist or are of another kind.
         CcellaError: a command has failed; its log is named.
     """
     out = Path(out)
@@ -72,14 +75,14 @@ def compare(
     if (asked["phantom"] is None) == (data is None):
         why = f"the preset {preset} " + ("needs --data" if data is None else "draws its own studies")
         raise ConfigError(why, field="--data", fix="use --preset paper with --data, or another preset without it")
-    given = {"vae": vae, **(init_from or {})}
     for name in init_from or {}:
         if name not in asked["variants"]:
             why = f"--init_from names {name}, which is not compared"
             raise ConfigError(why, field="--init_from", fix=f"use one of {', '.join(asked['variants'])}")
     load_config(base)
     asked["config_sha256"] = sha256(base)
-    asked["given"] = {name: None if path is None else _identity(Path(path)) for name, path in given.items()}
+    asked["given"] = {"vae": None if vae is None else _identity_of_autoencoder(Path(vae))}
+    asked["given"] |= {name: _identity_of_start_weights(Path(path)) for name, path in (init_from or {}).items()}
     check_writable(out, "--out")
     check_output(out, "a comparison", field="--out")
     out.mkdir(parents=True, exist_ok=True)
@@ -91,9 +94,13 @@ def compare(
             return _Comparison(stages, protocol, base, data, vae, init_from or {}).run()
 
 
-def _identity(path: Path) -> str:
-    """What a given file or folder is known by: its hash, or that of its list."""
-    return sha256(path if path.is_file() else path / "manifest.json")
+def _identity_of_autoencoder(path: Path) -> str:
+    check_autoencoder(path)
+    return sha256(weights_file(path))
+
+
+def _identity_of_start_weights(path: Path) -> str:
+    return sha256(path if path.is_file() else checkpoint_folder(path, field="--init_from") / "manifest.json")
 
 
 class _Comparison:

@@ -18,11 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ccella_fast.checkpoint import BASE_WEIGHTS, load_checkpoint, newest_checkpoint
+from ccella_fast.checkpoint import BASE_WEIGHTS, checkpoint_folder, load_checkpoint
 from ccella_fast.config import Config, ModelConfig
 from ccella_fast.config_scheduler import SchedulerConfig
 from ccella_fast.errors import CheckpointError, ConfigError
-from ccella_fast.folder_kinds import check_folder, wrong_folder
 from ccella_fast.models import build_model
 from ccella_fast.models.low_rank import plain_name
 from ccella_fast.models.parts import is_within, select_trained, subpart_of
@@ -169,7 +168,9 @@ def check_same_start(path: str | None, skip: Sequence[str], recorded: dict[str, 
     if not Path(path).exists():
         logger.info("%s does not exist; the run continues from its checkpoint and does not need it", path)
         return
-    digest = sha256(path) if Path(path).is_file() else _listed_digest(_step_folder(Path(path)))
+    digest = (
+        sha256(path) if Path(path).is_file() else _listed_digest(checkpoint_folder(Path(path), field="--init_from"))
+    )
     if digest != recorded["sha256"] or sorted(skip) != recorded["skip"]:
         before, now = (" ".join(parts) or "no part" for parts in (recorded["skip"], sorted(skip)))
         what = "other weights than these" if digest != recorded["sha256"] else f"{before} skipped, and now {now} is"
@@ -221,7 +222,7 @@ def _read(path: Path) -> tuple[StartWeights, ModelConfig | None, SchedulerConfig
             "this file or folder does not exist", path=path, field="--init_from", fix="check the path"
         )
     if path.is_dir():  # our own: a run, a step, an exported or saved model; averaged weights if there are some
-        loaded = load_checkpoint(_step_folder(path))
+        loaded = load_checkpoint(checkpoint_folder(path, field="--init_from"))
         what = {"ema": "averaged weights", "raw": "weights"}[loaded.weights]
         about = f"{what} of {loaded.variant} after {counted(loaded.step, 'step')}"
         tensors, digest = loaded.model.state_dict(), _listed_digest(loaded.path)
@@ -233,14 +234,6 @@ def _read(path: Path) -> tuple[StartWeights, ModelConfig | None, SchedulerConfig
 
 def _objective(scheduler: SchedulerConfig) -> str:
     return f"{scheduler.prediction} of {scheduler.schedule}"
-
-
-def _step_folder(path: Path) -> Path:
-    check_folder(path, "checkpoint", error=CheckpointError, field="--init_from")
-    folder = path if (path / "manifest.json").is_file() else newest_checkpoint(path)
-    if folder is None:
-        raise wrong_folder(path, "checkpoint", error=CheckpointError, field="--init_from")
-    return folder
 
 
 def _listed_digest(folder: Path) -> str:

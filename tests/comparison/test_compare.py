@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from ccella_fast import cli
-from ccella_fast.comparison import compare as module
+from ccella_fast.comparison.compare import compare
+from ccella_fast.comparison.protocol import PRESETS
 from ccella_fast.comparison.stages import Stages
-from ccella_fast.errors import ConfigError
-from ccella_fast.storage import read_json
+from ccella_fast.errors import CcellaError
+from ccella_fast.storage import read_json, write_json
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.json"
 RESULTS = ("comparison.json", "table.md", "table.csv", "table.tex", "report.html")
@@ -97,15 +98,54 @@ def test_a_comparison_runs_stops_and_continues(tmp_path, monkeypatch, capsys):
     assert run(out) in (2, 3)
 
 
+@pytest.mark.slow
+def test_own_studies_are_compared(tmp_path, monkeypatch):
+    """The preset `paper` with small numbers: nothing is drawn, the findings of phantoms are not used, glands are segmented."""
+    small = PRESETS["paper"] | {
+        name: PRESETS["smoke"][name]
+        for name in ("training_seeds", "prompts_per_class", "classifier_seeds", "sensitivity_volumes", "spaces", "features")
+    }  # fmt: skip
+    small |= {"classifier": PRESETS["smoke"]["classifier"], "sampling": PRESETS["smoke"]["sampling"]}
+    monkeypatch.setitem(PRESETS, "paper", small)
+    config = read_json(DEMO)
+    for section, values in PRESETS["smoke"]["config"].items():
+        config[section] |= values
+    write_json(tmp_path / "config.json", config)
+    assert cli.main(["phantom", "--out", str(tmp_path / "studies"), "--splits", "11", "8", "8"]) == 0
+    start = tmp_path / "start"
+    own = {"preset": "paper", "config": tmp_path / "config.json", "data": tmp_path / "studies", "jobs": 2}
+    compare(tmp_path / "first", **own)
+    shutil.copytree(tmp_path / "first" / "models" / "MAISI-1", start)
+    # Another one with the autoencoder of the first, whose second row starts from the weights of the first.
+    found = compare(tmp_path / "second", **own, vae=tmp_path / "first" / "vae", init_from={"MAISI": start})
+    assert found["protocol"]["decided"].keys() == {"autoencoder", "space", "passed", "real_sha256"}
+    assert found["protocol"]["asked"]["given"].keys() == {"vae", "MAISI"}
+    assert not [
+        path for path in (tmp_path / "second").iterdir() if path.name in ("vae", "autoencoder", "calibration-0")
+    ]
+    metrics = {row["metric"] for row in found["generators"][0]["rows"]}
+    assert {"fd", "copies", "condition_class"} <= metrics and any(name.startswith("gland_") for name in metrics)
+    table = (tmp_path / "second" / "table.md").read_text()
+    assert "| MAISI, fine-tuned |" in table and "| CCELLA |" in table
+    page = (tmp_path / "second" / "report.html").read_text()
+    assert "phantoms, not about patients" not in page and "This was not looked at" in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"preset": "paper"}, "the preset paper needs --data"),
         ({"preset": "mini", "data": "studies"}, "the preset mini draws its own studies"),
         ({"preset": "mini", "init_from": {"LAST": "x"}}, "names LAST, which is not compared"),
+        ({"preset": "mini", "init_from": {"MAISI": "x"}}, "does not exist; a checkpoint or run folder is needed"),
+        ({"preset": "mini", "init_from": {"MAISI": "empty"}}, "an empty folder, not a checkpoint or run folder"),
+        ({"preset": "mini", "vae": "x"}, "does not exist; an autoencoder is needed"),
+        ({"preset": "mini", "vae": "empty"}, "an empty folder"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_written(tmp_path, arguments: dict[str, Any], words):
-    with pytest.raises(ConfigError, match=words):
-        module.compare(tmp_path / "out", config=DEMO, **arguments)
+def test_mistakes_are_named_before_anything_is_written(tmp_path, monkeypatch, arguments: dict[str, Any], words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CcellaError, match=words):
+        compare(tmp_path / "out", config=DEMO, **arguments)
     assert not (tmp_path / "out").exists()
