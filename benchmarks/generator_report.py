@@ -50,7 +50,7 @@ def main() -> int:
 def page(records: dict[str, dict[str, Any]]) -> str:
     """The page of the studies by name. The figure is under the last one."""
     parts = [markdown(name, record, has_figure=name == list(records)[-1]) for name, record in records.items()]
-    return "\n".join([INTRODUCTION, *parts]).rstrip() + "\n"
+    return INTRODUCTION + "\n" + "\n\n".join(parts) + "\n"
 
 
 def markdown(name: str, record: dict[str, Any], *, has_figure: bool = False) -> str:
@@ -105,7 +105,8 @@ def _generators(record: dict[str, Any]) -> Iterator[str]:
     yield f"| *real phantoms* | {floor:.1f} | {' | '.join(f'{value:.2f}' for value in ceilings)} |"
     yield ""
     yield "The distance of real phantoms is that between two halves of them. The other columns are the AUC with which class and"
-    yield "findings of the reports are read; 0.5 is chance."
+    yield "findings of the reports are read; 0.5 is chance. All generators get the same noise, so that values that are chance"
+    yield "deviate from 0.5 alike."
     yield ""
 
 
