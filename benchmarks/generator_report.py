@@ -38,18 +38,19 @@ python benchmarks/generator_study.py --study first --out out/study
 
 
 def main() -> int:
-    """Write the page and the figure, which is of the last study."""
+    """Write the page and the figure, which is of the last study of guidance."""
     records = {name: read_json(path) for name, path in RECORDS.items() if path.exists()}
-    last = list(records.values())[-1]
-    for path, content in ((PAGE, page(records).encode()), (FIGURE, plot(last))):
+    guided = [record for record in records.values() if record["protocol"]["guidance_scales"]]
+    for path, content in ((PAGE, page(records).encode()), (FIGURE, plot(guided[-1]))):
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
     return 0
 
 
 def page(records: dict[str, dict[str, Any]]) -> str:
-    """The page of the studies by name. The figure is under the last one."""
-    parts = [markdown(name, record, has_figure=name == list(records)[-1]) for name, record in records.items()]
+    """The page of the studies by name. The figure is under the last one of guidance."""
+    shown = [name for name, record in records.items() if record["protocol"]["guidance_scales"]][-1:]
+    parts = [markdown(name, record, has_figure=name in shown) for name, record in records.items()]
     return INTRODUCTION + "\n" + "\n\n".join(parts) + "\n"
 
 
@@ -63,21 +64,21 @@ def markdown(name: str, record: dict[str, Any], *, has_figure: bool = False) -> 
 def _answers(record: dict[str, Any]) -> Iterator[str]:
     protocol, found = record["protocol"], record["claims"]
     half, steps = protocol["fine_tuning_steps"], protocol["config"]["training"]["max_train_steps"]
-    (_, ddpm), (_, flow) = protocol["samplers"]["epsilon"], protocol["samplers"]["flow"]
-    margins = {name: f"at most {margin_of(protocol['judged'][name]):g}" for name in ("start_weights", "flow")}
-    scale = protocol["judged"]["guidance"]["scale"]
+    solvers, judged = protocol["samplers"], protocol["judged"]
     questions = {
-        "start_weights": (
-            f"{half:,} steps from weights of another pool, against {steps:,} from scratch: distance, relative",
-            margins["start_weights"],
-        ),
-        "flow": (f"flow with {flow} evaluations, against DDPM with {ddpm}: distance, relative", margins["flow"]),
-        "guidance": (f"guidance {scale:g} against none: agreement of the class, difference", "above 0"),
+        "start_weights": f"{half:,} steps from weights of another pool, against {steps:,} from scratch: distance, relative"
     }
+    if "flow" in judged:
+        (_, ddpm), (_, flow) = solvers["epsilon"], solvers["flow"]
+        questions["flow"] = f"flow with {flow} evaluations, against DDPM with {ddpm}: distance, relative"
+    if "guidance" in judged:
+        questions["guidance"] = (
+            f"guidance {judged['guidance']['scale']:g} against none: agreement of the class, difference"
+        )
     yield "| question | each training seed | mean | 95 % interval | wanted | answer |"
     yield "|---|---|---:|---|---|---|"
-    for name, (question, wanted) in questions.items():
-        claim = found[name]
+    for name, question in questions.items():
+        claim, wanted = found[name], "above 0" if name == "guidance" else f"at most {margin_of(judged[name]):g}"
         by_seed, interval = ", ".join(map(_number, claim["by_seed"])), " to ".join(map(_number, claim["interval"]))
         yield f"| {question} | {by_seed} | {_number(claim['value'])} | {interval} | {wanted} | {claim['verdict']} |"
     yield ""
@@ -93,6 +94,10 @@ def _generators(record: dict[str, Any]) -> Iterator[str]:
     grid = protocol["config"]["data"]
     pool = f"They were trained on {protocol['pools']['train'][0]:,} phantoms, with lesions of {protocol['lesion_size']:g} times"
     field = f"the usual size, in a field of view of {grid['spacing'][0] * grid['dim'][0]:.0f} mm."
+    if "fine_tuning_lr" in protocol:
+        field += (
+            f" Weights of another pool were trained further with a learning rate of {protocol['fine_tuning_lr']:g}."
+        )
     yield from [f"{count}.", pool, f"{field} Mean over the training seeds, and the values of the seeds.", ""]
     yield f"| generator | distance ({protocol['distance'][1]}) | {' | '.join(_FINDINGS.values())} |"
     yield f"|---|---:|{'---:|' * len(_FINDINGS)}"

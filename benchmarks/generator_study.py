@@ -92,7 +92,17 @@ SECOND: dict[str, Any] = FIRST | {
         "guidance": {"scale": 4.0, "rule": "the interval of the difference to a scale of 1 is above 0"},
     },
 }  # fmt: skip
-PROTOCOLS = {"first": FIRST, "second": SECOND}
+# The second decided about flow and guidance. In both, start weights were trained further with the learning rate of a training
+# from scratch; the third asks about them alone, with a third of it.
+THIRD: dict[str, Any] = SECOND | {
+    "pools": {"train": [1000, 321], "other": [1000, 322], "real": [400, 323], "autoencoder": [64, 324]},
+    "fine_tuning_lr": 1e-3,
+    "training_seeds": [21, 22, 23, 24, 25, 26],
+    "samplers": {"epsilon": ["ddpm", 50]},
+    "guidance_scales": [],
+    "judged": {"start_weights": SECOND["judged"]["start_weights"]},
+}  # fmt: skip
+PROTOCOLS = {"first": FIRST, "second": SECOND, "third": THIRD}
 SMOKE: dict[str, Any] = {
     "pools": {"train": [16, 301], "other": [16, 302], "real": [24, 303], "autoencoder": [8, 304]},
     "config": {
@@ -175,15 +185,14 @@ def keep_protocol(path: Path, protocol: dict[str, Any]) -> None:
 
 def arms(protocol: dict[str, Any]) -> list[Arm]:
     """All sets of volumes."""
-    epsilon, flow = (tuple(protocol["samplers"][name]) for name in ("epsilon", "flow"))
+    samplers = {name: tuple(sampler) for name, sampler in protocol["samplers"].items()}
     found = []
     for seed in protocol["training_seeds"]:
-        found += [Arm("scratch", seed, f"scratch-{seed}", epsilon)]
-        found += [Arm("fine-tuned", seed, f"fine-tuned-{seed}", epsilon)]
-        found += [Arm("flow", seed, f"flow-{seed}", flow)]
-        found += [
-            Arm(f"flow, guidance {scale:g}", seed, f"flow-{seed}", flow, scale) for scale in protocol["guidance_scales"]
-        ]
+        found += [Arm(group, seed, f"{group}-{seed}", samplers["epsilon"]) for group in ("scratch", "fine-tuned")]
+        if "flow" in samplers:
+            flow = Arm("flow", seed, f"flow-{seed}", samplers["flow"])
+            scales = protocol["guidance_scales"]
+            found += [flow, *(flow._replace(group=f"flow, guidance {scale:g}", guidance=scale) for scale in scales)]
     return sorted(found, key=lambda arm: (arm.seed, arm.group))
 
 
@@ -220,12 +229,15 @@ def generate(stages: Stages, protocol: dict[str, Any]) -> None:
     )
     stages.run({f"encode-{name}": [*prepare(name), "--vae", "vae"] for name in pools if name != "autoencoder"})
     half, seeds = protocol["fine_tuning_steps"], protocol["training_seeds"]
+    flows = seeds if "flow" in protocol["samplers"] else []
     stages.run(
         {"start-weights": train("epsilon", "other", "start-weights", 0)}
         | {f"scratch-{seed}": train("epsilon", "train", f"scratch-{seed}", seed) for seed in seeds}
-        | {f"flow-{seed}": train("flow", "train", f"flow-{seed}", seed) for seed in seeds}
+        | {f"flow-{seed}": train("flow", "train", f"flow-{seed}", seed) for seed in flows}
     )
     more = ["--init_from", "models/start-weights", "--max_train_steps", half]
+    if "fine_tuning_lr" in protocol:
+        more += ["--set", f"training.lr={protocol['fine_tuning_lr']}"]
     stages.run(
         {f"fine-tuned-{seed}": [*train("epsilon", "train", f"fine-tuned-{seed}", seed), *more] for seed in seeds}
     )
@@ -239,6 +251,8 @@ def write_configurations(out: Path, protocol: dict[str, Any]) -> None:
     for section, values in protocol["config"].items():
         config[section] |= values
     write_json(out / "epsilon.json", config)
+    if "flow" not in protocol["samplers"]:
+        return
     solver, steps = protocol["samplers"]["flow"]
     config["scheduler"] = protocol["flow"]
     config["sampling"] |= {"solver": solver, "num_inference_steps": steps}
@@ -316,27 +330,26 @@ def claims(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What the protocol wants to know: value, interval of 95 % over the training seeds (Student), and yes, no or undecided."""
     protocol = record["protocol"]
     judged, seeds = protocol["judged"], protocol["training_seeds"]
-    margins = {name: math.log(margin_of(judged[name])) for name in ("start_weights", "flow")}
     found = {(arm["group"], arm["seed"]): arm for arm in record["arms"]}
 
-    def relative(group: str) -> list[float]:
-        of_group, scratch = (
-            [value_of(found[name, seed], protocol["distance"]) for seed in seeds] for name in (group, "scratch")
-        )
-        return [math.log(one / other) for one, other in zip(of_group, scratch, strict=True)]
+    def values(group: str, metric: str) -> list[float]:
+        return [value_of(found[group, seed], protocol[metric]) for seed in seeds]
 
-    scale = f"flow, guidance {judged['guidance']['scale']:g}"
-    gains = [
-        value_of(found[scale, seed], protocol["agreement"]) - value_of(found["flow", seed], protocol["agreement"])
-        for seed in seeds
-    ]
-    return {
-        **{
-            name: _claim(relative(group), lambda low, high, most=margins[name]: (high <= most, low > most), math.exp)
-            for name, group in (("start_weights", "fine-tuned"), ("flow", "flow"))
-        },
-        "guidance": _claim(gains, lambda low, high: (low > 0, high <= 0), float),
-    }
+    result = {}
+    for name, group in (("start_weights", "fine-tuned"), ("flow", "flow")):
+        if name in judged:
+            pairs = zip(values(group, "distance"), values("scratch", "distance"), strict=True)
+            most = math.log(margin_of(judged[name]))
+            result[name] = _claim(
+                [math.log(one / other) for one, other in pairs],
+                lambda low, high, most=most: (high <= most, low > most),
+                math.exp,
+            )
+    if "guidance" in judged:
+        guided = values(f"flow, guidance {judged['guidance']['scale']:g}", "agreement")
+        gains = [one - other for one, other in zip(guided, values("flow", "agreement"), strict=True)]
+        result["guidance"] = _claim(gains, lambda low, high: (low > 0, high <= 0), float)
+    return result
 
 
 def margin_of(judged: Any) -> float:

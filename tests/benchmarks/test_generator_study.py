@@ -14,9 +14,10 @@ from ccella_fast.errors import ConfigError
 from ccella_fast.storage import read_json
 
 
-def record(distances: dict[str, list[float]], agreements: dict[str, list[float]]) -> dict[str, Any]:
+def record(
+    distances: dict[str, list[float]], agreements: dict[str, list[float]], protocol: dict[str, Any] = study.FIRST
+) -> dict[str, Any]:
     """A record with one distance and one agreement of each arm."""
-    protocol = study.FIRST
     arms = []
     for arm in study.arms(protocol):
         place = protocol["training_seeds"].index(arm.seed)
@@ -77,7 +78,30 @@ def test_studies_share_no_patient_and_no_seed():
     seeds += [seed for protocol in study.PROTOCOLS.values() for seed in protocol["training_seeds"]]
     assert len(set(seeds)) == len(seeds)
     for protocol in study.PROTOCOLS.values():
-        assert protocol["judged"]["guidance"]["scale"] in protocol["guidance_scales"]
+        if "guidance" in protocol["judged"]:
+            assert protocol["judged"]["guidance"]["scale"] in protocol["guidance_scales"]
+
+
+def test_a_study_of_start_weights_alone_trains_nothing_else_and_fine_tunes_with_its_own_rate(tmp_path, monkeypatch):
+    commands: dict[str, list[object]] = {}
+
+    class Recorder:
+        out = tmp_path
+
+        def run(self, several: dict[str, list[object]]) -> None:
+            commands.update(several)
+
+    monkeypatch.setattr(study, "write_prompts", lambda *_: None)
+    study.generate(Recorder(), study.THIRD)
+    assert not [name for name in commands if "flow" in name] and not (tmp_path / "flow.json").exists()
+    tuned = [words for name, words in commands.items() if name.startswith("fine-tuned")]
+    assert len(tuned) == 6 and all("training.lr=0.001" in words and 1500 in words for words in tuned)
+    assert not [words for name, words in commands.items() if name.startswith("scratch") and "--set" in words]
+    few = study.THIRD | {"training_seeds": [21, 22, 23]}
+    near = record({"scratch": SCRATCH, "fine-tuned": [0.9 * value for value in SCRATCH]}, {}, few)
+    assert {arm["group"] for arm in near["arms"]} == {"scratch", "fine-tuned"}
+    claims = study.claims(near)
+    assert list(claims) == ["start_weights"] and claims["start_weights"]["verdict"] == "yes"
 
 
 def test_the_margin_of_start_weights_is_that_of_the_study():
