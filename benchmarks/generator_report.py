@@ -82,7 +82,7 @@ def _answers(record: dict[str, Any]) -> Iterator[str]:
         by_seed, interval = ", ".join(map(_number, claim["by_seed"])), " to ".join(map(_number, claim["interval"]))
         yield f"| {question} | {by_seed} | {_number(claim['value'])} | {interval} | {wanted} | {claim['verdict']} |"
     yield ""
-    yield "The interval is Student's, over the training seeds; the answer is yes or no if it lies on one side as a whole."
+    yield "The intervals are Student's t intervals over the training seeds. One that contains the limit decides nothing."
     yield f"The distance is the Fréchet distance in {protocol['distance'][1]}. The agreement is the area under the ROC curve"
     yield "(AUC) of a probe that was fitted on real phantoms, against the class that was asked for."
     yield ""

@@ -93,9 +93,9 @@ SECOND: dict[str, Any] = FIRST | {
     },
 }  # fmt: skip
 # The second decided about flow and guidance. In both, the start weights had been trained no longer than the models that they
-# were compared with; the third asks about start weights alone, with such as are used: trained longer than their user could. It
-# has not been run and may be changed until then. A lower learning rate is not what was missing: with a third or a tenth of it,
-# the distance on the second's phantoms was 176 and 175 instead of 168 (one run each).
+# were compared with. The third asks about start weights alone, and trains them longer, as published weights are. It has not
+# been run yet and may still change. A lower learning rate did not help: with a third and a tenth of it, the distance on the
+# phantoms of the second study was 176 and 175 instead of 168 (one run each).
 THIRD: dict[str, Any] = SECOND | {
     "pools": {"train": [1000, 321], "other": [1000, 322], "real": [400, 323], "autoencoder": [64, 324]},
     "start_weights_steps": 6000,  # twice as many as from scratch

@@ -116,7 +116,7 @@ def _stop(running: dict[int, _Command]) -> None:
 
 if __name__ == "__main__":
     import_modules()
-    sys.stdout.flush()  # a fork would print again what has not been written
+    sys.stdout.flush()  # otherwise every fork would print buffered output again
     sys.stderr.flush()
     words = serve(Connection(int(sys.argv[1])))
     if words is None:

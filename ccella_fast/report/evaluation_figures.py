@@ -150,7 +150,7 @@ def profiles(groups: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def series_colors(count: int) -> list[str]:
-    """As many colors that can be told apart, without that of the autoencoder's limit as long as there are enough."""
+    """Distinct colors for this many lines. The color of the autoencoder's limit is used last."""
     own = [color for color in COLORS if color != _LIMIT] + [
         "#c2a51a",
         "#2aa1a1",
