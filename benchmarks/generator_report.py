@@ -95,7 +95,10 @@ def _generators(record: dict[str, Any]) -> Iterator[str]:
     pool = f"They were trained on {protocol['pools']['train'][0]:,} phantoms, with lesions of {protocol['lesion_size']:g} times"
     field = f"the usual size, in a field of view of {grid['spacing'][0] * grid['dim'][0]:.0f} mm."
     if "start_weights_steps" in protocol:
-        field += f" The weights of another pool had been trained for {protocol['start_weights_steps']:,} steps."
+        others = protocol["pools"]["other"][0]
+        field += (
+            f" The start weights had been trained for {protocol['start_weights_steps']:,} steps on {others:,} others."
+        )
     yield from [f"{count}.", pool, f"{field} Mean over the training seeds, and the values of the seeds.", ""]
     yield f"| generator | distance ({protocol['distance'][1]}) | {' | '.join(_FINDINGS.values())} |"
     yield f"|---|---:|{'---:|' * len(_FINDINGS)}"
