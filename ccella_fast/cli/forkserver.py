@@ -2,10 +2,11 @@
 
     python -m ccella_fast.cli.forkserver CHANNEL
 
-CHANNEL is the file descriptor of a socket. A request is the JSON `[name, words, log]`: the words of a command line, and the
-file for what the command prints. When the command has ended, the answer is `[name, code]`, with the exit code as of
-`subprocess`. A command is a process of its own, which ends as any other does. When the other side of CHANNEL is closed, or its
-process is killed, the commands that run get SIGTERM.
+CHANNEL is the file descriptor of a socket. A request is the JSON `[name, words, log, processes]`: the words of a command line,
+the file for what the command prints, and the number of processes that share its work. More than one are started by torchrun.
+When the command has ended, the answer is `[name, code]`, with the exit code as of `subprocess`. A command is a process of its
+own, which ends as any other does. When the other side of CHANNEL is closed, or its process is killed, the commands that run
+get SIGTERM.
 
 This process only imports: a fork could not use CUDA, an OpenMP pool or an autograd engine that had been started before it.
 """
@@ -71,7 +72,7 @@ def serve(channel: Connection) -> list[str] | None:
                     channel.send_bytes(json.dumps([command.name, code]).encode())
                 continue
             try:
-                name, words, log = json.loads(channel.recv_bytes())
+                name, words, log, processes = json.loads(channel.recv_bytes())
             except (EOFError, OSError):
                 _stop(running)
                 return None
@@ -82,6 +83,10 @@ def serve(channel: Connection) -> list[str] | None:
                 for each in (end, *running):
                     os.close(each)
                 _begin(log, mask, server)
+                if processes > 1:
+                    os.set_inheritable(other_end, True)
+                    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+                    os.execv(sys.executable, [sys.executable, *torchrun, "-m", "ccella_fast.cli", *words])
                 return words
             os.close(other_end)
             running[end] = _Command(name, process)

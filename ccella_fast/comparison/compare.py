@@ -253,8 +253,11 @@ class _Comparison:
     def _generate(self) -> None:
         """Train every generator; its volumes from training and from test cases; how far these are from real ones."""
         self.stages.run({f"train-{_name(*run)}": self._train(*run) for run in self.runs})
-        splits = {"train": ["--per_case", 1], "test": ["--per_class", self.asked["prompts_per_class"]]}
-        sampling = _options(self.asked["sampling"])
+        # Volumes that classifiers are trained on are of another noise for each seed: their spread includes that of sampling.
+        splits = {
+            "train": lambda seed: ["--per_case", 1, *_options(self.asked["sampling"] | {"seed": seed})],
+            "test": lambda _: ["--per_class", self.asked["prompts_per_class"], *_options(self.asked["sampling"])],
+        }
         self.stages.run(
             {
                 f"synthesize-{_name(*run)}-{split}": [
@@ -267,11 +270,10 @@ class _Comparison:
                     split,
                     "--out",
                     f"synthetic/{_name(*run)}-{split}/studies",
-                    *count,
-                    *sampling,
+                    *options(run[1]),
                 ]
                 for run in self.runs
-                for split, count in splits.items()
+                for split, options in splits.items()
             }  # fmt: skip
         )
         self.stages.run(
@@ -354,7 +356,7 @@ class _Comparison:
                 "classify", "--real", "real/prepared", "--synthetic", *self._prepared(variant), "--arms", "rs",
                 "--out", f"classify-{variant}", *common,
             ]  # fmt: skip
-        self.stages.run(commands)
+        self.stages.run(commands, shared=True)
 
     def _arms(self) -> list[str]:
         """The arms, without those of predicted classes if a generator of the first variant predicts one class for all."""

@@ -79,9 +79,9 @@ def is_too_easy(accuracies: Mapping[int, float], wanted: Sequence[float]) -> boo
 
 
 def choose_space(gates: Sequence[Mapping[str, Any]], preferred: Sequence[str]) -> str | None:
-    """G2: the first preferred feature space that has passed the sensitivity gate, else the first that has; None without any."""
+    """G2: the first preferred feature space that has passed the sensitivity gate; None without any."""
     passed = [str(gate["space"]) for gate in gates if gate["passed"]]
-    return next((space for space in [*preferred, *passed] if space in passed), None)
+    return next((space for space in preferred if space in passed), None)
 
 
 def open_real(prepared: Path, split: str) -> VolumeSet:

@@ -23,6 +23,7 @@ from ccella_fast.errors import CheckpointError
 from ccella_fast.evaluation.results import plain_values
 from ccella_fast.report.comparison import Further, Table, write_page
 from ccella_fast.storage import atomic_path, read_json, write_csv, write_json
+from ccella_fast.variants import VARIANTS
 
 FORMAT = {"format": "ccella_fast.comparison.results", "version": 1}
 LEVEL = 0.05
@@ -44,7 +45,7 @@ class Statement(NamedTuple):
         name: "O1" to "O4".
         question: in words.
         answer: "yes", "no" or "undecided".
-        sentence: the numbers, with interval and n.
+        sentence: the numbers, with their interval.
         p: of a primary statement; adjusted for both (Holm) in `p_holm`.
         p_holm: None if the statement is exploratory.
     """
@@ -75,6 +76,7 @@ def write_results(
     variants = protocol["asked"]["variants"]
     classified = {"": out / "classify"} | {variant: out / f"classify-{variant}" for variant in variants[2:]}
     classifiers, roc = _classifiers(classified, variants)
+    classification = read_json(classified[""] / "classify.json")
     record: dict[str, Any] = {
         **FORMAT,
         "protocol_sha256": digest(protocol),
@@ -82,7 +84,8 @@ def write_results(
         "generators": [_generator(out, *run, seconds) for run in runs],
         "classifiers": classifiers,
         "roc": roc,
-        "contrasts": read_json(classified[""] / "classify.json")["contrasts"],
+        "contrasts": classification["contrasts"],
+        "studies": classification["studies"],
         "paper": PAPER,
         "seconds": dict(seconds),
         "environment": describe_environment(),
@@ -139,13 +142,18 @@ def _count_parameters(out: Path, name: str) -> int:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of an evaluation for its first sequence."""
-    rows = read_json(folder / "metrics.json")["rows"]
-    return [
-        {name: row[name] for name in _KEPT} | {name: row["details"].get(name) for name in _DETAILS}
-        for row in rows
-        if row["sequence"] == rows[0]["sequence"]
-    ]
+    """The rows of an evaluation for its first sequence.
+
+    The value of a distance is that between as many volumes as the floor and the limit of the autoencoder are computed with.
+    """
+    kept = []
+    for row in (rows := read_json(folder / "metrics.json")["rows"]):
+        if row["sequence"] == rows[0]["sequence"]:
+            equal = {} if row["value_equal_n"] is None else {"value": row["value_equal_n"]}
+            kept.append(
+                {name: row[name] for name in _KEPT} | {name: row["details"].get(name) for name in _DETAILS} | equal
+            )
+    return kept
 
 
 def _classifiers(
@@ -184,51 +192,71 @@ def statements(record: Mapping[str, Any]) -> list[Statement]:
     """O1 to O4. O1 and O2 are primary and share the level; the others are exploratory."""
     first, second = record["protocol"]["asked"]["variants"][:2]
     contrasts = {(each["contrast"], each["metric"]): each for each in record["contrasts"]}
+    more = _gain(contrasts.get(("rs-rb", "accuracy")), "O4", f"More than those of {second}?",
+                 f"real + {first} against real + {second}")  # fmt: skip
+    if not VARIANTS[second].text and VARIANTS[second].class_input == "none":
+        chance = f"{second} is not told the class, so its volumes show it by chance: half of their labels are wrong."
+        more = more._replace(sentence=f"{more.sentence} {chance}")
     found = [
         _closer(record, first, second),
         _gain(contrasts.get(("rs-rr", "accuracy")), "O2", "Do the volumes improve a classifier of real studies?",
               f"real + {first} against real twice"),
         _equal(contrasts.get(("s-r", "accuracy"))),
-        _gain(contrasts.get(("rs-rb", "accuracy")), "O4", f"More than those of {second}?",
-              f"real + {first} against real + {second}"),
+        more,
     ]  # fmt: skip
     primary = [each for each in found[:2] if each.p is not None]
     adjusted = dict(
         zip((each.name for each in primary), holm([each.p for each in primary if each.p is not None]), strict=True)
     )
-    return [_adjusted(each, adjusted.get(each.name)) for each in found]
+    return [_adjusted(each, adjusted.get(each.name), len(adjusted)) for each in found]
 
 
-def _adjusted(statement: Statement, p: float | None) -> Statement:
-    """A primary statement whose adjusted p-value is above the level is undecided."""
+def _adjusted(statement: Statement, p: float | None, count: int) -> Statement:
+    """A primary statement whose p-value, adjusted for `count` of them, is above the level is undecided."""
     if p is None:
         return statement
     answer = statement.answer if p <= LEVEL + 1e-9 else "undecided"
-    return statement._replace(
-        p_holm=p, answer=answer, sentence=f"{statement.sentence} p = {p:.3g} (Holm, two statements)."
-    )
+    how = " (Holm, two statements)" if count > 1 else ""
+    return statement._replace(p_holm=p, answer=answer, sentence=f"{statement.sentence} p = {p:.3g}{how}.")
 
 
 def _closer(record: Mapping[str, Any], first: str, second: str) -> Statement:
-    """O1: the distance to real volumes of the first variant against that of the second, over training seeds."""
-    space = record["protocol"]["decided"]["space"]
+    """O1: the kernel distance to real volumes of the first variant against that of the second, over training seeds.
+
+    Unlike the Fréchet distance, it is not biased by the number of volumes. The test is one-sided, as the statement is. The
+    opposite, which it does not ask for, needs half of the level.
+    """
+    decided = record["protocol"]["decided"]
+    space = decided["space"]
     question = f"Are volumes of {first} closer to real ones than those of {second}?"
-    values = {variant: tables.metric_by_seed(record, variant, "fd", space) for variant in (first, second)}
-    if any(value is None for of in values.values() for value in of):
+    if not decided["passed"].get(space, False):
+        return Statement("O1", question, "undecided", "No features order known degradations of real studies.")
+    a, b = (_defined(record, variant, "kid", space) for variant in (first, second))
+    if a is None or b is None:
         return Statement("O1", question, "undecided", "A distance is not defined.")
-    a, b = ([float(value) for value in values[variant] if value is not None] for variant in (first, second))
-    lower, higher = permutation_p(a, b), permutation_p(b, a)
+    lower, higher = permutation_p(a, b), min(1.0, 2 * permutation_p(b, a))
     answer = "yes" if lower <= LEVEL + 1e-9 else "no" if higher <= LEVEL + 1e-9 else "undecided"
     first_values, second_values = (f"{tables.shown(mean(of))} ({', '.join(map(tables.shown, of))})" for of in (a, b))
-    sentence = f"FD in {space}: {first_values} against {second_values}, by training seed."
+    sentence = f"KID in {space}: {first_values} against {second_values}, by training seed."
+    c, d = (_defined(record, variant, "fd", space) for variant in (first, second))
+    if c is not None and d is not None:
+        sentence += f" FD: {tables.shown(mean(c))} against {tables.shown(mean(d))}."
     return Statement("O1", question, answer, sentence, p=min(lower, higher))
+
+
+def _defined(record: Mapping[str, Any], variant: str, metric: str, space: str) -> list[float] | None:
+    """A metric of every generator of a variant; None if it is not defined for one."""
+    values = tables.metric_by_seed(record, variant, metric, space)
+    known = [float(value) for value in values if value is not None]
+    return known if len(known) == len(values) else None
 
 
 def permutation_p(a: Sequence[float], b: Sequence[float]) -> float:
     """One-sided p-value that `a` is smaller than `b`: of all divisions of the values, the share with as small a sum as `a`."""
     values, total = [*a, *b], sum(a)
     sums = [sum(chosen) for chosen in itertools.combinations(values, len(a))]
-    return sum(each <= total * (1 + 1e-12) + 1e-300 for each in sums) / len(sums)
+    rounding = 1e-12 * sum(map(abs, values))
+    return sum(each <= total + rounding for each in sums) / len(sums)
 
 
 def _gain(contrast: Mapping[str, Any] | None, name: str, question: str, what: str) -> Statement:
@@ -242,15 +270,17 @@ def _gain(contrast: Mapping[str, Any] | None, name: str, question: str, what: st
 
 def _equal(contrast: Mapping[str, Any] | None) -> Statement:
     """O3: synthetic against real, within the margin."""
-    question = "Are synthetic studies alone as good as real ones?"
+    question = "Do synthetic studies alone teach as much as real ones?"
     if contrast is None or contrast["ci95"] is None or "equivalence" not in contrast:
         return Statement("O3", question, "undecided", "The difference has no interval.")
-    low, high = contrast["ci95"]
     same = contrast["equivalence"]
+    low, high = same["ci90"]
     sentence = (
-        f"Accuracy of synthetic against real: {_points(contrast['difference'])} points ({_points(low)} to {_points(high)}); "
-        f"within ±{100 * same['margin']:g} counts as equal."
+        f"Accuracy of synthetic against real: {_points(contrast['difference'])} points (90 %: {_points(low)} to "
+        f"{_points(high)}); within ±{100 * same['margin']:g} counts as equal."
     )
+    if same["verdict"] == "no" and contrast["difference"] > 0:
+        sentence += " They teach more."
     return Statement("O3", question, same["verdict"], sentence)
 
 

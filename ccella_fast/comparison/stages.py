@@ -47,8 +47,13 @@ class Stages:
             self._channel.close()
             self._server.wait()  # it ends the commands that run
 
-    def run(self, commands: Mapping[str, Sequence[object]]) -> None:
+    def run(self, commands: Mapping[str, Sequence[object]], *, shared: bool = False) -> None:
         """Run commands by name; return when all have finished.
+
+        Args:
+            commands: name -> words.
+            shared: run them one after the other, each as `jobs` processes that share its work, which must be a command that
+                does so under torchrun.
 
         Raises:
             CcellaError: one has failed. Those that were started are waited for, and no other is started.
@@ -58,11 +63,11 @@ class Stages:
         started: dict[str, float] = {}
         failed: list[str] = []
         while started or (waiting and not failed):
-            while waiting and not failed and len(started) < self._jobs:
+            while waiting and not failed and len(started) < (1 if shared else self._jobs):
                 name = waiting.pop(0)
                 print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
                 started[name] = time.perf_counter()
-                self._start(name, texts[name])
+                self._start(name, texts[name], self._jobs if shared else 1)
             name, code = self._wait()
             seconds = round(time.perf_counter() - started.pop(name), 1)
             if code != 0:
@@ -90,7 +95,7 @@ class Stages:
 
     # ---- The server
 
-    def _start(self, name: str, words: list[str]) -> None:
+    def _start(self, name: str, words: list[str], processes: int = 1) -> None:
         """Let the server start a command, and start the server before the first one."""
         if self._server is None:
             self._channel, theirs = Pipe()
@@ -102,7 +107,7 @@ class Stages:
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 )  # fmt: skip
         with self._named_loss():
-            self._channel.send_bytes(json.dumps([name, words, f"logs/{name}.txt"]).encode())
+            self._channel.send_bytes(json.dumps([name, words, f"logs/{name}.txt", processes]).encode())
 
     def _wait(self) -> tuple[str, int]:
         """The name and the exit code of the next command that ends."""

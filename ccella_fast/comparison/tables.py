@@ -244,7 +244,8 @@ def markdown(record: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> str:
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
         "Mean ± standard deviation over training seeds; of accuracies, over generators and classifiers. "
-        f"KID, FD and coverage in {record['protocol']['decided']['space']}.",
+        f"KID, FD and coverage in {record['protocol']['decided']['space']}, between equal numbers of volumes. "
+        f"{sum(record['studies']['real']['test'].values())} real test studies.",
         "In the paper, on other data: " + "; ".join(f"{name} {value}" for name, value in record["paper"].items()) + ".",
         f"Protocol {record['protocol_sha256']}.",
     ]

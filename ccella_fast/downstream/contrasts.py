@@ -226,14 +226,17 @@ def equivalence(difference: float, standard_error: float, df: float, margin: flo
     """Two one-sided tests that the difference is within ±margin (Schuirmann 1987).
 
     Returns:
-        margin, p (the larger of the two), and verdict: `yes` (p below 0.05), `no` (as surely beyond the margin) or `undecided`.
+        margin, p (the larger of the two), ci90, which is within the margin if p is below 0.05, and verdict: `yes` (it is),
+        `no` (as surely beyond the margin) or `undecided`.
     """
     if standard_error == 0:
         inside = abs(difference) < margin
-        return {"margin": margin, "p": 0.0 if inside else 1.0, "verdict": "yes" if inside else "no"}
+        verdict = "yes" if inside else "no"
+        return {"margin": margin, "p": 0.0 if inside else 1.0, "ci90": [difference, difference], "verdict": verdict}
     p = max(student_tail((margin + sign * difference) / standard_error, df) for sign in (1, -1))
     verdict = "yes" if p < _LEVEL else "no" if 1 - p < _LEVEL else "undecided"
-    return {"margin": margin, "p": p, "verdict": verdict}
+    half = student_quantile(_LEVEL, df) * standard_error
+    return {"margin": margin, "p": p, "ci90": [difference - half, difference + half], "verdict": verdict}
 
 
 def mcnemar_p(first: int, second: int) -> float:

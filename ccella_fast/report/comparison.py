@@ -86,6 +86,7 @@ def write_page(folder: Path, record: Mapping[str, Any], variants: Table, further
         notices=_notices(record),
         facts=[
             ("training studies", decided.get("size", "all of --data")),
+            ("test studies", sum(record["studies"]["real"]["test"].values())),
             ("classifier seeds", asked["classifier_seeds"]),
             ("distances in", decided["space"]),
             ("protocol", record["protocol_sha256"][:12]),
@@ -144,6 +145,21 @@ def _notices(record: Mapping[str, Any]) -> list[str]:
     notices = ["Not for diagnosis. Generated volumes are synthetic."]
     if asked["phantom"] is not None:
         notices.append("Real studies are phantoms here: the answers are about phantoms, not about patients.")
+    if not record["protocol"]["decided"]["autoencoder"]["gate_open"]:
+        notices.append(
+            "The autoencoder loses what shows the class: less than 0.9 of the accuracy on real studies is left. Differences "
+            "between classifiers of real and of generated studies may be its doing."
+        )
+    accuracies = record["protocol"]["decided"].get("accuracy_by_size")
+    if accuracies is not None:
+        chosen, (low, high) = accuracies[str(record["protocol"]["decided"]["size"])], asked["wanted_accuracy"]
+        if not low <= chosen <= high:
+            notices.append(
+                f"No number of training studies gave an accuracy between {low:g} and {high:g}: {chosen:.2f} was the nearest, "
+                "so that gains are hard to see."
+            )
+    if not record["protocol"]["decided"]["passed"].get(record["protocol"]["decided"]["space"], False):
+        notices.append("No features order known degradations of the real studies, so that distances decide nothing.")
     left_out = [arm for arm in asked["arms"] if arm not in {job["arm"] for job in record["classifiers"]}]
     if left_out:
         notices.append(

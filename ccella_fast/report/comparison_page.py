@@ -43,8 +43,9 @@ COMPARISON = (
 <h2>Variants</h2>
 {{ grid(variants, words=4) }}
 <p class="soft">Mean ± standard deviation over the training seeds; of accuracies, over generators and classifiers.
-KID, FD and coverage in {{ space }}. Real against real: two halves of the real studies, which is what a perfect generator
-reaches. Autoencoder alone: real studies that were encoded and decoded. Class AUC: how well the class that was asked for is
+KID, FD and coverage in {{ space }}, all between equal numbers of volumes. Real against real: two halves of the real studies,
+which is what a perfect generator reaches; as accuracy, a classifier of real studies alone (r). Autoencoder alone: real studies
+that were encoded and decoded (v). Class AUC: how well the class that was asked for is
 read from the volumes, with the features that read it best from real ones. rs: a classifier of real and synthetic studies,
 tested on real ones. Seconds: the mean of a
 training, and of the synthesis of its volumes, with everything else that ran on this machine.</p>
@@ -66,7 +67,8 @@ closest pairs:
 {{ differences(contrasts | rejectattr("metric", "equalto", "accuracy")) }}
 </details>
 <p class="soft">r: real; rr: real twice, the control for twice the data; v: real after the autoencoder; s: synthetic; l: with
-predicted classes; b: the second variant's volumes. The interval holds beyond these generators, classifiers and cases.</p>
+predicted classes; b: the second variant's volumes. The interval is over generators, classifiers and test studies. All have the
+same training studies, of which the choice is not part of it.</p>
 {{ figures(roc) }}
 
 <h2>Volumes of the same prompts</h2>
@@ -86,6 +88,7 @@ ccella-fast evaluate with --counterfactual.</p>
 {% endif %}
 
 <h2>Copies of training studies</h2>
+<p class="soft">Looked for among volumes from the reports of test studies, which the generators have not seen.</p>
 {{ figures(nearest) }}
 {{ measured(tables.copies, "Copies of training studies were not looked for.") }}
 <p class="soft">The closest pairs and their differences, of each evaluation:

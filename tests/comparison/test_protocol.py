@@ -71,5 +71,5 @@ def test_the_space_that_judges_has_passed_the_gate():
         {"space": "radiomics", "passed": True},
     ]
     assert choose_space(gates, ["taps-l3", "radiomics", "random"]) == "radiomics"
-    assert choose_space(gates, ["taps-l4"]) == "random"
+    assert choose_space(gates, ["taps-l3", "taps-l4"]) is None
     assert choose_space(gates[:1], ["taps-l3"]) is None

@@ -28,6 +28,7 @@ def test_permutations_are_enumerated():
     assert results.permutation_p(b, a) == 19 / 20
     assert results.permutation_p([1, 2, 3], [4, 5, 6]) == 1 / 20  # separated: the least with three and three
     assert results.permutation_p([1, 1], [1, 1]) == 1
+    assert results.permutation_p([-0.3, -0.2], [-0.1, 0.1]) == 1 / 6  # KID may be negative
 
 
 def test_the_statements_follow_from_distances_and_contrasts():
@@ -38,8 +39,39 @@ def test_the_statements_follow_from_distances_and_contrasts():
     o1, o2, *others = results.statements(record(near, far, CONTRASTS))
     assert o1.p == pytest.approx(1 / 70) and o2.p == 0.01
     assert o2.p_holm == pytest.approx(0.02) and o1.p_holm == pytest.approx(0.02)  # Holm: 2 x 0.01, then at least that
-    assert "+4.0 points (+1.0 to +7.0)" in o2.sentence and "11.5 (10, 12, 11, 13) against 21.5" in o1.sentence
+    assert "+4.0 points (+1.0 to +7.0)" in o2.sentence
+    assert "KID in taps-l3: 0.115 (0.1, 0.12, 0.11, 0.13) against 0.215" in o1.sentence
+    assert "FD: 11.5 against 21.5." in o1.sentence
     assert [each.p for each in others] == [None, None]
+    assert "MAISI is not told the class" in others[1].sentence
+    told = record(near, far, CONTRASTS)
+    told["protocol"]["asked"]["variants"][1] = "RADMAISI"
+    for generator in told["generators"][len(near) :]:
+        generator["variant"] = "RADMAISI"
+    assert "not told" not in results.statements(told)[3].sentence
+
+
+def test_the_opposite_of_the_first_statement_needs_half_of_the_level():
+    near, far = [10.0, 11.0, 12.0], [20.0, 21.0, 22.0]  # separated: one division of 20
+    assert results._closer(record(near, far, []), "CCELLA", "MAISI").answer == "yes"
+    opposite = results._closer(record(far, near, []), "CCELLA", "MAISI")
+    assert opposite.answer == "undecided" and opposite.p == pytest.approx(2 / 20)
+
+
+def test_features_that_fail_the_gate_decide_nothing():
+    found = record([10.0, 11.0, 12.0, 13.0], [20.0, 21.0, 22.0, 23.0], CONTRASTS)
+    found["protocol"]["decided"]["passed"]["taps-l3"] = False
+    o1, o2, *_ = results.statements(found)
+    assert (o1.answer, o1.p) == ("undecided", None)
+    assert o2.p_holm == 0.01 and o2.sentence.endswith("p = 0.01.")  # alone
+
+
+def test_synthetic_studies_that_teach_more_are_not_called_worse():
+    better = contrast("s-r", 0.1, 0.02, equal="no")
+    worse = contrast("s-r", -0.1, 0.02, equal="no")
+    sentences = [results._equal(each).sentence for each in (better, worse)]
+    assert sentences[0].endswith("They teach more.") and "90 %: +8.0 to +12.0" in sentences[0]
+    assert sentences[1].endswith("counts as equal.")
 
 
 def test_two_primary_statements_share_the_level():
@@ -55,7 +87,7 @@ def test_two_primary_statements_share_the_level():
 
 def test_what_is_not_known_is_undecided():
     found = record([10.0, 11.0], [20.0, 21.0], [])
-    found["generators"][0]["rows"][0]["value"] = None
+    found["generators"][0]["rows"][2]["value"] = None
     assert answers(found) == dict.fromkeys(("O1", "O2", "O3", "O4"), "undecided")
 
 
@@ -71,6 +103,19 @@ def write_classifiers(folder: Path, predicted: dict[str, list[float]]) -> None:
         for name in predicted
     ]  # fmt: skip
     write_json(folder / "classify.json", {"jobs": jobs})
+
+
+def test_distances_are_those_of_equal_numbers(tmp_path):
+    """Those of the floor and of the autoencoder's limit; a row without is as it is."""
+    row = dict.fromkeys(results._KEPT) | {"sequence": "t2w", "details": {"moved": 0.5}}
+    rows = [
+        {**row, "metric": "fd", "value": 1.5, "value_equal_n": 1.8, "floor": 1.8},
+        {**row, "metric": "copies", "value": 0.0, "value_equal_n": None},
+        {**row, "metric": "fd", "value": 9.0, "value_equal_n": 9.0, "sequence": "adc"},
+    ]
+    write_json(tmp_path / "metrics.json", {"rows": rows})
+    assert [each["value"] for each in results._rows(tmp_path)] == [1.8, 0.0]
+    assert results._rows(tmp_path)[0]["moved"] == 0.5
 
 
 def test_roc_curves_are_averaged_over_the_classifiers_of_an_arm(tmp_path):

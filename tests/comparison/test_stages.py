@@ -75,6 +75,16 @@ def test_a_command_behaves_as_if_it_had_been_started_alone(tmp_path, monkeypatch
         assert (tmp_path / "logs/debug.txt").read_text().startswith("Traceback")
 
 
+def test_processes_share_a_command(tmp_path):
+    """Torchrun starts them, one command at a time; that one of them fails is not lost."""
+    with Stages(tmp_path, 2) as stages:
+        stages.run({name: ["env", "--json"] for name in ("first", "second")}, shared=True)
+        for name in ("first", "second"):
+            assert (tmp_path / f"logs/{name}.txt").read_text().count('"torch_threads"') == 2
+        with pytest.raises(CcellaError, match="'third' has failed"):
+            stages.run({"third": ["env", "--no_such_option"]}, shared=True)
+
+
 def test_what_is_imported_before_the_forks_starts_nothing():
     """No thread, no process, no CUDA; and not what chooses a device when it is imported."""
     program = (

@@ -142,6 +142,8 @@ def test_two_one_sided_tests_equal_the_formula():
         assert two_sided(difference, error, 2) == pytest.approx(min(1, 2 * tail(abs(difference) / error)), rel=1e-6)
     words = [equivalence(difference, 0.01, 50, 0.05)["verdict"] for difference in (0.0, -0.03, 0.04, 0.06, 0.07, -0.07)]
     assert words == ["yes", "yes", "undecided", "undecided", "no", "no"]
+    low, high = equivalence(0.01, 0.01, 2, 0.05)["ci90"]
+    assert [tail((0.01 - low) / 0.01), tail((high - 0.01) / 0.01)] == pytest.approx([0.05, 0.05], rel=1e-6)
     assert equivalence(0.0, 0.0, 5, 0.05)["verdict"] == "yes" and equivalence(0.1, 0.0, 5, 0.05)["verdict"] == "no"
 
 
