@@ -38,10 +38,10 @@ def test_a_comparison_runs_stops_and_continues(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     real = Stages._start
 
-    def stop(self: Stages, name: str, words: list[str]) -> None:
+    def stop(self: Stages, name: str, words: list[str], processes: int) -> None:
         if name.startswith("evaluate"):
             raise KeyboardInterrupt
-        real(self, name, words)
+        real(self, name, words, processes)
 
     with monkeypatch.context() as patch:
         patch.setattr(Stages, "_start", stop)
