@@ -195,8 +195,8 @@ def statements(record: Mapping[str, Any]) -> list[Statement]:
     more = _gain(contrasts.get(("rs-rb", "accuracy")), "O4", f"More than those of {second}?",
                  f"real + {first} against real + {second}")  # fmt: skip
     if not VARIANTS[second].text and VARIANTS[second].class_input == "none":
-        chance = f"{second} is not told the class, so its volumes show it by chance: half of their labels are wrong."
-        more = more._replace(sentence=f"{more.sentence} {chance}")
+        unconditional = f"{second} is unconditional, so the labels of its volumes are random."
+        more = more._replace(sentence=f"{more.sentence} {unconditional}")
     found = [
         _closer(record, first, second),
         _gain(contrasts.get(("rs-rr", "accuracy")), "O2", "Do the volumes improve a classifier of real studies?",
@@ -237,7 +237,7 @@ def _closer(record: Mapping[str, Any], first: str, second: str) -> Statement:
     lower, higher = permutation_p(a, b), min(1.0, 2 * permutation_p(b, a))
     answer = "yes" if lower <= LEVEL + 1e-9 else "no" if higher <= LEVEL + 1e-9 else "undecided"
     first_values, second_values = (f"{tables.shown(mean(of))} ({', '.join(map(tables.shown, of))})" for of in (a, b))
-    sentence = f"KID in {space}: {first_values} against {second_values}, by training seed."
+    sentence = f"KID in {space}: {first_values} against {second_values}, by training seed (one-sided test)."
     c, d = (_defined(record, variant, "fd", space) for variant in (first, second))
     if c is not None and d is not None:
         sentence += f" FD: {tables.shown(mean(c))} against {tables.shown(mean(d))}."

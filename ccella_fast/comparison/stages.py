@@ -96,7 +96,7 @@ class Stages:
     # ---- The server
 
     def _start(self, name: str, words: list[str], processes: int = 1) -> None:
-        """Let the server start a command, and start the server before the first one."""
+        """Let the server start a command as one or more processes, and start the server before the first one."""
         if self._server is None:
             self._channel, theirs = Pipe()
             # Processes that share cores are faster with one thread each than with OpenMP teams that compete.

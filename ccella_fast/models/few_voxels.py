@@ -81,7 +81,7 @@ def _columns(x: Tensor) -> Tensor:
 def _sum_of_columns(columns: Tensor, x: Tensor) -> Tensor:
     """The transpose of `_columns`: (27 C, B X Y Z) -> the sum at each voxel of what its 27 copies have; in fp32."""
     by_voxel = columns.view(x.shape[1], -1).T.float()  # (27 B X Y Z, C)
-    total = by_voxel.new_zeros(1 + by_voxel.shape[0] // 27, x.shape[1])  # the first is what lies outside the grid
+    total = by_voxel.new_zeros(1 + by_voxel.shape[0] // 27, x.shape[1])  # row 0 collects what is outside the grid
     total.index_add_(0, _neighbours(len(x), *x.shape[2:]), by_voxel)
     return total[1:].to(x.dtype).view(len(x), *x.shape[2:], -1).movedim(-1, 1).contiguous()
 

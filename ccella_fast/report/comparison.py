@@ -147,8 +147,8 @@ def _notices(record: Mapping[str, Any]) -> list[str]:
         notices.append("Real studies are phantoms here: the answers are about phantoms, not about patients.")
     if not record["protocol"]["decided"]["autoencoder"]["gate_open"]:
         notices.append(
-            "The autoencoder loses what shows the class: less than 0.9 of the accuracy on real studies is left. Differences "
-            "between classifiers of real and of generated studies may be its doing."
+            "The class can hardly be read after the autoencoder, which may explain differences between classifiers of real and "
+            "of generated studies."
         )
     accuracies = record["protocol"]["decided"].get("accuracy_by_size")
     if accuracies is not None:

@@ -43,12 +43,12 @@ def test_the_statements_follow_from_distances_and_contrasts():
     assert "KID in taps-l3: 0.115 (0.1, 0.12, 0.11, 0.13) against 0.215" in o1.sentence
     assert "FD: 11.5 against 21.5." in o1.sentence
     assert [each.p for each in others] == [None, None]
-    assert "MAISI is not told the class" in others[1].sentence
-    told = record(near, far, CONTRASTS)
-    told["protocol"]["asked"]["variants"][1] = "RADMAISI"
-    for generator in told["generators"][len(near) :]:
+    assert "MAISI is unconditional" in others[1].sentence
+    conditioned = record(near, far, CONTRASTS)
+    conditioned["protocol"]["asked"]["variants"][1] = "RADMAISI"
+    for generator in conditioned["generators"][len(near) :]:
         generator["variant"] = "RADMAISI"
-    assert "not told" not in results.statements(told)[3].sentence
+    assert "unconditional" not in results.statements(conditioned)[3].sentence
 
 
 def test_the_opposite_of_the_first_statement_needs_half_of_the_level():
