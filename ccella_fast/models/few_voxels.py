@@ -11,7 +11,6 @@ Shapes: x (B, C, X, Y, Z), weight (O, C, 3, 3, 3), y and dy (B, O, X, Y, Z).
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -74,7 +73,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _columns(x: Tensor) -> Tensor:
     """(B, C, X, Y, Z) -> (27 C, B X Y Z): the zero-padded tensor around each voxel, by channel and tap."""
     voxels = F.pad(x.movedim(1, -1).flatten(0, -2), (0, 0, 1, 0))  # (1 + B X Y Z, C), the first one is zero
-    neighbours = voxels.index_select(0, _neighbours(len(x), *x.shape[2:]))
+    neighbours = voxels.index_select(0, _neighbours(x))
     return neighbours.view(27, -1, x.shape[1]).permute(2, 0, 1).reshape(27 * x.shape[1], -1)
 
 
@@ -82,15 +81,16 @@ def _sum_of_columns(columns: Tensor, x: Tensor) -> Tensor:
     """The transpose of `_columns`: (27 C, B X Y Z) -> the sum at each voxel of what its 27 copies have; in fp32."""
     by_voxel = columns.view(x.shape[1], -1).T.float()  # (27 B X Y Z, C)
     total = by_voxel.new_zeros(1 + by_voxel.shape[0] // 27, x.shape[1])  # row 0 collects what is outside the grid
-    total.index_add_(0, _neighbours(len(x), *x.shape[2:]), by_voxel)
+    total.index_add_(0, _neighbours(x), by_voxel)
     return total[1:].to(x.dtype).view(len(x), *x.shape[2:], -1).movedim(-1, 1).contiguous()
 
 
-@functools.lru_cache(maxsize=8)
-def _neighbours(batch: int, *grid: int) -> Tensor:
-    """(27 B X Y Z): by tap, the number of each voxel's neighbour from 1; 0 outside the grid."""
-    numbers = torch.arange(1, 1 + batch * math.prod(grid)).view(batch, *grid)
-    windows = (
-        F.pad(numbers, (1, 1, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1)
-    )  # (B, X, Y, Z, 3, 3, 3)
+def _neighbours(x: Tensor) -> Tensor:
+    """(27 B X Y Z): by tap, the number of each voxel's neighbour from 1; 0 outside the grid.
+
+    It takes 50 us and is not kept between calls: tensors made in a `FakeTensorMode` are of no use outside it.
+    """
+    numbers = torch.arange(1, 1 + len(x) * math.prod(x.shape[2:]), device=x.device).view(len(x), *x.shape[2:])
+    padded = F.pad(numbers, (1, 1, 1, 1, 1, 1))
+    windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1)  # (B, X, Y, Z, 3, 3, 3)
     return windows.permute(4, 5, 6, 0, 1, 2, 3).flatten()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from ccella_fast.models import blocks
@@ -48,6 +50,24 @@ def test_errors_are_those_of_pytorch(dtype, grid, has_bias):
         assert found.dtype == dtype
         assert (found - true).norm() <= 2 * (theirs - true).norm() + 1e-7 * true.norm()
         assert (found - true.roll(1, 0)).norm() > 0.1 * true.norm()
+
+
+def test_fake_tensors_leave_nothing_behind():
+    """A dry run counts the memory of a step with them, before or after real steps of the same sizes."""
+
+    def gradients(dtype=torch.bfloat16):
+        x, weight = (
+            torch.ones(*shape, dtype=dtype, requires_grad=True) for shape in ((1, 2, 2, 2, 2), (3, 2, 3, 3, 3))
+        )
+        return torch.autograd.grad(conv3d_few_voxels(x, weight, None).sum(), (x, weight))
+
+    expected = gradients()
+    with FakeTensorMode():
+        assert [fake.shape for fake in gradients()] == [real.shape for real in expected]
+    for found, real, exact in zip(gradients(), expected, gradients(torch.float64), strict=True):
+        assert type(found) is Tensor
+        assert torch.equal(found, real)
+        assert torch.equal(found.double(), exact)  # sums of at most 8 ones
 
 
 def test_the_gradient_is_computed_in_the_given_memory():

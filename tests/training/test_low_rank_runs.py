@@ -199,20 +199,27 @@ def test_a_resume_with_another_start_or_rank_is_refused(tmp_path, data, start):
 
 @pytest.mark.parametrize("variant", ["MAISI", "CCELLA"])
 def test_activation_checkpointing_changes_nothing(tmp_path, data, variant):
-    """Torch's, and DeepSpeed's, where nothing before the first block with factors is trained."""
+    """Torch's, and DeepSpeed's, where nothing before the first block with factors is trained.
+
+    AdamW turns rounding of a gradient near zero into a whole step; its first moments, sums of gradients, are compared.
+    """
     short = {"max_train_steps": 2, "model__variant": variant, "lr": 1e-2}
     train_here(tmp_path / "start", data, **short)
     (tmp_path / "ds.json").write_text(json.dumps({"activation_checkpointing": {"partition_activations": False}}))
-    kinds = {"plain": {}, "torch": {"activation_checkpointing": True}, "ds": {"deepspeed_file": tmp_path / "ds.json"}}
+    checkpointed = {"torch": {"activation_checkpointing": True}, "ds": {"deepspeed_file": tmp_path / "ds.json"}}
+    kinds = {"plain": {}, **checkpointed, "other": {"seed": 6}}
     for name, kind in kinds.items():
         low_rank = {**LOW_RANK, "layers": ["unet.attention"]}
         adapt(tmp_path / name, data, tmp_path / "start", low_rank=low_rank, **short, **kind)
-    expected = weights(tmp_path / "plain", 2)
-    moved = [name for name, tensor in expected.items() if name.endswith("lora_B") and float(tensor.norm()) > 0]
-    assert len(moved) == len(expected) / 2 > 5
-    for name in ("torch", "ds"):
-        for key, tensor in weights(tmp_path / name, 2).items():
-            torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-6)
+    expected = weights(tmp_path / "plain", 2, "exp_avg")
+    assert sum(name.endswith("lora_B") for name in expected) == len(expected) / 2 > 5
+    apart = {
+        name: max(float((tensor - expected[key]).norm() / expected[key].norm()) for key, tensor in moments.items())
+        for name, moments in ((name, weights(tmp_path / name, 2, "exp_avg")) for name in kinds)
+    }
+    assert apart["torch"] < 1e-3
+    assert apart["ds"] < 1e-3
+    assert apart["other"] > 0.1, apart
 
 
 def test_a_validation_leaves_the_run_as_it_is(tmp_path, data, start):
